@@ -1,0 +1,11 @@
+"""The one exception for what a user can cause and mend."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake or a condition on the user's side.
+
+    The message is one sentence that says what was found, what was expected and what to do. Entry points print it
+    without a traceback and exit with status 2.
+    """
