@@ -1,0 +1,27 @@
+"""Checks of single values, which raise one sentence that names the key and what it accepts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from paradiffusion.errors import UserError
+
+
+def choice(key: str, value: Any, accepted: tuple[str, ...]) -> None:
+    """Raise UserError unless ``value`` is one of ``accepted``."""
+    if value not in accepted:
+        raise UserError(f"{key}={value} is unknown; choose one of {', '.join(accepted)}.")
+
+
+def positive(key: str, value: float | None, *, zero: bool = False) -> None:
+    """Raise UserError unless ``value`` is above 0 (or 0, where ``zero``)."""
+    # Not "value <= 0": nan compares false with everything.
+    if value is None or not math.isfinite(value) or not (value > 0 or (zero and value == 0)):
+        raise UserError(f"{key}={value} is out of range; expected a number {'of at least' if zero else 'above'} 0.")
+
+
+def fraction(key: str, value: float) -> None:
+    """Raise UserError unless ``value`` lies in 0 .. 1."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{key}={value} is out of range; expected 0 to 1.")

@@ -1,0 +1,158 @@
+"""From ``configs/`` and a command line to a checked configuration, with errors that a person can act on.
+
+Hydra's compose API does the composing. Its own ``main`` would make run folders, once per process, and print its own
+errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from paradiffusion.config import SampleConfig, TrainConfig
+from paradiffusion.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FLAGS = ("--cfg",)
+# Dictionaries that take keys of the user's own; given whole, they replace what the groups set.
+OPEN = ("data.captions", "data.demo_sizes", "unet.arguments")
+# Texts, mostly paths: they reach the configuration as typed, whatever Hydra's grammar makes of their characters.
+TEXTS = (
+    "run_dir", "init_from", "data.shards", "data.val_shards", "data.demo_folder", "text_encoder.path", "codec.path",
+    "conditioning.prefix", "ckpt", "prompt", "prompt_file", "negative_prompt", "output_dir", "text_encoder_path",
+    "codec_path",
+)  # fmt: skip
+T = TypeVar("T", TrainConfig, SampleConfig)
+
+
+def compose_train(arguments: list[str]) -> TrainConfig:
+    """The configuration of one stage. Raises UserError for any override that is wrong."""
+    return _compose("train", TrainConfig, arguments)
+
+
+def compose_sample(arguments: list[str]) -> SampleConfig:
+    """What sample.py was asked for. Raises UserError for any override that is wrong."""
+    return _compose("sample", SampleConfig, arguments)
+
+
+def options(group: str) -> list[str]:
+    """The names that a config group offers."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def groups() -> list[str]:
+    """Config groups that a person chooses from."""
+    return sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and p.name not in ("preset_stage", "launch"))
+
+
+def keys_of(cls: Any, prefix: str = "") -> list[str]:
+    """All keys of a schema, dotted."""
+    keys = []
+    for field in fields(cls):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        keys.append(prefix + field.name)
+        if is_dataclass(default):
+            keys += keys_of(default, f"{prefix}{field.name}.")
+    return keys
+
+
+def as_yaml(config: TrainConfig | SampleConfig) -> str:
+    """The resolved configuration as YAML (`train.py --cfg stage=2`)."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def help_train() -> str:
+    """What can be chosen and overridden, for ``--help``."""
+    chosen = "\n".join(f"  {group}={'|'.join(options(group))}" for group in groups())
+    keys = "\n".join(f"  {key}" for key in keys_of(TrainConfig))
+    return f"Groups:\n{chosen}\nKeys (key=value):\n{keys}"
+
+
+def _translate(argument: str, cls: Any) -> str:
+    """One override as Hydra wants it; UserError where it can be seen to be wrong."""
+    if argument in ("-m", "--multirun"):
+        raise UserError(
+            "multirun (-m) is not supported, since a launcher would start every run twice; loop in a shell script."
+        )
+    key, equals, value = argument.partition("=")
+    if not equals or not re.fullmatch(r"[+~]*[\w./@]+", key):
+        raise UserError(f"the argument {argument!r} is not understood; expected key=value, such as stage=2 or seed=1.")
+    name = key.lstrip("+~")
+    is_train = cls is TrainConfig
+    if is_train and name in groups():
+        accepted = options(name)
+        if value.strip("'\"") not in accepted:
+            raise UserError(f"{name}={value} is unknown; choose one of {', '.join(accepted)}.")
+        # An integer is not a group choice for Hydra, but "stage=2" is what people type.
+        return f"{key}='{value}'" if value.isdigit() else argument
+    known = keys_of(cls)
+    if name not in known and not name.startswith(tuple(f"{key}." for key in OPEN)):
+        close = difflib.get_close_matches(name, known + (groups() if is_train else []), n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(k for k in known if '.' not in k)}."
+        raise UserError(f"the key {name} is unknown; {hint}")
+    if key[0] == "~":
+        return argument
+    if name in TEXTS and not value.startswith("["):
+        # Quoted here: the shell has taken the user's quotes off "shards/{00000..00099}.tar".
+        value = _quote(value)
+    return f"++{name}={value}"
+
+
+def _quote(value: str) -> str:
+    if value == "null":
+        return value
+    text = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    escaped = re.sub(r"(\\*)'", lambda m: m.group(1) * 2 + "\\'", text)
+    trailing = re.search(r"\\*$", escaped)
+    return f"'{escaped}{trailing.group(0) if trailing else ''}'"
+
+
+def _compose(name: str, cls: type[T], arguments: list[str]) -> T:
+    arguments = [argument for argument in arguments if argument not in FLAGS]
+    text = {a.partition("=")[0].lstrip("+"): a.partition("=")[2] for a in arguments} if cls is SampleConfig else {}
+    free = ("prompt", "negative_prompt")
+    overrides = [_translate(argument, cls) for argument in arguments]
+    # A prompt never passes through the override grammar or interpolation ("${...}"): it is data, not configuration.
+    overrides = [o for o in overrides if o.partition("=")[0].lstrip("+") not in free]
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = compose(name, overrides=overrides)
+        for override in OverridesParser.create().parse_overrides(overrides):
+            if override.key_or_group in OPEN and not override.is_delete():
+                # Hydra would merge: captions={clean: 1} in stage 2 would go on with long ones too.
+                OmegaConf.update(composed, override.key_or_group, override.value(), merge=False)
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), composed))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error)) from None
+    for key in free:
+        if text.get(key, "null") != "null":
+            setattr(config, key, text[key])
+    if isinstance(config, TrainConfig):
+        _local_defaults(config)
+    config.check()
+    return config
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's and OmegaConf's message as one sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    full_key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), None)
+    message = lines[0] if lines else type(error).__name__
+    cause = f"{full_key}: {message}" if full_key else message
+    return f"the configuration is wrong: {cause.rstrip('.')}; correct that override or file."
+
+
+def _local_defaults(config: TrainConfig) -> None:
+    """Hold what depends on the machine: a tracker without a key stays offline."""
+    if config.tracker.name == "wandb" and config.tracker.mode is None:
+        config.tracker.mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"

@@ -1,0 +1,279 @@
+"""The schema: what can be configured, and what goes together.
+
+Every other room takes its part of these dataclasses as an argument; ``compose.py`` fills them from ``configs/`` and the
+command line. A check here runs before any model is loaded. What a checkpoint records lies in ``model_config.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from paradiffusion.checks import choice, fraction, positive
+from paradiffusion.errors import UserError
+from paradiffusion.model_config import (
+    PREDICTIONS,
+    SOLVERS,
+    CodecConfig,
+    ConditioningConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    SamplerConfig,
+    TextEncoderConfig,
+    UNetConfig,
+)
+
+__all__ = [
+    "PREDICTIONS",
+    "SOLVERS",
+    "CodecConfig",
+    "ConditioningConfig",
+    "DataConfig",
+    "LoraConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "SampleConfig",
+    "SamplerConfig",
+    "TextEncoderConfig",
+    "TrackerConfig",
+    "TrainConfig",
+    "UNetConfig",
+    "ValidationConfig",
+]
+
+TRAIN_TEXT = ("frozen", "lora", "adapter")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass
+class DataConfig:
+    """Shards, buckets and captions.
+
+    Attributes:
+        shards, val_shards: a folder, a glob, a brace range, or a list of them.
+        demo: make the built-in scenes at ``demo_folder`` when they are missing.
+        demo_sizes: how many scenes of each set.
+        resolution: images have about resolution squared pixels, in buckets of several aspect ratios.
+        bucket_multiple: sides are multiples of this many pixels (codec factor times the U-Net's own downsampling).
+        captions: weight of each kind of caption; a sample without the drawn kind falls back to another of its kinds.
+            Empty here, since a default would be merged with what a stage sets.
+        caption_dropout: share of captions replaced by the null prompt, for classifier-free guidance.
+        window_shards: shards that are shuffled together.
+        max_bad_fraction: stop when more than this share of the samples could not be read.
+        allow_truncated: use the whole samples of a shard that is cut in the middle.
+    """
+
+    shards: Any = None
+    val_shards: Any = None
+    demo: bool = False
+    demo_folder: str = "data/demo"
+    demo_sizes: dict[str, int] = field(default_factory=dict)
+    resolution: int = 64
+    bucket_multiple: int = 16
+    max_aspect: float = 2.0
+    captions: dict[str, float] = field(default_factory=dict)
+    caption_dropout: float = 0.1
+    window_shards: int = 16
+    workers: int = 2
+    max_bad_fraction: float = 0.01
+    allow_truncated: bool = False
+
+    def check(self) -> None:
+        positive("data.resolution", self.resolution)
+        positive("data.workers", self.workers, zero=True)
+        positive("data.window_shards", self.window_shards)
+        fraction("data.caption_dropout", self.caption_dropout)
+        fraction("data.max_bad_fraction", self.max_bad_fraction)
+        if self.max_aspect < 1:
+            raise UserError(f"data.max_aspect={self.max_aspect} is out of range; expected 1 or more.")
+        if not self.captions or any(weight < 0 for weight in self.captions.values()) or not sum(self.captions.values()):
+            raise UserError(
+                f"data.captions={self.captions} gives no caption kind a weight; expected for example {{short: 0.5, long: 0.5}}."
+            )
+
+
+@dataclass
+class OptimizerConfig:
+    """One learning rate per part, linear warm-up, and a schedule that is a function of the step.
+
+    Attributes:
+        name: "adamw", or "muon": Muon for matrices, AdamW for everything else (see training/optim.py).
+        lr, lr_conditioning, lr_lora: of the U-Net, of refiner and linear projection, of the adapter.
+        schedule: after the warm-up "constant", "cosine", "linear", or "trapezoid": constant, then linear over the last
+            ``decay`` of all steps; down to ``final_lr`` times the rate.
+        momentum: Muon's.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    lr_conditioning: float = 1e-4
+    lr_lora: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    final_lr: float = 0.0
+    decay: float = 0.4
+    momentum: float = 0.95
+    max_grad_norm: float = 1.0
+
+    def check(self) -> None:
+        choice("optimizer.name", self.name, ("adamw", "muon"))
+        choice("optimizer.schedule", self.schedule, ("constant", "cosine", "linear", "trapezoid"))
+        for key in ("lr", "lr_conditioning", "lr_lora", "max_grad_norm"):
+            positive(f"optimizer.{key}", getattr(self, key))
+        for key in ("warmup_steps", "weight_decay", "eps"):
+            positive(f"optimizer.{key}", getattr(self, key), zero=True)
+        for key in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(
+                    f"optimizer.{key}={getattr(self, key)} is out of range; expected at least 0 and below 1."
+                )
+        fraction("optimizer.final_lr", self.final_lr)
+        fraction("optimizer.decay", self.decay)
+
+
+@dataclass
+class ValidationConfig:
+    """What is measured while training.
+
+    Attributes:
+        samples: held-out samples whose loss is taken at fixed noise, once with short and once with long captions.
+        images: pictures drawn for the grid at fixed prompts and seeds; 0 for none.
+        scenes: held-out scenes drawn and scored for alignment at the stage's end, where the shards carry ground truth.
+        batch_size: images per process at once.
+    """
+
+    samples: int = 64
+    images: int = 8
+    scenes: int = 0
+    batch_size: int = 32
+
+    def check(self) -> None:
+        for key in ("samples", "images", "scenes"):
+            positive(f"validation.{key}", getattr(self, key), zero=True)
+        positive("validation.batch_size", self.batch_size)
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go besides log.jsonl: "jsonl" (nowhere else), "wandb" or "tensorboard"."""
+
+    name: str = "jsonl"
+    project: str = "paradiffusion"
+    run_name: str | None = None
+    mode: str | None = None
+
+    def check(self) -> None:
+        choice("tracker.name", self.name, ("jsonl", "wandb", "tensorboard"))
+
+
+@dataclass
+class TrainConfig:
+    """One stage of training. Stages differ in values only: there is one training loop."""
+
+    preset: str = "nano"
+    stage: int = 1
+    run_dir: str = "runs/nano"
+    init_from: str | None = None
+    resume: bool = True
+    seed: int = 0
+
+    train_text: str = "frozen"
+    max_steps: int = 1000
+    batch_size: int = 32
+    micro_batch_size: int | None = None
+    precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    threads: int | None = None
+    log_every: int = 10
+    validate_every: int = 500
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    keep_every: int | None = None
+    ema_decay: float = 0.9999
+    on_spike: str = "stop"
+    spike_factor: float = 10.0
+
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    def check(self) -> None:
+        """Raise UserError for values out of range and for combinations that cannot work."""
+        choice("train_text", self.train_text, TRAIN_TEXT)
+        choice("precision", self.precision, PRECISIONS)
+        choice("on_spike", self.on_spike, ("stop", "skip", "rollback"))
+        for key in ("max_steps", "batch_size", "log_every", "validate_every", "checkpoint_every", "keep_last"):
+            positive(key, getattr(self, key))
+        if not self.spike_factor > 1:
+            raise UserError(f"spike_factor={self.spike_factor} is out of range; expected a number above 1.")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay} is out of range; expected at least 0 and below 1.")
+        for key in ("micro_batch_size", "threads", "keep_every"):
+            if getattr(self, key) is not None:
+                positive(key, getattr(self, key))
+        for part in (
+            self.text_encoder, self.conditioning, self.lora, self.codec, self.objective, self.data, self.optimizer,
+            self.sampler, self.validation, self.tracker,
+        ):  # fmt: skip
+            part.check()
+        if self.data.bucket_multiple % self.codec.factor:
+            raise UserError(
+                f"data.bucket_multiple={self.data.bucket_multiple} must be a multiple of codec.factor={self.codec.factor}."
+            )
+
+
+@dataclass
+class SampleConfig:
+    """What ``sample.py`` takes; None means the checkpoint's own default, or the prompt line's own value."""
+
+    ckpt: str | None = None
+    prompt: str | None = None
+    prompt_file: str | None = None
+    output_dir: str | None = None
+    seed: int = 0
+    steps: int | None = None
+    guidance: float | None = None
+    height: int | None = None
+    width: int | None = None
+    images_per_prompt: int = 1
+    batch_size: int = 8
+    negative_prompt: str | None = None
+    solver: str | None = None
+    guidance_rescale: float | None = None
+    guidance_start: float | None = None
+    guidance_stop: float | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    threads: int | None = None
+    text_encoder_path: str | None = None
+    codec_path: str | None = None
+
+    def check(self) -> None:
+        """Raise UserError for missing, contradictory or impossible values."""
+        if not self.ckpt:
+            raise UserError(
+                "ckpt= is missing; name a run, a stage or a checkpoint, such as ckpt=data/nano or ckpt=runs/nano/stage3."
+            )
+        if (self.prompt is None) == (self.prompt_file is None):
+            found = "neither" if self.prompt is None else "both"
+            raise UserError(
+                f"expected one of prompt= and prompt_file=, found {found}; prompt_file=prompts.txt is the main way."
+            )
+        choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        for key in ("images_per_prompt", "batch_size"):
+            positive(key, getattr(self, key))
+        for key in ("steps", "height", "width", "threads"):
+            if getattr(self, key) is not None:
+                positive(key, getattr(self, key))
