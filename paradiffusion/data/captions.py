@@ -1,0 +1,96 @@
+"""Captions of a sample: reading, cleaning, which kind is read, and when it is dropped."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+import numpy as np
+
+from paradiffusion.errors import UserError
+from paradiffusion.randomness import uniform, uniforms
+
+# From short to long. A sample that lacks the drawn kind is read with the nearest kind that it has.
+FAMILY: Final = ("short", "clean", "long")
+_NEAREST: Final = {
+    "long": ("long", "clean", "short"),
+    "clean": ("clean", "long", "short"),
+    "short": ("short", "clean", "long"),
+}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\ufeff]")
+
+
+def clean(text: str) -> str:
+    """``text`` on one line: control characters become spaces, runs of white space one space, lone surrogates go.
+
+    Surrogates, which a JSON file may hold, would stop the tokeniser.
+    """
+    return " ".join(_CONTROL.sub(" ", text.encode("utf-8", "ignore").decode()).split())
+
+
+def parse_meta(data: bytes) -> dict[str, Any] | None:
+    """The object in a sample's JSON; None when it is none."""
+    try:
+        meta = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    return meta if isinstance(meta, dict) else None
+
+
+def captions_of(meta: dict[str, Any], text: bytes) -> dict[str, str]:
+    """The cleaned captions by kind, none empty: the JSON's "captions", with "short" from the text or "caption"."""
+    captions = meta.get("captions")
+    found = dict(captions) if isinstance(captions, dict) else {}
+    found.setdefault("short", text.decode("utf-8", "ignore") or meta.get("caption"))
+    cleaned = {kind: clean(value) for kind, value in found.items() if kind and isinstance(value, str)}
+    return {kind: value for kind, value in cleaned.items() if value}
+
+
+def choose_kinds(
+    words: np.ndarray, kinds: list[str], weights: dict[str, float], seed: int, epoch: int, ids: np.ndarray
+) -> np.ndarray:
+    """Draw the caption kind of each sample: a function of (seed, epoch, sample id).
+
+    ``words`` is int [N, K], the words of each sample's caption of each of the K ``kinds`` (0: it has none); ``ids`` is
+    uint64 [N]. Returns int8 [N], indices into ``kinds``, -1 where a sample has no caption at all. Where the drawn kind
+    is absent, the nearest weighted kind is taken (long, clean, short in the order of length), then any other.
+    Raises UserError for weights that are negative, all zero, or name a kind that exists nowhere.
+    """
+    drawable = _check_weights(kinds, weights)
+    shares = np.cumsum([weights[kind] for kind in drawable])
+    drawn = np.searchsorted(shares[:-1] / shares[-1], uniforms(ids, "caption kind", seed, epoch), side="right")
+    chosen = np.full(len(words), -1, np.int8)
+    for number, kind in enumerate(drawable):
+        for candidate in _candidates(kind, kinds, weights):
+            column = kinds.index(candidate)
+            chosen[(drawn == number) & (chosen < 0) & (words[:, column] > 0)] = column
+    return chosen
+
+
+def is_dropped(seed: int, step: int, slot: int, probability: float) -> bool:
+    """Whether the caption in ``slot`` of the global batch of ``step`` is replaced by the empty one."""
+    return uniform("caption dropout", seed, step, slot) < probability
+
+
+def _candidates(kind: str, kinds: list[str], weights: dict[str, float]) -> list[str]:
+    """The kinds to try for a draw of ``kind``, the best first; only such as the data has."""
+    ordered = [kind, *_NEAREST.get(kind, ()), *FAMILY, *kinds]
+    weighted = [name for name in ordered if weights.get(name, 0) > 0]
+    return [name for name in dict.fromkeys([kind, *weighted, *ordered]) if name in kinds]
+
+
+def _check_weights(kinds: list[str], weights: dict[str, float]) -> list[str]:
+    """The kinds that can be drawn, in the order of ``weights``."""
+    known = [*kinds, *(name for name in FAMILY if name not in kinds)]
+    for name, weight in weights.items():
+        if name not in known:
+            raise UserError(
+                f"The caption kind {name!r} is in no sample: choose among {', '.join(known)} in data.captions."
+            )
+        if not 0 <= weight < float("inf"):
+            raise UserError(f"The caption kind {name!r} has the weight {weight}: give a number of 0 or more.")
+    drawable = [name for name, weight in weights.items() if weight > 0]
+    if not drawable:
+        raise UserError("No caption kind has a weight above 0: give at least one, such as {long: 1.0}.")
+    return drawable

@@ -1,0 +1,210 @@
+"""The built-in data set: four sets of drawn scenes with captions, written as WebDataset shards.
+
+``web`` stands for stage 1's web pairs, ``big`` for stage 2's paragraphs, ``small`` for stage 3's few fine pictures at
+double size, ``val`` for validation with compositions that no training set shows. Each shard is a function of (seed,
+set, number), so its bytes do not depend on how many processes drew it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from paradiffusion.data.demo_captions import KINDS, captions
+from paradiffusion.data.demo_drawing import draw
+from paradiffusion.data.demo_scenes import SETS, Scene, make_scene, scene_from_meta, scene_to_meta
+from paradiffusion.data.shards import RawSample, write_shards
+from paradiffusion.errors import UserError
+
+__all__ = [
+    "DEFAULT_SIZES", "KINDS", "SETS", "Scene", "captions", "demo_samples", "draw", "ensure_demo_data",
+    "make_demo_data", "make_scene", "scene_from_meta", "scene_to_meta",
+]  # fmt: skip
+
+VERSION = 1  # raise it when scenes, captions or their layout change, so that old folders are drawn anew
+DEFAULT_SIZES = {"web": 16_000, "big": 6_000, "small": 3_000, "val": 400}
+SAMPLES_PER_SHARD = 500
+NOTE = "demo.json"
+
+
+def demo_samples(set_name: str, count: int, seed: int = 0, first: int = 0) -> Iterator[RawSample]:
+    """Samples ``first`` to ``first + count - 1`` of a set: a PNG, and its captions and ground truth as JSON."""
+    for number in range(first, first + count):
+        scene = make_scene(set_name, seed, number)
+        data = io.BytesIO()
+        draw(scene).save(data, "png", compress_level=3)
+        meta = {"captions": captions(scene, seed, number), **scene_to_meta(scene)}
+        yield RawSample(f"{set_name}-{number:06d}", data.getvalue(), "png", meta)
+
+
+def make_demo_data(folder: Path, seed: int = 0, sizes: dict[str, int] | None = None,
+                   processes: int | None = None) -> dict[str, Path]:  # fmt: skip
+    """Build the data set unless it is there already; see ``ensure_demo_data``."""
+    return ensure_demo_data(folder, sizes, seed, processes)
+
+
+def ensure_demo_data(folder: Path, sizes: dict[str, int] | None = None, seed: int = 0,
+                     processes: int | None = None) -> dict[str, Path]:  # fmt: skip
+    """Make sure that ``folder`` holds the sets with these sizes, and give the folder of each set.
+
+    Shards are drawn in a folder beside it, which takes its name at the end: a folder is whole or not there. An
+    interrupted build goes on where it stopped; of two processes, one builds and the other waits for it. A demo folder
+    of other sizes is replaced. UserError for wrong sizes or a folder that holds anything else.
+    """
+    folder = Path(folder).absolute()
+    note: dict[str, Any] = {
+        "version": VERSION,
+        "seed": seed,
+        "sizes": _checked(DEFAULT_SIZES if sizes is None else sizes),
+    }
+    if not _fits(folder, note):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.parent / f".{folder.name}.lock") as lock:
+            if not _fits(folder, note):  # it may have been built while this process waited
+                _refuse_foreign(folder)
+                _build(folder, note, lock, processes)
+    return {name: folder / name for name in note["sizes"]}
+
+
+def _checked(sizes: dict[str, int]) -> dict[str, int]:
+    unknown = sorted(set(sizes) - set(SETS))
+    if unknown or not sizes or any(size < 1 for size in sizes.values()):
+        raise UserError(
+            f"Demo sizes {sizes} cannot be built, expected at least 1 sample for one or more of {', '.join(SETS)}; "
+            "leave out the sets that are not wanted."
+        )
+    return {name: int(sizes[name]) for name in SETS if name in sizes}
+
+
+def _shard_names(size: int) -> list[str]:
+    return [f"{number:06d}.tar" for number in range(-(-size // SAMPLES_PER_SHARD))]
+
+
+def _fits(folder: Path, note: dict[str, Any]) -> bool:
+    if _read_note(folder / NOTE) != note:
+        return False
+    shards = [folder / name / shard for name, size in note["sizes"].items() for shard in _shard_names(size)]
+    return all(shard.is_file() for shard in shards)
+
+
+def _read_note(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is a file, expected a folder for the demo data; choose another name.")
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in entries if name not in (*SETS, NOTE)]
+    if foreign or (entries and NOTE not in entries):
+        raise UserError(
+            f"Folder '{folder}' holds '{(foreign or entries)[0]}', which is not of a finished demo data set, expected "
+            "a new or empty folder; choose another one or empty it."
+        )
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[int]:
+    """Wait for and hold an exclusive lock; the operating system drops it when this process dies."""
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _build(folder: Path, note: dict[str, Any], lock: int, processes: int | None) -> None:
+    building = folder.with_name(f".{folder.name}.building")
+    if building.exists() and _read_note(building / "plan.json") != note:
+        shutil.rmtree(building)  # left by a build with other sizes
+    building.mkdir(exist_ok=True)
+    (building / "plan.json").write_text(json.dumps(note))
+    tasks = []
+    for name, size in note["sizes"].items():
+        for number, shard in enumerate(_shard_names(size)):
+            if not (building / name / shard).exists():
+                first = number * SAMPLES_PER_SHARD
+                tasks.append((building / name / shard, name, first, min(SAMPLES_PER_SHARD, size - first), note["seed"]))
+    _draw_shards(tasks, lock, processes or len(os.sched_getaffinity(0)), sum(note["sizes"].values()))
+    (building / "plan.json").replace(building / NOTE)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        building.rename(folder)
+        shutil.rmtree(old)
+    else:
+        building.rename(folder)
+
+
+Task = tuple[Path, str, int, int, int]  # shard, set, first sample, samples, seed
+
+
+def _draw_shards(tasks: list[Task], lock: int, processes: int, total: int) -> None:
+    processes = min(processes, len(tasks))
+    done = total - sum(task[3] for task in tasks)
+    with tqdm(total=total, initial=done, desc="drawing the demo data", unit="pictures", disable=None) as bar:
+        if processes <= 1:
+            for task in tasks:
+                _draw_shard(*task)
+                bar.update(task[3])
+            return
+        # Forked children start at once and need no importable main module; they only draw, and touch no torch state.
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        readers, workers = [], []
+        for number in range(processes):
+            reader, writer = context.Pipe(duplex=False)
+            share = (tasks[number::processes], writer, lock, os.getpid())
+            worker = context.Process(target=_work, args=share, daemon=True)
+            worker.start()
+            writer.close()  # else the end of the child would not show as the end of its pipe
+            readers.append(reader)
+            workers.append(worker)
+        _watch(readers, bar)
+        for worker in workers:
+            worker.join()
+            if worker.exitcode:
+                raise RuntimeError(f"a process that draws the demo data ended with status {worker.exitcode}")
+
+
+def _watch(readers: list[Connection], bar: Any) -> None:
+    while readers:
+        ready = wait(readers)
+        for reader in [one for one in readers if one in ready]:
+            try:
+                bar.update(reader.recv())
+            except EOFError:
+                readers.remove(reader)
+
+
+def _work(tasks: list[Task], progress: Connection, lock: int, parent: int) -> None:
+    if sys.platform == "linux":
+        os.close(lock)  # a child that outlives a killed parent must not keep the folder locked
+    for task in tasks:
+        if os.getppid() != parent:
+            return
+        _draw_shard(*task)
+        progress.send(task[3])
+
+
+def _draw_shard(shard: Path, set_name: str, first: int, count: int, seed: int) -> None:
+    part = shard.with_name(f".{shard.stem}.{os.getpid()}")
+    (written,) = write_shards(demo_samples(set_name, count, seed, first), part, SAMPLES_PER_SHARD)
+    written.replace(shard)
+    shutil.rmtree(part)

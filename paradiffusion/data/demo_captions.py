@@ -1,0 +1,232 @@
+"""Captions of the built-in scenes: short web style, long paragraphs, and clean human descriptions.
+
+Every caption is a function of (seed, number, scene) and never says anything false. Paragraphs are complete: each
+object with colour, shape, size, texture and place, and the background. Word counts hold by construction: the required
+sentences are short enough together, and true but idle ones fill up to the least number of words.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+from paradiffusion.data.demo_scenes import GRID, PLACES, Background, Scene, SceneObject, pick
+from paradiffusion.data.demo_words import (
+    CLEAN_OBJECT,
+    COUNTS,
+    GROUND,
+    IDLE_CLEAN,
+    IDLE_LONG,
+    INTROS,
+    LONG_OBJECT,
+    LONG_SPLIT,
+    PAIR,
+    PATTERN_WORDS,
+    PLACE_WORDS,
+    RELATIVE,
+    REPEATED,
+    SEPARATORS,
+    SHAPE_WORDS,
+    SHORT_GROUND,
+    SHORT_OBJECT,
+    SHORT_OPENING,
+    SHORT_PLACES,
+    SIZE_WORDS,
+    TEXTURE_AFTER,
+    TEXTURE_BEFORE,
+    TEXTURE_STATED,
+)
+from paradiffusion.randomness import seed_from
+
+T = TypeVar("T")
+
+KINDS = ("short", "long", "clean")
+WORDS: dict[str, tuple[int, int]] = {"short": (5, 15), "long": (50, 150), "clean": (40, 90)}
+
+
+def captions(scene: Scene, seed: int, number: int) -> dict[str, str]:
+    """One caption of each kind in KINDS, with word counts inside WORDS."""
+    return {
+        "short": _short(scene, random.Random(seed_from("caption", "short", seed, number))),
+        "long": _long(scene, random.Random(seed_from("caption", "long", seed, number))),
+        "clean": _clean(scene, random.Random(seed_from("caption", "clean", seed, number))),
+    }
+
+
+def _count(parts: list[str]) -> int:
+    return len(" ".join(parts).split())
+
+
+def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
+    return sorted(items, key=lambda _: rng.random())
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _with_article(phrase: str) -> str:
+    """ "an orange ...", "a uniform ..."."""
+    vowel = phrase[0] in "aeiou" and not phrase.startswith("uni")
+    return f"{'an' if vowel else 'a'} {phrase}"
+
+
+def _noun(item: SceneObject, rng: random.Random, adjectives: tuple[str, ...]) -> str:
+    """The object without article: the given adjectives, its colour and its shape."""
+    return " ".join([*adjectives, item.colour, pick(rng, SHAPE_WORDS[item.shape])])
+
+
+def _full(item: SceneObject, rng: random.Random) -> str:
+    """The object with its article and all attributes, at most 9 words."""
+    size = pick(rng, SIZE_WORDS[item.size])
+    before, after = pick(rng, TEXTURE_BEFORE[item.texture]), pick(rng, TEXTURE_AFTER[item.texture])
+    form = int(rng.random() * 5)
+    if form == 0:
+        return _with_article(_noun(item, rng, (before, size)))
+    if form in (1, 2):
+        return _with_article(f"{_noun(item, rng, (size,))} {after}")
+    return _with_article(_noun(item, rng, (size, before)))
+
+
+def _place(item: SceneObject, rng: random.Random) -> str:
+    """The place as an adverbial, at most 6 words (a comma inside is closed by none: it always ends a clause)."""
+    return pick(rng, PLACE_WORDS[item.place])
+
+
+def _ground(background: Background, rng: random.Random) -> str:
+    """The background with its article, at most 7 words."""
+    return _with_article(pick(rng, PATTERN_WORDS[background.pattern]).format(c=background.colour))
+
+
+def _format(scene: Scene) -> str:
+    return "square" if scene.width == scene.height else "wide" if scene.width > scene.height else "tall"
+
+
+def _fill(template: str, **words: str) -> str:
+    """Put words in; a capital letter in the template starts a sentence with them. A place with a comma that opens a
+    sentence closes it with one ("On the left, halfway down, there is ...")."""
+    values = {}
+    for name, word in words.items():
+        values[name] = word
+        opening = f"{word}," if "," in word and f"{{{name[0].upper()}{name[1:]}}}," not in template else word
+        values[name[0].upper() + name[1:]] = _capital(opening)
+    return template.format(**values)
+
+
+def _sentence(item: SceneObject, rng: random.Random, templates: tuple[str, ...]) -> str:
+    return _fill(pick(rng, templates), n=_full(item, rng), p=_place(item, rng))
+
+
+def _relation(a: SceneObject, b: SceneObject) -> str:
+    """Where ``a`` is seen from ``b``, by grid rows and columns."""
+    row_a, column_a = divmod(PLACES.index(a.place), GRID)
+    row_b, column_b = divmod(PLACES.index(b.place), GRID)
+    parts = []
+    if row_a != row_b:
+        parts.append("above" if row_a < row_b else "below")
+    if column_a != column_b:
+        parts.append("to the left of" if column_a < column_b else "to the right of")
+    return " and ".join(parts)
+
+
+def _relative(scene: Scene, rng: random.Random) -> str:
+    a, b = _shuffled(rng, scene.objects)[:2]
+    relation = _relation(a, b)
+    seen = relation.replace("to the left of", "further left").replace("to the right of", "further right")
+    seen = seen.replace("above", "higher up").replace("below", "lower down")
+    return pick(rng, RELATIVE).format(a=_noun(a, rng, ()), b=_noun(b, rng, ()), r=relation, x=seen)
+
+
+def _repeated(scene: Scene, rng: random.Random) -> str:
+    item = pick(rng, scene.objects)
+    return pick(rng, REPEATED).format(a=_noun(item, rng, ()), s=pick(rng, SIZE_WORDS[item.size]),
+                                      t=pick(rng, TEXTURE_STATED[item.texture]),
+                                      p=_place(item, rng).replace(",", ""))  # fmt: skip
+
+
+def _long(scene: Scene, rng: random.Random) -> str:
+    """At most 14 + 4 * 22 + 13 = 115 words are required; idle ones are added up to a drawn length of 50 to 140."""
+    body: list[str] = []
+    for item in _shuffled(rng, scene.objects):
+        if rng.random() < 0.3:
+            words = {"n": _with_article(_noun(item, rng, ())), "p": _place(item, rng)}
+            words |= {"s": pick(rng, SIZE_WORDS[item.size]), "t": pick(rng, TEXTURE_STATED[item.texture])}
+            body.append(_fill(pick(rng, LONG_SPLIT), **words))
+        else:
+            body.append(_sentence(item, rng, LONG_OBJECT))
+    return _paragraph(scene, rng, body, WORDS["long"], 50 + int(rng.random() ** 1.5 * 90), IDLE_LONG, rambling=0.6)
+
+
+def _clean(scene: Scene, rng: random.Random) -> str:
+    """At most 4 * 19 + 13 = 89 words are required; an introduction that would not fit beside them is left out."""
+    items = _shuffled(rng, scene.objects)
+    body: list[str] = []
+    while items:
+        if len(items) > 1 and rng.random() < 0.35:
+            a, b = items.pop(), items.pop()
+            words = {"n0": _full(a, rng), "p0": _place(a, rng), "n1": _full(b, rng), "p1": _place(b, rng)}
+            body.append(_fill(pick(rng, PAIR), **words))
+        else:
+            body.append(_sentence(items.pop(), rng, CLEAN_OBJECT))
+    return _paragraph(scene, rng, body, WORDS["clean"], 40 + int(rng.random() * 15), IDLE_CLEAN, rambling=0.25)
+
+
+def _paragraph(scene: Scene, rng: random.Random, body: list[str], bounds: tuple[int, int], target: int,
+               idle: tuple[str, ...], rambling: float) -> str:  # fmt: skip
+    """Introduction, objects and background, filled with true but idle sentences up to ``target`` words."""
+    least, most = bounds
+    parts = list(body)
+    intro = pick(rng, INTROS)
+    words = {"f": _format(scene), "k": pick(rng, COUNTS[len(scene.objects)]), "b": _ground(scene.background, rng)}
+    opening = intro.format(**words) if rng.random() < 0.75 else ""
+    if (
+        "{b}" not in intro or not opening or _count([opening, *parts]) > most
+    ):  # the background must be told by a sentence of its own
+        ground = _fill(pick(rng, GROUND), b=_ground(scene.background, rng))
+        parts.insert(0 if rng.random() < 0.25 else len(parts), ground)
+    if opening and _count([opening, *parts]) <= most:
+        parts.insert(0, opening)
+    spare = _shuffled(rng, idle)
+    while spare and _count(parts) < max(least, target):
+        if rng.random() < rambling and len(parts) < 12:
+            extra = _relative(scene, rng) if len(scene.objects) > 1 and rng.random() < 0.6 else _repeated(scene, rng)
+        else:
+            extra = spare.pop()
+        if extra not in parts and _count([*parts, extra]) <= most:
+            parts.append(extra)
+    return " ".join(parts)
+
+
+def _short(scene: Scene, rng: random.Random) -> str:
+    """Web style: some of the facts in any order, 5 to 15 words."""
+    least, most = WORDS["short"]
+    wordy = rng.random()  # how much of size and texture this writer mentions
+    parts: list[str] = []
+    for item in _shuffled(rng, scene.objects):
+        part = _short_object(item, rng, wordy)
+        if _count([*parts, part]) > most or (parts and rng.random() < 0.12):
+            break
+        parts.append(part)
+    backdrop = pick(rng, ("background", "backdrop"))
+    ground = f"{scene.background.colour} {backdrop}"
+    if _count(parts) < least or (rng.random() < 0.5 and _count([*parts, ground]) + 3 <= most):
+        parts.append(pick(rng, SHORT_GROUND).format(b=ground, a=_with_article(ground)))
+    separator = pick(rng, SEPARATORS)
+    if separator in (" and ", " / ") and _count(parts) + len(parts) - 1 > most:
+        separator = ", "  # as words these would not fit
+    text = separator.join(parts)
+    opening = pick(rng, SHORT_OPENING)
+    if rng.random() < 0.2 and _count([opening, text]) <= most:
+        text = f"{opening} {text}"
+    return _capital(text) if rng.random() < 0.4 else text
+
+
+def _short_object(item: SceneObject, rng: random.Random, wordy: float) -> str:
+    """At most 12 words, at least 3."""
+    adjectives = [pick(rng, SIZE_WORDS[item.size])] if rng.random() < wordy else []
+    if rng.random() < wordy and item.texture != "plain":
+        adjectives.append(pick(rng, TEXTURE_BEFORE[item.texture]))
+    noun = _noun(item, rng, tuple(adjectives))
+    place = pick(rng, SHORT_PLACES[item.place])
+    return pick(rng, SHORT_OBJECT).format(n=noun, a=_with_article(noun), p=place)

@@ -1,0 +1,127 @@
+"""Images: decode what the web holds, choose an aspect bucket, resize and crop into it."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from paradiffusion.errors import UserError
+from paradiffusion.randomness import uniform
+
+Bucket = tuple[int, int]
+"""(height, width) in pixels."""
+
+MAX_PIXELS: Final = 100_000_000
+_FORMATS: Final = ("JPEG", "PNG", "WEBP")
+_ORIENTATION: Final = 0x0112
+
+
+class BadImage(ValueError):
+    """The bytes are no image that can be used; the message says why in a few words."""
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode JPEG, PNG or WebP into an upright RGB image.
+
+    EXIF rotation is applied, transparency laid on white, palettes, CMYK and 16-bit greys converted, and of an
+    animation the first frame is taken. Raises BadImage for anything that does not decode or has over ``max_pixels``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                if image.width * image.height > max_pixels:
+                    raise BadImage(f"{image.width} x {image.height} pixels, over the limit of {max_pixels}")
+                image.load()
+                return _to_rgb(ImageOps.exif_transpose(image))
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's plugins raise nearly anything on bytes that are not what they claim to be.
+        raise BadImage(f"does not decode: {type(error).__name__}") from error
+
+
+def probe_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of an encoded image as it stands upright; (0, 0) if that cannot be told.
+
+    The first bytes of a JPEG or PNG are enough, unless its metadata is large; WebP needs all.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                # Only with EXIF at hand: to look for it, a PNG would decode its pixels.
+                turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+                return (image.height, image.width) if turned else (image.width, image.height)
+    except Exception:  # As in decode(), which tells the error when the sample is read.
+        return 0, 0
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit greys: Pillow's own conversion would clip them to white.
+        grey = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255).astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        with_alpha = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, with_alpha).convert("RGB")
+    return image.convert("RGB")
+
+
+def make_buckets(resolution: int, multiple: int, max_aspect: float) -> list[Bucket]:
+    """The sizes (height, width) that batches may have, sorted from tall to wide.
+
+    Sides are multiples of ``multiple`` pixels, areas near ``resolution ** 2`` and at most 10 % over it, long to short
+    side at most ``max_aspect``. The square is among them. One bucket for each short side, since finer ones would only
+    spread the data over more batches. Raises UserError when the square is no multiple.
+    """
+    if multiple < 1 or resolution < multiple or resolution % multiple:
+        raise UserError(
+            f"resolution={resolution} is not a multiple of {multiple} pixels, which the model needs: "
+            f"try {max(multiple, round(resolution / max(multiple, 1)) * multiple)}."
+        )
+    if max_aspect < 1:
+        raise UserError(f"max_aspect={max_aspect} is below 1: it is the longest side over the shortest, such as 2.0.")
+    area = resolution * resolution
+    buckets: set[Bucket] = {(resolution, resolution)}
+    for short in range(resolution - multiple, 0, -multiple):
+        long = round(area / short / multiple) * multiple
+        if short * long > 1.1 * area:
+            long -= multiple
+        if long > max_aspect * short:
+            break
+        if short * long >= 0.8 * area:
+            buckets |= {(short, long), (long, short)}
+    return sorted(buckets, key=lambda bucket: bucket[1] / bucket[0])
+
+
+def assign_buckets(width: np.ndarray, height: np.ndarray, buckets: list[Bucket]) -> np.ndarray:
+    """Index of the bucket whose aspect is nearest on a log scale: int16 with the shape of ``width``.
+
+    Unknown sizes (0) are taken as square.
+    """
+    logs = np.array([math.log(wide / tall) for tall, wide in buckets])
+    order = np.argsort(logs, kind="stable")
+    between = (logs[order][1:] + logs[order][:-1]) / 2
+    known = (width > 0) & (height > 0)
+    aspect = np.log(np.where(known, width, 1) / np.where(known, height, 1))
+    return order.astype(np.int16)[np.searchsorted(between, aspect)]
+
+
+def to_array(image: Image.Image, bucket: Bucket, crop_seed: int) -> np.ndarray:
+    """Resize ``image`` to cover ``bucket`` and crop it there: uint8 [H, W, 3].
+
+    Resampling is antialiased (Lanczos). The crop's place is a function of ``crop_seed`` alone: rerunning, caching or
+    another number of processes see the same picture.
+    """
+    tall, wide = bucket
+    scale = max(wide / image.width, tall / image.height)
+    crop_width, crop_height = min(wide / scale, image.width), min(tall / scale, image.height)
+    left = uniform("crop left", int(crop_seed)) * (image.width - crop_width)
+    top = uniform("crop top", int(crop_seed)) * (image.height - crop_height)
+    box = (left, top, min(left + crop_width, image.width), min(top + crop_height, image.height))
+    return np.asarray(image.resize((wide, tall), Image.Resampling.LANCZOS, box=box), dtype=np.uint8)

@@ -1,0 +1,255 @@
+"""Plan and shards to batches: this process's slice of every step, read in worker processes.
+
+The main process plans (integers only) and tells the workers which bytes to read, so what a batch holds is a function of
+(seed, step) and the data, whatever the number of workers, and any step can be the first one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from paradiffusion.data.captions import is_dropped
+from paradiffusion.data.images import MAX_PIXELS
+from paradiffusion.data.plan import BatchPlan
+from paradiffusion.data.reader import Delivery, Order, Reader, as_it_is, guard_worker
+from paradiffusion.data.shards import Place, SampleIndex
+from paradiffusion.errors import UserError
+
+# Below so many samples read, a few bad ones say nothing about their share.
+_JUDGED_FROM = 64
+# A slice of a few slots may be wholly bad by chance; then other samples of the global batch stand in.
+_SMALL_SLICE, _SPARES = 8, 4
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How the plan is read.
+
+    Steps ``first_step`` to ``last_step`` (exclusive; None: without end). Each step's slice of this rank comes in
+    ``accumulation`` equal batches. ``workers`` are processes, each ``prefetch`` batches ahead; 0 reads in this one.
+    """
+
+    seed: int = 0
+    first_step: int = 0
+    last_step: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+    caption_dropout: float = 0.0
+    max_bad_fraction: float = 0.01
+    workers: int = 2
+    prefetch: int = 2
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(eq=False)
+class Batch:
+    """b samples of one bucket: micro-batch ``micro`` of this process's slice of the global batch of ``step``.
+
+    ``images`` is float32 [b, 3, H, W] in -1..1; ``slots`` int64 [b], places in the global batch, from which timesteps
+    and noise are drawn; ``weights`` float32 [b], 0 where a sample could not be read and another of the slice stands in.
+    A dropped caption is "" with 0 ``words``. ``keys`` are ``shard.tar/key``; ``bad`` says what was not read and why.
+    """
+
+    step: int
+    images: torch.Tensor
+    captions: list[str]
+    kinds: list[str]
+    words: list[int]
+    keys: list[str]
+    slots: torch.Tensor
+    weights: torch.Tensor
+    bad: list[str]
+    micro: int = 0
+
+
+@dataclass
+class LoadReport:
+    """Samples read so far, and those that could not be, counted by (shard, error)."""
+
+    read: int = 0
+    bad: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    @property
+    def bad_fraction(self) -> float:
+        """The share of the samples that could not be read."""
+        return self.bad.total() / max(self.read, 1)
+
+    def summary(self) -> str:
+        """One line for the log: how many were bad, and the commonest reasons."""
+        reasons = ", ".join(f"{shard} {error} ({count})" for (shard, error), count in self.bad.most_common(5))
+        return f"{self.bad.total()} of {self.read} samples could not be read" + (f": {reasons}" if reasons else "")
+
+
+class Loader(Iterator[Batch]):
+    """The batches of this process, in the order of their steps; see ``make_loader``."""
+
+    def __init__(self, index: SampleIndex, plan: BatchPlan, settings: LoaderSettings) -> None:
+        self.index, self.plan, self.settings = index, plan, settings
+        self.report = LoadReport()
+        shares = settings.world_size * settings.accumulation
+        if plan.batch_size % shares:
+            raise UserError(
+                f"batch_size={plan.batch_size} cannot be split evenly over {settings.world_size} processes times "
+                f"{settings.accumulation} micro-batches: make it a multiple of {shares}."
+            )
+        self._size = plan.batch_size // shares
+        self._deliveries: Iterator[tuple[Order, Delivery]] | None = None
+        self._end: weakref.finalize[..., Loader] | None = None
+        self._at_exit = partial(_close, weakref.ref(self))
+
+    def __next__(self) -> Batch:
+        if self._deliveries is None:
+            self._deliveries = self._start()
+        try:
+            order, delivery = next(self._deliveries)
+            self._judge(delivery)
+        except UserError:
+            self.close()
+            raise
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            raise UserError(
+                f"A process that reads data has died ({str(error).splitlines()[0]}), probably out of memory: "
+                "set data.workers lower, or enlarge /dev/shm in a container."
+            ) from error
+        captions = ["" if drop else caption for drop, caption in zip(order.dropped, delivery.captions, strict=True)]
+        return Batch(
+            step=order.step,
+            images=delivery.pixels.to(torch.float32).div_(127.5).sub_(1.0),
+            captions=captions,
+            kinds=delivery.kinds,
+            words=[len(caption.split()) for caption in captions],
+            keys=delivery.keys,
+            slots=torch.arange(order.slots.start, order.slots.stop),
+            weights=torch.tensor(delivery.weights, dtype=torch.float32),
+            bad=[str(failure) for failure in delivery.failures],
+            micro=order.micro,
+        )
+
+    def close(self) -> None:
+        """End the worker processes; the loader yields nothing more."""
+        atexit.unregister(self._at_exit)
+        self._deliveries = iter(())
+        if self._end:
+            self._end()
+
+    def _start(self) -> Iterator[tuple[Order, Delivery]]:
+        settings = self.settings
+        workers = settings.workers
+        ended, end = Pipe(duplex=False)
+        self._end = weakref.finalize(self, _tell_workers, ended, end, os.getpid())
+        on_child_exit = signal.getsignal(signal.SIGCHLD)
+        deliveries = iter(
+            DataLoader(
+                Reader(settings.max_pixels),
+                batch_size=None,
+                sampler=_Orders(self.index, self.plan, settings, self._size),
+                num_workers=workers,
+                prefetch_factor=settings.prefetch if workers else None,
+                collate_fn=as_it_is,
+                worker_init_fn=partial(guard_worker, ended=ended) if workers else None,
+                generator=torch.Generator(),  # Its own: DataLoader would otherwise draw from the global generator.
+            )
+        )
+        # DataLoader would raise the death of a worker out of this signal, in the midst of a step or a save. Without that
+        # it still notices, when the next batch is asked for.
+        if on_child_exit is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, on_child_exit)
+        # Registered after the workers have started, so called before multiprocessing waits for them: they ignore its
+        # SIGTERM, and a program that ends without close() would wait for ever.
+        atexit.register(self._at_exit)
+        return deliveries
+
+    def _judge(self, delivery: Delivery) -> None:
+        """Count what was read; raise UserError when too much of it was bad."""
+        report = self.report
+        report.read += self._size
+        report.bad.update((failure.shard, failure.error) for failure in delivery.failures)
+        if not delivery.failures:
+            return
+        too_many = report.read >= _JUDGED_FROM and report.bad_fraction > self.settings.max_bad_fraction
+        if too_many or not delivery.keys:
+            raise UserError(
+                f"{report.bad.total()} of {report.read} samples could not be read (the last one "
+                f"{delivery.failures[-1]}), and data.max_bad_fraction is {self.settings.max_bad_fraction}: "
+                "mend or leave out that shard, or raise the limit."
+            )
+
+
+def make_loader(index: SampleIndex, plan: BatchPlan, settings: LoaderSettings) -> Loader:
+    """The batches of this process: slots ``rank * b`` to ``rank * b + b`` of every step, b = batch_size / world_size.
+
+    A sample that cannot be read is replaced in its slot by a good one of the slice with weight 0 and counted in
+    ``loader.report``. Iterating raises UserError when a whole slice is bad, or over ``max_bad_fraction`` of what was
+    read once that is enough to judge. Raises UserError when the batch does not split evenly.
+    """
+    return Loader(index, plan, settings)
+
+
+def _close(loader: weakref.ref[Loader]) -> None:
+    if alive := loader():
+        alive.close()
+
+
+def _tell_workers(ended: Connection, end: Connection, owner: int) -> None:
+    """Say that the loader has ended. ``ended`` is kept open here for as long as there is something to say."""
+    if os.getpid() == owner:  # Not where a forked process drops its copy of the loader.
+        end.send_bytes(b"end")
+
+
+class _Lookup:
+    """Slot of the global batch -> (place, caption kind), looked up only where asked for."""
+
+    def __init__(self, index: SampleIndex, rows: np.ndarray, kinds: np.ndarray) -> None:
+        self.index, self.rows, self.kinds = index, rows, kinds
+
+    def __getitem__(self, slot: int) -> tuple[Place, str]:
+        return self.index.place(int(self.rows[slot])), self.index.kinds[self.kinds[slot]]
+
+
+class _Orders:
+    """The sampler of the DataLoader: what to read, in order.
+
+    It knows no loader: in a cycle of references, a loader that nobody needs would keep its workers alive.
+    """
+
+    def __init__(self, index: SampleIndex, plan: BatchPlan, settings: LoaderSettings, size: int) -> None:
+        self.index, self.plan, self.settings, self.size = index, plan, settings, size
+
+    def __iter__(self) -> Iterator[Order]:
+        settings, step = self.settings, self.settings.first_step
+        while settings.last_step is None or step < settings.last_step:
+            batch = self.plan.batch(step)
+            places = _Lookup(self.index, batch.rows, batch.kinds)
+            for micro in range(settings.accumulation):
+                first = (settings.rank * settings.accumulation + micro) * self.size
+                slots = range(first, first + self.size)
+                others = [*range(slots.stop, len(batch.rows)), *range(slots.start)][:_SPARES]
+                yield Order(
+                    step=step,
+                    micro=micro,
+                    bucket=batch.bucket,
+                    places=[places[slot][0] for slot in slots],
+                    kinds=[places[slot][1] for slot in slots],
+                    slots=slots,
+                    dropped=[is_dropped(settings.seed, step, slot, settings.caption_dropout) for slot in slots],
+                    spares=[places[slot] for slot in others] if self.size < _SMALL_SLICE else [],
+                )
+            step += 1

@@ -1,0 +1,123 @@
+"""The inside of a shard: which bytes of the tar are which sample's image, JSON and text.
+
+Samples follow WebDataset's naming: the key is the path up to the first dot of the file name, the rest its extension.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from paradiffusion.errors import UserError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_BLOCK = 512
+_MAX_MEMBER = 1 << 30  # Larger files are no images; sizes are stored in 32 bits.
+
+
+@dataclass
+class Span:
+    """A piece of a shard: ``size`` bytes from byte ``offset``; size 0 where there is none."""
+
+    offset: int = 0
+    size: int = 0
+
+
+@dataclass
+class Entry:
+    """Where one sample lies. ``extension`` is "" while no image was found."""
+
+    key: str
+    extension: str
+    image: Span
+    json: Span
+    text: Span
+
+
+@dataclass
+class Listing:
+    """What one tar holds.
+
+    ``entries`` are the samples with an image, in the order of the tar; ``without_image`` counts keys with only a JSON
+    or text, ``stray`` files that are no part of a sample (other kinds, paths that leave the folder, repeated names).
+    """
+
+    entries: list[Entry]
+    without_image: int
+    stray: int
+    truncated: bool
+
+
+def list_tar(path: Path) -> Listing:
+    """List the samples of a plain (uncompressed) tar without reading their contents.
+
+    A tar that is cut short is listed up to the cut, with ``truncated`` set. Raises UserError when the file cannot be
+    opened or is no plain tar.
+    """
+    found: dict[str, Entry] = {}
+    stray, last = 0, ""
+    truncated = False
+    try:
+        size = path.stat().st_size
+        if size < _BLOCK:
+            return Listing([], 0, 0, truncated=True)
+        with tarfile.open(path, "r:") as tar:
+            try:
+                for member in tar:
+                    if member.offset_data + member.size > size:
+                        truncated = True
+                        break
+                    if member.isdir():
+                        continue
+                    key = _add(found, member)
+                    stray, last = stray + (not key), key or last
+            except tarfile.ReadError:
+                truncated = True
+            # tarfile ends quietly at a header that it cannot read; a whole tar ends in a block of zeros.
+            end = tar.offset
+        truncated = truncated or _read(path, end, _BLOCK) != bytes(_BLOCK)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise UserError(
+            f"The shard {path} cannot be read as an uncompressed tar ({error}): unpack it if it is compressed, "
+            "or leave it out of data.shards."
+        ) from error
+    if truncated and last and not _is_whole(found[last]):
+        del found[last]
+    entries = [entry for entry in found.values() if entry.extension]
+    return Listing(entries, len(found) - len(entries), stray, truncated)
+
+
+def _add(found: dict[str, Entry], member: tarfile.TarInfo) -> str:
+    """Put a member into its sample; its key, or "" for a stray file."""
+    name = member.name.removeprefix("./")
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    extension = extension.lower()
+    wanted = stem and (extension in IMAGE_EXTENSIONS or extension in ("json", "txt"))
+    plain = member.isreg() and not member.issparse() and member.size < _MAX_MEMBER
+    outside = name.startswith("/") or ".." in folder.split("/")
+    if not wanted or not plain or outside:
+        return ""
+    key = folder + slash + stem
+    span = Span(member.offset_data, member.size)
+    entry = found.setdefault(key, Entry(key, "", Span(), Span(), Span()))
+    if extension == "json" and not entry.json.size:
+        entry.json = span
+    elif extension == "txt" and not entry.text.size:
+        entry.text = span
+    elif extension in IMAGE_EXTENSIONS and not entry.extension:
+        entry.image, entry.extension = span, extension
+    else:
+        return ""
+    return key
+
+
+def _is_whole(entry: Entry) -> bool:
+    return bool(entry.extension and (entry.json.size or entry.text.size))
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
