@@ -1,0 +1,114 @@
+"""The KL autoencoder between images and latents, frozen in every stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from paradiffusion.config import CodecConfig
+from paradiffusion.errors import UserError
+from paradiffusion.text.encoder import DTYPES
+from paradiffusion.text.sources import download, hash_ends
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Codec(nn.Module):
+    """Encodes images to latents of unit scale, and back.
+
+    Args:
+        vae: a diffusers AutoencoderKL.
+        config: scaling and how the posterior is used.
+        source: id, revision and hash, for the checkpoint.
+    """
+
+    def __init__(self, vae: Any, config: CodecConfig, source: dict[str, Any]) -> None:
+        super().__init__()
+        self.vae = vae
+        self.config = config
+        self.source = source
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents [B, C, H/f, W/f] in fp32 of images [B, 3, H, W] in -1..1.
+
+        ``noise`` [B, C, H/f, W/f] draws from the posterior; None takes its mean. It is an argument because every draw is
+        a function of the sample's identity.
+        """
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
+        return latents.float() * self.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in -1..1, fp32, of latents [B, C, H/f, W/f]."""
+        return self.vae.decode((latents / self.config.scaling_factor).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H/f, W/f) for an image of ``height`` by ``width`` pixels."""
+        return self.config.latent_channels, height // self.config.factor, width // self.config.factor
+
+
+def find_folder(path: str) -> Path | None:
+    """A configured folder: as given, or, for what is shipped with the repository, below its root."""
+    for candidate in (Path(path).expanduser(), REPOSITORY / path):
+        if (candidate / "config.json").is_file():
+            return candidate
+    return None
+
+
+def locate_codec(config: CodecConfig) -> Path:
+    """The codec's local folder, downloaded if need be; UserError when it is nowhere."""
+    if config.path is not None:
+        folder = find_folder(config.path)
+        if folder is not None:
+            return folder
+        raise UserError(
+            f"codec.path={config.path} holds no config.json; expected an AutoencoderKL in the diffusers layout "
+            "(config.json, diffusion_pytorch_model.safetensors)."
+        )
+    if config.hub is not None:
+        found = download(config.hub, config.revision)
+        if found is not None:
+            return found / config.subfolder if config.subfolder else found
+    raise UserError(
+        f"the codec {config.name} was found nowhere: codec.path is not set and the hub's {config.hub or '(none configured)'} "
+        "could not be had; set codec.path=<folder> to an AutoencoderKL in the diffusers layout."
+    )
+
+
+def load_codec(config: CodecConfig, expected_hash: str | None = None) -> Codec:
+    """Load the autoencoder, frozen, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: when it is not to be had, unreadable, of another shape than configured, or not the checkpoint's.
+    """
+    folder = locate_codec(config)
+    found = hash_ends(sorted(folder.glob("*.safetensors")))
+    if expected_hash is not None and found != expected_hash:
+        raise UserError(
+            f"the codec in {folder} has the hash {found}, but the checkpoint was trained with {expected_hash} "
+            f"({config.name}); set codec_path=<folder> to that autoencoder."
+        )
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=DTYPES[config.dtype], use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"the codec in {folder} could not be read ({str(error).splitlines()[0]}); expected an AutoencoderKL with "
+            "safetensors weights, so fetch it again."
+        ) from None
+    channels = vae.config["latent_channels"]
+    factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+    if (channels, factor) != (config.latent_channels, config.factor):
+        raise UserError(
+            f"the codec in {folder} has {channels} latent channels and factor {factor}, but the configuration says "
+            f"codec.latent_channels={config.latent_channels} and codec.factor={config.factor}; make them equal."
+        )
+    vae.requires_grad_(False)
+    source = {"name": config.name, "hub": config.hub, "revision": config.revision, "hash": found}
+    return Codec(vae.eval(), config, source)

@@ -1,0 +1,104 @@
+"""What makes a folder of files trustworthy: a manifest of sizes and hashes, written last and checked first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from paradiffusion.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder to the disk, so that a rename after it cannot survive a power cut that its bytes do not."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and hash of every file below ``folder``, and force all of it to the disk."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path)}
+            sync(path)
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    sync(folder / MANIFEST)
+
+
+def find_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words that name the file; None when every file is as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not readable"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != expected["size"]:
+            return f"{name} has {size} bytes instead of {expected['size']}"
+        if hash_file(path) != expected["sha256"]:
+            return f"{name} has other content than was written"
+    return None
+
+
+def checkpoints_of(stage_folder: Path) -> list[Path]:
+    """A stage's checkpoint folders, newest first; half-written ones have other names."""
+    folders = [p for p in (stage_folder / "checkpoints").glob("step_*") if p.is_dir() and p.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_valid(stage_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that passes its manifest, and a sentence for each newer one that was passed over."""
+    faults: list[str] = []
+    for folder in checkpoints_of(stage_folder):
+        fault = find_fault(folder)
+        if fault is None:
+            return folder, faults
+        faults.append(f"the checkpoint {folder} is passed over: {fault}.")
+    return None, faults
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that ``ckpt=`` means: a run, a stage, or a checkpoint or weights folder itself.
+
+    Raises:
+        UserError: when there is none, or none that passes its manifest.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "checkpoint.json").is_file():
+        fault = find_fault(folder)
+        if fault is not None:
+            raise UserError(f"the checkpoint {folder} is damaged: {fault}; use another checkpoint, or copy it again.")
+        return folder
+    stages = sorted(folder.glob("stage[0-9]"), reverse=True) if not (folder / "checkpoints").is_dir() else [folder]
+    faults: list[str] = []
+    for stage in stages:
+        found, passed_over = newest_valid(stage)
+        faults += passed_over
+        for sentence in passed_over:
+            print(f"warning: {sentence}")
+        if found is not None:
+            return found
+    if faults:
+        raise UserError(f"no whole checkpoint is left in {folder}: {faults[0]}")
+    raise UserError(
+        f"ckpt={path} holds no checkpoint; expected a run (runs/NAME), a stage (runs/NAME/stage1), a checkpoint "
+        "(.../checkpoints/step_000060) or a weights folder."
+    )

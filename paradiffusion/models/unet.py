@@ -1,0 +1,90 @@
+"""The denoiser: diffusers' UNet2DConditionModel, built from the configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+
+from paradiffusion.config import CodecConfig, ConditioningConfig, UNetConfig
+from paradiffusion.errors import UserError
+
+
+def text_width(conditioning: ConditioningConfig, encoder_width: int) -> int:
+    """Width of the features that reach the U-Net's own linear projection."""
+    return conditioning.refiner_width if conditioning.projection == "refiner" else encoder_width
+
+
+def build_unet(
+    config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int, seed: int
+) -> UNet2DConditionModel:
+    """A U-Net with fresh weights, a function of ``seed``; its ``encoder_hid_proj`` is the paper's linear layer.
+
+    Raises:
+        UserError: when diffusers refuses the arguments.
+    """
+    arguments: dict[str, Any] = {
+        **config.arguments,
+        "in_channels": codec.latent_channels + coordinate_channels(config.coordinates),
+        "out_channels": codec.latent_channels,
+        "encoder_hid_dim": text_width(conditioning, encoder_width),
+        "encoder_hid_dim_type": "text_proj",
+    }
+    if config.pooled_text:
+        arguments["class_embed_type"] = "simple_projection"
+        arguments["projection_class_embeddings_input_dim"] = arguments["encoder_hid_dim"]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            unet: Any = UNet2DConditionModel(**arguments)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"unet.arguments do not make a UNet2DConditionModel ({first}); see configs/unet/ for sets that do."
+        ) from None
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):
+                parameter.mul_(config.attention_gain)
+    if config.plain_attention:
+        unet.set_attn_processor(AttnProcessor())
+    return unet
+
+
+def downsampling(unet: Any) -> int:
+    """By how much the U-Net shrinks its latents inside: sides must be multiples of this."""
+    return 2 ** (len(unet.config["block_out_channels"]) - 1)
+
+
+def pooled(features: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of features [B, L, D] over real tokens, [B, D]."""
+    if mask is None:
+        return features.mean(dim=1)
+    shares = mask / mask.sum(dim=1, keepdim=True)
+    return (features * shares[..., None].to(features)).sum(dim=1)
+
+
+def coordinate_channels(octaves: int) -> int:
+    """How many channels ``with_coordinates`` adds."""
+    return 2 + 4 * (octaves - 1) if octaves else 0
+
+
+def with_coordinates(latents: Tensor, octaves: int) -> Tensor:
+    """Append where each latent lies: [B, C, h, w] to [B, C + n, h, w], n as ``coordinate_channels`` says.
+
+    x and y of the latents' centres in -1..1, then sin and cos of k pi x and k pi y for k = 1 .. octaves - 1.
+    Convolutions alone know places only through the zeros at the borders.
+    """
+    if not octaves:
+        return latents
+    b, _, h, w = latents.shape
+    y = ((torch.arange(h, device=latents.device, dtype=latents.dtype) + 0.5) / h * 2 - 1).view(h, 1).expand(h, w)
+    x = ((torch.arange(w, device=latents.device, dtype=latents.dtype) + 0.5) / w * 2 - 1).view(1, w).expand(h, w)
+    channels = [x, y]
+    for k in range(1, octaves):
+        channels += [wave(math.pi * k * axis) for axis in (x, y) for wave in (torch.sin, torch.cos)]
+    return torch.cat([latents, torch.stack(channels).expand(b, -1, h, w)], dim=1)
