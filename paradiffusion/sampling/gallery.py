@@ -1,0 +1,213 @@
+"""Images on disk and pages to look at them: PNG with metadata, the gallery page, contact sheets."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from paradiffusion.sampling.manifest import ImageRecord, write_whole
+
+MAX_EMBEDDED = 400  # images; a page with more refers to the files, or no browser opens it
+THUMBNAIL = 512  # pixels of the longer side; embedded images are not larger, the file is one click away
+MAX_BYTES = 100_000  # of a file that is embedded as it is: a page of MAX_EMBEDDED stays below 50 MB
+MAX_GRID = 32  # images; a picture with more is too large to look at
+GRID_CELL = 256  # pixels that a tiny image is enlarged to in the grid
+TINY = 192  # pixels of the longer side; smaller images are shown enlarged with hard edges
+
+DEFAULTS = {"guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_stop": 1.0}  # not worth a reader's time
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #888; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 110rem; }
+main { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+article { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; min-width: 0; }
+.images { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
+figure { margin: 0; }
+img { display: block; width: 100%; height: auto; border-radius: .25rem; }
+img.tiny { image-rendering: pixelated; }
+figcaption, .negative, header p { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
+.prompt { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto; margin: .75rem 0 0; }
+h1 { font-size: 1.3rem; margin: 0; }
+"""
+
+
+def save_png(path: Path, image: np.ndarray, metadata: Mapping[str, Any]) -> int:
+    """Write ``image``, uint8 [H, W, 3], with ``metadata`` as PNG text, and return the file's size in bytes.
+
+    Text is stored as UTF-8 (iTXt), everything else as JSON. The file gets its name when it is whole.
+    """
+    info = PngInfo()
+    for key, value in metadata.items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            Image.fromarray(image).save(file, format="PNG", pnginfo=info)
+        size = temporary.stat().st_size
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return size
+
+
+def write_gallery(folder: Path, rows: Sequence[ImageRecord], title: str) -> Path:
+    """Write ``index.html`` for the images of ``folder`` and return its path.
+
+    Up to MAX_EMBEDDED images the page is self-contained. Images of one prompt share a card.
+    """
+    embed = len(rows) <= MAX_EMBEDDED
+    cards = [
+        _card(folder, list(group), embed)
+        for _, group in groupby(rows, key=lambda row: (row.order[0], row.prompt, row.negative_prompt))
+    ]
+    counts = f"{len(rows)} image{'s' * (len(rows) != 1)}, {len(cards)} prompt{'s' * (len(cards) != 1)}"
+    page = "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>",
+            f"<header><h1>{_text(title)}</h1><p>{counts}. A click on an image opens its file.</p></header>",
+            "<main>",
+            *cards,
+            "</main></body></html>",
+            "",
+        ]
+    )
+    write_whole(folder / "index.html", page)
+    return folder / "index.html"
+
+
+def write_grid(folder: Path, rows: Sequence[ImageRecord]) -> Path | None:
+    """Write ``grid.png``, the images of ``folder`` with their prompts in one picture; None beyond MAX_GRID images."""
+    if not 0 < len(rows) <= MAX_GRID:
+        return None
+    pictures = [Image.open(folder / row.file).convert("RGB") for row in rows]
+    scale = max(1, GRID_CELL // max(max(picture.size) for picture in pictures))
+    sheet = contact_sheet(pictures, columns=4, labels=[row.prompt for row in rows], scale=scale)
+    temporary = folder / ".grid.part"
+    sheet.save(temporary, format="PNG", optimize=True)
+    os.replace(temporary, folder / "grid.png")
+    return folder / "grid.png"
+
+
+def _card(folder: Path, rows: list[ImageRecord], embed: bool) -> str:
+    figures = "".join(_figure(folder, row, embed) for row in rows)
+    negative = rows[0].negative_prompt
+    below = f'<p class="negative">negative prompt: {_text(negative)}</p>' if negative else ""
+    return f'<article><div class="images">{figures}</div><p class="prompt">{_text(rows[0].prompt)}</p>{below}</article>'
+
+
+def _figure(folder: Path, row: ImageRecord, embed: bool) -> str:
+    settings = ", ".join(f"{key} {value}" for key, value in row.settings.items() if value != DEFAULTS.get(key))
+    caption = (
+        f"{row.name} · seed {row.seed} · {row.height}x{row.width} · {settings} · {row.checkpoint}, step {row.step}"
+    )
+    link = escape(quote(row.file))
+    source = _data_uri(folder / row.file) if embed else link
+    tiny = ' class="tiny"' if max(row.height, row.width) <= TINY else ""
+    return (
+        f'<figure><a href="{link}"><img src="{source}" width="{row.width}" height="{row.height}"{tiny} loading="lazy" '
+        f'alt="{_text(row.prompt[:200])}"></a><figcaption>{_text(caption)}</figcaption></figure>'
+    )
+
+
+def _data_uri(path: Path) -> str:
+    """The image as a data URI: the file's own bytes when it is small, else a reduced JPEG."""
+    with Image.open(path) as image:
+        if max(image.size) <= THUMBNAIL and path.stat().st_size <= MAX_BYTES:
+            kind, data = "png", path.read_bytes()
+        else:
+            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, format="JPEG", quality=88)
+            kind, data = "jpeg", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _text(text: str) -> str:
+    """Escaped for a page: markup as text, and control characters, which HTML does not allow, as a replacement."""
+    return escape("".join(c if c.isprintable() or c in "\n\t" or ord(c) >= 160 else "\ufffd" for c in text))
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray | Image.Image],
+    columns: int,
+    labels: Sequence[str] | None = None,
+    scale: int = 1,
+    font_size: int = 12,
+    gap: int = 8,
+) -> Image.Image:
+    """A grid of images on white, row by row, each centred in its cell.
+
+    Args:
+        images: uint8 [H, W, 3] arrays or pictures, of any sizes.
+        labels: one text under each image, wrapped to the width of its cell.
+        scale: whole number by which the images are enlarged with hard edges.
+        gap: pixels between the cells.
+    Raises:
+        ValueError: for no images, or another number of labels than images.
+    """
+    if not images or (labels is not None and len(labels) != len(images)):
+        raise ValueError(f"{len(images)} images with {None if labels is None else len(labels)} labels")
+    pictures = [_enlarged(image, scale) for image in images]
+    width = max(picture.width for picture in pictures)
+    font = ImageFont.load_default(font_size)
+    texts = ["\n".join(_wrapped(label, width, font)) for label in labels] if labels else [""] * len(pictures)
+    line = round(font_size * 1.35)
+    columns = min(columns, len(pictures))
+    starts = range(0, len(pictures), columns)
+    heights = [max(picture.height for picture in pictures[start : start + columns]) for start in starts]
+    notes = [max(_lines(text) for text in texts[start : start + columns]) * line for start in starts]
+
+    sheet = Image.new(
+        "RGB", (columns * (width + gap) + gap, sum(heights) + sum(notes) + gap * (len(heights) + 1)), "white"
+    )
+    pen = ImageDraw.Draw(sheet)
+    top = gap
+    for start, height, note in zip(starts, heights, notes, strict=True):
+        for column in range(min(columns, len(pictures) - start)):
+            picture, left = pictures[start + column], gap + column * (width + gap)
+            sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
+            for number, text in enumerate(texts[start + column].split("\n")):
+                pen.text((left, top + height + 2 + number * line), text, fill="black", font=font)
+        top += height + note + gap
+    return sheet
+
+
+def _enlarged(image: np.ndarray | Image.Image, scale: int) -> Image.Image:
+    picture = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _lines(text: str) -> int:
+    return text.count("\n") + 1 if text else 0
+
+
+def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """Lines no wider than ``width`` pixels; a word that is wider is cut."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines

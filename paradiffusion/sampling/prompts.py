@@ -1,0 +1,221 @@
+"""Prompts from a file, from the command line or from standard input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from paradiffusion.errors import UserError
+
+KINDS = (".txt", ".csv", ".jsonl")
+MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes on every platform
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt and what its line says about how to draw it; None means that the line says nothing.
+
+    Attributes:
+        index: place among the prompts, 0 first; it names the images.
+        source: where it stands, for messages, such as "prompts.csv line 3".
+    """
+
+    index: int
+    prompt: str
+    seed: int | None = None
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    source: str = "prompt="
+
+
+KEYS = tuple(field.name for field in fields(PromptRequest) if field.name not in ("index", "source"))
+LOWEST = {"seed": 0, "height": 1, "width": 1, "steps": 1, "guidance": 0}
+HIGHEST = {"seed": MAX_SEED, "guidance": 100}
+
+Row = tuple[str, dict[str, Any]]  # the source and the fields of one prompt
+
+
+def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = None) -> list[PromptRequest]:
+    """The prompts in the order of the file.
+
+    Args:
+        prompt: one prompt; "-" reads standard input, one a line.
+        prompt_file: .txt with one prompt a line, .csv with a ``prompt`` column, .jsonl with an object a line, or "-".
+            In .csv and .jsonl the other fields of PromptRequest may be given for each prompt.
+    Raises:
+        UserError: for a file that is missing, empty, not UTF-8 or malformed; it names the line.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise UserError("expected one of prompt= and prompt_file=; prompt_file=prompts.txt is the main way.")
+    if "-" in (prompt, str(prompt_file)):
+        rows = _lines(_decode(sys.stdin.buffer.read(), "standard input"), "standard input")
+        source = "standard input"
+    elif prompt is not None:
+        rows, source = iter([("prompt=", {"prompt": prompt})]), "prompt="
+    else:
+        path = Path(str(prompt_file))
+        rows, source = _rows_of_file(path), f"prompt_file={path}"
+    requests = [_request(index, *row) for index, row in enumerate(rows)]
+    if not requests:
+        raise UserError(f"{source} holds no prompts; expected at least one, as a line of text.")
+    return requests
+
+
+def _rows_of_file(path: Path) -> Iterator[Row]:
+    kind = path.suffix.lower()
+    if kind not in KINDS:
+        found = f"a name that ends in {kind}" if kind else "a name without an ending"
+        raise UserError(
+            f"prompt_file={path} has {found}; expected {', '.join(KINDS)}, or prompt_file=- for standard input."
+        )
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"prompt_file={path} does not exist (looked in {Path.cwd()}); check the path.") from None
+    except OSError as error:
+        raise UserError(f"prompt_file={path} cannot be read ({error.strerror}); expected a readable file.") from None
+    text = _decode(data, f"prompt_file={path}")
+    reader = {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl}[kind]
+    return reader(text, path.name)
+
+
+def _decode(data: bytes, source: str) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}; save it with the encoding UTF-8."
+        ) from None
+    if "\0" in text:  # UTF-16 without a mark decodes as UTF-8 with a zero after each letter
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UserError(f"{source} is not a text file: a zero byte in line {line}; save it with the encoding UTF-8.")
+    return text
+
+
+def _split(text: str) -> list[str]:
+    """Lines at line feeds only: str.splitlines also cuts at characters that a prompt may hold, such as U+2028."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _lines(text: str, source: str) -> Iterator[Row]:
+    for number, line in enumerate(_split(text), 1):
+        if line.strip():
+            yield f"{source} line {number}", {"prompt": line}
+
+
+def _csv(text: str, source: str) -> Iterator[Row]:
+    header = next((line for line in _split(text) if line.strip()), "")
+    if not header:
+        return
+    # Spreadsheets of many countries write semicolons, so the header decides.
+    delimiter = next((mark for mark in ",;\t" if "prompt" in _names(header.split(mark))), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    start = 1
+    try:
+        for cells in reader:
+            where, start = f"{source} line {start}", reader.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not names:
+                names = _names(cells)
+                if "prompt" not in names:
+                    raise UserError(f"{where} has the columns {', '.join(cells)}; expected one named prompt.")
+                continue
+            if len(cells) > len(names):
+                raise UserError(
+                    f"{where} has {len(cells)} cells, the header {len(names)}; "
+                    "put a prompt that holds a comma into double quotes, or use .txt or .jsonl."
+                )
+            found = {name: cell for name, cell in zip(names, cells, strict=False) if name in KEYS and cell.strip()}
+            yield where, {name: _number(name, cell, where) for name, cell in found.items()}
+    except csv.Error as error:
+        raise UserError(
+            f"{source} line {start} is not valid CSV ({error}); write a quote inside a quoted prompt as two quotes."
+        ) from None
+
+
+def _names(cells: list[str]) -> list[str]:
+    return [cell.strip().strip('"').lower() for cell in cells]
+
+
+def _number(name: str, cell: str, where: str) -> Any:
+    if name not in LOWEST:
+        return cell
+    try:
+        return int(cell)
+    except ValueError:
+        pass
+    try:
+        return float(cell)
+    except ValueError:
+        raise UserError(f"{where}: {name} is {cell!r}; expected a number or an empty cell.") from None
+
+
+def _jsonl(text: str, source: str) -> Iterator[Row]:
+    example = '{"prompt": "a red circle", "seed": 1}'
+    for number, line in enumerate(_split(text), 1):
+        if not line.strip():
+            continue
+        where = f"{source} line {number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "too deep"
+            raise UserError(f"{where} is not valid JSON ({reason}); expected an object such as {example}.") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where} holds {_shown(row)}; expected an object such as {example}.")
+        for key in row:
+            if key not in KEYS:
+                raise UserError(f"{where} has the unknown key {key!r}; accepted keys are {', '.join(KEYS)}.")
+        yield where, {key: value for key, value in row.items() if value is not None}
+
+
+def _request(index: int, source: str, row: dict[str, Any]) -> PromptRequest:
+    """Check types and ranges of one row."""
+    values: dict[str, Any] = {key: _text(key, row[key], source) for key in ("prompt", "negative_prompt") if key in row}
+    if not values.get("prompt"):
+        raise UserError(f"{source} has an empty prompt; expected some text, or remove the line.")
+    for key, lowest in LOWEST.items():
+        if key in row:
+            values[key] = _in_range(key, row[key], lowest, HIGHEST.get(key), source)
+    return PromptRequest(index=index, source=source, **values)
+
+
+def _text(key: str, value: Any, source: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{source}: {key} is {_shown(value)}; expected text in quotes.")
+    try:
+        value.encode("utf-8")  # JSON can spell half of a surrogate pair, which no tokenizer or file takes
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{source}: {key} holds {value[error.start]!r}, half of a character pair; expected whole characters."
+        ) from None
+    return value.strip()
+
+
+def _in_range(key: str, value: Any, lowest: int, highest: int | None, source: str) -> int | float:
+    whole = key != "guidance"
+    limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+    expected = f"expected a {'whole ' if whole else ''}number {limits}"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{source}: {key} is {_shown(value)}; {expected}.")
+    if (whole and value != int(value)) or value < lowest or (highest is not None and value > highest):
+        raise UserError(f"{source}: {key} is {value}; {expected}.")
+    return int(value) if whole else float(value)
+
+
+def _shown(value: Any, longest: int = 60) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= longest else text[:longest] + "..."
