@@ -1,0 +1,183 @@
+"""A stage's folder: one writer at a time, one configuration over its life, and where its weights start."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from paradiffusion.config import TrainConfig
+from paradiffusion.errors import UserError
+from paradiffusion.models.layouts import read_description
+from paradiffusion.models.manifest import newest_valid, resolve_checkpoint
+
+CONFIG_FILE = "config.json"
+# What may differ between stop and resume. Anything else would make one run out of two.
+FREE_ON_RESUME = (
+    "run_dir", "max_steps", "log_every", "validate_every", "checkpoint_every", "keep_last", "keep_every", "resume",
+    "on_spike", "spike_factor", "threads", "init_from", "tracker", "validation", "sampler", "micro_batch_size",
+    "data.workers", "data.max_bad_fraction", "data.val_shards", "text_encoder.path", "codec.path",
+)  # fmt: skip
+
+
+def stage_folder(config: TrainConfig) -> Path:
+    """``run_dir/stageN``."""
+    return Path(config.run_dir) / f"stage{config.stage}"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the stage folder; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: when another process writes there, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the block ends
+    except OSError as error:
+        raise UserError(f"run_dir: {folder} cannot be written ({error.strerror}); choose another run_dir=.") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is being written by another run (process {file.read().strip() or 'unknown'}); wait for it, stop it, "
+                "or choose another run_dir=."
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def find_resume(config: TrainConfig, folder: Path) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh stage.
+
+    Raises:
+        UserError: when resume=false meets a folder with checkpoints, or only damaged ones are left.
+    """
+    found, faults = newest_valid(folder)
+    for sentence in faults:
+        print(f"warning: {sentence}", flush=True)
+    has_any = found is not None or bool(faults)
+    if not config.resume and has_any:
+        raise UserError(
+            f"resume=false, but {folder} already holds checkpoints; choose another run_dir=, or delete that folder yourself."
+        )
+    if found is None and faults:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged; delete the folder's checkpoints/ to start the stage again."
+        )
+    return found
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_unchanged(config: TrainConfig, folder: Path, facts: dict[str, Any] | None = None) -> None:
+    """Compare with the configuration that the stage began with.
+
+    Args:
+        facts: what was found rather than configured, such as the data's fingerprint; None before anything was loaded.
+    Raises:
+        UserError: naming the first key that differs, with both values.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return
+    before, after = flatten(json.loads(path.read_text())), flatten(recorded(config, facts or {}))
+    for key in sorted({*before, *after}):
+        if any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME):
+            continue
+        if key.partition(".")[0] == "facts" and facts is None:
+            continue
+        if before.get(key) != after.get(key):
+            name = {"facts.data": "data.shards (their content)"}.get(key, key)
+            raise UserError(
+                f"{folder} was begun with {name}={before.get(key)}, and this command says {after.get(key)}: a resumed run "
+                "must go on as it began; put the old value back, or choose another run_dir=."
+            )
+
+
+def recorded(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """What config.json holds, as it reads back from JSON."""
+    values: dict[str, Any] = json.loads(json.dumps({**asdict(config), "facts": facts}))
+    return values
+
+
+def record_config(config: TrainConfig, folder: Path, facts: dict[str, Any]) -> None:
+    """Write what the stage runs with to config.json."""
+    path = folder / CONFIG_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(recorded(config, facts), indent=1))
+    temporary.replace(path)
+
+
+def find_init(config: TrainConfig) -> Path | None:
+    """The checkpoint whose weights the stage starts from; None for fresh weights.
+
+    Raises:
+        UserError: saying what to run first when there is none.
+    """
+    if config.init_from == "scratch" or (config.init_from is None and config.stage == 1):
+        return None
+    if config.init_from is not None:
+        return resolve_checkpoint(config.init_from)
+    previous = Path(config.run_dir) / f"stage{config.stage - 1}"
+    found, faults = newest_valid(previous)
+    for sentence in faults:
+        print(f"warning: {sentence}", flush=True)
+    if found is None:
+        raise UserError(
+            f"stage {config.stage} starts from stage {config.stage - 1} of the same run, and {previous} holds no whole "
+            f"checkpoint; run `python train.py stage={config.stage - 1} run_dir={config.run_dir}` first, or set init_from=<checkpoint>."
+        )
+    return found
+
+
+def check_init(config: TrainConfig, init: Path) -> dict[str, Any]:
+    """Description of the starting checkpoint, refused where its conditioning, text encoder or codec is another.
+
+    Raises:
+        UserError: naming the key that differs, with both values.
+    """
+    description = read_description(init)
+    mine = {"conditioning": asdict(config.conditioning), "text_encoder": asdict(config.text_encoder)}
+    mine["codec"] = asdict(config.codec)
+    ignored = {"max_tokens", "pad_multiple", "path", "dtype", "sample", "hash", "package", "hub", "revision"}
+    for part, values in mine.items():
+        for key, value in values.items():
+            before = description[part].get(key)
+            if key not in ignored and before != value:
+                raise UserError(
+                    f"{init} was trained with {part}.{key}={before}, and this command says {value}; use the same {part} "
+                    "(for a run with other settings, start from stage 1 in another run_dir=)."
+                )
+    if config.train_text == "adapter" and description["lora"] is None:
+        raise UserError(
+            f"train_text=adapter applies the LoRA adapter of stage 2, and {init} has none; set init_from= to a stage 2 "
+            "checkpoint, or train_text=frozen."
+        )
+    if config.train_text == "frozen" and description["lora"] is not None:
+        raise UserError(
+            f"train_text=frozen would drop the LoRA adapter that {init} was trained with; set train_text=adapter."
+        )
+    if description["lora"] is not None and description["lora"] != asdict(config.lora):
+        raise UserError(f"{init} has a LoRA adapter with {description['lora']}, and lora says {asdict(config.lora)}.")
+    return description

@@ -1,0 +1,172 @@
+"""What a run says about itself: a line for people, JSON lines for machines, and trackers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paradiffusion.config import TrackerConfig, TrainConfig
+
+# Upper ends, in words, of the caption lengths that the loss is reported for.
+LENGTH_BANDS = (25, 77, 128, 256)
+TIME_BINS = 4
+
+
+def length_band(words: int) -> str:
+    """The band that a caption of ``words`` words falls into, such as "26-77"."""
+    low = 0
+    for high in LENGTH_BANDS:
+        if words <= high:
+            return f"{low}-{high}"
+        low = high + 1
+    return f"{low}+"
+
+
+class Meters:
+    """Sums between two log lines. Everything is added on every process and reduced when a line is due."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.errors: list[tuple[float, float, int]] = []  # loss, time in 0..1, words
+        self.tokens = self.samples = self.truncated = self.bad = self.steps = 0
+        self.waited = self.gradient = 0.0
+        self.started = time.monotonic()
+
+    def add_errors(self, errors: torch.Tensor, times: torch.Tensor, words: list[int]) -> None:
+        """Per-sample losses [b], their times as a share of the schedule [b], and caption lengths."""
+        self.errors += list(zip(errors.tolist(), times.tolist(), words, strict=True))
+
+    def summary(self, gathered: list[dict[str, Any]]) -> dict[str, Any]:
+        """One record of all processes' meters (see ``export``)."""
+        errors = [row for part in gathered for row in part["errors"]]
+        seconds = max(max(part["seconds"] for part in gathered), 1e-9)
+        samples = sum(part["samples"] for part in gathered)
+        record: dict[str, Any] = {
+            "loss": sum(row[0] for row in errors) / max(len(errors), 1),
+            "samples_per_second": samples / seconds,
+            "tokens_per_second": sum(part["tokens"] for part in gathered) / seconds,
+            "data_wait": sum(part["waited"] for part in gathered) / len(gathered) / seconds,
+            "truncated": sum(part["truncated"] for part in gathered) / max(samples, 1),
+            "truncated_count": sum(part["truncated"] for part in gathered),
+            "bad_samples": sum(part["bad"] for part in gathered),
+            "gradient_norm": gathered[0]["gradient"] / max(gathered[0]["steps"], 1),
+            "seconds_per_step": seconds / max(gathered[0]["steps"], 1),
+            "memory_gb": max(part["memory"] for part in gathered),
+        }
+        bins: dict[str, list[float]] = defaultdict(list)
+        for loss, at, words in errors:
+            index = min(int(at * TIME_BINS), TIME_BINS - 1)
+            bins[f"loss_time/{index / TIME_BINS:.2f}-{(index + 1) / TIME_BINS:.2f}"].append(loss)
+            bins[f"loss_words/{length_band(words)}"].append(loss)
+        record.update({key: sum(values) / len(values) for key, values in sorted(bins.items())})
+        return record
+
+    def export(self) -> dict[str, Any]:
+        """This process's sums, ready to be gathered."""
+        seconds = time.monotonic() - self.started
+        keys = ("errors", "tokens", "samples", "truncated", "bad", "steps", "waited", "gradient")
+        return {**{key: getattr(self, key) for key in keys}, "seconds": seconds, "memory": memory_gb()}
+
+
+def memory_gb() -> float:
+    """Peak memory of this process so far: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    scale = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def human_time(seconds: float) -> str:
+    """Such as "42s", "3m05s" or "2h10m"."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def log_line(config: TrainConfig, step: int, record: dict[str, Any]) -> str:
+    """The record as one line that a person can read."""
+    left = (config.max_steps - step) * record["seconds_per_step"]
+    line = (
+        f"stage {config.stage}  step {step:>6}/{config.max_steps}  loss {record['loss']:.4f}  "
+        f"{record['samples_per_second']:6.1f} samples/s  {record['tokens_per_second']:6.0f} tokens/s  "
+        f"data wait {record['data_wait']:4.0%}  truncated {record['truncated']:5.1%}  grad {record['gradient_norm']:.2f}  "
+        f"lr {record['learning_rate']:.1e}  mem {record['memory_gb']:.1f} GB  left {human_time(left)}"
+    )
+    return line + (f"  unreadable {record['bad_samples']}" if record["bad_samples"] else "")
+
+
+class Log:
+    """``log.jsonl`` always, and one tracker when chosen. Only the main process has one."""
+
+    def __init__(self, folder: Path, config: TrainConfig, settings: dict[str, Any], first_step: int) -> None:
+        self.path = folder / "log.jsonl"
+        self._forget_after(first_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tracker = open_tracker(
+            config.tracker, folder, f"{Path(config.run_dir).name}-stage{config.stage}", settings
+        )
+
+    def _forget_after(self, step: int) -> None:
+        """Drop records of steps that were done after the checkpoint that the run resumes from: they are done again."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the last line of a run that was killed
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def write(self, step: int, kind: str, record: dict[str, Any]) -> None:
+        """Add one record ("train", "validation", ...)."""
+        self._file.write(json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **record}) + "\n")
+        self._file.flush()
+        if self._tracker is not None:
+            self._tracker(
+                step, {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
+            )
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tracker is not None:
+            self._tracker(None, {})
+
+
+def open_tracker(config: TrackerConfig, folder: Path, name: str, settings: dict[str, Any]) -> Any:
+    """A function (step, numbers) for the chosen tracker, closed by step None; the tracker is imported only when used."""
+    if config.name == "wandb":
+        import wandb
+
+        run = wandb.init(
+            project=config.project, name=config.run_name or name, dir=str(folder), config=settings, mode=config.mode,  # type: ignore[arg-type]
+            id=name, resume="allow",
+        )  # fmt: skip
+        return lambda step, numbers: run.finish() if step is None else run.log(numbers, step=step)
+    if config.name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def write(step: int | None, numbers: dict[str, float]) -> None:
+            if step is None:
+                writer.close()
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+
+        return write
+    return None

@@ -1,0 +1,161 @@
+"""What is measured with the EMA weights: loss at fixed times and noise, a grid of pictures, alignment on scenes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from paradiffusion.config import TrainConfig
+from paradiffusion.data.demo_scenes import Scene, scene_from_meta
+from paradiffusion.data.images import Bucket, assign_buckets, decode, make_buckets, to_array
+from paradiffusion.data.shards import SampleIndex, read_sample
+from paradiffusion.errors import UserError
+from paradiffusion.evaluation.scenes import chance, score, summarise
+from paradiffusion.models.codec import Codec
+from paradiffusion.models.inference import InferenceModels
+from paradiffusion.models.joint import JointModel, LossBatch
+from paradiffusion.randomness import seed_from
+from paradiffusion.sampling.gallery import contact_sheet
+from paradiffusion.sampling.pipeline import Job, generate
+from paradiffusion.text.encoder import TextEncoder
+
+# Validation draws and scores the same things whatever the run's seed is, so that runs can be compared.
+SEED = 1234
+
+
+@dataclass
+class HeldOut:
+    """One held-out sample: its picture in a bucket, shortest and longest caption, and its scene where it is one."""
+
+    key: str
+    image: np.ndarray  # uint8 [H, W, 3]
+    short: str
+    long: str
+    scene: Scene | None
+
+
+def read_held_out(index: SampleIndex, config: TrainConfig, count: int) -> list[HeldOut]:
+    """The first ``count`` held-out samples with a caption, in their buckets."""
+    buckets = make_buckets(config.data.resolution, config.data.bucket_multiple, config.data.max_aspect)
+    rows = np.flatnonzero(index.words.any(axis=1))[:count]
+    assigned = assign_buckets(index.width[rows], index.height[rows], buckets)
+    return [_read(index, int(row), buckets[int(bucket)]) for row, bucket in zip(rows, assigned, strict=True)]
+
+
+def _read(index: SampleIndex, row: int, bucket: Bucket) -> HeldOut:
+    sample = read_sample(index, row)
+    captions = sorted((c for c in sample.meta["captions"].values() if c.strip()), key=lambda text: len(text.split()))
+    try:
+        image = to_array(decode(sample.image), bucket, seed_from("validation", sample.key))
+    except ValueError as error:
+        raise UserError(
+            f"the held-out sample {sample.key} in data.val_shards cannot be read ({error}); mend it."
+        ) from None
+    scene = scene_from_meta(sample.meta) if "objects" in sample.meta and "background" in sample.meta else None
+    return HeldOut(sample.key, image, captions[0], captions[-1], scene)
+
+
+class Validation:
+    """Held-out data, read once, and the three measurements over it.
+
+    Args:
+        rank, world_size: each process takes every ``world_size``-th item; ``gather`` merges lists over processes.
+    """
+
+    def __init__(self, index: SampleIndex | None, config: TrainConfig, rank: int, world_size: int, gather: Any) -> None:
+        count = max(config.validation.samples, config.validation.images, config.validation.scenes)
+        self.config = config
+        self.items = read_held_out(index, config, count) if index is not None else []
+        self.rank, self.world_size, self.gather = rank, world_size, gather
+
+    @torch.no_grad()
+    def losses(self, joint: JointModel, encoder: TextEncoder, codec: Codec, device: torch.device) -> dict[str, float]:
+        """Mean loss on short and on long captions, over fixed times spread evenly and fixed noise."""
+        items = list(enumerate(self.items[: self.config.validation.samples]))[self.rank :: self.world_size]
+        total = min(self.config.validation.samples, len(self.items))
+        if not total:
+            return {}
+        record = {}
+        for kind in ("short", "long"):
+            found: list[float] = []
+            for batch in _by_size(items, self.config.validation.batch_size):
+                found += self._errors(batch, kind, total, joint, encoder, codec, device).tolist()
+            merged = self.gather(found)
+            record[f"loss_{kind}"] = float(sum(merged) / len(merged))
+        return record
+
+    def _errors(
+        self, batch: list[tuple[int, HeldOut]], kind: str, total: int, joint: JointModel, encoder: TextEncoder,
+        codec: Codec, device: torch.device,
+    ) -> Tensor:  # fmt: skip
+        """Per-sample losses [B] of one batch of equal size."""
+        pixels = torch.from_numpy(np.stack([item.image for _, item in batch])).permute(0, 3, 1, 2)  # [B, 3, H, W]
+        latents = codec.encode((pixels.float() / 127.5 - 1).to(device))
+        generators = [torch.Generator().manual_seed(seed_from("validation noise", SEED, number)) for number, _ in batch]
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(device)
+        u = torch.tensor([(number + 0.5) / total for number, _ in batch])
+        times = joint.objective.times(u).to(device)
+        tokens = encoder.tokenize([getattr(item, kind) for _, item in batch]).to(device)
+        features = encoder(tokens.ids, tokens.mask, tokens.prefix)
+        weights = torch.ones(len(batch), device=device)
+        return joint(LossBatch(latents, noise, times, weights, encoder.feature_mask(tokens), features))[1]
+
+    def grid(self, models: InferenceModels, path: Path) -> None:
+        """Draw the first held-out prompts with fixed seeds into one picture, beside the true ones."""
+        items = self.items[: self.config.validation.images]
+        drawn = self._draw(models, items)
+        if self.rank == 0 and drawn:
+            pictures = [image for number, item in enumerate(items) for image in (item.image, drawn[number])]
+            labels = [text for item in items for text in (f"true: {item.long[:160]}", "drawn")]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            contact_sheet(pictures, columns=8, labels=labels, scale=2, font_size=9).save(path)
+
+    def alignment(self, models: InferenceModels) -> dict[str, Any]:
+        """Scores of pictures drawn for held-out scenes from their longest captions, beside chance, the true pictures and
+        the codec's reconstructions of them; each a share with its 95 % interval."""
+        items = [item for item in self.items[: self.config.validation.scenes] if item.scene is not None]
+        drawn = self._draw(models, items)
+        if self.rank != 0 or not items:
+            return {}
+        scenes = [item.scene for item in items if item.scene is not None]
+        pictures = [drawn[number] for number in range(len(items))]
+        truth = [item.image for item in items]
+        rebuilt = [reconstruct(models.codec, image, models.device) for image in truth]
+        rows = {"drawn": pictures, "true": truth, "codec": rebuilt}
+        result: dict[str, Any] = {
+            name: {
+                measure: asdict(share)
+                for measure, share in summarise([score(s, i) for s, i in zip(scenes, images, strict=True)]).items()
+            }
+            for name, images in rows.items()
+        }
+        return {**result, "chance": chance(scenes, truth), "scenes": len(scenes)}
+
+    def _draw(self, models: InferenceModels, items: list[HeldOut]) -> dict[int, np.ndarray]:
+        """Pictures by item number, from all processes."""
+        jobs = [
+            Job(str(number), item.long, SEED + number, item.image.shape[0], item.image.shape[1], self.config.sampler)
+            for number, item in enumerate(items)
+        ][self.rank :: self.world_size]
+        drawn = [(int(job.name), image) for job, image in generate(models, jobs, self.config.validation.batch_size)]
+        return dict(self.gather(drawn))
+
+
+def reconstruct(codec: Codec, image: np.ndarray, device: torch.device) -> np.ndarray:
+    """An image, uint8 [H, W, 3], through the codec and back."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
+    decoded = codec.decode(codec.encode(pixels.float() / 127.5 - 1))
+    return ((decoded[0] + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).to("cpu", torch.uint8).numpy()
+
+
+def _by_size(items: list[tuple[int, HeldOut]], batch_size: int) -> list[list[tuple[int, HeldOut]]]:
+    """Batches of equal image size."""
+    groups: dict[tuple[int, ...], list[tuple[int, HeldOut]]] = {}
+    for number, item in items:
+        groups.setdefault(item.image.shape, []).append((number, item))
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]

@@ -1,0 +1,34 @@
+"""Train one stage: `python train.py stage=1`, or `accelerate launch train.py stage=2`; the same command again resumes.
+
+Every key of configs/train.yaml and its groups can be overridden: `python train.py --help` lists them.
+"""
+
+from __future__ import annotations
+
+from paradiffusion.entry import run
+
+
+def main(arguments: list[str]) -> int:
+    """Compose and check the configuration, then train; models are loaded only after every override was accepted."""
+    from paradiffusion.compose import compose_train
+
+    config = compose_train(arguments)
+    if "--cfg" in arguments:
+        from paradiffusion.compose import as_yaml
+
+        print(as_yaml(config))
+        return 0
+    from paradiffusion.training.loop import train
+
+    return train(config)
+
+
+def help_text() -> str:
+    """Groups with their options, and keys."""
+    from paradiffusion.compose import help_train
+
+    return f"{__doc__}\n{help_train()}"
+
+
+if __name__ == "__main__":
+    run(main, help_text)
