@@ -1,0 +1,235 @@
+"""Train the small KL autoencoder of preset=nano on drawn scenes, and write it in the diffusers layout.
+
+The scenes are drawn on the fly from the training sets (web, big, and small at half size), so nothing needs to be on
+disk. A small codec learns this in minutes on two cores:
+
+    python scripts/train_codec.py --output data/nano_codec
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paradiffusion.data.demo import draw, make_scene  # noqa: E402
+from paradiffusion.data.demo_scenes import PLACES, Scene  # noqa: E402
+from paradiffusion.errors import UserError  # noqa: E402
+from paradiffusion.evaluation.scenes import score  # noqa: E402
+from paradiffusion.randomness import seed_from  # noqa: E402
+
+BASE = 64  # pixels; scenes of the double-sized set are brought to it with antialiasing, as the image pipeline does
+POOL = {"web": 0.5, "big": 0.25, "small": 0.25}  # "val" is only measured on
+MEASURED = 200
+OBJECT_WEIGHT = 1.0  # extra weight of pixels that are not background
+CROWDED = 0.5  # share of the pictures that get an object in every cell
+
+
+def build(latent_channels: int) -> Any:
+    """0.95 M parameters, factor 8. No attention: one latent sees its surroundings through convolutions alone."""
+    codec: Any = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=2,  # of many channels each: narrow groups take the absolute colour away
+        sample_size=BASE,
+        mid_block_add_attention=False,
+    )
+    # Each residual block starts as the identity, which lets the picture through from the first step on.
+    # The posterior starts narrow (standard deviation 0.1): at the usual 1 its noise drowns the objects for a long time.
+    with torch.no_grad():
+        for module in codec.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.conv2.weight.zero_()
+        codec.quant_conv.weight[latent_channels:] *= 0.1
+        codec.quant_conv.bias[latent_channels:] = -4.6
+    return codec
+
+
+def picture(scene: Scene) -> np.ndarray:
+    """The drawn scene at base 64, uint8 [H, W, 3]."""
+    image = draw(scene)
+    shorter = {1.0: BASE, 5 / 3: BASE * 3 // 4, 3 / 5: BASE * 3 // 4}[scene.width / scene.height]
+    factor = shorter / min(image.size)
+    if factor != 1:
+        image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def to_tensor(pictures: list[np.ndarray]) -> Tensor:
+    """Pictures of one size to float32 [B, 3, H, W] in -1..1."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def crowd(scene: Scene, name: str, seed: int) -> Scene:
+    """The scene with an object in every cell: several times as much to learn from in one picture."""
+    taken = {item.place: item for item in scene.objects}
+    for number in range(40):
+        if len(taken) == len(PLACES):
+            break
+        other = make_scene(name, seed, number)
+        if (other.width, other.height) == (scene.width, scene.height):
+            for item in other.objects:
+                taken.setdefault(item.place, item)
+    return replace(scene, objects=tuple(taken.values()))
+
+
+def batches(size: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches, each of one canvas shape; a function of the seed."""
+    waiting: dict[tuple[int, int], list[np.ndarray]] = {}
+    rng = np.random.default_rng(seed_from("codec batches", seed))
+    names, weights = list(POOL), list(POOL.values())
+    number = 0
+    while True:
+        name = names[rng.choice(len(names), p=weights)]
+        scene = make_scene(name, seed_from("codec", seed) % 2**31, number)
+        if rng.random() < CROWDED:
+            scene = crowd(scene, name, seed_from("codec crowd", seed, number) % 2**31)
+        image = picture(scene)
+        number += 1
+        group = waiting.setdefault(image.shape[:2], [])
+        group.append(image)
+        if len(group) == size:
+            yield to_tensor(waiting.pop(image.shape[:2]))
+
+
+def reconstruction_loss(output: Tensor, images: Tensor) -> Tensor:
+    """L1 + MSE with more weight on what is not background, and L1 of both finite differences.
+
+    Objects cover a twelfth of a picture: unweighted, L1 is content with the background alone for a long time.
+    """
+    ground = images.flatten(2).median(dim=2).values[:, :, None, None]
+    weight = 1 + OBJECT_WEIGHT * ((images - ground).abs().amax(1, keepdim=True) > 0.3)
+    weight = weight / weight.mean()
+    error = output - images
+    edges = sum((error.diff(dim=axis).abs().mean() for axis in (2, 3)), torch.zeros(()))
+    return (weight * (error.abs() + 2 * error**2)).mean() + 0.5 * edges
+
+
+def train(codec: Any, options: argparse.Namespace) -> None:
+    """AdamW with warm-up and cosine decay to zero, in bfloat16 (twice as fast on CPUs that have it)."""
+    optimizer = torch.optim.AdamW(codec.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    warmup = min(100, options.steps // 10 + 1)
+
+    def rate(step: int) -> float:
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + float(np.cos(np.pi * step / options.steps)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    generator = torch.Generator().manual_seed(seed_from("codec noise", options.seed))
+    source = batches(options.batch_size, options.seed)
+    mean_loss = 0.0
+    with tqdm(range(options.steps), desc="training the codec", unit="step", mininterval=2) as bar:
+        for step in bar:
+            images = next(source).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16, enabled=not options.fp32):
+                posterior = codec.encode(images).latent_dist
+                output = codec.decode(posterior.sample(generator=generator)).sample.float()
+            rec = reconstruction_loss(output, images)
+            mean, logvar = posterior.mean.float(), posterior.logvar.float()
+            kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+            (rec + options.kl * kl).backward()
+            torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
+            mean_loss = rec.item() if step == 0 else 0.98 * mean_loss + 0.02 * rec.item()
+            if step % 20 == 0:
+                noise = (0.5 * logvar).exp().mean().item()
+                bar.set_postfix(rec=f"{mean_loss:.4f}", kl=f"{kl.item():.2f}", noise=f"{noise:.2f}")
+
+
+@torch.no_grad()
+def measure(codec: Any) -> dict[str, float | list[float]]:
+    """Latent statistics and reconstruction quality on held-out scenes, beside the scores of the true pictures."""
+    latents, errors, noise = [], [], []
+    found = {"true": np.zeros(4), "reconstructed": np.zeros(4)}
+    for number in range(MEASURED):
+        scene = make_scene("val", 0, number)
+        image = picture(scene)
+        posterior = codec.encode(to_tensor([image])).latent_dist
+        latents.append(posterior.mean[0].flatten(1))
+        noise.append(posterior.std.mean().item())
+        output = codec.decode(posterior.mean).sample[0]
+        pixels = ((output.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        errors.append(float(((pixels.astype(np.float64) - image) ** 2).mean()))
+        for name, shown in (("true", image), ("reconstructed", pixels)):
+            s = score(scene, shown)
+            found[name] += (s.colour_at_place, s.shape, s.objects, s.background)
+    values = torch.cat(latents, dim=1)
+    report: dict[str, float | list[float]] = {
+        "std": values.std().item(),
+        "channel_std": [round(v, 3) for v in values.std(dim=1).tolist()],
+        "channel_mean": [round(v, 3) for v in values.mean(dim=1).tolist()],
+        "posterior_noise": float(np.mean(noise)),
+        "psnr": 10 * float(np.log10(255**2 / np.mean(errors))),
+        "rmse": float(np.sqrt(np.mean(errors)) / 255),
+    }
+    for name, (colour, shape, objects, background) in found.items():
+        report[f"{name}_colour_at_place"] = colour / objects
+        report[f"{name}_shape"] = shape / objects
+        report[f"{name}_background"] = background / MEASURED
+    return report
+
+
+def save(codec: Any, folder: Path, report: dict[str, float | list[float]]) -> None:
+    """Write the diffusers layout: weights as bfloat16, and in config.json the scaling factor and the measured error."""
+    codec.register_to_config(scaling_factor=round(1 / float(report["std"]), 4))  # type: ignore[arg-type]
+    codec.to(torch.bfloat16).save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    keys = ("psnr", "rmse", "reconstructed_colour_at_place", "reconstructed_shape")
+    # A leading underscore keeps diffusers from taking it for an argument.
+    config["_reconstruction"] = {key: round(float(report[key]), 4) for key in keys}  # type: ignore[arg-type]
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("data/nano_codec"), help="folder for the weights")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--kl", type=float, default=2e-5, help="weight of the mean KL divergence per latent value")
+    parser.add_argument("--latent-channels", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all)")
+    parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16")
+    options = parser.parse_args()
+    try:
+        if min(options.steps, options.batch_size, options.latent_channels) < 1:
+            raise UserError("--steps, --batch-size and --latent-channels must be at least 1; give larger numbers.")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(seed_from("codec weights", options.seed))
+    codec = build(options.latent_channels)
+    train(codec.to(memory_format=torch.channels_last), options)
+    codec.eval()
+    codec.to(torch.bfloat16).float()  # measure what is stored
+    report = measure(codec)
+    save(codec, options.output, report)
+    for key, value in report.items():
+        print(f"{key}: {value if isinstance(value, list) else f'{value:.4f}'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
