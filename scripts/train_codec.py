@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paradiffusion.data.demo import draw, make_scene  # noqa: E402
-from paradiffusion.data.demo_scenes import PLACES, Scene  # noqa: E402
-from paradiffusion.errors import UserError  # noqa: E402
-from paradiffusion.evaluation.scenes import score  # noqa: E402
-from paradiffusion.randomness import seed_from  # noqa: E402
+from paradiffusion.data.demo import draw, make_scene
+from paradiffusion.data.demo_scenes import PLACES, Scene
+from paradiffusion.errors import UserError
+from paradiffusion.evaluation.scenes import score
+from paradiffusion.randomness import seed_from
 
 BASE = 64  # pixels; scenes of the double-sized set are brought to it with antialiasing, as the image pipeline does
 POOL = {"web": 0.5, "big": 0.25, "small": 0.25}  # "val" is only measured on

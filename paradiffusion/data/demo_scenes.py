@@ -48,8 +48,8 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 INK: Rgb = (24, 24, 28)
 CHALK: Rgb = (252, 252, 252)
 
-# Two by two: objects must be a visible share of a picture to be learned in minutes. On a grid of three by three they made
-# up a tenth of the latents' variance, and nothing but the background was learned in the time that a demo has.
+# Two by two: objects must be a visible share of a picture to be learned in minutes. On a grid of three by three they were
+# too small a share, and little but the background was learned in the time that a demo has.
 GRID = 2
 SNAP = 16  # centres and radii lie on a grid of 1/16 pixel, so that boxes in JSON restore them exactly
 HELD_OUT_SHARE = 8  # one triple (shape, colour, place) in eight is kept for validation

@@ -121,12 +121,16 @@ class Loader(Iterator[Batch]):
         except UserError:
             self.close()
             raise
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (
+            RuntimeError,
+            EOFError,
+            ConnectionError,
+        ) as error:  # The last two: it died while handing something over.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             self.close()
             raise UserError(
-                f"A process that reads data has died ({str(error).splitlines()[0]}), probably out of memory: "
+                f"A process that reads data has died ({type(error).__name__} {error}), probably out of memory: "
                 "set data.workers lower, or enlarge /dev/shm in a container."
             ) from error
         captions = ["" if drop else caption for drop, caption in zip(order.dropped, delivery.captions, strict=True)]

@@ -13,7 +13,7 @@ HEAD = ("", "steps", "time", "loss short", "loss long", "colour at place", "shap
 
 
 def stage_table(run_dir: Path) -> str:
-    """The stages of a run, one row each, with chance, true pictures and codec below: as Markdown.
+    """The stages of a run, one row each, with chance, codec and true pictures below: as Markdown.
 
     Raises:
         UserError: when no stage of the run is complete.
@@ -23,23 +23,27 @@ def stage_table(run_dir: Path) -> str:
         raise UserError(f"{run_dir} holds no finished stage; run `python train.py stage=1 run_dir={run_dir}` first.")
     rows = [_stage_row(summary) for summary in summaries]
     scored = [summary["alignment"] for summary in summaries if summary["alignment"]]
-    if scored:
-        last = scored[-1]
-        rows.append(["chance (another scene's picture)", *[""] * 4, *(f"{last['chance'][m]:.1%}" for m in MEASURES)])
-        rows.append(["codec's reconstructions", *[""] * 4, *(_share(last["codec"][m]) for m in MEASURES)])
-        rows.append(["true pictures", *[""] * 4, *(_share(last["true"][m]) for m in MEASURES)])
+    return _table(rows, scored[-1] if scored else None)
+
+
+def alignment_table(name: str, alignment: dict[str, Any]) -> str:
+    """One checkpoint's alignment (see Validation.alignment) beside chance, codec and true pictures: as Markdown."""
+    return _table([[name, *[""] * 4, *(_share(alignment["drawn"][measure]) for measure in MEASURES)]], alignment)
+
+
+def _table(rows: list[list[str]], alignment: dict[str, Any] | None) -> str:
+    note = ""
+    if alignment is not None:
+        rows += [
+            ["chance (another scene's picture)", *[""] * 4, *(f"{alignment['chance'][m]:.1%}" for m in MEASURES)],
+            ["codec's reconstructions", *[""] * 4, *(_share(alignment["codec"][m]) for m in MEASURES)],
+            ["true pictures", *[""] * 4, *(_share(alignment["true"][m]) for m in MEASURES)],
+        ]
+        note = f"\n{alignment['scenes']} held-out scenes; in brackets the 95 % interval by bootstrap over scenes."
     widths = [max(len(row[i]) for row in [list(HEAD), *rows]) for i in range(len(HEAD))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    head = "| " + " | ".join(cell.ljust(width) for cell, width in zip(HEAD, widths, strict=True)) + " |"
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    note = (
-        f"\n{scored[-1]['scenes']} held-out scenes; in brackets the 95 % interval by bootstrap over scenes."
-        if scored
-        else ""
-    )
-    return "\n".join([head, rule, *lines]) + note
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in [HEAD, *rows]]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + note
 
 
 def _stage_row(summary: dict[str, Any]) -> list[str]:

@@ -1,0 +1,41 @@
+"""Draw held-out scenes from their paragraphs with a checkpoint, and score them beside chance and the true pictures.
+
+    python scripts/score_scenes.py --ckpt data/nano [--scenes 200]
+
+The scenes are those of `make demo` (data/demo/val, made when missing), drawn with the nano preset's sampler settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paradiffusion.entry import run
+
+
+def main(arguments: list[str]) -> int:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default="data/nano", help="a run, a stage or a checkpoint")
+    parser.add_argument("--scenes", type=int, default=200)
+    options = parser.parse_args(arguments)
+    from paradiffusion.compose import compose_train
+    from paradiffusion.evaluation.report import alignment_table
+    from paradiffusion.models.inference import load_models
+    from paradiffusion.models.manifest import resolve_checkpoint
+    from paradiffusion.training.setup import open_data
+    from paradiffusion.training.validation import Validation
+
+    config = compose_train(["stage=3", f"validation.scenes={options.scenes}", "validation.samples=0"])
+    models = load_models(resolve_checkpoint(options.ckpt))
+    _, held_out = open_data(config)
+    validation = Validation(held_out, config, 0, 1, gather=lambda items: items)
+    print(alignment_table(options.ckpt, validation.alignment(models)))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, lambda: __doc__ or "")
