@@ -138,7 +138,7 @@ def _compose(name: str, cls: type[T], arguments: list[str]) -> T:
         if text.get(key, "null") != "null":
             setattr(config, key, text[key])
     if isinstance(config, TrainConfig):
-        _local_defaults(config)
+        _local_defaults(config, {argument.partition("=")[0].lstrip("+") for argument in arguments})
     config.check()
     return config
 
@@ -152,7 +152,10 @@ def _explain(error: Exception) -> str:
     return f"the configuration is wrong: {cause.rstrip('.')}; correct that override or file."
 
 
-def _local_defaults(config: TrainConfig) -> None:
-    """Hold what depends on the machine: a tracker without a key stays offline."""
+def _local_defaults(config: TrainConfig, given: set[str]) -> None:
+    """A tracker without a key stays offline; who names shards of their own is not validated on the built-in scenes."""
+    if "data.shards" in given:
+        config.data.demo = False
+        config.data.val_shards = config.data.val_shards if "data.val_shards" in given else None
     if config.tracker.name == "wandb" and config.tracker.mode is None:
         config.tracker.mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"

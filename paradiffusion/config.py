@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 TRAIN_TEXT = ("frozen", "lora", "adapter")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("fp32", "bf16")  # fp16 would need its loss scale in every checkpoint
 
 
 @dataclass
@@ -52,6 +52,7 @@ class DataConfig:
     Attributes:
         shards, val_shards: a folder, a glob, a brace range, or a list of them.
         demo: make the built-in scenes at ``demo_folder`` when they are missing.
+        demo_set: which of its sets a stage trains on: "web", "big" or "small".
         demo_sizes: how many scenes of each set.
         resolution: images have about resolution squared pixels, in buckets of several aspect ratios.
         bucket_multiple: sides are multiples of this many pixels (codec factor times the U-Net's own downsampling).
@@ -67,6 +68,7 @@ class DataConfig:
     val_shards: Any = None
     demo: bool = False
     demo_folder: str = "data/demo"
+    demo_set: str = "web"
     demo_sizes: dict[str, int] = field(default_factory=dict)
     resolution: int = 64
     bucket_multiple: int = 16

@@ -51,6 +51,8 @@ class ConditioningConfig:
             before it (LI-DiT, arXiv 2406.11831).
         refiner_width, refiner_layers, refiner_heads: its shape.
         refiner_kernel: tokens that the convolution in each of its blocks spans (odd; 0 for no convolution).
+        layout: let the refiner summarise the caption in its first token and paint from it a coarse first estimate of the
+            latents, which the U-Net takes as further input channels and corrects (see text/refiner.py).
         prefix: an instruction put before each prompt; its own tokens are not given to the denoiser.
         mask_padding: False: padding is attended to and always goes to ``max_tokens`` (the paper); True: masked.
         pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens.
@@ -64,6 +66,7 @@ class ConditioningConfig:
     refiner_layers: int = 2
     refiner_heads: int = 4
     refiner_kernel: int = 0
+    layout: bool = False
     prefix: str = ""
     mask_padding: bool = False
     pad_multiple: int = 32

@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="data/nano", help="a run, a stage or a checkpoint")
     parser.add_argument("--scenes", type=int, default=200)
+    parser.add_argument("--guidance", type=float, default=None, help="default: the nano preset's")
     options = parser.parse_args(arguments)
     from paradiffusion.compose import compose_train
     from paradiffusion.evaluation.report import alignment_table
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
     from paradiffusion.training.validation import Validation
 
     config = compose_train(["stage=3", f"validation.scenes={options.scenes}", "validation.samples=0"])
+    config.sampler.guidance = config.sampler.guidance if options.guidance is None else options.guidance
     models = load_models(resolve_checkpoint(options.ckpt))
     _, held_out = open_data(config)
     validation = Validation(held_out, config, 0, 1, gather=lambda items: items)

@@ -172,8 +172,8 @@ class Loader(Iterator[Batch]):
                 generator=torch.Generator(),  # Its own: DataLoader would otherwise draw from the global generator.
             )
         )
-        # DataLoader would raise the death of a worker out of this signal, in the midst of a step or a save. Without that
-        # it still notices, when the next batch is asked for.
+        # DataLoader would raise the death of a worker out of this signal, in the midst of a step or a save. Without
+        # that it still notices, when the next batch is asked for.
         if on_child_exit is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, on_child_exit)
         # Registered after the workers have started, so called before multiprocessing waits for them: they ignore its

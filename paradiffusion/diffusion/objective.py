@@ -85,6 +85,12 @@ class Objective:
         alpha, sigma = self._coefficients(times, latents)
         return alpha * noise - sigma * latents
 
+    def slope(self, times: Tensor, like: Tensor) -> Tensor:
+        """What a first estimate of x_0 is multiplied with to enter the prediction, [B, 1, 1, 1]: -sigma for v and flow,
+        whose targets hold -sigma x_0 and -x_0 (there it fades out where the latents can be seen); 0 for eps."""
+        _, sigma = self._coefficients(times, like)
+        return -sigma if self.config.prediction != "epsilon" else torch.zeros_like(sigma)
+
     def weight(self, times: Tensor) -> Tensor:
         """Loss weight [B]: min-SNR-gamma (arXiv 2303.09556): min(SNR, g)/SNR for eps, min(SNR, g)/(SNR + 1) for v."""
         gamma = self.config.min_snr_gamma

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.diffusion.objective import Objective
-from paradiffusion.models.unet import build_unet, pooled, with_coordinates
+from paradiffusion.models.unet import build_unet, has_layout, with_coordinates
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder
-from paradiffusion.text.refiner import Refiner
+from paradiffusion.text.refiner import Refiner, average
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,14 @@ class JointModel(nn.Module):
     def denoise(self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
         """The prediction [B, C, h, w] for noised latents, times [B] and refined features [B, L, D]."""
         sample = with_coordinates(latents, self.coordinates)
-        labels = pooled(features, mask) if self.unet.config["class_embed_type"] else None
-        return self.unet(
+        painted = None
+        if self.refiner is not None and self.refiner.layout is not None:
+            painted = self.refiner.paint(features, *latents.shape[-2:]).to(sample.dtype)
+            sample = torch.cat([sample, painted], dim=1)
+        # The refiner's summary stands first; without a refiner's summary the mean of the tokens is the next best.
+        summary = features[:, 0] if painted is not None else average(features, mask)
+        labels = summary if self.unet.config["class_embed_type"] else None
+        prediction = self.unet(
             sample,
             times,
             encoder_hidden_states=features,
@@ -80,6 +86,7 @@ class JointModel(nn.Module):
             encoder_attention_mask=mask,
             return_dict=False,
         )[0]
+        return prediction if painted is None else prediction + self.objective.slope(times, prediction) * painted
 
     def forward(self, batch: LossBatch) -> tuple[Tensor, Tensor]:
         """The weighted mean loss (a scalar, fp32) and each sample's unweighted loss ([B], detached)."""
@@ -117,5 +124,6 @@ def build_joint(config: TrainConfig, encoder_width: int, text_encoder: TextEncod
                 conditioning.refiner_layers,
                 conditioning.refiner_heads,
                 conditioning.refiner_kernel,
+                config.codec.latent_channels if has_layout(conditioning) else 0,
             )
     return JointModel(unet, refiner, Objective(config.objective), config.unet.coordinates, text_encoder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from paradiffusion.config import CodecConfig, ConditioningConfig, UNetConfig
@@ -17,6 +17,11 @@ from paradiffusion.errors import UserError
 def text_width(conditioning: ConditioningConfig, encoder_width: int) -> int:
     """Width of the features that reach the U-Net's own linear projection."""
     return conditioning.refiner_width if conditioning.projection == "refiner" else encoder_width
+
+
+def has_layout(conditioning: ConditioningConfig) -> bool:
+    """Whether the refined tokens paint a first estimate of the latents."""
+    return conditioning.layout and conditioning.projection == "refiner"
 
 
 def build_unet(
@@ -29,7 +34,9 @@ def build_unet(
     """
     arguments: dict[str, Any] = {
         **config.arguments,
-        "in_channels": codec.latent_channels + coordinate_channels(config.coordinates),
+        "in_channels": codec.latent_channels
+        + coordinate_channels(config.coordinates)
+        + codec.latent_channels * has_layout(conditioning),
         "out_channels": codec.latent_channels,
         "encoder_hid_dim": text_width(conditioning, encoder_width),
         "encoder_hid_dim_type": "text_proj",
@@ -51,21 +58,17 @@ def build_unet(
             if name.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):
                 parameter.mul_(config.attention_gain)
     if config.plain_attention:
-        unet.set_attn_processor(AttnProcessor())
+        plain = {
+            name: AttnProcessor() if isinstance(processor, AttnProcessor2_0) else processor
+            for name, processor in unet.attn_processors.items()
+        }  # SimpleCrossAttn blocks have processors of their own kind, which stay
+        unet.set_attn_processor(plain)
     return unet
 
 
 def downsampling(unet: Any) -> int:
     """By how much the U-Net shrinks its latents inside: sides must be multiples of this."""
     return 2 ** (len(unet.config["block_out_channels"]) - 1)
-
-
-def pooled(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of features [B, L, D] over real tokens, [B, D]."""
-    if mask is None:
-        return features.mean(dim=1)
-    shares = mask / mask.sum(dim=1, keepdim=True)
-    return (features * shares[..., None].to(features)).sum(dim=1)
 
 
 def coordinate_channels(octaves: int) -> int:

@@ -46,7 +46,8 @@ class Stop:
     def __init__(self, parent: int) -> None:
         self.requested = False
         self._came_at: float | None = None
-        self._parent = parent
+        # Without a launcher another parent means only that its shell has gone: "nohup python train.py &" goes on.
+        self._parent = parent if {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys() else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._notice)
 
@@ -60,7 +61,7 @@ class Stop:
 
     def __call__(self, setup: Setup) -> bool:
         """Whether any process was asked to stop. A launcher that is killed leaves its processes to another parent."""
-        self.requested = self.requested or os.getppid() != self._parent
+        self.requested = self.requested or self._parent not in (None, os.getppid())
         return any(setup.gather([self.requested]))
 
 

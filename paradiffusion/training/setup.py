@@ -246,12 +246,12 @@ def take_statistics(joint: JointModel, encoder: TextEncoder, plan: BatchPlan) ->
         for row, kind in zip(batch.rows, batch.kinds, strict=True):
             captions.append(read_sample(plan.index, int(row)).meta["captions"].get(plan.index.kinds[kind], ""))
         step += 1
-    rows = []
-    for caption in captions[:STATISTICS_CAPTIONS]:
-        tokens = encoder.tokenize([caption])
-        length = int(tokens.mask.sum())
-        rows.append(encoder(tokens.ids[:, :length], tokens.mask[:, :length], tokens.prefix)[0].float())
-    joint.refiner.set_statistics(torch.cat(rows)[None], None)
+    tokens = encoder.tokenize(captions[:STATISTICS_CAPTIONS])
+    rows = [tokens.ids[i : i + 1] for i in range(len(tokens.ids))]
+    features = torch.cat(
+        [encoder(row, mask[None], tokens.prefix).float() for row, mask in zip(rows, tokens.mask, strict=True)]
+    )
+    joint.refiner.set_statistics(features, tokens.mask[:, tokens.prefix :])
 
 
 def announce(setup: Setup, resume: Path | None, init: Path | None) -> None:

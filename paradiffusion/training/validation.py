@@ -30,12 +30,14 @@ SEED = 1234
 
 @dataclass
 class HeldOut:
-    """One held-out sample: its picture in a bucket, shortest and longest caption, and its scene where it is one."""
+    """One held-out sample: its picture in a bucket, shortest and longest caption, the paragraph that it is drawn from
+    (the one written by people, "clean", where there is one), and its scene where it is one."""
 
     key: str
     image: np.ndarray  # uint8 [H, W, 3]
     short: str
     long: str
+    paragraph: str
     scene: Scene | None
 
 
@@ -57,7 +59,8 @@ def _read(index: SampleIndex, row: int, bucket: Bucket) -> HeldOut:
             f"the held-out sample {sample.key} in data.val_shards cannot be read ({error}); mend it."
         ) from None
     scene = scene_from_meta(sample.meta) if "objects" in sample.meta and "background" in sample.meta else None
-    return HeldOut(sample.key, image, captions[0], captions[-1], scene)
+    paragraph = sample.meta["captions"].get("clean", "").strip() or captions[-1]
+    return HeldOut(sample.key, image, captions[0], captions[-1], paragraph, scene)
 
 
 class Validation:
@@ -111,12 +114,12 @@ class Validation:
         drawn = self._draw(models, items)
         if self.rank == 0 and drawn:
             pictures = [image for number, item in enumerate(items) for image in (item.image, drawn[number])]
-            labels = [text for item in items for text in (f"true: {item.long[:160]}", "drawn")]
+            labels = [text for item in items for text in (f"true: {item.paragraph[:160]}", "drawn")]
             path.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet(pictures, columns=8, labels=labels, scale=2, font_size=9).save(path)
 
     def alignment(self, models: InferenceModels) -> dict[str, Any]:
-        """Scores of pictures drawn for held-out scenes from their longest captions, beside chance, the true pictures and
+        """Scores of pictures drawn for held-out scenes from their paragraphs, beside chance, the true pictures and
         the codec's reconstructions of them; each a share with its 95 % interval."""
         items = [item for item in self.items[: self.config.validation.scenes] if item.scene is not None]
         drawn = self._draw(models, items)
@@ -139,7 +142,14 @@ class Validation:
     def _draw(self, models: InferenceModels, items: list[HeldOut]) -> dict[int, np.ndarray]:
         """Pictures by item number, from all processes."""
         jobs = [
-            Job(str(number), item.long, SEED + number, item.image.shape[0], item.image.shape[1], self.config.sampler)
+            Job(
+                str(number),
+                item.paragraph,
+                SEED + number,
+                item.image.shape[0],
+                item.image.shape[1],
+                self.config.sampler,
+            )
             for number, item in enumerate(items)
         ][self.rank :: self.world_size]
         drawn = [(int(job.name), image) for job, image in generate(models, jobs, self.config.validation.batch_size)]
