@@ -1,0 +1,130 @@
+"""What the tests share: tiny models on disk, a small set of scenes, and the command lines as a user types them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Set before torch is imported: one thread, so that tests neither fight over cores nor differ from one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"web": 120, "big": 80, "small": 48, "val": 24}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random autoencoder of factor 8 in the diffusers layout, a few thousand parameters."""
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("codec")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKL(
+            block_out_channels=(8, 8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+        ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small set of scenes: web, big, small and val."""
+    from paradiffusion.data.demo import ensure_demo_data
+
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    ensure_demo_data(folder, SIZES, processes=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(codec_folder: Path, demo_folder: Path) -> list[str]:
+    """Overrides of train.py under which a stage of 20 steps takes about two seconds."""
+    return [
+        "text_encoder=tiny",
+        "unet=tiny",
+        f"codec.path={codec_folder}",
+        "codec.latent_channels=4",
+        "conditioning.refiner_width=32",
+        "conditioning.refiner_heads=2",
+        "conditioning.refiner_layers=1",
+        f"data.demo_folder={demo_folder}",
+        "data.demo_sizes={" + ", ".join(f"{name}: {count}" for name, count in SIZES.items()) + "}",
+        "data.workers=0",
+        "batch_size=4",
+        "max_steps=8",
+        "log_every=2",
+        "checkpoint_every=4",
+        "validate_every=100",
+        "validation.samples=4",
+        "validation.images=0",
+        "validation.scenes=0",
+        "threads=1",
+        # What nano's own stages choose may change; comparisons to the last bit must not.
+        "precision=fp32",
+        "optimizer.schedule=constant",
+    ]
+
+
+@pytest.fixture
+def train(tiny_arguments: list[str], tmp_path: Path) -> Iterator[Callable[..., int]]:
+    """``train("stage=2", ...)``: train.py's own path within this process, in ``run_dir=<tmp_path>/run``.
+
+    Returns the status; a UserError comes through.
+    """
+    from accelerate.state import AcceleratorState
+
+    from paradiffusion.compose import compose_train
+    from paradiffusion.training import loop
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*arguments: str) -> int:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return loop.train(compose_train([*tiny_arguments, f"run_dir={tmp_path / 'run'}", *arguments]))
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``command("train.py", "stage=9")``: a program of the repository's root as a user starts it."""
+
+    def run(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+            timeout=timeout, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 120, interval: float = 0.05) -> None:
+    """Wait until ``condition()`` holds; fail after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(interval)

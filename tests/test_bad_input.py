@@ -1,0 +1,348 @@
+"""What a user can get wrong: one sentence that names it, or training that goes on and says what it left out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import assert_same_bits, newest, records, sample_here, steps_saved, train_here
+
+from paradiffusion.compose import compose_sample, compose_train
+from paradiffusion.data.demo import demo_samples
+from paradiffusion.data.shards import RawSample, write_shards
+from paradiffusion.errors import UserError
+from paradiffusion.models.manifest import find_fault, write_manifest
+from paradiffusion.training import loop
+
+Train = Callable[..., int]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+PROMPT = """a "red", {blue} = 'x' ${oops}, [1, 2]; (50 %) \\ é"""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps with two checkpoints."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    assert train_here([*tiny_arguments, f"run_dir={run}", "optimizer.warmup_steps=0"]) == 0
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged; ``train`` goes on there."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def refused(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a program says when it exits with 2."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and result.stderr.rstrip().endswith(lines[0]), result.stderr
+    return lines[0]
+
+
+# ---- overrides
+
+
+def test_unknown_stage_preset_and_key_at_the_command_line(command: Command) -> None:
+    assert "stage=9 is unknown; choose one of 1, 2, 3" in refused(command("train.py", "stage=9"))
+    assert "preset=huge is unknown; choose one of" in refused(command("train.py", "preset=huge"))
+    assert "the key max_step is unknown; did you mean max_steps?" in refused(command("train.py", "max_step=3"))
+    assert "did you mean prompt" in refused(command("sample.py", "ckpt=x", "promt=x"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("stage=0", "stage=0 is unknown; choose one of 1, 2, 3"),
+        ("stage=two", "stage=two is unknown"),
+        ("conditioning=papers", "conditioning=papers is unknown; choose one of modern, paper"),
+        ("objective=x0", "objective=x0 is unknown"),
+        ("text_encoder=gpt9", "text_encoder=gpt9 is unknown"),
+        ("optimizer.learning_rate=1", "the key optimizer.learning_rate is unknown; did you mean"),
+        ("frobnicate=1", "the key frobnicate is unknown; the keys are"),
+        ("max_steps=many", "max_steps"),
+        ("max_steps=0", "max_steps=0 is out of range"),
+        ("max_steps=-4", "max_steps=-4 is out of range"),
+        ("on_spike=ignore", "on_spike=ignore is unknown; choose one of stop, skip, rollback"),
+        ("precision=fp8", "precision=fp8 is unknown"),
+        ("data.caption_dropout=1.5", "data.caption_dropout=1.5 is out of range"),
+        ("data.bucket_multiple=12", "data.bucket_multiple=12 must be a multiple of codec.factor"),
+        ("max_steps", "the argument 'max_steps' is not understood; expected key=value"),
+        ("--stage=2", "is not understood; expected key=value"),
+        ("-m", "multirun"),
+    ],
+)
+def test_wrong_override_is_one_sentence(argument: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose_train([argument])
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_batch_that_does_not_divide(train: Train) -> None:
+    with pytest.raises(UserError, match=r"batch_size=4 is not a whole multiple of micro_batch_size=3"):
+        train("micro_batch_size=3")
+
+
+def test_buckets_that_the_unet_cannot_halve(train: Train) -> None:
+    with pytest.raises(UserError, match=r"data\.bucket_multiple=8 must be a multiple of 16"):
+        train("data.bucket_multiple=8")
+
+
+# ---- stages
+
+
+def test_stage_2_without_stage_1_at_the_command_line(
+    command: Command, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    said = refused(command("train.py", *tiny_arguments, "stage=2", f"run_dir={tmp_path / 'new'}"))
+    assert f"run `python train.py stage=1 run_dir={tmp_path / 'new'}` first, or set init_from=" in said
+
+
+def test_stage_without_the_one_before(train: Train, run: Path) -> None:
+    with pytest.raises(UserError, match=r"run `python train\.py stage=2 run_dir=.*` first"):
+        train("stage=3")
+    with pytest.raises(UserError, match=r"applies the LoRA adapter of stage 2, and .* has none"):
+        train("stage=3", f"init_from={run / 'stage1'}")
+    with pytest.raises(UserError, match=r"ckpt=.*nowhere holds no checkpoint|init_from=.*nowhere"):
+        train("stage=2", f"init_from={run / 'nowhere'}")
+    with pytest.raises(UserError, match=r"was trained with conditioning\.\w+=.*use the same conditioning"):
+        train("stage=2", "conditioning=paper")
+    for step in steps_saved(run / "stage1"):
+        (run / "stage1" / "checkpoints" / f"step_{step:06d}" / "checkpoint.json").unlink()
+    with pytest.raises(UserError, match=r"holds no whole checkpoint; run `python train\.py stage=1"):
+        train("stage=2")
+
+
+# ---- shards
+
+
+def test_shards_that_match_nothing(train: Train, demo_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.shards=.*nothing.* matches no \.tar file"):
+        train(f"data.shards={tmp_path}/nothing/*.tar")
+    with pytest.raises(UserError, match=r"of which 2 are missing, the first one .*000001\.tar"):
+        train("data.shards='" + str(demo_folder / "web" / "{000000..000002}.tar") + "'")
+    with pytest.raises(UserError, match="pipe"):
+        train("data.shards='pipe:cat x.tar'")
+
+
+def test_tar_cut_in_the_middle(train: Train, demo_folder: Path, tmp_path: Path) -> None:
+    shard = tmp_path / "cut" / "000000.tar"
+    shard.parent.mkdir()
+    whole = (demo_folder / "web" / "000000.tar").read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2 + 100])
+    with pytest.raises(UserError, match=r"000000\.tar.*data\.allow_truncated=true") as caught:
+        train(f"data.shards={shard.parent}")
+    found = [int(number) for number in re.findall(r"\b\d+\b(?= whole)", str(caught.value))]
+    assert found and 20 < found[0] < 100, caught.value
+    assert train(f"data.shards={shard.parent}", "data.allow_truncated=true", "max_steps=2") == 0
+
+
+def changed(count: int, change: Callable[[int, RawSample], RawSample], folder: Path) -> Path:
+    """Shards of ``count`` scenes, each passed through ``change``."""
+    write_shards((change(number, one) for number, one in enumerate(demo_samples("web", count))), folder, 40)
+    return folder
+
+
+def test_image_that_does_not_decode(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(number: int, one: RawSample) -> RawSample:
+        # Half of the file: its header still tells the size, so that it is planned, read, and found to be bad.
+        return replace(one, image=one.image[: len(one.image) // 2]) if number % 10 == 3 else one
+
+    weights: list[float] = []
+    planned = 0
+    prepare = loop.prepare
+
+    def watched(setup: Any, batch: Any, meters: Any) -> Any:
+        nonlocal planned
+        weights.extend(batch.weights.tolist())
+        planned += sum(setup.plan.index.key(row).endswith("3") for row in setup.plan.batch(batch.step).rows)
+        return prepare(setup, batch, meters)
+
+    folder = changed(40, spoil, tmp_path / "bad")
+    monkeypatch.setattr(loop, "prepare", watched)
+    assert train(f"data.shards={folder}", "max_steps=10", "log_every=10", "data.max_bad_fraction=0.2") == 0
+    (row,) = records(tmp_path / "run" / "stage1")
+    assert row["bad_samples"] == weights.count(0.0) == planned > 0
+    assert math.isfinite(row["loss"])
+    assert f"unreadable {planned}" in capsys.readouterr().out
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"samples could not be read .*web-0000\d3.*data\.max_bad_fraction is 0\.01"):
+        train(f"data.shards={folder}", f"run_dir={tmp_path / 'strict'}", "max_steps=40")
+
+
+def test_captions_missing_empty_and_of_5000_words(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def odd(number: int, one: RawSample) -> RawSample:
+        captions: dict[str, Any] = [
+            {"short": "red circle " * 2500}, {"short": ""}, {}, {"short": " \n\t"}, {"short": None}, one.meta["captions"],
+        ][number % 6]  # fmt: skip
+        return replace(one, meta={**one.meta, "captions": captions})
+
+    folder = changed(48, odd, tmp_path / "odd")
+    assert train(f"data.shards={folder}", "max_steps=8", "log_every=8", "data.caption_dropout=0") == 0
+    (row,) = records(tmp_path / "run" / "stage1")
+    # 16 of 48 samples have a caption, and half of those are too long; what fills no batch waits, so it is not just half.
+    assert 8 <= row["truncated_count"] <= 24 and row["truncated"] == row["truncated_count"] / 32
+    assert "loss_words/257+" in row and math.isfinite(row["loss_words/257+"])
+    output = capsys.readouterr().out
+    assert "32 samples without a caption are left out" in output
+    assert f"truncated {row['truncated']:5.1%}" in output
+    nothing = changed(8, lambda _, one: replace(one, meta={**one.meta, "captions": {}}), tmp_path / "mute")
+    with pytest.raises(UserError, match="caption"):
+        train(f"data.shards={nothing}", f"run_dir={tmp_path / 'mute_run'}")
+
+
+# ---- sample.py
+
+
+def test_empty_prompt_file(trained: Path, tmp_path: Path, command: Command) -> None:
+    prompts = tmp_path / "none.txt"
+    prompts.write_text("\n  \n")
+    said = refused(command("sample.py", f"ckpt={trained}", f"prompt_file={prompts}"))
+    assert f"prompt_file={prompts} holds no prompts" in said
+
+
+def test_odd_prompt_at_the_command_line(trained: Path, tmp_path: Path, command: Command) -> None:
+    result = command("sample.py", f"ckpt={trained}", f"prompt={PROMPT}", "steps=1", f"output_dir={tmp_path / 'out'}")
+    assert result.returncode == 0, result.stderr
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert row["prompt"] == PROMPT
+
+
+def test_odd_prompts_from_a_file(trained: Path, tmp_path: Path) -> None:
+    prompts = [PROMPT, "two\nlines\n\nand more", "null", "'quoted'", "${seed}", "{a,b}", "a=b", "x" * 5000]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    out = tmp_path / "out"
+    assert sample_here(f"ckpt={trained}", f"prompt_file={path}", "steps=1", f"output_dir={out}") == 0
+    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in sorted(rows, key=lambda row: row["file"])] == prompts
+    assert len(list(out.glob("0*.png"))) == len(prompts)
+    for prompt in prompts[3:7]:  # the command line takes them as they are, too
+        assert compose_sample([f"ckpt={trained}", f"prompt={prompt}"]).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("size", "named"),
+    [("height=50", "50"), ("width=72", "72"), ("height=-16", "height=-16"), ("width=0", "width=0"), ("height=8", "8")],
+)
+def test_size_that_the_model_cannot_take(size: str, named: str, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        sample_here(f"ckpt={trained}", "prompt=a", size, f"output_dir={tmp_path / 'out'}")
+    assert named in str(caught.value) and size.partition("=")[0] in str(caught.value)
+    assert "16" in str(caught.value) or "out of range" in str(caught.value)
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_sampling_from_a_damaged_checkpoint(
+    run: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = newest(run / "stage1")
+    weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    with weights.open("r+b") as file:
+        file.truncate(weights.stat().st_size - 7)
+    said = refused(command("sample.py", f"ckpt={checkpoint}", "prompt=a", f"output_dir={tmp_path / 'out'}"))
+    assert "is damaged: unet/diffusion_pytorch_model.safetensors has" in said
+    # The run as a whole has an older one.
+    assert sample_here(f"ckpt={run}", "prompt=a", "steps=1", f"output_dir={tmp_path / 'out'}") == 0
+    assert "step_000004, step 4" in capsys.readouterr().out
+    older = run / "stage1" / "checkpoints" / "step_000004"
+    (older / "refiner" / "model.safetensors").unlink()
+    for ckpt, sentence in (
+        (older, "refiner/model.safetensors is missing"),
+        (run, "no whole checkpoint is left"),
+        (tmp_path / "no", "holds no checkpoint; expected a run"),
+    ):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            sample_here(f"ckpt={ckpt}", "prompt=a", f"output_dir={tmp_path / 'out2'}")
+
+
+def test_checkpoint_whose_parts_do_not_fit(run: Path, tmp_path: Path) -> None:
+    # Somebody put the files together by hand, and made a manifest of them.
+    checkpoint = newest(run / "stage1")
+    (checkpoint / "checkpoint.json").write_text("{}")
+    write_manifest(checkpoint)
+    with pytest.raises(UserError, match=r"checkpoint\.json could not be read"):
+        sample_here(f"ckpt={checkpoint}", "prompt=a", f"output_dir={tmp_path / 'out'}")
+
+
+# ---- the disk
+
+
+@contextmanager
+def tmpfs(folder: Path, megabytes: int) -> Iterator[None]:
+    """A file system of its own with little room."""
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here, which needs root ({made.stderr.strip()})")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def check_full_disk(train: Train, run: Path, trained: Path, make_room: Callable[[], object]) -> None:
+    """The checkpoint of step 4 fits and that of step 8 does not; with room the run ends as if nothing had been."""
+    stage = run / "stage1"
+    with pytest.raises(UserError, match=r"step 8 could not be saved in .*step_000004 is whole: make room") as caught:
+        train(f"run_dir={run}", "optimizer.warmup_steps=0")
+    assert "\n" not in str(caught.value)
+    assert steps_saved(stage) == [4] and find_fault(newest(stage)) is None
+    assert not list((stage / "checkpoints").glob(".writing*"))
+    make_room()
+    assert train(f"run_dir={run}", "optimizer.warmup_steps=0") == 0
+    assert_same_bits(newest(trained / "stage1"), newest(stage))
+
+
+def test_no_space_left_while_saving(train: Train, trained: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with tmpfs(disk, 6):  # a checkpoint is 3.7 MB
+        remount = ["mount", "-o", "remount,size=30m", str(disk)]
+        check_full_disk(train, disk / "run", trained, lambda: subprocess.run(remount, check=True))
+
+
+def test_file_too_large_while_saving(
+    train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same without root: from the second checkpoint on, the system refuses files over a megabyte."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = loop.save_checkpoint
+
+    def limited(*arguments: Any) -> Path:
+        if arguments[5].step == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+        return save(*arguments)
+
+    def make_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        monkeypatch.undo()
+
+    monkeypatch.setattr(loop, "save_checkpoint", limited)
+    try:
+        check_full_disk(train, tmp_path / "run", trained, make_room)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_run_folder_that_cannot_be_made(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run_dir: .* cannot be written .*choose another run_dir="):
+        train(f"run_dir={tmp_path / 'file'}")

@@ -1,0 +1,296 @@
+"""The built-in data set: scenes, drawings, captions and shards."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paradiffusion.data.demo import (
+    captions,
+    demo_samples,
+    draw,
+    ensure_demo_data,
+    make_demo_data,
+    make_scene,
+    scene_from_meta,
+    scene_to_meta,
+)
+from paradiffusion.data.demo_scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SETS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    cell_box,
+    is_held_out,
+)
+from paradiffusion.data.demo_words import (
+    PLACE_WORDS,
+    SHAPE_WORDS,
+    SIZE_WORDS,
+    TEXTURE_AFTER,
+    TEXTURE_BEFORE,
+    TEXTURE_STATED,
+)
+from paradiffusion.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES_SMALL = {"web": 1100, "val": 30}
+
+
+def scenes(set_name: str, count: int) -> list[Scene]:
+    return [make_scene(set_name, 0, number) for number in range(count)]
+
+
+def test_scenes_are_functions_of_set_seed_and_number() -> None:
+    assert make_scene("web", 3, 7) == make_scene("web", 3, 7)
+    assert len({make_scene(name, seed, n) for name in SETS for seed in (0, 1) for n in range(20)}) == 160
+    scene = make_scene("web", 3, 7)
+    assert draw(scene).tobytes() == draw(scene).tobytes()
+    with pytest.raises(UserError, match="'weh'.*web"):
+        make_scene("weh", 0, 0)
+
+
+@pytest.mark.parametrize("set_name", list(SETS))
+def test_objects_lie_in_the_cell_of_their_place_and_never_touch(set_name: str) -> None:
+    base = SETS[set_name].base
+    canvases = {(base, base), (base * 5 // 4, base * 3 // 4), (base * 3 // 4, base * 5 // 4)}
+    drawn = scenes(set_name, 300)
+    assert {(scene.width, scene.height) for scene in drawn} == canvases
+    assert {len(scene.objects) for scene in drawn} == {1, 2, 3, 4}
+    for scene in drawn:
+        assert len({item.place for item in scene.objects}) == len(scene.objects)
+        assert len({(item.shape, item.colour) for item in scene.objects}) == len(scene.objects)
+        for item in scene.objects:
+            x0, y0, x1, y1 = cell_box(item.place, scene.width, scene.height)
+            left, top, right, bottom = item.box
+            assert x0 < left < right < x1 and y0 < top < bottom < y1
+
+
+def test_training_and_validation_share_no_triple_but_every_pair() -> None:
+    trained = {
+        (item.shape, item.colour, item.place)
+        for name in ("web", "big", "small")
+        for scene in scenes(name, 1500)
+        for item in scene.objects
+    }
+    asked = {(item.shape, item.colour, item.place) for scene in scenes("val", 400) for item in scene.objects}
+    assert not trained & asked
+    assert all(is_held_out(*triple) for triple in asked) and not any(is_held_out(*triple) for triple in trained)
+    held = sum(is_held_out(*triple) for triple in itertools.product(SHAPES, COLOURS, PLACES))
+    assert 0.08 < held / (len(SHAPES) * len(COLOURS) * len(PLACES)) < 0.18
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert {(t[first], t[second]) for t in asked} <= {(t[first], t[second]) for t in trained}
+    assert {t[2] for t in asked} == set(PLACES) and {t[0] for t in asked} == set(SHAPES)
+
+
+def test_drawings_show_the_colours_and_are_quick() -> None:
+    drawn = scenes("web", 100)
+    start = time.perf_counter()
+    pictures = [np.asarray(draw(scene)).astype(int) for scene in drawn]
+    assert (time.perf_counter() - start) / len(drawn) < 0.02
+    for scene, picture in zip(drawn, pictures, strict=True):
+        assert picture.shape == (scene.height, scene.width, 3)
+        for item in scene.objects:
+            x0, y0, x1, y1 = (round(v) for v in item.box)
+            near = np.abs(picture[y0:y1, x0:x1] - COLOURS[item.colour]).max(-1) < 45
+            assert near.mean() > (0.12 if item.texture == "plain" else 0.03), item
+        corner_free = np.abs(picture - BACKGROUNDS[scene.background.colour]).max(-1) < 60
+        assert corner_free.mean() > 0.4
+
+
+def test_scenes_survive_json() -> None:
+    for name in SETS:
+        for scene in scenes(name, 50):
+            assert scene_from_meta(json.loads(json.dumps(scene_to_meta(scene)))) == scene
+    with pytest.raises(UserError, match="holds no scene"):
+        scene_from_meta({"captions": {}, "width": 64, "height": 64})
+
+
+def mentioned(text: str) -> set[tuple[str, str]]:
+    """The (colour, shape) pairs that stand side by side in a caption."""
+    words = {synonym: shape for shape, synonyms in SHAPE_WORDS.items() for synonym in synonyms}
+    pattern = rf"\b({'|'.join(COLOURS)}) ({'|'.join(words)})\b"
+    return {(colour, words[word]) for colour, word in re.findall(pattern, text.lower())}
+
+
+@pytest.mark.parametrize("set_name", list(SETS))
+def test_captions_keep_their_lengths_and_say_nothing_false(set_name: str) -> None:
+    bounds = {"short": (5, 15), "long": (50, 150), "clean": (40, 90)}
+    for number, scene in enumerate(scenes(set_name, 500)):
+        told = captions(scene, 0, number)
+        assert set(told) == set(bounds)
+        shown = {(item.colour, item.shape) for item in scene.objects}
+        colours = {item.colour for item in scene.objects}
+        for kind, text in told.items():
+            least, most = bounds[kind]
+            assert least <= len(text.split()) <= most, text
+            assert "{" not in text and "  " not in text and ",," not in text
+            assert mentioned(text) <= shown and mentioned(text), text
+            assert set(re.findall(rf"\b({'|'.join(COLOURS)})\b", text.lower())) <= colours, text
+            assert set(re.findall(rf"\b({'|'.join(BACKGROUNDS)})\b", text.lower())) <= {scene.background.colour}, text
+        for kind in ("long", "clean"):
+            assert mentioned(told[kind]) == shown
+            assert scene.background.colour in told[kind]
+
+
+def phrase_of(text: str, colour: str, shape: str) -> str:
+    """From the start of the sentence (or clause) that tells of an object first, to the end of the next sentence."""
+    names = "|".join(f"{colour} {word}" for word in set(SHAPE_WORDS[shape]))
+    sentences = re.split(r"(?<=[.;]) | while ", text)
+    first = next(i for i, sentence in enumerate(sentences) if re.search(rf"\b(?:{names})\b", sentence))
+    return " ".join(sentences[first : first + 2]).lower()
+
+
+@pytest.mark.parametrize("kind", ["long", "clean"])
+def test_paragraphs_tell_size_texture_and_place_of_each_object(kind: str) -> None:
+    textures = {t: (*TEXTURE_BEFORE[t], *TEXTURE_AFTER[t], *TEXTURE_STATED[t]) for t in TEXTURES}
+    for number, scene in enumerate(scenes("big", 300)):
+        text = captions(scene, 1, number)[kind]
+        for item in scene.objects:
+            phrase = phrase_of(text, item.colour, item.shape)
+            assert any(word in phrase for word in SIZE_WORDS[item.size]), (item, text)
+            assert any(word in phrase for word in textures[item.texture]), (item, text)
+            assert any(word in phrase for word in PLACE_WORDS[item.place]), (item, text)
+        if len(scene.objects) == 1:  # nothing else may be said of a single object
+            for size in set(SIZES) - {scene.objects[0].size}:
+                assert not any(re.search(rf"\b{word}\b", text) for word in SIZE_WORDS[size]), text
+            for place in set(PLACES) - {scene.objects[0].place}:
+                own = " ".join(PLACE_WORDS[scene.objects[0].place])
+                others = [word for word in PLACE_WORDS[place] if word not in own]
+                assert not any(re.search(rf"\b{word}\b", text.lower()) for word in others), (place, text)
+
+
+def test_relative_places_agree_with_the_grid() -> None:
+    words = {synonym: shape for shape, synonyms in SHAPE_WORDS.items() for synonym in synonyms}
+    name = rf"({'|'.join(COLOURS)}) ({'|'.join(words)})"
+    relation = r"((?:above|below)?(?: and )?(?:to the (?:left|right) of)?)"
+    found = 0
+    for number, scene in enumerate(scenes("big", 400)):
+        places = {(item.colour, item.shape): divmod(PLACES.index(item.place), 2) for item in scene.objects}
+        text = captions(scene, 0, number)["long"]
+        for c1, s1, said, c2, s2 in re.findall(rf"[Tt]he {name} (?:is|lies|can be found) {relation} the {name}", text):
+            row, column = (a - b for a, b in zip(places[c1, words[s1]], places[c2, words[s2]], strict=True))
+            assert ("above" in said, "below" in said) == (row < 0, row > 0), text
+            assert ("left" in said, "right" in said) == (column < 0, column > 0), text
+            found += 1
+    assert found > 50
+
+
+def test_captions_vary() -> None:
+    told = [captions(scene, 0, number) for number, scene in enumerate(scenes("web", 300))]
+    scene = make_scene("web", 0, 0)
+    for kind, distinct in (("short", 60), ("long", 99), ("clean", 99)):
+        assert len({" ".join(one[kind].split()[:3]) for one in told}) > 40
+        assert len({captions(scene, 0, number)[kind] for number in range(100)}) >= distinct
+    assert captions(scene, 0, 5) == captions(scene, 0, 5)
+
+
+def test_samples_hold_picture_and_truth() -> None:
+    one, two = list(demo_samples("val", 2, seed=4))
+    (again,) = demo_samples("val", 1, seed=4, first=1)
+    assert one.key != two.key and again == two and two.extension == "png"
+    scene = make_scene("val", 4, 1)
+    assert scene_from_meta(two.meta) == scene and two.meta["captions"] == captions(scene, 4, 1)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(two.image))), np.asarray(draw(scene)))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_bytes_do_not_depend_on_processes_and_a_second_call_does_nothing(tmp_path: Path) -> None:
+    alone = make_demo_data(tmp_path / "one", 0, SIZES_SMALL, processes=1)
+    make_demo_data(tmp_path / "two", 0, SIZES_SMALL, processes=2)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert sorted(path.name for path in alone["web"].iterdir()) == ["000000.tar", "000001.tar", "000002.tar"]
+    with tarfile.open(alone["web"] / "000002.tar") as tar:
+        assert len([name for name in tar.getnames() if name.endswith(".png")]) == 100
+    before = (tmp_path / "one" / "demo.json").stat().st_mtime_ns
+    assert ensure_demo_data(tmp_path / "one", SIZES_SMALL, 0) == alone
+    assert (tmp_path / "one" / "demo.json").stat().st_mtime_ns == before
+
+
+def test_other_sizes_and_missing_shards_build_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    ensure_demo_data(folder, {"val": 20}, 0)
+    first = digests(folder)
+    (folder / "val" / "000000.tar").unlink()
+    ensure_demo_data(folder, {"val": 20}, 0)
+    assert digests(folder) == first
+    ensure_demo_data(folder, {"web": 10}, 0)
+    assert set(digests(folder)) == {"web/000000.tar", "demo.json"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".demo.lock", "demo"]
+
+
+def test_an_interrupted_build_goes_on(tmp_path: Path) -> None:
+    ensure_demo_data(tmp_path / "whole", SIZES_SMALL, 0)
+    code = (
+        "import sys; from pathlib import Path; from paradiffusion.data.demo import ensure_demo_data;"
+        f"ensure_demo_data(Path(sys.argv[1]), {SIZES_SMALL}, 0, processes=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "cut")], cwd=ROOT)
+    first = tmp_path / ".cut.building" / "web" / "000000.tar"
+    while not first.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "cut").exists()
+    written = first.stat().st_mtime_ns
+    ensure_demo_data(tmp_path / "cut", SIZES_SMALL, 0)
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+    assert (tmp_path / "cut" / "web" / "000000.tar").stat().st_mtime_ns == written
+
+
+def test_two_processes_may_start_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    pair = [context.Process(target=ensure_demo_data, args=(tmp_path / "demo", SIZES_SMALL, 0, 1)) for _ in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+    assert [process.exitcode for process in pair] == [0, 0]
+    assert len(list((tmp_path / "demo").rglob("*.tar"))) == 4
+
+
+def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="photo.jpg"):
+        ensure_demo_data(folder, {"val": 5}, 0)
+    assert (folder / "photo.jpg").exists()
+    for sizes in ({}, {"vall": 3}, {"val": 0}):
+        with pytest.raises(UserError, match="Demo sizes"):
+            ensure_demo_data(tmp_path / "new", sizes, 0)
+
+
+def test_the_script(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "make_demo_data.py"), "--folder", str(tmp_path / "demo")]
+    small = ["--web", "12", "--big", "3", "--small", "0", "--val", "4"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True, check=True)
+    assert "web: 12 pictures" in done.stdout
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["sizes"] == {"web": 12, "big": 3, "val": 4}
+    wrong = subprocess.run([*command, "--web", "-1"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and "-1" in wrong.stderr

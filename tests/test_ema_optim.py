@@ -1,0 +1,239 @@
+"""The average, the optimiser's groups, the schedule, and what the log says."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from paradiffusion.config import OptimizerConfig, TrackerConfig, TrainConfig
+from paradiffusion.training.ema import Ema
+from paradiffusion.training.meters import Log, Meters, human_time, length_band, log_line
+from paradiffusion.training.optim import MuonAdamW, build_optimizer, part_of, schedule, set_learning_rate
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(3, 2, generator=generator)) for name in ("a", "b")}
+
+
+def test_ema_warms_up_and_then_keeps_its_decay() -> None:
+    followed = parameters()
+    ema = Ema(followed, decay=0.3)
+    expected = {name: p.detach().clone() for name, p in followed.items()}
+    for step in range(6):
+        decay = min(0.3, (1 + step) / (10 + step))
+        assert (decay < 0.3) == (step < 3)
+        with torch.no_grad():
+            for name, p in followed.items():
+                p += step + 1
+                expected[name] = decay * expected[name] + (1 - decay) * p
+        ema.update(step)
+        for name in followed:
+            torch.testing.assert_close(ema.values[name], expected[name])
+
+
+def test_ema_applied_restores_bit_for_bit_even_after_an_error() -> None:
+    followed = parameters()
+    ema = Ema(followed, decay=0.9)
+    with torch.no_grad():
+        for p in followed.values():
+            p *= math.pi
+    before = {name: p.detach().clone() for name, p in followed.items()}
+
+    def fails_within() -> None:
+        with ema.applied():
+            assert all(torch.equal(p, ema.values[name]) for name, p in followed.items())
+            assert not torch.equal(followed["a"], before["a"])
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails_within()
+    assert all(torch.equal(p, before[name]) for name, p in followed.items())
+
+
+def test_ema_is_fp32_and_loads() -> None:
+    followed = {"a": nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}
+    ema = Ema(followed, decay=0.9)
+    assert ema.values["a"].dtype == torch.float32
+    ema.load({"a": torch.tensor([2.0, 3.0]), "unused": torch.zeros(1)})
+    assert ema.values["a"].tolist() == [2.0, 3.0]
+    with ema.applied():
+        assert followed["a"].tolist() == [2.0, 3.0]
+
+
+def test_schedule() -> None:
+    warm = OptimizerConfig(warmup_steps=4)
+    assert [schedule(warm, step, 100) for step in (0, 1, 2, 3, 4, 99)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    linear = OptimizerConfig(warmup_steps=10, schedule="linear", final_lr=0.2)
+    assert [round(schedule(linear, step, 110), 6) for step in (9, 10, 60, 110, 500)] == [1.0, 1.0, 0.6, 0.2, 0.2]
+    cosine = OptimizerConfig(schedule="cosine", final_lr=0.1)
+    for step, expected in (
+        (0, 1.0),
+        (25, 0.1 + 0.45 * (1 + math.cos(math.pi / 4))),
+        (50, 0.55),
+        (100, 0.1),
+        (200, 0.1),
+    ):
+        assert schedule(cosine, step, 100) == pytest.approx(expected)
+    assert schedule(OptimizerConfig(schedule="cosine", warmup_steps=5), 5, 5) == 1.0
+
+
+def test_groups_by_part_and_decay() -> None:
+    matrix, vector = lambda: nn.Parameter(torch.zeros(2, 2)), lambda: nn.Parameter(torch.zeros(2))
+    named = {
+        "unet.conv_in.weight": nn.Parameter(torch.zeros(2, 2, 3, 3)),
+        "unet.conv_in.bias": vector(),
+        "unet.encoder_hid_proj.weight": matrix(),
+        "unet.encoder_hid_proj.bias": vector(),
+        "refiner.embed.weight": matrix(),
+        "text_encoder.model.base_model.model.layers.0.self_attn.q_proj.lora_A.default.weight": matrix(),
+    }
+    assert [part_of(name) for name in named] == ["unet", "unet", "conditioning", "conditioning", "conditioning", "lora"]
+    config = OptimizerConfig(lr=1.0, lr_conditioning=2.0, lr_lora=3.0, weight_decay=0.1, beta1=0.8, beta2=0.9, eps=1e-6)
+    optimizer = build_optimizer(named, config)
+    found = {
+        name: (group["part"], group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name, p in named.items()
+        if any(p is member for member in group["params"])
+    }
+    assert list(found.values()).count(("unet", 1.0, 0.1)) == 1 and found["unet.conv_in.bias"] == ("unet", 1.0, 0.0)
+    assert found["refiner.embed.weight"] == found["unet.encoder_hid_proj.weight"] == ("conditioning", 2.0, 0.1)
+    assert found["unet.encoder_hid_proj.bias"] == ("conditioning", 2.0, 0.0)
+    assert sorted(found) == sorted(named) and ("lora", 3.0, 0.1) in found.values()
+    assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-6
+    for factor in (0.5, 0.1):  # of the base rate, not of the last one
+        set_learning_rate(optimizer, factor)
+        assert {group["part"]: group["lr"] for group in optimizer.param_groups} == {
+            "unet": factor, "conditioning": 2 * factor, "lora": 3 * factor,
+        }  # fmt: skip
+
+
+def test_trapezoid_falls_only_at_the_end() -> None:
+    config = OptimizerConfig(schedule="trapezoid", decay=0.2, final_lr=0.1, warmup_steps=10)
+    values = [round(schedule(config, step, 110), 6) for step in (4, 10, 60, 90, 100, 110)]
+    assert values == [0.5, 1.0, 1.0, 1.0, 0.55, 0.1]
+
+
+def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw() -> None:
+    shapes = {
+        "unet.conv_in.weight": (2, 2, 3, 3),
+        "unet.attention.weight": (4, 4),
+        "unet.attention.bias": (4,),
+        "refiner.embed.weight": (4, 2),
+        "text_encoder.model.q_proj.lora_A.default.weight": (2, 4),
+    }
+    generator = torch.Generator().manual_seed(0)
+    named = {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    optimizer = build_optimizer(named, OptimizerConfig(name="muon", lr=0.1, lr_conditioning=0.2, lr_lora=0.3))
+    assert isinstance(optimizer, MuonAdamW)
+    before = {name: p.detach().clone() for name, p in named.items()}
+    for p in named.values():
+        p.grad = torch.randn(p.shape, generator=generator)
+    set_learning_rate(optimizer, 0.0)
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in named.items()), "both members follow the schedule"
+    set_learning_rate(optimizer, 1.0)
+    optimizer.step()
+    assert not any(torch.equal(p, before[name]) for name, p in named.items())
+    keys = {name: set(optimizer.state[p]) for name, p in named.items()}
+    muon = {name for name, kept in keys.items() if kept == {"momentum_buffer"}}
+    assert muon == {"unet.attention.weight", "refiner.embed.weight"}
+    assert all(kept == {"step", "exp_avg", "exp_avg_sq"} for name, kept in keys.items() if name not in muon)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in named.values())
+
+
+def test_length_bands() -> None:
+    bands = {0: "0-25", 25: "0-25", 26: "26-77", 77: "26-77", 78: "78-128", 200: "129-256", 257: "257+", 5000: "257+"}
+    assert {words: length_band(words) for words in bands} == bands
+
+
+def two_processes() -> dict[str, object]:
+    meters = [Meters(), Meters()]
+    for number, each in enumerate(meters):
+        each.steps, each.samples, each.tokens, each.truncated = 2, 10, 100, number
+        each.gradient, each.waited = 3.0, 1.0
+    meters[0].add_errors(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.2]), [10, 100])
+    meters[1].add_errors(torch.tensor([5.0, 7.0]), torch.tensor([0.6, 1.0]), [10, 300])
+    parts = [{**each.export(), "seconds": 4.0} for each in meters]
+    json.dumps(parts)  # they travel between processes
+    return meters[0].summary(parts)
+
+
+def test_summary_joins_processes_and_bins() -> None:
+    record = two_processes()
+    assert record["loss"] == 4.0 and record["samples_per_second"] == 5.0 and record["tokens_per_second"] == 50.0
+    assert record["data_wait"] == 0.25 and record["truncated"] == 0.05 and record["truncated_count"] == 1
+    assert record["gradient_norm"] == 1.5 and record["seconds_per_step"] == 2.0
+    bins = {key: value for key, value in record.items() if "/" in key}
+    assert bins == {
+        "loss_time/0.00-0.25": 2.0, "loss_time/0.50-0.75": 5.0, "loss_time/0.75-1.00": 7.0,
+        "loss_words/0-25": 3.0, "loss_words/78-128": 3.0, "loss_words/257+": 7.0,
+    }  # fmt: skip
+
+
+def test_reset_forgets() -> None:
+    meters = Meters()
+    meters.add_errors(torch.ones(1), torch.ones(1), [1])
+    meters.samples = 4
+    meters.reset()
+    assert meters.errors == [] and meters.samples == 0 and meters.export()["seconds"] < 1
+
+
+def test_log_line_is_one_that_a_person_can_read() -> None:
+    record = {**two_processes(), "learning_rate": 1e-4, "memory_gb": 1.25}
+    line = log_line(TrainConfig(stage=2, max_steps=150), 60, record)
+    for part in (
+        "stage 2", "60/150", "loss 4.0000", "5.0 samples/s", "50 tokens/s", "data wait  25%", "truncated  5.0%", "grad 1.50",
+        "lr 1.0e-04", "mem 1.2 GB", "left 3m00s",
+    ):  # fmt: skip
+        assert part in line
+    assert "\n" not in line and "unreadable" not in line
+    assert "unreadable 3" in log_line(TrainConfig(), 1, {**record, "bad_samples": 3})
+
+
+def test_human_time() -> None:
+    times = {
+        0: "0s",
+        59.9: "59s",
+        60: "1m00s",
+        185: "3m05s",
+        3599: "59m59s",
+        3600: "1h00m",
+        7800: "2h10m",
+        90000: "25h00m",
+    }
+    assert {seconds: human_time(seconds) for seconds in times} == times
+
+
+def test_log_forgets_what_will_be_done_again(tmp_path: Path) -> None:
+    config = TrainConfig(run_dir=str(tmp_path / "run"), tracker=TrackerConfig())
+    log = Log(tmp_path, config, {}, first_step=0)
+    for step in (10, 20, 30):
+        log.write(step, "train", {"loss": 1.0 / step, "note": "text"})
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 31, "ki')  # killed here
+    log = Log(tmp_path, config, {}, first_step=20)
+    log.write(30, "validation", {"loss": 0.5})
+    log.close()
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["kind"]) for r in records] == [(10, "train"), (20, "train"), (30, "validation")]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path, TrainConfig(tracker=TrackerConfig(name="tensorboard")), {}, first_step=0)
+    log.write(5, "train", {"loss": 0.25, "note": "text"})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(5, 0.25)]

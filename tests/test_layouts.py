@@ -1,0 +1,208 @@
+"""Checkpoints as others see them: the same predictions after a round trip, in the layouts of diffusers and PEFT."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, TextEncoderConfig, TrainConfig, UNetConfig
+from paradiffusion.errors import UserError
+from paradiffusion.models.codec import load_codec
+from paradiffusion.models.inference import load_models
+from paradiffusion.models.joint import JointModel, build_joint
+from paradiffusion.models.layouts import describe, read_description, save_weights
+from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
+from paradiffusion.text.sources import locate
+
+ARGUMENTS = {
+    "sample_size": 8,
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "cross_attention_dim": 32,
+    "attention_head_dim": 2,
+    "norm_num_groups": 8,
+}
+ARMS = {
+    "paper": ConditioningConfig(max_tokens=32),
+    "modern": ConditioningConfig(
+        name="modern", layer_tap="mean", projection="refiner", refiner_width=16, refiner_layers=1, refiner_heads=2, refiner_kernel=3,
+        mask_padding=True, max_tokens=32,
+    ),
+}  # fmt: skip
+PROMPTS = ["a red circle at the left", ""]
+
+# (arm, with LoRA) -> the checkpoint's folder and the models that were written to it
+Made = tuple[Path, JointModel, TextEncoder]
+
+
+@pytest.fixture
+def make(codec_folder: Path, tmp_path: Path) -> Callable[..., Made]:
+    def run(arm: str, lora: bool, name: str = "checkpoint") -> Made:
+        config = TrainConfig(
+            train_text="lora" if lora else "frozen",
+            text_encoder=TextEncoderConfig(),
+            conditioning=ARMS[arm],
+            lora=LoraConfig(rank=2, alpha=6, target_modules=["v_proj", "q_proj", "o_proj"]),
+            unet=UNetConfig(arguments=ARGUMENTS, coordinates=2 * (arm == "modern"), pooled_text=arm == "modern"),
+            codec=CodecConfig(path=str(codec_folder)),
+        )
+        encoder, codec = load_text_encoder(config.text_encoder, config.conditioning), load_codec(config.codec)
+        if lora:
+            attach_lora(encoder, config.lora)
+        joint = build_joint(config, encoder.width, encoder if lora else None).eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in joint.trained().values():  # away from zeros, such as lora_B's
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            if joint.refiner is not None:
+                joint.refiner.mean += 0.3
+                joint.refiner.std *= 2
+        state = {n: p.detach() for n, p in joint.trained().items()}
+        folder = tmp_path / name
+        save_weights(folder, joint, state, describe(config, 5, encoder.source, codec.source))
+        return folder, joint, encoder
+
+    return run
+
+
+@torch.no_grad()
+def predict(joint: JointModel, encoder: TextEncoder) -> torch.Tensor:
+    tokens = encoder.tokenize(PROMPTS)
+    mask = encoder.feature_mask(tokens)
+    features = joint.refine(encoder(tokens.ids, tokens.mask, tokens.prefix), mask)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    return joint.denoise(latents, torch.tensor([10.0, 800.0]), features, mask)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["frozen", "lora"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_round_trip_is_bit_identical(make: Callable[..., Made], arm: str, lora: bool) -> None:
+    folder, joint, encoder = make(arm, lora)
+    expected = predict(joint, encoder)
+    models = load_models(folder, device="cpu")
+    assert torch.equal(predict(models.joint, models.text_encoder), expected)
+    assert models.text_encoder.settings == ARMS[arm] and models.step == 5 and models.multiple == 16
+    assert not any(p.requires_grad for p in [*models.joint.parameters(), *models.text_encoder.parameters()])
+    assert (folder / "text_encoder_lora").exists() == lora and (folder / "refiner").exists() == (arm == "modern")
+    conditioning = models.encode(PROMPTS)
+    assert conditioning.features.shape[:2] == (2, 32) and (conditioning.mask is None) == (arm == "paper")
+
+
+def test_diffusers_loads_the_unet_by_itself(make: Callable[..., Made]) -> None:
+    from diffusers import UNet2DConditionModel
+
+    folder, joint, _ = make("paper", False)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
+    own = joint.unet.state_dict()
+    assert unet.state_dict().keys() == own.keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in unet.state_dict().items())
+
+
+@torch.no_grad()
+def test_peft_loads_the_adapter_by_itself(make: Callable[..., Made]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    folder, _, encoder = make("paper", True)
+    base = AutoModel.from_pretrained(locate(TextEncoderConfig()), dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, folder / "text_encoder_lora").eval()
+    tokens = encoder.tokenize(PROMPTS)
+    theirs = adapted(input_ids=tokens.ids, attention_mask=tokens.mask.long(), use_cache=False).last_hidden_state
+    assert torch.equal(theirs, encoder(tokens.ids, tokens.mask, 0))
+    with adapted.disable_adapter():
+        bare = adapted(input_ids=tokens.ids, attention_mask=tokens.mask.long(), use_cache=False).last_hidden_state
+    assert not torch.allclose(theirs, bare, atol=1e-3), "the adapter does nothing"
+
+
+def test_files_written_twice_are_equal_and_say_one_thing(make: Callable[..., Made]) -> None:
+    first, second = make("modern", True, "first")[0], make("modern", True, "second")[0]
+    files = [path.relative_to(first) for path in sorted(first.rglob("*")) if path.is_file()]
+    assert sum(path.suffix == ".safetensors" for path in files) == 3
+    for path in files:
+        assert (first / path).read_bytes() == (second / path).read_bytes(), path
+        if path.suffix == ".safetensors":
+            with safe_open(first / path, "pt") as file:
+                assert file.metadata() == {"format": "pt"}
+    adapter = json.loads((first / "text_encoder_lora" / "adapter_config.json").read_text())
+    assert adapter["target_modules"] == ["o_proj", "q_proj", "v_proj"] and adapter["lora_alpha"] == 6
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "codec"])
+def test_another_frozen_model_is_refused(make: Callable[..., Made], part: str) -> None:
+    folder = make("paper", False)[0]
+    description = read_description(folder)
+    description[part]["hash"] = "0123456789abcdef"
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=f"trained with 0123456789abcdef.*{part}_path=<folder>"):
+        load_models(folder, device="cpu")
+
+
+def test_a_moved_codec_is_found_by_its_new_path(make: Callable[..., Made], codec_folder: Path, tmp_path: Path) -> None:
+    folder, joint, encoder = make("paper", False)
+    description = read_description(folder)
+    description["codec"]["path"] = "/no/longer/here"
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="/no/longer/here"):
+        load_models(folder, device="cpu")
+    moved = tmp_path / "moved"
+    shutil.copytree(codec_folder, moved)
+    models = load_models(folder, device="cpu", codec_path=str(moved))
+    assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
+
+
+def test_damaged_checkpoints_are_refused(make: Callable[..., Made]) -> None:
+    folder, joint, _ = make("modern", True)
+    for name in ("unet/diffusion_pytorch_model", "refiner/model", "text_encoder_lora/adapter_model"):
+        path = folder / f"{name}.safetensors"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match=f"{path.name} could not be read"):
+            load_models(folder, device="cpu")
+        path.unlink()
+        with pytest.raises(UserError, match=r"lacks .* of the model's tensors"):
+            load_models(folder, device="cpu")
+        path.write_bytes(whole)
+    load_models(folder, device="cpu")
+    wrong = {**dict(joint.trained()), "unet.conv_in.bias": torch.zeros(3)}
+    save_weights(folder, joint, wrong, read_description(folder))
+    with pytest.raises(UserError, match=r"unet\.conv_in\.bias of shape \(3,\) does not fit"):
+        load_models(folder, device="cpu")
+    with pytest.raises(UserError, match="device=gpu is unknown"):
+        load_models(folder, device="gpu")
+
+
+def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
+    folder = make("paper", False)[0]
+    path = folder / "checkpoint.json"
+    good = json.loads(path.read_text())
+    for text, words in (
+        ("{", "could not be read"),
+        (json.dumps({**good, "version": 99}), "paradiffusion 99"),
+        (json.dumps({**good, "format": "other"}), "other 1"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            load_models(folder, device="cpu")
+    good["conditioning"]["a_key_of_the_future"] = 1
+    path.write_text(json.dumps(good))
+    assert load_models(folder, device="cpu").text_encoder.settings == replace(ARMS["paper"])
+
+
+def test_the_description_says_what_made_it(make: Callable[..., Made]) -> None:
+    description = read_description(make("modern", True)[0])
+    assert description["lora"]["rank"] == 2 and description["coordinates"] == 2
+    assert len(description["text_encoder"]["hash"]) == len(description["codec"]["hash"]) == 16
+    assert description["conditioning"]["layer_tap"] == "mean" and description["conditioning"]["max_tokens"] == 32
+    assert set(description["provenance"]["libraries"]) >= {"torch", "diffusers", "transformers", "peft"}
+    assert load_file(make("modern", True)[0] / "refiner" / "model.safetensors").keys() >= {"mean", "std"}

@@ -1,0 +1,307 @@
+"""The loader: the same batches for any number of workers and ranks, from any step; bad samples replaced and counted."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_fixtures import as_json, encoded, picture, sample, shards_of, write_tar
+
+from paradiffusion.data.captions import is_dropped
+from paradiffusion.data.images import decode, make_buckets, to_array
+from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
+from paradiffusion.data.plan import BatchPlan
+from paradiffusion.data.shards import RawSample, SampleIndex, load_index, read_sample, write_shards
+from paradiffusion.errors import UserError
+
+BUCKETS = make_buckets(64, 16, 2.0)
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+SETTINGS = LoaderSettings(seed=1, workers=0, last_step=12)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> SampleIndex:
+    return shards_of(tmp_path_factory.mktemp("shards"), 70)
+
+
+def plan_of(index: SampleIndex, batch_size: int = 8) -> BatchPlan:
+    return BatchPlan(index, batch_size, 1, BUCKETS, {"short": 1.0, "long": 1.0}, window_shards=2)
+
+
+def load(index: SampleIndex, settings: LoaderSettings, batch_size: int = 8) -> list[Batch]:
+    return list(make_loader(index, plan_of(index, batch_size), settings))
+
+
+def assert_same(first: Iterable[Batch], second: Iterable[Batch]) -> None:
+    for one, other in zip(first, second, strict=True):
+        for name, value in vars(one).items():
+            theirs = getattr(other, name)
+            assert torch.equal(value, theirs) if isinstance(value, torch.Tensor) else value == theirs, name
+
+
+def test_batches_are_what_the_plan_says(index: SampleIndex) -> None:
+    plan = plan_of(index)
+    batches = load(index, replace(SETTINGS, caption_dropout=0.3))
+    assert [batch.step for batch in batches] == list(range(12))
+    dropped = 0
+    for batch in batches:
+        planned = plan.batch(batch.step)
+        assert batch.images.dtype == torch.float32 and batch.images.is_contiguous()
+        assert batch.images.shape == (8, 3, *planned.bucket)
+        assert batch.slots.tolist() == list(range(8)) and batch.weights.tolist() == [1.0] * 8 and batch.bad == []
+        for slot, (row, kind) in enumerate(zip(planned.rows.tolist(), planned.kinds.tolist(), strict=True)):
+            raw = read_sample(index, row)
+            assert batch.keys[slot] == f"{index.shards[index.shard[row]].name}/{raw.key}"
+            assert batch.kinds[slot] == index.kinds[kind]
+            caption = raw.meta["captions"][batch.kinds[slot]]
+            if is_dropped(1, batch.step, slot, 0.3):
+                caption, dropped = "", dropped + 1
+            assert batch.captions[slot] == caption and batch.words[slot] == len(caption.split())
+            pixels = to_array(decode(raw.image), planned.bucket, int(index.ids[row])).astype(np.float32) / 127.5 - 1
+            assert np.allclose(batch.images[slot].permute(1, 2, 0).numpy(), pixels, atol=1e-6)
+    assert 10 < dropped < 50
+
+
+def test_workers_change_nothing(index: SampleIndex) -> None:
+    settings = replace(SETTINGS, caption_dropout=0.2, accumulation=2)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert_same(load(index, settings), load(index, replace(settings, workers=2)))
+    assert torch.equal(torch.get_rng_state(), state)  # The global generator is left alone.
+
+
+def test_starting_anywhere(index: SampleIndex) -> None:
+    settings = replace(SETTINGS, caption_dropout=0.2, last_step=40)
+    whole = load(index, settings)
+    for first in (1, 9, 10, 39, 40):
+        assert_same(load(index, replace(settings, first_step=first)), whole[first:])
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (4, 1), (1, 4), (2, 2)])
+def test_slices_join_to_the_global_batch(index: SampleIndex, world_size: int, accumulation: int) -> None:
+    settings = replace(SETTINGS, caption_dropout=0.2)
+    whole = load(index, settings)
+    ranks = [
+        load(index, replace(settings, rank=rank, world_size=world_size, accumulation=accumulation))
+        for rank in range(world_size)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [part for rank in ranks for part in rank[step * accumulation : (step + 1) * accumulation]]
+        assert [part.micro for part in parts] == list(range(accumulation)) * world_size
+        assert {part.step for part in parts} == {step}
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert torch.cat([part.slots for part in parts]).tolist() == batch.slots.tolist()
+        for name in ("captions", "kinds", "words", "keys"):
+            assert sum((getattr(part, name) for part in parts), []) == getattr(batch, name)
+
+
+def test_a_batch_that_does_not_split(index: SampleIndex) -> None:
+    with pytest.raises(UserError, match="multiple of 6"):
+        make_loader(index, plan_of(index), replace(SETTINGS, world_size=3, accumulation=2))
+
+
+def test_the_crop_follows_the_sample_not_its_row(tmp_path: Path) -> None:
+    wide = [RawSample(f"{n}", encoded(picture(n, 200, 90)), "png", {"captions": {"short": "x"}}) for n in range(8)]
+    found = []
+    for name, samples in (("a", wide), ("b", wide[::-1] + [sample(99)])):
+        one = load_index(write_shards(samples, tmp_path / name, 20))
+        plan = BatchPlan(one, 8, 1, BUCKETS, {"short": 1.0})
+        loader = make_loader(one, plan, replace(SETTINGS, last_step=1))
+        batch = next(loader)
+        found.append({key: image for key, image in zip(batch.keys, batch.images, strict=True) if "99" not in key})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(image, found[1][key]) for key, image in found[0].items())
+
+
+def damaged(folder: Path, count: int, bad: dict[int, bytes]) -> SampleIndex:
+    """Square samples, some of whose images are other bytes."""
+    members = []
+    for number in range(count):
+        members.append((f"{number:03d}.png", bad.get(number, encoded(picture(number)))))
+        members.append((f"{number:03d}.json", as_json(captions={"short": f"thing {number}"}, width=64, height=64)))
+    return load_index([write_tar(folder / "damaged.tar", members)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_are_replaced_and_counted(tmp_path: Path, workers: int) -> None:
+    index = damaged(tmp_path, 64, {5: b"<html>", 40: encoded(picture(40))[:900]})
+    settings = replace(SETTINGS, workers=workers, last_step=8, max_bad_fraction=0.05)
+    loader = make_loader(index, BatchPlan(index, 8, 1, BUCKETS, {"short": 1.0}), settings)
+    batches = list(loader)
+    assert loader.report.read == 64 and loader.report.bad.total() == 2
+    assert {shard for shard, _ in loader.report.bad} == {"damaged.tar"}
+    assert "2 of 64" in loader.report.summary() and "does not decode" in loader.report.summary()
+    told = [line for batch in batches for line in batch.bad]
+    assert sorted(line.split(":")[0] for line in told) == ["damaged.tar/005", "damaged.tar/040"]
+    for batch in batches:
+        assert len(batch.keys) == 8 and batch.images.shape[0] == 8
+        assert (batch.weights == 0).sum() == len(batch.bad)
+        good = {key: slot for slot, key in enumerate(batch.keys) if batch.weights[slot]}
+        for slot in torch.flatten(torch.nonzero(batch.weights == 0)).tolist():
+            assert torch.equal(batch.images[slot], batch.images[good[batch.keys[slot]]])
+            assert batch.captions[slot] == batch.captions[good[batch.keys[slot]]]
+    assert sum(batch.weights.sum().item() for batch in batches) == 62
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples(tmp_path: Path, workers: int) -> None:
+    index = damaged(tmp_path, 96, {number: b"<html>" for number in range(0, 96, 6)})
+    settings = replace(SETTINGS, workers=workers, last_step=12, max_bad_fraction=0.1)
+    loader = make_loader(index, BatchPlan(index, 8, 1, BUCKETS, {"short": 1.0}), settings)
+    with pytest.raises(UserError, match=r"damaged.tar/\d+: does not decode") as error:
+        list(loader)
+    assert loader.report.read >= 64 and "\n" not in str(error.value) and error.value.__class__ is UserError
+    assert len(list(make_loader(index, loader.plan, replace(settings, max_bad_fraction=0.5)))) == 12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_slice_without_one_good_sample(tmp_path: Path, workers: int) -> None:
+    index = damaged(tmp_path, 16, {number: b"" for number in range(16)})
+    settings = replace(SETTINGS, workers=workers, max_bad_fraction=1.0)
+    with pytest.raises(UserError, match="16 of 16"):
+        list(make_loader(index, BatchPlan(index, 16, 1, BUCKETS, {"short": 1.0}), settings))
+
+
+def test_one_bad_sample_in_slices_of_one(tmp_path: Path) -> None:
+    """With one sample a process, a bad one is stood in for by another of the global batch."""
+    index = damaged(tmp_path, 8, {3: b"<html>"})
+    plan = BatchPlan(index, 8, 1, BUCKETS, {"short": 1.0})
+    ranks = [list(make_loader(index, plan, replace(SETTINGS, rank=r, world_size=8, last_step=1))) for r in range(8)]
+    assert sorted(batch.weights.item() for (batch,) in ranks) == [0.0] + [1.0] * 7
+
+
+def test_a_shard_that_goes_away(tmp_path: Path) -> None:
+    index = shards_of(tmp_path, 16)
+    os.remove(index.shards[0])
+    with pytest.raises(UserError, match=r"000000.tar/\d+: No such file"):
+        list(make_loader(index, plan_of(index, 4), replace(SETTINGS, workers=1)))
+
+
+def test_a_caption_of_five_thousand_words(tmp_path: Path) -> None:
+    captions = {"short": "word " * 5000}
+    index = load_index(write_shards((sample(n, captions) for n in (0, 4, 8, 12)), tmp_path, 9))
+    (batch,) = make_loader(index, BatchPlan(index, 4, 1, BUCKETS, {"short": 1.0}), replace(SETTINGS, last_step=1))
+    assert batch.words == [5000] * 4 and batch.captions[0] == captions["short"].strip()
+
+
+def children() -> list[int]:
+    """Living processes started by this one (zombies apart)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if int(parent) == os.getpid() and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_workers_ignore_signals_and_end_with_the_loader(index: SampleIndex) -> None:
+    before = set(children())
+    loader = make_loader(index, plan_of(index), replace(SETTINGS, workers=2, last_step=None))
+    next(loader)
+    workers = set(children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+        os.kill(worker, signal.SIGINT)
+    assert [next(loader).step for _ in range(20)] == list(range(1, 21))
+    assert workers <= set(children())
+    loader.close()
+    deadline = time.monotonic() + 60
+    while workers & set(children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not workers & set(children())
+    assert list(loader) == []
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_a_loader_that_only_the_garbage_collector_finds(index: SampleIndex) -> None:
+    before = set(children())
+    loader = make_loader(index, plan_of(index), replace(SETTINGS, workers=2, last_step=None))
+    next(loader)
+    cycle = [loader]
+    cycle.append(cycle)  # type: ignore[arg-type]
+    workers = set(children()) - before
+    del loader, cycle
+    gc.collect()
+    deadline = time.monotonic() + 60
+    while workers & set(children()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not workers & set(children())
+
+
+def test_a_worker_that_dies_is_told_in_one_sentence(index: SampleIndex) -> None:
+    before = set(children())
+    loader = make_loader(index, plan_of(index), replace(SETTINGS, workers=1, last_step=None))
+    next(loader)
+    for worker in set(children()) - before:
+        os.kill(worker, signal.SIGKILL)
+    with pytest.raises(UserError, match="process that reads data has died"):
+        for _ in range(50):
+            next(loader)
+
+
+LEAVING = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_loader import LoaderSettings, load_index, make_loader, plan_of
+from paradiffusion.data.shards import expand_shards
+index = load_index(expand_shards({folder!r}))
+loader = make_loader(index, plan_of(index), LoaderSettings(workers=2))
+next(loader)
+sys.exit(3)
+"""
+
+
+def test_a_program_may_end_without_closing(index: SampleIndex) -> None:
+    program = LEAVING.format(paths=PATHS, folder=str(index.shards[0].parent))
+    assert subprocess.run([sys.executable, "-c", program], timeout=240, check=False).returncode == 3
+
+
+ORPHANS = """
+import sys, time
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_loader import LoaderSettings, children, load_index, make_loader, plan_of
+from paradiffusion.data.shards import expand_shards
+index = load_index(expand_shards({folder!r}))
+loader = make_loader(index, plan_of(index), LoaderSettings(workers=2))
+next(loader)
+print(*children(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_workers_end_when_the_parent_is_killed(index: SampleIndex) -> None:
+    program = ORPHANS.format(paths=PATHS, folder=str(index.shards[0].parent))
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(word) for word in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while (left := [w for w in workers if is_alive(w)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,210 @@
+"""The plan of batches: complete, seekable, mixed, and the same for everybody."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_fixtures import sample, shards_of, synthetic_index
+
+from paradiffusion.data.captions import choose_kinds, clean, is_dropped
+from paradiffusion.data.images import assign_buckets, make_buckets
+from paradiffusion.data.plan import BatchPlan, GlobalBatch
+from paradiffusion.data.shards import SampleIndex, load_index, write_shards
+from paradiffusion.errors import UserError
+
+BUCKETS = make_buckets(512, 64, 2.0)
+MIX = {"short": 0.5, "long": 0.5}
+
+
+def plan_of(index: SampleIndex, batch_size: int = 16, seed: int = 1, window_shards: int = 3) -> BatchPlan:
+    return BatchPlan(index, batch_size, seed, BUCKETS, MIX, window_shards)
+
+
+def content(batch: GlobalBatch) -> tuple[object, ...]:
+    return batch.step, batch.epoch, batch.bucket, batch.rows.tolist(), batch.kinds.tolist()
+
+
+def step_by_step(plan: BatchPlan, last: int, first: int = 0) -> list[GlobalBatch]:
+    return [plan.batch(step) for step in range(first, last)]
+
+
+@pytest.mark.parametrize(
+    ("count", "shards", "batch_size", "window"),
+    [(1000, 10, 16, 3), (1000, 10, 16, 1), (1000, 7, 16, 100), (100, 3, 64, 2), (300, 40, 7, 8), (37, 5, 1, 2)],
+)
+def test_nothing_is_lost_and_nothing_repeats(count: int, shards: int, batch_size: int, window: int) -> None:
+    """The batches of a bucket, joined, are its samples epoch after epoch, without a gap."""
+    index = synthetic_index(count, shards)
+    plan = plan_of(index, batch_size, window_shards=window)
+    epochs = 6
+    batches = step_by_step(plan, plan.first_step(epochs))
+    bucket_of = assign_buckets(index.width, index.height, BUCKETS)
+    members = Counter(bucket_of.tolist())
+    served: dict[tuple[int, int], Counter[int]] = {bucket: Counter() for bucket in BUCKETS}
+    for batch in batches:
+        assert len(batch.rows) == len(batch.kinds) == batch_size
+        assert {BUCKETS[bucket] for bucket in bucket_of[batch.rows]} == {batch.bucket}
+        served[batch.bucket].update(batch.rows.tolist())
+    for number, bucket in enumerate(BUCKETS):
+        rows = np.flatnonzero(bucket_of == number)
+        times = [served[bucket][int(row)] for row in rows]
+        total = sum(times)
+        assert epochs * members[number] - total == epochs * members[number] % batch_size
+        # What waits is the end of the stream: full epochs have been served whole, one or the next partly.
+        assert max(times, default=0) - min(times, default=0) <= 1
+        assert min(times, default=0) == total // max(members[number], 1)
+    assert [batch.step for batch in batches] == list(range(len(batches)))
+    assert [batch.epoch for batch in batches] == sorted(batch.epoch for batch in batches)
+
+
+def test_one_epoch_serves_each_sample_once() -> None:
+    plan = plan_of(synthetic_index(960, 8), batch_size=8)
+    first = Counter(int(row) for batch in step_by_step(plan, plan.first_step(1)) for row in batch.rows)
+    assert set(first.values()) == {1}
+    assert 960 - len(first) <= len(BUCKETS) * 7
+
+
+def test_seeking_equals_walking() -> None:
+    index = synthetic_index(500, 9)
+    walked = [content(batch) for batch in step_by_step(plan_of(index), 200)]
+    for step in (0, 1, 30, 31, 32, 77, 123, 199):
+        assert content(plan_of(index).batch(step)) == walked[step]
+    jumping = plan_of(index)
+    order = np.random.default_rng(0).permutation(200)
+    assert [content(jumping.batch(int(step))) for step in order] == [walked[step] for step in order]
+
+
+def test_epoch_boundaries() -> None:
+    plan = plan_of(synthetic_index(333, 5), batch_size=10)
+    for epoch in range(5):
+        first = plan.first_step(epoch)
+        assert plan.epoch_of(first) == epoch and plan.epoch_of(first - 1) == epoch - 1 if epoch else first == 0
+    assert abs(plan.first_step(100) / 100 - plan.steps_per_epoch) < 0.1
+    tiny = plan_of(synthetic_index(10, 2), batch_size=256)
+    assert tiny.epoch_of(0) > 10  # Many epochs without a single batch.
+    assert {tiny.batch(step).epoch for step in range(20)} == {tiny.epoch_of(step) for step in range(20)}
+
+
+def test_a_batch_larger_than_its_bucket() -> None:
+    index = synthetic_index(40, 3)
+    plan = plan_of(index, batch_size=64)
+    walked = [content(batch) for batch in step_by_step(plan, 12)]
+    assert [content(plan_of(index, batch_size=64).batch(step)) for step in range(11, -1, -1)] == walked[::-1]
+    for batch in step_by_step(plan, 12):
+        times = Counter(batch.rows.tolist())
+        assert max(times.values()) - min(times.values()) <= 2  # Part of an epoch, whole epochs, part of another.
+        assert len(times) == min(64, plan.bucket_sizes()[batch.bucket])
+
+
+def test_seed_epoch_and_shards_change_the_order() -> None:
+    index = synthetic_index(800, 8)
+    one, other = plan_of(index, seed=1), plan_of(index, seed=2)
+    assert [content(b) for b in step_by_step(one, 20)] != [content(b) for b in step_by_step(other, 20)]
+    start = one.first_step(1)
+    assert [b.rows.tolist() for b in step_by_step(one, 20)] != [
+        b.rows.tolist() for b in step_by_step(one, start + 20, start)
+    ]
+    first_window = {int(shard) for batch in step_by_step(one, 10) for shard in index.shard[batch.rows]}
+    assert len(first_window) == 3  # Only one window of shards is open at a time.
+
+
+def test_lengths_are_alike_within_a_batch_and_batches_are_shuffled() -> None:
+    index = synthetic_index(8000, 8)
+    plan = plan_of(index, batch_size=16, window_shards=8)
+    batches = step_by_step(plan, plan.first_step(1))
+    lengths = [index.words[batch.rows, batch.kinds].astype(int) for batch in batches]
+    assert np.mean([length.max() - length.min() for length in lengths]) < 10  # Of 199.
+    means = np.array([length.mean() for length in lengths])
+    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.15
+    assert len({batch.bucket for batch in batches[:12]}) > 1
+
+
+def test_kinds_follow_weights_and_change_with_the_epoch() -> None:
+    index = synthetic_index(4000, 4)
+    plan = BatchPlan(index, 8, 1, BUCKETS, {"short": 1.0, "long": 3.0}, 4)
+    by_epoch = []
+    for epoch in range(2):
+        batches = step_by_step(plan, plan.first_step(epoch + 1), plan.first_step(epoch))
+        by_epoch.append({int(row): int(kind) for b in batches for row, kind in zip(b.rows, b.kinds, strict=True)})
+        assert 0.72 < np.mean(list(by_epoch[-1].values())) < 0.78
+    same = np.mean([by_epoch[0][row] == by_epoch[1][row] for row in by_epoch[0].keys() & by_epoch[1].keys()])
+    assert 0.55 < same < 0.7  # Independent draws agree in 0.625.
+
+
+def test_samples_without_a_caption_are_left_out(tmp_path: Path) -> None:
+    samples = [sample(number, {} if number % 3 == 0 else None) for number in range(30)]
+    plan = plan_of(load_index(write_shards(samples, tmp_path / "a", 8)), batch_size=4)
+    assert plan.left_out == 10 and plan.samples == 20 and sum(plan.bucket_sizes().values()) == 20
+    rows = {int(row) for batch in step_by_step(plan, plan.first_step(3)) for row in batch.rows}
+    assert rows == {row for row in range(30) if row % 3}
+    with pytest.raises(UserError, match="None of the 5 samples"):
+        plan_of(load_index(write_shards((sample(n, {}) for n in range(5)), tmp_path / "b", 8)))
+
+
+def test_wrong_arguments() -> None:
+    index = synthetic_index(10, 1)
+    for weights in ({}, {"short": 0.0}, {"short": -1.0, "long": 2.0}, {"lnog": 1.0}, {"short": float("nan")}):
+        with pytest.raises(UserError):
+            BatchPlan(index, 4, 0, BUCKETS, weights)
+    with pytest.raises(UserError):
+        plan_of(index, batch_size=0)
+    with pytest.raises(ValueError):
+        plan_of(index).batch(-1)
+
+
+def test_real_shards(tmp_path: Path) -> None:
+    index = shards_of(tmp_path, 50, per_shard=10)
+    plan = BatchPlan(index, 4, 3, make_buckets(64, 16, 2.0), {"long": 1.0}, window_shards=2)
+    assert set(plan.bucket_sizes().values()) == {12, 13, 25}  # 64 x 64 and 80 x 64 are both nearest to the square.
+    assert {index.kinds[kind] for batch in step_by_step(plan, 12) for kind in batch.kinds} == {"long"}
+
+
+def test_a_million_rows_quickly() -> None:
+    index = synthetic_index(1_000_000, 100)
+    start = time.perf_counter()
+    plan = plan_of(index, batch_size=256, window_shards=8)
+    far = plan.first_step(7) + 1000
+    batch = plan.batch(far)
+    assert time.perf_counter() - start < 5.0
+    assert batch.epoch == 7 and len(batch.rows) == 256
+    assert content(plan_of(index, batch_size=256, window_shards=8).batch(far)) == content(batch)
+
+
+KINDS = ["short", "long", "clean", "alt"]
+
+
+def test_fall_back_to_a_kind_that_is_there() -> None:
+    words = np.array([[3, 9, 5, 1], [3, 0, 5, 1], [3, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]])
+    ids = np.arange(5, dtype=np.uint64)
+    chosen = choose_kinds(words, KINDS, {"long": 1.0}, 0, 0, ids)
+    assert chosen.dtype == np.int8 and chosen.tolist() == [1, 2, 0, 3, -1]
+    assert choose_kinds(words, KINDS, {"clean": 1.0}, 0, 0, ids).tolist() == [2, 2, 0, 3, -1]
+    # Of two weighted kinds the one that is there is taken, before one that nobody asked for.
+    assert choose_kinds(words, KINDS, {"long": 1.0, "short": 0.0001}, 0, 0, ids).tolist() == [1, 0, 0, 3, -1]
+    assert choose_kinds(words[:, :1], ["short"], {"long": 1.0}, 0, 0, ids).tolist() == [0, 0, 0, -1, -1]
+
+
+def test_kinds_are_a_function_of_the_sample_not_of_its_row() -> None:
+    words = np.ones((1000, 4), int)
+    ids = np.random.default_rng(0).integers(0, 1 << 63, 1000, dtype=np.uint64)
+    weights = {"short": 1.0, "long": 2.0, "alt": 1.0}
+    chosen = choose_kinds(words, KINDS, weights, 5, 2, ids)
+    assert (choose_kinds(words[::-1], KINDS, weights, 5, 2, ids[::-1])[::-1] == chosen).all()
+    assert (choose_kinds(words, KINDS, weights, 5, 3, ids) != chosen).mean() > 0.5
+    shares = np.bincount(chosen, minlength=4) / 1000
+    assert np.abs(shares - [0.25, 0.5, 0.0, 0.25]).max() < 0.05
+
+
+def test_clean_and_dropout() -> None:
+    assert clean("  a\tb\r\n\n c\x00d\u2028e\u00a0f\ufeff ") == "a b c d e f"
+    assert clean("x\ud800y") == "xy" and clean(" \n") == ""
+    assert clean('na\u00efve \U0001f600, {braces} "quotes"') == 'na\u00efve \U0001f600, {braces} "quotes"'
+    dropped = [is_dropped(0, step, slot, 0.1) for step in range(50) for slot in range(100)]
+    assert 0.08 < np.mean(dropped) < 0.12
+    assert dropped == [is_dropped(0, step, slot, 0.1) for step in range(50) for slot in range(100)]
+    assert not any(is_dropped(0, step, 0, 0.0) for step in range(99))
+    assert all(is_dropped(0, step, 0, 1.0) for step in range(99))

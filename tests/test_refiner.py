@@ -1,0 +1,76 @@
+"""The refiner: bidirectional, masked, aware of order, and blind to padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paradiffusion.text.refiner import Refiner, rotary
+
+
+@pytest.fixture(params=[0, 3], ids=["attention", "convolution"])
+def refiner(request: pytest.FixtureRequest) -> Refiner:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Refiner(12, width=16, layers=2, heads=2, kernel=request.param).eval()
+
+
+@pytest.fixture
+def features() -> torch.Tensor:
+    return torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_padding_changes_nothing_where_it_is_masked(refiner: Refiner, features: torch.Tensor) -> None:
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    padded = torch.cat([features, torch.full((2, 9, 12), 3.0)], dim=1)
+    padded_mask = torch.cat([mask, torch.zeros(2, 9, dtype=torch.bool)], dim=1)
+    out = refiner(features, mask)
+    assert out.shape == (2, 7, 16)
+    torch.testing.assert_close(refiner(padded, padded_mask)[:, :7], out, atol=1e-5, rtol=0)
+    torch.testing.assert_close(refiner(features, None), out, atol=1e-6, rtol=0)
+    assert not torch.allclose(refiner(padded, None)[:, :7], out, atol=1e-3), "unmasked padding must count"
+
+
+@torch.no_grad()
+def test_early_tokens_see_later_ones_and_order_matters(refiner: Refiner, features: torch.Tensor) -> None:
+    out = refiner(features)
+    changed = features.clone()
+    changed[:, -1] += 1
+    assert not torch.allclose(refiner(changed)[:, 0], out[:, 0], atol=1e-4)
+    order = [0, 2, 1, 3, 4, 5, 6]
+    swapped = refiner(features[:, order])
+    assert not torch.allclose(swapped[:, [0, 2, 1, 3, 4, 5, 6]], out, atol=1e-4), "a bag of words"
+
+
+def test_rotary_depends_on_distances_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(8, generator=generator), torch.randn(8, generator=generator)
+    rows = lambda x: x.expand(1, 1, 10, 8)  # noqa: E731 - the same vector at ten places
+    scores = (rotary(rows(q)) @ rotary(rows(k)).transpose(-1, -2))[0, 0]
+    for distance in range(-4, 5):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotary(rows(q)).norm(dim=-1), rows(q).norm(dim=-1))
+    assert torch.equal(rotary(rows(q))[0, 0, 0], q)
+
+
+@torch.no_grad()
+def test_statistics_come_from_real_tokens_and_undo_channel_scales(refiner: Refiner, features: torch.Tensor) -> None:
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 4:] = False
+    refiner.set_statistics(features, mask)
+    real = features[mask]
+    torch.testing.assert_close(refiner.mean, real.mean(0))
+    torch.testing.assert_close(refiner.std, real.std(0))
+    out = refiner(features, mask)
+    scale = torch.logspace(-2, 3, 12)
+    refiner.set_statistics(features * scale + 5, mask)
+    torch.testing.assert_close(refiner(features * scale + 5, mask)[mask], out[mask], atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_a_constant_channel_does_not_divide_by_zero(refiner: Refiner, features: torch.Tensor) -> None:
+    features[..., 3] = 2.0
+    refiner.set_statistics(features, None)
+    assert torch.isfinite(refiner(features)).all()

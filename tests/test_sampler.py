@@ -1,0 +1,137 @@
+"""The sampler: an image of its own seed at any batch size, guidance, and every solver."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sampling_models import TinyModels
+from torch import Tensor
+
+from paradiffusion.config import PREDICTIONS, SOLVERS, ObjectiveConfig, SamplerConfig
+from paradiffusion.diffusion.objective import Objective
+from paradiffusion.sampling.sampler import against, sample_latents, starting_noise
+from paradiffusion.text.conditioning import Conditioning
+
+SHAPE = (4, 8, 8)
+# The flow has no ddim.
+KINDS = [(p, s) for p in PREDICTIONS for s in SOLVERS if (p, s) != ("flow", "ddim")]
+PROMPTS = [f"a red circle and {'one more thing ' * n}" for n in range(4)]
+
+
+def draw(
+    models: TinyModels, prompts: list[str], seeds: list[int], settings: SamplerConfig, **options: object
+) -> Tensor:
+    return sample_latents(
+        models.denoise, models.objective, models.encode(prompts), seeds, SHAPE, settings, "cpu", models.dtype, **options
+    )
+
+
+@pytest.mark.parametrize(("prediction", "solver"), KINDS)
+def test_alone_equals_in_a_batch_of_eight(prediction: str, solver: str) -> None:
+    models = TinyModels(prediction=prediction)
+    settings = SamplerConfig(solver=solver, steps=4, guidance=3.0, guidance_rescale=0.5)
+    seeds = [3, 1, 4, 1, 5, 9, 2, 6]
+    together = draw(models, PROMPTS * 2, seeds, settings)
+    for row in (0, 3, 7):
+        alone = draw(models, [(PROMPTS * 2)[row]], [seeds[row]], settings)
+        assert torch.allclose(alone[0], together[row], atol=1e-5, rtol=1e-5)
+    assert torch.isfinite(together).all()
+    assert (together[1] - together[3]).abs().max() > 1e-2  # same seed, another prompt
+    assert (together[0] - together[4]).abs().max() > 1e-2  # same prompt, another seed
+
+
+@pytest.mark.parametrize(
+    ("prediction", "solver", "zero_terminal_snr"),
+    [(*kind, False) for kind in KINDS] + [("v_prediction", solver, True) for solver in SOLVERS],
+)
+def test_a_perfect_denoiser_finds_the_latents(prediction: str, solver: str, zero_terminal_snr: bool) -> None:
+    """The oracle knows the one image of its data set, so every solver must arrive there from any noise."""
+    objective = Objective(ObjectiveConfig(prediction=prediction, zero_terminal_snr=zero_terminal_snr))
+    truth = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3))
+    seen: list[float] = []
+
+    def oracle(noised: Tensor, times: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+        seen.append(float(times[0]))
+        if prediction == "flow":
+            return (noised - truth) / (times.view(-1, 1, 1, 1) / 1000)
+        # Between two whole times the euler scheduler interpolates sigma, as is done here.
+        cumprod = objective.alphas_cumprod.clamp_min(2**-24)  # as the euler scheduler does: 0 has no sigma
+        variances = ((1 - cumprod) / cumprod).sqrt()
+        low = times.floor().long()
+        sigma = torch.lerp(variances[low], variances[(low + 1).clamp(max=999)], times - low).view(-1, 1, 1, 1)
+        alpha = (1 / (1 + sigma**2)).sqrt()
+        noise = (noised - alpha * truth) / (sigma * alpha)
+        return noise if prediction == "epsilon" else alpha * noise - sigma * alpha * truth
+
+    conditioning = Conditioning(torch.zeros(2, 1, 1), None, torch.zeros(1, 1, 1), None)
+    settings = SamplerConfig(solver=solver, steps=20, guidance=1.0)
+    found = sample_latents(oracle, objective, conditioning, [0, 1], SHAPE, settings, "cpu", torch.float32)
+    assert (found - truth).abs().mean() < 0.1
+    assert seen == sorted(seen, reverse=True) and len(seen) == 20 and max(seen) <= 1000
+
+
+def test_guidance_runs_twice_the_rows_only_inside_its_interval() -> None:
+    models = TinyModels()
+    draw(models, PROMPTS[:2], [0, 1], SamplerConfig(steps=5, guidance=3.0, guidance_start=0.3, guidance_stop=0.8))
+    assert models.rows_seen == [2, 2, 4, 4, 2]
+    models.rows_seen.clear()
+    unguided = draw(models, PROMPTS[:2], [0, 1], SamplerConfig(steps=5, guidance=1.0))
+    assert models.rows_seen == [2] * 5
+    guided = draw(models, PROMPTS[:2], [0, 1], SamplerConfig(steps=5, guidance=3.0))
+    assert (guided - unguided).abs().max() > 1e-3
+
+
+def test_scale_zero_is_the_null_prompt_and_negatives_take_its_place() -> None:
+    for mask_padding in (True, False):
+        models = TinyModels(mask_padding=mask_padding)
+        settings = SamplerConfig(steps=3, guidance=0.0)
+        nulls = draw(models, ["", ""], [5, 6], SamplerConfig(steps=3, guidance=1.0))
+        assert torch.allclose(draw(models, PROMPTS[2:], [5, 6], settings), nulls, atol=1e-5)
+        negatives = ["a blue star", "nothing but a very long negative prompt of many words"]
+        wanted = draw(models, negatives, [5, 6], SamplerConfig(steps=3, guidance=1.0))
+        found = draw(models, PROMPTS[2:], [5, 6], settings, negative=models.encode(negatives))
+        assert torch.allclose(found, wanted, atol=1e-5)
+        shared = draw(models, PROMPTS[2:], [5, 6], settings, negative=models.encode(negatives[:1]))
+        assert torch.allclose(shared[0], wanted[0], atol=1e-5)
+        with pytest.raises(ValueError, match="3 negative prompts"):
+            against(models.encode(PROMPTS[:2]), models.encode(PROMPTS[:3]))
+
+
+def test_noise_is_a_function_of_the_seed_and_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    noise = starting_noise([7, 8, 7], SHAPE)
+    assert torch.equal(noise[0], noise[2]) and not torch.equal(noise[0], noise[1])
+    models = TinyModels()
+    settings = SamplerConfig(steps=2)
+    assert torch.equal(draw(models, PROMPTS[:1], [7], settings), draw(models, PROMPTS[:1], [7], settings))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_denoiser_gets_dtype_and_latents_stay_float32() -> None:
+    models = TinyModels()
+    seen = []
+
+    def denoise(latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+        seen.append((latents.dtype, times.dtype, features.dtype))
+        return latents
+
+    steps: list[int] = []
+    found = sample_latents(
+        denoise,
+        models.objective,
+        models.encode(PROMPTS[:2]),
+        [0, 1],
+        SHAPE,
+        SamplerConfig(steps=3, guidance=2.0),
+        "cpu",
+        torch.bfloat16,
+        on_step=lambda step, latents: steps.append(step),
+    )
+    assert set(seen) == {(torch.bfloat16, torch.float32, torch.bfloat16)}
+    assert found.dtype == torch.float32 and steps == [1, 2, 3]
+
+
+def test_number_of_seeds_must_fit() -> None:
+    with pytest.raises(ValueError, match="1 seeds for 2 prompts"):
+        draw(TinyModels(), PROMPTS[:2], [0], SamplerConfig(steps=1))

@@ -1,0 +1,122 @@
+"""The judge of scenes: right on true pictures, near chance on those of others, and strict where it must be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from paradiffusion.data.demo import draw, make_scene
+from paradiffusion.data.demo_scenes import PLACES, SETS, Background, Scene, SceneObject
+from paradiffusion.evaluation.scenes import SceneScore, chance, score, summarise
+
+
+def pixels(scene: Scene) -> np.ndarray:
+    return np.asarray(draw(scene))
+
+
+def one_object(**changes: object) -> Scene:
+    item = SceneObject("circle", "red", "large", "plain", "left", 10.5, 32.0, 9.0)
+    return Scene(64, 64, Background("grey", "plain"), (replace(item, **changes),))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("set_name", list(SETS))
+def test_true_pictures_are_right(set_name: str) -> None:
+    drawn = [make_scene(set_name, 1, number) for number in range(200 if SETS[set_name].base == 64 else 60)]
+    found = summarise([score(scene, pixels(scene)) for scene in drawn])
+    assert found["colour_at_place"].share >= 0.99
+    assert found["background"].share >= 0.99
+    assert found["shape"].share >= 0.97
+    assert found["all_right"].share >= 0.95
+
+
+def test_blurred_and_shifted_pictures_are_still_right() -> None:
+    drawn = [make_scene("web", 2, number) for number in range(150)]
+    noise = np.random.Generator(np.random.PCG64(0))
+    scores = []
+    for scene in drawn:
+        soft = np.asarray(draw(scene).filter(ImageFilter.GaussianBlur(1.0 * min(scene.width, scene.height) / 64)))
+        rough = soft * 0.93 + 8 + noise.normal(0, 6, soft.shape)
+        scores.append(score(scene, rough.clip(0, 255).astype(np.uint8)))
+    found = summarise(scores)
+    assert found["colour_at_place"].share >= 0.97
+    assert found["background"].share >= 0.97
+    assert found["shape"].share >= 0.93
+
+
+def test_pictures_of_others_are_near_chance() -> None:
+    drawn = [make_scene("web", 0, number) for number in range(200)]
+    found = chance(drawn, [pixels(scene) for scene in drawn], shuffles=2)
+    # Another scene of 2 objects on average has one at this place in 2/9, of this colour in 1/8 of the cases.
+    assert 0.005 < found["colour_at_place"] < 0.06
+    assert found["shape"] < 0.06
+    assert found["colour_and_shape"] < 0.02
+    assert 0.1 < found["background"] < 0.3
+    assert found["all_right"] == 0
+    assert found == chance(drawn, [pixels(scene) for scene in drawn], shuffles=2)
+
+
+def test_chance_never_pairs_a_scene_with_its_own_picture() -> None:
+    other = make_scene("val", 0, 3)
+    pair = [one_object(), one_object(colour="blue", place="right", cx=53.5)]
+    assert chance(pair, [pixels(scene) for scene in pair])["colour_at_place"] == 0
+    with pytest.raises(ValueError, match="no scores"):
+        chance([other], [pixels(other)])
+
+
+def test_each_fault_is_seen_by_its_own_measure() -> None:
+    scene = one_object()
+    right = SceneScore(1, 1, 1, 1, True, 0, True)
+    assert score(scene, pixels(scene)) == right
+    colour = score(scene, pixels(one_object(colour="green")))
+    assert (colour.colour_at_place, colour.shape, colour.colour_and_shape, colour.all_right) == (0, 1, 0, False)
+    shape = score(scene, pixels(one_object(shape="star")))
+    assert (shape.colour_at_place, shape.shape, shape.background, shape.all_right) == (1, 0, True, False)
+    place = score(scene, pixels(one_object(place="right", cx=53.5)))
+    assert (place.colour_at_place, place.shape, place.extra) == (0, 0, 1)
+    ground = score(scene, pixels(replace(scene, background=Background("navy", "plain"))))
+    assert (ground.colour_at_place, ground.shape, ground.background, ground.all_right) == (1, 1, False, False)
+    more = replace(scene, objects=(*scene.objects, *one_object(colour="blue", place="centre", cx=32.0).objects))
+    extra = score(scene, pixels(more))
+    assert extra == replace(right, extra=1, all_right=False)
+    fewer = score(more, pixels(scene))
+    assert (fewer.objects, fewer.colour_at_place, fewer.all_right) == (2, 1, False)
+
+
+@pytest.mark.parametrize("colour", [(158, 160, 164), (216, 32, 40), (0, 0, 0)])
+def test_an_empty_picture_shows_no_object(colour: tuple[int, int, int]) -> None:
+    found = score(one_object(), np.full((64, 64, 3), colour, dtype=np.uint8))
+    assert (found.colour_at_place, found.colour_and_shape, found.all_right) == (0, 0, False)
+    assert found.background == (colour == (158, 160, 164))
+
+
+@pytest.mark.parametrize("shape", ["circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring"])
+@pytest.mark.parametrize("place", ["top left", "right"])
+def test_shapes_are_told_apart_at_another_place_and_size_in_the_cell(shape: str, place: str) -> None:
+    row, column = divmod(PLACES.index(place), 2)
+    left, top = column * 64 / 3, row * 64 / 3
+    truth = one_object(shape=shape, place=place, cx=left + 10.5, cy=top + 10.5)
+    drawn = one_object(shape=shape, place=place, cx=left + 9.2, cy=top + 11.3, size="medium", radius=7.6)
+    assert score(truth, pixels(drawn)).colour_and_shape == 1
+
+
+def test_pictures_of_another_size_are_brought_to_the_canvas() -> None:
+    scene = make_scene("val", 0, 0)
+    double = np.asarray(draw(scene).resize((scene.width * 2, scene.height * 2), Image.Resampling.BICUBIC))
+    assert score(scene, double).all_right
+    with pytest.raises(ValueError, match="uint8"):
+        score(scene, pixels(scene).astype(np.float32))
+
+
+def test_summary_counts_objects_and_scenes_with_an_interval() -> None:
+    good, bad = SceneScore(3, 3, 3, 3, True, 0, True), SceneScore(1, 0, 0, 0, False, 1, False)
+    found = summarise([good] * 30 + [bad] * 30)
+    assert found["colour_at_place"].share == 0.75 and found["colour_at_place"].n == 120
+    assert found["all_right"].share == 0.5 and found["all_right"].n == 60
+    assert 0.3 < found["all_right"].low < 0.45 < 0.55 < found["all_right"].high < 0.7
+    certain = summarise([good] * 10)["shape"]
+    assert (certain.share, certain.low, certain.high) == (1, 1, 1)
+    with pytest.raises(ValueError, match="no scores"):
+        summarise([])

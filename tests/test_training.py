@@ -1,0 +1,284 @@
+"""The training loop: three stages in a row, what each trains and leaves alone, and what is logged and kept."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import (
+    build_here,
+    gradients_of,
+    hash_parameters,
+    newest,
+    records,
+    sample_here,
+    steps_saved,
+    tensors,
+    train_here,
+)
+
+from paradiffusion.data.demo import demo_samples
+from paradiffusion.data.shards import write_shards
+from paradiffusion.models.layouts import read_weights
+from paradiffusion.models.manifest import find_fault
+from paradiffusion.training import loop
+from paradiffusion.training.setup import Setup
+
+ADAPTER = "text_encoder_lora/adapter_model.safetensors"
+MASTERS = "training_state/model.safetensors"
+MODERN_WORDS = "conditioning.max_tokens=64"  # attention over 256 tokens would cost more than it tells here
+
+
+@dataclass
+class Stages:
+    """A run of three stages, and the language model's hash before and after each."""
+
+    run: Path
+    before: dict[int, str] = field(default_factory=dict)
+    after: dict[int, str] = field(default_factory=dict)
+
+    def checkpoint(self, stage: int) -> Path:
+        return newest(self.run / f"stage{stage}")
+
+
+@pytest.fixture(scope="module")
+def stages(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    found = Stages(tmp_path_factory.mktemp("stages") / "run")
+    build = loop.build
+    with pytest.MonkeyPatch.context() as patch:
+        for stage in (1, 2, 3):
+            setups: list[Setup] = []
+
+            def watched(*arguments: Any, kept: list[Setup] = setups) -> Setup:
+                kept.append(build(*arguments))
+                found.before[kept[0].config.stage] = hash_parameters(kept[0].encoder)
+                return kept[0]
+
+            patch.setattr(loop, "build", watched)
+            assert train_here([*tiny_arguments, f"run_dir={found.run}", f"stage={stage}", "validate_every=4"]) == 0
+            found.after[stage] = hash_parameters(setups[0].encoder)
+    return found
+
+
+def test_three_stages_run_and_say_what_they_did(stages: Stages) -> None:
+    for stage in (1, 2, 3):
+        folder = stages.run / f"stage{stage}"
+        rows = records(folder)
+        assert [row["step"] for row in rows] == [2, 4, 6, 8]
+        for row in rows:
+            assert math.isfinite(row["loss"]) and row["gradient_norm"] > 0
+            assert row["samples_per_second"] > 0 and row["tokens_per_second"] > 0 and row["seconds_per_step"] > 0
+            assert 0 <= row["data_wait"] <= 1 and 0 <= row["truncated"] <= 1 and row["memory_gb"] > 0
+            assert row["bad_samples"] == 0 and row["images_seen"] == 4 * row["step"] and row["learning_rate"] > 0
+            for prefix in ("loss_time/", "loss_words/"):
+                binned = [value for key, value in row.items() if key.startswith(prefix)]
+                assert binned and min(binned) <= row["loss"] + 1e-9 and max(binned) >= row["loss"] - 1e-9
+        held_out = records(folder, "validation")
+        assert [row["step"] for row in held_out] == [4, 8]
+        assert all(math.isfinite(row["loss_short"]) and math.isfinite(row["loss_long"]) for row in held_out)
+        summary = json.loads((folder / "summary.json").read_text())
+        assert summary["stage"] == stage and summary["steps"] == 8 and summary["seconds"] > 0
+        assert summary["validation"] == {key: held_out[-1][key] for key in ("loss_short", "loss_long")}
+    long_bands = ("loss_words/78-128", "loss_words/129-256")
+    assert any(band in row for row in records(stages.run / "stage2") for band in long_bands)
+
+
+def test_language_model_never_changes(stages: Stages) -> None:
+    assert stages.before == stages.after
+    # PEFT renames but does not touch: the three stages read the very same model.
+    assert stages.before[2] == stages.before[3] == stages.after[2]
+    for stage in (1, 2, 3):
+        stored = load_file(stages.checkpoint(stage) / MASTERS)
+        stored |= load_file(stages.checkpoint(stage) / "training_state/optimizer.safetensors")
+        language = [name for name in stored if "text_encoder." in name]
+        assert len(language) == (8 + 3 * 8 if stage == 2 else 0)
+        assert all(".lora_" in name for name in language)
+        files = {path.parent.name for path in stages.checkpoint(stage).rglob("*.safetensors")}
+        assert files - {"text_encoder_lora"} == {"unet", "refiner", "training_state"}
+        if stage > 1:
+            assert all(".lora_" in name for name in load_file(stages.checkpoint(stage) / ADAPTER))
+    assert not (stages.checkpoint(1) / ADAPTER).exists()
+
+
+def test_stage_2_moves_the_adapter_and_stage_3_keeps_it(stages: Stages) -> None:
+    trained = load_file(stages.checkpoint(2) / ADAPTER)
+    moved = {name: tensor.abs().max().item() for name, tensor in trained.items() if "lora_B" in name}
+    assert len(moved) == 4 and all(value > 0 for value in moved.values())  # q and v of two layers; B begins at 0
+    assert (stages.checkpoint(3) / ADAPTER).read_bytes() == (stages.checkpoint(2) / ADAPTER).read_bytes()
+    assert not any("lora" in name for name in load_file(stages.checkpoint(3) / MASTERS))
+    description = json.loads((stages.checkpoint(3) / "checkpoint.json").read_text())
+    assert description["lora"]["rank"] == 8 and description["stage"] == 3
+
+
+def test_next_stage_starts_from_the_average(stages: Stages, tiny_arguments: list[str], tmp_path: Path) -> None:
+    for stage in (2, 3):
+        source = stages.checkpoint(stage - 1)
+        init = [f"stage={stage}", f"init_from={source}", f"run_dir={tmp_path}"]
+        setup = build_here([*tiny_arguments, *init])
+        averages = read_weights(source)
+        own = dict(setup.joint.named_parameters())
+        shared = [name for name in averages if name in own]
+        assert len(shared) > 50
+        assert all(torch.equal(own[name], averages[name]) for name in shared)
+        assert all(torch.equal(setup.ema.values[name], averages[name]) for name in shared if name in setup.ema.values)
+        masters = load_file(source / MASTERS)
+        assert any(not torch.equal(own[name], masters[name]) for name in shared)
+
+
+def test_average_is_fp32_and_no_copy_of_the_masters(stages: Stages) -> None:
+    for stage in (1, 2, 3):
+        stored = tensors(stages.checkpoint(stage))
+        assert all(t.dtype == torch.float32 for n, t in stored.items() if not n.endswith("step"))
+        masters = load_file(stages.checkpoint(stage) / MASTERS)
+        averages = read_weights(stages.checkpoint(stage))
+        assert masters.keys() <= averages.keys()
+        same = [name for name in masters if torch.equal(masters[name], averages[name])]
+        assert not same, same
+        optimizer = load_file(stages.checkpoint(stage) / "training_state/optimizer.safetensors")
+        assert {name.partition("/")[2] for name in optimizer} == set(masters)
+
+
+@pytest.mark.parametrize("conditioning", ["modern", "paper"])
+def test_lora_gradients_reach_every_layer(
+    conditioning: str, stages: Stages, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    start = "init_from=scratch" if conditioning == "paper" else f"init_from={stages.checkpoint(1)}"
+    arguments = [*tiny_arguments, "stage=2", f"conditioning={conditioning}", start, f"run_dir={tmp_path}"]
+    # At the first step B is 0, so that only B has a gradient; after one update both have.
+    _, gradients = gradients_of(build_here([*arguments, MODERN_WORDS]), steps=2)
+    lora = {name: gradient.abs().max().item() for name, gradient in gradients.items() if "lora_" in name}
+    assert len(lora) == 8 and all(value > 0 for value in lora.values()), lora
+    assert not any(name.startswith("text_encoder.") and "lora_" not in name for name in gradients)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_micro_batches_and_recomputation_change_nothing(
+    stage: int, stages: Stages, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    arguments = [*tiny_arguments, f"stage={stage}", f"run_dir={tmp_path}", MODERN_WORDS]
+    arguments += [f"init_from={stages.checkpoint(1)}"]
+    # In stage 2 B begins at 0, so that A has a gradient from the second step on; Adam's step before it divides by the
+    # gradient's size, which makes rounding in the smallest ones visible.
+    steps, tolerance = (1, 1e-5) if stage == 1 else (2, 1e-3)
+    loss, gradients = gradients_of(build_here(arguments), steps)
+    for change in ("micro_batch_size=1", "micro_batch_size=2", "gradient_checkpointing=true"):
+        other_loss, others = gradients_of(build_here([*arguments, change]), steps)
+        assert other_loss == pytest.approx(loss, rel=1e-5), change
+        assert others.keys() == gradients.keys()
+        norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+        apart = torch.stack([(others[name] - gradients[name]).norm() for name in gradients]).norm()
+        assert apart < tolerance * norm, change
+        lora = [gradient.abs().max() for name, gradient in others.items() if "lora_" in name]
+        assert len(lora) == (8 if stage == 2 else 0) and all(value > 0 for value in lora), change
+
+
+def test_log_of_micro_batches_equals_that_of_one_batch(train: Callable[..., int], tmp_path: Path) -> None:
+    losses = []
+    for name, micro in (("whole", "null"), ("ones", "1"), ("twos", "2")):
+        run = tmp_path / name
+        assert (
+            train("stage=1", f"run_dir={run}", f"micro_batch_size={micro}", "log_every=1", "checkpoint_every=100") == 0
+        )
+        losses.append([row["loss"] for row in records(run / "stage1")])
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_held_out_loss_falls_over_a_longer_run(train: Callable[..., int], tmp_path: Path) -> None:
+    write_shards(demo_samples("web", 8), tmp_path / "few", 8)
+    assert train(
+        "stage=1", "max_steps=120", "validate_every=10", "log_every=10", "checkpoint_every=120", "validation.samples=8",
+        f"data.shards={tmp_path / 'few'}", f"data.val_shards={tmp_path / 'few'}", "optimizer.lr=0.003",
+        "optimizer.lr_conditioning=0.003", "optimizer.warmup_steps=5", "ema_decay=0.9", "codec.sample=false",
+    ) == 0  # fmt: skip
+    held_out = records(tmp_path / "run" / "stage1", "validation")
+    assert [row["step"] for row in held_out] == list(range(10, 121, 10))
+    for kind in ("loss_short", "loss_long"):
+        assert held_out[-1][kind] < 0.6 * held_out[0][kind]
+    trained = records(tmp_path / "run" / "stage1")
+    assert trained[-1]["loss"] < 0.6 * trained[0]["loss"]
+
+
+def test_bf16_keeps_masters_and_average_in_fp32(train: Callable[..., int], tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        run = tmp_path / precision
+        assert train("stage=1", f"run_dir={run}", f"precision={precision}", "log_every=8") == 0
+        losses[precision] = records(run / "stage1")[0]["loss"]
+        stored = tensors(newest(run / "stage1"))
+        assert all(t.dtype == torch.float32 for t in stored.values())
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_checkpoints_are_pruned(train: Callable[..., int], tmp_path: Path) -> None:
+    stage = tmp_path / "run" / "stage1"
+    assert train("max_steps=12", "checkpoint_every=2", "keep_last=2", "keep_every=4") == 0
+    assert steps_saved(stage) == [4, 8, 10, 12]
+    assert (stage / "checkpoints" / "latest").read_text().strip() == "step_000012"
+    assert all(find_fault(stage / "checkpoints" / f"step_{step:06d}") is None for step in steps_saved(stage))
+    assert not list((stage / "checkpoints").glob(".writing*"))
+    assert train("max_steps=14", "checkpoint_every=2", "keep_last=1", "keep_every=null") == 0
+    assert steps_saved(stage) == [14]
+
+
+def test_tensorboard_gets_what_the_log_gets(train: Callable[..., int], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train("tracker=tensorboard", "max_steps=4") == 0
+    stage = tmp_path / "run" / "stage1"
+    events = EventAccumulator(str(stage / "tensorboard"))
+    events.Reload()
+    logged = {row["step"]: row["loss"] for row in records(stage)}
+    assert {event.step: pytest.approx(event.value) for event in events.Scalars("train/loss")} == logged
+    assert [event.step for event in events.Scalars("validation/loss_short")] == [4]
+
+
+def test_wandb_stays_offline_without_a_key(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    assert train("tracker=wandb", "max_steps=2") == 0
+    runs = list((tmp_path / "run" / "stage1" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1 and list(runs[0].glob("*.wandb"))
+    assert len(records(tmp_path / "run" / "stage1")) == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "prediction"), [("paper", "epsilon"), ("v_prediction", "v_prediction"), ("modern", "flow")]
+)
+@pytest.mark.parametrize("conditioning", ["modern", "paper"])
+def test_every_arm_trains_and_draws(
+    objective: str, prediction: str, conditioning: str, train: Callable[..., int], tmp_path: Path
+) -> None:
+    chosen = (f"objective={objective}", f"conditioning={conditioning}", MODERN_WORDS)
+    assert train("stage=1", "max_steps=2", *chosen) == 0
+    stage = tmp_path / "run" / "stage1"
+    assert math.isfinite(records(stage)[0]["loss"])
+    description = json.loads((newest(stage) / "checkpoint.json").read_text())
+    assert description["objective"]["prediction"] == prediction
+    assert description["conditioning"]["mask_padding"] == (conditioning == "modern")
+    assert (newest(stage) / "refiner").is_dir() == (conditioning == "modern")
+    out = tmp_path / "out"
+    assert sample_here(f"ckpt={stage}", "prompt=a red circle", "steps=2", f"output_dir={out}") == 0
+    assert (out / "00000.png").stat().st_size > 100
+
+
+def test_a_stage_that_is_done_is_left_alone(train: Callable[..., int], tmp_path: Path) -> None:
+    assert train("max_steps=4") == 0
+    stage = tmp_path / "run" / "stage1"
+    before = {path: path.stat().st_mtime_ns for path in stage.rglob("*.safetensors")}
+    log = (stage / "log.jsonl").read_text()
+    assert train("max_steps=4") == 0
+    assert {path: path.stat().st_mtime_ns for path in stage.rglob("*.safetensors")} == before
+    assert (stage / "log.jsonl").read_text() == log
