@@ -154,6 +154,10 @@ def _explain(error: Exception) -> str:
 
 def _local_defaults(config: TrainConfig, given: set[str]) -> None:
     """A tracker without a key stays offline; who names shards of their own is not validated on the built-in scenes."""
+    if config.data.shards is None:
+        raise UserError(
+            "data.shards is not set; name WebDataset shards, such as data.shards='shards/{00000..00099}.tar'."
+        )
     if "data.shards" in given:
         config.data.demo = False
         config.data.val_shards = config.data.val_shards if "data.val_shards" in given else None

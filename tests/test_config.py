@@ -55,11 +55,21 @@ def test_every_preset_has_its_three_stages_and_a_default_conditioning() -> None:
 @pytest.mark.parametrize("group", [g for g in groups() if g not in ("preset", "stage")])
 def test_every_option_of_every_group_composes(group: str) -> None:
     for name in options(group):
-        section = getattr(compose_train([f"{group}={name}", "data.shards=x"]), group)
+        own = ["data.shards=x"] if (group, name) == ("data", "shards") else []
+        section = getattr(compose_train([f"{group}={name}", *own]), group)
         file = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
         for key in file:
             if not OmegaConf.is_interpolation(file, key) and not OmegaConf.is_missing(file, key):
                 assert getattr(section, str(key)) == file[key], f"{group}={name} does not set {key}"
+
+
+def test_own_shards_are_not_validated_on_the_built_in_scenes() -> None:
+    for arguments in (["data.shards=mine"], ["data=shards", "data.shards=mine"]):
+        data = compose_train(arguments).data
+        assert (data.shards, data.val_shards, data.demo) == ("mine", None, False)
+    assert compose_train(["data.shards=mine", "data.val_shards=kept"]).data.val_shards == "kept"
+    with pytest.raises(UserError, match="shards"):
+        compose_train(["data=shards"])
 
 
 def test_the_command_line_wins_over_everything() -> None:
