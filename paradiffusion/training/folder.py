@@ -21,7 +21,7 @@ CONFIG_FILE = "config.json"
 FREE_ON_RESUME = (
     "run_dir", "max_steps", "log_every", "validate_every", "checkpoint_every", "keep_last", "keep_every", "resume",
     "on_spike", "spike_factor", "threads", "init_from", "tracker", "validation", "sampler", "micro_batch_size",
-    "data.workers", "data.max_bad_fraction", "data.val_shards", "text_encoder.path", "codec.path",
+    "data.workers", "data.max_bad_fraction", "data.val_shards", "data.demo", "text_encoder.path", "codec.path",
 )  # fmt: skip
 
 
