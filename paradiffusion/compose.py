@@ -25,7 +25,7 @@ from paradiffusion.errors import UserError
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FLAGS = ("--cfg",)
 # Dictionaries that take keys of the user's own; given whole, they replace what the groups set.
-OPEN = ("data.captions", "data.demo_sizes", "unet.arguments")
+OPEN = ("data.captions", "data.demo_sizes", "unet.arguments", "text_encoder.architecture")
 # Texts, mostly paths: they reach the configuration as typed, whatever Hydra's grammar makes of their characters.
 TEXTS = (
     "run_dir", "init_from", "data.shards", "data.val_shards", "data.demo_folder", "text_encoder.path", "codec.path",

@@ -99,7 +99,9 @@ class OptimizerConfig:
     """One learning rate per part, linear warm-up, and a schedule that is a function of the step.
 
     Attributes:
-        name: "adamw", or "muon": Muon for matrices, AdamW for everything else (see training/optim.py).
+        name: "adamw", "adamw8bit" (bitsandbytes' block-wise 8-bit state, GPU only), or "muon": Muon for matrices, AdamW for
+            everything else (see training/optim.py).
+        fused: one kernel for all parameters, where there is a GPU.
         lr, lr_conditioning, lr_lora: of the U-Net, of refiner and linear projection, of the adapter.
         schedule: after the warm-up "constant", "cosine", "linear", or "trapezoid": constant, then linear over the last
             ``decay`` of all steps; down to ``final_lr`` times the rate.
@@ -107,6 +109,7 @@ class OptimizerConfig:
     """
 
     name: str = "adamw"
+    fused: bool = True
     lr: float = 1e-4
     lr_conditioning: float = 1e-4
     lr_lora: float = 1e-4
@@ -122,7 +125,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def check(self) -> None:
-        choice("optimizer.name", self.name, ("adamw", "muon"))
+        choice("optimizer.name", self.name, ("adamw", "adamw8bit", "muon"))
         choice("optimizer.schedule", self.schedule, ("constant", "cosine", "linear", "trapezoid"))
         for key in ("lr", "lr_conditioning", "lr_lora", "max_grad_norm"):
             positive(f"optimizer.{key}", getattr(self, key))
@@ -174,10 +177,21 @@ class TrackerConfig:
 
 @dataclass
 class TrainConfig:
-    """One stage of training. Stages differ in values only: there is one training loop."""
+    """One stage of training. Stages differ in values only: there is one training loop.
+
+    Attributes:
+        recipe: a set of values for one kind of machine (configs/recipe), merged after preset and stage.
+        batch_size, micro_batch_size: samples of one optimiser step over all processes, and of one process at once;
+            accumulation is their whole-number ratio over the processes.
+        ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
+        compile, channels_last: torch.compile of the U-Net, and its memory layout; neither changes what is computed.
+        preflight: one step of the largest bucket with the longest captions, validation and a save, reported and undone.
+        stall_seconds: after so long without a step a process is named with its rank, phase and samples.
+    """
 
     preset: str = "nano"
     stage: int = 1
+    recipe: str = "none"
     run_dir: str = "runs/nano"
     init_from: str | None = None
     resume: bool = True
@@ -196,6 +210,11 @@ class TrainConfig:
     keep_last: int = 2
     keep_every: int | None = None
     ema_decay: float = 0.9999
+    ema_device: str | None = None
+    compile: bool = False
+    channels_last: bool = False
+    preflight: bool = False
+    stall_seconds: float = 600.0
     on_spike: str = "stop"
     spike_factor: float = 10.0
 
@@ -225,8 +244,11 @@ class TrainConfig:
         for key in ("micro_batch_size", "threads", "keep_every"):
             if getattr(self, key) is not None:
                 positive(key, getattr(self, key))
+        if self.ema_device is not None:
+            choice("ema_device", self.ema_device, ("cpu",))
+        positive("stall_seconds", self.stall_seconds)
         for part in (
-            self.text_encoder, self.conditioning, self.lora, self.codec, self.objective, self.data, self.optimizer,
+            self.text_encoder, self.conditioning, self.lora, self.unet, self.codec, self.objective, self.data, self.optimizer,
             self.sampler, self.validation, self.tracker,
         ):  # fmt: skip
             part.check()

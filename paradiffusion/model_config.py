@@ -25,6 +25,9 @@ class TextEncoderConfig:
         layers: run only the first layers (None for all): early layers already hold what colour and place words mean,
             and a quarter of the layers is four times as fast.
         dtype: of its frozen weights: "float32", "bfloat16" or "float16".
+        quantization: "4bit" keeps the frozen linear layers in NF4 (bitsandbytes, GPU only), under LoRA too; None for none.
+        architecture: arguments of its transformers configuration, ``model_type`` first among them; from these alone
+            scripts/describe.py counts parameters, memory and compute without the weights.
     """
 
     name: str = "tiny"
@@ -34,9 +37,13 @@ class TextEncoderConfig:
     revision: str | None = None
     layers: int | None = None
     dtype: str = "float32"
+    quantization: str | None = None
+    architecture: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
         choice("text_encoder.dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        if self.quantization is not None:
+            choice("text_encoder.quantization", self.quantization, ("4bit",))
         if self.layers is not None:
             positive("text_encoder.layers", self.layers)
 
@@ -117,6 +124,9 @@ class UNetConfig:
             nearly uniform over the tokens, and takes long to find out that places differ.
         plain_attention: use matrix products and a softmax instead of torch's fused attention. On processors, at a few
             dozen latents, its backward pass is a quarter faster; on GPUs leave it off.
+        lora_rank: train a LoRA adapter of this rank on the U-Net's attention instead of all its weights; 0 for none. The
+            text projection (and refiner) are trained whole in either case.
+        lora_alpha, lora_target_modules: of that adapter.
     """
 
     name: str = "nano"
@@ -125,6 +135,13 @@ class UNetConfig:
     pooled_text: bool = False
     attention_gain: float = 1.0
     plain_attention: bool = False
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    lora_target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    def check(self) -> None:
+        positive("unet.lora_rank", self.lora_rank, zero=True)
+        positive("unet.lora_alpha", self.lora_alpha)
 
 
 @dataclass
