@@ -20,6 +20,12 @@ def main(arguments: list[str]) -> int:
         return 0
     from paradiffusion.training.loop import train
 
+    if config.preflight:
+        from paradiffusion.training.preflight import preflight
+        from paradiffusion.training.processes import make_accelerator
+
+        preflight(config, make_accelerator(config))
+        return 0
     return train(config)
 
 

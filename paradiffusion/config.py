@@ -29,6 +29,7 @@ __all__ = [
     "CodecConfig",
     "ConditioningConfig",
     "DataConfig",
+    "FrozenConfig",
     "LoraConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
@@ -41,6 +42,7 @@ __all__ = [
     "ValidationConfig",
 ]
 
+DTYPES = ("float32", "bfloat16", "float16")
 TRAIN_TEXT = ("frozen", "lora", "adapter")
 PRECISIONS = ("fp32", "bf16")  # fp16 would need its loss scale in every checkpoint
 
@@ -186,6 +188,7 @@ class TrainConfig:
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
         compile, channels_last: torch.compile of the U-Net, and its memory layout; neither changes what is computed.
         preflight: one step of the largest bucket with the longest captions, validation and a save, reported and undone.
+        log_samples: write each step's sample keys to ``samples_seen/`` in the stage folder.
         stall_seconds: after so long without a step a process is named with its rank, phase and samples.
     """
 
@@ -214,6 +217,7 @@ class TrainConfig:
     compile: bool = False
     channels_last: bool = False
     preflight: bool = False
+    log_samples: bool = False
     stall_seconds: float = 600.0
     on_spike: str = "stop"
     spike_factor: float = 10.0
@@ -259,10 +263,32 @@ class TrainConfig:
 
 
 @dataclass
+class FrozenConfig:
+    """Where a frozen model lies on this machine, and in which dtype it runs; None: as the checkpoint says."""
+
+    path: str | None = None
+    dtype: str | None = None
+
+    def check(self, key: str) -> None:
+        if self.dtype is not None:
+            choice(f"{key}.dtype", self.dtype, DTYPES)
+
+
+@dataclass
 class SampleConfig:
-    """What ``sample.py`` takes; None means the checkpoint's own default, or the prompt line's own value."""
+    """What ``sample.py`` takes; None means the checkpoint's own default, or the prompt line's own value.
+
+    Attributes:
+        unet: which U-Net of a folder in the official layout, such as "unet_384".
+        sampler: a set of the sampler's values from configs/sampler, such as "fast"; single keys win over it.
+        dtype: of the denoiser; the language model and the autoencoder keep their own.
+        compile, channels_last: torch.compile of the denoiser, and its memory layout; images change by rounding only.
+        offload_text_encoder: encode prompts in chunks, and keep the language model off the GPU while images are drawn.
+        vae_tiling: decode large images in overlapping tiles, in less memory.
+    """
 
     ckpt: str | None = None
+    unet: str = "unet"
     prompt: str | None = None
     prompt_file: str | None = None
     output_dir: str | None = None
@@ -274,6 +300,7 @@ class SampleConfig:
     images_per_prompt: int = 1
     batch_size: int = 8
     negative_prompt: str | None = None
+    sampler: str | None = None
     solver: str | None = None
     guidance_rescale: float | None = None
     guidance_start: float | None = None
@@ -281,8 +308,12 @@ class SampleConfig:
     device: str | None = None
     dtype: str = "float32"
     threads: int | None = None
-    text_encoder_path: str | None = None
-    codec_path: str | None = None
+    compile: bool = False
+    channels_last: bool = False
+    offload_text_encoder: bool = False
+    vae_tiling: bool = False
+    text_encoder: FrozenConfig = field(default_factory=FrozenConfig)
+    codec: FrozenConfig = field(default_factory=FrozenConfig)
 
     def check(self) -> None:
         """Raise UserError for missing, contradictory or impossible values."""
@@ -295,7 +326,9 @@ class SampleConfig:
             raise UserError(
                 f"expected one of prompt= and prompt_file=, found {found}; prompt_file=prompts.txt is the main way."
             )
-        choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        choice("dtype", self.dtype, DTYPES)
+        self.text_encoder.check("text_encoder")
+        self.codec.check("codec")
         for key in ("images_per_prompt", "batch_size"):
             positive(key, getattr(self, key))
         for key in ("steps", "height", "width", "threads"):

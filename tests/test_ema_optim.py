@@ -12,6 +12,7 @@ from torch import nn
 
 from paradiffusion.config import OptimizerConfig, TrackerConfig, TrainConfig
 from paradiffusion.training.ema import Ema
+from paradiffusion.training.masters import Piece, PiecedMasters, WholeMasters
 from paradiffusion.training.meters import Log, Meters, human_time, length_band, log_line
 from paradiffusion.training.optim import MuonAdamW, build_optimizer, part_of, schedule, set_learning_rate
 
@@ -21,9 +22,13 @@ def parameters() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(3, 2, generator=generator)) for name in ("a", "b")}
 
 
+def average_of(followed: dict[str, nn.Parameter], decay: float, device: str | None = None) -> Ema:
+    return Ema(WholeMasters(followed, main=True), decay, device)
+
+
 def test_ema_warms_up_and_then_keeps_its_decay() -> None:
     followed = parameters()
-    ema = Ema(followed, decay=0.3)
+    ema = average_of(followed, 0.3)
     expected = {name: p.detach().clone() for name, p in followed.items()}
     for step in range(6):
         decay = min(0.3, (1 + step) / (10 + step))
@@ -34,36 +39,56 @@ def test_ema_warms_up_and_then_keeps_its_decay() -> None:
                 expected[name] = decay * expected[name] + (1 - decay) * p
         ema.update(step)
         for name in followed:
-            torch.testing.assert_close(ema.values[name], expected[name])
+            torch.testing.assert_close(ema.full()[name], expected[name])
 
 
 def test_ema_applied_restores_bit_for_bit_even_after_an_error() -> None:
     followed = parameters()
-    ema = Ema(followed, decay=0.9)
+    ema = average_of(followed, 0.9)
     with torch.no_grad():
         for p in followed.values():
             p *= math.pi
+    average = ema.full()
+    average = {name: tensor.clone() for name, tensor in average.items()}
     before = {name: p.detach().clone() for name, p in followed.items()}
 
     def fails_within() -> None:
         with ema.applied():
-            assert all(torch.equal(p, ema.values[name]) for name, p in followed.items())
+            assert all(torch.equal(p, average[name]) for name, p in followed.items())
             assert not torch.equal(followed["a"], before["a"])
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fails_within()
     assert all(torch.equal(p, before[name]) for name, p in followed.items())
+    assert all(torch.equal(ema.full()[name], average[name]) for name in followed)
 
 
-def test_ema_is_fp32_and_loads() -> None:
-    followed = {"a": nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}
-    ema = Ema(followed, decay=0.9)
-    assert ema.values["a"].dtype == torch.float32
+def test_ema_refuses_lower_precision_and_loads_by_name() -> None:
+    with pytest.raises(AssertionError, match="fp32"):
+        average_of({"a": nn.Parameter(torch.ones(2, dtype=torch.bfloat16))}, 0.9)
+    followed = {"a": nn.Parameter(torch.ones(2))}
+    ema = average_of(followed, 0.9, "cpu")
     ema.load({"a": torch.tensor([2.0, 3.0]), "unused": torch.zeros(1)})
-    assert ema.values["a"].tolist() == [2.0, 3.0]
+    assert ema.full()["a"].tolist() == [2.0, 3.0]
     with ema.applied():
         assert followed["a"].tolist() == [2.0, 3.0]
+
+
+def test_pieces_are_filled_from_whole_tensors() -> None:
+    """What the second of two processes holds: the end of "a" and the beginning of "b", in one flat tensor."""
+    flat = [torch.zeros(5)]
+    shapes = {"a": torch.Size([2, 2]), "b": torch.Size([4]), "c": torch.Size([3])}
+    pieces = {"a": Piece(0, 0, 1, 3), "b": Piece(0, 3, 0, 2)}
+    refreshed: list[bool] = []
+    masters = PiecedMasters(shapes, flat, pieces, torch.device("cpu"), lambda: refreshed.append(True))
+    ema = Ema(masters, 0.9)
+    stored = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor([5.0, 6.0, 7.0, 8.0])}
+    masters.fill(masters.tensors(), stored.__getitem__)
+    assert flat[0].tolist() == [2.0, 3.0, 4.0, 5.0, 6.0]
+    with ema.applied():
+        assert flat[0].tolist() == [0.0] * 5 and len(refreshed) == 1
+    assert flat[0].tolist() == [2.0, 3.0, 4.0, 5.0, 6.0] and len(refreshed) == 2
 
 
 def test_schedule() -> None:

@@ -19,7 +19,7 @@ from data_fixtures import as_json, encoded, picture, sample, shards_of, write_ta
 
 from paradiffusion.data.captions import is_dropped
 from paradiffusion.data.images import decode, make_buckets, to_array
-from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
+from paradiffusion.data.loader import Batch, LoaderSettings, make_loader, slots_of
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import RawSample, SampleIndex, load_index, read_sample, write_shards
 from paradiffusion.errors import UserError
@@ -99,10 +99,26 @@ def test_slices_join_to_the_global_batch(index: SampleIndex, world_size: int, ac
         parts = [part for rank in ranks for part in rank[step * accumulation : (step + 1) * accumulation]]
         assert [part.micro for part in parts] == list(range(accumulation)) * world_size
         assert {part.step for part in parts} == {step}
-        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
-        assert torch.cat([part.slots for part in parts]).tolist() == batch.slots.tolist()
+        slots = torch.cat([part.slots for part in parts])
+        assert sorted(slots.tolist()) == batch.slots.tolist()
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images[slots])
         for name in ("captions", "kinds", "words", "keys"):
-            assert sum((getattr(part, name) for part in parts), []) == getattr(batch, name)
+            assert sum((getattr(part, name) for part in parts), []) == [getattr(batch, name)[slot] for slot in slots]
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(4, 1), (2, 2)])
+def test_processes_get_captions_of_equal_lengths(index: SampleIndex, world_size: int, accumulation: int) -> None:
+    """A batch is sorted by length: cut into contiguous parts, the last process would wait for nobody and all for it."""
+    plan = plan_of(index)
+    lengths = {rank: [0] * accumulation for rank in range(world_size)}
+    size = plan.batch_size // (world_size * accumulation)
+    for rank in range(world_size):
+        for micro in range(accumulation):
+            slots = slots_of(rank, world_size, size, micro)
+            lengths[rank][micro] = sum(slots)
+    for micro in range(accumulation):
+        sums = [lengths[rank][micro] for rank in range(world_size)]
+        assert max(sums) - min(sums) <= (world_size - 1) * size
 
 
 def test_a_batch_that_does_not_split(index: SampleIndex) -> None:

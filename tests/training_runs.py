@@ -21,7 +21,8 @@ from paradiffusion.training import loop
 from paradiffusion.training.folder import stage_folder
 from paradiffusion.training.loop import step_gradients
 from paradiffusion.training.meters import Meters
-from paradiffusion.training.setup import Setup, build, make_accelerator
+from paradiffusion.training.processes import make_accelerator
+from paradiffusion.training.setup import Setup, build
 
 Weights = dict[str, torch.Tensor]
 KEPT_HANDLERS = (signal.SIGTERM, signal.SIGINT)
@@ -56,11 +57,11 @@ def gradients_of(setup: Setup, steps: int = 1) -> tuple[float, Weights]:
     """Loss and gradients of the last of ``steps`` optimiser steps, before its update."""
     loader, meters, loss = setup.loader(), Meters(), 0.0
     for step in range(steps):
-        setup.optimizer.zero_grad(set_to_none=True)
-        loss, _, _ = step_gradients(setup, loader, meters)
+        setup.engine.discard()
+        loss, _, _, _ = step_gradients(setup, loader, meters)
         if step < steps - 1:
-            setup.optimizer.step()
-    found = {name: p.grad.clone() for name, p in setup.ema.parameters.items() if p.grad is not None}
+            setup.engine.update()
+    found = {name: p.grad.clone() for name, p in setup.joint.trained().items() if p.grad is not None}
     return loss, found
 
 

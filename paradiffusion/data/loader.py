@@ -141,7 +141,7 @@ class Loader(Iterator[Batch]):
             kinds=delivery.kinds,
             words=[len(caption.split()) for caption in captions],
             keys=delivery.keys,
-            slots=torch.arange(order.slots.start, order.slots.stop),
+            slots=torch.tensor(order.slots),
             weights=torch.tensor(delivery.weights, dtype=torch.float32),
             bad=[str(failure) for failure in delivery.failures],
             micro=order.micro,
@@ -197,8 +197,18 @@ class Loader(Iterator[Batch]):
             )
 
 
+def slots_of(rank: int, world_size: int, size: int, micro: int) -> range:
+    """The slots of the global batch that a process takes in its ``micro``-th part of ``size`` samples.
+
+    A batch is sorted by caption length: every ``world_size``-th slot of a part gives all processes texts of the same
+    lengths, so that none of them waits for another.
+    """
+    together = world_size * size
+    return range(micro * together + rank, (micro + 1) * together, world_size)
+
+
 def make_loader(index: SampleIndex, plan: BatchPlan, settings: LoaderSettings) -> Loader:
-    """The batches of this process: slots ``rank * b`` to ``rank * b + b`` of every step, b = batch_size / world_size.
+    """The batches of this process: of every step's slots each ``world_size``-th, in ``accumulation`` equal parts.
 
     A sample that cannot be read is replaced in its slot by a good one of the slice with weight 0 and counted in
     ``loader.report``. Iterating raises UserError when a whole slice is bad, or over ``max_bad_fraction`` of what was
@@ -243,9 +253,9 @@ class _Orders:
             batch = self.plan.batch(step)
             places = _Lookup(self.index, batch.rows, batch.kinds)
             for micro in range(settings.accumulation):
-                first = (settings.rank * settings.accumulation + micro) * self.size
-                slots = range(first, first + self.size)
-                others = [*range(slots.stop, len(batch.rows)), *range(slots.start)][:_SPARES]
+                slots = slots_of(settings.rank, settings.world_size, self.size, micro)
+                others = [*range(slots.start + 1, len(batch.rows)), *range(slots.start)]
+                others = [slot for slot in others if slot not in slots][:_SPARES]
                 yield Order(
                     step=step,
                     micro=micro,

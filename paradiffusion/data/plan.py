@@ -114,6 +114,11 @@ class BatchPlan:
         """How many samples each bucket has."""
         return {bucket: int(count) for bucket, count in zip(self.buckets, self._per_epoch, strict=True)}
 
+    def rows_of(self, bucket: Bucket) -> np.ndarray:
+        """All rows of a bucket, int64, in the order of the index."""
+        number = self.buckets.index(bucket)
+        return np.concatenate([self._by_bucket[slice(*spans[number : number + 2])] for spans in self._starts])
+
     def first_step(self, epoch: int) -> int:
         """The first step cut in ``epoch`` or later."""
         return int((epoch * self._per_epoch // self.batch_size).sum())

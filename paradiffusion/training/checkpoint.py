@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel
-from paradiffusion.models.layouts import copy_tensors, read_weights, save_weights, write_tensors
+from paradiffusion.models.layouts import check_complete, copy_tensors, read_weights, save_weights, write_tensors
 from paradiffusion.models.manifest import checkpoints_of, sync, write_manifest
 from paradiffusion.training.ema import Ema
-from paradiffusion.training.optim import Optimizer
+from paradiffusion.training.engine import Engine
 
 STATE = "training_state"
 
@@ -46,28 +47,34 @@ class TrainState:
 def save_checkpoint(
     stage_folder: Path,
     joint: JointModel,
+    engine: Engine,
     ema: Ema,
     frozen: dict[str, Tensor],
-    optimizer: Optimizer,
     state: TrainState,
     description: dict[str, Any],
+    main: bool = True,
 ) -> Path:
-    """Write ``checkpoints/step_NNNNNN``; one process calls this.
+    """Write ``checkpoints/step_NNNNNN``. Every process calls this, since each may hold a part; the ``main`` one writes.
 
     Args:
-        frozen: adapter tensors that are applied but not trained (stage 3).
+        frozen: tensors that are applied but not trained, and belong to the checkpoint: the adapter in stage 3.
     Raises:
         UserError: when the disk is full or refuses; nothing that was there before is lost.
     """
     folder = stage_folder / "checkpoints" / f"step_{state.step:06d}"
+    averages = ema.full()
+    weights = dict(engine.masters.full(engine.masters.tensors()))
+    moments = dict(engine.optimizer_state())
+    if not main:
+        return folder
+    check_whole(averages, engine.masters.names)
     temporary = folder.parent / f".writing_{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         (temporary / STATE).mkdir(parents=True)
-        save_weights(temporary, joint, {**frozen, **ema.values}, description)
-        names = {id(parameter): name for name, parameter in ema.parameters.items()}
-        write_tensors(temporary / STATE / "model.safetensors", {n: p.detach().cpu() for n, p in ema.parameters.items()})
-        write_tensors(temporary / STATE / "optimizer.safetensors", optimizer_tensors(optimizer, names))
+        save_weights(temporary, joint, {**frozen, **averages}, description)
+        write_tensors(temporary / STATE / "model.safetensors", weights)
+        write_tensors(temporary / STATE / "optimizer.safetensors", moments)
         (temporary / STATE / "state.json").write_text(json.dumps(vars(state)))
         write_manifest(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, which a resume passed over
@@ -87,20 +94,18 @@ def save_checkpoint(
     return folder
 
 
+def check_whole(averages: dict[str, Tensor], names: list[str]) -> None:
+    """Fail on a tensor that is missing or empty: a sharded weight that was not gathered looks just like that."""
+    wrong = [name for name in names if name not in averages or not averages[name].numel()]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} of {len(names)} trained tensors were not gathered, {wrong[0]} the first")
+
+
 def write_latest(folder: Path) -> None:
     """Name the newest checkpoint in ``latest``, for people and scripts."""
     temporary = folder.parent / ".latest"
     temporary.write_text(folder.name + "\n")
     os.replace(temporary, folder.parent / "latest")
-
-
-def optimizer_tensors(optimizer: Optimizer, names: dict[int, str]) -> dict[str, Tensor]:
-    """The optimiser's state per parameter: "exp_avg/NAME", "exp_avg_sq/NAME", "step/NAME"."""
-    tensors = {}
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            tensors[f"{key}/{names[id(parameter)]}"] = value.detach().cpu()
-    return tensors
 
 
 def prune(stage_folder: Path, keep_last: int, keep_every: int | None) -> None:
@@ -110,8 +115,8 @@ def prune(stage_folder: Path, keep_last: int, keep_every: int | None) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def restore_checkpoint(checkpoint: Path, joint: JointModel, ema: Ema, optimizer: Optimizer) -> TrainState:
-    """Bring back weights, average, optimiser and position; returns the state.
+def restore_checkpoint(checkpoint: Path, joint: JointModel, engine: Engine, ema: Ema) -> TrainState:
+    """Bring back weights, average, optimiser and position, on whatever number of processes; returns the state.
 
     Raises:
         UserError: when the checkpoint has no training state (a published one), or does not fit.
@@ -123,18 +128,13 @@ def restore_checkpoint(checkpoint: Path, joint: JointModel, ema: Ema, optimizer:
             "run_dir to start from its weights."
         )
     averages = read_weights(checkpoint)
-    buffers = {name: averages[name] for name, _ in joint.named_buffers() if name in averages}
-    copy_tensors(joint, buffers)
+    copy_tensors(joint, {name: averages[name] for name, _ in joint.named_buffers() if name in averages})
+    weights = load_file(folder / "model.safetensors")
+    for stored in (averages, weights):
+        check_complete(set(engine.masters.names), stored)
     ema.load(averages)
-    copy_tensors(joint, load_file(folder / "model.safetensors"))
-    load_optimizer(optimizer, load_file(folder / "optimizer.safetensors"), ema.parameters)
+    with torch.no_grad():
+        engine.masters.fill(engine.masters.tensors(), weights.__getitem__)
+    engine.masters.refresh()
+    engine.load_optimizer(load_file(folder / "optimizer.safetensors"))
     return TrainState(**json.loads((folder / "state.json").read_text()))
-
-
-def load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:
-    """Put stored state back, on each parameter's device (AdamW's own step counter stays on the CPU)."""
-    for name, parameter in parameters.items():
-        values = {key.partition("/")[0]: value for key, value in tensors.items() if key.partition("/")[2] == name}
-        optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device) for key, value in values.items()
-        }

@@ -2,51 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from paradiffusion.training.masters import Masters
 
 
 class Ema:
-    """Follows named fp32 parameters.
+    """Follows the fp32 weights. Each process averages what it holds of them.
 
     Args:
-        parameters: name and parameter; the average starts as a copy.
+        masters: what to follow; the average starts as a copy.
         decay: the final decay; early steps use (1 + n) / (10 + n), so that the average forgets the initial weights.
+        device: where the average lies; None for beside the weights.
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        self.parameters = parameters
+    def __init__(self, masters: Masters, decay: float, device: str | None = None) -> None:
+        assert all(tensor.dtype == torch.float32 for tensor in masters.tensors()), "trained weights are kept in fp32"
+        self.masters = masters
         self.decay = decay
-        self.values: dict[str, Tensor] = {
-            name: p.detach().to(torch.float32, copy=True) for name, p in parameters.items()
-        }
+        self.values: list[Tensor] = [
+            t.detach().to(device or t.device, torch.float32, copy=True) for t in masters.tensors()
+        ]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters after optimiser step ``step`` (0 first)."""
+        """Take in the weights after optimiser step ``step`` (0 first)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = [p.detach().float() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.values.values()), current, 1 - decay)
+        current = [
+            tensor.to(value.device, torch.float32, non_blocking=value.device == tensor.device)
+            for tensor, value in zip(self.masters.tensors(), self.values, strict=True)
+        ]
+        torch._foreach_lerp_(self.values, current, 1 - decay)
+
+    def full(self) -> dict[str, Tensor]:
+        """The whole average by name, on the CPU, in the main process; empty in the others, which must call this too."""
+        return dict(self.masters.full(self.values))
 
     @torch.no_grad()
-    def load(self, values: dict[str, Tensor]) -> None:
-        """Set the average from stored tensors; every name must be there."""
-        for name, value in self.values.items():
-            value.copy_(values[name])
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Set the average from whole tensors; every name must be there."""
+        self.masters.fill(self.values, values.__getitem__)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the parameters hold the average; the trained weights come back after it, bit for bit."""
-        with torch.no_grad():
-            kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-            for name, p in self.parameters.items():
-                p.copy_(self.values[name])
+        """Within the block the model computes with the average; the trained weights come back after it, bit for bit."""
+        self._swap()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, p in self.parameters.items():
-                    p.copy_(kept[name])
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange average and weights, one tensor at a time: a second copy of all of them might not fit."""
+        for tensor, value in zip(self.masters.tensors(), self.values, strict=True):
+            kept = tensor.clone()
+            tensor.copy_(value)
+            value.copy_(kept)
+        self.masters.refresh()

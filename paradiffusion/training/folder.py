@@ -7,22 +7,27 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from paradiffusion.config import TrainConfig
+from paradiffusion.config import LoraConfig, TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.models.layouts import read_description
 from paradiffusion.models.manifest import newest_valid, resolve_checkpoint
+from paradiffusion.models.starting import is_unet_folder
 
 CONFIG_FILE = "config.json"
 # What may differ between stop and resume. Anything else would make one run out of two.
 FREE_ON_RESUME = (
     "run_dir", "max_steps", "log_every", "validate_every", "checkpoint_every", "keep_last", "keep_every", "resume",
     "on_spike", "spike_factor", "threads", "init_from", "tracker", "validation", "sampler", "micro_batch_size",
-    "data.workers", "data.max_bad_fraction", "data.val_shards", "data.demo", "text_encoder.path", "codec.path",
+    "compile", "channels_last", "ema_device", "preflight", "log_samples", "stall_seconds", "recipe",
+    "text_encoder.architecture", "optimizer.fused", "data.workers", "data.max_bad_fraction", "data.val_shards", "data.demo", "text_encoder.path", "codec.path",
 )  # fmt: skip
+# What may differ between a checkpoint and the stage that starts from it.
+FREE_AT_START = {
+    "max_tokens", "pad_multiple", "path", "dtype", "sample", "hash", "package", "hub", "revision", "architecture", "quantization",
+}  # fmt: skip
 
 
 def stage_folder(config: TrainConfig) -> Path:
@@ -138,7 +143,8 @@ def find_init(config: TrainConfig) -> Path | None:
     if config.init_from == "scratch" or (config.init_from is None and config.stage == 1):
         return None
     if config.init_from is not None:
-        return resolve_checkpoint(config.init_from)
+        folder = Path(config.init_from).expanduser()
+        return folder if is_unet_folder(folder) else resolve_checkpoint(folder)
     previous = Path(config.run_dir) / f"stage{config.stage - 1}"
     found, faults = newest_valid(previous)
     for sentence in faults:
@@ -151,33 +157,57 @@ def find_init(config: TrainConfig) -> Path | None:
     return found
 
 
-def check_init(config: TrainConfig, init: Path) -> dict[str, Any]:
-    """Description of the starting checkpoint, refused where its conditioning, text encoder or codec is another.
+def adopt(config: TrainConfig, description: dict[str, Any]) -> TrainConfig:
+    """``config`` with what only the checkpoint that it goes on from can know: where its frozen models lie, and the shape
+    of an adapter that is applied but not trained.
+
+    Raises:
+        UserError: for an adapter of a kind that our configuration cannot describe.
+    """
+    for part in ("text_encoder", "codec"):
+        mine, path = getattr(config, part), description[part].get("path")
+        if mine.path is None and path is not None and Path(path).is_dir():
+            config = replace(config, **{part: replace(mine, path=path)})
+    lora = description["lora"]
+    if config.train_text == "adapter" and lora is not None:
+        if lora.get("settings"):
+            raise UserError(
+                f"the LoRA adapter that this stage would apply has settings which cannot be trained with ({lora['settings']}); "
+                "merge it into the language model with PEFT, and set text_encoder.path= to the result."
+            )
+        config = replace(config, lora=LoraConfig(lora["rank"], lora["alpha"], list(lora["target_modules"])))
+    return config
+
+
+def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> None:
+    """Refuse a start from a checkpoint whose conditioning, text encoder, codec or adapter is another.
 
     Raises:
         UserError: naming the key that differs, with both values.
     """
-    description = read_description(init)
     mine = {"conditioning": asdict(config.conditioning), "text_encoder": asdict(config.text_encoder)}
     mine["codec"] = asdict(config.codec)
-    ignored = {"max_tokens", "pad_multiple", "path", "dtype", "sample", "hash", "package", "hub", "revision"}
     for part, values in mine.items():
         for key, value in values.items():
             before = description[part].get(key)
-            if key not in ignored and before != value:
+            if key not in FREE_AT_START and before != value:
                 raise UserError(
                     f"{init} was trained with {part}.{key}={before}, and this command says {value}; use the same {part} "
                     "(for a run with other settings, start from stage 1 in another run_dir=)."
                 )
-    if config.train_text == "adapter" and description["lora"] is None:
+    lora = description["lora"]
+    if config.train_text == "adapter" and lora is None:
         raise UserError(
             f"train_text=adapter applies the LoRA adapter of stage 2, and {init} has none; set init_from= to a stage 2 "
             "checkpoint, or train_text=frozen."
         )
-    if config.train_text == "frozen" and description["lora"] is not None:
+    if config.train_text == "frozen" and lora is not None:
         raise UserError(
             f"train_text=frozen would drop the LoRA adapter that {init} was trained with; set train_text=adapter."
         )
-    if description["lora"] is not None and description["lora"] != asdict(config.lora):
-        raise UserError(f"{init} has a LoRA adapter with {description['lora']}, and lora says {asdict(config.lora)}.")
-    return description
+    if lora is not None:
+        theirs, ours = (
+            {**values, "target_modules": sorted(values["target_modules"])} for values in (lora, asdict(config.lora))
+        )
+        if theirs != ours:
+            raise UserError(f"{init} has a LoRA adapter with {theirs}, and lora says {ours}; make them equal.")

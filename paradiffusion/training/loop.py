@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,17 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch, Loader
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import LossBatch
-from paradiffusion.models.manifest import newest_valid
 from paradiffusion.randomness import permutation, seed_from, uniform
 from paradiffusion.sampling.processes import REPEAT_SECONDS
-from paradiffusion.training.checkpoint import prune, restore_checkpoint, save_checkpoint
+from paradiffusion.training.checkpoint import prune, save_checkpoint
 from paradiffusion.training.folder import locked, stage_folder
 from paradiffusion.training.meters import Log, Meters, human_time, log_line
 from paradiffusion.training.optim import schedule, set_learning_rate
-from paradiffusion.training.setup import Setup, build, make_accelerator
+from paradiffusion.training.processes import make_accelerator
+from paradiffusion.training.setup import Setup, build
+from paradiffusion.training.spikes import find_spike, follow_loss, handle_spike
 
 SUMMARY = "summary.json"
-# A loss is compared with its running average only after so many steps, and the average moves by this share a step.
-SPIKE_WARMUP, SPIKE_SHARE = 50, 0.02
-# Spikes in a row after which skipping is no cure.
-MAX_SPIKES = 10
 
 
 class Stop:
@@ -59,10 +56,10 @@ class Stop:
         self._came_at = self._came_at or now
         self.requested = True
 
-    def __call__(self, setup: Setup) -> bool:
-        """Whether any process was asked to stop. A launcher that is killed leaves its processes to another parent."""
+    def __call__(self) -> bool:
+        """Whether this process was asked to stop. A launcher that is killed leaves its processes to another parent."""
         self.requested = self.requested or self._parent not in (None, os.getppid())
-        return any(setup.gather([self.requested]))
+        return self.requested
 
 
 def draw_noise(seed: int, step: int, slots: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
@@ -86,23 +83,28 @@ def prepare(setup: Setup, batch: Batch, meters: Meters) -> LossBatch:
     u = draw_uniform(config.seed, batch.step, batch.slots, config.batch_size)
     posterior = draw_noise(config.seed, batch.step, batch.slots, shape, "posterior") if config.codec.sample else None
     latents = setup.codec.encode(batch.images.to(device), None if posterior is None else posterior.to(device))
-    tokens = setup.encoder.tokenize(batch.captions)
-    meters.tokens += int(tokens.mask.sum())
-    meters.truncated += tokens.truncated
+    # Equal captions, above all the dropped ones, which are empty, go through the language model once.
+    different = {caption: row for row, caption in enumerate(dict.fromkeys(batch.captions))}
+    rows = torch.tensor([different[caption] for caption in batch.captions])
+    tokens = setup.encoder.tokenize(list(different))
+    limit = setup.encoder.limit
+    meters.tokens += int(tokens.mask[rows].sum())
+    meters.truncated += sum(tokens.lengths[row] > limit for row in rows.tolist())
     meters.samples += len(batch.captions)
     meters.bad += len(batch.bad)
-    tokens = tokens.to(device)
+    tokens, rows = tokens.to(device), rows.to(device)
+    mask = setup.encoder.feature_mask(tokens)
     common: dict[str, Any] = {
         "latents": latents,
         "noise": noise.to(device),
         "times": setup.joint.objective.times(u).to(device),
         "weights": batch.weights.to(device),
-        "mask": setup.encoder.feature_mask(tokens),
+        "mask": None if mask is None else mask[rows],
     }
     if setup.joint.text_encoder is not None:
-        return LossBatch(**common, ids=tokens.ids, id_mask=tokens.mask, prefix=tokens.prefix)
+        return LossBatch(**common, ids=tokens.ids, id_mask=tokens.mask, prefix=tokens.prefix, rows=rows)
     with torch.no_grad():
-        return LossBatch(**common, features=setup.encoder(tokens.ids, tokens.mask, tokens.prefix))
+        return LossBatch(**common, features=setup.encoder(tokens.ids, tokens.mask, tokens.prefix)[rows])
 
 
 def train(config: TrainConfig) -> int:
@@ -123,8 +125,17 @@ def train(config: TrainConfig) -> int:
             finished = run_steps(setup, loader, stop, log)
             if finished:
                 finish(setup, log)
+        except RuntimeError as error:
+            lost = setup.watch.who_is_lost() if is_broken_connection(error) else None
+            if lost is None:
+                raise
+            raise UserError(
+                f"{lost}; the others cannot go on without it. The last checkpoint is whole: look at that process's log, then "
+                "run the same command again."
+            ) from None
         finally:
             loader.close()
+            setup.watch.close()
             if log is not None:
                 log.close()
             if accelerator.num_processes > 1:
@@ -132,37 +143,46 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
+def is_broken_connection(error: RuntimeError) -> bool:
+    """Whether a collective operation failed, which it does where another process has died."""
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in str(error) for word in ("gloo", "NCCL", "Connection")
+    )
+
+
 def run_steps(setup: Setup, loader: Loader, stop: Stop, log: Log | None) -> bool:
     """The loop itself; False when it was asked to stop before the end."""
-    config, state, meters = setup.config, setup.state, Meters()
+    config, state, engine, meters = setup.config, setup.state, setup.engine, Meters()
     saved_at, spikes = state.step, 0
-    if state.step < config.max_steps:
+    if state.step < config.max_steps and log is not None:
         (setup.folder / SUMMARY).unlink(missing_ok=True)
     bar = tqdm(total=config.max_steps, initial=state.step, unit="step", desc=f"stage {config.stage}",
                disable=None if log else True, dynamic_ncols=True)  # fmt: skip
     while state.step < config.max_steps:
         began = time.monotonic()
-        set_learning_rate(setup.optimizer, schedule(config.optimizer, state.step, config.max_steps))
-        loss, norm, keys = step_gradients(setup, loader, meters)
+        set_learning_rate(engine.optimizer, schedule(config.optimizer, state.step, config.max_steps))
+        loss, norm, keys, stopping = step_gradients(setup, loader, meters, stop)
         fault = find_spike(setup, loss, norm)
         if fault is None:
+            setup.watch.beat("update", state.step)
+            told = engine.update()
+            norm = told if norm is None else norm
+            fault = find_spike(setup, loss, norm) if told is not None else None
+        if fault is None:
             spikes = 0
-            setup.optimizer.step()
             setup.ema.update(state.step)
-            typical = loss if state.typical_loss is None else state.typical_loss
-            state.typical_loss = typical + SPIKE_SHARE * (loss - typical)
+            follow_loss(setup, loss)
         else:
             spikes += 1
             handle_spike(setup, fault, keys, spikes, bar.write)
-        setup.optimizer.zero_grad(set_to_none=True)
+        engine.discard()
         state.step += 1
         state.seconds += time.monotonic() - began
         meters.steps += 1
-        meters.gradient += norm if math.isfinite(norm) else 0.0
+        meters.gradient += norm if norm is not None and math.isfinite(norm) else 0.0
         bar.update()
         if state.step % config.log_every == 0 or state.step == config.max_steps:
             report(setup, meters, log, bar.write)
-        stopping = stop(setup)
         if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stopping:
             save(setup)
             saved_at = state.step
@@ -178,61 +198,47 @@ def run_steps(setup: Setup, loader: Loader, stop: Stop, log: Log | None) -> bool
     return True
 
 
-def step_gradients(setup: Setup, loader: Loader, meters: Meters) -> tuple[float, float, list[str]]:
-    """Accumulate one global batch's gradients: its loss, the gradient norm before clipping, and this process's keys."""
-    config, keys, total = setup.config, [], 0.0
+def step_gradients(
+    setup: Setup, loader: Iterator[Batch], meters: Meters, stop: Callable[[], bool] = lambda: False
+) -> tuple[float, float | None, list[str], bool]:
+    """Accumulate one global batch's gradients.
+
+    Returns:
+        The loss over all processes, the gradient norm before clipping (None where only the update tells), this
+        process's keys, and whether any process was asked to stop.
+    """
+    engine, watch, step = setup.engine, setup.watch, setup.state.step
+    keys: list[str] = []
+    total = torch.zeros((), device=setup.accelerator.device)
+    measured = []
     for micro in range(setup.micro_batches):
+        watch.beat("data", step, setup.expected_keys(step, micro))
         waiting = time.monotonic()
         batch = next(loader)
         meters.waited += time.monotonic() - waiting
         keys += batch.keys
+        watch.beat("encode", step, batch.keys)
         inputs = prepare(setup, batch, meters)
-        last = micro == setup.micro_batches - 1
-        with nullcontext() if last else setup.accelerator.no_sync(setup.model):
-            loss, errors = setup.model(inputs)
-            setup.accelerator.backward(loss / setup.micro_batches)
-        total += loss.item() / setup.micro_batches
-        share = inputs.times / setup.joint.objective.config.train_timesteps
+        watch.beat("forward", step)
+        with engine.accumulating(micro == setup.micro_batches - 1):
+            loss, errors = setup.engine.model(inputs)
+            watch.beat("backward", step)
+            engine.backward(loss)
+        total += loss.detach() / setup.micro_batches
+        measured.append((errors, inputs.times, batch))
+    norm = engine.clip()
+    watch.beat("wait", step)
+    mean, stopping = setup.agree(total, stop())
+    # Read only now: each look at a GPU's numbers waits for all that was asked of it.
+    for errors, times, batch in measured:
         good = batch.weights > 0
         words = [count for count, ok in zip(batch.words, good.tolist(), strict=True) if ok]
-        meters.add_errors(errors.cpu()[good], share.cpu()[good], words)
-    norm = torch.nn.utils.clip_grad_norm_(setup.ema.parameters.values(), config.optimizer.max_grad_norm)
-    losses = setup.gather([total])
-    return sum(losses) / len(losses), float(norm), keys
-
-
-def find_spike(setup: Setup, loss: float, norm: float) -> str | None:
-    """What is wrong with this step's loss or gradient, or None."""
-    typical = setup.state.typical_loss
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        return f"the loss is {loss} and the gradient norm {norm}"
-    if typical is not None and setup.state.step >= SPIKE_WARMUP and loss > setup.config.spike_factor * typical:
-        return f"the loss is {loss:.4g}, over {setup.config.spike_factor:g} times its average of {typical:.4g}"
-    return None
-
-
-def handle_spike(setup: Setup, fault: str, keys: list[str], spikes: int, say: Callable[[str], None]) -> None:
-    """Stop, skip the update, or go back to the last checkpoint's weights and on with the next data."""
-    state, config = setup.state, setup.config
-    every = setup.gather(keys)
-    named = ", ".join(every[:8]) + (f" and {len(every) - 8} more" if len(every) > 8 else "")
-    where = f"step {state.step}: {fault} (samples {named})"
-    checkpoint, _ = newest_valid(setup.folder)
-    kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-    if config.on_spike == "stop" or spikes > MAX_SPIKES or (config.on_spike == "rollback" and checkpoint is None):
-        raise UserError(
-            f"{where}; {kept}; look at these samples, lower optimizer.lr, or set on_spike=skip or on_spike=rollback."
-        )
-    if config.on_spike == "skip":
-        state.skipped.append(state.step)
-        say(f"{where}; its update is skipped.")
-        return
-    assert checkpoint is not None
-    restored = restore_checkpoint(checkpoint, setup.joint, setup.ema, setup.optimizer)
-    # The data between is left out as well: seen again from the same weights it would end in the same spike.
-    state.skipped = [*restored.skipped, *range(restored.step, state.step + 1)]
-    state.typical_loss = restored.typical_loss
-    say(f"{where}; going on from the weights of {checkpoint} with the data after it.")
+        share = times.cpu() / setup.joint.objective.config.train_timesteps
+        meters.add_errors(errors.cpu()[good], share[good], words)
+    if setup.key_log is not None:
+        setup.key_log.write(json.dumps({"step": step, "rank": setup.accelerator.process_index, "keys": keys}) + "\n")
+        setup.key_log.flush()
+    return mean, norm, keys, stopping
 
 
 def report(setup: Setup, meters: Meters, log: Log | None, say: Callable[[str], None]) -> None:
@@ -240,7 +246,7 @@ def report(setup: Setup, meters: Meters, log: Log | None, say: Callable[[str], N
     gathered = setup.gather([meters.export()])
     if log is not None:
         record = meters.summary(gathered)
-        record["learning_rate"] = setup.optimizer.param_groups[0]["lr"]
+        record["learning_rate"] = setup.engine.optimizer.param_groups[0]["lr"]
         record["images_seen"] = setup.state.step * setup.config.batch_size
         say(log_line(setup.config, setup.state.step, record))
         log.write(setup.state.step, "train", record)
@@ -248,19 +254,31 @@ def report(setup: Setup, meters: Meters, log: Log | None, say: Callable[[str], N
 
 
 def save(setup: Setup) -> None:
-    """Write a checkpoint from the main process; the others wait."""
-    if setup.accelerator.is_main_process:
+    """Write a checkpoint; the main process writes, and every process learns whether it could.
+
+    Raises:
+        UserError: in the main process, where it could not. The others leave without a word of their own.
+    """
+    main = setup.accelerator.is_main_process
+    setup.watch.beat("save", setup.state.step, [])
+    failure = None
+    try:
         save_checkpoint(
-            setup.folder, setup.joint, setup.ema, setup.frozen, setup.optimizer, setup.state, setup.description()
+            setup.folder, setup.joint, setup.engine, setup.ema, setup.frozen, setup.state, setup.description(), main
         )
-        prune(setup.folder, setup.config.keep_last, setup.config.keep_every)
-    setup.accelerator.wait_for_everyone()
+        if main:
+            prune(setup.folder, setup.config.keep_last, setup.config.keep_every)
+    except UserError as error:
+        failure = error
+    if any(setup.gather([failure is not None])):
+        raise failure or SystemExit(2)
 
 
 def validate(setup: Setup, log: Log | None, say: Callable[[str], None]) -> dict[str, float]:
     """Held-out losses and the grid of pictures, from the EMA weights."""
     device, step = setup.accelerator.device, setup.state.step
-    with setup.ema.applied():
+    setup.watch.beat("validate", step, [])
+    with setup.ema.applied(), setup.autocast():
         record = setup.validation.losses(setup.joint, setup.encoder, setup.codec, device)
         if setup.config.validation.images:
             setup.validation.grid(setup.inference(), setup.folder / "samples" / f"step_{step:06d}.png")
@@ -283,7 +301,8 @@ def finish(setup: Setup, log: Log | None) -> None:
     record = validate(setup, log, lambda line: print(line, flush=True))
     alignment: dict[str, Any] = {}
     if setup.config.validation.scenes:
-        with setup.ema.applied():
+        setup.watch.beat("validate", setup.state.step, [])
+        with setup.ema.applied(), setup.autocast():
             alignment = setup.validation.alignment(setup.inference())
     if log is None:
         return

@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from paradiffusion.config import OptimizerConfig
+from paradiffusion.errors import UserError
+from paradiffusion.text.families import lacks_bitsandbytes
 
 
 def part_of(name: str) -> str:
-    """Which learning rate a parameter takes: "lora", "conditioning" (refiner and linear projection) or "unet"."""
-    if name.startswith("text_encoder."):
+    """Which learning rate a parameter takes: "lora" (of the text encoder or of the U-Net), "conditioning" (refiner and
+    linear projection) or "unet"."""
+    if name.startswith("text_encoder.") or ".lora_" in name:
         return "lora"
     return "conditioning" if name.startswith(("refiner.", "unet.encoder_hid_proj.")) else "unet"
 
@@ -40,7 +43,38 @@ class MuonAdamW:
             member.zero_grad(set_to_none=set_to_none)
 
 
-Optimizer = torch.optim.AdamW | MuonAdamW
+class AdamW8bit:
+    """bitsandbytes' AdamW, whose averages are blocks of 8-bit numbers (arXiv 2110.02861), a quarter of their memory.
+
+    Its step counters are plain integers; here they are tensors between steps, so that checkpoints hold them like the rest.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        import bitsandbytes
+
+        self.inner = bitsandbytes.optim.AdamW8bit(groups, betas=(config.beta1, config.beta2), eps=config.eps)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:
+        return self.inner.state
+
+    def step(self) -> None:
+        for values in self.state.values():
+            if "step" in values:
+                values["step"] = int(values["step"])
+        self.inner.step()
+        for values in self.state.values():
+            values["step"] = torch.tensor(float(values["step"]))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+
+Optimizer = torch.optim.AdamW | MuonAdamW | AdamW8bit
 
 
 def takes_muon(name: str, parameter: nn.Parameter) -> bool:
@@ -52,6 +86,9 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
     """The optimiser over named parameters, in one group per part, kind of decay and method.
 
     Weight decay is for matrices and kernels; norms and biases have none, as usual for transformers and U-Nets.
+
+    Raises:
+        UserError: for "adamw8bit" without bitsandbytes, or with parameters that are not on a CUDA device.
     """
     rates = {"unet": config.lr, "conditioning": config.lr_conditioning, "lora": config.lr_lora}
     groups: dict[tuple[bool, str, bool], list[nn.Parameter]] = {}
@@ -72,10 +109,33 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
             if muon == wanted
         ]
 
-    adamw = torch.optim.AdamW(select(False), betas=(config.beta1, config.beta2), eps=config.eps)
+    if config.name == "adamw8bit":
+        check_8bit(parameters)
+        return AdamW8bit(select(False), config)
+    adamw = torch.optim.AdamW(
+        select(False), betas=(config.beta1, config.beta2), eps=config.eps, fused=takes_fused(parameters, config)
+    )
     if config.name == "adamw":
         return adamw
     return MuonAdamW(torch.optim.Muon(select(True), momentum=config.momentum, adjust_lr_fn="match_rms_adamw"), adamw)
+
+
+def takes_fused(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> bool | None:
+    """True where one kernel can update all parameters: floating point, on CUDA. None leaves the choice to torch."""
+    fits = all(p.device.type == "cuda" and p.is_floating_point() for p in parameters.values())
+    return True if config.fused and parameters and fits else None
+
+
+def check_8bit(parameters: dict[str, nn.Parameter]) -> None:
+    """Raise UserError unless there are bitsandbytes and a CUDA device, and the parameters lie on it."""
+    lacking = lacks_bitsandbytes()
+    if lacking is None and any(p.device.type != "cuda" for p in parameters.values()):
+        lacking = "the model is not on it"
+    if lacking is not None:
+        raise UserError(
+            f"optimizer.name=adamw8bit needs a CUDA device and the package bitsandbytes, and {lacking}; set "
+            "optimizer.name=adamw, or run it where both are."
+        )
 
 
 def schedule(config: OptimizerConfig, step: int, max_steps: int) -> float:

@@ -2,48 +2,62 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import Tensor
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.demo import ensure_demo_data
 from paradiffusion.data.images import make_buckets
-from paradiffusion.data.loader import Loader, LoaderSettings, make_loader
+from paradiffusion.data.loader import Loader, LoaderSettings, make_loader, slots_of
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import SampleIndex, expand_shards, load_index, read_sample
+from paradiffusion.data.shards import SampleIndex, expand_shards, load_index
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.inference import InferenceModels
-from paradiffusion.models.joint import JointModel, build_joint
-from paradiffusion.models.layouts import copy_tensors, describe, load_adapter, read_weights
-from paradiffusion.models.unet import downsampling
-from paradiffusion.randomness import seed_from
-from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
+from paradiffusion.models.joint import JointModel
+from paradiffusion.models.layouts import (
+    describe,
+    read_description,
+)
+from paradiffusion.models.starting import is_unet_folder
+from paradiffusion.text.encoder import TextEncoder, load_text_encoder
+from paradiffusion.training.assembly import build_models
 from paradiffusion.training.checkpoint import TrainState, restore_checkpoint
 from paradiffusion.training.ema import Ema
-from paradiffusion.training.folder import check_init, check_unchanged, find_init, find_resume, record_config
-from paradiffusion.training.optim import Optimizer, build_optimizer
+from paradiffusion.training.engine import (
+    Engine,
+    make_engine,
+)
+from paradiffusion.training.folder import adopt, check_init, check_unchanged, find_init, find_resume, record_config
+from paradiffusion.training.processes import count_micro_batches
 from paradiffusion.training.validation import Validation
+from paradiffusion.training.watch import Watch
 
-# Captions from which the refiner's input statistics are taken.
-STATISTICS_CAPTIONS = 256
+
+@dataclass
+class Parts:
+    """The frozen models, where they are not to be loaded as configured (a benchmark's random ones)."""
+
+    encoder: TextEncoder
+    codec: Codec
 
 
 @dataclass
 class Setup:
-    """A stage ready to run. ``model`` is the prepared wrapper of ``joint``; training always calls the wrapper.
+    """A stage ready to run. Training calls ``engine.model``, the prepared wrapper of ``joint``.
 
     Attributes:
         encoder: the text encoder; inside ``joint`` too where its LoRA is trained.
-        frozen: adapter tensors that are applied but not trained.
+        frozen: tensors that are applied but not trained, and belong to a checkpoint: the adapter in stage 3, the U-Net's
+            own weights under its LoRA.
         micro_batches: per process and step.
+        key_log: where the keys of each step are written, if asked for.
     """
 
     config: TrainConfig
@@ -53,13 +67,14 @@ class Setup:
     encoder: TextEncoder
     codec: Codec
     joint: JointModel
-    model: nn.Module
+    engine: Engine
     ema: Ema
-    optimizer: Optimizer
     state: TrainState
     validation: Validation
     frozen: dict[str, Tensor]
     micro_batches: int
+    watch: Watch
+    key_log: IO[str] | None = None
 
     def description(self) -> dict[str, Any]:
         """What the next checkpoint says of itself."""
@@ -105,24 +120,29 @@ class Setup:
         torch.distributed.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
+    def agree(self, loss: Tensor, stop: bool) -> tuple[float, bool]:
+        """The mean of all processes' losses, and whether any of them was asked to stop; one exchange for both."""
+        both = torch.stack([loss.double(), torch.tensor(float(stop), device=loss.device, dtype=torch.float64)])
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(both)
+        total, stops = both.tolist()
+        return total / self.accelerator.num_processes, stops > 0
 
-def set_threads(config: TrainConfig, local_processes: int) -> None:
-    """Share the cores among this machine's processes. ``accelerate launch`` sets OMP_NUM_THREADS=1 for one process too,
-    which would leave all cores but one idle."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.threads or max(1, cores // max(local_processes, 1)))
+    def expected_keys(self, step: int, micro: int) -> list[str]:
+        """The samples that this process is about to read, for whoever looks at it while it waits for them."""
+        world, rows = self.accelerator.num_processes, self.plan.batch(step).rows
+        slots = slots_of(self.accelerator.process_index, world, len(rows) // (world * self.micro_batches), micro)
+        index = self.plan.index
+        return [
+            f"{index.shards[index.shard[row]].name}/{index.key(int(row))}"
+            for row in rows[slots.start : slots.stop : slots.step]
+        ]
 
-
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The launcher's processes and device. The launcher always exports a precision of "no", so ours is passed on."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if several and not torch.cuda.is_available() else []
-    accelerator = Accelerator(
-        mixed_precision="no" if config.precision == "fp32" else config.precision,
-        kwargs_handlers=handlers,  # type: ignore[arg-type]
-    )
-    set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
-    return accelerator
+    def autocast(self) -> AbstractContextManager[Any]:
+        """For validation on a GPU: the arithmetic of training, which its engine else switches on for itself."""
+        if self.accelerator.device.type == "cpu" or self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16)
 
 
 def open_data(config: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
@@ -142,128 +162,79 @@ def open_data(config: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
     return index, load_index(expand_shards(held_out), data.allow_truncated)
 
 
-def count_micro_batches(config: TrainConfig, processes: int) -> int:
-    """Micro-batches per process and optimiser step; UserError unless all ratios are whole."""
-    micro = config.micro_batch_size
-    if micro is None and config.batch_size % processes == 0:
-        return 1
-    if micro is None or config.batch_size % (micro * processes):
-        shown = "batch_size / processes" if micro is None else micro
-        raise UserError(
-            f"batch_size={config.batch_size} is not a whole multiple of micro_batch_size={shown} times {processes} processes; "
-            "choose numbers that divide."
-        )
-    return config.batch_size // (micro * processes)
+def build(config: TrainConfig, folder: Path, accelerator: Accelerator, parts: Parts | None = None) -> Setup:
+    """Everything of a stage, resumed from its newest checkpoint or started as configured.
 
-
-def build(config: TrainConfig, folder: Path, accelerator: Accelerator) -> Setup:
-    """Everything that a stage needs, restored from its newest checkpoint or started as configured.
-
+    Args:
+        parts: the frozen models, where they are not to be loaded as configured.
     Raises:
         UserError: for whatever is missing, damaged or contradictory.
     """
     micro_batches = count_micro_batches(config, accelerator.num_processes)
     resume = find_resume(config, folder)
+    init = None if resume else find_init(config)
+    description = None
+    if (source := resume or init) is not None and not is_unet_folder(source):
+        description = read_description(source)
+        config = adopt(config, description)
     if resume is not None:
         check_unchanged(config, folder)  # before a model is loaded, which might only say that a tensor does not fit
-    init = None if resume else find_init(config)
-    if init is not None:
-        check_init(config, init)
-    if config.train_text == "adapter" and resume is None and init is None:
+    if init is not None and description is not None:
+        check_init(config, init, description)
+    if config.train_text == "adapter" and resume is None and (init is None or is_unet_folder(init)):
         raise UserError("train_text=adapter needs a stage 2 checkpoint to take the LoRA adapter from; set init_from=.")
     index, held_out = open_data(config)
     buckets = make_buckets(config.data.resolution, config.data.bucket_multiple, config.data.max_aspect)
     plan = BatchPlan(
         index, config.batch_size, config.seed, buckets, dict(config.data.captions), config.data.window_shards
     )
+    watch = Watch(accelerator.process_index, accelerator.num_processes, config.stall_seconds)
 
-    encoder = load_text_encoder(config.text_encoder, config.conditioning)
-    codec = load_codec(config.codec)
-    source = resume or init
-    stored = read_weights(source) if source else {}
-    frozen: dict[str, Tensor] = {}
-    if config.train_text == "adapter":
-        load_adapter(encoder, stored, config.lora)
-        frozen = {name: tensor for name, tensor in stored.items() if name.startswith("text_encoder.")}
-    elif config.train_text == "lora":
-        attach_lora(encoder, config.lora, seed_from("lora", config.seed) % (1 << 31))
-        if config.gradient_checkpointing:
-            checkpoint_activations(encoder)
-    joint = build_joint(config, encoder.width, encoder if config.train_text == "lora" else None)
-    check_sizes(config, joint)
-    if stored:
-        own = {**dict(joint.named_parameters()), **dict(joint.named_buffers())}
-        copy_tensors(joint, {n: t for n, t in stored.items() if n in own or not n.startswith("text_encoder.")})
-    elif joint.refiner is not None:
-        take_statistics(joint, encoder, plan)
-
+    encoder = parts.encoder if parts else load_text_encoder(config.text_encoder, config.conditioning)
+    codec = parts.codec if parts else load_codec(config.codec)
+    joint, frozen = build_models(config, encoder, plan, source, description, accelerator.is_main_process)
     encoder.to(accelerator.device)
     codec.to(accelerator.device)
     joint.to(accelerator.device)
-    ema = Ema(joint.trained(), config.ema_decay)
-    optimizer = build_optimizer(joint.trained(), config.optimizer)
-    state = restore_checkpoint(resume, joint, ema, optimizer) if resume else TrainState()
+    if config.channels_last:
+        joint.unet.to(memory_format=torch.channels_last)
+    if config.compile:
+        joint.unet.compile()  # in place: names and checkpoints stay as they are
+    engine = make_engine(accelerator, joint, config, micro_batches)
+    ema = Ema(engine.masters, config.ema_decay, config.ema_device)
+    state = restore_checkpoint(resume, joint, engine, ema) if resume else TrainState()
     if accelerator.is_main_process:
         facts = {"data": index.fingerprint(), "text_encoder": encoder.source["hash"], "codec": codec.source["hash"]}
         if resume is not None:
             check_unchanged(config, folder, facts)
         record_config(config, folder, facts)
     setup = Setup(
-        config, folder, accelerator, plan, encoder, codec, joint, accelerator.prepare(joint), ema, optimizer, state,
-        validation=None, frozen=frozen, micro_batches=micro_batches,  # type: ignore[arg-type]
+        config, folder, accelerator, plan, encoder, codec, joint, engine, ema, state, validation=None, frozen=frozen,  # type: ignore[arg-type]
+        micro_batches=micro_batches, watch=watch,
     )  # fmt: skip
-    setup.validation = Validation(held_out, config, accelerator.process_index, accelerator.num_processes, setup.gather)
+    # Under ZeRO-3 each layer is gathered when it is used, by all processes together: all of them then do all of the work.
+    rank, processes = (accelerator.process_index, accelerator.num_processes) if engine.whole else (0, 1)
+    setup.validation = Validation(held_out, config, rank, processes, setup.gather if engine.whole else list)
+    if config.log_samples:
+        folder.joinpath("samples_seen").mkdir(exist_ok=True)
+        name = f"rank{accelerator.process_index}_from{state.step:06d}.jsonl"
+        setup.key_log = (folder / "samples_seen" / name).open("w", encoding="utf-8")
     if accelerator.is_main_process:
         announce(setup, resume, init)
     return setup
-
-
-def checkpoint_activations(encoder: TextEncoder) -> None:
-    """Recompute the language model's activations. Reentrant checkpointing would leave LoRA without a gradient, since
-    nothing that enters the first layer needs one."""
-    encoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    encoder.model.enable_input_require_grads()
-
-
-def check_sizes(config: TrainConfig, joint: JointModel) -> None:
-    """Refuse buckets that the U-Net cannot halve as often as it does."""
-    needed = config.codec.factor * downsampling(joint.unet)
-    if config.data.bucket_multiple % needed:
-        raise UserError(
-            f"data.bucket_multiple={config.data.bucket_multiple} must be a multiple of {needed}: codec.factor times the "
-            "U-Net's own downsampling."
-        )
-
-
-@torch.no_grad()
-def take_statistics(joint: JointModel, encoder: TextEncoder, plan: BatchPlan) -> None:
-    """Standardise the refiner's input by the features of the plan's first captions."""
-    assert joint.refiner is not None
-    captions: list[str] = []
-    step = 0
-    while len(captions) < STATISTICS_CAPTIONS:
-        batch = plan.batch(step)
-        for row, kind in zip(batch.rows, batch.kinds, strict=True):
-            captions.append(read_sample(plan.index, int(row)).meta["captions"].get(plan.index.kinds[kind], ""))
-        step += 1
-    tokens = encoder.tokenize(captions[:STATISTICS_CAPTIONS])
-    rows = [tokens.ids[i : i + 1] for i in range(len(tokens.ids))]
-    features = torch.cat(
-        [encoder(row, mask[None], tokens.prefix).float() for row, mask in zip(rows, tokens.mask, strict=True)]
-    )
-    joint.refiner.set_statistics(features, tokens.mask[:, tokens.prefix :])
 
 
 def announce(setup: Setup, resume: Path | None, init: Path | None) -> None:
     """What is about to run, for a person."""
     config, plan = setup.config, setup.plan
     trained = setup.joint.trained()
-    lora = sum(p.numel() for n, p in trained.items() if n.startswith("text_encoder."))
+    lora = sum(p.numel() for n, p in trained.items() if ".lora_" in n)
     start = f"resuming from {resume}" if resume else f"starting from {init}" if init else "fresh weights"
     print(
         f"stage {config.stage} in {setup.folder}: {start}, step {setup.state.step} of {config.max_steps}\n"
         f"  trained: {sum(p.numel() for p in trained.values()) / 1e6:.2f} M parameters ({lora / 1e6:.2f} M of them LoRA), "
-        f"{config.precision}, {setup.accelerator.device.type}, {setup.accelerator.num_processes} process(es) x "
+        f"{config.precision}, {setup.accelerator.device.type}, {setup.engine.kind}, "
+        f"{setup.accelerator.num_processes} process(es) x "
         f"{setup.micro_batches} micro-batch(es), {torch.get_num_threads()} thread(s) each\n"
         f"  text: {config.text_encoder.name} ({config.train_text}), {config.conditioning.name} conditioning\n"
         f"  data: {plan.samples} samples in {len(plan.index.shards)} shards, {plan.steps_per_epoch:.0f} steps an epoch, "

@@ -1,0 +1,205 @@
+"""The first minute of a run, before the run: the largest batch through a step, validation and a save, then what it took.
+
+Out of memory shows here and not at step 3,000, when the largest bucket meets the longest captions for the first time.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from paradiffusion.config import TrainConfig
+from paradiffusion.data.images import decode, to_array
+from paradiffusion.data.loader import Batch, slots_of
+from paradiffusion.data.plan import BatchPlan
+from paradiffusion.data.shards import read_sample
+from paradiffusion.errors import UserError
+from paradiffusion.models.manifest import newest_valid
+from paradiffusion.training.folder import find_resume, stage_folder
+from paradiffusion.training.loop import save, step_gradients, validate
+from paradiffusion.training.meters import Meters, human_time, memory_gb
+from paradiffusion.training.setup import Setup, build
+
+TIMED_STEPS = 3
+
+
+@dataclass
+class Findings:
+    """What a preflight measured, over all processes.
+
+    Attributes:
+        memory: peak of the process that needed most, in GiB; ``device`` says of what.
+        first_step, step: seconds of the first step (with everything that happens once) and of the later ones (median).
+        checkpoint: bytes of one checkpoint.
+        free: bytes free where checkpoints are written.
+    """
+
+    height: int
+    width: int
+    words: int
+    device: str
+    memory: float
+    first_step: float
+    step: float
+    validation: float
+    checkpoint: int
+    free: int
+
+
+def preflight(config: TrainConfig, accelerator: Accelerator) -> Findings:
+    """Run it and print what it found; nothing of it stays behind, and a run in the same folder is not touched.
+
+    Raises:
+        UserError: when it does not fit, with the keys that make it smaller.
+    """
+    folder = stage_folder(config)
+    if find_resume(config, folder) is not None:
+        raise UserError(
+            f"{folder} has checkpoints already; a preflight is for a run that has not begun: choose another run_dir=."
+        )
+    # Beside the real folder, so that the disk is the same; its parents may be ours to remove as well.
+    trial = folder.parent / f".preflight_{folder.name}"
+    made = [parent for parent in (trial.parent, *trial.parent.parents) if not parent.exists()]
+    accelerator.wait_for_everyone()
+    small = replace(startable(config), validate_every=1, checkpoint_every=1, keep_last=1, log_samples=False)
+    # A launcher that ends this process because another has failed must not leave the folder behind.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(trial, ignore_errors=True)
+            trial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        findings = measure(build(small, trial, accelerator), trial)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the largest batch does not fit into this GPU's memory ({str(error).splitlines()[0]}); lower micro_batch_size= "
+            "first, then set gradient_checkpointing=true, ema_device=cpu, text_encoder.quantization=4bit, or launch with "
+            "configs/launch/zero2.yaml or zero2_offload.yaml; scripts/describe.py says what each saves."
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if accelerator.is_main_process:
+            shutil.rmtree(trial, ignore_errors=True)
+            for parent in made:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+    if accelerator.is_main_process:
+        print(report(config, findings), flush=True)
+    if accelerator.num_processes > 1:
+        torch.distributed.destroy_process_group()
+    return findings
+
+
+def startable(config: TrainConfig) -> TrainConfig:
+    """The same stage from fresh weights where the stage before it has not run yet: what is tried is the size."""
+    if config.stage == 1 or config.init_from is not None or config.train_text == "adapter":
+        return config
+    previous, _ = newest_valid(Path(config.run_dir) / f"stage{config.stage - 1}")
+    return config if previous is not None else replace(config, init_from="scratch")
+
+
+def measure(setup: Setup, trial: Path) -> Findings:
+    """Steps, validation and a save on ``setup``, whose folder is ``trial``."""
+    bucket, rows, kinds = hardest(setup.plan, setup.config.batch_size)
+    meters, seconds = Meters(), []
+    try:
+        for _ in range(1 + TIMED_STEPS):
+            began = time.monotonic()
+            step_gradients(setup, batches(setup, bucket, rows, kinds), meters)
+            setup.engine.update()
+            setup.ema.update(setup.state.step)
+            setup.engine.discard()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.monotonic() - began)
+            setup.state.step += 1
+        began = time.monotonic()
+        validate(setup, None, print)
+        validation = time.monotonic() - began
+        save(setup)
+    finally:
+        setup.watch.close()
+    setup.accelerator.wait_for_everyone()
+    words = setup.plan.index.words[rows, kinds]
+    return Findings(
+        height=bucket[0],
+        width=bucket[1],
+        words=int(words.max()),
+        device="GPU" if torch.cuda.is_available() else "process",
+        memory=max(setup.gather([memory_gb()])),
+        first_step=seconds[0],
+        step=float(np.median(seconds[1:])),
+        validation=validation,
+        checkpoint=sum(path.stat().st_size for path in (trial / "checkpoints").rglob("*") if path.is_file()),
+        free=shutil.disk_usage(trial).free,
+    )
+
+
+def hardest(plan: BatchPlan, size: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    """The bucket with the most pixels of those that have samples, and ``size`` rows of it with the longest captions (of
+    any kind that is trained on), repeated where there are fewer: bucket (height, width), rows and kinds, int64 [size]."""
+    counts = plan.bucket_sizes()
+    bucket = max((bucket for bucket, count in counts.items() if count), key=lambda bucket: bucket[0] * bucket[1])
+    weights = np.array([plan.caption_weights.get(kind, 0.0) > 0 for kind in plan.index.kinds])
+    words = np.where(weights, plan.index.words, 0)
+    rows = plan.rows_of(bucket)
+    longest = rows[np.argsort(-words[rows].max(axis=1), kind="stable")][:size]
+    longest = np.resize(longest, size)
+    return bucket, longest, words[longest].argmax(axis=1)
+
+
+def batches(setup: Setup, bucket: tuple[int, int], rows: np.ndarray, kinds: np.ndarray) -> Iterator[Batch]:
+    """This process's micro-batches of one global batch made of ``rows``."""
+    world, rank = setup.accelerator.num_processes, setup.accelerator.process_index
+    size = len(rows) // (world * setup.micro_batches)
+    index = setup.plan.index
+    for micro in range(setup.micro_batches):
+        slots = slots_of(rank, world, size, micro)
+        samples = [read_sample(index, int(rows[slot])) for slot in slots]
+        names = [index.kinds[kinds[slot]] for slot in slots]
+        captions = [s.meta["captions"].get(name, "") for s, name in zip(samples, names, strict=True)]
+        try:
+            pixels = np.stack([to_array(decode(sample.image), bucket, 0) for sample in samples])
+        except ValueError as error:
+            raise UserError(
+                f"a sample of the largest bucket cannot be read ({error}); mend or leave out its shard."
+            ) from None
+        yield Batch(
+            step=setup.state.step,
+            images=torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1,
+            captions=captions,
+            kinds=names,
+            words=[len(caption.split()) for caption in captions],
+            keys=[sample.key for sample in samples],
+            slots=torch.tensor(slots),
+            weights=torch.ones(len(slots)),
+            bad=[],
+            micro=micro,
+        )
+
+
+def report(config: TrainConfig, found: Findings) -> str:
+    """The findings, for a person."""
+    total = found.step * config.max_steps
+    kept = (config.keep_last + 1) * found.checkpoint
+    lines = [
+        f"preflight of stage {config.stage}: bucket {found.width}x{found.height}, captions of up to {found.words} words",
+        f"  peak memory     {found.memory:.2f} GiB per {found.device}",
+        f"  time per step   {found.step:.2f} s (the first one {found.first_step:.2f} s), so {human_time(total)} for {config.max_steps} "
+        "steps if all were as large",
+        f"  validation      {found.validation:.1f} s, every {config.validate_every} steps",
+        f"  checkpoint      {found.checkpoint / 2**30:.3f} GiB; {kept / 2**30:.2f} GiB for {config.keep_last} and the one being written, "
+        f"{found.free / 2**30:.1f} GiB are free",
+    ]
+    if kept > found.free:
+        lines.append("  warning: that is more than is free; lower keep_last= or choose another run_dir=")
+    return "\n".join(lines)

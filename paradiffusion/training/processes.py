@@ -1,0 +1,63 @@
+"""This process among the others of its launch: accelerator, threads, its share of a batch."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
+
+from paradiffusion.config import TrainConfig
+from paradiffusion.errors import UserError
+from paradiffusion.training.engine import check_launch, deepspeed_plugin, is_deepspeed, load_models_whole
+
+
+def set_threads(config: TrainConfig, local_processes: int) -> None:
+    """Share the cores among this machine's processes. ``accelerate launch`` sets OMP_NUM_THREADS=1 for one process too,
+    which would leave all cores but one idle."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(config.threads or max(1, cores // max(local_processes, 1)))
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The launcher's processes and device. The launcher always exports a precision of "no", so ours is passed on.
+
+    Raises:
+        UserError: where the launch configuration contradicts ours, or asks for what is not installed.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_launch(config, count_micro_batches(config, world_size))
+    plugin = deepspeed_plugin(config) if is_deepspeed() else None
+    # Gradients as views into the buffers that are exchanged: one copy of all of them less.
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if world_size > 1 or plugin is not None:
+        # The watch, which names who is late, must come before the bare time-out of a collective operation.
+        timeout = timedelta(seconds=2 * config.stall_seconds + 600)
+        backend = None if torch.cuda.is_available() else "gloo"
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+    accelerator = Accelerator(
+        # Under DeepSpeed its engine casts; accelerate's own casting would come on top.
+        mixed_precision="no" if config.precision == "fp32" or plugin is not None else config.precision,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=handlers,
+    )
+    if plugin is not None:
+        load_models_whole(plugin)
+    set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+    return accelerator
+
+
+def count_micro_batches(config: TrainConfig, processes: int) -> int:
+    """Micro-batches per process and optimiser step; UserError unless all ratios are whole."""
+    micro = config.micro_batch_size
+    if micro is None and config.batch_size % processes == 0:
+        return 1
+    if micro is None or config.batch_size % (micro * processes):
+        shown = "batch_size / processes" if micro is None else micro
+        raise UserError(
+            f"batch_size={config.batch_size} is not a whole multiple of micro_batch_size={shown} times {processes} processes; "
+            "choose numbers that divide."
+        )
+    return config.batch_size // (micro * processes)
