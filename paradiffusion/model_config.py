@@ -202,7 +202,7 @@ class ObjectiveConfig:
     def check(self) -> None:
         choice("objective.prediction", self.prediction, PREDICTIONS)
         choice("objective.density", self.density, DENSITIES)
-        choice("objective.beta_schedule", self.beta_schedule, ("scaled_linear", "linear"))
+        choice("objective.beta_schedule", self.beta_schedule, ("scaled_linear", "linear", "squaredcos_cap_v2"))
         positive("objective.train_timesteps", self.train_timesteps)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(

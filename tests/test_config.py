@@ -52,7 +52,7 @@ def test_every_preset_has_its_three_stages_and_a_default_conditioning() -> None:
     assert (config.preset, config.stage, config.run_dir) == ("nano", 1, "runs/nano")
 
 
-@pytest.mark.parametrize("group", [g for g in groups() if g not in ("preset", "stage")])
+@pytest.mark.parametrize("group", [g for g in groups() if g not in ("preset", "stage", "recipe")])
 def test_every_option_of_every_group_composes(group: str) -> None:
     for name in options(group):
         own = ["data.shards=x"] if (group, name) == ("data", "shards") else []
@@ -61,6 +61,14 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         for key in file:
             if not OmegaConf.is_interpolation(file, key) and not OmegaConf.is_missing(file, key):
                 assert getattr(section, str(key)) == file[key], f"{group}={name} does not set {key}"
+
+
+@pytest.mark.parametrize("name", options("recipe"))
+def test_a_recipe_wins_over_preset_and_stage_and_not_over_the_command_line(name: str) -> None:
+    file = OmegaConf.load(CONFIGS / "recipe" / f"{name}.yaml")
+    config = OmegaConf.structured(compose_train([f"recipe={name}", "stage=2"]))
+    assert config.recipe == name and OmegaConf.merge(config, file) == config, f"recipe={name} does not set all its keys"
+    assert compose_train([f"recipe={name}", "stage=2", "batch_size=6"]).batch_size == 6
 
 
 def test_own_shards_are_not_validated_on_the_built_in_scenes() -> None:
@@ -149,7 +157,7 @@ def test_lists_of_shards_and_references() -> None:
         (["conditioning.refiner_heads=0"], "multiple of twice"),
         (["conditioning.refiner_kernel=4"], "must be odd"),
         (["conditioning.refiner_kernel=-3"], "must be odd"),
-        (["optimizer.name=sgd"], "adamw, muon"),
+        (["optimizer.name=sgd"], "adamw, adamw8bit, muon"),
         (["lora.rank=0"], "above 0"),
         (["lora.target_modules=[]"], r"such as \[q_proj,v_proj\]"),
         (["codec.factor=0"], r"codec\.factor=0 .* above 0"),
@@ -196,11 +204,11 @@ def test_prompts_arrive_exactly(prompt: str) -> None:
 
 def test_sample_files_and_values() -> None:
     config = compose_sample(
-        ["ckpt=runs/a, b", "prompt_file=it's {1}=c.txt", "output_dir=out (2)", "text_encoder_path=/a,b=c", "steps=5",
+        ["ckpt=runs/a, b", "prompt_file=it's {1}=c.txt", "output_dir=out (2)", "text_encoder.path=/a,b=c", "steps=5",
          "guidance=2.5", "height=null"]
     )  # fmt: skip
     assert (config.ckpt, config.prompt_file, config.output_dir) == ("runs/a, b", "it's {1}=c.txt", "out (2)")
-    assert (config.text_encoder_path, config.steps, config.guidance, config.height) == ("/a,b=c", 5, 2.5, None)
+    assert (config.text_encoder.path, config.steps, config.guidance, config.height) == ("/a,b=c", 5, 2.5, None)
 
 
 @pytest.mark.parametrize(

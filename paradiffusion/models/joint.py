@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.diffusion.objective import Objective
-from paradiffusion.models.unet import build_unet, has_layout, with_coordinates
+from paradiffusion.models.unet import add_lora, build_unet, has_layout, with_coordinates
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.refiner import Refiner, average
@@ -28,7 +28,8 @@ class LossBatch:
         times: [B] float, see Objective.
         weights: [B], 0 for a sample that stands in for one that could not be read.
         features, mask: from the frozen text encoder, [B, L, D] and [B, L]; None where the module reads ``ids`` itself.
-        ids, id_mask, prefix: tokens, [B, L], for a text encoder with LoRA inside.
+        ids, id_mask, prefix: tokens, [U, L], of the batch's different captions, for a text encoder with LoRA inside.
+        rows: [B] int64, which row of ``ids`` each sample has.
     """
 
     latents: Tensor
@@ -40,6 +41,7 @@ class LossBatch:
     ids: Tensor | None = None
     id_mask: Tensor | None = None
     prefix: int = 0
+    rows: Tensor | None = None
 
 
 class JointModel(nn.Module):
@@ -66,14 +68,19 @@ class JointModel(nn.Module):
 
     def refine(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Language-model features to what the U-Net's linear projection takes."""
-        return features if self.refiner is None else self.refiner(features, mask)
+        return features if self.refiner is None else self.refiner(features.to(self.refiner.embed.weight.dtype), mask)
 
     def denoise(self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
-        """The prediction [B, C, h, w] for noised latents, times [B] and refined features [B, L, D]."""
+        """The prediction [B, C, h, w] for noised latents, times [B] and refined features [B, L, D].
+
+        Inputs take the U-Net's dtype: DeepSpeed and sampling hold it in bfloat16 without autocast.
+        """
+        dtype = self.unet.conv_in.weight.dtype
+        latents, features = latents.to(dtype), features.to(dtype)
         sample = with_coordinates(latents, self.coordinates)
         painted = None
         if self.refiner is not None and self.refiner.layout is not None:
-            painted = self.refiner.paint(features, *latents.shape[-2:]).to(sample.dtype)
+            painted = self.refiner.paint(features, *latents.shape[-2:]).to(dtype)
             sample = torch.cat([sample, painted], dim=1)
         # The refiner's summary stands first; without a refiner's summary the mean of the tokens is the next best.
         summary = features[:, 0] if painted is not None else average(features, mask)
@@ -94,6 +101,7 @@ class JointModel(nn.Module):
         if features is None:
             assert self.text_encoder is not None
             features = self.text_encoder(batch.ids, batch.id_mask, batch.prefix)
+            features = features if batch.rows is None else features[batch.rows]
         refined = self.refine(features.to(batch.latents.dtype), batch.mask)
         noised = self.objective.add_noise(batch.latents, batch.noise, batch.times)
         prediction = self.denoise(noised, batch.times, refined, batch.mask)
@@ -111,6 +119,7 @@ def build_joint(config: TrainConfig, encoder_width: int, text_encoder: TextEncod
     """The joint module with fresh weights, a function of ``config.seed``."""
     seed = seed_from("weights", config.seed) % (1 << 31)
     unet: Any = build_unet(config.unet, config.codec, config.conditioning, encoder_width, seed)
+    add_lora(unet, config.unet, seed + 2)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     refiner = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from paradiffusion.config import CodecConfig, ConditioningConfig, UNetConfig
 from paradiffusion.errors import UserError
+from paradiffusion.text.encoder import check_targets
 
 
 def text_width(conditioning: ConditioningConfig, encoder_width: int) -> int:
@@ -24,14 +25,10 @@ def has_layout(conditioning: ConditioningConfig) -> bool:
     return conditioning.layout and conditioning.projection == "refiner"
 
 
-def build_unet(
-    config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int, seed: int
-) -> UNet2DConditionModel:
-    """A U-Net with fresh weights, a function of ``seed``; its ``encoder_hid_proj`` is the paper's linear layer.
-
-    Raises:
-        UserError: when diffusers refuses the arguments.
-    """
+def unet_arguments(
+    config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int
+) -> dict[str, Any]:
+    """All arguments of UNet2DConditionModel: the configured ones, and those that codec and conditioning decide."""
     arguments: dict[str, Any] = {
         **config.arguments,
         "in_channels": codec.latent_channels
@@ -44,15 +41,39 @@ def build_unet(
     if config.pooled_text:
         arguments["class_embed_type"] = "simple_projection"
         arguments["projection_class_embeddings_input_dim"] = arguments["encoder_hid_dim"]
+    return arguments
+
+
+def make_unet(arguments: dict[str, Any]) -> Any:
+    """A U-Net of these arguments; UserError when diffusers refuses them."""
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            unet: Any = UNet2DConditionModel(**arguments)
+        return UNet2DConditionModel(**arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"unet.arguments do not make a UNet2DConditionModel ({first}); see configs/unet/ for sets that do."
         ) from None
+
+
+def empty_unet(
+    config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int
+) -> UNet2DConditionModel:
+    """The U-Net on the meta device: shapes and parameter counts at no cost. Raises UserError as ``build_unet``."""
+    with torch.device("meta"):
+        return make_unet(unet_arguments(config, codec, conditioning, encoder_width))
+
+
+def build_unet(
+    config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int, seed: int
+) -> UNet2DConditionModel:
+    """A U-Net with fresh weights, a function of ``seed``; its ``encoder_hid_proj`` is the paper's linear layer.
+
+    Raises:
+        UserError: when diffusers refuses the arguments.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = make_unet(unet_arguments(config, codec, conditioning, encoder_width))
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if name.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):
@@ -64,6 +85,51 @@ def build_unet(
         }  # SimpleCrossAttn blocks have processors of their own kind, which stay
         unet.set_attn_processor(plain)
     return unet
+
+
+def add_lora(unet: Any, config: UNetConfig, seed: int) -> None:
+    """Train a LoRA adapter (arXiv 2106.09685) on the U-Net's attention instead of its weights, if ``lora_rank`` is not 0.
+
+    What a pre-trained U-Net cannot have learned is trained whole: the text projection, the text's way into the time
+    embedding, and the first convolution where it reads more than latents. The adapter is fp32, without dropout, and a
+    function of ``seed``; adapted layers are named ``...base_layer.weight`` and ``...lora_A.default.weight``.
+
+    Raises:
+        UserError: when no linear layer has a configured name.
+    """
+    if not config.lora_rank:
+        return
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import inject_adapter_in_model
+
+    targets = list(config.lora_target_modules)
+    check_targets(unet, targets, "unet.lora_target_modules", "U-Net")
+    settings = PeftLoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=targets
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(settings, unet)
+    whole = ["encoder_hid_proj.", "class_embedding."]
+    if unet.config["in_channels"] != unet.config["out_channels"]:
+        whole.append("conv_in.")
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(".lora_" in name or name.startswith(tuple(whole)))
+
+
+def lora_names(state: dict[str, Tensor], unet: Any) -> dict[str, Tensor]:
+    """A joint module's ``state`` with a plain U-Net's weights under the names that they have within ``add_lora``'s U-Net.
+
+    So a checkpoint that was trained whole can start a run with an adapter. Names that fit already stay.
+    """
+    adapted = {
+        f"unet.{name.removesuffix('.base_layer')}" for name, _ in unet.named_modules() if name.endswith(".base_layer")
+    }
+    named = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        named[f"{module}.base_layer.{kind}" if module in adapted else name] = tensor
+    return named
 
 
 def downsampling(unet: Any) -> int:

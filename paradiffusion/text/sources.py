@@ -50,7 +50,7 @@ def fingerprint(folder: Path) -> str:
     source = folder / SOURCE_FILE
     if source.is_file():
         return str(json.loads(source.read_text())["hash"])
-    return hash_ends(sorted(folder.glob("*.safetensors")))
+    return hash_ends(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
 
 
 def hash_ends(files: list[Path]) -> str:
@@ -134,12 +134,18 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def download(hub: str, revision: str | None) -> Path | None:
-    """The hub's snapshot as a local folder (safetensors, configuration and tokenizer only), or None."""
+    """The hub's snapshot as a local folder (weights, configuration and tokenizer only), or None.
+
+    Weights are safetensors; only where a repository has none, its .bin files are taken, which are read with weights_only.
+    """
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt"]
     try:
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
+        if not any(folder.rglob("*.safetensors")):
+            snapshot_download(hub, revision=revision, allow_patterns=["*.bin"])
+        return folder
     except Exception as error:  # the hub client raises a dozen unrelated types: no network, no licence, no such model
         if "gated" in str(error).lower() or "401" in str(error) or "403" in str(error):
             raise UserError(

@@ -1,0 +1,264 @@
+"""Which class reads which text encoder, what it looks like without its weights, and how these are read.
+
+Nothing here names a model: a folder's config.json, or ``text_encoder.architecture``, says its ``model_type``, and the
+rest follows from what transformers knows of that type and from the model itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from paradiffusion.config import TextEncoderConfig
+from paradiffusion.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A multimodal checkpoint's names of its language model's tensors, by either of transformers' conventions.
+LANGUAGE_MODEL = {r"^(model\.)?language_model\.(model\.)?": ""}
+
+
+def read_architecture(folder: Path) -> Any:
+    """The transformers configuration of a folder's text model, without dropout.
+
+    Of a multimodal checkpoint (Gemma 3, CLIP) it is the language model's own. Raises what transformers raises.
+    """
+    from transformers import AutoConfig
+
+    return _text_only(AutoConfig.from_pretrained(folder))
+
+
+def architecture_of(config: TextEncoderConfig) -> Any:
+    """The transformers configuration of a text encoder, from ``path`` where that is set, else from ``architecture``.
+
+    Raises:
+        UserError: when neither says what the model looks like.
+    """
+    from transformers import AutoConfig
+
+    try:
+        if config.path is not None and (Path(config.path).expanduser() / "config.json").is_file():
+            return read_architecture(Path(config.path).expanduser())
+        arguments = dict(config.architecture)
+        return _text_only(AutoConfig.for_model(arguments.pop("model_type", ""), **arguments))
+    except Exception as error:  # transformers checks a configuration by half a dozen types of its own
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"text_encoder.architecture of {config.name} does not describe a model ({first}); expected model_type and the "
+            "arguments of its transformers configuration, as in configs/text_encoder/llama2_7b.yaml."
+        ) from None
+
+
+def text_width(config: TextEncoderConfig) -> int:
+    """Width D of the features [B, L, D], without weights."""
+    return int(architecture_of(config).hidden_size)
+
+
+def is_encoder(architecture: Any) -> bool:
+    """Whether transformers counts a model among the encoders of text (T5, CLIP), rather than among the decoders."""
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+    return type(architecture) in MODEL_FOR_TEXT_ENCODING_MAPPING
+
+
+def model_class(architecture: Any) -> Any:
+    """The transformers auto class that makes the text encoder: of an encoder-decoder its encoder alone, else the model
+    without a head."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    return AutoModelForTextEncoding if is_encoder(architecture) else AutoModel
+
+
+def empty_model(config: TextEncoderConfig) -> nn.Module:
+    """The text encoder on the meta device, cut to its first ``config.layers`` layers: shapes and parameter counts."""
+    architecture = architecture_of(config)
+    with torch.device("meta"):
+        model = model_class(architecture).from_config(architecture)
+    cut_layers(model, config)
+    return model
+
+
+def layers_of(model: Any) -> str:
+    """The dotted name of the list of a model's layers ("layers", "encoder.block", ...)."""
+    total = model.config.num_hidden_layers
+    found = (
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total
+    )
+    return next(found)
+
+
+def cut_layers(model: Any, config: TextEncoderConfig) -> None:
+    """Keep the first ``config.layers`` layers (None for all) and what follows the last one: the final norm.
+
+    Raises:
+        UserError: when there are fewer.
+    """
+    if config.layers is None:
+        return
+    total = model.config.num_hidden_layers
+    if config.layers > total:
+        raise UserError(f"text_encoder.layers={config.layers} is more than the {total} layers of {config.name}.")
+    parent, _, attribute = layers_of(model).rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, attribute, getattr(owner, attribute)[: config.layers])
+    model.config.num_hidden_layers = config.layers
+
+
+def position_limit(model: Any) -> int | None:
+    """The length of a model's table of learned positions (77 in CLIP); None where positions are relative."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words)
+    return positions if any(table.num_embeddings == positions for table in tables) else None
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Tokens around and after a text: ``start`` and ``end`` (either may be empty), and the padding token."""
+
+    start: list[int]
+    end: list[int]
+    pad: int
+
+
+def marks_of(tokenizer: Any, architecture: Any) -> Marks:
+    """How a family marks a sequence.
+
+    Decoders start it with BOS, or with EOS where they have no BOS, and pad with EOS, as the official code does. Without a
+    first token an empty prompt has no token at all, and the first word becomes the attention sink whose state says
+    nothing. Of an encoder (CLIP starts and ends a sequence, T5 ends it) marks are what its tokenizer puts around a text,
+    and padding is its own.
+
+    Raises:
+        UserError: for a tokenizer without an end-of-sequence token.
+    """
+    first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if last is None:
+        raise UserError(
+            "the text encoder's tokenizer has no end-of-sequence token; expected eos_token in its settings."
+        )
+    if not is_encoder(architecture):
+        return Marks([last if first is None else first], [], last)
+    bare, whole = (tokenizer("a", add_special_tokens=marked)["input_ids"] for marked in (False, True))
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    start, end = whole[:at], whole[at + len(bare) :]
+    return Marks(start, end or [last], last if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def read_model(folder: Path, config: TextEncoderConfig) -> tuple[Any, Any]:
+    """The frozen text model, cut to its first ``config.layers`` layers, and its tokenizer.
+
+    Raises:
+        UserError: when the folder is not readable, lacks tensors, or cannot be quantised here.
+    """
+    from safetensors import SafetensorError
+
+    quantization = quantized(config)
+    try:
+        architecture = read_architecture(folder)
+        # The checkpoint's own dtype is not ours to trust (transformers 5 would keep it), and remote code is never run.
+        model, report = model_class(architecture).from_pretrained(
+            folder, config=architecture, dtype=DTYPES[config.dtype], key_mapping=LANGUAGE_MODEL, weights_only=True,
+            output_loading_info=True, **quantization,
+        )  # fmt: skip
+        tokenizer = load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the text encoder in {folder} could not be read ({first}); expected the transformers layout with safetensors "
+            "weights, so fetch it again or set text_encoder.path=<folder>."
+        ) from None
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers fills them with random numbers, and only prints so
+        raise UserError(
+            f"the text encoder in {folder} lacks {len(missing)} of the tensors of {type(model).__name__}, {missing[0]} the "
+            "first; fetch it again or set text_encoder.path=<folder>."
+        )
+    cut_layers(model, config)
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer. Raises what transformers raises.
+
+    Of a SentencePiece model alone (``tokenizer.model``, as Llama 2 came first) transformers 5 ranks the merges by the
+    pieces' numbers, where SentencePiece and the libraries of 2023 rank them by score: two spaces became another token. It
+    also leaves out SentencePiece's own space before a text that begins with one.
+    """
+    from tokenizers import Regex
+    from tokenizers.models import BPE
+    from tokenizers.normalizers import Replace
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pieces = folder / "tokenizer.model"
+    if not pieces.is_file() or (folder / "tokenizer.json").is_file():
+        return tokenizer
+    model = tokenizer.backend_tokenizer.model
+    if isinstance(model, BPE):
+        vocabulary, merges = merges_by_score(pieces)
+        tokenizer.backend_tokenizer.model = BPE(
+            vocab=vocabulary, merges=merges, unk_token=model.unk_token, fuse_unk=model.fuse_unk,
+            byte_fallback=model.byte_fallback,
+        )  # fmt: skip
+        if tokenizer.backend_tokenizer.normalizer is None:
+            tokenizer.backend_tokenizer.normalizer = Replace(Regex(r"\A "), "  ")
+    return tokenizer
+
+
+def merges_by_score(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The pieces of a SentencePiece BPE model, and every way to join two of them to a third, best score first."""
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(path))
+    vocabulary = {model.id_to_piece(number): number for number in range(model.get_piece_size())}
+    ranked = sorted(vocabulary, key=lambda piece: -model.get_score(vocabulary[piece]))
+    halves = ((piece[:at], piece[at:]) for piece in ranked for at in range(1, len(piece)))
+    return vocabulary, [(left, right) for left, right in halves if left in vocabulary and right in vocabulary]
+
+
+def lacks_bitsandbytes() -> str | None:
+    """What bitsandbytes (weights of 4 bits, optimisers of 8) would need and is not here; None where it can run."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return "bitsandbytes is not installed" if importlib.util.find_spec("bitsandbytes") is None else None
+
+
+def quantized(config: TextEncoderConfig) -> dict[str, Any]:
+    """What from_pretrained needs to keep the linear layers in NF4 with double quantisation (QLoRA, arXiv 2305.14314).
+
+    Raises:
+        UserError: without a CUDA device or without bitsandbytes.
+    """
+    if config.quantization is None:
+        return {}
+    lacking = lacks_bitsandbytes()
+    if lacking is not None:
+        raise UserError(
+            f"text_encoder.quantization={config.quantization} needs a CUDA device and the package bitsandbytes, and {lacking}; "
+            "set text_encoder.quantization=null, or run it where both are."
+        )
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
+
+
+def _text_only(architecture: Any) -> Any:
+    text = architecture.get_text_config()
+    for key, value in list(vars(text).items()):
+        # All dropout is 0 in this project, or training could not be resumed bit for bit (T5 is published with 0.1).
+        if "dropout" in key and isinstance(value, float):
+            setattr(text, key, 0.0)
+    return text
