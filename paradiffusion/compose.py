@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,10 +29,10 @@ OPEN = ("data.captions", "data.demo_sizes", "unet.arguments", "text_encoder.arch
 # Texts, mostly paths: they reach the configuration as typed, whatever Hydra's grammar makes of their characters.
 TEXTS = (
     "run_dir", "init_from", "data.shards", "data.val_shards", "data.demo_folder", "text_encoder.path", "codec.path",
-    "conditioning.prefix", "ckpt", "prompt", "prompt_file", "negative_prompt", "output_dir", "text_encoder_path",
-    "codec_path",
+    "conditioning.prefix", "ckpt", "prompt", "prompt_file", "negative_prompt", "output_dir",
 )  # fmt: skip
 T = TypeVar("T", TrainConfig, SampleConfig)
+Options = TypeVar("Options")
 
 
 def compose_train(arguments: list[str]) -> TrainConfig:
@@ -43,6 +43,23 @@ def compose_train(arguments: list[str]) -> TrainConfig:
 def compose_sample(arguments: list[str]) -> SampleConfig:
     """What sample.py was asked for. Raises UserError for any override that is wrong."""
     return _compose("sample", SampleConfig, arguments)
+
+
+def compose_options(cls: type[Options], arguments: list[str]) -> Options:
+    """A small dataclass from key=value arguments, for scripts without config groups. Raises UserError for a wrong one."""
+    config = OmegaConf.structured(cls)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in keys_of(cls):
+            raise UserError(
+                f"the argument {argument!r} is not understood; the keys are {', '.join(keys_of(cls))} (key=value)."
+            )
+        try:
+            OmegaConf.update(config, key, None if value == "null" else value)
+        except OmegaConfBaseException as error:
+            raise UserError(_explain(error)) from None
+    made: Any = OmegaConf.to_object(config)
+    return cast(Options, made)
 
 
 def options(group: str) -> list[str]:
@@ -120,7 +137,8 @@ def _quote(value: str) -> str:
 def _compose(name: str, cls: type[T], arguments: list[str]) -> T:
     arguments = [argument for argument in arguments if argument not in FLAGS]
     text = {a.partition("=")[0].lstrip("+"): a.partition("=")[2] for a in arguments} if cls is SampleConfig else {}
-    free = ("prompt", "negative_prompt")
+    # "unet" and "sampler" are config groups of training too, which Hydra would not take as plain values.
+    free = ("prompt", "negative_prompt", "unet", "sampler") if cls is SampleConfig else ()
     overrides = [_translate(argument, cls) for argument in arguments]
     # A prompt never passes through the override grammar or interpolation ("${...}"): it is data, not configuration.
     overrides = [o for o in overrides if o.partition("=")[0].lstrip("+") not in free]
@@ -137,6 +155,8 @@ def _compose(name: str, cls: type[T], arguments: list[str]) -> T:
     for key in free:
         if text.get(key, "null") != "null":
             setattr(config, key, text[key])
+    if isinstance(config, SampleConfig):
+        _sampler_defaults(config)
     if isinstance(config, TrainConfig):
         _local_defaults(config, {argument.partition("=")[0].lstrip("+") for argument in arguments})
     config.check()
@@ -150,6 +170,19 @@ def _explain(error: Exception) -> str:
     message = lines[0] if lines else type(error).__name__
     cause = f"{full_key}: {message}" if full_key else message
     return f"the configuration is wrong: {cause.rstrip('.')}; correct that override or file."
+
+
+def _sampler_defaults(config: SampleConfig) -> None:
+    """Values of ``sampler=NAME`` (configs/sampler) where the command line gives none of its own."""
+    if config.sampler is None:
+        return
+    if config.sampler not in options("sampler"):
+        raise UserError(f"sampler={config.sampler} is unknown; choose one of {', '.join(options('sampler'))}.")
+    values = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{config.sampler}.yaml"))
+    assert isinstance(values, dict)
+    for key, value in values.items():
+        if getattr(config, str(key)) is None:
+            setattr(config, str(key), value)
 
 
 def _local_defaults(config: TrainConfig, given: set[str]) -> None:

@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args(arguments)
-    from paradiffusion.models.layouts import publish
+    from paradiffusion.models.export import publish
     from paradiffusion.models.manifest import resolve_checkpoint
 
     size = publish(resolve_checkpoint(options.ckpt), options.output, options.dtype)

@@ -74,6 +74,9 @@ class TinyModels:
         mask = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
         return Conditioning(features, mask, null, torch.ones(1, 1, dtype=torch.bool))
 
+    def encode_ahead(self, prompts: list[str]) -> None:
+        """Nothing is kept."""
+
     def _words(self, prompt: str) -> Tensor:
         words = ["<s>", *prompt.split()][:MAX_TOKENS]
         draws = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed_from(word))) for word in words]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from paradiffusion.config import CodecConfig
 from paradiffusion.errors import UserError
+from paradiffusion.models.tensors import UNET_STEM, find_tensors
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import download, hash_ends
 
@@ -89,18 +91,25 @@ def load_codec(config: CodecConfig, expected_hash: str | None = None) -> Codec:
         UserError: when it is not to be had, unreadable, of another shape than configured, or not the checkpoint's.
     """
     folder = locate_codec(config)
-    found = hash_ends(sorted(folder.glob("*.safetensors")))
+    files = find_tensors(folder, UNET_STEM)
+    found = hash_ends(sorted(folder.glob("*.safetensors")) or files)
     if expected_hash is not None and found != expected_hash:
         raise UserError(
             f"the codec in {folder} has the hash {found}, but the checkpoint was trained with {expected_hash} "
-            f"({config.name}); set codec_path=<folder> to that autoencoder."
+            f"({config.name}); set codec.path=<folder> to that autoencoder."
         )
     try:
-        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=DTYPES[config.dtype], use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        # The old .bin form is unpickled by diffusers with weights_only=True; a folder may hold nothing but a variant.
+        vae = AutoencoderKL.from_pretrained(
+            folder,
+            torch_dtype=DTYPES[config.dtype],
+            use_safetensors=not files or "safetensors" in files[0].name,
+            variant="fp16" if files and ".fp16" in files[0].name else None,
+        )
+    except (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise UserError(
-            f"the codec in {folder} could not be read ({str(error).splitlines()[0]}); expected an AutoencoderKL with "
-            "safetensors weights, so fetch it again."
+            f"the codec in {folder} could not be read ({str(error).splitlines()[0]}); expected an AutoencoderKL in the "
+            "diffusers layout with whole weights, so fetch it again."
         ) from None
     channels = vae.config["latent_channels"]
     factor = 2 ** (len(vae.config["block_out_channels"]) - 1)

@@ -2,7 +2,8 @@
 
 A checkpoint folder describes itself: ``checkpoint.json`` records text encoder and codec by id, revision and hash, the
 whole conditioning, the objective and the sampler's defaults. ``unet/``, ``refiner/`` and ``text_encoder_lora/`` hold the
-EMA weights.
+EMA weights; where a U-Net was trained through LoRA, ``unet/`` holds its frozen base and ``unet_lora/`` the adapter. A
+folder of the published weights is read as if it were such a checkpoint (``models/official.py``).
 """
 
 from __future__ import annotations
@@ -14,19 +15,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paradiffusion.config import LoraConfig, TrainConfig
 from paradiffusion.errors import UserError
+from paradiffusion.models import official
 from paradiffusion.models.joint import JointModel
-from paradiffusion.models.manifest import write_manifest
-from paradiffusion.text.encoder import DTYPES, TextEncoder, attach_lora
+from paradiffusion.models.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors, write_tensors
+from paradiffusion.text.encoder import TextEncoder, attach_lora
 
 FORMAT = "paradiffusion"
 FORMAT_VERSION = 1
 # Where each part of the joint module is stored, and the prefix of its parameters' names there.
-UNET, REFINER, LORA = "unet", "refiner", "text_encoder_lora"
+UNET, REFINER, LORA, UNET_LORA = "unet", "refiner", "text_encoder_lora", "unet_lora"
+# PEFT's own prefix: by it PEFT loads unet_lora/ by itself.
+PEFT_PREFIX = "base_model.model."
 T = TypeVar("T")
 
 
@@ -34,6 +37,11 @@ def describe(
     config: TrainConfig, step: int, text_source: dict[str, Any], codec_source: dict[str, Any]
 ) -> dict[str, Any]:
     """What ``checkpoint.json`` says."""
+    unet_lora = {
+        "rank": config.unet.lora_rank,
+        "alpha": config.unet.lora_alpha,
+        "target_modules": list(config.unet.lora_target_modules),
+    }
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "safetensors")}
     return {
         "format": FORMAT,
@@ -47,6 +55,7 @@ def describe(
         "lora": None if config.train_text == "frozen" else asdict(config.lora),
         "conditioning": asdict(config.conditioning),
         "coordinates": config.unet.coordinates,
+        "unet_lora": unet_lora if config.unet.lora_rank else None,
         "codec": {**asdict(config.codec), "hash": codec_source["hash"]},
         "objective": asdict(config.objective),
         "sampler": asdict(config.sampler),
@@ -56,14 +65,16 @@ def describe(
 
 def split_parts(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group a joint module's tensors by part, each named as its own library names it."""
-    parts: dict[str, dict[str, Tensor]] = {UNET: {}, REFINER: {}, LORA: {}}
+    parts: dict[str, dict[str, Tensor]] = {UNET: {}, REFINER: {}, LORA: {}, UNET_LORA: {}}
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
         if part == "text_encoder":
             # PEFT stores adapters without the adapter's own name ("default").
             parts[LORA][rest.removeprefix("model.").replace(".default.", ".")] = tensor
+        elif part == UNET and ".lora_" in rest:
+            parts[UNET_LORA][PEFT_PREFIX + rest.replace(".default.", ".")] = tensor
         else:
-            parts[part][rest] = tensor
+            parts[part][rest.replace(".base_layer.", ".")] = tensor
     return parts
 
 
@@ -71,42 +82,54 @@ def save_weights(folder: Path, joint: JointModel, state: dict[str, Tensor], desc
     """Write ``state`` (the EMA weights by parameter name) to ``folder`` with its description.
 
     Args:
-        joint: gives the configuration of the U-Net, the refiner and the adapter; its own weights are not read.
+        joint: gives the configuration of the U-Net, the refiner and the adapter. Its own weights are read only where they
+            are a U-Net's frozen base under LoRA that ``state`` lacks.
     """
-    parts = split_parts({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    write_tensors(folder / UNET / "diffusion_pytorch_model.safetensors", parts[UNET])
-    joint.unet.save_config(folder / UNET)
+    base = {}
+    if description.get("unet_lora"):  # all but adapter and projection is frozen, so it is no part of the average
+        base = {f"{UNET}.{n}": p for n, p in joint.unet.named_parameters() if not p.requires_grad}
+    parts = split_parts({name: tensor.detach().cpu().contiguous() for name, tensor in {**base, **state}.items()})
     if joint.refiner is not None:
-        buffers = {name: tensor.detach().cpu() for name, tensor in joint.refiner.named_buffers()}
-        write_tensors(folder / REFINER / "model.safetensors", {**parts[REFINER], **buffers})
+        parts[REFINER] |= {name: tensor.detach().cpu() for name, tensor in joint.refiner.named_buffers()}
+        (folder / REFINER).mkdir(parents=True, exist_ok=True)
         (folder / REFINER / "config.json").write_text(json.dumps(joint.refiner.config, indent=1))
-    if parts[LORA]:
-        write_tensors(folder / LORA / "adapter_model.safetensors", parts[LORA])
-        write_adapter_config(folder / LORA, description["lora"])
+    joint.unet.save_config(folder / UNET)
+    write_parts(folder, parts, description)
+
+
+def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:
+    """Write the tensors of ``split_parts`` and the description; configurations of U-Net and refiner are the caller's."""
+    write_tensors(folder / UNET / f"{UNET_STEM}.safetensors", parts[UNET])
+    if parts[REFINER]:
+        write_tensors(folder / REFINER / "model.safetensors", parts[REFINER])
+    for part, key in ((LORA, "lora"), (UNET_LORA, "unet_lora")):
+        if parts[part]:
+            write_tensors(folder / part / f"{ADAPTER_STEM}.safetensors", parts[part])
+            write_adapter_config(folder / part, description[key])
     (folder / "checkpoint.json").write_text(json.dumps(description, indent=1))
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """One safetensors file; exactly one metadata key, since the order of several varies from run to run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
 
 
 def write_adapter_config(folder: Path, lora: dict[str, Any]) -> None:
     """The adapter_config.json by which PEFT itself can load the adapter."""
     from peft import LoraConfig as PeftLoraConfig
 
-    PeftLoraConfig(
-        r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=0.0, target_modules=sorted(lora["target_modules"])
-    ).save_pretrained(str(folder))
+    targets = {"target_modules": sorted(lora["target_modules"]), **lora.get("settings", {})}
+    PeftLoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=0.0, **targets).save_pretrained(str(folder))
     # PEFT writes a set in the order of this process's string hashes.
     path = folder / "adapter_config.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "target_modules": sorted(values["target_modules"])}, indent=1))
+    path.write_text(json.dumps({**values, "target_modules": targets["target_modules"]}, indent=1))
 
 
-def read_description(checkpoint: Path) -> dict[str, Any]:
-    """``checkpoint.json``, checked for format and version."""
+def read_description(checkpoint: Path, unet: str = UNET) -> dict[str, Any]:
+    """``checkpoint.json``, checked for format and version; of a folder in the official layout, what it would say.
+
+    Args:
+        unet: which U-Net, where a folder in the official layout holds several.
+    """
+    if official.is_official(checkpoint):
+        return official.describe_official(checkpoint, unet)
+    official.choose_unet(checkpoint, unet)
     try:
         description = json.loads((checkpoint / "checkpoint.json").read_text())
         found = (description["format"], description["version"])
@@ -126,30 +149,69 @@ def parse(cls: type[T], values: dict[str, Any]) -> T:
     return cls(**{key: value for key, value in values.items() if key in known})
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint by the joint module's names (adapter and refiner buffers included), fp32, on the CPU."""
-    state: dict[str, Tensor] = {}
-    for part, file in ((UNET, "diffusion_pytorch_model"), (REFINER, "model"), (LORA, "adapter_model")):
-        path = checkpoint / part / f"{file}.safetensors"
-        if not path.is_file():
+def read_weights(checkpoint: Path, unet: str = UNET) -> dict[str, Tensor]:
+    """All weights of a checkpoint by the joint module's names (adapters and refiner buffers included), fp32, on the CPU.
+
+    Under a U-Net's LoRA the layers that have it are named as PEFT names them, ``...base_layer.weight``.
+    """
+    if official.is_official(checkpoint):
+        return official.read_official(checkpoint, unet)
+    state = {
+        f"{part}.{name}": tensor.float()
+        for part, stem in ((UNET, UNET_STEM), (REFINER, "model"))
+        for name, tensor in read_tensors(checkpoint / part, stem).items()
+    }
+    for name, tensor in read_tensors(checkpoint / LORA, ADAPTER_STEM).items():
+        state[joint_adapter_name(name)] = tensor.float()
+    adapter = {
+        joint_adapter_name(name.removeprefix(PEFT_PREFIX)).replace("text_encoder.model.", f"{UNET}."): tensor.float()
+        for name, tensor in read_tensors(checkpoint / UNET_LORA, ADAPTER_STEM).items()
+    }
+    adapted = {name.partition(".lora_")[0] for name in adapter}
+    named = {}
+    for name, tensor in state.items():
+        module, _, kind = name.rpartition(".")
+        named[f"{module}.base_layer.{kind}" if module in adapted else name] = tensor
+    return {**named, **adapter}
+
+
+def merge_unet_lora(state: dict[str, Tensor], unet_lora: dict[str, Any] | None) -> dict[str, Tensor]:
+    """``state`` with the U-Net's adapter added to its base, W + alpha / rank * B A, under the plain U-Net's names.
+
+    Args:
+        unet_lora: rank and alpha, as the description has them; None returns ``state``.
+    Raises:
+        UserError: for a layer that lacks half of its adapter.
+    """
+    if unet_lora is None:
+        return state
+    scale = unet_lora["alpha"] / unet_lora["rank"]
+    merged = {}
+    for name, tensor in state.items():
+        if name.startswith(f"{UNET}.") and ".lora_" in name:
             continue
-        try:
-            tensors = load_file(path)
-        except Exception as error:  # safetensors raises its own type, which it does not export
-            raise UserError(f"{path} could not be read ({error}); use another checkpoint, or copy it again.") from None
-        for name, tensor in tensors.items():
-            if part == LORA:
-                for matrix in ("lora_A", "lora_B"):
-                    name = name.replace(f".{matrix}.weight", f".{matrix}.default.weight")
-                state[f"text_encoder.model.{name}"] = tensor.float()
-            else:
-                state[f"{part}.{name}"] = tensor.float()
-    return state
+        module, base, kind = name.partition(".base_layer.")
+        if base and kind == "weight":
+            halves = [state.get(f"{module}.lora_{half}.default.weight") for half in "BA"]
+            if halves[0] is None or halves[1] is None:
+                raise UserError(f"the checkpoint lacks a half of the LoRA of {module}; use another checkpoint.")
+            tensor = tensor + scale * (halves[0] @ halves[1])
+        merged[f"{module}.{kind}" if base else name] = tensor
+    return merged
 
 
-def load_adapter(encoder: TextEncoder, state: dict[str, Tensor], lora: LoraConfig) -> None:
-    """Attach the adapter in ``state`` to a frozen text encoder, and freeze it too (stage 3, sampling)."""
-    attach_lora(encoder, lora)
+def load_adapter(
+    encoder: TextEncoder, state: dict[str, Tensor], lora: LoraConfig, settings: dict[str, Any] | None = None
+) -> None:
+    """Attach the adapter in ``state`` to a frozen text encoder, and freeze it too (stage 3, sampling).
+
+    Args:
+        settings: what else PEFT must be told of a published adapter (``official.describe_adapter``).
+    """
+    if settings:
+        official.attach_adapter(encoder, lora, settings)
+    else:
+        attach_lora(encoder, lora)
     adapter = {name.removeprefix("text_encoder."): t for name, t in state.items() if name.startswith("text_encoder.")}
     check_complete({name for name, p in encoder.named_parameters() if p.requires_grad}, adapter)
     copy_tensors(encoder, adapter)
@@ -178,38 +240,3 @@ def copy_tensors(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
                     "use the configuration that it was trained with."
                 )
             own[name].copy_(tensor)
-
-
-def publish(checkpoint: Path, output: Path, dtype: str) -> int:
-    """Copy a checkpoint's weights and description, without training state, to a new folder; returns its size in bytes.
-
-    Floating-point weights are stored as ``dtype``; reading brings them back to fp32.
-
-    Raises:
-        UserError: when ``output`` exists.
-    """
-    if output.exists():
-        raise UserError(f"{output} exists already; choose another --output, or delete it first.")
-    description = read_description(checkpoint)
-    # Paths of this machine say nothing elsewhere, except those below the repository's root, which are shipped with it.
-    for part in ("text_encoder", "codec"):
-        path = description[part].get("path")
-        if path is not None and Path(path).is_absolute():
-            description[part]["path"] = None
-    description["provenance"]["init_from"] = None
-    output.mkdir(parents=True)
-    for source in sorted(checkpoint.glob("*/*")):
-        if source.parent.name not in (UNET, REFINER, LORA):
-            continue
-        target = output / source.parent.name / source.name
-        if source.suffix == ".safetensors":
-            tensors = {
-                name: t.to(DTYPES[dtype]) if t.is_floating_point() else t for name, t in load_file(source).items()
-            }
-            write_tensors(target, tensors)
-        else:
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(source.read_bytes())
-    (output / "checkpoint.json").write_text(json.dumps(description, indent=1))
-    write_manifest(output)
-    return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())

@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 
 from paradiffusion.errors import UserError
+from paradiffusion.models.official import is_official
 
 MANIFEST = "manifest.json"
+FORMAT_VERSION = 1  # of the manifest; one without the key is version 1
 
 
 def hash_file(path: Path) -> str:
@@ -34,18 +36,21 @@ def write_manifest(folder: Path) -> None:
         if path.is_file() and path.name != MANIFEST:
             files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": hash_file(path)}
             sync(path)
-    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
     sync(folder / MANIFEST)
 
 
 def find_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in a few words that name the file; None when every file is as it was written."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files, version = manifest["files"], int(manifest.get("format_version", 1))
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not readable"
+    if version > FORMAT_VERSION:
+        return f"{MANIFEST} has the format_version {version}, newer than {FORMAT_VERSION}, so this repository must be updated"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -76,7 +81,8 @@ def newest_valid(stage_folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that ``ckpt=`` means: a run, a stage, or a checkpoint or weights folder itself.
+    """The checkpoint folder that ``ckpt=`` means: a run, a stage, or a checkpoint or weights folder itself (ours, or in the
+    official layout).
 
     Raises:
         UserError: when there is none, or none that passes its manifest.
@@ -86,6 +92,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         fault = find_fault(folder)
         if fault is not None:
             raise UserError(f"the checkpoint {folder} is damaged: {fault}; use another checkpoint, or copy it again.")
+        return folder
+    if is_official(folder):
         return folder
     stages = sorted(folder.glob("stage[0-9]"), reverse=True) if not (folder / "checkpoints").is_dir() else [folder]
     faults: list[str] = []
@@ -98,7 +106,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
             return found
     if faults:
         raise UserError(f"no whole checkpoint is left in {folder}: {faults[0]}")
+    if (folder / "model_index.json").is_file():
+        raise UserError(
+            f"ckpt={path} is a diffusers pipeline; for one of ours, `python scripts/export.py ckpt={path} to=ours "
+            "output=<folder>` makes a checkpoint of it."
+        )
     raise UserError(
         f"ckpt={path} holds no checkpoint; expected a run (runs/NAME), a stage (runs/NAME/stage1), a checkpoint "
-        "(.../checkpoints/step_000060) or a weights folder."
+        "(.../checkpoints/step_000060) or a weights folder (ours, or in the official layout: unet, scheduler, ...)."
     )

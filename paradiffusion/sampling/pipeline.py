@@ -55,6 +55,10 @@ class Models(Protocol):
         """Conditioning of B prompts with the null prompt, on the models' device."""
         ...
 
+    def encode_ahead(self, prompts: list[str], /) -> None:
+        """Encode prompts that ``encode`` will be asked for, so that it need not."""
+        ...
+
     def decode(self, latents: Tensor, /) -> Tensor:
         """Images, uint8 [B, H, W, 3] on the CPU."""
         ...
@@ -180,7 +184,7 @@ def draw(models: Models, batch: Sequence[Job], on_step: Callable[[int, Tensor], 
     first = batch[0]
     shape = (models.latent_channels, first.height // models.factor, first.width // models.factor)
     try:
-        conditioning = _encode(models, [job.prompt for job in batch])
+        conditioning = encode_prompts(models, [job.prompt for job in batch])
         negatives = [job.negative_prompt for job in batch if job.negative_prompt is not None]
         latents = sample_latents(
             models.denoise,
@@ -191,7 +195,7 @@ def draw(models: Models, batch: Sequence[Job], on_step: Callable[[int, Tensor], 
             first.settings,
             models.device,
             models.dtype,
-            negative=_encode(models, negatives) if negatives else None,
+            negative=encode_prompts(models, negatives) if negatives else None,
             on_step=on_step,
         )
         if not torch.isfinite(latents).all():
@@ -206,7 +210,7 @@ def draw(models: Models, batch: Sequence[Job], on_step: Callable[[int, Tensor], 
         ) from None
 
 
-def _encode(models: Models, prompts: list[str]) -> Conditioning:
+def encode_prompts(models: Models, prompts: list[str]) -> Conditioning:
     """Conditioning of each prompt; equal prompts, such as several images of one, go through the LLM once."""
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     conditioning = models.encode(list(rows))

@@ -111,7 +111,7 @@ def _split(text: str) -> list[str]:
 def _lines(text: str, source: str) -> Iterator[Row]:
     for number, line in enumerate(_split(text), 1):
         if line.strip():
-            yield f"{source} line {number}", {"prompt": line}
+            yield f"{source} line {number}", {"prompt": line.strip()}
 
 
 def _csv(text: str, source: str) -> Iterator[Row]:
@@ -185,7 +185,7 @@ def _jsonl(text: str, source: str) -> Iterator[Row]:
 def _request(index: int, source: str, row: dict[str, Any]) -> PromptRequest:
     """Check types and ranges of one row."""
     values: dict[str, Any] = {key: _text(key, row[key], source) for key in ("prompt", "negative_prompt") if key in row}
-    if not values.get("prompt"):
+    if not values.get("prompt", "").strip():
         raise UserError(f"{source} has an empty prompt; expected some text, or remove the line.")
     for key, lowest in LOWEST.items():
         if key in row:
@@ -202,7 +202,7 @@ def _text(key: str, value: Any, source: str) -> str:
         raise UserError(
             f"{source}: {key} holds {value[error.start]!r}, half of a character pair; expected whole characters."
         ) from None
-    return value.strip()
+    return value  # spaces at its ends are tokens too
 
 
 def _in_range(key: str, value: Any, lowest: int, highest: int | None, source: str) -> int | float:

@@ -30,6 +30,7 @@ from paradiffusion.sampling.processes import Processes, Stopped, StopSignal, joi
 from paradiffusion.sampling.prompts import PromptRequest, read_prompts
 
 DONE, STOPPED, FAILED = 0, 1, 2
+BATCHES_AHEAD = 8  # batches whose prompts are encoded at once where the text encoder leaves the GPU
 
 Say = Callable[[str], None]
 
@@ -58,9 +59,14 @@ def sample(config: SampleConfig) -> int:
             checkpoint,
             device=config.device or processes.device(),
             dtype=config.dtype,
-            text_encoder_path=config.text_encoder_path,
-            codec_path=config.codec_path,
+            text_encoder_path=config.text_encoder.path,
+            codec_path=config.codec.path,
+            unet=config.unet,
+            text_encoder_dtype=config.text_encoder.dtype,
+            codec_dtype=config.codec.dtype,
+            offload_text_encoder=config.offload_text_encoder,
         )
+        models.tune(config.compile, config.channels_last, config.vae_tiling)
         return draw_all(models, requests, config, output_folder(config), processes, signal)
 
 
@@ -102,7 +108,7 @@ def draw_all(
     status, failure, start = DONE, None, time.monotonic()
     try:
         with disk_errors(folder):
-            _draw_share(models, share, records, config.batch_size, folder, processes, signal)
+            _draw_share(models, share, records, config, folder, processes, signal)
     except Stopped:
         status = STOPPED
     except UserError as error:
@@ -130,7 +136,7 @@ def _draw_share(
     models: Models,
     share: list[Job],
     records: dict[str, ImageRecord],
-    batch_size: int,
+    config: SampleConfig,
     folder: Path,
     processes: Processes,
     signal: StopSignal,
@@ -150,7 +156,11 @@ def _draw_share(
         mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
     )
     try:
-        for batch in make_batches(share, batch_size):
+        batches = make_batches(share, config.batch_size)
+        for number, batch in enumerate(batches):
+            if config.offload_text_encoder and number % BATCHES_AHEAD == 0:
+                jobs = [job for later in batches[number : number + BATCHES_AHEAD] for job in later]
+                models.encode_ahead([prompt for job in jobs for prompt in (job.prompt, job.negative_prompt) if prompt])
             steps = batch[0].settings.steps
 
             def on_step(step: int, _: Tensor, steps: int = steps) -> None:

@@ -1,7 +1,7 @@
 """The one sampler: from seeds and conditioning to latents.
 
-Validation, ``sample.py`` and evaluation all draw through ``sample_latents``. Each image starts from noise of its own seed
-and the solvers add none, so an image does not depend on the batch that it is drawn in.
+Validation, ``sample.py``, evaluation and the diffusers pipeline all draw through ``sample_latents``. Each image has noise
+of its own seed, so it does not depend on the batch that it is drawn in.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ from paradiffusion.text.conditioning import Conditioning
 Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def starting_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+def starting_noise(seeds: Sequence[int | torch.Generator], shape: tuple[int, int, int]) -> Tensor:
     """Standard normal noise, [B, C, h, w] float32 on the CPU; row i is a function of ``seeds[i]`` and ``shape`` alone.
 
-    Drawn on the CPU, since every kind of accelerator has a generator of its own.
+    Drawn on the CPU, since every kind of accelerator has a generator of its own. In a seed's place a generator of the CPU
+    may stand, which goes on from where it is.
     """
-    rows = [
-        torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32) for seed in seeds
-    ]
-    return torch.stack(rows)
+    return torch.stack([torch.randn(shape, generator=_generator(seed), dtype=torch.float32) for seed in seeds])
+
+
+def _generator(seed: int | torch.Generator) -> torch.Generator:
+    return seed if isinstance(seed, torch.Generator) else torch.Generator("cpu").manual_seed(seed)
 
 
 @torch.no_grad()
@@ -36,13 +38,13 @@ def sample_latents(
     denoise: Denoiser,
     objective: Objective,
     conditioning: Conditioning,
-    seeds: Sequence[int],
+    seeds: Sequence[int | torch.Generator],
     shape: tuple[int, int, int],
     settings: SamplerConfig,
     device: torch.device | str,
     dtype: torch.dtype,
     negative: Conditioning | None = None,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    on_step: Callable[[int, Tensor], Tensor | None] | None = None,
 ) -> Tensor:
     """Draw latents, [B, C, h, w] float32 on ``device``.
 
@@ -50,11 +52,12 @@ def sample_latents(
         denoise: the model's prediction, of the kind that ``objective`` defines; called in ``dtype``, with 2B rows in the
             guided steps: the null prompt's, then the prompts'.
         conditioning: of B prompts.
-        seeds: one for each image.
+        seeds: one for each image, or a generator of the CPU for each.
         shape: (C, h, w) of one image's latents.
         settings: solver, steps and guidance, shared by the batch.
         negative: of 1 or B negative prompts, which take the null prompt's place in guidance.
-        on_step: called after each step with the number of steps done and the latents; what it raises ends the sampling.
+        on_step: called after each step with the number of steps done and the latents; latents that it returns take their
+            place, and what it raises ends the sampling.
     Raises:
         ValueError: where seeds and prompts differ in number.
         UserError: for a solver that the objective does not have.
@@ -70,8 +73,11 @@ def sample_latents(
     features, mask = conditioning.features, conditioning.mask
     guided_features, guided_mask = pair.guided() if settings.guidance != 1.0 else (features, mask)
 
-    latents = starting_noise(seeds, shape).to(device)
+    generators = [_generator(seed) for seed in seeds]
+    latents = starting_noise(generators, shape).to(device)
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # the flow's schedulers have none: pure noise is 1
+    # A published scheduler may be a stochastic one: then each image's own generator goes on, as in the official pipeline.
+    noise = {"generator": generators} if str(scheduler.config.get("algorithm_type")).startswith("sde") else {}
     for step, timestep in enumerate(scheduler.timesteps):
         inputs = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
         inputs = inputs.to(dtype)
@@ -82,9 +88,10 @@ def sample_latents(
             prediction = guide(null, prompt, settings.guidance, settings.guidance_rescale)
         else:
             prediction = denoise(inputs, times, features, mask).float()
-        latents = scheduler.step(prediction, timestep, latents).prev_sample.float()
+        latents = scheduler.step(prediction, timestep, latents, **noise).prev_sample.float()
         if on_step is not None:
-            on_step(step + 1, latents)
+            replaced = on_step(step + 1, latents)
+            latents = latents if replaced is None else replaced
     return latents
 
 

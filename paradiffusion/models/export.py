@@ -1,0 +1,202 @@
+"""From a checkpoint to other layouts: our own without training state, and that of the published weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from paradiffusion.config import CodecConfig, ObjectiveConfig, TextEncoderConfig
+from paradiffusion.diffusion.objective import Objective
+from paradiffusion.errors import UserError
+from paradiffusion.models.codec import REPOSITORY, locate_codec
+from paradiffusion.models.layouts import (
+    LORA,
+    REFINER,
+    UNET,
+    merge_unet_lora,
+    parse,
+    read_description,
+    read_weights,
+    split_parts,
+    write_adapter_config,
+    write_parts,
+)
+from paradiffusion.models.manifest import write_manifest
+from paradiffusion.models.official import LLM_FOLDERS, SCHEDULER, SIDECAR, VAE_FOLDERS, ScheduledObjective, read_json
+from paradiffusion.models.tensors import ADAPTER_STEM, UNET_STEM, write_tensors
+from paradiffusion.text.encoder import DTYPES
+from paradiffusion.text.sources import locate
+
+FROZEN = ("copy", "link", "none")
+
+
+@dataclass
+class Weights:
+    """Everything that a checkpoint holds but the frozen models.
+
+    Attributes:
+        description: as ``read_description`` gives it.
+        state: by the joint module's names, a U-Net's LoRA merged.
+        unet, refiner: their configurations; None for no refiner.
+    """
+
+    description: dict[str, Any]
+    state: dict[str, Tensor]
+    unet: dict[str, Any]
+    refiner: dict[str, Any] | None
+
+
+def gather(checkpoint: Path, unet: str = UNET) -> Weights:
+    """Read a checkpoint, ours or in the official layout, for export."""
+    description = read_description(checkpoint, unet)
+    state = merge_unet_lora(read_weights(checkpoint, unet), description.get("unet_lora"))
+    config = dict(UNet2DConditionModel.load_config(checkpoint / unet))
+    refiner = checkpoint / REFINER / "config.json"
+    return Weights({**description, "unet_lora": None}, state, config, read_json(refiner) if refiner.is_file() else None)
+
+
+def export_ours(weights: Weights, output: Path, dtype: str = "float32", frozen: str = "link") -> None:
+    """Write our layout: weights and description, without training state.
+
+    Args:
+        dtype: of the floating-point weights on disk; reading brings them back to fp32.
+        frozen: "link" records where text encoder and codec lie on this machine, "none" leaves that out, as is right for
+            what is given away: they are known by name, hub id and hash.
+    Raises:
+        UserError: when ``output`` exists.
+    """
+    if frozen not in ("link", "none"):
+        raise UserError(f"frozen={frozen} does not exist for to=ours, which names frozen models; use link or none.")
+    _fresh(output)
+    description = json.loads(json.dumps(weights.description))
+    for part in ("text_encoder", "codec"):
+        path = description[part].get("path")
+        # What is shipped with the repository has a path below its root, which holds on every machine.
+        if path is not None and (Path(path).is_absolute() or not (REPOSITORY / path).exists() or frozen == "link"):
+            shipped = not Path(path).is_absolute() and (REPOSITORY / path).exists()
+            kept = path if shipped else str(Path(path).resolve())
+            description[part]["path"] = kept if shipped or frozen == "link" else None
+    description["provenance"]["init_from"] = None
+    write_parts(output, _parts(weights, dtype), description)
+    _write_config(output / UNET, weights.unet)
+    if weights.refiner is not None:
+        _write_config(output / REFINER, weights.refiner)
+    write_manifest(output)
+
+
+def publish(checkpoint: Path, output: Path, dtype: str) -> int:
+    """Copy a checkpoint's weights and description, without training state and paths of this machine, to a new folder.
+
+    Returns:
+        its size in bytes.
+    """
+    export_ours(gather(checkpoint), output, dtype, frozen="none")
+    return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+
+
+def export_official(weights: Weights, output: Path, dtype: str = "float32", frozen: str = "copy") -> None:
+    """Write the layout of the published weights, which the released inference code reads.
+
+    Beside it a small file of ours keeps what that layout has no place for (sampler defaults, resolution, tokens), so that
+    reading it back loses nothing.
+
+    Args:
+        frozen: whether the language model and the autoencoder are copied, linked, or left out.
+    Raises:
+        UserError: when ``output`` exists, and for a model that the released code could not run, saying why.
+    """
+    check_official(weights)
+    description = weights.description
+    encoder, codec = parse(TextEncoderConfig, description["text_encoder"]), parse(CodecConfig, description["codec"])
+    sources = (locate(encoder), locate_codec(codec)) if frozen != "none" else (None, None)
+    if sources[0] is not None:
+        kind = read_json(sources[0] / "config.json").get("model_type")
+        if kind != "llama":
+            raise UserError(
+                f"the official layout holds a Llama, and the text encoder {encoder.name} is a {kind} model."
+            )
+    _fresh(output)
+    parts = _parts(weights, dtype)
+    write_tensors(output / UNET / f"{UNET_STEM}.safetensors", parts[UNET])
+    _write_config(output / UNET, {**weights.unet, "sample_size": description["resolution"] // codec.factor})
+    if parts[LORA]:
+        write_tensors(output / LORA / f"{ADAPTER_STEM}.safetensors", parts[LORA])
+        write_adapter_config(output / LORA, description["lora"])
+    solver_of(description).save_config(output / SCHEDULER)
+    for source, name in zip(sources, (LLM_FOLDERS[0], VAE_FOLDERS[0]), strict=True):
+        if source is not None:
+            place_frozen(source, output / name, frozen)
+    (output / SIDECAR).write_text(json.dumps(beside_official(description), indent=1))
+
+
+def check_official(weights: Weights) -> None:
+    """UserError for a model that the released inference code has no way to run."""
+    description = weights.description
+    conditioning, objective = description["conditioning"], description["objective"]
+    reasons = {
+        "a refiner before the linear projection": weights.refiner is not None,
+        "averaged layers of the language model": conditioning["layer_tap"] != "last",
+        "an instruction before each prompt": bool(conditioning["prefix"]),
+        "masked padding": conditioning["mask_padding"],
+        f"only {description['text_encoder'].get('layers')} layers of the language model": bool(
+            description["text_encoder"].get("layers")
+        ),
+        "coordinates as input channels": bool(description["coordinates"]),
+        "a summary of the text in the time embedding": weights.unet.get("class_embed_type") is not None,
+        "a flow objective": objective["prediction"] == "flow",
+        "a schedule of zero terminal SNR": objective["zero_terminal_snr"],
+    }
+    found = [reason for reason, present in reasons.items() if present]
+    if found:
+        raise UserError(
+            f"the official layout has no place for {', '.join(found)}, which this checkpoint was trained with "
+            "(conditioning=paper trains one that fits); use to=pipeline instead."
+        )
+
+
+def solver_of(description: dict[str, Any]) -> Any:
+    """The DPM-Solver scheduler by which the description's images are drawn."""
+    config = parse(ObjectiveConfig, description["objective"])
+    settings = description.get("scheduler")
+    objective = Objective(config) if settings is None else ScheduledObjective(config, settings)
+    return objective.scheduler("dpm")
+
+
+def beside_official(description: dict[str, Any]) -> dict[str, Any]:
+    """What the official layout has no place for; nothing of this machine."""
+    encoder, codec = ({**description[part], "path": None} for part in ("text_encoder", "codec"))
+    keys = ("preset", "stage", "step", "seed", "resolution", "sampler", "conditioning", "lora")
+    kept = {key: description[key] for key in keys}
+    provenance = {**description["provenance"], "init_from": None}
+    return {**kept, "text_encoder": encoder, "codec": codec, "provenance": provenance}
+
+
+def place_frozen(source: Path, target: Path, frozen: str) -> None:
+    """Copy or link a frozen model's folder."""
+    if frozen == "link":
+        target.symlink_to(source.resolve(), target_is_directory=True)
+    else:
+        shutil.copytree(source, target)
+
+
+def _fresh(output: Path) -> None:
+    if output.exists():
+        raise UserError(f"{output} exists already; choose another output, or delete it first.")
+    output.mkdir(parents=True)
+
+
+def _parts(weights: Weights, dtype: str) -> dict[str, dict[str, Tensor]]:
+    kind = DTYPES[dtype]
+    cast = {n: (t.to(kind) if t.is_floating_point() else t).contiguous() for n, t in weights.state.items()}
+    return split_parts(cast)
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")

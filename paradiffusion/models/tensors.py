@@ -1,0 +1,124 @@
+"""Tensor files as other programs write them: safetensors whole, in shards or as an fp16 variant, and the old .bin form."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from paradiffusion.errors import UserError
+
+UNET_STEM, ADAPTER_STEM = "diffusion_pytorch_model", "adapter_model"
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file; exactly one metadata key, since the order of several varies from run to run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(dict(sorted(tensors.items())), path, metadata={"format": "pt"})
+
+
+def find_tensors(folder: Path, stem: str) -> list[Path]:
+    """The files that hold the tensors called ``stem`` in ``folder``; none where there are none.
+
+    Whole files are preferred to variants, and safetensors to ``.bin``. An index names the shards.
+
+    Raises:
+        UserError: for an index that cannot be read, or that names a file outside its folder or one that is missing.
+    """
+    for kind in ("safetensors", "bin"):
+        for variant in ("", ".fp16"):
+            whole = folder / f"{stem}{variant}.{kind}"
+            if whole.is_file():
+                return [whole]
+            # diffusers puts the variant last in an index's name, transformers before the ending.
+            for name in (f"{stem}.{kind}.index{variant}.json", f"{stem}{variant}.{kind}.index.json"):
+                if (folder / name).is_file():
+                    return _shards(folder / name)
+    return []
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} could not be read ({error}); copy the folder again.") from None
+    paths = [index.parent / name for name in names]
+    for path in paths:
+        if path.parent != index.parent or not path.is_file():
+            raise UserError(f"{index.name} names {path.name}, which is not in {index.parent}; copy the folder again.")
+    return paths
+
+
+def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors called ``stem`` in ``folder`` as stored, on the CPU; empty where there are none.
+
+    ``.bin`` files are unpickled with ``weights_only=True``: tensors and nothing that runs.
+
+    Raises:
+        UserError: for a file that cannot be read, or that holds anything but named tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in find_tensors(folder, stem):
+        tensors |= read_file(path)
+    return tensors
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, by its ending; see ``read_tensors``."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors raises its own type, which it does not export; pickle raises anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} could not be read ({reason}); use another checkpoint, or copy it again.") from None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"{path} holds something else than named tensors; expected the weights of a model.")
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def joint_adapter_name(name: str) -> str:
+    """The name within the joint module of a tensor of the text encoder's adapter as PEFT stores it, which is without the
+    adapter's own name ("default")."""
+    name = re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name)
+    name = re.sub(r"\.lora_magnitude_vector(\.weight)?$", ".lora_magnitude_vector.default.weight", name)
+    name = re.sub(r"\.(lora_embedding_[AB])$", r".\1.default", name)
+    return f"text_encoder.model.{name}"
+
+
+def convert_bins(folder: Path) -> list[Path]:
+    """Write a safetensors file beside each ``.bin`` below ``folder`` that has none yet; returns the files written.
+
+    Shards get an index of their own. Weights that share memory are stored once each, as safetensors wants it.
+
+    Raises:
+        UserError: for a folder without such files, and for a file that is not named tensors.
+    """
+    found = sorted(path for path in folder.rglob("*.bin") if path.name != "training_args.bin")
+    if not found:
+        raise UserError(f"convert={folder} holds no .bin files; expected a folder with weights in the old form.")
+    written = []
+    for path in found:
+        target = path.with_name(safetensors_name(path.name))
+        if not target.exists():
+            write_tensors(target, {name: tensor.clone() for name, tensor in read_file(path).items()})
+            written.append(target)
+    for index in sorted(folder.rglob("*.bin.index*.json")):
+        target = index.with_name(index.name.replace(".bin.", ".safetensors.").replace("pytorch_model.", "model."))
+        if not target.exists():
+            values = json.loads(index.read_text())
+            values["weight_map"] = {key: safetensors_name(name) for key, name in values["weight_map"].items()}
+            target.write_text(json.dumps(values, indent=1))
+            written.append(target)
+    return written
+
+
+def safetensors_name(name: str) -> str:
+    """The name under which libraries look for the safetensors form of a ``.bin``: transformers' changes its stem too."""
+    stem = name.removesuffix(".bin")
+    stem = stem.replace("pytorch_model", "model", 1) if stem.startswith("pytorch_model") else stem
+    return f"{stem}.safetensors"

@@ -1,0 +1,320 @@
+"""ParaDiffusion as a ``diffusers.DiffusionPipeline``: the same models and the same sampler behind diffusers' own interface.
+
+    pipe = ParaDiffusionPipeline.from_pretrained("exported").to("cuda")
+    image = pipe("a long paragraph", generator=torch.Generator().manual_seed(0)).images[0]
+
+The text encoder is saved without its adapter, which lies beside it in ``text_encoder_lora/``, since a pipeline cannot save a
+model that PEFT has wrapped. What our ``checkpoint.json`` says is the ``description`` in ``model_index.json``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
+from torch import Tensor
+
+from paradiffusion.config import (
+    CodecConfig,
+    ConditioningConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    SamplerConfig,
+    TextEncoderConfig,
+)
+from paradiffusion.diffusion.objective import Objective
+from paradiffusion.models.codec import Codec
+from paradiffusion.models.inference import InferenceModels
+from paradiffusion.models.joint import JointModel
+from paradiffusion.models.layouts import LORA, load_adapter, parse, split_parts, write_adapter_config
+from paradiffusion.models.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors, write_tensors
+from paradiffusion.sampling.pipeline import encode_prompts
+from paradiffusion.sampling.pipeline_components import PipelineObjective, RefinerModel
+from paradiffusion.sampling.pipeline_inputs import (
+    Prompts,
+    check_request,
+    generators_of,
+    negatives_of,
+    portable,
+    repeated,
+)
+from paradiffusion.sampling.sampler import sample_latents
+from paradiffusion.text.encoder import TextEncoder
+from paradiffusion.text.families import cut_layers
+
+logger = logging.get_logger(__name__)
+
+
+class _Interrupted(Exception):
+    """``pipe._interrupt`` was set within a callback."""
+
+
+_Base: Any = DiffusionPipeline  # diffusers gives type checkers a stand-in without methods
+
+
+class ParaDiffusionPipeline(_Base):
+    """Draws images from paragraphs.
+
+    Args:
+        vae: AutoencoderKL; ``text_encoder``, ``tokenizer``: the language model as transformers has it; ``unet``:
+            UNet2DConditionModel; ``scheduler``: the solver.
+        refiner: of the modern arm; None for the paper's.
+        description: what ``checkpoint.json`` says: conditioning, adapter, codec, objective, sampler defaults.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    # Small, and used outside of its forward too, where no hook would bring it to the device.
+    _exclude_from_cpu_offload = ["refiner"]  # noqa: RUF012 - diffusers' own name and type
+    _optional_components = ["refiner"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
+        scheduler: Any,
+        refiner: Any = None,
+        description: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if description is None:
+            raise ValueError("a ParaDiffusionPipeline needs its description; load it with from_pretrained")
+        self.register_modules(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, refiner=refiner
+        )
+        self.register_to_config(description=description)
+        encoder = parse(TextEncoderConfig, description["text_encoder"])
+        if encoder.layers is not None and encoder.layers < text_encoder.config.num_hidden_layers:
+            cut_layers(text_encoder, encoder)  # where the component is a link to the whole model
+        for model in (vae, text_encoder, unet, refiner):
+            if model is not None:
+                model.requires_grad_(False).eval()
+        settings = parse(ConditioningConfig, description["conditioning"])
+        self._encoder = TextEncoder(
+            text_encoder, tokenizer, settings, {"hash": description["text_encoder"].get("hash")}
+        )
+        self._codec = Codec(vae, parse(CodecConfig, description["codec"]), {"hash": description["codec"].get("hash")})
+        objective: Objective = PipelineObjective(parse(ObjectiveConfig, description["objective"]), self)
+        inner = None if refiner is None else refiner.refiner
+        self._joint = JointModel(unet, inner, objective, description["coordinates"])
+        self._interrupt = False
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self._codec.config.factor)
+
+    @classmethod
+    def from_models(cls, models: InferenceModels, description: dict[str, Any]) -> ParaDiffusionPipeline:
+        """A pipeline of a loaded checkpoint's models, which it shares; an adapter on the text encoder stays on it."""
+        refiner = None
+        if models.joint.refiner is not None:
+            refiner = RefinerModel(**models.joint.refiner.config)
+            refiner.refiner = models.joint.refiner
+        wrapped = models.text_encoder.model
+        base = wrapped.get_base_model() if description["lora"] is not None else wrapped
+        pipe = cls(
+            vae=models.codec.vae,
+            text_encoder=base,
+            tokenizer=models.text_encoder.tokenizer,
+            unet=models.joint.unet,
+            scheduler=models.objective.scheduler(models.sampler.solver),
+            refiner=refiner,
+            description=portable(description),
+        )
+        pipe._encoder = models.text_encoder
+        return pipe
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> ParaDiffusionPipeline:
+        """As ``DiffusionPipeline.from_pretrained``; without ``torch_dtype`` each model keeps the dtype it was trained with."""
+        source = str(pretrained_model_name_or_path)
+        if not {"torch_dtype", "dtype"} & kwargs.keys():
+            described = cls.load_config(source).get("description") or {}
+            kinds = {"text_encoder": "text_encoder", "vae": "codec"}
+            dtypes = {
+                part: getattr(torch, described.get(key, {}).get("dtype", "float32")) for part, key in kinds.items()
+            }
+            kwargs["dtype"] = {**dtypes, "default": torch.float32}
+        pipe: ParaDiffusionPipeline = super().from_pretrained(source, **kwargs)
+        if pipe.config["description"]["lora"] is not None:
+            stored = read_tensors(cls._adapter_folder(source, kwargs), ADAPTER_STEM)
+            pipe._attach({joint_adapter_name(name): tensor.float() for name, tensor in stored.items()})
+        return pipe
+
+    @staticmethod
+    def _adapter_folder(source: str, kwargs: dict[str, Any]) -> Path:
+        if Path(source).is_dir():
+            return Path(source) / LORA
+        from huggingface_hub import snapshot_download
+
+        chosen = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+        return Path(snapshot_download(source, allow_patterns=[f"{LORA}/*"], **chosen)) / LORA
+
+    def save_pretrained(self, save_directory: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """As ``DiffusionPipeline.save_pretrained``, with the adapter beside the plain text encoder."""
+        folder = Path(save_directory)
+        adapter = self.adapter()
+        if adapter:
+            self._encoder.model = self._encoder.model.unload()
+        try:
+            super().save_pretrained(folder, safe_serialization=safe_serialization, **kwargs)
+        finally:
+            if adapter:
+                self._attach({f"text_encoder.{name}": tensor for name, tensor in adapter.items()})
+        # So that the folder alone is a text encoder as text_encoder.path= takes it.
+        self.tokenizer.save_pretrained(folder / "text_encoder")
+        self.save_adapter(folder)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write ``text_encoder_lora/`` below ``folder``, where there is an adapter."""
+        adapter = self.adapter()
+        if adapter:
+            named = split_parts({f"text_encoder.{name}": tensor for name, tensor in adapter.items()})[LORA]
+            write_tensors(folder / LORA / f"{ADAPTER_STEM}.safetensors", named)
+            write_adapter_config(folder / LORA, self.config["description"]["lora"])
+
+    def adapter(self) -> dict[str, Tensor]:
+        """The text encoder's adapter by our names for it, without ``text_encoder.``; empty where there is none."""
+        named = self._encoder.named_parameters()
+        return {name: p.detach().cpu().contiguous() for name, p in named if ".lora_" in name}
+
+    def _attach(self, state: dict[str, Tensor]) -> None:
+        lora = self.config["description"]["lora"]
+        load_adapter(self._encoder, state, parse(LoraConfig, dict(lora)), lora.get("settings"))
+        self._encoder.to(self.text_encoder.device)
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large images in overlapping tiles."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode in one pass."""
+        self.vae.disable_tiling()
+
+    def enable_vae_slicing(self) -> None:
+        """Decode a batch one image at a time."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Decode a batch at once."""
+        self.vae.disable_slicing()
+
+    @property
+    def models(self) -> InferenceModels:
+        """The pipeline's models as ``sample.py`` has them, on the pipeline's execution device."""
+        description = self.config["description"]
+        return InferenceModels(
+            joint=self._joint,
+            text_encoder=self._encoder,
+            codec=self._codec,
+            objective=self._joint.objective,
+            sampler=parse(SamplerConfig, description["sampler"]),
+            resolution=description["resolution"],
+            device=self._execution_device,
+            dtype=self.unet.dtype,
+            checkpoint=str(self.config.get("_name_or_path", "")),
+            step=description["step"],
+            provenance=description["provenance"],
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: Prompts,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: Prompts | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        guidance_rescale: float | None = None,
+        guidance_start: float | None = None,
+        guidance_stop: float | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw ``num_images_per_prompt`` images of each prompt.
+
+        Args:
+            prompt: one or a list; longer ones than the text encoder takes are cut, with a warning.
+            height, width: pixels; None for the checkpoint's own resolution.
+            num_inference_steps, guidance_scale, guidance_rescale, guidance_start, guidance_stop: as SamplerConfig has
+                them; None for the checkpoint's own.
+            negative_prompt: takes the empty prompt's place in guidance; one, or one a prompt.
+            generator: of the CPU: one, drawn from in turn, or one an image. ``torch.Generator().manual_seed(seed)`` gives
+                what ``sample.py seed=`` gives.
+            output_type: "pil", "np" ([B, H, W, 3] in 0..1), "pt" ([B, 3, H, W] in 0..1) or "latent" ([B, C, h, w]).
+            callback_on_step_end: called as ``f(pipe, step, timestep, {"latents": ...})`` after each step; the latents of
+                the dictionary that it returns go on. Setting ``pipe._interrupt`` ends the drawing there.
+        Returns:
+            ImagePipelineOutput, or a tuple of the images.
+        Raises:
+            ValueError: for arguments that do not go together; UserError for a size or setting that the model cannot take.
+        """
+        models = self.models
+        given = {"steps": num_inference_steps, "guidance": guidance_scale, "guidance_rescale": guidance_rescale}
+        given |= {"guidance_start": guidance_start, "guidance_stop": guidance_stop}
+        settings = copy.copy(models.sampler)
+        for key, value in given.items():
+            if value is not None:
+                setattr(settings, key, value)
+        settings.check()
+        height, width = height or models.resolution, width or models.resolution
+        check_request(models, height, width, output_type, callback_on_step_end_tensor_inputs)
+        prompts = repeated([prompt] if isinstance(prompt, str) else list(prompt), num_images_per_prompt)
+        negatives = negatives_of(negative_prompt, len(prompts), num_images_per_prompt)
+        cut = models.count_truncated(prompts)
+        if cut:
+            logger.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut")
+        scheduler = self._joint.objective.scheduler()
+        scheduler.set_timesteps(settings.steps)
+        self._interrupt = False
+        reached = torch.empty(0)
+        with self.progress_bar(total=settings.steps) as bar:
+
+            def on_step(done: int, latents: Tensor) -> Tensor | None:
+                nonlocal reached
+                bar.update()
+                if callback_on_step_end is not None:
+                    timestep = scheduler.timesteps[done - 1]
+                    returned = callback_on_step_end(self, done - 1, timestep, {"latents": latents}) or {}
+                    latents = returned.get("latents", latents)
+                if self._interrupt:
+                    reached = latents
+                    raise _Interrupted
+                return latents
+
+            try:
+                latents = sample_latents(
+                    models.denoise,
+                    models.objective,
+                    encode_prompts(models, prompts),
+                    generators_of(generator, len(prompts)),
+                    (models.latent_channels, height // models.factor, width // models.factor),
+                    settings,
+                    models.device,
+                    models.dtype,
+                    negative=encode_prompts(models, negatives) if negatives else None,
+                    on_step=on_step,
+                )
+            except _Interrupted:
+                latents = reached
+        images = self._finish(models, latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _finish(self, models: InferenceModels, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return latents
+        if output_type == "pil":  # rounded to bytes just as sample.py does
+            return self.image_processor.numpy_to_pil(models.decode(latents).numpy().astype("float32") / 255)
+        images = (models.codec.decode(latents) + 1) / 2
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().float().numpy()

@@ -1,0 +1,106 @@
+"""Write a checkpoint in another layout.
+
+    python scripts/export.py ckpt=runs/paper to=official output=weights          # for the released inference code
+    python scripts/export.py ckpt=runs/nano to=pipeline output=pipe              # ParaDiffusionPipeline.from_pretrained("pipe")
+    python scripts/export.py ckpt=weights to=ours output=checkpoint dtype=float16  # official or pipeline folder -> ours
+
+ckpt= takes a run, a stage, a checkpoint, an official folder (unet=unet_384 chooses one of its U-Nets) or a pipeline's folder.
+dtype= is that of the weights on disk: float32, bfloat16 or float16. frozen= says what becomes of the language model and the
+autoencoder: copy (default for official and pipeline), link (by a link; in our layout, its default, by path) or none.
+text_encoder.path= and codec.path= say where they lie, if not where the checkpoint says.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paradiffusion.checks import choice
+from paradiffusion.compose import compose_options
+from paradiffusion.entry import run
+from paradiffusion.errors import UserError
+
+LAYOUTS = ("official", "pipeline", "ours")
+
+
+@dataclass
+class Location:
+    """Where a frozen model lies on this machine."""
+
+    path: str | None = None
+
+
+@dataclass
+class ExportOptions:
+    """The keys of the command line."""
+
+    ckpt: str | None = None
+    to: str | None = None
+    output: str | None = None
+    dtype: str = "float32"
+    frozen: str | None = None
+    unet: str = "unet"
+    text_encoder: Location = field(default_factory=Location)
+    codec: Location = field(default_factory=Location)
+
+    def check(self) -> None:
+        for key in ("ckpt", "to", "output"):
+            if not getattr(self, key):
+                raise UserError(
+                    f"{key}= is missing; expected ckpt=<checkpoint> to={'|'.join(LAYOUTS)} output=<folder>."
+                )
+        choice("to", self.to, LAYOUTS)
+        choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        if self.frozen is not None:
+            choice("frozen", self.frozen, ("copy", "link", "none"))
+
+
+def main(arguments: list[str]) -> int:
+    """Write the export and say how large it is."""
+    options = compose_options(ExportOptions, arguments)
+    options.check()
+    output = Path(str(options.output)).expanduser()
+    export(options, output)
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    print(f"{output}: {size / 2**20:.1f} MiB in the layout {options.to}")
+    return 0
+
+
+def export(options: ExportOptions, output: Path) -> None:
+    """Do what ``options`` ask for."""
+    from paradiffusion.models.export import export_official, export_ours, gather
+    from paradiffusion.models.manifest import resolve_checkpoint
+    from paradiffusion.models.starting import is_our_pipeline
+
+    source = Path(str(options.ckpt)).expanduser()
+    from_pipeline = is_our_pipeline(source)
+    if options.to == "pipeline":
+        from paradiffusion.sampling.pipeline_export import export_pipeline
+
+        if from_pipeline:
+            raise UserError(f"ckpt={source} is a pipeline already; copy the folder, or use to=ours or to=official.")
+        export_pipeline(
+            resolve_checkpoint(source), output, options.dtype, options.frozen or "copy", options.text_encoder.path,
+            options.codec.path, options.unet,
+        )  # fmt: skip
+        return
+    if from_pipeline:
+        from paradiffusion.sampling.pipeline_export import gather_pipeline
+
+        weights = gather_pipeline(source)
+    else:
+        weights = gather(resolve_checkpoint(source), options.unet)
+    for part, path in (("text_encoder", options.text_encoder.path), ("codec", options.codec.path)):
+        if path is not None:
+            weights.description[part]["path"] = path
+    if options.to == "official":
+        export_official(weights, output, options.dtype, options.frozen or "copy")
+    else:
+        export_ours(weights, output, options.dtype, options.frozen or "link")
+
+
+if __name__ == "__main__":
+    run(main, lambda: __doc__ or "")
