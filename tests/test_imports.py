@@ -20,6 +20,7 @@ ORDER = [
     {"sampling"},
     {"evaluation"},
     {"training"},
+    {"budget"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Free of models: compose may be imported where no torch is wanted, entry before anything else.

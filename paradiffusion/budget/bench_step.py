@@ -1,0 +1,229 @@
+"""Time training steps through the loop's own functions, beside the plain reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from paradiffusion.budget.bench_models import Bench, Row, make_row
+from paradiffusion.budget.flops import StageFlops, stage_flops
+from paradiffusion.budget.reference import PlainTrainer
+from paradiffusion.budget.synthetic import random_models
+from paradiffusion.budget.timing import Timing, interleave, release
+from paradiffusion.config import TrainConfig
+from paradiffusion.data.loader import Batch
+from paradiffusion.training.loop import prepare, step_gradients
+from paradiffusion.training.meters import Meters
+from paradiffusion.training.setup import Setup, build
+
+GIVEN = "features and latents given"
+# Batches of an epoch that are looked at.
+MOST_BATCHES = 32
+
+
+def measure_steps(bench: Bench) -> Iterator[Row]:
+    """Rows of every stage and arm; what does not fit says so, and the others go on."""
+    for stage in bench.settings.stages:
+        for number, (arm, overrides) in enumerate(bench.arms().items()):
+            # The switches concern the U-Net and its weights, which are the same in every arm.
+            switches = bench.settings.switches if number == 0 else ()
+            try:
+                yield from measure_stage(bench, stage, arm, overrides, switches)
+            except torch.OutOfMemoryError:
+                yield Row("step", stage, arm, "ours", None, note=f"did not fit into the memory of {bench.device}")
+            release()
+
+
+def measure_stage(
+    bench: Bench, stage: int, arm: str, overrides: list[str], switches: tuple[str, ...]
+) -> Iterator[Row]:  # fmt: skip
+    """One stage in one arm: ours, the reference, features given, and the switches."""
+    settings = bench.settings
+    config = bench.config(stage, overrides)
+    bench.write_data(config.data.resolution)
+    setup = start(bench, config)
+    accelerator = setup.accelerator
+    try:
+        batches = take_batches(setup, settings.warmup, settings.repeats)
+        ours = own_step(setup, batches)
+        # Alone first: beside it the reference's optimiser and average will take memory as well.
+        alone = interleave({"ours": ours}, 1, 0, bench.device)["ours"].peak_gib
+        works: dict[str, Callable[[int], object]] = {"ours": ours}
+        if setup.joint.text_encoder is None:
+            works[GIVEN] = given_step(setup, batches[settings.warmup + settings.repeats // 2])
+        works["reference"] = plain_step(setup, batches)
+        timings = interleave(works, settings.warmup, settings.repeats, bench.device)
+        yield from stage_rows(bench, setup, stage, arm, batches, timings, alone)
+        works.clear()
+        release()
+        for switch in switches:
+            yield from measure_switch(bench, setup, switch, stage, arm, ours)
+    finally:
+        setup.watch.close()
+        accelerator.free_memory()
+
+
+def start(bench: Bench, config: TrainConfig) -> Setup:
+    """The stage as train.py builds it, from random weights."""
+    accelerator = bench.accelerate(config)
+    parts = random_models(config, bench.device)
+    if config.train_text == "adapter":
+        config = replace(config, train_text="frozen")  # the adapter is applied already, and comes from no checkpoint
+    folder = Path(config.run_dir) / f"stage{config.stage}"
+    folder.mkdir(parents=True)
+    return build(config, folder, accelerator, parts)
+
+
+def take_batches(setup: Setup, warmup: int, repeats: int) -> list[Batch]:
+    """A batch for each round. The measured ones go from the shortest captions of an epoch to the longest.
+
+    They are read beforehand: how fast shards are read depends on the disk and the workers, not on what is measured here.
+    """
+    loader = setup.loader()
+    try:
+        epoch = [next(loader) for _ in range(max(repeats, min(MOST_BATCHES, int(setup.plan.steps_per_epoch))))]
+    finally:
+        loader.close()
+    epoch.sort(key=lambda batch: sum(len(caption) for caption in batch.captions))
+    measured = [epoch[int((number + 0.5) * len(epoch) / repeats)] for number in range(repeats)]
+    return [measured[number % repeats] for number in range(warmup)] + measured
+
+
+def own_step(setup: Setup, batches: list[Batch]) -> Callable[[int], object]:
+    """One optimiser step of the training loop."""
+    meters = Meters()
+
+    def step(number: int) -> None:
+        try:
+            step_gradients(setup, iter([batches[number]]), meters)
+            setup.engine.update()
+            setup.ema.update(number)
+        finally:
+            setup.engine.discard()  # also where memory ran out
+
+    return step
+
+
+def given_step(setup: Setup, batch: Batch) -> Callable[[int], object]:
+    """The same with text features and latents given, as a cache would."""
+    inputs = prepare(setup, batch, Meters())
+
+    def step(number: int) -> None:
+        try:
+            loss, _ = setup.engine.model(inputs)
+            setup.engine.backward(loss)
+            setup.engine.clip()
+            setup.engine.update()
+            setup.ema.update(number)
+        finally:
+            setup.engine.discard()
+
+    return step
+
+
+def plain_step(setup: Setup, batches: list[Batch]) -> Callable[[int], object]:
+    """One step of the reference, which has an optimiser and an average of its own."""
+    trainer = PlainTrainer(setup)
+    return lambda number: trainer.step(batches[number])
+
+
+def stage_rows(
+    bench: Bench, setup: Setup, stage: int, arm: str, batches: list[Batch], timings: dict[str, Timing], alone: float | None
+) -> Iterator[Row]:  # fmt: skip
+    config, encoder = setup.config, setup.encoder
+    count, peak = config.batch_size, bench.peak(config.precision)
+    measured = batches[bench.settings.warmup :]
+    widths = [encoder.tokenize(batch.captions).ids.shape[1] for batch in measured]
+    mean = round(sum(widths) / len(widths))
+    middle = widths[len(widths) // 2]
+    own, given, longest = (flops_at(config, width) for width in (mean, middle, encoder.limit))
+    where = f"{count} x {batches[0].images.shape[-1]} px"
+    plan = {
+        "ours": (own.total().training, f"{where}, {mean} tokens on average", alone),
+        GIVEN: (given.total("text", "vae").training, f"{where}, {middle} tokens", None),
+        "reference": (longest.total().training, f"{where}, {encoder.limit} tokens", None),
+    }
+    for work, timing in timings.items():
+        flop, note, peak_gib = plan[work]
+        compared = None if work == "reference" else timings["reference"]
+        yield make_row(timing, "step", stage, arm, work, count, reference=compared, flop=count * flop, peak=peak,
+                       peak_gib=peak_gib, note=note)  # fmt: skip
+
+
+def flops_at(config: TrainConfig, tokens: int) -> StageFlops:
+    """FLOP of a sample whose caption is padded to ``tokens``."""
+    return stage_flops(replace(config, conditioning=replace(config.conditioning, max_tokens=tokens)))
+
+
+def measure_switch(
+    bench: Bench, setup: Setup, switch: str, stage: int, arm: str, ours: Callable[[int], object]
+) -> Iterator[Row]:  # fmt: skip
+    """Our step with one switch and without it, in turn."""
+    settings, count = bench.settings, setup.config.batch_size
+    if switch == "fused":
+        yield from measure_fused(bench, setup, stage, arm)
+        return
+    title = f"ours, {switch}=true"
+    before: dict[str, Callable[[], object]]
+    if switch == "channels_last":
+        before = {
+            "ours": partial(lay_out, setup, torch.contiguous_format),
+            title: partial(lay_out, setup, torch.channels_last),
+        }
+    else:
+        unet = setup.joint.unet
+        unet.compile()
+        compiled = unet._compiled_call_impl
+        before = {
+            "ours": lambda: setattr(unet, "_compiled_call_impl", None),
+            title: lambda: setattr(unet, "_compiled_call_impl", compiled),
+        }
+    try:
+        before[title]()
+        for number in range(settings.warmup + settings.repeats if switch == "compile" else 0):
+            ours(number)  # every length of captions is compiled for itself
+        timings = interleave({"ours": ours, title: ours}, settings.warmup, settings.repeats, bench.device, before)
+        yield make_row(timings[title], "step", stage, arm, title, count, reference=timings["ours"], against="ours")
+    except torch._dynamo.exc.TorchDynamoException as error:
+        yield Row("step", stage, arm, title, None, note=f"torch.compile failed: {str(error).splitlines()[0][:120]}")
+    finally:
+        before["ours"]()
+
+
+def lay_out(setup: Setup, memory_format: torch.memory_format) -> None:
+    """Bring the U-Net's kernels, their moments and their averages into one memory layout: AdamW's and the average's
+    kernels for many tensors at once want them alike."""
+    setup.joint.unet.to(memory_format=memory_format)
+    for state in setup.engine.optimizer.state.values():
+        state.update({key: _laid_out(value, memory_format) for key, value in state.items()})
+    setup.ema.values[:] = [_laid_out(value, memory_format) for value in setup.ema.values]
+
+
+def _laid_out(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return tensor.contiguous(memory_format=memory_format) if tensor.ndim == 4 else tensor
+
+
+def _update(optimizer: torch.optim.AdamW, _: int) -> None:
+    optimizer.step()
+
+
+def measure_fused(bench: Bench, setup: Setup, stage: int, arm: str) -> Iterator[Row]:
+    """AdamW's update of all trained weights alone, fused and in PyTorch's default form."""
+    parameters = [p.detach().clone() for p in setup.joint.trained().values()]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    works: dict[str, Callable[[int], object]] = {}
+    for fused in (True, False):
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=fused or None)
+        works["AdamW update, fused" if fused else "AdamW update, default"] = partial(_update, optimizer)
+    timings = interleave(works, bench.settings.warmup, bench.settings.repeats, bench.device)
+    default = timings["AdamW update, default"]
+    size = sum(p.numel() for p in parameters)
+    for work, timing in timings.items():
+        compared = None if timing is default else default
+        yield make_row(timing, "update", stage, arm, work, size / 1e6, "M parameters/s", compared, "default")

@@ -1,0 +1,39 @@
+"""What a stage is and costs, before anything is trained: parameters, TFLOP, memory for each launch, disk and time.
+
+    python scripts/describe.py preset=paper stage=2 gpu=24
+    python scripts/describe.py preset=paper stage=1 gpus=32 device=a100 mfu=0.45 format=json
+
+No weights and no data are needed. Besides every override of train.py it takes
+  gpu=24       GiB of memory of one GPU: says what fits, and which key to change where it does not
+  gpus=8       of the launch configurations for several GPUs
+  device=h100  whose peak the time is estimated with; mfu=0.4 is the share of it that is reached
+  format=text  or json
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paradiffusion.entry import run
+
+
+def main(arguments: list[str]) -> int:
+    """Print the description of one stage."""
+    import json
+
+    from paradiffusion.budget.describe import describe, parse_question
+    from paradiffusion.budget.describe_text import as_text
+    from paradiffusion.compose import compose_train
+
+    question, overrides = parse_question(arguments)
+    compose_train(overrides)  # refuses what is wrong before models are built
+    description = describe(overrides, question, compose_train)
+    print(json.dumps(description.as_json(), indent=1) if question.format == "json" else as_text(description))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, lambda: __doc__ or "")

@@ -1,0 +1,181 @@
+"""scripts/benchmark.py: the paper's arm at the smallest size, through the same code as on a GPU; timing and its words."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from paradiffusion.budget.bench_models import Bench, Row, make_row
+from paradiffusion.budget.bench_step import flops_at, own_step, plain_step, start, take_batches
+from paradiffusion.budget.benchmark import SAMPLERS, as_markdown, benchmark, machine
+from paradiffusion.budget.benchmark_settings import BenchmarkSettings, parse_settings
+from paradiffusion.budget.synthetic import captions, random_models, write_samples
+from paradiffusion.budget.timing import Timing, interleave, ratio
+from paradiffusion.compose import compose_train
+from paradiffusion.errors import UserError
+from paradiffusion.models.codec import Codec
+from paradiffusion.text.encoder import TextEncoder
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def small(codec_folder: Path) -> list[str]:
+    """The paper's arm with tiny models."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return [
+        "preset=paper", "unet=tiny", "text_encoder=tiny", f"codec.path={codec_folder}", "data.bucket_multiple=16",
+        "batch_size=2", "micro_batch_size=2", "conditioning.max_tokens=64", "threads=1", "gradient_checkpointing=false",
+    ]  # fmt: skip
+
+
+def settings(*arguments: str) -> BenchmarkSettings:
+    return parse_settings(["device=cpu", "resolution=64", "repeats=1", "warmup=1", "steps=2", *arguments])[0]
+
+
+def bench_of(*overrides: str, folder: Path = Path("unused")) -> Bench:
+    return Bench(settings(), list(overrides), compose_train, SAMPLERS, folder)
+
+
+def test_everything_is_measured_and_written(small: list[str], tmp_path: Path) -> None:
+    stem, rows = benchmark(settings(f"output={tmp_path / 'out'}", "stages=1,2"), small, compose_train)
+    assert stem == tmp_path / "out" / "paper_cpu"
+    document = json.loads(stem.with_suffix(".json").read_text())
+    assert len(document["rows"]) == len(rows)
+    assert document["machine"]["threads"] == 1 and document["machine"]["torch"]
+    assert str(tmp_path) not in document["command"]
+    table = stem.with_suffix(".md").read_text()
+    assert table.count("\n| ") == len(rows) + 2
+    for row in rows:
+        assert row.median is not None and row.median > 0 and row.rate is not None, row
+        assert row.low is not None and row.high is not None and row.low <= row.median <= row.high
+    # conditioning is given by the user: one arm, and each kind of work beside the reference
+    assert {row.arm for row in rows} == {"as given"}
+    assert {row.work for row in rows if (row.what, row.stage) == ("step", 1)} == {
+        "ours", "features and latents given", "reference", "ours, channels_last=true"
+    }  # fmt: skip
+    stage2 = {row.work for row in rows if (row.what, row.stage) == ("step", 2)}
+    assert "reference" in stage2 and "features and latents given" not in stage2
+    drawn = [row for row in rows if row.what == "sampler"]
+    assert {row.note.split(",")[0] for row in drawn} == {"batch 1", "batch 8"}
+    assert {"ours, sampler=paper", "ours, sampler=fast", "reference"} == {row.work for row in drawn}
+    assert {row.work for row in rows if row.what == "text"} == {"ours", "reference"}
+    for row in rows:
+        if row.work.startswith("ours") and row.against == "reference":
+            assert row.speedup is not None and row.speedup > 0
+
+
+def test_both_arms_are_shown_apart() -> None:
+    paper = bench_of("preset=paper").arms()
+    assert set(paper) == {"paper", "masked"}
+    assert set(bench_of().arms()) == {"modern", "paper", "masked"}
+    config = compose_train(["data.shards=unused", *paper["masked"]])
+    assert config.conditioning.mask_padding and config.conditioning.projection == "linear"
+
+
+def test_ours_and_the_reference_train_the_same_weights(small: list[str], tmp_path: Path) -> None:
+    bench = bench_of(*small, folder=tmp_path)
+    config = bench.config(2, [])
+    bench.write_data(64)
+    setup = start(bench, config)
+    batches = take_batches(setup, 0, 2)
+    lengths = [sum(map(len, batch.captions)) for batch in take_batches(setup, 1, 3)]
+    assert lengths[0] == lengths[1] < lengths[2] < lengths[3]  # what warms up is measured too, short to long
+    trained = setup.joint.trained()
+    assert any(name.startswith("text_encoder.") for name in trained)
+    for step in (own_step(setup, batches), plain_step(setup, batches)):
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        frozen = [p.detach().clone() for p in setup.codec.parameters()]
+        step(0)
+        step(1)
+        moved = [name for name, p in trained.items() if not torch.equal(p, before[name])]
+        assert len(moved) == len(trained)
+        assert all(p.grad is None or not p.grad.any() for p in trained.values())
+        assert all(torch.equal(p, q) for p, q in zip(setup.codec.parameters(), frozen, strict=True))
+    setup.watch.close()
+
+
+def test_random_models_have_the_configured_shapes(small: list[str]) -> None:
+    config = compose_train(["stage=3", "data.shards=unused", *small])
+    parts = random_models(config, CPU)
+    assert isinstance(parts.encoder, TextEncoder) and isinstance(parts.codec, Codec)
+    assert not any(p.requires_grad for p in parts.encoder.parameters())
+    assert any("lora_" in name for name, _ in parts.encoder.named_parameters())  # stage 3 applies stage 2's adapter
+    tokens = parts.encoder.tokenize(["a red circle"])
+    assert torch.isfinite(parts.encoder(tokens.ids, tokens.mask)).all()
+    with pytest.raises(UserError, match="quantization"):
+        random_models(compose_train(["data.shards=unused", *small, "text_encoder.quantization=4bit"]), CPU)
+
+
+def test_captions_have_the_papers_lengths() -> None:
+    for kind, words in (("short", 11.8), ("long", 132.9), ("clean", 70.6)):
+        lengths = [len(text.split()) for text in captions(kind, 400)]
+        assert abs(sum(lengths) / 400 - words) < 0.05 * words + 0.5
+        assert len(set(lengths)) > 5
+    assert captions("long", 3) == captions("long", 3) != captions("long", 3, seed=1)
+
+
+def test_made_up_pictures_can_be_read(tmp_path: Path) -> None:
+    from paradiffusion.data.images import decode
+    from paradiffusion.data.shards import load_index, read_sample
+
+    write_samples(tmp_path / "shards", 5, 48)
+    index = load_index(sorted((tmp_path / "shards").glob("*.tar")))
+    sample = read_sample(index, 4)
+    assert decode(sample.image).size == (48, 48)
+    assert set(sample.meta["captions"]) == {"short", "long", "clean"}
+
+
+def test_rounds_take_turns_and_warm_up_is_not_counted() -> None:
+    order: list[tuple[str, int]] = []
+    works = {name: (lambda number, name=name: order.append((name, number))) for name in "ab"}
+    timings = interleave(works, warmup=1, repeats=2, device=CPU)
+    assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert all(len(timing.seconds) == 2 and timing.peak_gib is None for timing in timings.values())
+    slow = interleave({"slow": lambda _: time.sleep(0.02)}, 0, 1, CPU)["slow"]
+    assert slow.median is not None and 0.02 <= slow.median < 0.2
+
+
+def test_work_that_does_not_fit_leaves_the_rest_going() -> None:
+    def too_large(number: int) -> None:
+        raise torch.OutOfMemoryError("too much")
+
+    timings = interleave({"large": too_large, "small": lambda _: None}, 1, 3, CPU)
+    assert len(timings["small"].seconds) == 3 and not timings["large"].seconds
+    row = make_row(timings["large"], "step", 1, "paper", "ours", 4, note="4 x 512 px")
+    assert row.median is None and "did not fit" in row.note and row.note.startswith("4 x 512 px")
+
+
+def test_speed_up_and_mfu() -> None:
+    reference, ours = Timing([2.0, 4.0, 2.0]), Timing([1.0, 1.0, 1.0])
+    assert ratio(reference, ours) == pytest.approx(8 / 3)
+    row = make_row(ours, "step", 1, "paper", "ours", 8, reference=reference, flop=4e14, peak=1000.0)
+    assert (row.rate, row.tflops) == (8.0, 400.0) and row.speedup == pytest.approx(8 / 3)
+    assert row.mfu is not None and math.isclose(row.mfu, 0.4)
+    text = as_markdown({"date": "day", "machine": machine("cpu"), "precision": "bf16", "command": "x"}, [row])
+    assert "| 2.67 x | 400 (40.0%) |" in text
+    unknown = Row("step", 2, "paper", "ours", None, note="did not fit")
+    assert "did not fit" in as_markdown(
+        {"date": "day", "machine": machine("cpu"), "precision": "bf16", "command": "x"}, [unknown]
+    )
+
+
+def test_shorter_captions_cost_less(small: list[str]) -> None:
+    config = compose_train(["stage=1", "data.shards=unused", *small])
+    short, long = flops_at(config, 16), flops_at(config, 64)
+    assert short.text.forward < 0.3 * long.text.forward
+    assert short.vae == long.vae
+
+
+def test_mistakes_cost_one_sentence() -> None:
+    for argument in ("stages=4", "what=nothing", "repeats=0", "switches=turbo", "device=tpu", "steps=x"):
+        with pytest.raises(UserError, match=argument.partition("=")[0]):
+            parse_settings([argument])
+    with pytest.raises(UserError, match="unit"):
+        benchmark(settings(), ["unit=tiny"], compose_train)

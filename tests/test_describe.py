@@ -1,0 +1,308 @@
+"""scripts/describe.py: counts against hand counts and the paper's table, memory against real tensors, and what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from paradiffusion.budget.activations import peak_bytes
+from paradiffusion.budget.describe import Description, Question, describe, parse_question, throughput
+from paradiffusion.budget.describe_text import as_text
+from paradiffusion.budget.devices import device_named, recognise
+from paradiffusion.budget.empty import empty_models
+from paradiffusion.budget.fit import Fitter
+from paradiffusion.budget.flops import StageFlops, count, stage_flops
+from paradiffusion.budget.memory import GIB, LAUNCHES, measure_training
+from paradiffusion.compose import compose_train
+from paradiffusion.errors import UserError
+from paradiffusion.models.unet import build_unet, empty_unet
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+PAPER = ["preset=paper", "data.shards=unused"]
+# The paper's arm with the smallest models: stage 2 has everything that its memory is made of.
+SMALL = [*PAPER, "stage=2", "unet=tiny", "text_encoder=tiny", "data.resolution=64", "data.bucket_multiple=16"]
+# Few layers, but wide enough that each key saves something that shows.
+WIDE = [
+    *PAPER, "stage=2", "unet=tiny", "unet.arguments.block_out_channels=[512,1024]", "text_encoder.layers=2",
+    "data.resolution=128", "data.bucket_multiple=16",
+]  # fmt: skip
+
+
+def flops_of(*arguments: str) -> StageFlops:
+    return stage_flops(compose_train(list(arguments)))
+
+
+@cache
+def ask(*arguments: str) -> Description:
+    question, overrides = parse_question(arguments)
+    return describe(overrides, question, compose_train)
+
+
+# ---- FLOP -----------------------------------------------------------------------------------------------------------
+
+
+def resnet(positions: int, inside: int, outside: int, time: int = 0) -> int:
+    """Multiply-adds of a residual block: two 3x3 convolutions, the shortcut where widths differ, the time's scale and shift."""
+    shortcut = positions * inside * outside if inside != outside else 0
+    return positions * 9 * (inside * outside + outside * outside) + shortcut + time * 2 * outside
+
+
+def transformer(positions: int, width: int, tokens: int, text: int) -> int:
+    """A transformer block of the U-Net: 1x1 in and out, self- and cross-attention, a gated MLP four times as wide."""
+    around = 2 * positions * width * width
+    own = 4 * positions * width * width + 2 * positions * positions * width
+    cross = 2 * positions * width * width + 2 * tokens * text * width + 2 * positions * tokens * width
+    mlp = positions * width * 8 * width + positions * 4 * width * width
+    return around + own + cross + mlp
+
+
+def test_nano_agrees_with_a_count_by_hand() -> None:
+    n, c, time, tokens, width = 8 * 8, 128, 512, 256, 192
+    channels = 8 + (2 + 4 * 3) + 8  # latents, coordinates of four octaves, the painted map
+    unet = n * 9 * channels * c  # conv_in
+    unet += c * time + time * time + width * time  # the time's two layers, the pooled text's one
+    unet += tokens * width * width  # the linear text projection
+    unet += resnet(n, c, c, time) + transformer(n, c, tokens, width)  # down
+    unet += 2 * (resnet(n, 2 * c, c, time) + transformer(n, c, tokens, width))  # up, with the skips beside
+    unet += n * 9 * c * 8  # conv_out
+    unet += width * 8 * 16  # amplitudes of the painted map
+    block = 7 * tokens * width * width + tokens * width * 3 * width + 2 * tokens * tokens * width
+    block += tokens * width * width + 2 * tokens * width * 4 * width
+    refiner = tokens * 576 * width + 2 * block + 576 * 2 * width + 2 * width * width
+    layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
+    text = 4 * (tokens * layer + 2 * tokens * tokens * 576)
+    vae = 64 * 64 * 9 * 3 * 16
+    for side, inside, outside in ((64, 16, 16), (32, 16, 32), (16, 32, 64), (8, 64, 64)):
+        vae += resnet(side * side, inside, outside)
+        vae += (side // 2) ** 2 * 9 * outside * outside if side > 8 else 0
+    vae += 2 * resnet(n, 64, 64) + n * 9 * 64 * 16 + n * 16 * 16
+
+    found = flops_of("stage=1")
+    for name, hand in (("unet", unet), ("refiner", refiner), ("text", text), ("vae", vae)):
+        assert found.parts()[name].forward == pytest.approx(2 * hand, rel=2e-4), name
+    assert found.text.backward == found.vae.backward == 0
+    assert found.unet.backward == pytest.approx(2 * found.unet.forward, rel=0.01)
+
+
+def test_nano_parameters_are_those_of_the_models() -> None:
+    counts = ask("stage=2").parameters
+    hidden, rank = 576, 8
+    assert counts.lora == 4 * rank * ((hidden + hidden) + (hidden + 192))  # queries and values of four layers
+    assert (
+        counts.text == 49152 * hidden + 4 * (2 * hidden**2 + 2 * hidden * 192 + 3 * hidden * 1536 + 2 * hidden) + hidden
+    )
+    assert counts.projection == 192 * 192 + 192
+    assert counts.trained == counts.unet + counts.projection + counts.refiner + counts.lora
+    assert counts.total == counts.trained + counts.text + counts.vae
+
+
+@pytest.mark.parametrize(
+    ("side", "tokens", "unet", "text"),
+    [(256, 256, 0.247, 3.35), (512, 256, 0.897, 3.35), (1024, 256, 3.78, 3.35), (512, 512, 0.942, 6.77), (1024, 512, 3.85, 6.77)],
+)  # fmt: skip
+def test_the_papers_table(side: int, tokens: int, unet: float, text: float) -> None:
+    arguments = ["stage=1", f"data.resolution={side}", f"conditioning.max_tokens={tokens}"]
+    models = empty_models(compose_train([*PAPER, *arguments]))
+    latents, features = torch.empty(1, 4, side // 8, side // 8, device="meta"), models.batch(1).features
+    times = torch.empty(1, device="meta")
+    found, _ = count(lambda: models.joint.denoise(latents, times, features, None))
+    assert found / 1e12 == pytest.approx(unet, rel=0.03)
+    if side == 512:
+        assert count(lambda: models.read_text(1))[0] / 1e12 == pytest.approx(text, rel=0.03)
+
+
+def test_lora_on_a_frozen_model_costs_twice_its_forward_and_checkpointing_once_more() -> None:
+    arguments = [*PAPER, "stage=2", "text_encoder.layers=4"]
+    plain = flops_of(*arguments, "gradient_checkpointing=false")
+    repeated = flops_of(*arguments, "gradient_checkpointing=true")
+    # No gradient of a frozen weight is taken: 2 x, not 3 x.
+    assert 1.9 < plain.text.training / plain.text.forward < 2.05
+    assert plain.unet.training / plain.unet.forward == pytest.approx(3.0, rel=0.01)
+    assert plain.text.recompute == plain.unet.recompute == 0
+    assert repeated.text.training == plain.text.training
+    assert 0.5 < repeated.text.recompute / plain.text.forward <= 1.0
+    assert 0.3 < repeated.unet.recompute / plain.unet.forward <= 1.0
+    assert repeated.vae.recompute == 0
+    assert plain.total("text", "vae").forward == plain.unet.forward
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_peak_follows_tensors_from_birth_to_release() -> None:
+    size = 1024 * 4
+    layers = [torch.nn.Linear(32, 32, bias=False, device="meta") for _ in range(2)]
+
+    def work() -> None:
+        first = torch.empty(1024, device="meta") + 1  # two live, then one
+        second = first + 1  # two
+        del first
+        third = second + 1  # two again
+        assert third.numel() == 1024
+
+    assert peak_bytes(work, layers) == 2 * size
+
+
+def test_activations_of_a_chain_are_what_its_layers_keep() -> None:
+    width, rows, depth = 64, 512, 8
+    chain = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(depth))).to("meta")
+    kept = rows * width * 4
+
+    def work() -> torch.Tensor:
+        return chain(torch.empty(rows, width, device="meta")).sum()
+
+    found = peak_bytes(work, [chain])
+    # Each layer's input is kept; in the backward pass the gradient and one weight's gradient come on top.
+    assert depth * kept <= found <= (depth + 3) * kept
+    autocast = peak_bytes(work, [chain], autocast=True)
+    assert 0.4 * found < autocast < 0.75 * found
+
+
+def test_the_meta_device_needs_what_real_tensors_need() -> None:
+    config = compose_train(SMALL)
+    parts = (config.unet, config.codec, config.conditioning, 64)
+    for checkpointing in (False, True):
+        peaks = []
+        for unet, device in ((build_unet(*parts, seed=0), "cpu"), (empty_unet(*parts), "meta")):
+            if checkpointing:
+                unet.enable_gradient_checkpointing()
+
+            def work(unet: Any = unet, device: str = device) -> torch.Tensor:
+                latents, times = torch.ones(2, 4, 16, 16, device=device), torch.zeros(2, device=device)
+                text = torch.ones(2, 64, 64, device=device)
+                return unet(latents, times, encoder_hidden_states=text, return_dict=False)[0].square().mean()
+
+            peaks.append(peak_bytes(work, [unet]))
+        assert peaks[0] == peaks[1] > 1e6
+
+
+def test_checkpointing_saves_activations_and_the_micro_batch_scales_them() -> None:
+    def peak(micro: int, *arguments: str) -> int:
+        return measure_training(compose_train([*PAPER, "stage=1", *arguments]), micro)
+
+    plain, repeated = peak(2), peak(2, "gradient_checkpointing=true")
+    assert repeated < 0.8 * plain
+    assert 1.8 < peak(4) / plain < 2.1
+    small = [*SMALL, "gradient_checkpointing=false"]
+    assert peak(8, *small) > 1.2 * peak(8, *small, "train_text=frozen")  # the language model's own activations
+
+
+def test_bytes_that_are_exact() -> None:
+    description = ask(*SMALL, "gpus=8", "text_encoder.dtype=bfloat16")
+    trained = description.parameters.trained
+    one, ddp, zero2, offload, zero3 = description.memory
+    assert [m.launch for m in description.memory] == [launch.name for launch in LAUNCHES]
+    assert (one.gpus, ddp.gpus) == (1, 8)
+    for memory in (one, ddp):
+        assert (memory.weights, memory.gradients, memory.optimizer, memory.ema) == tuple(
+            trained * n for n in (4, 4, 8, 4)
+        )
+    assert one.frozen == 2 * (description.parameters.text + description.parameters.vae)  # both in bfloat16
+    assert (zero2.gradients, zero2.optimizer, zero2.ema) == tuple(trained * n / 8 for n in (4, 8, 4))
+    assert zero2.weights == 4 * trained + 4 * trained / 8
+    assert offload.optimizer == offload.ema == 0 and offload.host == trained * 16 / 8
+    assert zero3.weights == trained
+    vae = 2 * description.parameters.vae
+    assert zero3.frozen - vae == (one.frozen - vae) / 8  # stage 2's language model is cut as well
+    assert description.checkpoint_whole == 16 * trained
+
+
+def test_the_24gb_recipe_fits() -> None:
+    fitter = Fitter([*PAPER, "stage=2", "recipe=24gb"], compose_train, 1)
+    one = fitter.memory(LAUNCHES[0])
+    counts = fitter.counts(fitter.config())
+    assert one.ema == 0 and one.host == 4 * counts.trained
+    # The U-Net's own weights are frozen beside the language model's, which are less than a third of their bfloat16 size.
+    assert one.frozen < 4 * counts.unet + 2 * counts.text * 0.33 + 2 * counts.vae
+    assert one.total < 24 * GIB
+
+
+def test_what_to_change_is_ordered_and_true() -> None:
+    description = ask(*WIDE, "gpu=3", "gpus=2")
+    one = next(advice for advice in description.advice if advice.launch == "one_gpu")
+    assert one.needed == description.memory[0].total > one.available == 3 * GIB
+    saved = [change.saves for change in one.changes]
+    assert saved == sorted(saved, reverse=True) and saved[-1] > 0
+    changes = {change.override: change for change in one.changes}
+    assert {"recipe=24gb", "text_encoder.quantization=4bit", "optimizer.name=adamw8bit", "ema_device=cpu"} <= set(
+        changes
+    )
+    assert changes["ema_device=cpu"].saves == 4 * description.parameters.trained
+    assert changes["optimizer.name=adamw8bit"].saves == 6 * description.parameters.trained
+    assert all(change.fits == (change.total <= one.available) for change in one.changes)
+    assert changes["ema_device=cpu"].total == ask(*WIDE, "ema_device=cpu").memory[0].total
+    assert one.fits == (one.total <= one.available)
+    if len(one.together) > 1:  # what is left out of it would not have sufficed
+        assert one.total < min(changes[override].total for override in one.together)
+    zero = next((advice for advice in description.advice if advice.launch == "zero2"), None)
+    assert zero is None or "optimizer.name=adamw8bit" not in {change.override for change in zero.changes}
+    text = as_text(description)
+    assert "one GPU needs" in text and "recipe=24gb" in text and "fits" in text
+
+
+def test_time_follows_the_device_and_the_share_of_its_peak() -> None:
+    config = compose_train([*PAPER, "stage=1"])
+    flops = stage_flops(config)
+    slow = throughput(config, flops, Question(device="a100", mfu=0.2, gpus=4), device_named("a100"))
+    fast = throughput(config, flops, Question(), device_named("h100"))
+    assert fast.samples_per_second / slow.samples_per_second == pytest.approx(4 * 989.4 / 312)
+    assert slow.days == pytest.approx(300000 * 1024 / slow.samples_per_second / 86400)
+    assert slow.cached_samples_per_second is not None
+    assert slow.cached_samples_per_second > 4 * slow.samples_per_second  # Llama costs more than the whole U-Net step
+    assert ask(*SMALL).throughput.cached_samples_per_second is None  # its language model is trained
+
+
+def test_feature_sizes_of_the_paper() -> None:
+    assert ask(*WIDE, "gpu=3", "gpus=2").feature_bytes == pytest.approx(4.2e6, rel=0.01)
+    assert ask(*SMALL).latent_bytes == 2 * 4 * 8 * 8
+
+
+def test_every_text_encoder_can_be_described() -> None:
+    for name, tokens in (("t5_xxl", 512), ("clip_l", 77), ("gemma3_4b", 512)):
+        config = compose_train([*PAPER, "stage=3", f"text_encoder={name}", "train_text=frozen"])
+        models = empty_models(config)
+        assert models.tokens == tokens, name
+        assert models.read_text(1).shape == (1, tokens, models.text.width), name
+
+
+def test_devices_are_recognised_by_their_drivers_names() -> None:
+    assert recognise("NVIDIA H100 80GB HBM3") is device_named("h100")
+    assert recognise("NVIDIA H100 PCIe") is device_named("h100_pcie")
+    assert recognise("NVIDIA A100-SXM4-80GB") is device_named("a100")
+    assert recognise("NVIDIA L40S") is device_named("l40s")
+    assert recognise("NVIDIA L4") is device_named("l4")
+    assert recognise("Some Other Chip") is None
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_one_json_document(command: Command) -> None:
+    done = command("scripts/describe.py", "stage=2", "format=json", "gpu=100")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["stage"] == 2 and document["parameters"]["lora"] == 61440
+    assert len(document["memory"]) == len(LAUNCHES) and document["memory"][0]["fits"] is True
+    assert document["flops"]["total"]["training"] > document["flops"]["total"]["forward"]
+
+
+def test_mistakes_cost_one_sentence() -> None:
+    for argument in ("gpu=much", "gpu=-1", "gpus=1.5", "mfu=1.2", "format=xml", "device=abacus"):
+        with pytest.raises(UserError, match=argument.replace(".", r"\.")):
+            parse_question([argument])
+    with pytest.raises(UserError, match="stag"):
+        compose_train(parse_question(["stag=2"])[1])
+    with pytest.raises(UserError, match=r"codec\.path"):
+        empty_models(compose_train(["stage=1", "codec.path=nowhere"]))
+
+
+def test_the_codec_folder_tells_its_own_shape(codec_folder: Path) -> None:
+    config = compose_train(["stage=1", f"codec.path={codec_folder}", "codec.latent_channels=4"])
+    assert empty_models(config).encode_images(2).shape == (2, 4, 8, 8)
