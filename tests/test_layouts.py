@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_unet import TINY_UNET
 
 from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, TextEncoderConfig, TrainConfig, UNetConfig
 from paradiffusion.errors import UserError
@@ -22,17 +23,6 @@ from paradiffusion.models.layouts import describe, read_description, save_weight
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
 from paradiffusion.text.sources import locate
 
-ARGUMENTS = {
-    "sample_size": 8,
-    "block_out_channels": [16, 32],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "cross_attention_dim": 32,
-    "attention_head_dim": 2,
-    "norm_num_groups": 8,
-}
 ARMS = {
     "paper": ConditioningConfig(max_tokens=32),
     "modern": ConditioningConfig(
@@ -54,7 +44,7 @@ def make(codec_folder: Path, tmp_path: Path) -> Callable[..., Made]:
             text_encoder=TextEncoderConfig(),
             conditioning=ARMS[arm],
             lora=LoraConfig(rank=2, alpha=6, target_modules=["v_proj", "q_proj", "o_proj"]),
-            unet=UNetConfig(arguments=ARGUMENTS, coordinates=2 * (arm == "modern"), pooled_text=arm == "modern"),
+            unet=UNetConfig(arguments=TINY_UNET, coordinates=2 * (arm == "modern"), pooled_text=arm == "modern"),
             codec=CodecConfig(path=str(codec_folder)),
         )
         encoder, codec = load_text_encoder(config.text_encoder, config.conditioning), load_codec(config.codec)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_unet import TINY_UNET
 from torch import Tensor
 
 from paradiffusion.config import CodecConfig, ConditioningConfig, ObjectiveConfig, TrainConfig, UNetConfig
@@ -17,20 +18,9 @@ from paradiffusion.models.codec import load_codec
 from paradiffusion.models.joint import JointModel, LossBatch, build_joint
 from paradiffusion.models.unet import build_unet, coordinate_channels, downsampling, with_coordinates
 
-PLAIN = {
-    "sample_size": 8,
-    "block_out_channels": [16, 32],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "cross_attention_dim": 32,
-    "attention_head_dim": 2,
-    "norm_num_groups": 8,
-}
 # The Kandinsky style of the official weights.
 SIMPLE = {
-    **PLAIN,
+    **TINY_UNET,
     "down_block_types": ["SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"],
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "up_block_types": ["ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"],
@@ -51,7 +41,10 @@ WIDTH = 12
 
 
 def make(
-    arguments: dict[str, Any] = PLAIN, conditioning: ConditioningConfig = MODERN, pooled: bool = False, **changes: Any
+    arguments: dict[str, Any] = TINY_UNET,
+    conditioning: ConditioningConfig = MODERN,
+    pooled: bool = False,
+    **changes: Any,
 ) -> JointModel:
     config = TrainConfig(
         seed=3,
@@ -121,7 +114,7 @@ def test_a_sample_of_weight_zero_has_no_gradient() -> None:
         torch.testing.assert_close(one, two, atol=1e-7, rtol=1e-4)
 
 
-@pytest.mark.parametrize("arguments", [PLAIN, SIMPLE], ids=["CrossAttn", "SimpleCrossAttn"])
+@pytest.mark.parametrize("arguments", [TINY_UNET, SIMPLE], ids=["CrossAttn", "SimpleCrossAttn"])
 @pytest.mark.parametrize(("refiner", "pooled"), [(True, False), (False, False), (True, True)])
 def test_masked_padding_does_not_matter(arguments: dict[str, Any], refiner: bool, pooled: bool) -> None:
     joint, batch = make(arguments, MODERN if refiner else replace(PAPER, mask_padding=True), pooled), a_batch()
@@ -136,7 +129,7 @@ def test_masked_padding_does_not_matter(arguments: dict[str, Any], refiner: bool
     assert (changed[1] - short[1]).abs().max() > 1e-3, "the text must matter at all"
 
 
-@pytest.mark.parametrize("arguments", [PLAIN, SIMPLE], ids=["CrossAttn", "SimpleCrossAttn"])
+@pytest.mark.parametrize("arguments", [TINY_UNET, SIMPLE], ids=["CrossAttn", "SimpleCrossAttn"])
 def test_the_papers_arm_attends_to_padding_and_not_to_neighbours(arguments: dict[str, Any]) -> None:
     joint, batch = make(arguments, PAPER), a_batch(mask_padding=False)
     assert batch.features is not None
@@ -174,13 +167,15 @@ def test_coordinates(octaves: int) -> None:
 
 
 def test_coordinates_widen_the_first_convolution_only() -> None:
-    modern, paper = make().unet.config, make(PLAIN, PAPER).unet.config
+    modern, paper = make().unet.config, make(TINY_UNET, PAPER).unet.config
     assert (modern["in_channels"], modern["out_channels"]) == (10, 4)
     assert (paper["in_channels"], paper["out_channels"]) == (4, 4)
 
 
 def test_attention_gain_and_plain_attention() -> None:
-    build = lambda **changes: build_unet(UNetConfig(arguments=PLAIN, **changes), CodecConfig(), PAPER, WIDTH, seed=1)  # noqa: E731
+    build = lambda **changes: build_unet(
+        UNetConfig(arguments=TINY_UNET, **changes), CodecConfig(), PAPER, WIDTH, seed=1
+    )  # noqa: E731
     usual, strong, plain = build(), build(attention_gain=3.0), build(plain_attention=True)
     scaled = {name for name, p in usual.named_parameters() if not torch.equal(p, strong.get_parameter(name))}
     assert scaled == {n for n, _ in usual.named_parameters() if n.endswith(("attn2.to_q.weight", "attn2.to_k.weight"))}
@@ -200,13 +195,13 @@ def test_weights_are_a_function_of_the_seed_alone() -> None:
     second = make()
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
-    other = build_unet(UNetConfig(arguments=PLAIN), CodecConfig(), PAPER, WIDTH, seed=9)
-    again = build_unet(UNetConfig(arguments=PLAIN), CodecConfig(), PAPER, WIDTH, seed=10)
+    other = build_unet(UNetConfig(arguments=TINY_UNET), CodecConfig(), PAPER, WIDTH, seed=9)
+    again = build_unet(UNetConfig(arguments=TINY_UNET), CodecConfig(), PAPER, WIDTH, seed=10)
     assert not torch.equal(other.conv_in.weight, again.conv_in.weight)
 
 
 def test_the_linear_projection_is_the_unets_own() -> None:
-    paper, modern = make(PLAIN, PAPER), make()
+    paper, modern = make(TINY_UNET, PAPER), make()
     assert paper.refiner is None and paper.unet.encoder_hid_proj.weight.shape == (32, WIDTH)
     assert modern.unet.encoder_hid_proj.weight.shape == (32, 16)
     assert downsampling(modern.unet) == 2
@@ -223,7 +218,7 @@ def test_the_linear_projection_is_the_unets_own() -> None:
 )
 def test_arguments_that_make_no_unet(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"unet\.arguments .* configs/unet") as error:
-        make({**PLAIN, **wrong})
+        make({**TINY_UNET, **wrong})
     assert "\n" not in str(error.value)
 
 
