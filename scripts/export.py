@@ -71,10 +71,12 @@ def main(arguments: list[str]) -> int:
 
 def export(options: ExportOptions, output: Path) -> None:
     """Do what ``options`` ask for."""
-    from paradiffusion.models.export import export_official, export_ours, gather
+    from paradiffusion.models.export import check_absent, export_official, export_ours, gather
+    from paradiffusion.models.layouts import place_frozen_models
     from paradiffusion.models.manifest import resolve_checkpoint
     from paradiffusion.models.starting import is_our_pipeline
 
+    check_absent(output)
     source = Path(str(options.ckpt)).expanduser()
     from_pipeline = is_our_pipeline(source)
     if options.to == "pipeline":
@@ -93,9 +95,7 @@ def export(options: ExportOptions, output: Path) -> None:
         weights = gather_pipeline(source)
     else:
         weights = gather(resolve_checkpoint(source), options.unet)
-    for part, path in (("text_encoder", options.text_encoder.path), ("codec", options.codec.path)):
-        if path is not None:
-            weights.description[part]["path"] = path
+    place_frozen_models(weights.description, source, options.text_encoder.path, options.codec.path)
     if options.to == "official":
         export_official(weights, output, options.dtype, options.frozen or "copy")
     else:

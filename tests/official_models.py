@@ -100,7 +100,8 @@ def reference(
     scheduler.set_timesteps(steps)
     for timestep in scheduler.timesteps:
         null, text = denoiser(torch.cat([latents] * 2), timestep, encoder_hidden_states=features).sample.chunk(2)
-        latents = scheduler.step(null + guidance * (text - null), timestep, latents, generator=generator).prev_sample
+        guided = null + guidance * (text - null) if guidance > 1 else text  # as the released pipeline has it
+        latents = scheduler.step(guided, timestep, latents, generator=generator).prev_sample
     image = vae.decode(latents / vae.config.scaling_factor).sample
     return (image / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from conftest import ROOT
 from official_models import make_official, make_ours
 from PIL import Image
 from test_export import MODERN, latents, same
+from test_tokenizer import write_llama_tokenizer
 
 from paradiffusion.compose import compose_sample
 from paradiffusion.errors import UserError
@@ -192,13 +195,66 @@ def test_callbacks_see_and_change_and_end(pipe: ParaDiffusionPipeline) -> None:
     assert [step for step, _ in seen] == [0, 1]
 
 
+def test_components_may_be_replaced_and_shared(
+    folders: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    load = lambda **parts: ParaDiffusionPipeline.from_pretrained(str(folders["official"]), **parts)  # noqa: E731
+    draw = lambda pipe: pipe(PROMPT, generator=seeded(), output_type="np", num_inference_steps=2).images  # noqa: E731
+    pipe = load()
+    before, unet, vae = draw(pipe), copy.deepcopy(pipe.unet), copy.deepcopy(pipe.vae)
+    shared = ParaDiffusionPipeline(**pipe.components, description=pipe.config["description"])
+    assert np.array_equal(draw(shared), before) and np.array_equal(draw(ParaDiffusionPipeline.from_pipe(pipe)), before)
+    assert np.array_equal(draw(load(text_encoder=pipe.text_encoder)), before)
+    shared.save_pretrained(tmp_path / "shared")
+    assert np.array_equal(draw(ParaDiffusionPipeline.from_pretrained(str(tmp_path / "shared"))), before)
+    assert np.array_equal(draw(pipe), before)
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(2)
+        vae.decoder.conv_out.bias.add_(0.2)
+    for name, part in (("unet", unet), ("vae", vae)):
+        changed = draw(load(**{name: part}))
+        setattr(pipe, name, part)
+        assert np.array_equal(draw(pipe), changed) and np.abs(changed - before).max() > 0.01
+        pipe = load()
+    calls: list[int] = []
+    pipe.unet = torch.compile(pipe.unet, backend=lambda graph, _: calls.append(1) or graph.forward)
+    pipe.text_encoder = copy.deepcopy(shared.text_encoder)  # with its adapter inside
+    np.testing.assert_allclose(draw(pipe), before, atol=1e-5)
+    assert calls
+    with torch.no_grad():
+        next(p for n, p in shared.text_encoder.named_parameters() if ".lora_B" in n).add_(1)
+    with pytest.raises(ValueError, match="carries another adapter"):
+        load(text_encoder=shared.text_encoder)
+
+
+def test_the_tokenizers_own_rules_hold(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Here and after saving again, as for text_encoder.path=."""
+    shutil.copytree(folders["official"], tmp_path / "pipe")
+    shutil.rmtree(tmp_path / "pipe" / "tokenizer")
+    rules = write_llama_tokenizer(tmp_path / "pipe" / "tokenizer")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    (tmp_path / "pipe" / "model_index.json").write_text(
+        json.dumps({**index, "tokenizer": ["transformers", "LlamaTokenizer"]})
+    )
+    pipe = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "pipe"))
+    pipe.save_pretrained(tmp_path / "again")
+    for tokenizer in (pipe.tokenizer, ParaDiffusionPipeline.from_pretrained(str(tmp_path / "again")).tokenizer):
+        assert tokenizer("  a b", add_special_tokens=False)["input_ids"] == rules.encode("  a b").ids
+
+
 def test_wrong_arguments(pipe: ParaDiffusionPipeline) -> None:
+    for prompt in (None, [], 3, ["a", None]):
+        with pytest.raises(ValueError, match="neither a text nor a list of texts"):
+            pipe(prompt)
+    with pytest.raises(ValueError, match="needs its description"):
+        ParaDiffusionPipeline(**pipe.components)
     for arguments, error, words in (
         ({"height": 50}, UserError, "multiple of"),
         ({"output_type": "jpg"}, ValueError, "pil, np, pt, latent"),
         ({"generator": [seeded(), seeded()]}, ValueError, "2 generators for 1 images"),
         ({"negative_prompt": ["a", "b"]}, ValueError, "2 negative prompts"),
         ({"guidance_scale": -1.0}, UserError, "guidance"),
+        ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt=0"),
     ):
         with pytest.raises(error, match=words):
             pipe("a", **arguments)

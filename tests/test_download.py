@@ -148,6 +148,20 @@ def test_old_shards_keep_their_index(tmp_path: Path) -> None:
         read_tensors(tmp_path, "model")
 
 
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries would prefer half a safetensors file to the whole .bin beside it, and the next run would leave it."""
+    torch.save({"a": torch.ones(4)}, tmp_path / "x.bin")
+
+    def half(path: Path, _: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("paradiffusion.models.tensors.write_tensors", half)
+    with pytest.raises(UserError, match="No space left on device.*run the same command again"):
+        convert_bins(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
+
+
 def test_the_command_line(command: Callable[..., Any]) -> None:
     done = command("scripts/download.py", "what=vae")
     assert (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from paradiffusion.models.export import export_official, export_ours, gather, pu
 from paradiffusion.models.inference import load_models
 from paradiffusion.models.layouts import read_description, read_weights
 from paradiffusion.models.manifest import find_fault, resolve_checkpoint
+from paradiffusion.sampling.pipeline_export import export_pipeline
 from paradiffusion.sampling.sampler import sample_latents
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}}
@@ -156,6 +158,27 @@ def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path, codec_folder: P
     assert find_fault(folder) == "manifest.json is not readable"
 
 
+def test_an_export_is_whole_or_not_there(tmp_path: Path, codec_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full, and a place where nothing can be written."""
+    weights = gather(make_ours(tmp_path / "ours", codec_folder))
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(UserError, match=r"could not be written \(Not a directory\)"):
+        export_ours(weights, tmp_path / "file" / "below")
+    full = lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # noqa: E731
+    monkeypatch.setattr("paradiffusion.models.export.write_adapter_config", full)
+    monkeypatch.setattr("paradiffusion.models.layouts.write_adapter_config", full)
+    monkeypatch.setattr("paradiffusion.sampling.diffusers_pipeline.write_adapter_config", full)
+    for export in (
+        lambda folder: export_ours(weights, folder),
+        lambda folder: export_official(weights, folder, frozen="link"),
+        lambda folder: export_pipeline(tmp_path / "ours", folder),
+    ):
+        with pytest.raises(UserError, match="No space left on device.*nothing is left of it"):
+            export(tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "ours"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_the_command_line(tmp_path: Path, codec_folder: Path, command: Callable[..., Any]) -> None:
     ours = make_ours(tmp_path / "ours", codec_folder)
     done = command(
@@ -169,6 +192,7 @@ def test_the_command_line(tmp_path: Path, codec_folder: Path, command: Callable[
         (["to=onnx", f"ckpt={ours}", "output=x"], "official, pipeline, ours"),
         (["ckpt=x", "output=y"], "to= is missing"),
         (["ckpt=x", "to=ours", "out=y"], "the keys are ckpt, to, output"),
+        ([f"ckpt={ours}", "to=ours", f"output={tmp_path / 'z'}", "text_encoder.path=/nowhere"], "holds no config.json"),
     ):
         refused = command("scripts/export.py", *arguments)
         assert refused.returncode == 2 and words in refused.stderr and "Traceback" not in refused.stderr

@@ -173,9 +173,9 @@ def test_coordinates_widen_the_first_convolution_only() -> None:
 
 
 def test_attention_gain_and_plain_attention() -> None:
-    build = lambda **changes: build_unet(
-        UNetConfig(arguments=TINY_UNET, **changes), CodecConfig(), PAPER, WIDTH, seed=1
-    )  # noqa: E731
+    def build(**changes: Any) -> Any:
+        return build_unet(UNetConfig(arguments=TINY_UNET, **changes), CodecConfig(), PAPER, WIDTH, seed=1)
+
     usual, strong, plain = build(), build(attention_gain=3.0), build(plain_attention=True)
     scaled = {name for name, p in usual.named_parameters() if not torch.equal(p, strong.get_parameter(name))}
     assert scaled == {n for n, _ in usual.named_parameters() if n.endswith(("attn2.to_q.weight", "attn2.to_k.weight"))}

@@ -20,6 +20,8 @@ from paradiffusion.errors import UserError
 from paradiffusion.models.inference import load_models
 from paradiffusion.models.layouts import read_description, read_weights
 from paradiffusion.models.manifest import resolve_checkpoint
+from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
+from paradiffusion.sampling.pipeline_export import export_pipeline
 from paradiffusion.sampling.run import sample
 from paradiffusion.sampling.sampler import sample_latents
 
@@ -102,6 +104,36 @@ def test_every_scheduler_setting_is_honoured(
     make: Callable[..., Path], tmp_path: Path, scheduler: dict[str, Any], case: dict[str, Any]
 ) -> None:
     check(make(**scheduler), tmp_path / "out", **case)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0])
+def test_guidance_of_one_or_less_is_none(make: Callable[..., Path], tmp_path: Path, guidance: float) -> None:
+    check(make(), tmp_path / "out", guidance=guidance)
+
+
+def test_an_autoencoder_elsewhere_has_its_own_scaling_factor(
+    make: Callable[..., Path], tmp_path: Path, codec_folder: Path
+) -> None:
+    """Also in what is exported from there."""
+    folder = make(None)
+    other = tmp_path / "vae"
+    shutil.copytree(codec_folder, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.7}))
+    elsewhere = f"codec.path={other}"
+    (image,) = draw(folder, [CASE], tmp_path / "out", elsewhere)
+    shutil.rmtree(folder / "sdxl-vae-fp16-fix")
+    shutil.copytree(other, folder / "sdxl-vae-fp16-fix")
+    assert np.abs(image - reference(folder, **CASE).numpy()).max() < ROUNDING
+    shutil.copytree(codec_folder, folder / "sdxl-vae-fp16-fix", dirs_exist_ok=True)
+    export_pipeline(folder, tmp_path / "pipe", frozen="link", codec_path=str(other))
+    pipe = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "pipe"))
+    settings = {"num_inference_steps": CASE["steps"], "guidance_scale": CASE["guidance"]}
+    sizes = {key: CASE[key] for key in ("height", "width")}
+    drawn = pipe(CASE["prompt"], generator=torch.Generator().manual_seed(CASE["seed"]), **settings, **sizes).images[0]
+    assert np.array_equal(np.asarray(drawn) / 255, image)
+    with pytest.raises(UserError, match=r"codec\.path=.*nowhere holds no config\.json"):
+        draw(folder, [CASE], tmp_path / "no", f"codec.path={tmp_path / 'nowhere'}")
 
 
 @pytest.mark.parametrize(

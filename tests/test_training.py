@@ -56,8 +56,8 @@ def stages(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) 
         for stage in (1, 2, 3):
             setups: list[Setup] = []
 
-            def watched(*arguments: Any, kept: list[Setup] = setups) -> Setup:
-                kept.append(build(*arguments))
+            def watched(*arguments: Any, kept: list[Setup] = setups, **named: Any) -> Setup:
+                kept.append(build(*arguments, **named))
                 found.before[kept[0].config.stage] = hash_parameters(kept[0].encoder)
                 return kept[0]
 

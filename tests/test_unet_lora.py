@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_models import PLAIN, SIMPLE, WIDTH, a_batch
+from test_models import SIMPLE, WIDTH, a_batch
+from tiny_unet import TINY_UNET
 from torch import Tensor
 
 from paradiffusion.config import ConditioningConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, UNetConfig
@@ -16,7 +17,7 @@ from paradiffusion.models.layouts import copy_tensors, merge_unet_lora
 from paradiffusion.models.unet import lora_names
 from paradiffusion.training.optim import build_optimizer, part_of
 
-STYLES = pytest.mark.parametrize("arguments", [PLAIN, SIMPLE], ids=["CrossAttn", "SimpleCrossAttn"])
+STYLES = pytest.mark.parametrize("arguments", [TINY_UNET, SIMPLE], ids=["CrossAttn", "SimpleCrossAttn"])
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_KEYS = ["add_k_proj", "add_v_proj"]  # of SimpleCrossAttn blocks alone
 
@@ -94,18 +95,18 @@ def test_a_plain_checkpoint_starts_an_adapter_and_merging_leads_back(arguments: 
 def test_what_a_pretrained_unet_cannot_know_is_trained_whole() -> None:
     refiner = {"projection": "refiner", "refiner_width": 16, "refiner_layers": 1, "refiner_heads": 2}
     conditioning = ConditioningConfig(name="modern", mask_padding=True, layout=True, **refiner)  # type: ignore[arg-type]
-    whole = {n for n in make(PLAIN, conditioning=conditioning).trained() if ".lora_" not in n}
+    whole = {n for n in make(TINY_UNET, conditioning=conditioning).trained() if ".lora_" not in n}
     assert {"unet.conv_in.weight", "unet.encoder_hid_proj.weight", "refiner.embed.weight"} <= whole
     assert not any("down_blocks" in n for n in whole)
-    assert "unet.conv_in.weight" in make(PLAIN, coordinates=2).trained()
-    pooled = make(PLAIN, pooled_text=True).trained()
+    assert "unet.conv_in.weight" in make(TINY_UNET, coordinates=2).trained()
+    pooled = make(TINY_UNET, pooled_text=True).trained()
     assert any(n.startswith("unet.class_embedding") for n in pooled) and "unet.conv_in.weight" not in pooled
 
 
 def test_the_adapter_is_a_function_of_the_seed_alone() -> None:
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
-    first, again, other = make(PLAIN), make(PLAIN), make(PLAIN, seed=4)
+    first, again, other = make(TINY_UNET), make(TINY_UNET), make(TINY_UNET, seed=4)
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, parameter in first.trained().items():
         assert torch.equal(parameter, again.trained()[name])
@@ -126,7 +127,7 @@ def test_wrong_targets_are_named() -> None:
     with pytest.raises(
         UserError, match=r"unet\.lora_target_modules=.*add_k_proj names no layer of this U-Net"
     ) as error:
-        make(PLAIN, lora_target_modules=["to_q", "add_k_proj"])
+        make(TINY_UNET, lora_target_modules=["to_q", "add_k_proj"])
     assert "to_out.0" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -147,6 +148,6 @@ def test_a_bfloat16_unet_takes_fp32_inputs(arguments: dict[str, Any]) -> None:
 def test_a_bfloat16_refiner_takes_fp32_features() -> None:
     refiner = {"projection": "refiner", "refiner_width": 16, "refiner_layers": 1, "refiner_heads": 2}
     conditioning = ConditioningConfig(name="modern", mask_padding=True, layout=True, **refiner)  # type: ignore[arg-type]
-    joint, batch = make(PLAIN, rank=0, conditioning=conditioning), a_batch()
+    joint, batch = make(TINY_UNET, rank=0, conditioning=conditioning), a_batch()
     loss, _ = joint(batch)
     assert joint.to(torch.bfloat16)(batch)[0].item() == pytest.approx(loss.item(), rel=0.02)

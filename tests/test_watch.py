@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT, wait_for
 from training_runs import free_port
 
-from paradiffusion.training.watch import STALLED, Place, Watch, describe_stall
+from paradiffusion.training.places import Place
+from paradiffusion.training.watch import STALLED, Watch, describe_stall
 
 
 def place(rank: int, step: int, phase: str, at: float, alive: float = 100.0, keys: tuple[str, ...] = ()) -> Place:

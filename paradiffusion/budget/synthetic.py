@@ -19,8 +19,9 @@ from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.text.encoder import DTYPES, TextEncoder, attach_lora, load_text_encoder
-from paradiffusion.text.families import architecture_of, cut_layers, load_tokenizer, model_class
+from paradiffusion.text.families import architecture_of, cut_layers, model_class
 from paradiffusion.text.tiny import CORPUS, build_tiny
+from paradiffusion.text.tokenizer import load_tokenizer
 from paradiffusion.training.setup import Parts
 
 # Words of a caption: the mean in the paper's data (its own table), and a spread that gives about its shares by length.

@@ -60,13 +60,13 @@ class LoaderSettings:
 class Batch:
     """b samples of one bucket: micro-batch ``micro`` of this process's slice of the global batch of ``step``.
 
-    ``images`` is float32 [b, 3, H, W] in -1..1; ``slots`` int64 [b], places in the global batch, from which timesteps
+    ``pixels`` is uint8 [b, 3, H, W], a quarter of what the images take on their way to a GPU; ``slots`` int64 [b], places in the global batch, from which timesteps
     and noise are drawn; ``weights`` float32 [b], 0 where a sample could not be read and another of the slice stands in.
     A dropped caption is "" with 0 ``words``. ``keys`` are ``shard.tar/key``; ``bad`` says what was not read and why.
     """
 
     step: int
-    images: torch.Tensor
+    pixels: torch.Tensor
     captions: list[str]
     kinds: list[str]
     words: list[int]
@@ -75,6 +75,16 @@ class Batch:
     weights: torch.Tensor
     bad: list[str]
     micro: int = 0
+
+    @property
+    def images(self) -> torch.Tensor:
+        """float32 [b, 3, H, W] in -1..1."""
+        return scale_pixels(self.pixels)
+
+
+def scale_pixels(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 in 0..255 to float32 in -1..1, on whatever device the pixels are."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 @dataclass
@@ -136,7 +146,7 @@ class Loader(Iterator[Batch]):
         captions = ["" if drop else caption for drop, caption in zip(order.dropped, delivery.captions, strict=True)]
         return Batch(
             step=order.step,
-            images=delivery.pixels.to(torch.float32).div_(127.5).sub_(1.0),
+            pixels=delivery.pixels,
             captions=captions,
             kinds=delivery.kinds,
             words=[len(caption.split()) for caption in captions],

@@ -26,7 +26,12 @@ class Objective:
 
     A "time" is what the denoiser is given: a float tensor [B] in 0 .. train_timesteps, whole numbers for the
     variance-preserving schedules, ``1000 * sigma`` for the flow, as in diffusers.
+
+    Attributes:
+        guided_from: guidance scales below this one draw without guidance.
     """
+
+    guided_from: float = 0.0
 
     def __init__(self, config: ObjectiveConfig) -> None:
         config.check()

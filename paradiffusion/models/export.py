@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor
 
 from paradiffusion.config import CodecConfig, ObjectiveConfig, TextEncoderConfig
@@ -73,7 +76,6 @@ def export_ours(weights: Weights, output: Path, dtype: str = "float32", frozen: 
     """
     if frozen not in ("link", "none"):
         raise UserError(f"frozen={frozen} does not exist for to=ours, which names frozen models; use link or none.")
-    _fresh(output)
     description = json.loads(json.dumps(weights.description))
     for part in ("text_encoder", "codec"):
         path = description[part].get("path")
@@ -83,11 +85,12 @@ def export_ours(weights: Weights, output: Path, dtype: str = "float32", frozen: 
             kept = path if shipped else str(Path(path).resolve())
             description[part]["path"] = kept if shipped or frozen == "link" else None
     description["provenance"]["init_from"] = None
-    write_parts(output, _parts(weights, dtype), description)
-    _write_config(output / UNET, weights.unet)
-    if weights.refiner is not None:
-        _write_config(output / REFINER, weights.refiner)
-    write_manifest(output)
+    with whole_folder(output) as folder:
+        write_parts(folder, _parts(weights, dtype), description)
+        _write_config(folder / UNET, weights.unet)
+        if weights.refiner is not None:
+            _write_config(folder / REFINER, weights.refiner)
+        write_manifest(folder)
 
 
 def publish(checkpoint: Path, output: Path, dtype: str) -> int:
@@ -121,18 +124,18 @@ def export_official(weights: Weights, output: Path, dtype: str = "float32", froz
             raise UserError(
                 f"the official layout holds a Llama, and the text encoder {encoder.name} is a {kind} model."
             )
-    _fresh(output)
     parts = _parts(weights, dtype)
-    write_tensors(output / UNET / f"{UNET_STEM}.safetensors", parts[UNET])
-    _write_config(output / UNET, {**weights.unet, "sample_size": description["resolution"] // codec.factor})
-    if parts[LORA]:
-        write_tensors(output / LORA / f"{ADAPTER_STEM}.safetensors", parts[LORA])
-        write_adapter_config(output / LORA, description["lora"])
-    solver_of(description).save_config(output / SCHEDULER)
-    for source, name in zip(sources, (LLM_FOLDERS[0], VAE_FOLDERS[0]), strict=True):
-        if source is not None:
-            place_frozen(source, output / name, frozen)
-    (output / SIDECAR).write_text(json.dumps(beside_official(description), indent=1))
+    with whole_folder(output) as folder:
+        write_tensors(folder / UNET / f"{UNET_STEM}.safetensors", parts[UNET])
+        _write_config(folder / UNET, {**weights.unet, "sample_size": description["resolution"] // codec.factor})
+        if parts[LORA]:
+            write_tensors(folder / LORA / f"{ADAPTER_STEM}.safetensors", parts[LORA])
+            write_adapter_config(folder / LORA, description["lora"])
+        solver_of(description).save_config(folder / SCHEDULER)
+        for source, name in zip(sources, (LLM_FOLDERS[0], VAE_FOLDERS[0]), strict=True):
+            if source is not None:
+                place_frozen(source, folder / name, frozen)
+        (folder / SIDECAR).write_text(json.dumps(beside_official(description), indent=1))
 
 
 def check_official(weights: Weights) -> None:
@@ -185,10 +188,33 @@ def place_frozen(source: Path, target: Path, frozen: str) -> None:
         shutil.copytree(source, target)
 
 
-def _fresh(output: Path) -> None:
-    if output.exists():
+def check_absent(output: Path) -> None:
+    """UserError when there is something already."""
+    if output.exists() or output.is_symlink():
         raise UserError(f"{output} exists already; choose another output, or delete it first.")
-    output.mkdir(parents=True)
+
+
+@contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """A folder to write, which becomes ``output`` when the block has ended; of one that failed nothing is left.
+
+    Raises:
+        UserError: when ``output`` exists, or cannot be written.
+    """
+    check_absent(output)
+    building = output.absolute().with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        yield building
+        building.rename(output)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise UserError(
+            f"{output} could not be written ({reason}), and nothing is left of it; make room, or choose another output."
+        ) from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def _parts(weights: Weights, dtype: str) -> dict[str, dict[str, Tensor]]:

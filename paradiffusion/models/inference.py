@@ -32,6 +32,7 @@ from paradiffusion.models.layouts import (
     load_adapter,
     merge_unet_lora,
     parse,
+    place_frozen_models,
     read_description,
     read_weights,
 )
@@ -201,12 +202,9 @@ def load_models(
         UserError: when a part is missing, damaged, or not the one that the checkpoint was trained with.
     """
     description = read_description(checkpoint, unet)
-    if codec_path is not None and official.is_official(checkpoint):
-        description["codec"] = official.describe_codec(Path(codec_path))  # its scaling factor is its own
+    place_frozen_models(description, checkpoint, text_encoder_path, codec_path)
     encoder_config = parse(TextEncoderConfig, description["text_encoder"])
     codec_config = parse(CodecConfig, description["codec"])
-    encoder_config.path = text_encoder_path or encoder_config.path
-    codec_config.path = codec_path or codec_config.path
     encoder_config.dtype = text_encoder_dtype or encoder_config.dtype
     if lacks_bitsandbytes() is not None:
         encoder_config.quantization = None  # trained with 4 bits, but whole weights draw as well

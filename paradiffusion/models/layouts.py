@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from paradiffusion.config import LoraConfig, TrainConfig
+from paradiffusion.config import CodecConfig, LoraConfig, TextEncoderConfig, TrainConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models import official
+from paradiffusion.models.codec import locate_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.models.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors, write_tensors
 from paradiffusion.text.encoder import TextEncoder, attach_lora
+from paradiffusion.text.sources import locate
 
 FORMAT = "paradiffusion"
 FORMAT_VERSION = 1
@@ -141,6 +143,26 @@ def read_description(checkpoint: Path, unet: str = UNET) -> dict[str, Any]:
             "update this repository."
         )
     return description
+
+
+def place_frozen_models(
+    description: dict[str, Any], checkpoint: Path, text_encoder_path: str | None, codec_path: str | None
+) -> None:
+    """Note in ``description`` where the frozen models lie on this machine, if not where it says.
+
+    The autoencoder of a folder in the official layout has a scaling factor of its own, which only its configuration tells.
+
+    Raises:
+        UserError: where there is no model.
+    """
+    if text_encoder_path is not None:
+        locate(TextEncoderConfig(path=text_encoder_path))
+        description["text_encoder"]["path"] = text_encoder_path
+    if codec_path is not None:
+        folder = locate_codec(CodecConfig(path=codec_path))
+        if official.is_official(checkpoint):
+            description["codec"] = official.describe_codec(folder)
+        description["codec"]["path"] = codec_path
 
 
 def parse(cls: type[T], values: dict[str, Any]) -> T:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from paradiffusion.config import (
@@ -48,11 +48,14 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "flow_predi
 class ScheduledObjective(Objective):
     """An objective whose sampler is exactly the DPM-Solver that a ``scheduler_config.json`` describes.
 
-    Other solvers take its noise schedule alone. Betas of any kind are accepted, since nothing is trained with it.
+    Other solvers take its noise schedule alone. Betas of any kind are accepted, since nothing is trained with it. As in the
+    released pipeline, a guidance scale below 1 is none.
 
     Args:
         settings: arguments of DPMSolverMultistepScheduler, as ``scheduler_settings`` gives them.
     """
+
+    guided_from = 1.0
 
     def __init__(self, config: ObjectiveConfig, settings: dict[str, Any]) -> None:
         self.settings = dict(settings)
@@ -199,8 +202,7 @@ def describe_codec(folder: Path | None) -> dict[str, Any]:
     """CodecConfig as a dictionary for the autoencoder in ``folder``, or for SDXL's where that is None."""
     config = CodecConfig(name="sdxl", hub="madebyollin/sdxl-vae-fp16-fix")
     if folder is not None:
-        vae = AutoencoderKL.load_config(folder)
-        assert isinstance(vae, dict)
+        vae = read_json(folder / "config.json")
         config.path = str(folder)
         config.latent_channels = int(vae.get("latent_channels", 4))
         config.factor = 2 ** (len(vae.get("block_out_channels", [64])) - 1)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def convert_bins(folder: Path) -> list[Path]:
     for path in found:
         target = path.with_name(safetensors_name(path.name))
         if not target.exists():
-            write_tensors(target, {name: tensor.clone() for name, tensor in read_file(path).items()})
+            _convert(path, target)
             written.append(target)
     for index in sorted(folder.rglob("*.bin.index*.json")):
         target = index.with_name(index.name.replace(".bin.", ".safetensors.").replace("pytorch_model.", "model."))
@@ -115,6 +116,21 @@ def convert_bins(folder: Path) -> list[Path]:
             target.write_text(json.dumps(values, indent=1))
             written.append(target)
     return written
+
+
+def _convert(path: Path, target: Path) -> None:
+    tensors = {name: tensor.clone() for name, tensor in read_file(path).items()}
+    # Under another name until it is whole: libraries prefer safetensors, and half a file would hide a good .bin.
+    building = target.with_name(f".{target.name}.partial")
+    try:
+        write_tensors(building, tensors)
+        building.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{target} could not be written ({str(error).splitlines()[0]}); make room, then run the same command again."
+        ) from None
+    finally:
+        building.unlink(missing_ok=True)
 
 
 def safetensors_name(name: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 from typing import Any
 
@@ -42,6 +44,20 @@ def unet_arguments(
         arguments["class_embed_type"] = "simple_projection"
         arguments["projection_class_embeddings_input_dim"] = arguments["encoder_hid_dim"]
     return arguments
+
+
+def own_arguments(stored: dict[str, Any]) -> dict[str, Any]:
+    """Of a U-Net's stored configuration or of ``unet.arguments``, what decides its shape and is not diffusers' default, and
+    neither codec nor conditioning decides; as JSON has it."""
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(UNet2DConditionModel).parameters.items()
+    }
+    decided = {"sample_size", "in_channels", "out_channels", "encoder_hid_dim", "encoder_hid_dim_type"}
+    if stored.get("class_embed_type") == "simple_projection":  # pooled_text
+        decided |= {"class_embed_type", "projection_class_embeddings_input_dim"}
+    plain: dict[str, Any] = json.loads(json.dumps({"own": stored, "defaults": defaults}))
+    kept = plain["defaults"].keys() - decided
+    return {key: value for key, value in plain["own"].items() if key in kept and value != plain["defaults"][key]}
 
 
 def make_unet(arguments: dict[str, Any]) -> Any:

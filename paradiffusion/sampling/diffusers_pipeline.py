@@ -3,6 +3,9 @@
     pipe = ParaDiffusionPipeline.from_pretrained("exported").to("cuda")
     image = pipe("a long paragraph", generator=torch.Generator().manual_seed(0)).images[0]
 
+Load it through this class: ``diffusers.DiffusionPipeline.from_pretrained`` looks among diffusers' own classes alone, and says
+that it has no ParaDiffusionPipeline.
+
 The text encoder is saved without its adapter, which lies beside it in ``text_encoder_lora/``, since a pipeline cannot save a
 model that PEFT has wrapped. What our ``checkpoint.json`` says is the ``description`` in ``model_index.json``.
 """
@@ -15,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paradiffusion.config import (
     CodecConfig,
@@ -35,18 +39,29 @@ from paradiffusion.models.joint import JointModel
 from paradiffusion.models.layouts import LORA, load_adapter, parse, split_parts, write_adapter_config
 from paradiffusion.models.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors, write_tensors
 from paradiffusion.sampling.pipeline import encode_prompts
-from paradiffusion.sampling.pipeline_components import PipelineObjective, RefinerModel
+from paradiffusion.sampling.pipeline_components import (
+    PipelineObjective,
+    RefinerModel,
+    hub_arguments,
+    local_folder,
+    plain,
+    remember_adapter,
+    same_tensors,
+    with_adapter,
+)
 from paradiffusion.sampling.pipeline_inputs import (
     Prompts,
     check_request,
     generators_of,
     negatives_of,
     portable,
+    prompts_of,
     repeated,
 )
 from paradiffusion.sampling.sampler import sample_latents
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.families import cut_layers
+from paradiffusion.text.tokenizer import load_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -76,17 +91,20 @@ class ParaDiffusionPipeline(_Base):
 
     def __init__(
         self,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        unet: Any,
-        scheduler: Any,
-        refiner: Any = None,
+        vae: AutoencoderKL,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        refiner: RefinerModel | None = None,
         description: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if description is None:
-            raise ValueError("a ParaDiffusionPipeline needs its description; load it with from_pretrained")
+            raise ValueError(
+                "a ParaDiffusionPipeline needs its description; load it with from_pretrained, or pass another pipeline's: "
+                "ParaDiffusionPipeline(**pipe.components, description=pipe.config['description'])"
+            )
         self.register_modules(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, refiner=refiner
         )
@@ -94,19 +112,35 @@ class ParaDiffusionPipeline(_Base):
         encoder = parse(TextEncoderConfig, description["text_encoder"])
         if encoder.layers is not None and encoder.layers < text_encoder.config.num_hidden_layers:
             cut_layers(text_encoder, encoder)  # where the component is a link to the whole model
-        for model in (vae, text_encoder, unet, refiner):
+        models: list[Any] = [vae, text_encoder, unet, refiner]
+        for model in models:
             if model is not None:
                 model.requires_grad_(False).eval()
-        settings = parse(ConditioningConfig, description["conditioning"])
-        self._encoder = TextEncoder(
-            text_encoder, tokenizer, settings, {"hash": description["text_encoder"].get("hash")}
-        )
+        self._read_text()
         self._codec = Codec(vae, parse(CodecConfig, description["codec"]), {"hash": description["codec"].get("hash")})
         objective: Objective = PipelineObjective(parse(ObjectiveConfig, description["objective"]), self)
         inner = None if refiner is None else refiner.refiner
         self._joint = JointModel(unet, inner, objective, description["coordinates"])
         self._interrupt = False
         self.image_processor = VaeImageProcessor(vae_scale_factor=self._codec.config.factor)
+
+    def _read_text(self) -> None:
+        description = self.config["description"]
+        settings = parse(ConditioningConfig, description["conditioning"])
+        source = {"hash": description["text_encoder"].get("hash")}
+        self._encoder = TextEncoder(with_adapter(self.text_encoder), self.tokenizer, settings, source)
+        self._encoder_read = (plain(self.text_encoder), self.tokenizer)
+
+    def _take_components(self) -> None:
+        """Draw with the components that the pipeline has now: ``pipe.unet = torch.compile(pipe.unet)`` is usual."""
+        self._joint.unet, self._codec.vae = self.unet, self.vae
+        if self.refiner is not None:
+            self._joint.refiner = self.refiner.refiner
+        if self._encoder_read[1] is not self.tokenizer or self._encoder_read[0] is not plain(self.text_encoder):
+            adapter = self.adapter()
+            self._read_text()
+            if adapter and not self.adapter():
+                self._attach({f"text_encoder.{name}": tensor for name, tensor in adapter.items()})
 
     @classmethod
     def from_models(cls, models: InferenceModels, description: dict[str, Any]) -> ParaDiffusionPipeline:
@@ -133,8 +167,11 @@ class ParaDiffusionPipeline(_Base):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> ParaDiffusionPipeline:
         """As ``DiffusionPipeline.from_pretrained``; without ``torch_dtype`` each model keeps the dtype it was trained with."""
         source = str(pretrained_model_name_or_path)
+        described = cls.load_config(source, **hub_arguments(kwargs)).get("description") or {}
+        beside = local_folder(source, ["tokenizer/*", f"{LORA}/*"], kwargs)
+        if "tokenizer" not in kwargs and (beside / "tokenizer").is_dir():
+            kwargs["tokenizer"] = load_tokenizer(beside / "tokenizer")  # by its files' own rules
         if not {"torch_dtype", "dtype"} & kwargs.keys():
-            described = cls.load_config(source).get("description") or {}
             kinds = {"text_encoder": "text_encoder", "vae": "codec"}
             dtypes = {
                 part: getattr(torch, described.get(key, {}).get("dtype", "float32")) for part, key in kinds.items()
@@ -142,18 +179,15 @@ class ParaDiffusionPipeline(_Base):
             kwargs["dtype"] = {**dtypes, "default": torch.float32}
         pipe: ParaDiffusionPipeline = super().from_pretrained(source, **kwargs)
         if pipe.config["description"]["lora"] is not None:
-            stored = read_tensors(cls._adapter_folder(source, kwargs), ADAPTER_STEM)
-            pipe._attach({joint_adapter_name(name): tensor.float() for name, tensor in stored.items()})
+            stored = read_tensors(beside / LORA, ADAPTER_STEM)
+            named = {joint_adapter_name(name): tensor.float() for name, tensor in stored.items()}
+            if not pipe.adapter():
+                pipe._attach(named)
+            elif not same_tensors(pipe.adapter(), {n.removeprefix("text_encoder."): t for n, t in named.items()}):
+                raise ValueError(
+                    "text_encoder= carries another adapter than this pipeline's; pass one without an adapter"
+                )
         return pipe
-
-    @staticmethod
-    def _adapter_folder(source: str, kwargs: dict[str, Any]) -> Path:
-        if Path(source).is_dir():
-            return Path(source) / LORA
-        from huggingface_hub import snapshot_download
-
-        chosen = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-        return Path(snapshot_download(source, allow_patterns=[f"{LORA}/*"], **chosen)) / LORA
 
     def save_pretrained(self, save_directory: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """As ``DiffusionPipeline.save_pretrained``, with the adapter beside the plain text encoder."""
@@ -187,6 +221,7 @@ class ParaDiffusionPipeline(_Base):
         lora = self.config["description"]["lora"]
         load_adapter(self._encoder, state, parse(LoraConfig, dict(lora)), lora.get("settings"))
         self._encoder.to(self.text_encoder.device)
+        remember_adapter(self.text_encoder, self._encoder.model)
 
     def enable_vae_tiling(self) -> None:
         """Decode large images in overlapping tiles."""
@@ -208,6 +243,7 @@ class ParaDiffusionPipeline(_Base):
     def models(self) -> InferenceModels:
         """The pipeline's models as ``sample.py`` has them, on the pipeline's execution device."""
         description = self.config["description"]
+        self._take_components()
         return InferenceModels(
             joint=self._joint,
             text_encoder=self._encoder,
@@ -269,7 +305,7 @@ class ParaDiffusionPipeline(_Base):
         settings.check()
         height, width = height or models.resolution, width or models.resolution
         check_request(models, height, width, output_type, callback_on_step_end_tensor_inputs)
-        prompts = repeated([prompt] if isinstance(prompt, str) else list(prompt), num_images_per_prompt)
+        prompts = repeated(prompts_of(prompt), num_images_per_prompt)
         negatives = negatives_of(negative_prompt, len(prompts), num_images_per_prompt)
         cut = models.count_truncated(prompts)
         if cut:

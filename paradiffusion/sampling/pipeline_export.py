@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from paradiffusion.config import CodecConfig, TextEncoderConfig
-from paradiffusion.errors import UserError
 from paradiffusion.models.codec import locate_codec
-from paradiffusion.models.export import Weights, place_frozen
+from paradiffusion.models.export import Weights, check_absent, place_frozen, whole_folder
 from paradiffusion.models.inference import load_models
-from paradiffusion.models.layouts import parse, read_description
+from paradiffusion.models.layouts import parse, place_frozen_models, read_description
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import fingerprint, hash_ends, locate
@@ -34,29 +33,28 @@ def export_pipeline(
     Raises:
         UserError: when ``output`` exists, or a part is missing.
     """
-    if output.exists():
-        raise UserError(f"{output} exists already; choose another output, or delete it first.")
+    check_absent(output)
     models = load_models(checkpoint, "cpu", "float32", text_encoder_path, codec_path, unet)
     description = read_description(checkpoint, unet)
+    place_frozen_models(description, checkpoint, text_encoder_path, codec_path)
     pipe = ParaDiffusionPipeline.from_models(models, description)
     pipe.unet.to(DTYPES[dtype])
     if pipe.refiner is not None:
         pipe.refiner.to(DTYPES[dtype])
-    if frozen == "copy":
-        pipe.save_pretrained(output)
-        return
-    output.mkdir(parents=True)
-    for name in ("unet", "refiner", "scheduler", "tokenizer"):
-        part = getattr(pipe, name)
-        if part is not None:
-            part.save_pretrained(output / name)
-    pipe.save_adapter(output)
-    pipe.save_config(output)
-    if frozen == "link":
-        encoder, codec = parse(TextEncoderConfig, description["text_encoder"]), parse(CodecConfig, description["codec"])
-        encoder.path, codec.path = text_encoder_path or encoder.path, codec_path or codec.path
-        place_frozen(locate(encoder), output / "text_encoder", frozen)
-        place_frozen(locate_codec(codec), output / "vae", frozen)
+    encoder, codec = parse(TextEncoderConfig, description["text_encoder"]), parse(CodecConfig, description["codec"])
+    with whole_folder(output) as folder:
+        if frozen == "copy":
+            pipe.save_pretrained(folder)
+            return
+        for name in ("unet", "refiner", "scheduler", "tokenizer"):
+            part = getattr(pipe, name)
+            if part is not None:
+                part.save_pretrained(folder / name)
+        pipe.save_adapter(folder)
+        pipe.save_config(folder)
+        if frozen == "link":
+            place_frozen(locate(encoder), folder / "text_encoder", frozen)
+            place_frozen(locate_codec(codec), folder / "vae", frozen)
 
 
 def gather_pipeline(folder: Path) -> Weights:

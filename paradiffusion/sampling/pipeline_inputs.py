@@ -34,8 +34,18 @@ def check_request(models: InferenceModels, height: int, width: int, output_type:
         raise ValueError(f"callback_on_step_end_tensor_inputs={list(tensors)} names more than latents")
 
 
+def prompts_of(prompt: Prompts) -> list[str]:
+    """One or more prompts as a list; ValueError for anything else."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
+        raise ValueError(f"prompt={prompt!r} is neither a text nor a list of texts")
+    return list(prompts)
+
+
 def repeated(values: list[str], times: int) -> list[str]:
-    """Each value ``times`` times in a row."""
+    """Each value ``times`` times in a row; ValueError for fewer than one."""
+    if times < 1:
+        raise ValueError(f"num_images_per_prompt={times} is out of range; expected a number above 0")
     return [value for value in values for _ in range(times)]
 
 

@@ -7,6 +7,7 @@ of its own seed, so it does not depend on the batch that it is drawn in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -64,6 +65,8 @@ def sample_latents(
     """
     if len(seeds) != len(conditioning):
         raise ValueError(f"{len(seeds)} seeds for {len(conditioning)} prompts")
+    if settings.guidance < objective.guided_from:
+        settings = replace(settings, guidance=1.0)
     scheduler = objective.scheduler(settings.solver)
     scheduler.set_timesteps(settings.steps, device=device)
     if hasattr(scheduler, "set_begin_index"):

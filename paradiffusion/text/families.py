@@ -17,6 +17,7 @@ from torch import nn
 
 from paradiffusion.config import TextEncoderConfig
 from paradiffusion.errors import UserError
+from paradiffusion.text.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A multimodal checkpoint's names of its language model's tensors, by either of transformers' conventions.
@@ -182,45 +183,6 @@ def read_model(folder: Path, config: TextEncoderConfig) -> tuple[Any, Any]:
     cut_layers(model, config)
     model.requires_grad_(False)
     return model.eval(), tokenizer
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """A folder's tokenizer. Raises what transformers raises.
-
-    Of a SentencePiece model alone (``tokenizer.model``, as Llama 2 came first) transformers 5 ranks the merges by the
-    pieces' numbers, where SentencePiece and the libraries of 2023 rank them by score: two spaces became another token. It
-    also leaves out SentencePiece's own space before a text that begins with one.
-    """
-    from tokenizers import Regex
-    from tokenizers.models import BPE
-    from tokenizers.normalizers import Replace
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    pieces = folder / "tokenizer.model"
-    if not pieces.is_file() or (folder / "tokenizer.json").is_file():
-        return tokenizer
-    model = tokenizer.backend_tokenizer.model
-    if isinstance(model, BPE):
-        vocabulary, merges = merges_by_score(pieces)
-        tokenizer.backend_tokenizer.model = BPE(
-            vocab=vocabulary, merges=merges, unk_token=model.unk_token, fuse_unk=model.fuse_unk,
-            byte_fallback=model.byte_fallback,
-        )  # fmt: skip
-        if tokenizer.backend_tokenizer.normalizer is None:
-            tokenizer.backend_tokenizer.normalizer = Replace(Regex(r"\A "), "  ")
-    return tokenizer
-
-
-def merges_by_score(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The pieces of a SentencePiece BPE model, and every way to join two of them to a third, best score first."""
-    from sentencepiece import SentencePieceProcessor
-
-    model = SentencePieceProcessor(model_file=str(path))
-    vocabulary = {model.id_to_piece(number): number for number in range(model.get_piece_size())}
-    ranked = sorted(vocabulary, key=lambda piece: -model.get_score(vocabulary[piece]))
-    halves = ((piece[:at], piece[at:]) for piece in ranked for at in range(1, len(piece)))
-    return vocabulary, [(left, right) for left, right in halves if left in vocabulary and right in vocabulary]
 
 
 def lacks_bitsandbytes() -> str | None:

@@ -68,7 +68,7 @@ def build_models(
     )
     # Under its own LoRA the U-Net belongs to the checkpoint too; kept here, since ZeRO-3 cuts frozen weights as well.
     frozen |= {f"unet.{name}": p.detach() for name, p in joint.unet.named_parameters() if not p.requires_grad}
-    return joint, frozen
+    return joint, frozen if main else {}
 
 
 def checkpoint_activations(encoder: TextEncoder) -> None:

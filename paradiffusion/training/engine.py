@@ -5,11 +5,8 @@ The loop calls one interface. What differs between launches, above all who holds
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,16 +16,11 @@ from torch import Tensor, nn
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel
+from paradiffusion.training.launch import check_zero, is_deepspeed
 from paradiffusion.training.masters import Masters, WholeMasters, zero_masters
 from paradiffusion.training.optim import Optimizer, build_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# What the launchers export for keys that their configuration does not set.
-UNSET = {
-    "ACCELERATE_MIXED_PRECISION": ("no",),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "auto", "none"),
-    "ACCELERATE_GRADIENT_CLIPPING": ("1.0", "auto", "none"),
-}
 
 
 class Engine(Protocol):
@@ -59,11 +51,12 @@ class Engine(Protocol):
         ...
 
     def update(self) -> float | None:
-        """Take the optimiser step; the norm where ``clip`` could not tell. One that is not finite changed nothing."""
+        """Take the optimiser step; the norm where ``clip`` could not tell. After one that is not finite the weights may be
+        spoiled, and are to be restored."""
         ...
 
     def discard(self) -> None:
-        """Forget the accumulated gradients."""
+        """Forget the accumulated gradients. Under ZeRO weights are to be restored after it, where ``update`` was not called."""
         ...
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -82,6 +75,10 @@ class PlainEngine:
         self.accelerator = accelerator
         self.parameters = joint.trained()
         self.optimizer: Optimizer = build_optimizer(self.parameters, config.optimizer)
+        # The launcher may name the same number as we: accelerate would then divide by it a second time.
+        accelerator.gradient_accumulation_steps = 1
+        if accelerator.num_processes > 1:
+            share_from_main(joint)
         self.model: nn.Module = accelerator.prepare(joint)
         self.masters: Masters = WholeMasters(self.parameters, accelerator.is_main_process)
         self.max_norm, self.micro_batches = config.optimizer.max_grad_norm, micro_batches
@@ -109,7 +106,7 @@ class PlainEngine:
             names = {id(parameter): name for name, parameter in self.parameters.items()}
             for parameter, values in self.optimizer.state.items():
                 for key, value in values.items():
-                    yield f"{key}/{names[id(parameter)]}", torch.as_tensor(value).detach().cpu()
+                    yield f"{key}/{names[id(parameter)]}", torch.as_tensor(value).detach().cpu().contiguous()
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         by_name: dict[str, dict[str, Tensor]] = {}
@@ -117,15 +114,30 @@ class PlainEngine:
             kind, _, name = key.partition("/")
             by_name.setdefault(name, {})[kind] = value
         for name, parameter in self.parameters.items():
-            # AdamW's own step counter stays on the CPU, except in its fused form.
             self.optimizer.state[parameter] = {
-                key: value.to(self._step_device(parameter)) if key == "step" else value.to(parameter.device)
-                for key, value in by_name.get(name, {}).items()
+                key: self._placed(key, value, parameter) for key, value in by_name.get(name, {}).items()
             }
 
-    def _step_device(self, parameter: nn.Parameter) -> torch.device:
-        groups = self.optimizer.param_groups
-        return parameter.device if any(group.get("fused") for group in groups) else torch.device("cpu")
+    def _placed(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
+        """A stored value where the optimiser wants it."""
+        if key == "step":  # AdamW's own counter stays on the CPU, except in its fused form
+            fused = any(group.get("fused") for group in self.optimizer.param_groups)
+            return value.to(parameter.device if fused else "cpu")
+        if value.shape != parameter.shape:
+            return value.to(parameter.device)
+        # With the weight's strides, which channels_last changes: a fused step takes nothing else.
+        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def share_from_main(joint: JointModel) -> None:
+    """Everything that is not trained, as DDP finds it: it sends trained weights to all processes once, and would send the
+    frozen ones too, gigabytes that each has read from the same files, and the buffers in every step."""
+    for name, buffer in joint.named_buffers():
+        if not name.startswith("text_encoder."):  # the refiner's statistics, which each process has computed
+            torch.distributed.broadcast(buffer, src=0)
+    frozen = [name for name, parameter in joint.named_parameters() if not parameter.requires_grad]
+    left_alone: Any = [*frozen, *(name for name, _ in joint.named_buffers())]
+    joint._ddp_params_and_buffers_to_ignore = left_alone
 
 
 class ZeroEngine:
@@ -139,6 +151,11 @@ class ZeroEngine:
             )
         if config.on_spike == "skip":
             raise UserError("on_spike=skip does not exist under DeepSpeed; use on_spike=stop or on_spike=rollback.")
+        if config.channels_last:
+            raise UserError(
+                "channels_last=true does not work under DeepSpeed, which cuts weights into flat pieces; use "
+                "channels_last=false, or launch without DeepSpeed."
+            )
         plugin: Any = accelerator.state.deepspeed_plugin
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size // (
             micro_batches * accelerator.num_processes
@@ -146,7 +163,7 @@ class ZeroEngine:
         plugin.deepspeed_config["gradient_accumulation_steps"] = micro_batches
         accelerator.gradient_accumulation_steps = micro_batches
         plugin.deepspeed_config["gradient_clipping"] = config.optimizer.max_grad_norm
-        stage = int(plugin.zero_stage)
+        stage = check_zero(plugin)
         parameters = joint.trained()
         adamw = build_optimizer(parameters, config.optimizer)
         self.model: Any = accelerator.prepare(joint, adamw)[0]
@@ -154,6 +171,7 @@ class ZeroEngine:
         self.masters: Masters = zero_masters(parameters, self.optimizer, stage, accelerator.device)
         self.whole = stage < 3
         self.kind = f"ZeRO-{stage}"
+        self._pending = False  # gradients that no step has taken
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         self.model.set_gradient_accumulation_boundary(last)
@@ -161,18 +179,21 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss)  # divides by the number of micro-batches itself
+        self._pending = True
 
     def clip(self) -> float | None:
         return None
 
     def update(self) -> float | None:
         self.model.step()
+        self._pending = False
         norm = self.model.get_global_grad_norm()
         # DeepSpeed leaves a step out, and says infinity or -1, when a gradient is not finite.
         return float("inf") if norm is None or float(norm) < 0 else float(norm)
 
     def discard(self) -> None:
-        pass  # its step has cleared them, and a rollback replaces whatever it did
+        if self._pending:  # only its step clears them, which lie in several buffers, one of them per kind of offloading
+            self.update()
 
     def _inner(self) -> Any:
         return self.optimizer.optimizer
@@ -210,95 +231,3 @@ def make_engine(accelerator: Accelerator, joint: JointModel, config: TrainConfig
     """The engine for how this run was launched. ``joint`` is on its device, with the weights it starts from."""
     kind = ZeroEngine if is_deepspeed() else PlainEngine
     return kind(accelerator, joint, config, micro_batches)
-
-
-def is_deepspeed() -> bool:
-    """Whether the launcher asked for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
-def deepspeed_plugin(config: TrainConfig) -> Any:
-    """Accelerate's plugin from the launcher's settings, with our own keys in the place of its.
-
-    Raises:
-        UserError: where DeepSpeed is not installed.
-    """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        import deepspeed  # noqa: F401
-        from accelerate.utils import DeepSpeedPlugin
-    except ImportError:
-        raise UserError(
-            "the launch configuration asks for DeepSpeed, which is not installed; `pip install deepspeed`, or launch with "
-            "configs/launch/ddp.yaml."
-        ) from None
-    plugin = DeepSpeedPlugin(zero3_init_flag=False)
-    settings: dict[str, Any] = plugin.deepspeed_config
-    settings.pop("train_batch_size", None)
-    # Weights stay in fp32 and are cast where they are used, as under DDP: one meaning of "precision" for every launch.
-    settings["torch_autocast"] = {"enabled": config.precision != "fp32", "dtype": "bfloat16"}
-    # torch's own fused AdamW runs on processors too; DeepSpeed's would compile C++ at the first start.
-    settings["zero_force_ds_cpu_optimizer"] = False
-    return plugin
-
-
-def load_models_whole(plugin: Any) -> None:
-    """Keep transformers from cutting every model that it loads under ZeRO-3: the frozen ones stay outside the engine, and
-    the engine cuts the joint module itself. Called once the Accelerator has been made."""
-    from transformers.integrations import unset_hf_deepspeed_config
-
-    plugin.dschf = None
-    unset_hf_deepspeed_config()
-
-
-def check_launch(config: TrainConfig, micro_batches: int) -> None:
-    """One key each for precision, accumulation and clipping: a launcher's other value is refused.
-
-    Raises:
-        UserError: naming both keys and both values.
-    """
-    wanted = {
-        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "precision", {"fp32": "no"}.get(config.precision, config.precision)),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "batch_size and micro_batch_size", str(micro_batches)),
-        "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "optimizer.max_grad_norm", str(config.optimizer.max_grad_norm)),
-    }  # fmt: skip
-    for variable, (theirs, ours, value) in wanted.items():
-        found = os.environ.get(variable, "").lower()
-        if found and found not in UNSET[variable] and found != value:
-            raise contradiction(theirs, found, ours, value)
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if is_deepspeed() and path.lower() != "none":
-        check_deepspeed_file(Path(path), config, micro_batches)
-
-
-def check_deepspeed_file(path: Path, config: TrainConfig, micro_batches: int) -> None:
-    """The same for a DeepSpeed configuration of the user's own."""
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the DeepSpeed configuration {path} could not be read ({error}); expected a JSON file."
-        ) from None
-    wanted: dict[str, tuple[str, Any]] = {
-        "train_batch_size": ("batch_size", config.batch_size),
-        "gradient_accumulation_steps": ("batch_size and micro_batch_size", micro_batches),
-        "gradient_clipping": ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
-        "optimizer": ("optimizer", "its own group"),
-        "scheduler": ("optimizer.schedule", config.optimizer.schedule),
-    }
-    for key, (ours, value) in wanted.items():
-        found = settings.get(key, "auto")
-        if found not in ("auto", value):
-            raise contradiction(key, found, ours, value)
-    for key in ("bf16", "fp16"):
-        if settings.get(key, {}).get("enabled") is True:
-            raise contradiction(f"{key}.enabled", True, "precision", config.precision)
-
-
-def contradiction(theirs: str, found: Any, ours: str, value: Any) -> UserError:
-    """Two sources that disagree."""
-    return UserError(
-        f"the launch configuration says {theirs}={found}, and {ours} makes it {value}; take {theirs} out of the launch "
-        f"configuration, since {ours} alone decides."
-    )

@@ -11,12 +11,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from paradiffusion.config import LoraConfig, TrainConfig
 from paradiffusion.errors import UserError
+from paradiffusion.models.layouts import UNET
 from paradiffusion.models.manifest import newest_valid, resolve_checkpoint
+from paradiffusion.models.official import read_json
 from paradiffusion.models.starting import is_unet_folder
+from paradiffusion.models.unet import own_arguments
 
 CONFIG_FILE = "config.json"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # What may differ between stop and resume. Anything else would make one run out of two.
 FREE_ON_RESUME = (
     "run_dir", "max_steps", "log_every", "validate_every", "checkpoint_every", "keep_last", "keep_every", "resume",
@@ -28,6 +34,9 @@ FREE_ON_RESUME = (
 FREE_AT_START = {
     "max_tokens", "pad_multiple", "path", "dtype", "sample", "hash", "package", "hub", "revision", "architecture", "quantization",
 }  # fmt: skip
+
+# Of the objective: what the weights have learned to predict. How training draws and weighs it may change.
+NOISE_KEYS = ("prediction", "beta_schedule", "beta_start", "beta_end", "train_timesteps", "zero_terminal_snr")
 
 
 def stage_folder(config: TrainConfig) -> Path:
@@ -157,9 +166,10 @@ def find_init(config: TrainConfig) -> Path | None:
     return found
 
 
-def adopt(config: TrainConfig, description: dict[str, Any]) -> TrainConfig:
-    """``config`` with what only the checkpoint that it goes on from can know: where its frozen models lie, and the shape
-    of an adapter that is applied but not trained.
+def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> TrainConfig:
+    """``config`` with what only the checkpoint ``source`` that it goes on from can know: where its frozen models lie, the
+    shape of its U-Net where ``unet.arguments`` are left as their file has them, and that of an adapter that is applied but
+    not trained.
 
     Raises:
         UserError: for an adapter of a kind that our configuration cannot describe.
@@ -168,6 +178,10 @@ def adopt(config: TrainConfig, description: dict[str, Any]) -> TrainConfig:
         mine, path = getattr(config, part), description[part].get("path")
         if mine.path is None and path is not None and Path(path).is_dir():
             config = replace(config, **{part: replace(mine, path=path)})
+    arguments, stored = config.unet.arguments, own_arguments(read_json(source / UNET / "config.json"))
+    if own_arguments(arguments) != stored and arguments == configured_arguments(config.unet.name):
+        size = {key: value for key, value in arguments.items() if key == "sample_size"}
+        config = replace(config, unet=replace(config.unet, arguments={**size, **stored}))
     lora = description["lora"]
     if config.train_text == "adapter" and lora is not None:
         if lora.get("settings"):
@@ -179,8 +193,17 @@ def adopt(config: TrainConfig, description: dict[str, Any]) -> TrainConfig:
     return config
 
 
+def configured_arguments(name: str) -> dict[str, Any] | None:
+    """``unet.arguments`` as configs/unet/<name>.yaml has them; None where there is no such file."""
+    path = CONFIGS / "unet" / f"{name}.yaml"
+    if not path.is_file():
+        return None
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    return dict(values.get("arguments") or {})
+
+
 def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> None:
-    """Refuse a start from a checkpoint whose conditioning, text encoder, codec or adapter is another.
+    """Refuse a start from a checkpoint whose conditioning, text encoder, codec, noise, U-Net or adapter is another.
 
     Raises:
         UserError: naming the key that differs, with both values.
@@ -195,6 +218,7 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
                     f"{init} was trained with {part}.{key}={before}, and this command says {value}; use the same {part} "
                     "(for a run with other settings, start from stage 1 in another run_dir=)."
                 )
+    check_denoiser(config, init, description)
     lora = description["lora"]
     if config.train_text == "adapter" and lora is None:
         raise UserError(
@@ -211,3 +235,35 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
         )
         if theirs != ours:
             raise UserError(f"{init} has a LoRA adapter with {theirs}, and lora says {ours}; make them equal.")
+
+
+def check_denoiser(config: TrainConfig, init: Path, description: dict[str, Any]) -> None:
+    """Refuse a start from a checkpoint whose U-Net has another shape, or learned another target or noise schedule.
+
+    Raises:
+        UserError: naming the key that differs, with both values.
+    """
+    theirs, ours = description["objective"], asdict(config.objective)
+    for key in NOISE_KEYS:
+        if theirs[key] != ours[key]:
+            raise UserError(
+                f"{init} learned with objective.{key}={theirs[key]}, and this command says {ours[key]}; set objective.{key} to "
+                "the checkpoint's, or start from its U-Net alone with init_from=<checkpoint>/unet."
+            )
+    denoiser = read_json(init / UNET / "config.json")
+    stored, mine = own_arguments(denoiser), own_arguments(config.unet.arguments)
+    pooled = denoiser.get("class_embed_type") == "simple_projection"
+    differing = [
+        (f"unet.arguments.{key}", stored.get(key, "diffusers' default"), mine.get(key, "diffusers' default"))
+        for key in sorted({*stored, *mine})
+    ]
+    differing += [
+        ("unet.coordinates", description["coordinates"], config.unet.coordinates),
+        ("unet.pooled_text", pooled, config.unet.pooled_text),
+    ]
+    for key, before, value in differing:
+        if before != value:
+            raise UserError(
+                f"{init} holds a U-Net with {key}={before}, and this command says {value}; set it to the checkpoint's, or leave "
+                "unet.arguments as they are in configs/unet and the checkpoint's are taken."
+            )

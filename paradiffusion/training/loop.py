@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from paradiffusion.config import TrainConfig
-from paradiffusion.data.loader import Batch, Loader
+from paradiffusion.data.loader import Batch, Loader, scale_pixels
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import LossBatch
 from paradiffusion.randomness import permutation, seed_from, uniform
@@ -29,6 +29,8 @@ from paradiffusion.training.optim import schedule, set_learning_rate
 from paradiffusion.training.processes import make_accelerator
 from paradiffusion.training.setup import Setup, build
 from paradiffusion.training.spikes import find_spike, follow_loss, handle_spike
+from paradiffusion.training.together import together
+from paradiffusion.training.watch import Watch
 
 SUMMARY = "summary.json"
 
@@ -78,11 +80,13 @@ def draw_uniform(seed: int, step: int, slots: Tensor, batch_size: int) -> Tensor
 def prepare(setup: Setup, batch: Batch, meters: Meters) -> LossBatch:
     """Images and captions to latents, noise, times and conditioning."""
     config, device = setup.config, setup.accelerator.device
-    shape = setup.codec.latent_shape(*batch.images.shape[-2:])
+    shape = setup.codec.latent_shape(*batch.pixels.shape[-2:])
     noise = draw_noise(config.seed, batch.step, batch.slots, shape, "noise")
     u = draw_uniform(config.seed, batch.step, batch.slots, config.batch_size)
     posterior = draw_noise(config.seed, batch.step, batch.slots, shape, "posterior") if config.codec.sample else None
-    latents = setup.codec.encode(batch.images.to(device), None if posterior is None else posterior.to(device))
+    latents = setup.codec.encode(
+        scale_pixels(batch.pixels.to(device)), None if posterior is None else posterior.to(device)
+    )
     # Equal captions, above all the dropped ones, which are empty, go through the language model once.
     different = {caption: row for row, caption in enumerate(dict.fromkeys(batch.captions))}
     rows = torch.tensor([different[caption] for caption in batch.captions])
@@ -116,8 +120,9 @@ def train(config: TrainConfig) -> int:
     parent = os.getppid()
     accelerator = make_accelerator(config)
     folder = stage_folder(config)
-    with locked(folder) if accelerator.is_main_process else nullcontext():
-        setup = build(config, folder, accelerator)
+    watch = Watch(accelerator.process_index, accelerator.num_processes, config.stall_seconds)
+    with together(watch), locked(folder) if accelerator.is_main_process else nullcontext():
+        setup = build(config, folder, accelerator, watch=watch)
         stop = Stop(parent)
         log = Log(folder, config, setup.description(), setup.state.step) if accelerator.is_main_process else None
         loader = setup.loader()
@@ -125,29 +130,16 @@ def train(config: TrainConfig) -> int:
             finished = run_steps(setup, loader, stop, log)
             if finished:
                 finish(setup, log)
-        except RuntimeError as error:
-            lost = setup.watch.who_is_lost() if is_broken_connection(error) else None
-            if lost is None:
-                raise
-            raise UserError(
-                f"{lost}; the others cannot go on without it. The last checkpoint is whole: look at that process's log, then "
-                "run the same command again."
-            ) from None
         finally:
             loader.close()
-            setup.watch.close()
             if log is not None:
                 log.close()
-            if accelerator.num_processes > 1:
-                torch.distributed.destroy_process_group()
+        setup.close()
+    if (
+        accelerator.num_processes > 1
+    ):  # not after an error: who waits inside a collective operation is not there for this
+        torch.distributed.destroy_process_group()
     return 0
-
-
-def is_broken_connection(error: RuntimeError) -> bool:
-    """Whether a collective operation failed, which it does where another process has died."""
-    return isinstance(error, torch.distributed.DistError) or any(
-        word in str(error) for word in ("gloo", "NCCL", "Connection")
-    )
 
 
 def run_steps(setup: Setup, loader: Loader, stop: Stop, log: Log | None) -> bool:
@@ -158,6 +150,7 @@ def run_steps(setup: Setup, loader: Loader, stop: Stop, log: Log | None) -> bool
         (setup.folder / SUMMARY).unlink(missing_ok=True)
     bar = tqdm(total=config.max_steps, initial=state.step, unit="step", desc=f"stage {config.stage}",
                disable=None if log else True, dynamic_ncols=True)  # fmt: skip
+    say = bar.write if log is not None else lambda _: None
     while state.step < config.max_steps:
         began = time.monotonic()
         set_learning_rate(engine.optimizer, schedule(config.optimizer, state.step, config.max_steps))
@@ -174,7 +167,7 @@ def run_steps(setup: Setup, loader: Loader, stop: Stop, log: Log | None) -> bool
             follow_loss(setup, loss)
         else:
             spikes += 1
-            handle_spike(setup, fault, keys, spikes, bar.write)
+            handle_spike(setup, fault, keys, spikes, say)
         engine.discard()
         state.step += 1
         state.seconds += time.monotonic() - began
@@ -182,7 +175,7 @@ def run_steps(setup: Setup, loader: Loader, stop: Stop, log: Log | None) -> bool
         meters.gradient += norm if norm is not None and math.isfinite(norm) else 0.0
         bar.update()
         if state.step % config.log_every == 0 or state.step == config.max_steps:
-            report(setup, meters, log, bar.write)
+            report(setup, meters, log, say)
         if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stopping:
             save(setup)
             saved_at = state.step
@@ -192,7 +185,7 @@ def run_steps(setup: Setup, loader: Loader, stop: Stop, log: Log | None) -> bool
                 print(f"stopped at step {saved_at}, which is saved; run the same command again to go on.", flush=True)
             return False
         if state.step % config.validate_every == 0 and state.step < config.max_steps:
-            validate(setup, log, bar.write)
+            validate(setup, log, say)
             meters.started = time.monotonic() if not meters.steps else meters.started
     bar.close()
     return True
@@ -294,7 +287,7 @@ def validate(setup: Setup, log: Log | None, say: Callable[[str], None]) -> dict[
 def finish(setup: Setup, log: Log | None) -> None:
     """Validation and alignment of the finished stage, written to ``summary.json``; done once."""
     path: Path = setup.folder / SUMMARY
-    if path.exists():
+    if setup.gather([path.exists()])[0]:  # as the main process sees it, which writes it
         if log is not None:
             print(f"stage {setup.config.stage} is complete at step {setup.state.step}: {setup.folder}", flush=True)
         return

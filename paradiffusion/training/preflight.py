@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.loop import save, step_gradients, validate
 from paradiffusion.training.meters import Meters, human_time, memory_gb
 from paradiffusion.training.setup import Setup, build
+from paradiffusion.training.together import together
+from paradiffusion.training.watch import Watch
 
 TIMED_STEPS = 3
 
@@ -62,10 +65,6 @@ def preflight(config: TrainConfig, accelerator: Accelerator) -> Findings:
         UserError: when it does not fit, with the keys that make it smaller.
     """
     folder = stage_folder(config)
-    if find_resume(config, folder) is not None:
-        raise UserError(
-            f"{folder} has checkpoints already; a preflight is for a run that has not begun: choose another run_dir=."
-        )
     # Beside the real folder, so that the disk is the same; its parents may be ours to remove as well.
     trial = folder.parent / f".preflight_{folder.name}"
     made = [parent for parent in (trial.parent, *trial.parent.parents) if not parent.exists()]
@@ -73,30 +72,36 @@ def preflight(config: TrainConfig, accelerator: Accelerator) -> Findings:
     small = replace(startable(config), validate_every=1, checkpoint_every=1, keep_last=1, log_samples=False)
     # A launcher that ends this process because another has failed must not leave the folder behind.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    watch = Watch(accelerator.process_index, accelerator.num_processes, config.stall_seconds)
+    clean = partial(clean_up, trial, made) if accelerator.is_main_process else lambda: None
+    watch.on_leave = clean
     try:
-        if accelerator.is_main_process:
-            shutil.rmtree(trial, ignore_errors=True)
-            trial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        findings = measure(build(small, trial, accelerator), trial)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the largest batch does not fit into this GPU's memory ({str(error).splitlines()[0]}); lower micro_batch_size= "
-            "first, then set gradient_checkpointing=true, ema_device=cpu, text_encoder.quantization=4bit, or launch with "
-            "configs/launch/zero2.yaml or zero2_offload.yaml; scripts/describe.py says what each saves."
-        ) from None
+        with together(watch):
+            if find_resume(config, folder) is not None:
+                raise UserError(
+                    f"{folder} has checkpoints already; a preflight is for a run that has not begun: choose another run_dir=."
+                )
+            if accelerator.is_main_process:
+                shutil.rmtree(trial, ignore_errors=True)
+                trial.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            findings = measure(build(small, trial, accelerator, watch=watch), trial)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if accelerator.is_main_process:
-            shutil.rmtree(trial, ignore_errors=True)
-            for parent in made:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
+        clean()
     if accelerator.is_main_process:
         print(report(config, findings), flush=True)
     if accelerator.num_processes > 1:
         torch.distributed.destroy_process_group()
     return findings
+
+
+def clean_up(trial: Path, made: list[Path]) -> None:
+    """Remove ``trial``, and those folders above it that were ``made`` for it (the innermost first) and are empty."""
+    shutil.rmtree(trial, ignore_errors=True)
+    for parent in made:
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
 
 
 def startable(config: TrainConfig) -> TrainConfig:
@@ -111,23 +116,20 @@ def measure(setup: Setup, trial: Path) -> Findings:
     """Steps, validation and a save on ``setup``, whose folder is ``trial``."""
     bucket, rows, kinds = hardest(setup.plan, setup.config.batch_size)
     meters, seconds = Meters(), []
-    try:
-        for _ in range(1 + TIMED_STEPS):
-            began = time.monotonic()
-            step_gradients(setup, batches(setup, bucket, rows, kinds), meters)
-            setup.engine.update()
-            setup.ema.update(setup.state.step)
-            setup.engine.discard()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.monotonic() - began)
-            setup.state.step += 1
+    for _ in range(1 + TIMED_STEPS):
         began = time.monotonic()
-        validate(setup, None, print)
-        validation = time.monotonic() - began
-        save(setup)
-    finally:
-        setup.watch.close()
+        step_gradients(setup, batches(setup, bucket, rows, kinds), meters)
+        setup.engine.update()
+        setup.ema.update(setup.state.step)
+        setup.engine.discard()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.monotonic() - began)
+        setup.state.step += 1
+    began = time.monotonic()
+    validate(setup, None, print)
+    validation = time.monotonic() - began
+    save(setup)
     setup.accelerator.wait_for_everyone()
     words = setup.plan.index.words[rows, kinds]
     return Findings(
@@ -175,7 +177,7 @@ def batches(setup: Setup, bucket: tuple[int, int], rows: np.ndarray, kinds: np.n
             ) from None
         yield Batch(
             step=setup.state.step,
-            images=torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1,
+            pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
             captions=captions,
             kinds=names,
             words=[len(caption.split()) for caption in captions],

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.training.engine import check_launch, deepspeed_plugin, is_deepspeed, load_models_whole
+from paradiffusion.training.launch import check_launch, deepspeed_plugin, is_deepspeed, load_models_whole
 
 
 def set_threads(config: TrainConfig, local_processes: int) -> None:

@@ -55,7 +55,7 @@ class Setup:
     Attributes:
         encoder: the text encoder; inside ``joint`` too where its LoRA is trained.
         frozen: tensors that are applied but not trained, and belong to a checkpoint: the adapter in stage 3, the U-Net's
-            own weights under its LoRA.
+            own weights under its LoRA. Only the main process, which writes, has them.
         micro_batches: per process and step.
         key_log: where the keys of each step are written, if asked for.
     """
@@ -75,6 +75,12 @@ class Setup:
     micro_batches: int
     watch: Watch
     key_log: IO[str] | None = None
+
+    def close(self) -> None:
+        """End the watch and close the files."""
+        self.watch.close()
+        if self.key_log is not None:
+            self.key_log.close()
 
     def description(self) -> dict[str, Any]:
         """What the next checkpoint says of itself."""
@@ -162,11 +168,18 @@ def open_data(config: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
     return index, load_index(expand_shards(held_out), data.allow_truncated)
 
 
-def build(config: TrainConfig, folder: Path, accelerator: Accelerator, parts: Parts | None = None) -> Setup:
+def build(
+    config: TrainConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    parts: Parts | None = None,
+    watch: Watch | None = None,
+) -> Setup:
     """Everything of a stage, resumed from its newest checkpoint or started as configured.
 
     Args:
         parts: the frozen models, where they are not to be loaded as configured.
+        watch: which is running already; None for one of its own, which ``Setup.close`` ends.
     Raises:
         UserError: for whatever is missing, damaged or contradictory.
     """
@@ -176,7 +189,9 @@ def build(config: TrainConfig, folder: Path, accelerator: Accelerator, parts: Pa
     description = None
     if (source := resume or init) is not None and not is_unet_folder(source):
         description = read_description(source)
-        config = adopt(config, description)
+        before, config = config.unet, adopt(config, description, source)
+        if config.unet != before and accelerator.is_main_process:
+            print(f"the U-Net takes its shape from {source}, not from unet={before.name}", flush=True)
     if resume is not None:
         check_unchanged(config, folder)  # before a model is loaded, which might only say that a tensor does not fit
     if init is not None and description is not None:
@@ -188,7 +203,6 @@ def build(config: TrainConfig, folder: Path, accelerator: Accelerator, parts: Pa
     plan = BatchPlan(
         index, config.batch_size, config.seed, buckets, dict(config.data.captions), config.data.window_shards
     )
-    watch = Watch(accelerator.process_index, accelerator.num_processes, config.stall_seconds)
 
     encoder = parts.encoder if parts else load_text_encoder(config.text_encoder, config.conditioning)
     codec = parts.codec if parts else load_codec(config.codec)
@@ -208,13 +222,15 @@ def build(config: TrainConfig, folder: Path, accelerator: Accelerator, parts: Pa
         if resume is not None:
             check_unchanged(config, folder, facts)
         record_config(config, folder, facts)
+    watch = watch or Watch(accelerator.process_index, accelerator.num_processes, config.stall_seconds)
     setup = Setup(
         config, folder, accelerator, plan, encoder, codec, joint, engine, ema, state, validation=None, frozen=frozen,  # type: ignore[arg-type]
         micro_batches=micro_batches, watch=watch,
     )  # fmt: skip
     # Under ZeRO-3 each layer is gathered when it is used, by all processes together: all of them then do all of the work.
     rank, processes = (accelerator.process_index, accelerator.num_processes) if engine.whole else (0, 1)
-    setup.validation = Validation(held_out, config, rank, processes, setup.gather if engine.whole else list)
+    gather = setup.gather if engine.whole else list
+    setup.validation = Validation(held_out, config, rank, processes, gather, writes=accelerator.is_main_process)
     if config.log_samples:
         folder.joinpath("samples_seen").mkdir(exist_ok=True)
         name = f"rank{accelerator.process_index}_from{state.step:06d}.jsonl"

@@ -68,13 +68,16 @@ class Validation:
 
     Args:
         rank, world_size: each process takes every ``world_size``-th item; ``gather`` merges lists over processes.
+        writes: whether this process writes the pictures, which all of them may have drawn.
     """
 
-    def __init__(self, index: SampleIndex | None, config: TrainConfig, rank: int, world_size: int, gather: Any) -> None:
+    def __init__(
+        self, index: SampleIndex | None, config: TrainConfig, rank: int, world_size: int, gather: Any, writes: bool = True
+    ) -> None:  # fmt: skip
         count = max(config.validation.samples, config.validation.images, config.validation.scenes)
         self.config = config
         self.items = read_held_out(index, config, count) if index is not None else []
-        self.rank, self.world_size, self.gather = rank, world_size, gather
+        self.rank, self.world_size, self.gather, self.writes = rank, world_size, gather, writes
 
     @torch.no_grad()
     def losses(self, joint: JointModel, encoder: TextEncoder, codec: Codec, device: torch.device) -> dict[str, float]:
@@ -112,7 +115,7 @@ class Validation:
         """Draw the first held-out prompts with fixed seeds into one picture, beside the true ones."""
         items = self.items[: self.config.validation.images]
         drawn = self._draw(models, items)
-        if self.rank == 0 and drawn:
+        if self.writes and drawn:
             pictures = [image for number, item in enumerate(items) for image in (item.image, drawn[number])]
             labels = [text for item in items for text in (f"true: {item.paragraph[:160]}", "drawn")]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +126,7 @@ class Validation:
         the codec's reconstructions of them; each a share with its 95 % interval."""
         items = [item for item in self.items[: self.config.validation.scenes] if item.scene is not None]
         drawn = self._draw(models, items)
-        if self.rank != 0 or not items:
+        if not self.writes or not items:
             return {}
         scenes = [item.scene for item in items if item.scene is not None]
         pictures = [drawn[number] for number in range(len(items))]
