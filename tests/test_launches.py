@@ -30,7 +30,8 @@ PRECISION = {"ddp": 1e-5, "zero2": 1e-5, "zero3": 1e-4}
 
 def launch(kind: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Two processes: torchrun for DDP on the CPU, else ``accelerate launch --config_file configs/launch/KIND.yaml``."""
-    environment, port = dict(os.environ), str(free_port())
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    port = str(free_port())
     if kind == "ddp":
         environment["ACCELERATE_USE_CPU"] = "1"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]

@@ -94,9 +94,16 @@ class Bench:
     def accelerate(self, config: TrainConfig) -> Accelerator:
         """One accelerator for all runs, as train.py makes it."""
         if self.accelerator is None:
+            before = os.environ.get("ACCELERATE_USE_CPU")
             if self.settings.device == "cpu":
                 os.environ["ACCELERATE_USE_CPU"] = "true"
-            self.accelerator = make_accelerator(config)
+            try:
+                self.accelerator = make_accelerator(config)
+            finally:  # whatever this process starts later chooses for itself
+                if before is None:
+                    os.environ.pop("ACCELERATE_USE_CPU", None)
+                else:
+                    os.environ["ACCELERATE_USE_CPU"] = before
         return self.accelerator
 
     def arms(self) -> dict[str, list[str]]:
