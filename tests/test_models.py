@@ -120,9 +120,11 @@ def test_masked_padding_does_not_matter(arguments: dict[str, Any], refiner: bool
     joint, batch = make(arguments, MODERN if refiner else replace(PAPER, mask_padding=True), pooled), a_batch()
     assert batch.features is not None and batch.mask is not None
     short = predict(joint, batch)
-    features = torch.cat([batch.features, torch.full((3, 26, WIDTH), 7.0)], dim=1)
-    mask = torch.cat([batch.mask, torch.zeros(3, 26, dtype=torch.bool)], dim=1)
-    torch.testing.assert_close(predict(joint, replace(batch, features=features, mask=mask)), short, atol=1e-5, rtol=0)
+    for more in (26, 10, 58):  # 16 and 64 tokens are as many as the image has at its levels
+        features = torch.cat([batch.features, torch.full((3, more, WIDTH), 7.0)], dim=1)
+        mask = torch.cat([batch.mask, torch.zeros(3, more, dtype=torch.bool)], dim=1)
+        longer = predict(joint, replace(batch, features=features, mask=mask))
+        torch.testing.assert_close(longer, short, atol=1e-5, rtol=0)
     words = batch.features.clone()
     words[1, 0] += 3  # a real token
     changed = predict(joint, replace(batch, features=words))

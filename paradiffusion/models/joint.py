@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.diffusion.objective import Objective
-from paradiffusion.models.unet import add_lora, build_unet, has_layout, with_coordinates
+from paradiffusion.models.unet import add_lora, apart_from_image, build_unet, has_layout, with_coordinates
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.refiner import Refiner, average
@@ -85,6 +85,8 @@ class JointModel(nn.Module):
         # The refiner's summary stands first; without a refiner's summary the mean of the tokens is the next best.
         summary = features[:, 0] if painted is not None else average(features, mask)
         labels = summary if self.unet.config["class_embed_type"] else None
+        if mask is not None:
+            features, mask = apart_from_image(self.unet, features, mask, *latents.shape[-2:])
         prediction = self.unet(
             sample,
             times,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paradiffusion.config import CodecConfig, ConditioningConfig, UNetConfig
 from paradiffusion.errors import UserError
+from paradiffusion.text.conditioning import pad_length
 from paradiffusion.text.encoder import check_targets
 
 
@@ -173,3 +174,23 @@ def with_coordinates(latents: Tensor, octaves: int) -> Tensor:
     for k in range(1, octaves):
         channels += [wave(math.pi * k * axis) for axis in (x, y) for wave in (torch.sin, torch.cos)]
     return torch.cat([latents, torch.stack(channels).expand(b, -1, h, w)], dim=1)
+
+
+def apart_from_image(unet: Any, features: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """``features`` [B, L, D] and ``mask`` [B, L], padded by masked tokens where L is the number of the image's tokens at some
+    level of ``height`` x ``width`` latents.
+
+    The paper's kind of block reads text and image in one attention. diffusers extends the text's mask over the image
+    (``prepare_attention_mask``) only where the two differ in length; where they are equal, the attention fails.
+    """
+    kinds = [*unet.config["down_block_types"], unet.config["mid_block_type"], *unet.config["up_block_types"]]
+    if not any("SimpleCrossAttn" in str(kind) for kind in kinds):
+        return features, mask
+    tokens = set()
+    for _ in unet.config["down_block_types"]:
+        tokens.add(height * width)
+        height, width = -(-height // 2), -(-width // 2)
+    length = mask.shape[1]
+    while length in tokens:
+        length += 8
+    return pad_length(features, length), pad_length(mask, length)
