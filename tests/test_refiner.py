@@ -108,3 +108,13 @@ def test_the_summary_is_standardised_over_captions(features: torch.Tensor) -> No
     torch.testing.assert_close(means.mean(0), torch.zeros(12), atol=1e-5, rtol=0)
     torch.testing.assert_close(means.std(0), torch.ones(12), atol=1e-4, rtol=0)
     torch.testing.assert_close(refiner(captions)[:, 0], refiner.summary(means))
+
+
+@torch.no_grad()
+def test_captions_that_are_all_alike_blow_nothing_up(features: torch.Tensor) -> None:
+    refiner = Refiner(12, width=16, layers=1, heads=2, layout=4).eval()
+    alike = features[:1].repeat(8, 1, 1)
+    refiner.set_statistics(alike + 1e-7 * torch.randn(alike.shape, generator=torch.Generator().manual_seed(0)), None)
+    other = (features[1:].mean(1) - refiner.caption_mean) / refiner.caption_std
+    assert other.abs().max() < 10, "any other caption is blown up"
+    assert torch.isfinite(refiner(features)).all()
