@@ -36,9 +36,17 @@ def run(function: Callable[[list[str]], int], help_text: Callable[[], str] = str
     try:
         status = function(arguments)
     except UserError as error:
-        let_the_first_say_it()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not error.told:
+            let_the_first_say_it()
+            print(f"error: {error}", file=sys.stderr, flush=True)
         status = 2
+    except BrokenPipeError:
+        try:
+            print(flush=True)  # What failed is lost; only another write tells whether the pipe was this one.
+        except BrokenPipeError:  # `... | head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # As a shell tells a SIGPIPE: the work was cut off.
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise

@@ -8,4 +8,9 @@ class UserError(Exception):
 
     The message is one sentence that says what was found, what was expected and what to do. Entry points print it
     without a traceback and exit with status 2.
+
+    Attributes:
+        told: it stands on the terminal already.
     """
+
+    told: bool = False

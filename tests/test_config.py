@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -267,6 +268,16 @@ def run(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> int:
         enter(module.main, getattr(module, "help_text", lambda: module.__doc__))
     assert isinstance(leaving.value.code, int)
     return leaving.value.code
+
+
+def test_output_that_nobody_reads_any_more() -> None:
+    """`... | head`: no traceback, and a status that does not say that the work was done."""
+    code = "from paradiffusion.entry import run; run(lambda _: [print('x' * 1000) for _ in range(3000)] and 0)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.read(10)
+    child.stdout.close()
+    assert child.stderr.read() == "" and child.wait(60) == 141
 
 
 @pytest.mark.usefixtures("programs")

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "paradiffusion"
 # Rooms of one line do not know each other.
 ORDER = [
-    {"errors", "randomness"},
+    {"errors", "randomness", "atomic", "machine"},
     {"checks"},
     {"model_config", "data_config"},
     {"config"},
@@ -26,7 +26,7 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 # Free of models: compose may be imported where no torch is wanted, entry before anything else.
 TOP = {"compose": {"config", "errors"}, "entry": {"errors"}}
 # Curation works on data, and on what judges say of it, alone.
-ONLY = {"curation": {"errors", "randomness", "checks", "config", "data", "judges"}}
+ONLY = {"curation": {"errors", "randomness", "atomic", "machine", "checks", "config", "data", "judges"}}
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAXIMUM_LINES = 400
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from paradiffusion.budget.bench_sampling import measure_sampler, measure_text
 from paradiffusion.budget.bench_step import measure_steps
 from paradiffusion.budget.benchmark_settings import BenchmarkSettings
 from paradiffusion.config import TrainConfig
+from paradiffusion.machine import cores
 
 MEASURES = {"step": measure_steps, "sampler": measure_sampler, "text": measure_text}
 
@@ -80,7 +80,7 @@ def machine(device: str) -> dict[str, Any]:
     """What it ran on, and with."""
     facts: dict[str, Any] = {
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},

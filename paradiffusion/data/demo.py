@@ -27,6 +27,7 @@ from paradiffusion.data.demo_drawing import draw
 from paradiffusion.data.demo_scenes import SETS, Scene, make_scene, scene_from_meta, scene_to_meta
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
+from paradiffusion.machine import cores
 
 __all__ = [
     "DEFAULT_SIZES", "KINDS", "SETS", "Scene", "captions", "demo_samples", "draw", "ensure_demo_data",
@@ -146,7 +147,9 @@ def _build(folder: Path, note: dict[str, Any], lock: int, processes: int | None)
             if not (building / name / shard).exists():
                 first = number * SAMPLES_PER_SHARD
                 tasks.append((building / name / shard, name, first, min(SAMPLES_PER_SHARD, size - first), note["seed"]))
-    _draw_shards(tasks, lock, processes or len(os.sched_getaffinity(0)), sum(note["sizes"].values()))
+    _draw_shards(tasks, lock, processes or cores(), sum(note["sizes"].values()))
+    for left in building.glob("*/.*"):  # of builds that were killed in the midst of a shard
+        shutil.rmtree(left, ignore_errors=True)
     (building / "plan.json").replace(building / NOTE)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")

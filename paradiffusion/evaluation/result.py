@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, ScoreResult, Table
@@ -54,13 +55,8 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     # Key order is kept: asdict follows the fields, so that two equal evaluations are equal bytes.
     text = json.dumps({"paradiffusion_evaluation": FORMAT_VERSION, **_plain(record)}, ensure_ascii=False, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / NAME, folder / f".{NAME}.part"
-    try:
-        partial.write_text(text + "\n", encoding="utf-8", errors="replace", newline="\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    write_atomic(folder / NAME, text + "\n")
+    return folder / NAME
 
 
 def read_evaluation(folder: Path) -> Evaluation:

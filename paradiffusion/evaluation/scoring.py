@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.source import ANOTHER, Place, first_does
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult
-from paradiffusion.sampling.manifest import write_whole
 from paradiffusion.sampling.processes import Stopped, StopSignal
 from paradiffusion.sampling.run import disk_errors
 
@@ -79,7 +79,7 @@ def _score(score: Score, images: list[Drawn], source: dict[str, Any], place: Pla
             if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir(parents=True)
-                write_whole(kept, text)
+                write_atomic(kept, text)
 
     first_does(processes, bind)
     status, failure = 0, None
@@ -89,6 +89,7 @@ def _score(score: Score, images: list[Drawn], source: dict[str, Any], place: Pla
     except Stopped:
         status = 1
     except UserError as error:
+        processes.tell(error)
         status, failure = 2, error
     status = processes.agree(status)
     if status == 1:

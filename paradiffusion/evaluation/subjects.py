@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint import CheckpointSource
 from paradiffusion.evaluation.drawing.pictures import KINDS, PicturesSource
@@ -18,7 +19,6 @@ from paradiffusion.evaluation.result import NAME, Evaluation, read_evaluation
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.models.manifest import resolve_checkpoint
 from paradiffusion.models.official import is_official
-from paradiffusion.sampling.manifest import write_whole
 from paradiffusion.sampling.run import disk_errors
 
 HUB: Final = "hub:"
@@ -169,7 +169,7 @@ def bind_folder(place: Place, source: Source, own: bool) -> None:
             )
         place.folder.mkdir(parents=True, exist_ok=True)
         if before is None:
-            write_whole(path, json.dumps(record, ensure_ascii=False))
+            write_atomic(path, json.dumps(record, ensure_ascii=False))
 
 
 def _is_earlier(before: dict[str, Any], record: dict[str, Any]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import groupby
@@ -17,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from paradiffusion.sampling.manifest import ImageRecord, write_whole
+from paradiffusion.atomic import atomic_file, write_atomic
+from paradiffusion.sampling.manifest import ImageRecord
 
 MAX_EMBEDDED = 400  # images; a page with more refers to the files, or no browser opens it
 THUMBNAIL = 512  # pixels of the longer side; embedded images are not larger, the file is one click away
@@ -51,15 +51,10 @@ def save_png(path: Path, image: np.ndarray, metadata: Mapping[str, Any]) -> int:
     info = PngInfo()
     for key, value in metadata.items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
+    with atomic_file(path) as partial:
+        with partial.open("wb") as file:
             Image.fromarray(image).save(file, format="PNG", pnginfo=info)
-        size = temporary.stat().st_size
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return size
+        return partial.stat().st_size
 
 
 def write_gallery(folder: Path, rows: Sequence[ImageRecord], title: str) -> Path:
@@ -86,7 +81,7 @@ def write_gallery(folder: Path, rows: Sequence[ImageRecord], title: str) -> Path
             "",
         ]
     )
-    write_whole(folder / "index.html", page)
+    write_atomic(folder / "index.html", page)
     return folder / "index.html"
 
 
@@ -97,9 +92,8 @@ def write_grid(folder: Path, rows: Sequence[ImageRecord]) -> Path | None:
     pictures = [Image.open(folder / row.file).convert("RGB") for row in rows]
     scale = max(1, GRID_CELL // max(max(picture.size) for picture in pictures))
     sheet = contact_sheet(pictures, columns=4, labels=[row.prompt for row in rows], scale=scale)
-    temporary = folder / ".grid.part"
-    sheet.save(temporary, format="PNG", optimize=True)
-    os.replace(temporary, folder / "grid.png")
+    with atomic_file(folder / "grid.png") as partial:
+        sheet.save(partial, format="PNG", optimize=True)
     return folder / "grid.png"
 
 

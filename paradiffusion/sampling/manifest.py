@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.pipeline import Job, Models
 
@@ -109,7 +110,7 @@ def merge_manifests(folder: Path) -> list[ImageRecord]:
     The files of the processes go only once the joined one has its final name.
     """
     records = [record for record in read_manifests(folder).values() if is_whole(folder, record)]
-    write_whole(folder / NAME, "".join(map(_line, records)))
+    write_atomic(folder / NAME, "".join(map(_line, records)))
     for path in folder.glob("manifest.rank*.jsonl"):
         path.unlink()
     return records
@@ -147,16 +148,6 @@ def finished_names(folder: Path, wanted: Sequence[ImageRecord]) -> set[str]:
         if is_whole(folder, found[record.name]):
             finished.add(record.name)
     return finished
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it, so that it is never seen half written."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _line(record: ImageRecord) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from paradiffusion.errors import UserError
+from paradiffusion.machine import cores
 
 REPEAT_SECONDS = 2.0  # launchers pass Ctrl-C on to processes that the terminal has told already
 
@@ -77,6 +79,14 @@ class Processes:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest.item())
 
+    def tell(self, error: UserError | OSError) -> None:
+        """Print what stopped this process, where there are others: they may work for hours, and once the first has left
+        the launcher ends the rest before they have spoken."""
+        if self.size > 1:
+            print(f"error: process {self.rank}: {error}", file=sys.stderr, flush=True)
+            if isinstance(error, UserError):
+                error.told = True
+
     def device(self) -> str | None:
         """The accelerator of this process, or None where there is nothing to divide."""
         if self.size == 1 or not torch.cuda.is_available():
@@ -88,8 +98,7 @@ class Processes:
         """CPU threads: as asked, else all cores shared by the machine's processes, where a launcher set only one."""
         launched = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
         if threads is None and launched:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         if threads is not None:
             torch.set_num_threads(threads)
 

@@ -112,6 +112,7 @@ def draw_all(
     except Stopped:
         status = STOPPED
     except UserError as error:
+        processes.tell(error)
         status, failure = FAILED, error
     status = processes.agree(status)  # all processes have written what they finished
     if processes.rank == 0:

@@ -7,7 +7,6 @@ whatever stops a run, at any instant, the newest named folder is whole.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel
 from paradiffusion.models.layouts import check_complete, copy_tensors, read_weights, save_weights, write_tensors
@@ -103,9 +103,7 @@ def check_whole(averages: dict[str, Tensor], names: list[str]) -> None:
 
 def write_latest(folder: Path) -> None:
     """Name the newest checkpoint in ``latest``, for people and scripts."""
-    temporary = folder.parent / ".latest"
-    temporary.write_text(folder.name + "\n")
-    os.replace(temporary, folder.parent / "latest")
+    write_atomic(folder.parent / "latest", folder.name + "\n")
 
 
 def prune(stage_folder: Path, keep_last: int, keep_every: int | None) -> None:

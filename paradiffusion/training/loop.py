@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch, Loader
 from paradiffusion.errors import UserError
@@ -320,9 +321,7 @@ def finish(setup: Setup, log: Log | None) -> None:
         "validation": record,
         "alignment": alignment,
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=1))
-    temporary.replace(path)
+    write_atomic(path, json.dumps(summary, indent=1))
     if alignment:
         drawn = alignment["drawn"]["colour_at_place"]
         shares = {key: value["share"] for key, value in alignment["drawn"].items()}

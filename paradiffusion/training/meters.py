@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.config import TrackerConfig, TrainConfig
 
 # Upper ends, in words, of the caption lengths that the loss is reported for.
@@ -167,9 +168,7 @@ class Log:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the last line of a run that was killed
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_atomic(self.path, "".join(kept))
 
     def write(self, step: int, kind: str, record: dict[str, Any]) -> None:
         """Add one record ("train", "validation", ...)."""

@@ -11,14 +11,14 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
+from paradiffusion.machine import cores
 from paradiffusion.training.launch import check_launch, deepspeed_plugin, is_deepspeed, load_models_whole
 
 
 def set_threads(config: TrainConfig, local_processes: int) -> None:
     """Share the cores among this machine's processes. ``accelerate launch`` sets OMP_NUM_THREADS=1 for one process too,
     which would leave all cores but one idle."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(config.threads or max(1, cores // max(local_processes, 1)))
+    torch.set_num_threads(config.threads or max(1, cores() // max(local_processes, 1)))
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.data.pages import page
 from paradiffusion.evaluation.ablation.collecting import Column, Comparison, Row
 from paradiffusion.evaluation.ablation.running import Outcome
@@ -56,9 +56,11 @@ def write_comparison(folder: Path, comparison: Comparison, outcome: Outcome | No
         if outcome is None
         else [(titles[key], "not run, since what it starts from failed") for key in outcome.blocked]
     )
-    _write(folder / "report.json", json.dumps(_record(comparison, failures), ensure_ascii=False, indent=1) + "\n")
-    _write(folder / "report.md", as_markdown(comparison, failures))
-    return _write(folder / "report.html", as_page(comparison, failures))
+    write_atomic(folder / "report.json", json.dumps(_record(comparison, failures), ensure_ascii=False, indent=1) + "\n")
+    write_atomic(folder / "report.md", as_markdown(comparison, failures))
+    page = folder / "report.html"
+    write_atomic(page, as_page(comparison, failures))
+    return page
 
 
 def as_markdown(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
@@ -281,13 +283,3 @@ def _plain(estimate: Estimate) -> dict[str, Any]:
 def _number(value: float) -> float | None:
     """JSON has no word for NaN."""
     return value if math.isfinite(value) else None
-
-
-def _write(path: Path, text: str) -> Path:
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

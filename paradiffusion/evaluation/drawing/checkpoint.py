@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.config import SampleConfig
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.source import Place, file_stem, image_name, size_for
@@ -20,7 +21,7 @@ from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.models.inference import InferenceModels, load_models
 from paradiffusion.models.manifest import MANIFEST
-from paradiffusion.sampling.manifest import is_whole, read_manifests, write_whole
+from paradiffusion.sampling.manifest import is_whole, read_manifests
 from paradiffusion.sampling.pipeline import Job, Models, generate, make_jobs, sampler_settings
 from paradiffusion.sampling.processes import Stopped
 from paradiffusion.sampling.prompts import PromptRequest
@@ -116,7 +117,7 @@ class CheckpointSource:
         if place.first:
             text = json.dumps({"identity": self.identity(), "refused": refused, "source": source}, ensure_ascii=False)
             with disk_errors(place.folder):
-                write_whole(place.folder / DRAWN, text)
+                write_atomic(place.folder / DRAWN, text)
         place.processes.agree(0)
         images = drawn_images(place, refused)
         gone = [image.name for image in images if not image.error and not image.file.is_file()]

@@ -14,12 +14,13 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.source import Place, file_stem, first_does, image_name
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.sampling.manifest import NAME, read_manifests, write_whole
+from paradiffusion.sampling.manifest import NAME, read_manifests
 from paradiffusion.sampling.run import disk_errors
 
 KINDS: Final = (".png", ".jpg", ".jpeg", ".webp")
@@ -197,7 +198,7 @@ class PicturesSource:
             "broken": sum(bool(error) for error, _ in checked.values()), "unmatched": strangers,
         }  # fmt: skip
         with disk_errors(place.folder):
-            write_whole(place.folder / FOUND, json.dumps({"images": rows, "source": source}, ensure_ascii=False))
+            write_atomic(place.folder / FOUND, json.dumps({"images": rows, "source": source}, ensure_ascii=False))
 
     def _images(self, place: Place, matching: Matching) -> tuple[list[Drawn], list[str]]:
         """All wanted images, and the names of pictures that are not among them."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.evaluation.reporting.as_json import report_record
 from paradiffusion.evaluation.reporting.as_markdown import report_markdown
 from paradiffusion.evaluation.reporting.numbers import suite_numbers
@@ -40,9 +40,9 @@ def write_report(
     suites = suite_numbers(evaluations, baseline)
     record = report_record(name, suites, votes)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "report.json", json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-    _write(folder / "report.md", report_markdown(name, suites, votes))
-    _write(folder / "report.html", report_page(folder, name, suites, votes))
+    write_atomic(folder / "report.json", json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    write_atomic(folder / "report.md", report_markdown(name, suites, votes))
+    write_atomic(folder / "report.html", report_page(folder, name, suites, votes))
     return folder / "report.html"
 
 
@@ -57,13 +57,3 @@ def _listed(names: Sequence[str]) -> str:
     if len(names) > 5:
         names = [*names[:4], f"{len(names) - 4} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Written whole or not at all; half of a pair that a prompt may hold cannot be encoded, and is replaced."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from paradiffusion.atomic import atomic_file
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult
 from paradiffusion.evaluation.scores.vlm_answers import CAPTIONERS, Ask, Asker
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
@@ -218,9 +219,8 @@ class Vectors:
         target = (
             self._folder / f"vectors.rank{rank}.{hashlib.sha256(''.join(keys).encode()).hexdigest()[:12]}.safetensors"
         )
-        partial = target.with_suffix(".partial")
-        save_file({"vectors": vectors.contiguous()}, partial, metadata={"note": note})
-        partial.replace(target)
+        with atomic_file(target) as partial:
+            save_file({"vectors": vectors.contiguous()}, partial, metadata={"note": note})
 
 
 def _key(text: str) -> str:

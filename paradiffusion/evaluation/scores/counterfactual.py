@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from paradiffusion.atomic import atomic_file
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Painter, Request, Run, ScoreResult
@@ -144,9 +144,8 @@ class Counterfactual:
         for start in range(0, len(missing), AT_ONCE):
             names = missing[start : start + AT_ONCE]
             for name, picture in zip(names, self.painter.paint([requests[name] for name in names]), strict=True):
-                partial = folder / f"{name}.partial"
-                Image.fromarray(np.asarray(picture)).save(partial, "png")
-                os.replace(partial, folder / f"{name}.png")
+                with atomic_file(folder / f"{name}.png") as partial:
+                    Image.fromarray(np.asarray(picture)).save(partial, "png")
             bar.update(len(names))
             run.check()
 

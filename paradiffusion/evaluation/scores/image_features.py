@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from paradiffusion.atomic import atomic_file
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.evaluation.records import Drawn, Run
 from paradiffusion.judges.clip import Clip
@@ -149,10 +149,9 @@ class _Writer:
         if self.notes.stamps:
             tensors = {"features": torch.cat(self.rows).contiguous()} if self.rows else {}
             path = self.work / f"features.{self.number:06d}.{self.owner}.safetensors"
-            partial = path.with_suffix(".partial")
-            # As bytes, since a full disk is then an OSError as everywhere else.
-            partial.write_bytes(save(tensors, metadata={"images": json.dumps(vars(self.notes))}))
-            os.replace(partial, path)
+            with atomic_file(path) as partial:
+                # As bytes, since a full disk is then an OSError as everywhere else.
+                partial.write_bytes(save(tensors, metadata={"images": json.dumps(vars(self.notes))}))
             self.number += 1
         self.notes, self.rows, self.since = _Notes(), [], time.monotonic()
 

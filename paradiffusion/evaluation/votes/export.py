@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from paradiffusion.atomic import atomic_file
 from paradiffusion.evaluation.votes.outcomes import outcomes
 from paradiffusion.evaluation.votes.store import Vote
 from paradiffusion.evaluation.votes.study import Study
@@ -27,18 +27,13 @@ def write_csv(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str, 
         How many votes there were.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        with partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            for one in outcomes(study, votes, comments):
-                row = {name: getattr(one, name) for name in COLUMNS if name != "study"}
-                row |= {"study": study.name, "missing": int(one.missing), "comment": _harmless(one.comment)}
-                writer.writerow(row)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for one in outcomes(study, votes, comments):
+            row = {name: getattr(one, name) for name in COLUMNS if name != "study"}
+            row |= {"study": study.name, "missing": int(one.missing), "comment": _harmless(one.comment)}
+            writer.writerow(row)
     return len(votes)
 
 

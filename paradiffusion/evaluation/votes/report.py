@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.data.pages import page, page_text
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.reporting.texts import plain
@@ -60,12 +60,7 @@ def write_results(results: Results, folder: Path) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, content in contents.items():
-        path, partial = folder / f"{STEM}{suffix}", folder / f".{STEM}{suffix}.part"
-        try:
-            partial.write_text(content, encoding="utf-8", errors="replace", newline="\n")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomic(folder / f"{STEM}{suffix}", content)
     return folder / f"{STEM}.html"
 
 

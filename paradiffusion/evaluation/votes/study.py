@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 
 STUDY: Final = "study.json"
@@ -168,13 +169,9 @@ def write_study(study: Study) -> Path:
             for rater, tasks in study.tasks.items()
         },
     }
-    path, partial = study.folder / STUDY, study.folder / f".{STUDY}.part"
     study.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        partial.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8", errors="replace")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path = study.folder / STUDY
+    write_atomic(path, json.dumps(record, ensure_ascii=False) + "\n")
     return path
 
 
