@@ -62,7 +62,8 @@ class ConditioningConfig:
             latents, which the U-Net takes as further input channels and corrects (see text/refiner.py).
         prefix: an instruction put before each prompt; its own tokens are not given to the denoiser.
         mask_padding: False: padding is attended to and always goes to ``max_tokens`` (the paper); True: masked.
-        pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens.
+        pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens: 8 is what
+            tensor cores are aligned to; more makes fewer shapes, for compile=true, and more padding (docs/data.md).
         max_tokens: longer prompts are cut, and counted. A stage may set its own (256 / 512 / 512 in the paper).
     """
 
@@ -76,7 +77,7 @@ class ConditioningConfig:
     layout: bool = False
     prefix: str = ""
     mask_padding: bool = False
-    pad_multiple: int = 32
+    pad_multiple: int = 8
     max_tokens: int = 256
 
     def check(self) -> None:

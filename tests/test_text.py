@@ -42,9 +42,9 @@ def test_padding_is_on_the_right_and_the_mask_comes_from_lengths() -> None:
     captions = ["a red circle", "the text </s> within", ""]
     tokens = encoder.tokenize(captions)
     eos, bos = encoder.tokenizer.eos_token_id, encoder.tokenizer.bos_token_id
-    assert tokens.ids.shape == tokens.mask.shape == (3, 32) and tokens.truncated == 0
+    assert tokens.ids.shape == tokens.mask.shape == (3, 16) and tokens.truncated == 0
     for row, length in enumerate(tokens.lengths):
-        assert tokens.mask[row].tolist() == [True] * length + [False] * (32 - length)
+        assert tokens.mask[row].tolist() == [True] * length + [False] * (16 - length)
         assert (tokens.ids[row, length:] == eos).all() and tokens.ids[row, 0] == bos
     inside = tokens.ids[1, : tokens.lengths[1]]
     assert (inside == eos).any(), "this caption is meant to hold the padding token"
@@ -62,10 +62,10 @@ def test_prefix_tokens_are_read_but_not_given_on() -> None:
     plain, prefixed = tiny(), tiny(ConditioningConfig(**{**vars(MODERN), "prefix": "describe the picture:"}))
     caption = "a red circle"
     tokens, bare = prefixed.tokenize([caption, ""]), plain.tokenize([caption])
-    assert tokens.prefix > 1 and tokens.ids.shape[1] == tokens.prefix + 32
+    assert tokens.prefix > 1 and tokens.ids.shape[1] == tokens.prefix + 8
     assert tokens.lengths == [bare.lengths[0] - 1, 1]  # the instruction brings the first token
     features = encode(prefixed, [caption, ""])
-    assert features.shape == (2, 32, 64)
+    assert features.shape == (2, 8, 64)
     own = prefixed.feature_mask(tokens)
     assert own is not None and own.sum(1).tolist() == tokens.lengths
     assert not torch.allclose(features[0, :2], encode(plain, [caption])[0, 1:3], atol=1e-3), (
@@ -77,9 +77,9 @@ def test_lengths_of_the_two_arms() -> None:
     for captions in (["a"], ["a red circle", "a blue square at the left"]):
         assert tiny(PAPER).tokenize(captions).ids.shape[1] == 48
     assert tiny(PAPER).feature_mask(tiny(PAPER).tokenize(["a"])) is None
-    for words, expected in ((3, 32), (40, 64), (75, 80), (200, 80)):
+    for words, expected in ((3, 8), (40, 48), (75, 80), (200, 80)):
         assert tiny().tokenize(["red " * words, "a"]).ids.shape[1] == expected
-    assert [padded_length(n, 256, True) for n in (0, 1, 32, 33, 300)] == [32, 32, 32, 64, 256]
+    assert [padded_length(n, 256, True) for n in (0, 1, 8, 9, 300)] == [8, 8, 8, 16, 256]
     assert padded_length(3, 256, False) == 256
 
 
@@ -225,7 +225,7 @@ def test_the_real_smollm2() -> None:
     encoder = load_text_encoder(SMOLLM2, MODERN)
     assert encoder.width == 576 and len(encoder.model.layers) == 8
     features = encode(encoder, ["a red circle at the left", ""])
-    assert features.shape == (2, 32, 576) and torch.isfinite(features).all()
+    assert features.shape == (2, 8, 576) and torch.isfinite(features).all()
     red, blue = (encode(encoder, [f"a {colour} circle"])[0, 3] for colour in ("red", "blue"))
     assert not torch.allclose(red, blue, atol=1e-2)
 

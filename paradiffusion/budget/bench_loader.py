@@ -29,7 +29,7 @@ from paradiffusion.text.conditioning import padded_length
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = 256  # different ones; samples beyond that share them, under keys of their own
-MULTIPLES = (1, 8, 32)  # padded to the longest caption itself, as conditioning=modern does, and to fewer shapes
+MULTIPLES = (1, 8, 32)  # padded to the longest caption itself, as conditioning.pad_multiple has it, and to fewer shapes
 PREFETCHED = 4  # batches a worker may have made while it was not its turn
 
 
@@ -257,8 +257,8 @@ def as_markdown(document: dict[str, Any], rows: list[LoaderRow]) -> str:
         f"for data when a step takes {s['step_seconds']:.2f} s a batch, as an H100 would at 40 % of its peak in stage 1 of "
         "preset=paper (`scripts/describe.py`); the GPU is a sleep.",
         "",
-        "Padding: the share of computed tokens, batches padded to their longest caption, and to the next multiple of 8 (as "
-        "conditioning=modern does) or 32.",
+        "Padding: the share of computed tokens, batches padded to their longest caption, and to the next multiple of 8 "
+        "(conditioning.pad_multiple's default) or 32.",
         "",
         "| way | version | samples/s (range) | ours / it | padding | x8 | x32 | waiting | resumes |",
         "|---|---|---|---|---|---|---|---|---|",

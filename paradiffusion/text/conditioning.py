@@ -67,7 +67,7 @@ def pad_length(values: Tensor, length: int) -> Tensor:
     return torch.cat([values, values.new_zeros(values.shape[0], missing, *values.shape[2:])], dim=1)
 
 
-def padded_length(longest: int, maximum: int, mask_padding: bool, multiple: int = 32) -> int:
+def padded_length(longest: int, maximum: int, mask_padding: bool, multiple: int = 8) -> int:
     """How far a batch is padded, in tokens.
 
     Where padding is attended to it is always ``maximum``, so that no image depends on its neighbours in the batch. Where

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.config import LoraConfig, TrainConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.layouts import UNET
@@ -29,6 +30,8 @@ FREE_ON_RESUME = (
     "on_spike", "spike_factor", "threads", "init_from", "tracker", "validation", "sampler", "micro_batch_size",
     "compile", "channels_last", "ema_device", "preflight", "log_samples", "stall_seconds", "recipe",
     "text_encoder.architecture", "optimizer.fused", "data.workers", "data.max_bad_fraction", "data.val_shards", "data.demo",
+    # Where it counts, padding is masked and seen by nothing.
+    "conditioning.pad_multiple",
     # How the same bytes are reached: where caches and indexes lie, and how often a store is asked.
     "data.cache", "data.cache_dir", "data.cache_gb", "data.index_dir", "data.retries", "text_encoder.path", "codec.path",
 )  # fmt: skip
@@ -145,10 +148,7 @@ def recorded(config: TrainConfig, facts: dict[str, Any]) -> dict[str, Any]:
 
 def record_config(config: TrainConfig, folder: Path, facts: dict[str, Any]) -> None:
     """Write what the stage runs with to config.json."""
-    path = folder / CONFIG_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(recorded(config, facts), indent=1))
-    temporary.replace(path)
+    write_atomic(folder / CONFIG_FILE, json.dumps(recorded(config, facts), indent=1))
 
 
 def find_init(config: TrainConfig) -> Path | None:
