@@ -50,11 +50,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._head(behaviour.status or 404, 0)
         if body and behaviour.fail_every and number % behaviour.fail_every == 0:
             return self._head(503, 0)
+        tag = str(path.stat().st_mtime_ns)
+        if self.headers.get("If-Match", f'"{tag}"') != f'"{tag}"':
+            return self._head(412, 0)
         data = path.read_bytes()
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if asked and behaviour.ranges:
             data = data[int(asked[1]) : int(asked[2]) + 1]
-        self._head(206 if asked and behaviour.ranges else 200, len(data), etag=str(path.stat().st_mtime_ns))
+        self._head(206 if asked and behaviour.ranges else 200, len(data), etag=tag)
         if body:
             if behaviour.cut_every and number % behaviour.cut_every == 0:
                 data, self.close_connection = data[: len(data) // 2], True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,12 +19,14 @@ from data_fixtures import sample, shards_of
 from remote_fixtures import Behaviour, serving
 from test_loader import assert_same, plan_of
 
-from paradiffusion.data import storage
+from paradiffusion.data import storage, stores
 from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
 from paradiffusion.data.remote_cache import cached_copy
 from paradiffusion.data.sample_index import build_indexes
+from paradiffusion.data.shard_index import index_shard
 from paradiffusion.data.shards import SampleIndex, expand_shards, load_index, read_sample, write_shards
-from paradiffusion.data.storage import RemoteError, RemotePath, Storage, open_shard, read_range, with_state
+from paradiffusion.data.storage import RemotePath, Storage, open_shard, read_range, with_state
+from paradiffusion.data.store_errors import RemoteError
 from paradiffusion.errors import UserError
 
 SETTINGS = LoaderSettings(seed=1, workers=0, last_step=14)
@@ -107,6 +111,15 @@ def test_bad_remote_samples_are_counted(local: SampleIndex, folder: Path) -> Non
         }
 
 
+def test_nobody_listens() -> None:
+    """To fsspec a connection that is refused is a file that was not found."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{one.getsockname()[1]}/a.tar"
+    with pytest.raises(RemoteError, match=r"the connection fails .*, after 3 tries"):
+        with_state(RemotePath(address, Storage(retries=2)))
+
+
 def test_a_server_without_ranges(folder: Path) -> None:
     with serving(folder, Behaviour(ranges=False)) as server, pytest.raises(RemoteError, match="does not send pieces"):
         read_range(RemotePath(f"{server.url}000000.tar", FEW), 0, 10)
@@ -124,6 +137,52 @@ def test_the_waits_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RemoteError, match="TimeoutError"):
         storage.with_retries(fail, 7)
     assert waits == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_a_shard_that_is_replaced_is_noticed(tmp_path: Path) -> None:
+    """By another of the same size, so that only its version tells: of two states no sample and no copy is joined."""
+    access = Storage(retries=0, cache_dir=str(tmp_path / "cache"), cache_bytes=1 << 20)
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"1" * 2000)
+    with serving(tmp_path) as server:
+        shard = with_state(RemotePath(f"{server.url}a.tar", access))
+        assert shard.version and read_range(shard, 10, 4) == b"1111"
+        path.write_bytes(b"2" * 2000)
+        os.utime(path, ns=(1, 1))
+        for read in (lambda: read_range(shard, 10, 4), lambda: cached_copy(shard)):
+            with pytest.raises(RemoteError, match="replaced since it was indexed"):
+                read()
+        assert not kept(access) and read_range(with_state(shard), 10, 4) == b"2222"
+
+
+def test_a_store_whose_library_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setattr(stores, "_systems", {})
+    monkeypatch.delitem(
+        sys.modules["fsspec.registry"]._registry, "s3", raising=False
+    )  # Classes that were imported before.
+    with pytest.raises(UserError, match=r"^s3://bucket/a.tar cannot be read .*`pip install s3fs`"):
+        load_index(expand_shards("s3://bucket/a.tar"))
+
+
+@pytest.mark.parametrize(("size", "most", "share"), [(20_000, 20, 2.1), (300_000, 20, 2.1), (1_000_000, 25, 0.7)])
+def test_what_indexing_asks_for(tmp_path: Path, size: int, most: int, share: float) -> None:
+    """Small images: all of the shard in few requests, once to list it and once to look into it. Large ones: their heads."""
+    from data_fixtures import as_json, encoded, picture, write_tar
+
+    head = encoded(picture(0, 8, 8))
+    names = [f"{number:03d}" for number in range(max(10_000_000 // size, 1))]
+    members = [(("json", as_json(caption=f"a {n}")), ("png", head + bytes(size)), ("txt", b"a thing")) for n in names]
+    write_tar(
+        tmp_path / "a.tar",
+        [(f"{n}.{end}", data) for n, parts in zip(names, members, strict=True) for end, data in parts],
+    )
+    with serving(tmp_path) as server:
+        remote = index_shard(RemotePath(f"{server.url}a.tar", FEW), folder=tmp_path / "indexes")
+        pieces = [line for line in server.gets if "bytes=" in line and "index" not in line]
+        assert len(pieces) <= most and server.bytes_sent < share * (tmp_path / "a.tar").stat().st_size
+    local = index_shard(tmp_path / "a.tar")
+    assert (remote.table == local.table).all() and (remote.words == local.words).all()
 
 
 @pytest.fixture
@@ -166,7 +225,8 @@ def test_an_index_of_another_state_is_not_used(folder: Path, memory: str, tmp_pa
     other = write_shards((sample(number) for number in range(100, 107)), tmp_path, 20)[0]
     fsspec.filesystem("memory").pipe_file("/bucket/000001.tar", other.read_bytes())
     with pytest.raises(
-        UserError, match=r"1 of the 4 remote shards have no index, the first one memory:/+bucket/000001"
+        UserError,
+        match=r"1 of the 4 remote shards have no index, or one of an earlier state, the first one memory:/+bucket/000001",
     ):
         load_index(expand_shards(memory))
 
@@ -269,6 +329,14 @@ def test_half_a_shard_is_never_served(folder: Path, tmp_path: Path) -> None:
         copy = cached_copy(shard)
         assert copy is not None and copy.read() == (folder / "000000.tar").read_bytes()
         copy.close()
+
+
+def test_a_cache_that_cannot_be_kept(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with serving(folder) as server:
+        shard = RemotePath(f"{server.url}000000.tar", Storage(cache_dir=str(tmp_path / "file"), cache_bytes=1 << 30))
+        with pytest.raises(RemoteError, match=r"^data.cache_dir=\S+file cannot be used \(.+\): make it usable"):
+            cached_copy(shard)
 
 
 def test_what_a_killed_process_left_is_removed(folder: Path, tmp_path: Path) -> None:

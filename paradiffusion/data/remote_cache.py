@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, BinaryIO, Final
 
 from paradiffusion.data.storage import RemotePath, read_range, with_state
+from paradiffusion.data.store_errors import RemoteError
 
 _PIECE: Final = 1 << 24
 
@@ -23,7 +24,7 @@ _PIECE: Final = 1 << 24
 def cached_copy(shard: RemotePath) -> BinaryIO | None:
     """The local copy of a shard, open, fetched first if need be; None when there is no cache or it is too small.
 
-    Raises RemoteError when it cannot be fetched. A copy that another process evicts meanwhile stays readable.
+    Raises RemoteError when it cannot be fetched or kept. A copy that another process evicts meanwhile stays readable.
     """
     storage = shard.storage
     if storage.cache_dir is None or not storage.cache_bytes:
@@ -34,11 +35,18 @@ def cached_copy(shard: RemotePath) -> BinaryIO | None:
     folder = Path(storage.cache_dir)
     state = f"{shard.url}\n{shard.size}\n{shard.version}"
     target = folder / f"{hashlib.blake2b(state.encode(), digest_size=16).hexdigest()}.shard"
-    while (copy := _open(target)) is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_suffix(".lock")):
-            if not target.exists():
-                _fetch(shard, target, storage.cache_bytes)
+    try:
+        while (copy := _open(target)) is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _locked(target.with_suffix(".lock")):
+                if not target.exists():
+                    _fetch(shard, target, storage.cache_bytes)
+    except RemoteError:
+        raise
+    except OSError as error:
+        raise RemoteError(
+            f"data.cache_dir={folder} cannot be used ({error.strerror}): make it usable, or leave it out"
+        ) from error
     return copy
 
 

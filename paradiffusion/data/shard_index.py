@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import threading
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO, Final
 
 import numpy as np
 
+from paradiffusion.atomic import atomic_file
 from paradiffusion.data.captions import captions_of, parse_meta
 from paradiffusion.data.images import probe_size
 from paradiffusion.data.storage import RemoteError, RemotePath, open_shard, read_whole, with_state
@@ -86,11 +86,14 @@ def index_shard(
         counter: counts tokens too; an index without them, or with another tokenizer's, is made again.
         folder: where the index goes instead.
     """
+    if isinstance(path, RemotePath) and not path.size:
+        try:
+            path = with_state(path)  # asked once, for both
+        except RemoteError as error:
+            raise UserError(f"The shard {path} cannot be read ({error}): correct data.shards or try again.") from error
     index = load_stored(path, folder, counter)
     if index is None:
         try:
-            if isinstance(path, RemotePath):
-                path = path if path.size else with_state(path)
             stamp = _stamp(path)  # Taken first: a shard that changes meanwhile is indexed again next time.
             index = _build(path, counter)
         except RemoteError as error:
@@ -249,15 +252,10 @@ def _store(index: ShardIndex, stamp: np.ndarray, folder: Path | None) -> None:
 
 def save_arrays(place: Path, arrays: dict[str, Any]) -> bool:
     """Write an .npz whole or not at all, since several processes may make one at a time; False when that cannot be."""
-    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "xb") as file:
-                np.savez(file, **arrays)
-            os.replace(partial, place)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(place, shared=True) as partial, open(partial, "xb") as file:
+            np.savez(file, **arrays)
     except OSError:
         return False
     return True

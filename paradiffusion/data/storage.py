@@ -9,23 +9,21 @@ from __future__ import annotations
 import io
 import os
 import random
-import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Final, TypeVar, cast
-
-import fsspec
+from typing import Any, BinaryIO, TypeVar, cast
 
 from paradiffusion.config import DataConfig
+from paradiffusion.data.store_errors import NoRanges, RemoteError, ShortRead, explain
+from paradiffusion.data.stores import fetch_piece, system_of, version_in
 from paradiffusion.errors import UserError
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 30.0  # seconds
-_BUFFER: Final = 1 << 18
-_OPEN_FILES: Final = 64
-# Answers of a server that say "not now": too slow, too early, too many requests. Other 4xx stay as they are.
-_PASSING: Final = (408, 425, 429)
+_LEAST, _MOST = 1 << 18, 1 << 23  # bytes that one request brings of a file that is read through
+_BACK = 1 << 14
 T = TypeVar("T")
 
 
@@ -91,94 +89,6 @@ def is_remote(spec: str) -> bool:
     return "://" in spec and not spec.startswith("file://")
 
 
-_systems: dict[tuple[int, str], Any] = {}
-_systems_lock = threading.Lock()
-
-
-def _system(url: str) -> Any:
-    """The file system of a URL, one per process: its connections do not survive a fork, and its threads share them."""
-    protocol = url.partition("://")[0]
-    key = (os.getpid(), protocol)
-    with _systems_lock:
-        if key not in _systems:
-            _systems[key] = _connect(protocol, url)
-        return _systems[key]
-
-
-def _connect(protocol: str, url: str) -> Any:
-    options: dict[str, Any] = {"use_listings_cache": False}
-    if protocol in ("http", "https"):
-        from aiohttp import ClientTimeout
-
-        # By default a request may take five minutes in all, which a dead connection then does.
-        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}
-    try:
-        return fsspec.filesystem(protocol, **options)
-    except ImportError as error:
-        extra = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-        package = extra.get(protocol)
-        advice = f"`pip install {package}`" if package else f"install what fsspec asks for ({error})"
-        raise UserError(
-            f"{url} cannot be read without another library: {advice} and run the same command again."
-        ) from None
-    except ValueError:
-        raise UserError(
-            f"{url} begins with {protocol}://, which fsspec does not know: expected s3://, gs://, https:// or a path."
-        ) from None
-
-
-def _reset_after_fork() -> None:
-    global _systems_lock
-    _systems_lock = threading.Lock()
-    _systems.clear()
-
-
-os.register_at_fork(after_in_child=_reset_after_fork)
-
-
-def _status(error: BaseException) -> int | None:
-    for name in ("status", "status_code", "code"):
-        found = getattr(error, name, None)
-        if isinstance(found, int):
-            return found
-    return None
-
-
-def explain(error: BaseException) -> tuple[bool, str]:
-    """Whether an error may pass, and what it says in a few words, the same words for the same cause."""
-    cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and cause is not None and not isinstance(cause, FileNotFoundError):
-        return explain(cause)  # fsspec's info() hides a 503 behind it.
-    status = _status(error)
-    if isinstance(error, FileNotFoundError) or status == 404:
-        return False, "it is not there"
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return False, "access is denied: check the credentials in the environment"
-    if status is not None and 400 <= status < 500 and status not in _PASSING:
-        return False, f"the server answers {status}"
-    if status is not None and status >= 300:
-        return True, f"the server answers {status}"
-    if isinstance(error, NoRanges):
-        return False, str(error)
-    if isinstance(error, TypeError | ValueError | AttributeError | ImportError | NotImplementedError | UserError):
-        return False, f"{type(error).__name__} {error}"
-    if isinstance(error, ShortRead):
-        return True, str(error)
-    return True, f"the connection fails ({type(error).__name__})"
-
-
-class ShortRead(OSError):
-    """Fewer bytes came than were asked for."""
-
-
-class NoRanges(OSError):
-    """The server sends whole files where pieces are asked for."""
-
-
-class RemoteError(OSError):
-    """A remote file could not be read, for good or after all retries; the message says why in a few words."""
-
-
 def with_retries(action: Callable[[], T], retries: int) -> T:
     """``action()``, tried again after errors that may pass. Raises RemoteError, UserError as it comes."""
     wait = _FIRST_WAIT
@@ -202,10 +112,9 @@ def read_range(path: RemotePath, offset: int, size: int) -> bytes:
     """Bytes ``offset`` to ``offset + size``. Raises RemoteError."""
     if size <= 0:
         return b""
-    system = _system(path.url)
 
     def fetch() -> bytes:
-        data = bytes(system.cat_file(path.url, start=offset, end=offset + size))
+        data = fetch_piece(path.url, offset, offset + size, path.version)
         if len(data) > size:
             raise NoRanges("the server does not send pieces of files (no HTTP ranges)")
         if len(data) < size:
@@ -217,21 +126,21 @@ def read_range(path: RemotePath, offset: int, size: int) -> bytes:
 
 def read_whole(path: RemotePath) -> bytes:
     """All bytes of a small file. Raises RemoteError."""
-    return with_retries(lambda: bytes(_system(path.url).cat_file(path.url)), path.storage.retries)
+    # From its first byte on: for a whole file s3fs asks for its size before, and lists the folder when there is none.
+    return with_retries(lambda: bytes(system_of(path.url).cat_file(path.url, start=0)), path.storage.retries)
 
 
 def with_state(path: RemotePath) -> RemotePath:
     """``path`` with its size and version, as the store tells them. Raises RemoteError."""
-    info = with_retries(lambda: cast(dict[str, Any], _system(path.url).info(path.url)), path.storage.retries)
-    version = next((str(info[key]) for key in ("ETag", "etag", "e_tag", "content_md5") if info.get(key)), "")
-    return RemotePath(path.url, path.storage, int(info.get("size") or 0), version.strip('"'))
+    info = with_retries(lambda: cast(dict[str, Any], system_of(path.url).info(path.url)), path.storage.retries)
+    return RemotePath(path.url, path.storage, int(info.get("size") or 0), version_in(info))
 
 
 def list_remote(url: str, storage: Storage) -> list[RemotePath]:
     """The ``.tar`` files that a URL with ``*`` or ``[`` matches, or that lie in the folder it names."""
     has_magic = any(mark in url for mark in "*[")
     pattern = url if has_magic else url.rstrip("/") + "/*.tar"
-    system = _system(url)
+    system = system_of(url)
     try:
         names = with_retries(lambda: list(system.glob(pattern)), storage.retries)
     except RemoteError as error:
@@ -242,10 +151,16 @@ def list_remote(url: str, storage: Storage) -> list[RemotePath]:
 
 
 class RangedFile(io.RawIOBase):
-    """A remote file to read and seek in; each read is one ranged request."""
+    """A remote file to read and seek in, by requests of at least ``least`` bytes, and of more while it is read through.
 
-    def __init__(self, path: RemotePath) -> None:
+    Raises RemoteError when it cannot be read, also when it was replaced since ``path`` was asked for its state.
+    """
+
+    def __init__(self, path: RemotePath, least: int = _LEAST) -> None:
         self.path, self.position = path, 0
+        self._least = self._asked = least
+        # Two pieces, each with its start: a sample that lies across their border is read to and fro.
+        self._held: deque[tuple[int, bytes]] = deque([(0, b"")], maxlen=2)
 
     def readable(self) -> bool:
         return True
@@ -259,15 +174,34 @@ class RangedFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         size = min(len(buffer), self.path.size - self.position)
-        data = read_range(self.path, self.position, size)
+        if size <= 0:
+            return 0
+        start, held = next(
+            ((start, held) for start, held in self._held if start <= self.position < start + len(held)), None
+        ) or self._fetch(size)
+        place = self.position - start
+        data = held[place : place + size]
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
 
+    def _fetch(self, size: int) -> tuple[int, bytes]:
+        """Hold the bytes from here on. Twice as many as the last time where little was skipped since: the index of a shard
+        of small images reads nearly all of it, that of one of large images a little of each."""
+        end = self._held[-1][0] + len(self._held[-1][1])
+        skipped = self.position - end
+        reads_on = 0 <= skipped <= self._asked // 4
+        self._asked = max(min(2 * self._asked, _MOST), self._least) if reads_on else self._least
+        # A little of what was skipped comes too: a sample's JSON may lie before its image and be read after it.
+        start = max(self.position - _BACK, end if skipped >= 0 else 0)
+        wanted = min(max(self.position - start + size, self._asked), self.path.size - start)
+        self._held.append((start, read_range(self.path, start, wanted)))
+        return self._held[-1]
 
-def open_shard(path: Path | RemotePath, buffer: int = _BUFFER) -> BinaryIO:
-    """A shard to read and seek in; of a remote one each request brings at least ``buffer`` bytes."""
+
+def open_shard(path: Path | RemotePath, least: int = _LEAST) -> BinaryIO:
+    """A shard to read and seek in; of a remote one each request brings at least ``least`` bytes."""
     if isinstance(path, RemotePath):
         path = path if path.size else with_state(path)
-        return io.BufferedReader(RangedFile(path), buffer)
+        return io.BufferedReader(RangedFile(path, least))
     return open(path, "rb")

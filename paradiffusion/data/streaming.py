@@ -28,7 +28,8 @@ from paradiffusion.data.reader import Delivery, Failure, Order, join_pixels
 from paradiffusion.data.sample_index import SampleIndex, assemble
 from paradiffusion.data.shard_index import index_shard_head
 from paradiffusion.data.shards import expand_shards
-from paradiffusion.data.storage import RemoteError, RemotePath, explain, open_shard, storage_of
+from paradiffusion.data.storage import RemotePath, open_shard, storage_of
+from paradiffusion.data.store_errors import RemoteError, explain
 from paradiffusion.data.tars import IMAGE_EXTENSIONS
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
