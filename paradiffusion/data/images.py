@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from paradiffusion.config import DataConfig
+from paradiffusion.data.colours import has_alpha, profile_of, to_srgb
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import uniform
 
@@ -38,8 +39,9 @@ def decode(
 ) -> Image.Image:
     """Decode JPEG, PNG or WebP (or others of Pillow's ``formats``) into an upright RGB image.
 
-    EXIF rotation is applied, transparency laid on ``background``, palettes, CMYK and 16-bit greys converted, and of an
-    animation the first frame is taken. Raises BadImage for anything that does not decode or has over ``max_pixels``.
+    EXIF rotation is applied, transparency laid on ``background``, palettes, CMYK, 16-bit greys and colours of an embedded
+    profile converted to sRGB, and of an animation the first frame is taken. Raises BadImage for anything that does not
+    decode or has over ``max_pixels``.
 
     With ``cover``, what ``to_array`` is going to make of it, a far larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size,
     which its blocks allow, but never below twice the size to which it is resized then: the same picture to the eye
@@ -96,10 +98,13 @@ def _decode_smaller(image: Image.Image, cover: Bucket) -> None:
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise BadImage("32-bit values, of which nobody says what is white")
+    profile = profile_of(image)
     if image.mode.startswith("I"):  # 16-bit greys: Pillow's own conversion would clip them to white.
         grey = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = Image.fromarray(grey)
+    if profile is not None:
+        image = to_srgb(image, profile)
+    if has_alpha(image):
         with_alpha = image.convert("RGBA")
         opaque = Image.new("RGBA", image.size, (*background, 255))
         return Image.alpha_composite(opaque, with_alpha).convert("RGB")
