@@ -74,7 +74,7 @@ class DataConfig:
         cache_dir, cache_gb: keep whole remote shards in this local folder, up to so many GB; None: read single samples.
         index_dir: where scripts/index_shards.py has put indexes that do not lie beside their shards (its ``output=``).
         streaming: read remote shards without an index, in an order that cannot be resumed exactly.
-        max_bad_fraction: stop when more than this share of the samples could not be read.
+        max_bad_fraction: stop when more than this share of the samples could not be read, beyond what chance explains.
         allow_truncated: use the whole samples of a shard that is cut in the middle.
         cache: a folder of latents and text features made beforehand by scripts/cache.py, which must fit; None for none.
     """

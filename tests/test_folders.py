@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +101,35 @@ def test_hostile_folder(pictures: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert "1 gif pictures (scripts/build_shards.py reads them)" in line
     assert "3 pictures without a caption" in line and "1 names that are not UTF-8" in line
     assert load(index, SETTINGS)
+
+
+def test_texts_in_the_way_of_kohyas_scripts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for folder, count in (("10_cat", 2), ("1_my dog", 3), ("2024", 1)):
+        for number in range(count):
+            put(tmp_path, f"{folder}/{number}.png")
+            (tmp_path / folder / f"{number}.caption").write_text(f"first line {number}\nsecond line\n")
+    (tmp_path / "2024" / "0.txt").write_text("this one is read")
+    index = load_folder(tmp_path)
+    assert read_sample(index, 0).meta["captions"] == {"short": "first line 0 second line"}
+    assert read_sample(index, 5).meta["captions"] == {"short": "this one is read"}
+    told = capfd.readouterr().err
+    assert "(10_cat, 1_my dog) are taken as names, not as repeats" in told
+    assert "For repeats (add the 1 pictures outside of these folders) give" in told
+    sources = compose_train(shlex.split(told.partition(" give ")[2])).data.sources
+    assert [(source.folder, source.weight) for source in sources] == [
+        (str(tmp_path / "10_cat"), 20), (str(tmp_path / "1_my dog"), 3),
+    ]  # fmt: skip
+    for source in sources:
+        load_folder(str(source.folder))
+    assert not capfd.readouterr().err
+
+
+def test_a_disk_without_locks(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert len(load_folder(pictures)) == 22
 
 
 def test_links_are_followed(pictures: Path, tmp_path: Path) -> None:

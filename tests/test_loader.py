@@ -174,12 +174,12 @@ def test_bad_samples_are_replaced_and_counted(tmp_path: Path, workers: int) -> N
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_samples(tmp_path: Path, workers: int) -> None:
     index = damaged(tmp_path, 96, {number: b"<html>" for number in range(0, 96, 6)})
-    settings = replace(SETTINGS, workers=workers, last_step=12, max_bad_fraction=0.1)
+    settings = replace(SETTINGS, workers=workers, last_step=24, max_bad_fraction=0.1)
     loader = make_loader(index, BatchPlan(index, 8, 1, BUCKETS, {"short": 1.0}), settings)
     with pytest.raises(UserError, match=r"damaged.tar/\d+: does not decode") as error:
         list(loader)
     assert loader.report.read >= 64 and "\n" not in str(error.value) and error.value.__class__ is UserError
-    assert len(list(make_loader(index, loader.plan, replace(settings, max_bad_fraction=0.5)))) == 12
+    assert len(list(make_loader(index, loader.plan, replace(settings, max_bad_fraction=0.5)))) == 24
 
 
 @pytest.mark.parametrize("workers", [0, 2])

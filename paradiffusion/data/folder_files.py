@@ -82,7 +82,9 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
             try:
                 key.encode("utf-8")
                 stamps = [_stamp(Path(folder, name))]
-                stamps += [_stamp(Path(folder, side)) if side in present else (-1, -1) for side in beside(stem)]
+                for sides in beside(stem):
+                    side = next((side for side in sides if side in present), None)
+                    stamps.append(_stamp(Path(folder, side)) if side else (-1, -1))
             except UnicodeEncodeError:
                 passed_over["names that are not UTF-8"] += 1
                 continue
@@ -95,9 +97,9 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
             yield FoundPicture(key, (*stamps[0], *stamps[1], *stamps[2]))
 
 
-def beside(stem: str) -> tuple[str, str]:
-    """The names of the files with a picture's captions."""
-    return f"{stem}.json", f"{stem}.txt"
+def beside(stem: str) -> tuple[tuple[str], tuple[str, str]]:
+    """What the files with a picture's captions may be called: its JSON, and its text; the first that is there is read."""
+    return (f"{stem}.json",), (f"{stem}.txt", f"{stem}.caption")  # The latter is the habit of kohya's scripts.
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -135,10 +137,26 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
             if not width and found.stamps[0] > _HEAD_BYTES:
                 file.seek(0)
                 width, height = probe_size(file.read())
-        json_name, text_name = (path.with_name(name) for name in beside(path.stem))
-        meta_bytes = json_name.read_bytes() if found.stamps[2] >= 0 else b""
-        text = text_name.read_bytes() if found.stamps[4] >= 0 else b""
+        meta_bytes, text = read_beside(path, found.stamps[2] >= 0, found.stamps[4] >= 0)
     except OSError:
         return LookedAt()
     meta = parse_meta(meta_bytes) if meta_bytes else {}
     return LookedAt(width, height, captions_of(meta or {}, text), meta is None)
+
+
+def read_beside(path: Path, json: bool, text: bool) -> tuple[bytes, bytes]:
+    """The JSON and the text beside a picture, those that are asked for. Raises OSError when one is not there."""
+    pairs = zip(beside(path.stem), (json, text), strict=True)
+    meta, caption = (
+        _read_first([path.with_name(name) for name in names]) if wanted else b"" for names, wanted in pairs
+    )
+    return meta, caption
+
+
+def _read_first(paths: list[Path]) -> bytes:
+    for path in paths[:-1]:
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            continue
+    return paths[-1].read_bytes()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,10 +36,12 @@ from paradiffusion.randomness import seed_from
 INDEX_NAME: Final = ".paradiffusion.index.npz"
 _VERSION: Final = 1
 _PER_PART: Final = 1000
+_REPEATS: Final = re.compile(r"([1-9]\d{0,5})_.")
+_TOLD_FOLDERS: Final = 8
 
 
 def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: str = "data.folder") -> SampleIndex:
-    """All pictures below ``folder`` that have a caption in a .txt or .json of the same name (the same forms as in shards).
+    """All pictures below ``folder`` that have a caption in a .txt, .caption or .json of the same name (the forms of shards).
 
     The index is kept in the folder (``.paradiffusion.index.npz``), else in the user's cache; only files whose size or time
     has changed are looked at again. A sample's key is its path in the folder, and its id is a function of that alone. Up to
@@ -157,6 +162,7 @@ def _to_index(root: Path, stored: _Stored, passed_over: Counter[str], name: str)
         )
     if os.environ.get("RANK", "0") == "0" and told:
         print(f"{name}={root}: {len(rows)} pictures with captions; passed over: {told}", file=sys.stderr, flush=True)
+    _tell_repeats(root, [stored.keys[row] for row in rows], name)
     used = np.asarray(stored.words[rows].any(axis=0))
     keys = [stored.keys[row].encode() for row in rows]
     return SampleIndex(
@@ -172,6 +178,27 @@ def _to_index(root: Path, stored: _Stored, passed_over: Counter[str], name: str)
         tokens=None if stored.tokens is None else stored.tokens[rows][:, used],
         tokenizer=stored.tokenizer,
     )
+
+
+def _tell_repeats(root: Path, keys: list[str], name: str) -> None:
+    """Folders called 10_cat and 1_dog would be drawn 10 to 1 by kohya's scripts: say what does so here."""
+    counts = Counter(key.partition("/")[0] for key in keys if "/" in key)
+    repeats = {folder: int(found[1]) for folder in counts if (found := _REPEATS.match(folder))}
+    if os.environ.get("RANK", "0") != "0" or len(set(repeats.values())) < 2:
+        return
+    sources = ", ".join(
+        f"{{folder: {json.dumps(str(root / folder), ensure_ascii=False)}, weight: {number * counts[folder]}}}"
+        for folder, number in list(repeats.items())[:_TOLD_FOLDERS]
+    )
+    more = ", ..." if len(repeats) > _TOLD_FOLDERS else ""
+    left = len(keys) - sum(counts[folder] for folder in repeats)
+    typed = shlex.quote(f"data.sources=[{sources}{more}]")
+    rest = f" (add the {left} pictures outside of these folders)" if left else ""
+    print(
+        f"{name}={root}: the numbers in its folders' names ({', '.join(list(repeats)[:2])}) are taken as names, not as repeats: "
+        f"each picture comes equally often. For repeats{rest} give {typed}",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
 
 
 def _places(root: Path) -> list[Path]:
@@ -221,5 +248,6 @@ def _locked(root: Path) -> Iterator[None]:
         yield
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):  # Some network disks have no locks: then each process looks at the files.
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -7,6 +7,7 @@ The main process plans (integers only) and tells the workers which bytes to read
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import signal
 import threading
@@ -28,12 +29,16 @@ from paradiffusion.data.captions import is_dropped
 from paradiffusion.data.hand_over import HandOver
 from paradiffusion.data.images import MAX_PIXELS
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.reader import Delivery, Order, Reader, as_it_is, guard_worker
+from paradiffusion.data.reader import Delivery, Order, Reader, guard_worker
 from paradiffusion.data.shards import Place, RemotePath, SampleIndex
+from paradiffusion.data.shared_memory import Unpack, pass_on
 from paradiffusion.errors import UserError
+from paradiffusion.machine import cores
 
-# Below so many samples read, a few bad ones say nothing about their share.
-_JUDGED_FROM = 64
+# Below so many samples read, a few bad ones say nothing about their share; and until all samples have been read once it
+# must be over the limit by so many standard deviations. Else one bad sample in a thousand, under a limit of a hundredth,
+# would stop one process in twenty, and so nearly every run of many.
+_JUDGED_FROM, _DEVIATIONS = 64, 3.0
 # A slice of a few slots may be wholly bad by chance; then other samples of the global batch stand in.
 _SMALL_SLICE, _SPARES = 8, 4
 
@@ -115,9 +120,12 @@ class LoadReport:
 class Loader(Iterator[Batch]):
     """The batches of this process, in the order of their steps; see ``make_loader``."""
 
+    _whole: float = math.inf  # how many samples there are; of a stream that is not known
+
     def __init__(self, index: SampleIndex, plan: BatchPlan, settings: LoaderSettings) -> None:
         self.index, self.plan = index, plan
         self._prepare(settings, plan.batch_size)
+        self._whole = plan.samples
 
     def _prepare(self, settings: LoaderSettings, batch_size: int) -> None:
         self.settings = settings
@@ -147,6 +155,12 @@ class Loader(Iterator[Batch]):
             EOFError,
             ConnectionError,
         ) as error:  # The last two: it died while handing something over.
+            if "Too many open files" in str(error):
+                self.close()
+                raise UserError(
+                    "Too many files are open to take batches from the processes that read data: raise the limit (ulimit -n), "
+                    "or set data.workers lower."
+                ) from error
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             self.close()
@@ -189,22 +203,29 @@ class Loader(Iterator[Batch]):
     def _serve(self, data: Dataset[Any], orders: Iterable[Order] | None) -> Iterator[tuple[Order, Delivery]]:
         """What ``data`` makes of ``orders``, in worker processes; an iterable data set needs none."""
         settings, workers = self.settings, self._workers
-        ended, end = Pipe(duplex=False)
-        self._end = weakref.finalize(self, _tell_workers, ended, end, os.getpid())
         on_child_exit = signal.getsignal(signal.SIGCHLD)
-        deliveries = iter(
-            DataLoader(
-                data,
-                batch_size=None,
-                sampler=orders,
-                num_workers=workers,
-                prefetch_factor=settings.prefetch if workers else None,
-                collate_fn=as_it_is,
-                worker_init_fn=partial(guard_worker, ended=ended) if workers else None,
-                pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # Its own: DataLoader would otherwise draw from the global generator.
+        try:
+            ended, end = Pipe(duplex=False)
+            self._end = weakref.finalize(self, _tell_workers, ended, end, os.getpid())
+            deliveries = iter(
+                DataLoader(
+                    data,
+                    batch_size=None,
+                    sampler=orders,
+                    num_workers=workers,
+                    prefetch_factor=settings.prefetch if workers else None,
+                    collate_fn=pass_on,
+                    worker_init_fn=partial(guard_worker, ended=ended) if workers else None,
+                    pin_memory=torch.cuda.is_available(),
+                    generator=torch.Generator(),  # Its own: DataLoader would otherwise draw from the global generator.
+                )
             )
-        )
+        except OSError as error:
+            self.close()
+            raise UserError(
+                f"Reading with data.workers={workers} cannot be started ({error.strerror or error}): set it lower (0 reads in this "
+                "process), or raise the limits of open files (ulimit -n), of processes or of /dev/shm."
+            ) from error
         # DataLoader would raise the death of a worker out of this signal, in the midst of a step or a save. Without
         # that it still notices, when the next batch is asked for.
         if on_child_exit is not None and threading.current_thread() is threading.main_thread():
@@ -212,7 +233,7 @@ class Loader(Iterator[Batch]):
         # Registered after the workers have started, so called before multiprocessing waits for them: they ignore its
         # SIGTERM, and a program that ends without close() would wait for ever.
         atexit.register(self._at_exit)
-        return deliveries
+        return map(Unpack(), deliveries)
 
     def _judge(self, delivery: Delivery) -> None:
         """Count what was read; raise UserError when too much of it was bad."""
@@ -221,7 +242,10 @@ class Loader(Iterator[Batch]):
         report.bad.update((failure.shard, failure.error) for failure in delivery.failures)
         if not delivery.failures:
             return
-        too_many = report.read >= _JUDGED_FROM and report.bad_fraction > self.settings.max_bad_fraction
+        allowed = self.settings.max_bad_fraction * report.read
+        if report.read < self._whole:
+            allowed += _DEVIATIONS * math.sqrt(allowed)
+        too_many = report.read >= _JUDGED_FROM and report.bad.total() > allowed
         if too_many or not delivery.keys:
             raise UserError(
                 f"{report.bad.total()} of {report.read} samples could not be read (the last one "
@@ -232,8 +256,7 @@ class Loader(Iterator[Batch]):
 
 def default_workers() -> int:
     """Processes that read for this one: its share of the cores, at most 8, at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)))
+    return max(1, min(8, cores() // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)))
 
 
 def slots_of(rank: int, world_size: int, size: int, micro: int) -> range:
@@ -251,7 +274,7 @@ def make_loader(index: SampleIndex, plan: BatchPlan, settings: LoaderSettings) -
 
     A sample that cannot be read is replaced in its slot by a good one of the slice with weight 0 and counted in
     ``loader.report``. Iterating raises UserError when a whole slice is bad, or over ``max_bad_fraction`` of what was
-    read once that is enough to judge. Raises UserError when the batch does not split evenly.
+    read, by more than chance explains. Raises UserError when the batch does not split evenly.
     """
     return Loader(index, plan, settings)
 
@@ -307,12 +330,13 @@ class _Orders:
                 slots = slots_of(settings.rank, settings.world_size, self.size, micro)
                 others = [*range(slots.start + 1, len(batch.rows)), *range(slots.start)]
                 others = [slot for slot in others if slot not in slots][:_SPARES]
+                taken = [places[slot] for slot in slots]
                 yield Order(
                     step=step,
                     micro=micro,
                     bucket=batch.bucket,
-                    places=[places[slot][0] for slot in slots],
-                    kinds=[places[slot][1] for slot in slots],
+                    places=[place for place, _ in taken],
+                    kinds=[kind for _, kind in taken],
                     slots=slots,
                     dropped=[is_dropped(settings.seed, step, slot, settings.caption_dropout) for slot in slots],
                     spares=[places[slot] for slot in others] if self.size < _SMALL_SLICE else [],

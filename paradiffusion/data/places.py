@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from paradiffusion.data.captions import captions_of, parse_meta
+from paradiffusion.data.folder_files import read_beside
 from paradiffusion.data.remote_cache import cached_copy
 from paradiffusion.data.storage import RemotePath, read_range
 from paradiffusion.data.tars import Span
@@ -112,12 +113,8 @@ def _read_spans(place: Place, read: Callable[[int, int], bytes]) -> tuple[bytes,
 
 def _read_files(part: FolderPart, place: Place) -> tuple[bytes, bytes, bytes]:
     path = part.root / place.key
-    beside = path.with_suffix(".json"), path.with_suffix(".txt")
-    image, meta_bytes, text = (
-        file.read_bytes() if span.size else b""
-        for file, span in zip((path, *beside), (place.image, place.json, place.text), strict=True)
-    )
-    return image, meta_bytes, text
+    meta_bytes, text = read_beside(path, place.json.size > 0, place.text.size > 0)
+    return path.read_bytes() if place.image.size else b"", meta_bytes, text
 
 
 class _OpenFiles:

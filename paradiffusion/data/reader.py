@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
 
 import numpy as np
 import torch
@@ -144,11 +143,6 @@ def join_pixels(pictures: list[np.ndarray]) -> torch.Tensor:
     for place, picture in zip(joined, pictures, strict=True):
         place[:] = picture.transpose(2, 0, 1)
     return torch.from_numpy(joined)
-
-
-def as_it_is(delivery: Any) -> Any:
-    """For the DataLoader, which would otherwise look for tensors inside."""
-    return delivery
 
 
 def guard_worker(number: int, ended: Connection) -> None:

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
@@ -46,14 +46,14 @@ def write_shards(samples: Iterable[RawSample], folder: Path, samples_per_shard: 
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     remaining: Iterator[RawSample] = iter(samples)
-    while chunk := list(islice(remaining, samples_per_shard)):
+    for first in remaining:  # none of them is held longer than its turn
         path = folder / f"{len(paths):06d}.tar"
-        _write_shard(chunk, path)
+        _write_shard(chain([first], islice(remaining, samples_per_shard - 1)), path)
         paths.append(path)
     return paths
 
 
-def _write_shard(samples: list[RawSample], path: Path) -> None:
+def _write_shard(samples: Iterable[RawSample], path: Path) -> None:
     seen: set[str] = set()
     partial = path.with_name(path.name + ".partial")
     try:
