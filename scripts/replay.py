@@ -8,8 +8,10 @@ samples_seen/ and in the sentence that tells of a loss spike. Nothing else in th
 
   run=      a stage's folder
   step=     which one
-  ckpt=     a checkpoint, stage or run whose EMA weights the losses are taken with; else the newest before the step
+  ckpt=     a checkpoint, stage or run whose EMA weights the losses are taken with; else the weights that the step had, where
+            its checkpoint is there, the EMA weights of the newest before it, or the first weights where there is none
   output=   another folder for what is written
+  shards=   where data.shards lies now, if it has moved
   world=    the number of processes that the step ran on, where log_samples=true did not record it: who had which sample
   device=   cpu, cuda or cuda:1; else a GPU where there is one
   force=    true: also where the data has changed since, as what the step would be now

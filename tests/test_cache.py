@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from data_fixtures import as_json, encoded, picture, sample, write_tar
 from PIL import Image
+from remote_fixtures import serving
 from training_runs import assert_same_bits, build_here, newest, records, train_here
 
 from paradiffusion.compose import compose_options, compose_train
@@ -251,7 +252,10 @@ def test_a_caption_that_has_changed_is_not_trained_on_with_old_features(
     setup = build_here([*here, f"data.cache={cache}"])
     loader = setup.loader()
     bad = [line for batch in (next(loader), next(loader)) for line in batch.bad]
-    assert bad == ["0.tar/a: has a caption that is not in the cache: it has changed since"]
+    assert bad == ["0.tar/a: has a caption that is not in the cache, changed since: run scripts/cache.py again"]
+    assert make(here, cache) == 0  # which makes that shard's features again, though its file is there
+    loader = build_here([*here, f"data.cache={cache}"]).loader()
+    assert not [line for batch in (next(loader), next(loader)) for line in batch.bad]
 
 
 def test_several_sources_and_a_folder(tiny_arguments: list[str], tmp_path: Path) -> None:
@@ -272,6 +276,23 @@ def test_several_sources_and_a_folder(tiny_arguments: list[str], tmp_path: Path)
     assert meters.bad == 0
     for one, other in zip(plain, cached, strict=True):
         torch.testing.assert_close(one.latents, other.latents, rtol=1e-4, atol=1e-5)
+
+
+def test_remote_shards(arguments: list[str], data: Path, caches: dict[str, Path], tmp_path: Path) -> None:
+    """Shards behind a server have the cache that the same shards have on a disk, and with it their images are not asked for."""
+    here = [*arguments, f"run_dir={tmp_path / 'run'}", f"data.index_dir={tmp_path / 'indexes'}", "data.workers=0"]
+    with serving(data) as server:
+        here.append(f"data.shards={server.url}{{000000..000002}}.tar")
+        assert make(here, tmp_path / "cache") == 0
+        for kind in ("latents", "text"):
+            files = sorted((tmp_path / "cache" / kind).glob("*.safetensors"))
+            assert len(files) == 3 + (kind == "text")
+            for file in files:
+                assert file.read_bytes() == (caches["modern"] / kind / file.name).read_bytes()
+        setup = build_here([*here, f"data.cache={caches['modern']}"])
+        before = server.bytes_sent
+        assert inputs(setup, 4)[1].samples == 16
+        assert 0 < server.bytes_sent - before < 16 * 1024  # captions; an image has about 12 kB
 
 
 def test_the_preflight_tries_what_will_run(
@@ -362,7 +383,7 @@ def test_the_version_of_the_pixels_changes_with_the_pixels() -> None:
     found = to_array(Image.fromarray(ramp).convert("RGB"), (8, 8), 7)[:, 0, 0]
     clear = decode(encoded(Image.new("RGBA", (2, 2), (9, 9, 9, 0))))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
-    assert PIXELS_VERSION == "crop 1, lanczos, JPEG reduced, on white"
+    assert PIXELS_VERSION == "crop 1, lanczos, JPEG reduced, on white, profiles to sRGB"
     # The window's place is drawn from the sample's id; another release of Pillow may round differently.
     assert np.abs(found.astype(int) - [78, 98, 118, 138, 158, 178, 197, 220]).max() <= 1
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,16 +22,22 @@ from PIL import Image
 from test_spikes import spoil_latents
 from training_runs import build_here, free_port, records, train_here
 
-from paradiffusion.compose import compose_options
+from paradiffusion.compose import compose_options, compose_train
 from paradiffusion.data.loader import LoaderSettings, make_loader
 from paradiffusion.data.shards import expand_shards, load_index, read_sample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.training import spikes
+from paradiffusion.training.caching import CacheOptions, make_cache
 from paradiffusion.training.replay import Replay, ReplayOptions, replay
 from paradiffusion.training.seen import digest, line_of, read_seen
 
 Train = Callable[..., int]
-RECORDED = ["log_samples=true", "log_every=1", "ema_decay=0", "validate_every=100", "data.caption_dropout=0.4"]
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+RECORDED = ["log_samples=true", "log_every=1", "validate_every=100", "data.caption_dropout=0.4"]
 
 
 def replay_here(*arguments: str) -> tuple[Replay, Path]:
@@ -69,8 +76,8 @@ def test_replay_is_what_the_step_saw(stage: Path, capsys: pytest.CaptureFixture[
     assert state_of(stage) == before, "a replay must leave the run alone"
     assert page == stage / "replay" / "step_000004" / "index.html"
     assert found.certain == "identical" and "all 4 slots" in found.verdict
-    # Right after the checkpoint of step 4, and without an average: the losses are those of the step.
-    assert found.facts["losses"].startswith("with the EMA weights of step_000004, the newest before")
+    # Right after the checkpoint of step 4 the losses are those of the step: of its weights, not of their average.
+    assert found.facts["losses"] == "with the weights that the step had, those of step_000004"
     logged = next(row["loss"] for row in records(stage) if row["step"] == 5)
     assert found.facts["mean loss"] == pytest.approx(logged, rel=1e-6)
     assert found.facts["mean loss in log.jsonl"] == logged
@@ -97,6 +104,34 @@ def test_page_lines_and_pictures(stage: Path) -> None:
         assert row["caption"], "a dropped caption is shown as well"
         assert row["dropped"] == (row["kept"] == "")
         assert 0 <= row["noise_share"] <= 1
+
+
+def test_page_is_shown_by_a_browser(stage: Path, tmp_path: Path) -> None:
+    if not CHROMIUM.exists():
+        pytest.skip("no Chromium here")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    found, page = replay_here(f"run={stage}", "step=3", f"output={tmp_path}")
+    said: list[str] = []
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        try:
+            tab = browser.new_page(viewport={"width": 900, "height": 700})
+            tab.on("console", lambda message: said.append(message.text))
+            tab.on("pageerror", lambda error: said.append(str(error)))
+            tab.on(
+                "request", lambda asked: None if asked.url.startswith(("file:", "data:")) else said.append(asked.url)
+            )
+            tab.goto(page.as_uri())
+            assert tab.title() == found.title and "Identical" in tab.inner_text("[role=status]")
+            assert all(tab.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)"))
+            assert tab.locator("main article img").count() == 4 == tab.locator("svg circle").count()
+            tab.locator("svg a").last.click()  # A dot leads to its sample.
+            assert tab.locator(tab.evaluate("location.hash")).is_visible()
+            tab.set_viewport_size({"width": 380, "height": 700})
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
+        finally:
+            browser.close()
+    assert said == []
 
 
 def test_captions_are_shown_as_cut(stage: Path) -> None:
@@ -187,7 +222,26 @@ def test_stages_with_an_adapter(train: Train, tmp_path: Path) -> None:
         assert train(*arguments, "optimizer.warmup_steps=0") == 0
         found, _ = replay_here(f"run={tmp_path / 'run' / f'stage{stage}'}", "step=2")
         assert found.certain == "identical"
-        assert found.facts["mean loss"] == pytest.approx(found.facts["mean loss in log.jsonl"], rel=1e-5)
+        assert found.facts["mean loss"] == pytest.approx(found.facts["mean loss in log.jsonl"], rel=1e-6)
+        # Before the first checkpoint: with the weights that the stage started from, wherever the run lies now.
+        moved = tmp_path / f"moved{stage}"
+        shutil.copytree(tmp_path / "run", moved)
+        shutil.rmtree(moved / f"stage{stage}" / "checkpoints")
+        first, _ = replay_here(f"run={moved / f'stage{stage}'}", "step=0")
+        assert "would start from now, since there is no checkpoint" in first.facts["losses"]
+        assert first.facts["mean loss"] == pytest.approx(first.facts["mean loss in log.jsonl"], rel=1e-6)
+
+
+def test_shards_that_have_moved(stage: Path, own_shards: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    own_shards.rename(moved)
+    try:
+        with pytest.raises(UserError, match=r"data.shards=.* matches no .tar file.*name their place with shards="):
+            replay_here(f"run={stage}", "step=2", f"output={tmp_path / 'out'}")
+        found, _ = replay_here(f"run={stage}", "step=2", f"output={tmp_path / 'out'}", f"shards={moved}")
+        assert found.certain == "identical"
+    finally:
+        moved.rename(own_shards)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +259,7 @@ def test_stages_with_an_adapter(train: Train, tmp_path: Path) -> None:
         (["run=nowhere", "step=1"], "run=nowhere holds no config.json"),
         (["run={stage}", "step=1", "ckpt=nowhere"], "ckpt=nowhere holds no checkpoint"),
         (["run={stage}", "step=1", "output={stage}/config.json"], "is a file"),
+        (["run={stage}", "step=1", "output={stage}/config.json/inside"], "config.json is a file"),
         (["run={stage}", "stepp=1"], "'stepp=1' is not understood"),
     ],
 )
@@ -228,6 +283,23 @@ def test_spike_leaves_its_page(
     page = (folder / "index.html").read_bytes()
     replay_here(f"run={tmp_path / 'run' / 'stage1'}", "step=5")
     assert (folder / "index.html").read_bytes() == page
+
+
+def test_page_of_a_spike_has_the_pictures_of_cached_latents(
+    train: Train, tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    assert make_cache(compose_train([*tiny_arguments, "stage=1"]), CacheOptions(output=str(cache))) == 0
+    seen = spoil_latents(monkeypatch, {5}, math.nan)
+    assert train("on_spike=skip", f"data.cache={cache}", "log_samples=true") == 0
+    folder = tmp_path / "run" / "stage1" / "replay" / "step_000005" / "spike"
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == seen[5] and all(row["image"] for row in rows)
+    assert (folder / "index.html").read_text().count("data:image/") == 4
+    found, page = replay_here(f"run={tmp_path / 'run' / 'stage1'}", "step=5")
+    assert found.certain == "identical" and "its latents came from a cache" in found.verdict
+    for path in (folder / "images").iterdir():
+        assert path.read_bytes() == (page.parent / "images" / path.name).read_bytes()
 
 
 def test_pages_of_spikes_are_few_and_never_stop_a_run(

@@ -1,17 +1,19 @@
 """One file of a cache: what a frozen model made of the samples of one shard, unpadded, in one safetensors file.
 
 Its tensors: ``values`` (flat, all entries one after another), ``offsets`` int64 [m + 1] into it, ``shapes`` int32 [m, k],
-``names`` int64 [m] (what an entry is looked up by), ``lengths`` int32 [m] (of text: tokens before any cut) and ``bad``
-int64 (names of samples that could not be read). Entries are written as they come and read one by one, so that neither
-side ever holds a shard in memory.
+``names`` int64 [m] (what an entry is looked up by), ``lengths`` int32 [m] (of text: tokens before any cut), ``checksums``
+int64 [m] (CRC-32 of an entry's name, length, shape and bytes) and ``bad`` int64 (names of samples that could not be read).
+Entries are written as they come and read one by one, so that neither side ever holds a shard in memory.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import struct
 import time
 import uuid
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -71,6 +73,7 @@ class EntryWriter:
         self._names: list[int] = []
         self._lengths: list[int] = []
         self._shapes: list[tuple[int, ...]] = []
+        self._checksums: list[int] = []
         self._offsets = [0]
         try:
             self._file = open(self._partial, "wb")  # noqa: SIM115 - closed by __exit__
@@ -92,9 +95,11 @@ class EntryWriter:
 
     def add(self, name: int, values: Tensor, length: int = 0) -> None:
         """Append one entry."""
+        values = values.to(self.dtype)
         self._names.append(name)
         self._lengths.append(length)
         self._shapes.append(tuple(values.shape))
+        self._checksums.append(checksum(name, length, values))
         self._offsets.append(self._offsets[-1] + values.numel())
         self._write(values)
 
@@ -108,6 +113,7 @@ class EntryWriter:
             "offsets": torch.tensor(self._offsets, dtype=torch.int64),
             "names": torch.tensor(self._names, dtype=torch.int64),
             "bad": torch.tensor(list(bad), dtype=torch.int64),
+            "checksums": torch.tensor(self._checksums, dtype=torch.int64),
             "shapes": torch.tensor(self._shapes, dtype=torch.int32).reshape(len(self._shapes), width),
             "lengths": torch.tensor(self._lengths, dtype=torch.int32),
         }
@@ -131,15 +137,23 @@ class EntryWriter:
             raise self._refused(error) from None
 
     def _write(self, values: Tensor) -> None:
-        if values.is_floating_point():
-            values = values.to(self.dtype)
         try:
-            self._file.write(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._file.write(_bytes_of(values))
         except OSError as error:
             raise self._refused(error) from None
 
     def _refused(self, error: OSError) -> UserError:
         return UserError(f"the cache's {self.path} could not be written ({error.strerror or error}); {_DISK_FULL}.")
+
+
+def checksum(name: int, length: int, values: Tensor) -> int:
+    """CRC-32 of an entry, by which a reader notices that a disk or a copy has changed it."""
+    facts = struct.pack(f"<{2 + values.ndim}q", name, length, *values.shape)
+    return zlib.crc32(_bytes_of(values), zlib.crc32(facts))
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _described(dtype: torch.dtype, shape: list[int], start: int, end: int) -> dict[str, Any]:
@@ -150,6 +164,7 @@ class EntryFile:
     """Reads single entries of one file. Raises ValueError for a file that is damaged, OSError for one that is gone."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             handle = safe_open(path, framework="pt")
             self._values = handle.get_slice("values")
@@ -159,20 +174,36 @@ class EntryFile:
             self._names = tables["names"][self._order]
             self._offsets, self._shapes, self._lengths = tables["offsets"], tables["shapes"], tables["lengths"]
             self.bad = frozenset(handle.get_tensor("bad").tolist())
+            # Files of an earlier version have none.
+            self._checksums = handle.get_tensor("checksums").numpy() if "checksums" in handle.keys() else None  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path.name} is damaged: {str(error).splitlines()[0]}") from None
 
     def __len__(self) -> int:
         return len(self._names)
 
+    def names(self) -> frozenset[int]:
+        """The names of all entries."""
+        return frozenset(self._names.tolist())
+
     def get(self, name: int) -> Entry | None:
-        """The entry of that name; None where there is none."""
+        """The entry of that name; None where there is none. Raises ValueError for one that is not as it was written."""
         at = int(np.searchsorted(self._names, name))
         if at == len(self._names) or self._names[at] != name:
             return None
         row = int(self._order[at])
-        values: Tensor = self._values[int(self._offsets[row]) : int(self._offsets[row + 1])]
-        return Entry(values.reshape(self._shapes[row].tolist()), int(self._lengths[row]))
+        length = int(self._lengths[row])
+        try:
+            flat: Tensor = self._values[int(self._offsets[row]) : int(self._offsets[row + 1])]
+            values = flat.reshape(self._shapes[row].tolist())
+        except (SafetensorError, RuntimeError, IndexError, OverflowError):  # An offset or a shape that cannot be.
+            raise self._damaged() from None
+        if self._checksums is not None and checksum(name, length, values) != self._checksums[row]:
+            raise self._damaged()
+        return Entry(values, length)
+
+    def _damaged(self) -> ValueError:
+        return ValueError(f"has a damaged entry in the cache: delete {self.path.name} and run scripts/cache.py again")
 
 
 def remove_abandoned(folder: Path) -> None:

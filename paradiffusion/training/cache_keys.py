@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor, nn
 
 from paradiffusion.config import DataConfig, TrainConfig
 from paradiffusion.data.cache import (
@@ -29,6 +30,9 @@ LORA_TEXT: Final = (
     "train_text=lora trains the language model's adapter, so the features of a caption change in every step and cannot "
     "be cached"
 )
+_PICKED: Final = 64
+# Cases, digits, marks, runs of spaces and letters outside ASCII: where tokenizers of one vocabulary differ.
+_PROBE: Final = "Two RED kites, 3.5 m above the caf\u00e9's  roof -- (sunset); \u732b!"
 
 
 def latent_key(config: TrainConfig, codec: Codec | None) -> dict[str, Any]:
@@ -45,7 +49,11 @@ def latent_key(config: TrainConfig, codec: Codec | None) -> dict[str, Any]:
         "pixels": PIXELS_VERSION,
     }
     if codec is not None:
-        key |= {"codec.hash": codec.source["hash"], "codec.tiling": bool(getattr(codec.vae, "use_tiling", False))}
+        key |= {
+            "codec.hash": codec.source["hash"],
+            "codec.weights": weights_hash(codec.vae),
+            "codec.tiling": bool(getattr(codec.vae, "use_tiling", False)),
+        }
     return key
 
 
@@ -63,7 +71,12 @@ def text_key(config: TrainConfig, encoder: TextEncoder | None) -> dict[str, Any]
         "data.captions": weighted_kinds(config.data),
     }
     if encoder is not None:
-        key |= {"text_encoder.hash": encoder.source["hash"], "lora.hash": adapter_hash(config, encoder)}
+        key |= {
+            "text_encoder.hash": encoder.source["hash"],
+            "text_encoder.weights": weights_hash(encoder.model),
+            "text_encoder.tokenizer": tokenizer_hash(encoder),
+            "lora.hash": adapter_hash(config, encoder),
+        }
     return key
 
 
@@ -73,20 +86,45 @@ def weighted_kinds(data: DataConfig) -> list[str]:
     return sorted({kind for mixture in mixtures for kind, weight in mixture.items() if weight > 0})
 
 
+def weights_hash(model: nn.Module) -> str:
+    """A hash of ``_PICKED`` numbers of every parameter but an adapter's. Beside the hash of the files' ends it also tells a
+    model of which only some layers were tuned, and takes well under a second where a whole hash would take minutes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        if ".lora_" not in name:
+            flat = tensor.detach().reshape(-1)
+            picked = flat[:: max(1, len(flat) // _PICKED)]
+            digest.update(f"{list(tensor.shape)} {tensor.dtype}\n".encode() + _bytes_of(picked))
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_hash(encoder: TextEncoder) -> str:
+    """A hash of what the tokenizer makes of text: its pieces, and what it puts around them."""
+    pieces = sorted(encoder.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    tokens = encoder.tokenize([_PROBE, ""])
+    kept = [
+        row[real].tolist() for row, real in zip(tokens.ids, tokens.mask, strict=True)
+    ]  # however far they are padded
+    return hashlib.sha256(repr((pieces, kept, tokens.lengths, encoder.pad_id)).encode()).hexdigest()[:16]
+
+
 def adapter_hash(config: TrainConfig, encoder: TextEncoder) -> str | None:
     """A hash of the LoRA adapter that is applied to the language model, and of its scale; None without one."""
     digest = hashlib.sha256(f"{config.lora.rank} {config.lora.alpha}".encode())
     tensors = sorted((name, p) for name, p in encoder.named_parameters() if ".lora_" in name)
     for name, tensor in tensors:
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + _bytes_of(tensor))
     return digest.hexdigest()[:16] if tensors else None
 
 
-def command(what: str, config: TrainConfig) -> str:
-    """What makes a fitting cache, for messages."""
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def command(what: str, config: TrainConfig, output: Path | str = "<folder>") -> str:
+    """What makes a fitting cache in ``output``, for messages."""
     preset = f"preset={config.preset} stage={config.stage}"
-    return f"`python scripts/cache.py what={what} {preset} output=<folder>` with the other arguments of this command"
+    return f"`python scripts/cache.py what={what} {preset} output={output}` with the other arguments of this command"
 
 
 def check_cache(config: TrainConfig) -> dict[str, Path]:
@@ -167,7 +205,7 @@ def files_of(config: TrainConfig, what: str, folder: Path, index: SampleIndex) -
         raise UserError(
             f"data.cache: {folder} lacks {len(missing)} of {len(files)} shards ({samples} of {len(index)} samples), "
             f"{index.shards[missing[0]]} the first, since they were never cached or have changed; add them with "
-            f"{command(what, config)}."
+            f"{command(what, config, folder.parent)}."
         )
     for file in files:
         if not is_whole(file):
@@ -189,8 +227,8 @@ def read_null(config: TrainConfig, folder: Path) -> Entry:
 def damaged(file: Path, what: str, config: TrainConfig) -> UserError:
     """A file that is not as it was written."""
     return UserError(
-        f"data.cache: {file} is missing or cut short; run {command(what, config)} and output={file.parent.parent}: it makes "
-        "again what is not whole."
+        f"data.cache: {file} is missing or cut short; run {command(what, config, file.parent.parent)}: it makes again what "
+        "is not whole."
     )
 
 
@@ -204,5 +242,7 @@ def spares_models(config: TrainConfig, cache: Cache | None, what: str, held_out:
 
 def describe_cache(config: TrainConfig, cache: Cache | None) -> str:
     """A line for a person; empty without a cache."""
-    held = [CALLED[what] for what in CALLED if cache is not None and getattr(cache, what) is not None]
-    return f"\n  cache: {' and '.join(held)} from {config.data.cache}" if held else ""
+    held = [what for what in CALLED if cache is not None and getattr(cache, what) is not None]
+    spared = " or the ".join({"latents": "autoencoder", "text": "text encoder"}[what] for what in held)
+    called = " and ".join(CALLED[what] for what in held)
+    return f"\n  cache: {called} from {config.data.cache}: no step runs the {spared}" if held else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from paradiffusion.config import TrainConfig
-from paradiffusion.data.cache_files import EntryWriter, caption_name, sample_name
+from paradiffusion.data.cache_files import EntryFile, EntryWriter, caption_name, is_whole, sample_name
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, to_array
 from paradiffusion.data.loader import scale_pixels
-from paradiffusion.data.shards import SampleIndex, read_place
+from paradiffusion.data.shards import RemotePath, SampleIndex, Span, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
 from paradiffusion.sampling.processes import StopSignal
@@ -37,6 +37,11 @@ class Reading:
     def rows(self, number: int) -> np.ndarray:
         """All rows of a shard, int64."""
         return np.arange(self.starts[number], self.starts[number + 1])
+
+    def name(self, row: int) -> str:
+        """A sample's shard and key, for messages."""
+        place = self.index.place(row)
+        return f"{place.shard.name}/{place.key}"
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """``function`` of each item, in order, a few of them ahead. Raises Stopped when a signal has come."""
@@ -63,6 +68,22 @@ class Reading:
         )
 
 
+def check_finite(values: Tensor, dtype: torch.dtype, whose: str, computed: str) -> None:
+    """Raise UserError for what would spoil every step that reads it: float16 ends at 65504, and some models go beyond.
+
+    Args:
+        dtype: as they are stored; ``whose`` they are, with what else was computed together; ``computed`` is the key of the
+            dtype that the model computes in.
+    """
+    if not torch.isfinite(values).all():
+        advice = f"set {computed}=float32, and another output="
+    elif not torch.isfinite(values.to(dtype)).all():
+        advice = "store with dtype=bfloat16 or dtype=float32, and another output="
+    else:
+        return
+    raise UserError(f"{whose} (or of those computed with it) are not all finite numbers; {advice}.")
+
+
 @dataclass
 class LatentMaker:
     """The latents of a shard: mean and standard deviation [2, C, h, w] of each image as it is cropped in training."""
@@ -78,6 +99,10 @@ class LatentMaker:
         data, index = self.config.data, self.reading.index
         self.buckets = buckets_of(data)
         self.assigned = assign_buckets(index.width, index.height, self.buckets)
+
+    def is_done(self, path: Path, number: int) -> bool:
+        """Whether the file of that shard is there; another image would have another size, and the file another name."""
+        return is_whole(path)
 
     def make(self, path: Path, number: int, count: Callable[[int], object]) -> None:
         """Write the file of one shard."""
@@ -117,6 +142,7 @@ class LatentMaker:
             pixels = torch.from_numpy(np.stack([picture for _, picture in batch])).permute(0, 3, 1, 2)
             mean, std = self.codec.posterior(scale_pixels(pixels.contiguous().to(self.device)))
             values = torch.stack([mean, std], dim=1).cpu()  # [b, 2, C, h, w]
+            check_finite(values, self.dtype, f"the latents of {self.reading.name(batch[0][0])}", "codec.dtype")
             for (row, _), value in zip(batch, values, strict=True):
                 writer.add(sample_name(int(self.reading.index.ids[row])), value)
             count(len(batch))
@@ -133,6 +159,20 @@ class TextMaker:
     dtype: torch.dtype
     at_once: int
     kinds: list[str]
+
+    def is_done(self, path: Path, number: int) -> bool:
+        """Whether the file of that shard is there with all captions that the shard has now. Of a remote shard only whether
+        it is there: a request for each sample would take longer than the work that it may save."""
+        if not is_whole(path):
+            return False
+        if isinstance(self.reading.index.shards[number], RemotePath):
+            return True
+        try:
+            names = EntryFile(path).names()
+        except (OSError, ValueError):
+            return False
+        texts = self.reading.map(self.read, self.reading.rows(number).tolist())
+        return all(caption_name(text) in names for captions in texts for text in captions)
 
     def make(self, path: Path, number: int, count: Callable[[int], object]) -> None:
         """Write the file of one shard."""
@@ -155,7 +195,7 @@ class TextMaker:
     def read(self, row: int) -> list[str]:
         """The captions of a sample that training may draw: those of the weighted kinds; where one of them is missing, all
         that it has, since another one then stands in."""
-        place = self.reading.index.place(row)
+        place = replace(self.reading.index.place(row), image=Span(0, 0))
         try:
             captions: dict[str, str] = read_place(place).meta["captions"]
         except OSError as error:
@@ -172,4 +212,5 @@ class TextMaker:
         masked = self.encoder.settings.mask_padding
         for caption, values, length in zip(captions, features, tokens.lengths, strict=True):
             kept = values[: min(length, self.encoder.limit)] if masked else values
+            check_finite(kept, self.dtype, f"the features of {caption[:60]!r}", "text_encoder.dtype")
             writer.add(caption_name(caption), kept, length)

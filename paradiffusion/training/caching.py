@@ -7,7 +7,6 @@ goes on after it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +67,13 @@ class Work:
 
     Attributes:
         sizes: int64 [shards], samples of each.
-        make: called with the file's path, the shard's number and a function that counts samples done.
+        maker: of the files.
     """
 
     what: str
     files: list[Path]
     sizes: np.ndarray
-    make: Callable[[Path, int, Callable[[int], object]], None]
+    maker: LatentMaker | TextMaker
 
 
 def make_cache(config: TrainConfig, options: CacheOptions) -> int:
@@ -150,15 +149,14 @@ def make_kind(
 ) -> float:  # fmt: skip
     """This process's share of the latents or of the text features; its samples per second."""
     key: dict[str, Any]
-    make: Callable[[Path, int, Callable[[int], object]], None]
+    maker: LatentMaker | TextMaker
     with ThreadPoolExecutor(options.readers) as pool:
         reading = Reading(index, pool, stop, ahead=4 * options.at_once)
         if what == "latents":
             codec = load_codec(config.codec)
-            codec.to(device)
             key, dtype = latent_key(config, codec), options.dtype or config.codec.dtype
-            latents = LatentMaker(reading, codec, device, DTYPES[dtype], options.at_once, config)
-            make = latents.make
+            codec.to(device)
+            maker = LatentMaker(reading, codec, device, DTYPES[dtype], options.at_once, config)
         else:
             encoder = load_text_encoder(config.text_encoder, config.conditioning)
             if source is not None:
@@ -168,16 +166,18 @@ def make_kind(
             # The mean over layers is taken in fp32, whatever the model computes in.
             computed = "float32" if config.conditioning.layer_tap == "mean" else config.text_encoder.dtype
             dtype = options.dtype or computed
-            text = TextMaker(reading, encoder, device, DTYPES[dtype], options.at_once, key["data.captions"])
-            make = text.make
-        settle_key(folder, what, {**key, "dtype": dtype}, about(config, what, index))
+            maker = TextMaker(reading, encoder, device, DTYPES[dtype], options.at_once, key["data.captions"])
+        settled = settle_key(folder, what, {**key, "dtype": dtype}, about(config, what, index))
         remove_abandoned(folder)
-        if what == "text" and processes.rank == 0 and not is_whole(folder / NULL_FILE):
-            with EntryWriter(folder / NULL_FILE, DTYPES[dtype]) as writer:
-                text.encode([""], writer)
-                writer.close()
+        if isinstance(maker, TextMaker):
+            # Of a cache begun with more kinds all files have them, the new ones too.
+            maker.kinds = settled["data.captions"]
+            if processes.rank == 0 and not is_whole(folder / NULL_FILE):
+                with EntryWriter(folder / NULL_FILE, DTYPES[dtype]) as writer:
+                    maker.encode([""], writer)
+                    writer.close()
         files = [folder / name for name in file_names(index, what)]
-        return run(Work(what, files, np.diff(reading.starts), make), processes, stop)
+        return run(Work(what, files, np.diff(reading.starts), maker), processes, stop)
 
 
 def about(config: TrainConfig, what: str, index: SampleIndex) -> dict[str, Any]:
@@ -193,38 +193,47 @@ def about(config: TrainConfig, what: str, index: SampleIndex) -> dict[str, Any]:
     }
 
 
-def settle_key(folder: Path, what: str, key: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Write the key of a new cache; a cache that was begun with another one is refused."""
+def settle_key(folder: Path, what: str, key: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the key of a new cache, and return the cache's; a cache that was begun with another one is refused."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / KEY_FILE).is_file():
             write_key(folder, what, key, facts)
     except OSError as error:
         raise UserError(f"output: {folder} cannot be written ({error.strerror}); choose another output=.") from None
-    different = find_difference(read_key(folder)["key"], key)
+    settled: dict[str, Any] = read_key(folder)["key"]
+    different = find_difference(settled, key)
     if different is not None:
         name, stored, value = different
         raise UserError(
             f"{folder} holds {CALLED[what]} made with {name}={stored!r}, and this command says {value!r}; choose another "
             "output=, or delete that folder."
         )
+    return settled
 
 
 def run(work: Work, processes: Processes, stop: StopSignal) -> float:
-    """Make this process's shards that are not there yet, and return its samples per second. Dealt by place among all shards: processes that start a moment
-    later see more of them finished."""
-    mine = range(processes.rank, len(work.files), processes.size)
-    left = [number for number in mine if not is_whole(work.files[number])]
-    total = int(work.sizes[list(mine)].sum()) if len(mine) else 0
-    done = total - int(work.sizes[left].sum()) if left else total
-    began = time.monotonic()
+    """Make this process's shards that are not there yet, and return its samples per second.
+
+    Dealt by place among all shards: processes that start a moment later see more of them finished.
+    """
+    first = {file: number for number, file in reversed(list(enumerate(work.files)))}  # a shard may be named twice
+    mine = [n for n in range(processes.rank, len(work.files), processes.size) if first[work.files[n]] == n]
+    made, seconds = 0, 0.0
     share = f" (process 1 of {processes.size})" if processes.size > 1 else ""
-    with tqdm(total=total, initial=done, desc=f"{CALLED[work.what]}{share}", unit="sample", dynamic_ncols=True,
+    with tqdm(total=int(work.sizes[np.array(mine, np.int64)].sum()), desc=f"{CALLED[work.what]}{share}", unit="sample", dynamic_ncols=True,
               disable=None if processes.rank == 0 else True, mininterval=1.0) as bar:  # fmt: skip
-        for number in left:
+        for number in mine:
             stop.check()
-            work.make(work.files[number], number, bar.update)
-    return (total - done) / max(time.monotonic() - began, 1e-9)
+            size = int(work.sizes[number])
+            if work.maker.is_done(work.files[number], number):
+                bar.initial = getattr(bar, "initial", 0) + size  # The rate is that of what is made.
+                bar.update(size)
+                continue
+            began = time.monotonic()
+            work.maker.make(work.files[number], number, bar.update)
+            made, seconds = made + size, seconds + time.monotonic() - began
+    return made / max(seconds, 1e-9)
 
 
 def report(what: str, folder: Path, index: SampleIndex, rate: float) -> str:

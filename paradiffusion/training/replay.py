@@ -7,12 +7,11 @@ What a step saw is a function of the configuration, the data and the step, so no
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
@@ -22,13 +21,11 @@ from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.sources import make_plan
 from paradiffusion.errors import UserError
-from paradiffusion.models.inference import choose_device, load_models
-from paradiffusion.models.manifest import checkpoints_of, find_fault, resolve_checkpoint
-from paradiffusion.training.checkpoint import TrainState
 from paradiffusion.training.folder import CONFIG_FILE
 from paradiffusion.training.loop import prepare
 from paradiffusion.training.meters import Meters
-from paradiffusion.training.processes import count_micro_batches, set_threads
+from paradiffusion.training.processes import count_micro_batches
+from paradiffusion.training.replay_models import Weights, choose_weights, open_models
 from paradiffusion.training.replay_record import (
     Replay,
     ReplayedSample,
@@ -51,6 +48,7 @@ class ReplayOptions:
     step: int | None = None
     ckpt: str | None = None
     output: str | None = None
+    shards: str | None = None
     world: int | None = None
     device: str | None = None
     force: bool = False
@@ -120,89 +118,59 @@ def replay(options: ReplayOptions) -> tuple[Replay, Path]:
             f"{config.max_steps - 1}, since they are counted from 0."
         )
     seen = read_seen(recorded.folder, step)
-    plan, changed = open_plan(recorded, options.force)
+    plan, changed = open_plan(recorded, options.shards, options.force)
     world = options.world or (seen.world_size if seen else 1)
     micro_batches = seen.micro_batches if seen and seen.world_size == world else count_micro_batches(config, world)
-    checkpoint, note = choose_checkpoint(recorded.folder, step, options.ckpt)
-    setup = open_models(recorded, plan, checkpoint, step, micro_batches, options.device)
+    weights = choose_weights(recorded.folder, step, options.ckpt)
+    setup = open_models(config, recorded.folder, plan, weights, step, micro_batches, options.device)
     output = Path(options.output).expanduser() if options.output else recorded.folder / FOLDER / f"step_{step:06d}"
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output={output} is a file; name a folder.")
+    if file := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
+        raise UserError(f"output={output}: {file} is a file; name a folder.")
 
     samples, digests, weighted = replay_batches(setup, world, output)
-    certain, verdict = judge(seen, digests, changed)
-    facts = facts_of(recorded, setup, step, world, checkpoint, note, samples, weighted)
+    certain, verdict = judge(seen, digests, changed, config.log_samples)
+    facts = facts_of(recorded, setup, step, world, weights, samples, weighted)
     title = f"step {step} of {recorded.folder.parent.name}/{recorded.folder.name}"
     found = Replay(title, step, facts, verdict, certain, samples)
     return found, write_replay(output, found)
 
 
-def open_plan(recorded: Recorded, force: bool) -> tuple[BatchPlan, bool]:
+def open_plan(recorded: Recorded, shards: str | None, force: bool) -> tuple[BatchPlan, bool]:
     """The run's plan of batches, and whether its data is other than it was.
 
+    Args:
+        shards: where the shards lie now; None for where they lay.
     Raises:
         UserError: when it has changed and ``force`` is not set, or cannot be read.
     """
     config = recorded.config
+    data = replace(config.data, val_shards=None)  # which a step does not see
+    if shards is not None:
+        if data.sources or data.folder:
+            raise UserError(
+                f"shards= names new places of data.shards, and {recorded.folder} reads "
+                f"{'data.sources' if data.sources else 'data.folder'}: put a link where that data lay."
+            )
+        data = replace(data, shards=shards)
     if config.data.streaming:
         raise UserError(
             f"{recorded.folder} streams its data (data.streaming=true), so which samples a step had cannot be found again; "
             "index the shards with scripts/index_shards.py for runs that can be replayed."
         )
-    index, _ = open_data(config)
+    try:
+        index, _ = open_data(replace(config, data=data))
+    except UserError as error:
+        moved = (
+            "" if shards or data.sources or data.folder else "; where shards have moved, name their place with shards="
+        )
+        raise UserError(f"{str(error).rstrip('.')}{moved}.") from None
     was, now = recorded.facts.get("data"), index.fingerprint()
     if was != now and not force:
         raise UserError(
             f"the data has changed since {recorded.folder} was begun (its fingerprint was {was} and is {now}), so the step "
             "would not be the same: put the old shards back, or look at what the step would be now with force=true."
         )
-    return make_plan(index, config.data, config.batch_size, config.seed), was != now
-
-
-def choose_checkpoint(folder: Path, step: int, wanted: str | None) -> tuple[Path, str]:
-    """The checkpoint whose EMA weights the losses are taken with, and a word on it: the newest that is whole and not
-    after ``step``, else the oldest after it.
-
-    Raises:
-        UserError: when there is none.
-    """
-    if wanted is not None:
-        return resolve_checkpoint(wanted), "as asked for"
-    found = checkpoints_of(folder)
-    before = [path for path in found if int(path.name[5:]) <= step]
-    after = [path for path in found if int(path.name[5:]) > step][::-1]
-    for path in (*before, *after):
-        if find_fault(path) is None:
-            return path, "the newest before the step" if path in before else "the oldest there is, after the step"
-    raise UserError(
-        f"{folder} holds no whole checkpoint to take losses with; wait for the first one, or name another run's with ckpt=."
-    )
-
-
-def open_models(
-    recorded: Recorded, plan: BatchPlan, checkpoint: Path, step: int, micro_batches: int, device: str | None
-) -> Setup:
-    """What ``prepare`` and the forward pass need of a Setup; nothing of it writes, or trains.
-
-    Raises:
-        UserError: when the checkpoint is another kind of model than the run's.
-    """
-    config = recorded.config
-    target = choose_device(device)
-    set_threads(config, 1)
-    models = load_models(checkpoint, device, text_encoder_path=config.text_encoder.path, codec_path=config.codec.path)
-    if models.objective.config != config.objective:
-        raise UserError(
-            f"ckpt={checkpoint} was trained with another objective than {recorded.folder}, so its losses would say nothing of "
-            "this step; choose a checkpoint of the run."
-        )
-    if target.type == "cuda":
-        torch.cuda.set_device(target)
-    return Setup(
-        config, recorded.folder, Accelerator(cpu=target.type == "cpu"), plan, models.text_encoder, models.codec,
-        models.joint, engine=None, ema=None, state=TrainState(step), validation=None, frozen={},  # type: ignore[arg-type]
-        micro_batches=micro_batches, watch=None,  # type: ignore[arg-type]
-    )  # fmt: skip
+    return make_plan(index, data, config.batch_size, config.seed), was != now
 
 
 def batches_of(setup: Setup, rank: int, world: int) -> list[Batch]:
@@ -250,14 +218,15 @@ def replay_batches(setup: Setup, world: int, output: Path) -> tuple[list[Replaye
     return samples, digests, total
 
 
-def judge(seen: SeenStep | None, digests: dict[int, Seen], changed: bool) -> tuple[str, str]:
+def judge(seen: SeenStep | None, digests: dict[int, Seen], changed: bool, logged: bool) -> tuple[str, str]:
     """How sure it is that this is what the step saw: "identical", "different" or "unknown", and a sentence."""
     if seen is None:
         if changed:
             return "different", "The data has changed since the run was begun: this is what the step would see now."
+        reason = "the run has not come to it, or its records are gone" if logged else "log_samples=true records them"
         return "unknown", (
-            "The data's fingerprint is that of the run, but the step's own digests were not recorded (log_samples=true "
-            "records them), so that the pixels are the same could not be checked."
+            f"The data's fingerprint is that of the run, but there are no digests of this step ({reason}), so that the pixels "
+            "are the same could not be checked."
         )
     found = differences(seen, digests)
     if found:
@@ -275,7 +244,7 @@ def judge(seen: SeenStep | None, digests: dict[int, Seen], changed: bool) -> tup
 
 
 def facts_of(
-    recorded: Recorded, setup: Setup, step: int, world: int, checkpoint: Path, note: str, samples: list[ReplayedSample],
+    recorded: Recorded, setup: Setup, step: int, world: int, weights: Weights, samples: list[ReplayedSample],
     weighted: float,
 ) -> dict[str, Any]:  # fmt: skip
     """What is told of the step beside its samples."""
@@ -284,7 +253,7 @@ def facts_of(
         "epoch": batch.epoch,
         "bucket": f"{batch.bucket[1]}x{batch.bucket[0]} pixels",
         "samples": f"{len(samples)}, over {world} process(es) x {setup.micro_batches} micro-batch(es)",
-        "losses": f"with the EMA weights of {checkpoint.name}, {note}",
+        "losses": weights.note,
         "mean loss": mean_loss(samples),
         "mean loss, weighted as trained": weighted,
         "captions dropped": sum(sample.dropped for sample in samples),

@@ -50,7 +50,7 @@ def _value(value: Any) -> str:
 def _card(sample: ReplayedSample, embed: bool) -> str:
     loss = "no loss" if sample.loss is None else f"{sample.loss:.4f}"
     source = sample.thumbnail if embed else sample.image
-    picture = '<p class="unread">no picture: it was read from a cache</p>'
+    picture = '<p class="unread">no picture: its latents came from a cache, and it could not be read</p>'
     if sample.image is not None and source:
         tiny = ' class="tiny"' if max(sample.height, sample.width) <= TINY else ""
         picture = (

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.data.captions import is_dropped
+from paradiffusion.data.images import decode, to_array
 from paradiffusion.data.loader import Batch
 from paradiffusion.data.pages import thumbnail_uri
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import read_sample
+from paradiffusion.data.reader import join_pixels
+from paradiffusion.data.shards import read_place, read_sample
 from paradiffusion.sampling.gallery import save_png
-from paradiffusion.sampling.manifest import write_whole
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.training.replay_page import page_of
 from paradiffusion.training.seen import has_pixels
@@ -37,7 +39,8 @@ class ReplayedSample:
         time: in the objective's own units; ``noise_share`` the same from 0 (clean) to 1 (noise).
         loss: unweighted; None where there was no checkpoint to take it with.
         weight: 0 where the sample stands in for one that could not be read.
-        image: its file beside the page, pixels as they were given to the autoencoder; None where they came from a cache.
+        image: its file beside the page, pixels as they are given to the autoencoder; None where its latents came from a
+            cache and it could not be read.
         thumbnail: a data URI.
     """
 
@@ -148,13 +151,36 @@ def samples_of(
     return samples
 
 
+def _key(plan: BatchPlan, row: int) -> str:
+    """The sample's name as batches have it."""
+    return f"{plan.index.shards[plan.index.shard[row]].name}/{plan.index.key(row)}"
+
+
 def _whole_caption(plan: BatchPlan, row: int, key: str, kind: str) -> str:
     """The caption of the sample ``key`` as it was chosen, "" where the plan has another in its place (a stream)."""
-    index = plan.index
-    if f"{index.shards[index.shard[row]].name}/{index.key(row)}" != key:
+    if _key(plan, row) != key:
         return ""
-    caption: str = read_sample(index, row).meta["captions"].get(kind, "")
+    caption: str = read_sample(plan.index, row).meta["captions"].get(kind, "")
     return caption
+
+
+def with_pictures(batch: Batch, plan: BatchPlan) -> Batch:
+    """``batch`` with the pictures that its cached latents were made of, from the shards; as it is where one cannot be read."""
+    if has_pixels(batch):
+        return batch
+    planned = plan.batch(batch.step)
+    by_key = {_key(plan, row): row for row in planned.rows.tolist()}
+    pictures = []
+    try:
+        for slot, key in zip(batch.slots.tolist(), batch.keys, strict=True):
+            row = int(planned.rows[slot])
+            # In a slot of weight 0 stands another sample of the step.
+            place = plan.index.place(row if _key(plan, row) == key else by_key[key])
+            image = decode(read_place(place).image, cover=planned.bucket)
+            pictures.append(to_array(image, planned.bucket, place.id))
+    except (OSError, ValueError, KeyError):
+        return batch
+    return replace(batch, pixels=join_pixels(pictures))
 
 
 def _kept(encoder: TextEncoder, ids: torch.Tensor, mask: torch.Tensor, prefix: int) -> str:
@@ -182,10 +208,10 @@ def write_replay(folder: Path, replay: Replay) -> Path:
     """Write the page, the JSON lines (from the largest loss down) and the facts; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     ordered = replay.by_loss()
-    write_whole(folder / LINES, "".join(json.dumps(_as_row(s), ensure_ascii=False) + "\n" for s in ordered))
+    write_atomic(folder / LINES, "".join(json.dumps(_as_row(s), ensure_ascii=False) + "\n" for s in ordered))
     facts = {"step": replay.step, "certain": replay.certain, "verdict": replay.verdict, **replay.facts}
-    write_whole(folder / FACTS, json.dumps(_finite(facts), indent=1, ensure_ascii=False) + "\n")
-    write_whole(folder / PAGE, page_of(replay.title, replay.facts, replay.verdict, replay.certain, ordered))
+    write_atomic(folder / FACTS, json.dumps(_finite(facts), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(folder / PAGE, page_of(replay.title, replay.facts, replay.verdict, replay.certain, ordered))
     return folder / PAGE
 
 

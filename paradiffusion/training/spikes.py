@@ -10,7 +10,15 @@ from typing import Any
 from paradiffusion.errors import UserError
 from paradiffusion.models.manifest import newest_valid
 from paradiffusion.training.checkpoint import restore_checkpoint
-from paradiffusion.training.replay_record import PAGE, Replay, mean_loss, samples_of, write_images, write_replay
+from paradiffusion.training.replay_record import (
+    PAGE,
+    Replay,
+    mean_loss,
+    samples_of,
+    with_pictures,
+    write_images,
+    write_replay,
+)
 from paradiffusion.training.setup import Setup
 
 # A loss is compared with its running average only after so many steps, and the average moves by this share a step.
@@ -78,7 +86,8 @@ def write_spike_page(setup: Setup, fault: str, say: Callable[[str], None]) -> Pa
     config, error = setup.config, ""
     parts: list[Any] = []
     try:
-        for errors, times, batch in setup.measured:
+        for errors, times, taken in setup.measured:
+            batch = with_pictures(taken, setup.plan)
             parts += samples_of(
                 batch, setup.accelerator.process_index, times.cpu(), errors.cpu(), setup.encoder, setup.plan,
                 config.objective.train_timesteps, config.data.caption_dropout,
@@ -99,7 +108,8 @@ def write_spike_page(setup: Setup, fault: str, say: Callable[[str], None]) -> Pa
                 "unreadable": sum(not sample.weight for sample in samples),
             }
             title = f"loss spike at step {step} of {setup.folder.parent.name}/{setup.folder.name}"
-            verdict = "Written by the run itself, from the samples that it had in memory."
+            verdict = "Written by the run itself, from the samples that it had in memory"
+            verdict += "; the pictures of cached latents were read again." if setup.cache is not None else "."
             return write_replay(folder, Replay(title, step, facts, verdict, "identical", samples))
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
