@@ -25,11 +25,13 @@ max_side=    longer images are made smaller (no limit)
 background=  white, black or '#rrggbb' under what is transparent
 encode=      keep (bytes as they are where they are upright RGB JPEG, PNG or WebP; else PNG, or JPEG for what was lossy),
              jpeg, webp or png; quality=95
+             Colours of an embedded profile (Display P3, Adobe RGB, inks) are converted to sRGB; bytes that are kept keep
+             theirs, and training converts them as it reads
 duplicates=  drop or keep pictures with the same pixels as an earlier one
 near_duplicates=  off, or up to how many bits of 64 their perceptual hashes may differ: 2 finds other encodings and sizes of one
              picture, 4 to 6 small edits too, and the more look-alikes among icons and drawings
 val=         the share of samples, chosen by key, that goes to val/ (0); a split that the input tells goes first
-samples_per_shard=1000  max_megabytes=100 (of one file)
+samples_per_shard=1000  max_megabytes=100 (of one file)  max_unzipped_gigabytes=100 (of root= where it is a .tgz)
 tokenizer=   a folder with a tokenizer, or a name from configs/text_encoder: counts the tokens of captions into the index
 processes=   (all cores) threads= of each to download (16) timeout= seconds (10) retries= (2)
 """

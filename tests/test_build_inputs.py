@@ -121,7 +121,7 @@ def test_damaged_rows_are_counted(pictures: Path, tmp_path: Path) -> None:
     )
     report = make(pictures / "t.jsonl", tmp_path / "two")
     assert report.dropped == {"row cannot be read": 2} and captions(tmp_path / "two")["d"] == {"short": "3"}
-    assert report.examples["row cannot be read"][0] == "t.jsonl row 1: no JSON object"
+    assert report.examples["row cannot be read"][0] == "t.jsonl line 2: no JSON object"
 
 
 def test_one_key_one_sample(pictures: Path, tmp_path: Path) -> None:
@@ -425,4 +425,4 @@ def test_pictures_that_cannot_be_read_are_counted_too(tmp_path: Path) -> None:
         (tmp_path / "in" / f"{name}.txt").write_text("two words")
     report = make(tmp_path / "in", tmp_path / "out")
     assert (report.items, report.kept, report.dropped) == (2, 1, {"not an image": 1})
-    assert "HEIC: convert it first" in report.examples["not an image"][0]
+    assert "HEIC: convert it first, with heif-convert" in report.examples["not an image"][0]

@@ -294,7 +294,7 @@ def test_a_picture_that_changes_under_way_is_noticed(
         make(source, tmp_path / "out", processes=1)
 
 
-@pytest.mark.parametrize("last", ["build.json", "000000.tar"])
+@pytest.mark.parametrize("last", ["build.json", "000000.tar", "000000.index.npz"])
 def test_a_kill_leaves_nothing_in_the_way(last: str, plain: Path, tmp_path: Path) -> None:
     child = os.fork()
     if not child:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -66,20 +67,28 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.shutdown()
 
 
+def img2dataset(shard: int) -> dict[str, bytes]:
+    members = {}
+    for number in range(4):
+        key = f"{shard:05d}{number:04d}"
+        meta = {"key": key, "status": "success", "url": "", "caption": text(number, 9)}
+        members |= {
+            f"{key}.jpg": picture(10 * shard + number),
+            f"{key}.json": json.dumps(meta).encode(),
+            f"{key}.txt": text(number, 9).encode(),
+        }
+    return members
+
+
 @pytest.fixture(scope="module")
 def downloads(tmp_path_factory: pytest.TempPathFactory, web: str) -> Path:
     """What the download commands of the document leave, in miniature."""
     root = tmp_path_factory.mktemp("downloads")
-    for shard in range(2):
-        members = {}
-        for number in range(4):
-            key = f"{shard:04d}{number:05d}"
-            members |= {
-                f"{key}.jpg": picture(10 * shard + number),
-                f"{key}.json": json.dumps({"key": key, "status": "success", "caption": text(number, 9)}).encode(),
-                f"{key}.txt": text(number, 9).encode(),
-            }
-        write_tar(root / f"cc12m/cc12m-train-{shard:04d}.tar", members)
+    # Shards of img2dataset: cc12m's, and pd12m's, whose names begin at 00155 and which lie among its tables.
+    for name, first in (("cc12m/cc12m-train-{:04d}.tar", 0), ("pd12m/{:05d}.tar", 155)):
+        for shard in (first, first + 1):
+            write_tar(root / name.format(shard), img2dataset(shard))
+    (root / "pd12m/00155_stats.json").write_text("{}")
 
     table = {
         "uid": [f"{number:032x}" for number in range(8)],
@@ -125,7 +134,9 @@ def commands(script: str) -> list[str]:
 def run_line(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     _, script, *arguments = shlex.split(line)
     program = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(program, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        program, cwd=cwd, env={**os.environ, "no_proxy": "*"}, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 EXPECTED = {
@@ -158,12 +169,15 @@ def test_every_set_of_the_document_was_tried() -> None:
     assert names == set(EXPECTED)
 
 
-def test_published_shards_are_used_as_they_are(downloads: Path) -> None:
-    (line,) = commands("scripts/index_shards.py")
+@pytest.mark.parametrize(
+    ("name", "shards"), [("cc12m", ["cc12m-train-0000", "cc12m-train-0001"]), ("pd12m", ["00155", "00156"])]
+)
+def test_published_shards_are_used_as_they_are(downloads: Path, name: str, shards: list[str]) -> None:
+    (line,) = [line for line in commands("scripts/index_shards.py") if f"shards={name} " in line]
     done = run_line(line, downloads)
     assert done.returncode == 0, done.stderr
-    index = load_index(expand_shards(downloads / "cc12m"))
+    index = load_index(expand_shards(downloads / name))
     assert len(index) == 8 and index.kinds == ["short"] and index.tokens is not None
-    assert sorted(path.name for path in (downloads / "cc12m").glob("*.npz")) == [
-        "cc12m-train-0000.index.npz", "cc12m-train-0001.index.npz",
-    ]  # fmt: skip
+    assert index.bad_json == index.stray == index.without_image == 0
+    assert sorted(path.name for path in (downloads / name).glob("*.npz")) == [f"{shard}.index.npz" for shard in shards]
+    assert read_sample(index, 0).meta["captions"]["short"] == text(0, 9)

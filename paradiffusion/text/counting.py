@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from paradiffusion.config import TextEncoderConfig
 from paradiffusion.errors import UserError
@@ -32,12 +34,12 @@ def count_tokens_with(config: TextEncoderConfig) -> Callable[[list[str]], list[i
             "and tokenizer.json, or what its family has instead."
         ) from None
     around = len(marks.start) + len(marks.end)
+    return partial(_count, tokenizer, around)  # no closure: it goes to other processes
 
-    def count(texts: list[str]) -> list[int]:
-        rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        return [len(row) + around for row in rows]
 
-    return count
+def _count(tokenizer: Any, around: int, texts: list[str]) -> list[int]:
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return [len(row) + around for row in rows]
 
 
 def tokenizer_folder(config: TextEncoderConfig) -> Path:

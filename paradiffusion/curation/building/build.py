@@ -9,18 +9,20 @@ Chunks and shards are functions of the input and the options, whatever the numbe
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.building.archives import Archive, is_archive, open_archive
 from paradiffusion.curation.building.chunk import ChunkTask, ItemRules, Tally, make_chunk
 from paradiffusion.curation.building.ingest import Part, find_parts, items_of
@@ -29,17 +31,20 @@ from paradiffusion.curation.building.options import BuildOptions
 from paradiffusion.curation.building.report import Report, make_report, read_report, write_report
 from paradiffusion.curation.building.select import Selection, select
 from paradiffusion.curation.building.shard import ShardTask, make_shard
+from paradiffusion.curation.building.work import EndedFromOutside, ended_like_interrupted, progress, run_tasks
 from paradiffusion.curation.building.work import Report as Tell
-from paradiffusion.curation.building.work import ended_like_interrupted, progress, run_tasks
 from paradiffusion.data.shard_index import TokenCounter
 from paradiffusion.errors import UserError
+from paradiffusion.machine import cores
 
 JOURNAL: Final = "build.json"
 VAL: Final = "val"
 _CHUNK: Final = 500  # items; some seconds of work, which is what an interrupt loses per process
-_VERSION: Final = 1
+_VERSION: Final = 2
 # What a killed build leaves of a file or shard under its temporary name.
-_HALF: Final = re.compile(r"\.(?:\d{6,}|build\.json|report\.json|report\.md)\.\d+")
+_HALF: Final = re.compile(
+    r"\.(?:\d{6,}\.\d+|\d{6,}\.index\.npz\.[0-9a-f]+\.part|(?:build\.json|report\.json|report\.md)\.(?:\d+|part))"
+)
 
 
 def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
@@ -59,22 +64,26 @@ def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
         "input": _stamps(parts, options.root),
         "done": False,
     }
-    with _locked(output):
+    with _locked(output), _naming(output):
         before = _check_output(output, journal)
         if before is not None and before["done"]:
             return read_report(output)
-        _write_json(output / JOURNAL, journal)
+        write_atomic(output / JOURNAL, json.dumps(journal, indent=1))
         work = output / ".build"
-        processes = options.processes or len(os.sched_getaffinity(0))
+        processes = options.processes or cores()
         with ended_like_interrupted():
-            archive = _archive(options, work)
-            chunks = _list(parts, columns, archive, work, processes)
-            if not chunks:
-                _forget(output)
-                raise UserError(
-                    f"input={options.input} holds no item that could be a sample, read as format={kind}; check the path, or say "
-                    "what it is with format=."
-                )
+            try:
+                chunks = _list(parts, columns, _archive(options, work), work, processes)
+                if not chunks:
+                    raise UserError(
+                        f"input={options.input} holds no item that could be a sample, read as format={kind}; check the path, "
+                        "or say what it is with format=."
+                    )
+            except UserError as error:
+                # Nothing is lost, and a mended table is another input.
+                if not isinstance(error, EndedFromOutside) and not (work / "chunks").exists():
+                    _forget(output)
+                raise
             tally = _first_pass(chunks, work, options, processes)
             selection = select(
                 [work / "chunks" / name for name in chunks], options.duplicates == "drop", options.distance()
@@ -83,8 +92,19 @@ def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
             _write_shards(selection, output, options, processes, counter)
         report = make_report(output, kind, options, tally, selection)
         write_report(report, output)
-        _write_json(output / JOURNAL, {**journal, "done": True})
+        write_atomic(output / JOURNAL, json.dumps({**journal, "done": True}, indent=1))
         return report
+
+
+@contextmanager
+def _naming(output: Path) -> Iterator[None]:
+    """A disk that is full in the middle of a file does not say which: the one that is written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            error.filename = str(output)
+        raise
 
 
 @contextmanager
@@ -135,7 +155,7 @@ def _check_output(output: Path, journal: dict[str, Any]) -> dict[str, Any] | Non
         return None
     old = before.get("options", {})
     different = [f"{k}={v} (was {old.get(k)})" for k, v in journal["options"].items() if old.get(k) != v]
-    if different or before.get("version") != _VERSION:
+    if different or (before.get("version") != _VERSION and not before.get("done")):
         raise UserError(
             f"output={output} was begun with other options: {', '.join(different) or 'of another version'}; "
             "repeat those to go on, or choose another folder."
@@ -153,7 +173,7 @@ def _forget(output: Path) -> None:
     """Take back a build that came to nothing, so that the next one may have other options."""
     shutil.rmtree(output / ".build", ignore_errors=True)
     (output / JOURNAL).unlink(missing_ok=True)
-    if not any(output.iterdir()):
+    with suppress(OSError):  # not empty, a link, or where a disk is mounted
         output.rmdir()
 
 
@@ -170,7 +190,7 @@ def _stamps(parts: list[Part], root: str | None) -> dict[str, Any]:
 
 def _archive(options: BuildOptions, work: Path) -> Archive | None:
     root = Path(options.root).expanduser() if options.root else None
-    return open_archive(root, work) if root is not None and is_archive(root) else None
+    return open_archive(root, work, options.max_unzipped_gigabytes) if root is not None and is_archive(root) else None
 
 
 @dataclass(frozen=True)
@@ -204,7 +224,7 @@ def _list_part(
             file.close()
     if sizes:
         os.replace(partial, folder / f"{task.number:05d}-{len(sizes) - 1:05d}.jsonl")
-    _write_json(note, {"sizes": sizes})
+    write_atomic(note, json.dumps({"sizes": sizes}))
     return {"sizes": sizes}
 
 
@@ -229,7 +249,7 @@ def _first_pass(chunks: dict[str, int], work: Path, options: BuildOptions, proce
         options.uncaptioned == "keep", options.val,
     )  # fmt: skip
     names = [name for name in chunks if not (folder / f"{name}.json").exists()]
-    done = sum(size for name, size in chunks.items() if name not in set(names))
+    done = sum(chunks.values()) - sum(chunks[name] for name in names)
     tasks = [ChunkTask(work / "items" / f"{name}.jsonl", folder / name, rules) for name in names]
     with progress("reading images", "image", sum(chunks.values()), done) as report:
         for _ in run_tasks(make_chunk, tasks, processes, report):
@@ -260,9 +280,3 @@ def _read_json(path: Path, default: Any) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return default
-
-
-def _write_json(path: Path, content: Any) -> None:
-    partial_name = path.with_name(f".{path.name}.{os.getpid()}")
-    partial_name.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(partial_name, path)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -180,10 +181,16 @@ def _captions(item: Item, rules: ItemRules, tally: Tally) -> dict[str, str]:
     return kept
 
 
+@lru_cache(maxsize=1)
+def _reader(limits: FetchLimits) -> Reader:
+    """One for all chunks of a process: a table's cells are read on from the last place, and not from the start again."""
+    return Reader(limits)
+
+
 def _fetched(task: ChunkTask, tally: Tally) -> Iterator[tuple[Item, dict[str, str], bytes | Dropped]]:
     """Items in order with their captions and bytes. URLs are fetched some ahead, by threads; captions come first, so that
     nothing is fetched for an item that has none."""
-    reader = Reader(task.rules.limits)
+    reader = _reader(task.rules.limits)
 
     def read(item: Item) -> bytes | Dropped:
         try:

@@ -41,6 +41,8 @@ _ENDING: Final = r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|svg|psd|mp4|pdf)"
 _FILE: Final = re.compile(
     rf"[^\s/\\]+{_ENDING}|(?:[a-z]:)?[^\s/\\]*[/\\].{{0,200}}{_ENDING}|{_CAMERA}(?:{_ENDING})?", re.IGNORECASE
 )
+# What programs write for a cell without a value.
+_MISSING: Final = re.compile(r"nan|none|null|n/a|<na>|#n/a|undefined", re.IGNORECASE)
 _LEFT_OVER: Final = re.compile(r"[\W_]*")
 # Characters. Longer ones are whole pages in the wrong column, over which the patterns above would take minutes: our choice.
 MAX_CAPTION: Final = 20_000
@@ -73,14 +75,17 @@ def clean_caption(raw: str, min_words: int = 1, max_words: int | None = None) ->
     """Clean one caption.
 
     Wrongly decoded text is mended, HTML entities are resolved and tags taken out, addresses (URLs, e-mail) removed,
-    control characters and runs of white space become one space. Problems: "empty caption", "caption is an address",
-    "caption is a file name", "caption too short" and "caption too long" (in words between spaces; and over MAX_CAPTION).
+    control characters and runs of white space become one space. Problems: "empty caption", "caption is a missing value"
+    (nan, null), "caption is an address", "caption is a file name", "caption too short" and "caption too long" (in words between
+    spaces; and over MAX_CAPTION).
     """
     cleaned = Cleaned(raw)
     if len(raw) > MAX_CAPTION:
         return _problem(cleaned, "caption too long")
     _step(cleaned, "broken characters removed", _without_surrogates)
     _step(cleaned, "mojibake mended", lambda text: ftfy.fix_text(text, _FIX) if not text.isascii() else text)
+    if _MISSING.fullmatch(cleaned.text.strip()):  # before HTML goes, and <NA> with it
+        return _problem(cleaned, "caption is a missing value")
     _step(cleaned, "HTML removed", _without_html)
     if not clean(cleaned.text):
         return _problem(cleaned, "empty caption")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from paradiffusion.curation.building.archives import Archive
-from paradiffusion.curation.building.ingest_folder import folder_items
+from paradiffusion.curation.building.archives import Archive, is_archive
+from paradiffusion.curation.building.ingest_folder import folder_items, has_captioned_picture
 from paradiffusion.curation.building.ingest_table import check_columns, table_items
 from paradiffusion.curation.building.ingest_tar import tar_items
 from paradiffusion.curation.building.items import Columns, Item, key_of
@@ -46,10 +46,15 @@ def find_parts(spec: str, kind: str, columns: Columns, root: str | None) -> tupl
     paths = _paths(spec)
     kind = _detect(spec, paths) if kind == "auto" else kind
     base = Path(root).expanduser() if root else None
-    if base is not None and not base.exists():
-        raise UserError(
-            f"root={root} does not exist; expected the folder or archive that the table's paths start from."
-        )
+    ignored = {"root": root} if kind != "table" else {}
+    if kind == "folder":
+        ignored |= {"image": columns.image, "key": columns.key}
+    for key, value in ignored.items():
+        if value is not None:
+            raise UserError(f"{key}={value} is of no use for format={kind}; leave it out, or say another format=.")
+    if base is not None and not (base.is_dir() or is_archive(base)):
+        what = "is no folder and no .zip, .tar or .tgz" if base.exists() else "does not exist"
+        raise UserError(f"root={root} {what}; expected the folder or archive that the table's paths start from.")
     if kind == "folder":
         _expect_folders(spec, paths, kind)
         return kind, [Part(kind, path, path, path.name if len(paths) > 1 else "") for path in paths]
@@ -124,9 +129,19 @@ def _detect(spec: str, paths: Sequence[Path]) -> str:
     if _metadata_files(first):
         return "imagefolder"
     if any(first.glob("*.tar")):
-        return "img2dataset" if _stats_beside(first) else "webdataset"
+        found = "img2dataset" if _stats_beside(first) else "webdataset"
     # A repository of tables alone, as data sets lie on the hub (data/train-00000-of-00010.parquet).
-    return "table" if any(first.rglob("*.parquet")) and not _stats_beside(first) else "folder"
+    elif not _stats_beside(first) and any(path.suffix.lower() == ".parquet" for path in _tables_in(first)):
+        found = "table"
+    else:
+        return "folder"
+    if has_captioned_picture(first):
+        what = "tables" if found == "table" else "tars"
+        raise UserError(
+            f"input={spec} holds pictures with captions beside them and {what} too; say which is meant with format=folder or "
+            f"format={found}."
+        )
+    return found
 
 
 def _stats_beside(folder: Path) -> bool:
@@ -159,7 +174,9 @@ def _image_folder(folder: Path) -> list[Part]:
 
 
 def _tables_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".parquet", ".csv", ".tsv", ".jsonl"))
+    """Tables at any depth, hidden folders aside: an output within the input keeps tables of its own in one."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in (".parquet", ".csv", ".tsv", ".jsonl"))
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def _split_of(name: str) -> str:

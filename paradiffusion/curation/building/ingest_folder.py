@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,87 +17,120 @@ from paradiffusion.curation.building.places import Place
 # kohya's scripts write .caption; img2dataset's output format "files" writes .txt and .json.
 _SIDECARS: Final = ("txt", "caption")
 _MAX_SIDECAR: Final = 1 << 22
-_NOT_READ: Final = ("heic", "heif")  # telephones' pictures: the report says that they are to be converted
+_NOT_READ: Final = (
+    "heic",
+    "heif",
+    "hif",
+    "jxl",
+)  # telephones' pictures and the like: the report says how to convert them
+
+
+@dataclass
+class _Found:
+    """An image, or a folder with the ``problem`` for which it was not walked. ``texts`` are the files beside the images of
+    its folder: names by name, with the extension in small letters."""
+
+    path: str
+    problem: str = ""
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 def folder_items(folder: Path, columns: Columns) -> Iterator[Item]:
     """Every image below ``folder``, sorted by path, with the text of ``a.txt`` / ``a.caption`` and the fields of ``a.json``.
 
-    Links are followed, each folder is walked once; a link to a folder that was walked already is an item of its own, so
-    that the report shows it. A name that two images share (a.jpg, a.png) gives both one key: one caption cannot be known
-    to be about both.
+    Links are followed, each folder is walked once; a link to a folder that was walked already, and a folder that cannot be
+    opened, is an item of its own, so that the report shows it. A name that two images share (a.jpg, a.png) gives both one
+    key: one caption cannot be known to be about both.
     """
-    for path, is_again in _walk(folder, {_identity(folder)}):
-        name = path.relative_to(folder).as_posix()
-        if is_again:
-            yield Item(
-                name, key_of(name, is_path=False), Place("none", "folder linked again", member="not walked twice")
-            )
+    root = str(folder)
+    for found in _walk(root, {_identity(root)}):
+        name = os.path.relpath(found.path, root)
+        if found.problem:
+            yield Item(name, key_of(name, is_path=False), Place("none", found.problem, member="not walked"))
             continue
-        fields, notes = _sidecars(path)
+        fields, notes = _sidecars(found)
         captions, sources = pick_captions(fields, columns, "file")
         yield Item(
-            name, key_of(name), Place("file", str(path)), captions, sources, pick_extra(fields, columns.keep), notes
+            name, key_of(name), Place("file", found.path), captions, sources, pick_extra(fields, columns.keep), notes
         )
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    stat = folder.stat()
+def has_captioned_picture(folder: Path) -> bool:
+    """Whether some image below ``folder`` has a text beside it."""
+    found = _walk(str(folder), {_identity(str(folder))})
+    return any(not one.problem and any(_text_names(one)) for one in found)
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    stat = os.stat(folder)
     return stat.st_dev, stat.st_ino
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[Path, bool]]:
-    """(image, False) and (folder that was walked already, True), depth first in the order of names."""
+def _walk(folder: str, seen: set[tuple[int, int]]) -> Iterator[_Found]:
+    """Images and folders that are not walked, depth first in the order of names."""
     try:
-        names = sorted(os.listdir(folder))
+        with os.scandir(folder) as listed:
+            # hidden: thumbnails, trash, and what macOS writes beside files (._a.jpg)
+            entries = sorted((entry for entry in listed if not entry.name.startswith(".")), key=lambda one: one.name)
     except OSError:
+        yield _Found(folder, "folder cannot be opened")
         return
-    for name in names:
-        path = folder / name
-        if name.startswith("."):  # thumbnails, trash and the like
-            continue
-        if path.is_dir():
-            identity = _identity(path)
+    texts: dict[str, str] = {}
+    for entry in entries:
+        stem, _, extension = entry.name.rpartition(".")
+        if extension.lower() in (*_SIDECARS, "json") and _is(entry, "file"):  # a pipe would wait for ever
+            texts.setdefault(f"{stem}.{extension.lower()}", entry.name)
+    for entry in entries:
+        if _is(entry, "dir"):
+            identity = _identity(entry.path)
             if identity in seen:
-                yield path, True
+                yield _Found(entry.path, "folder linked again")
             else:
                 seen.add(identity)
-                yield from _walk(path, seen)
-        elif path.suffix[1:].lower() in (*EXTENSIONS, *_NOT_READ):
-            yield path, False
+                yield from _walk(entry.path, seen)
+        elif "." in entry.name and entry.name.rpartition(".")[2].lower() in (*EXTENSIONS, *_NOT_READ):
+            yield _Found(entry.path, texts=texts)
 
 
-def _sidecars(image: Path) -> tuple[dict[str, Any], list[str]]:
+def _is(entry: os.DirEntry[str], kind: str) -> bool:
+    try:
+        return entry.is_dir() if kind == "dir" else entry.is_file()
+    except OSError:  # a link to itself
+        return False
+
+
+def _text_names(found: _Found) -> dict[str, str]:
+    """The text files beside an image by extension: ``a.txt``, else ``a.jpg.txt``."""
+    name = os.path.basename(found.path)
+    stem = name.rpartition(".")[0]
+    names = {
+        kind: found.texts.get(f"{stem}.{kind}") or found.texts.get(f"{name}.{kind}") for kind in (*_SIDECARS, "json")
+    }
+    return {kind: beside for kind, beside in names.items() if beside}
+
+
+def _sidecars(found: _Found) -> tuple[dict[str, Any], list[str]]:
     """The fields beside an image: "txt" and "caption" from text files, and all of its JSON; and notes."""
     fields: dict[str, Any] = {}
     notes: list[str] = []
-    for extension in _SIDECARS:
-        text = _read_text(image, extension, notes)
-        if text is not None:
-            fields[extension] = text
-    text = _read_text(image, "json", notes)
-    if text is not None:
+    for kind, name in _text_names(found).items():
         try:
-            content = json.loads(text)
-            fields.update(content if isinstance(content, dict) else {})
-            damaged = not isinstance(content, dict)
-        except (ValueError, RecursionError):
-            damaged = True
-        notes += ["JSON beside the image is damaged"] if damaged else []
-    return fields, notes
-
-
-def _read_text(image: Path, extension: str, notes: list[str]) -> str | None:
-    """The text of ``a.txt``, else of ``a.jpg.txt``; None where there is neither."""
-    for path in (image.with_suffix(f".{extension}"), image.with_name(f"{image.name}.{extension}")):
-        if not path.is_file():  # a pipe would wait for ever
-            continue
-        try:
-            with open(path, "rb") as file:
+            with open(os.path.join(os.path.dirname(found.path), name), "rb") as file:
                 text, encoding = decode_text(file.read(_MAX_SIDECAR))
         except OSError:
+            notes.append("text beside the image cannot be read")
             continue
         if encoding == "cp1252":
             notes.append("text not UTF-8, read as cp1252")
-        return text
-    return None
+        if kind != "json":
+            fields[kind] = text
+            continue
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict):
+            fields.update(content)
+        else:
+            notes.append("JSON beside the image is damaged")
+    return fields, notes

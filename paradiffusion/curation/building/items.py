@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from paradiffusion.curation.building.pictures import EXTENSIONS
@@ -15,7 +15,8 @@ from paradiffusion.curation.building.places import Place
 # Columns and JSON fields that are captions unless captions= says otherwise, for each kind the first one that has text.
 # Our choice, after the layouts of img2dataset, kohya's scripts and the data sets with synthetic captions.
 KNOWN_CAPTIONS: Final = {
-    "short": ("short", "caption", "text", "prompt", "txt", "alt_text", "alt", "title", "short_caption"),
+    "short": ("short", "caption", "text", "prompt", "txt", "alt_text", "alt", "title", "short_caption",
+              "captions"),
     "long": (
         "long", "long_caption", "caption_long", "detailed_caption", "dense_caption", "recaption", "vlm_caption",
         "llm_caption", "description",
@@ -45,7 +46,7 @@ class Item:
 
     def to_json(self) -> str:
         """One line; NaN and lone surrogates survive it."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return json.dumps({**vars(self), "place": vars(self.place)}, separators=(",", ":"))
 
     @staticmethod
     def from_json(line: str) -> Item:
@@ -97,12 +98,31 @@ def text_of(value: Any) -> str:
 
 
 def field_of(fields: Mapping[str, Any], name: str) -> Any:
-    """The field ``name``; with dots it may name one inside an object ("captions.long"). None where there is none."""
+    """The field ``name``; with dots it may name one inside an object ("captions.long"), which a cell may hold as JSON. None
+    where there is none."""
     if name in fields:
         return fields[name]
     first, dot, rest = name.partition(".")
-    inner = fields.get(first) if dot else None
+    inner = _from_json(fields.get(first)) if dot else None
     return field_of(inner, rest) if isinstance(inner, Mapping) else None
+
+
+def _from_json(value: Any) -> Any:
+    """A cell of a table that has no lists or objects of its own; ``value`` itself where it is no such cell."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _caption_text(value: Any) -> str:
+    found = _from_json(value)
+    if isinstance(found, Mapping):
+        return ""
+    is_list = isinstance(found, list) and all(isinstance(part, str) for part in found)
+    return text_of(found if is_list else value)
 
 
 def pick_captions(fields: Mapping[str, Any], mapping: Columns, where: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -115,12 +135,12 @@ def pick_captions(fields: Mapping[str, Any], mapping: Columns, where: str) -> tu
     sources: dict[str, str] = {}
     if mapping.captions is not None:
         for name, kind in mapping.captions.items():
-            text = text_of(field_of(fields, name))
+            text = _caption_text(field_of(fields, name))
             if text.strip():
                 captions[kind] = f"{captions[kind]}, {text}" if kind in captions else text
                 sources[kind] = f"{sources[kind]} + {name}" if kind in sources else f"{where} {name}"
         return captions, sources
-    own, told = fields.get("captions"), fields.get("caption_sources")
+    own, told = _from_json(fields.get("captions")), fields.get("caption_sources")
     if isinstance(own, Mapping):
         captions = {str(kind): text for kind, text in own.items() if kind and isinstance(text, str) and text.strip()}
         known = told if isinstance(told, Mapping) else {}
@@ -128,8 +148,8 @@ def pick_captions(fields: Mapping[str, Any], mapping: Columns, where: str) -> tu
     folded = {name.lower(): name for name in reversed(list(fields)) if isinstance(name, str)}
     for kind, names in KNOWN_CAPTIONS.items():
         for name in names:
-            text = text_of(fields.get(folded.get(name, "")))
-            if kind not in captions and text.strip():
+            text = _caption_text(fields[folded[name]]) if kind not in captions and name in folded else ""
+            if text.strip():
                 captions[kind], sources[kind] = text, f"{where} {folded[name]}"
     return captions, sources
 

@@ -19,7 +19,7 @@ from paradiffusion.data.images import MAX_PIXELS
 from paradiffusion.errors import UserError
 
 # What may differ when a build goes on: it changes no byte of the result.
-FREE: Final = ("output", "processes", "threads", "timeout", "retries")
+FREE: Final = ("output", "processes", "threads", "timeout", "retries", "max_unzipped_gigabytes")
 
 
 @dataclass
@@ -42,6 +42,7 @@ class BuildOptions:
     max_aspect: float | None = 4.0
     max_pixels: int = MAX_PIXELS
     max_megabytes: int = 100
+    max_unzipped_gigabytes: float = 100.0
     background: str = "white"
     encode: str = "keep"
     quality: int = 95
@@ -69,7 +70,7 @@ class BuildOptions:
             raise UserError(f"quality={self.quality} is out of range; expected 1 to 100.")
         if parse_colour(self.background) is None:
             raise UserError(f"background={self.background} is no colour; expected white, black or '#rrggbb'.")
-        for key in ("max_pixels", "max_megabytes", "samples_per_shard", "threads", "timeout"):
+        for key in ("max_pixels", "max_megabytes", "max_unzipped_gigabytes", "samples_per_shard", "threads", "timeout"):
             positive(key, getattr(self, key))
         if self.max_pixels > MAX_PIXELS:
             raise UserError(

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, features
 
 from paradiffusion.curation.building.places import Dropped
+from paradiffusion.data.colours import ColourProfile, has_alpha, profile_of
 from paradiffusion.data.images import FORMATS, BadImage, decode
 
 # Beyond what shards may hold: read here, and encoded anew.
@@ -27,6 +28,8 @@ _STORED: Final = {
 }  # a phone's MPO is a JPEG with more behind it
 _NAMED: Final = {"jpeg": "jpg", "jfif": "jpg", "tif": "tiff"}
 _ORIENTATION: Final = 0x0112
+# What the report says of colour profiles, before their name.
+PROFILE_NOTES: Final = ("kept, and converted when read, from ", "converted from ")
 _FLAT: Final = 2.0  # standard deviation of grey, of 255
 
 
@@ -72,6 +75,7 @@ class _Facts:
     turned: bool
     frames: int
     see_through: bool
+    profile: ColourProfile | None
 
 
 def parse_colour(text: str) -> tuple[int, int, int] | None:
@@ -108,8 +112,7 @@ def prepare(data: bytes, name: str, rules: PictureRules) -> Picture:
         image = image.resize(size, Image.Resampling.LANCZOS)
         notes.append("resized")
     keeps = rules.encode == "keep" and scale == 1 and _is_plain(facts)
-    if facts.mode != "RGB":
-        image.info.pop("icc_profile", None)  # of greys or inks, it would spoil RGB
+    notes += _profile_notes(facts.profile, keeps)
     encoded, extension = (data, _STORED[facts.kind]) if keeps else _encode(image, facts, rules)
     if not keeps:
         notes.append(f"encoded as {extension}")
@@ -129,7 +132,8 @@ def _look(data: bytes) -> _Facts:
                     height=image.height,
                     turned=turned,
                     frames=1 if image.format == "MPO" else int(getattr(image, "n_frames", 1)),
-                    see_through=image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info,
+                    see_through=has_alpha(image),
+                    profile=profile_of(image),
                 )
     except Image.DecompressionBombError as error:  # Pillow looks at the header, and has a limit of its own
         size = re.search(r"\d+ pixels", str(error))
@@ -140,13 +144,19 @@ def _look(data: bytes) -> _Facts:
 
 def _kind_of(data: bytes) -> str:
     """A guess, for the report, at what the bytes are instead."""
-    head = data[:512].lstrip().lower()
-    if head.startswith((b"<!doctype html", b"<html")):
+    head = data[:512].lower()
+    if head.lstrip().startswith((b"<!doctype html", b"<html")):
         return "a web page"
-    if head.startswith((b"<svg", b"<?xml")):
+    if head.lstrip().startswith((b"<svg", b"<?xml")):
         return "SVG or XML"
-    if b"ftypheic" in head or b"ftypheix" in head or b"ftypmif1" in head:
-        return "HEIC: convert it first"
+    if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypheim", b"ftypheis", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
+        return "HEIC: convert it first, with heif-convert of libheif"
+    if head.startswith((b"\xff\x0a", b"\0\0\0\x0cjxl ")):
+        return "JPEG XL: convert it first, with djxl of libjxl"
+    if head[4:12] in (b"ftypavif", b"ftypavis"):
+        return "AVIF, which this Pillow does not read: install a newer one"
+    if head[20:24] == b"jp2 " or data.startswith(b"\xff\x4f\xff\x51"):
+        return "JPEG 2000: convert it first"
     return "text" if head and b"\0" not in head and head.isascii() else "unknown or damaged"
 
 
@@ -178,11 +188,22 @@ def _notes(facts: _Facts, name: str) -> list[str]:
         (facts.mode == "P", "palette converted"),
         (facts.mode == "CMYK", "CMYK converted"),
         (facts.mode.startswith(("I", "F")), "16-bit grey converted"),
-        (facts.frames > 1, "first frame of an animation"),
+        (facts.frames > 1 and facts.kind == "TIFF", "first page of several"),
+        (facts.frames > 1 and facts.kind != "TIFF", "first frame of an animation"),
     ):
         if happened:
             notes.append(note)
     return notes
+
+
+def _profile_notes(profile: ColourProfile | None, keeps: bool) -> list[str]:
+    if profile is None:
+        return []
+    if profile.transform is None:
+        return ["unusable colour profile passed over"]
+    # Bytes that are kept keep their profile, which training's decoder reads as this one does.
+    kept, anew = PROFILE_NOTES
+    return [f"{kept}{profile.name}" if keeps else f"{anew}{profile.name}"]
 
 
 def _perceptual_hash(image: Image.Image) -> int | None:
@@ -198,6 +219,7 @@ def _encode(image: Image.Image, facts: _Facts, rules: PictureRules) -> tuple[byt
     kind = rules.encode
     if kind == "keep":  # what came without loss stays without
         kind = "jpeg" if facts.kind in ("JPEG", "MPO", "WEBP", "AVIF") else "png"
+    image.info.pop("icc_profile", None)  # the pixels are sRGB's, which is what none means
     buffer = io.BytesIO()
     if kind == "png":
         image.save(buffer, "png", compress_level=6)

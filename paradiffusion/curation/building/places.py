@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import lzma
 import os
+import re
 import socket
 import stat
 import threading
-import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from email.message import Message
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse, HTTPSConnection
+from time import monotonic, sleep
 from typing import IO, Any, Final
 
 _AGENT: Final = "paradiffusion-build-shards"
 _REDIRECTS: Final = 5
 _PIECE: Final = 1 << 16
+_CELLS, _BUFFER = 16, 1 << 20  # rows and bytes of a Parquet column at once
+_LONGEST_PAUSE: Final = 60.0  # seconds that a busy site may ask us to wait: our choice
 _MENDABLE: Final = (408, 425, 429, 500, 502, 503, 504)
 _UNREADABLE: Final = (
     OSError, KeyError, RuntimeError, ValueError, NotImplementedError, EOFError, zipfile.BadZipFile, zlib.error,
@@ -69,12 +74,16 @@ class FetchLimits:
 
 
 class Reader:
-    """Reads places one after the other; keeps the last zip and the last row group open, since neighbours share them."""
+    """Reads places one after the other; keeps the last zip and the last row group open, since neighbours share them.
+
+    Row groups are read on from the last place: some programs write a table of pictures as one, which memory may not hold.
+    """
 
     def __init__(self, limits: FetchLimits) -> None:
         self.limits = limits
         self._zip: tuple[str, zipfile.ZipFile] | None = None
-        self._group: tuple[tuple[str, int, str], Any] | None = None
+        self._cells: tuple[tuple[str, int, str], Iterator[tuple[int, Any]]] | None = None
+        self._last: tuple[int, Any] = (-1, None)
 
     def read(self, place: Place) -> bytes:
         """The bytes at ``place``. Raises Dropped with one of the reasons "no image", "cannot be read", "not downloaded",
@@ -116,18 +125,28 @@ class Reader:
         return self._zip[1]
 
     def _cell(self, place: Place) -> bytes:
-        import pyarrow.parquet as pq
-
         asked = (place.path, place.offset, place.member)
-        if self._group is None or self._group[0] != asked:
-            self._group = None  # freed first: a row group of images may be large
-            with pq.ParquetFile(place.path) as file:
-                self._group = (asked, file.read_row_group(place.offset, columns=[place.member], use_threads=False))
-        value = self._group[1].column(0)[place.size].as_py()
+        if self._cells is None or self._cells[0] != asked or self._last[0] > place.size:
+            self._cells, self._last = (asked, _cells_of(*asked)), (-1, None)
+        while self._last[0] < place.size:
+            found = next(self._cells[1], None)
+            if found is None:  # damage in a row before ends the reading
+                raise Dropped("cannot be read", "the row group ends before it")
+            self._last = found
+        value = self._last[1].as_py()
         value = value.get("bytes") if isinstance(value, dict) else value
         if value is None:
             raise Dropped("no image", "the cell is empty")
         return bytes(value)
+
+
+def _cells_of(path: str, group: int, column: str) -> Iterator[tuple[int, Any]]:
+    """(row, cell) of one column of a row group, a few at a time."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, buffer_size=_BUFFER) as file:
+        batches = file.iter_batches(_CELLS, row_groups=[group], columns=[column], use_threads=False)
+        yield from enumerate(cell for batch in batches for cell in batch.column(0))
 
 
 class _HttpOnly(urllib.request.HTTPRedirectHandler):
@@ -213,17 +232,19 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
         raise Dropped("not downloaded", "expected an http or https address")
     opened: list[socket.socket] = []
     opener = urllib.request.build_opener(_HttpOnly, _Http(opened), _Https(opened))
-    detail = ""
+    detail, asked = "", 0.0
     for attempt in range(limits.retries + 1):
         if attempt:
-            time.sleep(min(0.5 * 2**attempt, 8.0))
+            sleep(max(asked, min(0.5 * 2**attempt, 8.0)))
         try:
-            request = urllib.request.Request(url, headers={"User-Agent": _AGENT, "Accept": "image/*,*/*;q=0.5"})
+            request = urllib.request.Request(
+                _in_ascii(url), headers={"User-Agent": _AGENT, "Accept": "image/*,*/*;q=0.5"}
+            )
             opened.clear()
             with _within(8 * limits.timeout, opened), opener.open(request, timeout=limits.timeout) as answer:
                 return _body(answer, limits)
         except urllib.error.HTTPError as error:
-            detail = f"status {error.code}"
+            detail, asked = f"status {error.code}", _pause_asked(error.headers)
             if error.code not in _MENDABLE:
                 break
         except (OSError, HTTPException, ValueError, UnicodeError) as error:
@@ -234,19 +255,35 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
     raise Dropped("not downloaded", detail)
 
 
+def _in_ascii(url: str) -> str:
+    """``url`` as it is sent: other letters and spaces, which lists of addresses have, in their escaped forms."""
+    if re.fullmatch(r"[!-~]+", url):
+        return url
+    parts = urllib.parse.urlsplit(url)
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    path, query = (urllib.parse.quote(part, safe="!#$%&'()*+,/:;=?@[]~") for part in (parts.path, parts.query))
+    return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
+
+
+def _pause_asked(headers: Message) -> float:
+    """Seconds that a busy site asks us to leave it alone."""
+    told = (headers.get("Retry-After") or "").strip()
+    return min(float(told), _LONGEST_PAUSE) if told.isascii() and told.isdigit() else 0.0
+
+
 def _body(answer: Any, limits: FetchLimits) -> bytes:
     tags = ",".join(answer.headers.get_all("X-Robots-Tag", [])).lower()
     if "noai" in tags or "noimageai" in tags:
         raise Dropped("not downloaded", "the site asks not to be used for training")
     # The socket's timeout starts anew with every byte: a server that drips would hold a thread for hours.
-    deadline = time.monotonic() + 6 * limits.timeout
+    deadline = monotonic() + 6 * limits.timeout
     data = bytearray()
     while len(data) <= limits.max_bytes:
         piece = answer.read1(min(_PIECE, limits.max_bytes + 1 - len(data)))
         if not piece:
             break
         data += piece
-        if time.monotonic() > deadline:
+        if monotonic() > deadline:
             raise TimeoutError("the body took too long")
     expected = answer.headers.get("Content-Length", "")
     if expected.isdigit() and len(data) < min(int(expected), limits.max_bytes + 1):

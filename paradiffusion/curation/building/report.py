@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.building.chunk import Tally
 from paradiffusion.curation.building.options import BuildOptions
+from paradiffusion.curation.building.pictures import PROFILE_NOTES
 from paradiffusion.data.shards import expand_shards, load_index
 from paradiffusion.errors import UserError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from paradiffusion.curation.building.select import Selection
 
 _NAME: Final = "report.json"
+_MAX_PROFILES: Final = 20  # screens have profiles of their own by the thousand
 _PERCENTILES: Final = (0, 5, 25, 50, 75, 95, 100)
 
 
@@ -65,13 +67,26 @@ def make_report(output: Path, kind: str, options: BuildOptions, tally: Tally, se
         val=len(selection.val),
         shards=shards,
         bytes=int(table["bytes"].sum(dtype=np.int64)),
-        dropped=dict(sorted(tally.dropped.items(), key=lambda pair: (-pair[1], pair[0]))),
+        dropped=_by_count(tally.dropped),
         examples=tally.examples,
-        mended=dict(sorted(tally.notes.items(), key=lambda pair: (-pair[1], pair[0]))),
+        mended=_by_count(_few_profiles(tally.notes)),
         captions_dropped=tally.captions_dropped,
         sizes={name: _percentiles(values) for name, values in sizes.items()} if len(rows) else {},
         captions=_words(folders),
     )
+
+
+def _by_count(counts: dict[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def _few_profiles(notes: dict[str, int]) -> dict[str, int]:
+    """``notes`` with the rarer colour profiles as one."""
+    found = dict(notes)
+    profiles = [note for note in _by_count(notes) if note.startswith(PROFILE_NOTES)]
+    for note in profiles[_MAX_PROFILES:]:
+        found["other colour profiles"] = found.get("other colour profiles", 0) + found.pop(note)
+    return found
 
 
 def _percentiles(values: np.ndarray) -> dict[str, int]:
@@ -103,9 +118,7 @@ def write_report(report: Report, output: Path) -> None:
         (_NAME, json.dumps(asdict(report), indent=1, ensure_ascii=False)),
         ("report.md", as_markdown(report)),
     ):
-        partial = output / f".{name}.{os.getpid()}"
-        partial.write_text(text + "\n", encoding="utf-8", errors="replace")
-        os.replace(partial, output / name)
+        write_atomic(output / name, text + "\n")
 
 
 def read_report(output: Path) -> Report:
@@ -137,7 +150,7 @@ def as_markdown(report: Report) -> str:
                           ("captions left out of samples that have another", report.captions_dropped)):  # fmt: skip
         if counts:
             lines += [f"| {title} | items |", "|---|---:|"]
-            lines += [f"| {name} | {count} |" for name, count in counts.items()] + [""]
+            lines += [f"| {_cell(name)} | {count} |" for name, count in counts.items()] + [""]
     if report.captions:
         lines += _table("words of captions", report.captions)
     if report.sizes:

@@ -4,70 +4,55 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.curation.building.cleaning import decode_text
+from paradiffusion.curation.building.parquet import parquet_rows, read_schema
+from paradiffusion.curation.building.rows import Row, check_names, repeated_name
 from paradiffusion.errors import UserError
 
 SUFFIXES: Final = (".csv", ".tsv", ".jsonl", ".jsonlines", ".ndjson", ".json", ".parquet")
 _UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
 _MAX_CELL: Final = 1 << 24
-_ROWS_AT_ONCE: Final = 1000
+_MAX_LINES: Final = 1000  # of one row of a CSV: our choice
+_CP1252: Final = "text not UTF-8, read as cp1252"
 
 
-@dataclass
-class Row:
-    """One row: ``number`` counts from 0; ``fields`` by column; ``problem`` is set where the row could not be read.
+class _Repeated(Exception):
+    """An object of a JSON has a name twice."""
 
-    ``cell`` is (row group, row in it) of a Parquet file.
+
+def read_rows(path: Path, wanted: Collection[str] | None = None, cells: str | None = None) -> Iterator[Row]:
+    """The rows of a table, streamed. Raises UserError when the file is no such table, or has two columns of one name.
+
+    Of a Parquet file only the columns ``wanted`` are read (None: all), and ``cells``, the one that holds the images, not at
+    all but for their paths.
     """
-
-    number: int
-    fields: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    problem: str = ""
-    cell: tuple[int, int] = (0, 0)
-
-
-def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a table, streamed. Raises UserError when the file is no such table."""
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        return _csv_rows(path, "\t" if suffix == ".tsv" else ",")
+        return _csv_rows(path, "\t" if suffix == ".tsv" else None)
     if suffix in (".jsonl", ".jsonlines", ".ndjson"):
         return _jsonl_rows(path)
     if suffix == ".json":
         return _json_rows(path)
     if suffix == ".parquet":
-        return _parquet_rows(path)
+        return parquet_rows(path, wanted, cells)
     raise UserError(f"{path} is no table that can be read; expected one of {', '.join(SUFFIXES)}.")
 
 
 def columns_of(path: Path) -> list[str]:
     """The columns of a table: its header's, or those of its first rows. Raises UserError as ``read_rows`` does."""
     if path.suffix.lower() == ".parquet":
-        return [*_schema(path).names]
+        return [*read_schema(path).names]
     names: dict[str, None] = {}
     for row in islice(read_rows(path), 100):
         names.update(dict.fromkeys(row.fields))
     return list(names)
-
-
-def byte_columns(path: Path) -> list[str]:
-    """Columns of a Parquet file that hold files: binary, or an object with "bytes" as ``datasets`` writes images."""
-    import pyarrow as pa
-
-    found = []
-    for column in _schema(path):
-        kind = column.type
-        inner = [kind.field(number).name for number in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or "bytes" in inner:
-            found.append(column.name)
-    return found
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -86,131 +71,110 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from None
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+def _csv_lines(path: Path, encodings: set[str]) -> Iterator[str]:
+    """Lines for the csv reader; what each was encoded in is added to ``encodings``."""
+    for line, encoding in _lines(path):
+        encodings.add(encoding)
+        line = line.replace("\0", "")
+        line = re.sub(r"\r+\n$", "\r\n", line)
+        if line.endswith("\n"):  # a "\r" within is damage, which the reader tells
+            yield line
+            continue
+        # Old programs end all lines with "\r" alone. In quotes the reader gets them back as they were.
+        yield from (part for part in re.split(r"(?<=\r)(?!\n)", line) if part)
+
+
+def _delimiter(line: str) -> str:
+    """What stands between the columns of a header: where the comma is for decimals, spreadsheets write semicolons."""
+    if len(line) > _MAX_CELL:  # no header; the reader says so
+        return ","
+    # The first that stands outside of quotes: what comes later may be part of a name.
+    plain = re.sub(r'"[^"]*"', "", line)
+    return min(",;\t", key=lambda one: plain.find(one) % (len(plain) + 1))
+
+
+def _csv_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
     csv.field_size_limit(_MAX_CELL)
     encodings: set[str] = set()
-
-    def lines() -> Iterator[str]:
-        for line, encoding in _lines(path):
-            encodings.add(encoding)
-            yield line.replace("\0", "")
-
-    reader = csv.reader(lines(), delimiter=delimiter)
+    lines = _csv_lines(path, encodings)
+    first = next(lines, "")
+    skipped = 0
+    if first.lower().startswith("sep=") and len(first.strip()) == 5:  # Excel's own way to say it
+        delimiter, first, skipped = first[4], next(lines, ""), 1
+    reader = csv.reader(chain([first], lines), delimiter=delimiter or _delimiter(first))
     header: list[str] | None = None
     number = 0
     while True:
         encodings.clear()
+        start = reader.line_num
         try:
-            cells = next(reader)
+            cells, problem = next(reader), ""
         except StopIteration:
             break
         except csv.Error as error:
-            yield Row(number, {}, problem=str(error))
-            number += 1
+            cells, problem = [], str(error)
+        if not cells and not problem:
             continue
-        if not cells:
-            continue
-        if header is None:
+        if header is None and not problem:
             header = [name.strip() for name in cells]
+            check_names(path, header)
             continue
-        notes = ["text not UTF-8, read as cp1252"] if "cp1252" in encodings else []
-        problem = "" if len(cells) == len(header) else f"{len(cells)} cells, the header has {len(header)}"
-        yield Row(number, dict(zip(header, cells, strict=False)), notes, problem)
+        width = len(header or [])
+        while len(cells) > width and not cells[-1].strip():  # a delimiter at the end of the line
+            cells.pop()
+        if reader.line_num - start > _MAX_LINES:
+            problem = f"it goes on for {reader.line_num - start} lines: a quote is not closed"
+        elif len(cells) != width:
+            problem = problem or f"{len(cells)} cells, the header has {width}"
+        notes = [_CP1252] if "cp1252" in encodings else []
+        fields = dict(zip(header or [], cells, strict=False))
+        yield Row(number, f"line {start + skipped + 1}", fields, notes, problem)
         number += 1
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     number = 0
-    for line, encoding in _lines(path):
+    for at, (line, encoding) in enumerate(_lines(path), 1):
         if not line.strip():
             continue
-        notes = ["text not UTF-8, read as cp1252"] if encoding == "cp1252" else []
+        notes, place = [_CP1252] if encoding == "cp1252" else [], f"line {at}"
         try:
-            content = json.loads(line)
-            yield Row(number, content if isinstance(content, dict) else {}, notes,
-                      "" if isinstance(content, dict) else "no JSON object")  # fmt: skip
+            content = json.loads(line, object_pairs_hook=_object)
+        except _Repeated as repeated:
+            raise repeated_name(path, str(repeated), f" in one object ({place})") from None
         except (ValueError, RecursionError):
-            yield Row(number, {}, notes, "no JSON object")
+            content = None
+        is_row = isinstance(content, dict)
+        yield Row(number, place, content if is_row else {}, notes, "" if is_row else "no JSON object")
         number += 1
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Repeated(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
     """A list of objects; or an object from file to caption, or to an object of fields."""
     try:
         text, encoding = decode_text(path.read_bytes())
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_object)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from None
+    except _Repeated as repeated:
+        raise repeated_name(path, str(repeated), " in one object") from None
     except (ValueError, RecursionError):
         raise UserError(
             f"{path} is no JSON; expected a list of objects, or an object from file names to captions (one object a line: "
             "call it .jsonl)."
         ) from None
-    notes = ["text not UTF-8, read as cp1252"] if encoding == "cp1252" else []
+    notes = [_CP1252] if encoding == "cp1252" else []
     if isinstance(content, dict):
         content = [{"file": name, **(v if isinstance(v, dict) else {"caption": v})} for name, v in content.items()]
     if not isinstance(content, list):
         raise UserError(f"{path} holds a single value; expected a list of objects or an object from files to captions.")
     for number, row in enumerate(content):
         is_row = isinstance(row, dict)
-        yield Row(number, row if is_row else {}, list(notes), "" if is_row else "no JSON object")
-
-
-def _schema(path: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} is no Parquet file that can be read ({str(error).splitlines()[0]}).") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = _schema(path)
-    files = byte_columns(path)
-    # The images themselves are read when they are needed, a row group at a time.
-    columns = [name for name in schema.names if name not in files]
-    for name in files:
-        kind = schema.field(name).type
-        inner = [kind.field(at).name for at in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-        columns += [f"{name}.path"] if "path" in inner else []
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                rows, within = file.metadata.row_group(group).num_rows, 0
-                if not columns:
-                    for within in range(rows):
-                        yield Row(number + within, {}, cell=(group, within))
-                    number += rows
-                    continue
-                batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
-                for batch in batches:
-                    for fields in _plain_times(batch).to_pylist():
-                        yield Row(number, fields, cell=(group, within))
-                        number, within = number + 1, within + 1
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} is a damaged Parquet file ({str(error).splitlines()[0]}); fetch it again.") from None
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{path} holds a value that is none of its column's type ({error}); write it anew.") from None
-
-
-def _plain_times(batch: Any) -> Any:
-    """``batch`` with times as text (of UTC) and durations as numbers: Python's types have no nanoseconds, and not all zones."""
-    import pyarrow as pa
-
-    columns = []
-    for column in batch.columns:
-        kind = column.type
-        if pa.types.is_timestamp(kind):
-            column = column.cast(pa.timestamp(kind.unit)).cast(pa.string())
-        elif pa.types.is_time(kind) or pa.types.is_date(kind):
-            column = column.cast(pa.string())
-        elif pa.types.is_duration(kind):
-            column = column.cast(pa.int64())
-        columns.append(column)
-    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+        yield Row(number, f"row {number + 1}", row if is_row else {}, list(notes), "" if is_row else "no JSON object")

@@ -30,6 +30,10 @@ _STOPS: Final = (signal.SIGINT, signal.SIGTERM)
 _stop: Final = threading.Event()
 
 
+class EndedFromOutside(UserError):
+    """A working process was killed; what is done stays, and the same command goes on."""
+
+
 def run_tasks(
     function: Callable[[Any, Report], Any], tasks: Sequence[Any], processes: int, report: Report
 ) -> Iterator[tuple[int, Any]]:
@@ -95,7 +99,7 @@ def _receive(pipe: Connection, worker: Any) -> tuple[str, int, Any]:
         return message
     except (EOFError, ConnectionResetError):
         worker.join(10)
-        raise UserError(
+        raise EndedFromOutside(
             f"A working process was ended from outside (status {worker.exitcode}), most often for want of memory; run the "
             "same command with fewer processes=, it goes on where it stopped."
         ) from None
