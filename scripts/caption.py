@@ -3,6 +3,7 @@
     python scripts/caption.py shards='web/{00000..00099}.tar' output=captioned                      # Qwen3-VL-8B on one GPU
     accelerate launch scripts/caption.py shards=web output=captioned model=gemma3_12b               # one process a GPU
     python scripts/caption.py shards=web output=captioned engine=endpoint endpoint=http://localhost:8000/v1
+    torchrun --nproc_per_node 4 scripts/caption.py shards=web output=captioned engine=endpoint endpoint=http://big:8000/v1  # 4 x 32
     python scripts/caption.py shards=web output=captioned judge=internvl3_5_8b                      # and check the claims
 
 Run the same command again after a stop of any kind: it goes on after the last answer. In output: <shard>.tar, the shard with the
@@ -15,7 +16,8 @@ engine=             transformers (default: in this process) or endpoint (an Open
 model= revision=    a name of configs/captioners.yaml (default qwen3_vl_8b), a hub id, or a folder
 dtype= device= batch_size=   auto|float32|bfloat16|float16; cuda:0, cpu; pictures at once per process (8)
 endpoint= served= api_key_env=   the server's address, the model's name there, the variable that holds its key
-concurrency= timeout= tries= retry_wait=   requests at once (32), seconds per answer (300), tries (8), first wait in seconds (1)
+concurrency= timeout= tries= retry_wait=   requests at once (32), seconds per answer (300), tries (8), first wait in seconds (1).
+                    A process waits for the last answers of each shard: for a server that takes hundreds, start several processes
 endpoint_gpus=      GPUs behind the endpoint, for captions per GPU-hour (0: unknown)
 prompts=            templates by name, with weights if wanted: paper:3,spatial:1 (default: all of the kind)
 prompt_file=        your own templates
@@ -40,7 +42,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.compose import CONFIGS, compose_options
-from paradiffusion.curation.captioning.options import CaptionOptions, bind_output
+from paradiffusion.curation.captioning.options import CaptionOptions, bind_judge, bind_output, check_output
 from paradiffusion.curation.captioning.prompts import Template, load_templates
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
@@ -63,21 +65,28 @@ def main(arguments: list[str]) -> int:
 
     shards = expand_shards(str(options.shards), "shards")
     check_names(shards, options)
-    with stop_on_signals() as signal, joined_processes() as processes:
-        processes.set_threads(None)
-        status, failure = DONE, None
-        try:
-            status = work_on(options, templates, shards[processes.rank :: processes.size], processes, signal.check)
-        except UserError as error:
-            status, failure = FAILED, error
-        status = processes.agree(status)
+    check_output(Path(str(options.output)).expanduser(), options, templates)
+    failure: UserError | OSError | None = None
+    with stop_on_signals() as signal:
+        # The report is made outside: the processes leave their group together, none of them after the others have gone.
+        with joined_processes() as processes:
+            processes.set_threads(None)
+            status = DONE
+            try:
+                status = work_on(options, templates, shards[processes.rank :: processes.size], processes, signal.check)
+            except (UserError, OSError) as error:
+                processes.tell(error)
+                status, failure = FAILED, error
+            status = processes.agree(status)
         if processes.rank == 0:
-            report(options, [shard.stem for shard in shards], processes.size, status)
-    if failure is not None:
+            try:
+                report(options, [shard.stem for shard in shards], processes.size, status)
+            except (UserError, OSError) as error:  # the disk that is full, say; the first failure is the one to tell
+                processes.tell(error)
+                failure = failure or error
+    if failure is not None and processes.size == 1:
         raise failure
-    if status == FAILED:
-        raise UserError("another process could not go on; its own message says why, and the same command continues.")
-    return 0
+    return FAILED if failure is not None or status == FAILED else 0
 
 
 def work_on(
@@ -98,7 +107,7 @@ def work_on(
     output = Path(str(options.output)).expanduser()
     device, shown = options.device or processes.device(), processes.rank == 0
     try:
-        index = load_index(shards, options.allow_truncated)
+        index = load_index(shards, options.allow_truncated, key="shards")
         engine, side = make_engine(options, device)
         try:
             bind_output(output, options, engine, templates, side)
@@ -110,8 +119,9 @@ def work_on(
         finally:
             engine.close()
         if options.judge is not None:
-            judge = make_judge(options, device, DECODING)
+            judge, side = make_judge(options, device, DECODING)
             try:
+                bind_judge(output, options, judge, side)
                 with make_bar(0, "claims", shown) as bar:
                     work = Work(options, output, index, templates, side, check_stop, bar)
                     for number in range(len(shards)):
@@ -130,8 +140,8 @@ def make_engine(options: CaptionOptions, device: str | None) -> tuple[Engine, in
     return open_engine(vlm_options(options, device), CONFIGS / "captioners.yaml", decoding, fingerprint_of)
 
 
-def make_judge(options: CaptionOptions, device: str | None, decoding: Decoding) -> Engine:
-    """The second model; a server that is not named is the captioner's."""
+def make_judge(options: CaptionOptions, device: str | None, decoding: Decoding) -> tuple[Engine, int]:
+    """The second model, and the long side of what it is shown; a server that is not named is the captioner's."""
     kind = options.judge_engine or options.engine
     judge = replace(
         vlm_options(options, device), engine=kind, model=str(options.judge), served=options.judge, key="judge",
@@ -144,7 +154,7 @@ def make_judge(options: CaptionOptions, device: str | None, decoding: Decoding) 
         # The captioner's key goes to the captioner's server alone.
         key = options.judge_api_key_env or (options.api_key_env if url == options.endpoint else None)
         judge = replace(judge, endpoint=url, api_key_env=key)
-    return open_engine(judge, CONFIGS / "captioners.yaml", decoding, fingerprint_of)[0]
+    return open_engine(judge, CONFIGS / "captioners.yaml", decoding, fingerprint_of)
 
 
 def vlm_options(options: CaptionOptions, device: str | None) -> VlmOptions:

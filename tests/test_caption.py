@@ -87,10 +87,13 @@ def test_shards_get_a_caption_and_keep_all_else(script: ModuleType, vlm: Path, t
     assert "| 100 to 150 | 0% | 51% |" in (out / "report.md").read_text()
 
 
-def test_a_rejected_caption_leaves_the_sample_as_it_was(script: ModuleType, vlm: Path, tmp_path: Path) -> None:
+def test_a_rejected_caption_leaves_the_sample_as_it_was(
+    script: ModuleType, vlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shards_of(tmp_path / "in", 6, 6)
     arguments = [f"shards={tmp_path / 'in'}", f"output={tmp_path / 'out'}", f"model={vlm}", "max_new_tokens=12"]
     assert script.main([*arguments, "retries=2"]) == 0
+    assert "rejected 100%" in capsys.readouterr().err  # told by the bar, not only in the end
     before, after = (load_index(expand_shards(tmp_path / name)) for name in ("in", "out"))
     assert [read_sample(after, row) for row in range(6)] == [read_sample(before, row) for row in range(6)]
     for record in lines(tmp_path / "out" / "000000.jsonl"):
@@ -124,6 +127,36 @@ def test_an_answer_does_not_depend_on_its_neighbours(family: str, tmp_path: Path
     assert greedy == ask(5, seed=100, temperature=0) != together
     assert ask(5, temperature=0, image=50) != greedy  # another picture, another answer
     assert all(answer.tokens == 16 or answer.finished for answer in together)
+
+
+def test_a_batch_that_does_not_fit_is_halved_without_keeping_its_inputs(
+    vlm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import weakref
+
+    import torch
+
+    from paradiffusion.judges.local_vlm import LocalModel
+
+    engine = LocalModel(str(vlm), None, "bfloat16", "cpu", 4, Decoding(8))
+    questions = [Question(n, 0, picture(n, 64, 64), "Say more", n, 0.7) for n in range(4)]
+    answers = list(engine.answers(iter([questions])))
+    failed: list[weakref.ref[torch.Tensor]] = []
+    generate = engine._network.generate
+
+    def small(**inputs: Any) -> Any:
+        assert not [one for one in failed if one() is not None], "the inputs that did not fit are still held"
+        if len(inputs["input_ids"]) > 1:
+            failed.append(weakref.ref(inputs["pixel_values"]))
+            raise torch.OutOfMemoryError
+        return generate(**inputs)
+
+    monkeypatch.setattr(engine._network, "generate", small)
+    assert [len(group) for group in engine.answers(iter([questions]))] == [4] == [len(answers[0])]
+    assert len(failed) == 3
+    monkeypatch.setattr(engine, "_generate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(UserError, match="does not hold .* one picture"):
+        list(engine.answers(iter([questions[:1]])))
 
 
 def test_draws_follow_the_probabilities_that_the_model_gives() -> None:
@@ -227,7 +260,25 @@ def test_what_the_captions_depend_on_may_not_change(script: ModuleType, vlm: Pat
         (["shards=IN", "output=IN"], "would be overwritten"),
         (["shards=IN", "output=out", "engine=vllm"], "choose one of transformers, endpoint"),
         (["shards=IN", "output=out", "engine=endpoint"], "needs endpoint="),
-        (["shards=IN", "output=out", "served=x"], "are for engine=endpoint"),
+        (["shards=IN", "output=out", "served=x"], "served= is for engine=endpoint"),
+        (["shards=IN", "output=out", "concurrency=64"], "concurrency= is for engine=endpoint"),
+        (
+            ["shards=IN", "output=out", "engine=endpoint", "endpoint=http://x/v1", "model=a/b"],
+            "model= is for engine=transformers",
+        ),
+        (["shards=IN", "output=out", "engine=endpoint", "endpoint=http://x/v1", "batch_size=2"], "concurrency= says"),
+        (["shards=IN", "output=out", "engine=endpoint", "endpoint=http://[::1/v1"], "is no address"),
+        (["shards=IN", "output=out", "engine=endpoint", "endpoint=http://x:80x/v1"], "is no address"),
+        (
+            ["shards=IN", "output=out", "engine=endpoint", "endpoint=http://u:hush@x/v1"],
+            "the address of x .*api_key_env=",
+        ),
+        (["shards=IN", "output=out", "judge_share=0.5"], "judge_share= needs judge="),
+        (["shards=IN", "output=IN/000000.tar"], "is a file or lies under one"),
+        (["shards=IN", "output=IN/000000.tar/out"], "is a file or lies under one"),
+        (["shards=IN", "output=OTHER"], "holds 000000.tar and no settings.json"),
+        (["shards=IN", "output=out", "model=TINY", "device=gpu"], "device=gpu cannot be used here"),
+        (["shards=IN", "output=out", "model=TINY", "device=cuda:99"], "device=cuda:99 cannot be used here"),
         (["shards=IN", "output=out", "model=qwen"], "neither a folder, nor a hub id"),
         (["shards=IN", "output=out", "model=IN"], "cannot be loaded"),
         (["shards=IN", "output=out", "model=nobody/nothing"], "cannot be loaded"),
@@ -238,18 +289,24 @@ def test_what_the_captions_depend_on_may_not_change(script: ModuleType, vlm: Pat
         (["shards=IN", "output=out", "kind=clean"], "no template"),
         (["shards=IN", "output=out", "min_words=6", "max_words=3"], "swap them"),
         (["shards=IN", "output=out", "top_p=1.5"], "top_p=1.5"),
-        (["shards=IN", "output=out", "judge_engine=endpoint"], "need judge="),
+        (["shards=IN", "output=out", "judge_engine=endpoint"], "judge_engine= needs judge="),
         (["shards=nowhere", "output=out"], "matches no .tar"),
         (["shards=IN", "output=out", "batch_size=many"], "batch_size"),
     ],
 )
 def test_a_wrong_request_is_told_in_a_sentence(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+    script: ModuleType, vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shards_of(tmp_path / "in", 1, 1)
-    with pytest.raises(UserError, match=words):
-        script.main([argument.replace("IN", str(tmp_path / "in")) for argument in arguments])
+    shards_of(tmp_path / "other", 1, 1)
+    before = (tmp_path / "in" / "000000.tar").read_bytes()
+    places = {"IN": tmp_path / "in", "OTHER": tmp_path / "other", "TINY": vlm}
+    for name, place in places.items():
+        arguments = [argument.replace(f"={name}", f"={place}") for argument in arguments]
+    with pytest.raises(UserError, match=words) as refusal:
+        script.main(arguments)
+    assert "hush" not in str(refusal.value) and (tmp_path / "in" / "000000.tar").read_bytes() == before
     assert not (tmp_path / "out").exists()
 
 
@@ -267,3 +324,19 @@ def test_help_names_every_key(command: Callable[..., subprocess.CompletedProcess
         and result.stderr.startswith("error: shards= is missing")
         and "Traceback" not in result.stderr
     )
+
+
+def test_claims_of_lines_that_were_deleted_are_judged_again(
+    script: ModuleType, vlm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards_of(tmp_path / "in", 3)
+    output = tmp_path / "out"
+    arguments = [f"shards={tmp_path / 'in'}", f"output={output}", f"model={vlm}", f"judge={vlm}", "judge_share=1"]
+    arguments += [f"{one}" for one in PASSING] + ["max_new_tokens=6", "device=cpu"]
+    assert script.main(arguments) == 0
+    judged = output / "000000.judged.jsonl"
+    judged.write_text('{"key": "of an older text"}\n')
+    (output / "000000.jsonl").unlink()
+    assert script.main(arguments) == 0
+    assert "of an older text" not in judged.read_text()
+    capsys.readouterr()

@@ -26,6 +26,23 @@ LIMITS = Limits(20, 80)
     ("name", "text", "finished"),
     [
         ("empty", "  \n ", True),
+        ("refusal", "It seems that there is no image attached to your message. " + GOOD, True),
+        ("refusal", "I don't see an image here. " + GOOD, True),
+        ("chatter", "Okay, let me describe this. " + GOOD, True),
+        ("chatter", "The user wants one paragraph about the cat. " + GOOD, True),
+        ("chatter", "First, I need to name the objects. " + GOOD, True),
+        ("markdown", '{"caption": "' + GOOD + '"}', True),
+        ("markdown", '["' + GOOD + '"]', True),
+        ("markdown", "Foreground:\n" + GOOD + "\nBackground:\nA white wall.", True),
+        ("markdown", "Title: The Sleeping Cat\n\n" + GOOD, True),
+        ("markdown", "a) " + GOOD + "\nb) The wall is white.", True),
+        ("markdown", GOOD.replace("tabby", "*tabby*"), True),
+        ("chat_markers", GOOD + "\n\nHuman: Shorter, please.", True),
+        ("chat_markers", "### Assistant: " + GOOD, True),
+        ("repeated_sentence", GOOD + " The mood is calm and cosy with a warm light. The mood is calm and cosy with warm light.", True),
+        ("loop", GOOD + " On the left" + " of the tall plant there is another tall plant in a pot to the left" * 3 + ".", True),
+        ("loop", GOOD + " " + "!" * 40, True),
+        ("filler", "This is a close-up photo of a cat. " + GOOD, True),
         ("empty", "<think>What is it? A cat.</think>", True),
         ("too_short", "A tabby cat sleeps on a chair.", True),
         ("too_long", " ".join(f"The cat number {n} sleeps on a chair of its own." for n in range(20)), True),
@@ -65,6 +82,9 @@ def test_a_bad_caption_is_known_by_its_fault(name: str, text: str, finished: boo
         GOOD,
         "The first of three boats, No. 7, is painted white. " + GOOD,
         'A woman holds a sign that says "I\'m with you." Her coat is blue, and the wall behind her is made of grey stone and brick.',
+        GOOD + " The colour is white. A door is on the left. The colour is white.",
+        "A clock stands on the sill, so the cat does not see it - well, hardly - and 100 words in chalk fill the board behind its back.",
+        'A poster says "If you have a cat, let me know." ' + GOOD,
         "A framed picture hangs on the wall to the left of the door. " + GOOD,
         "Two rows of three cups each stand on the shelf, a red cup and a blue cup and a white cup above, and green cups below them.",
         "A man stands at the counter - his hands in his pockets - and looks at the clock, which says 10:15 a.m. and has no frame at all.",
@@ -96,6 +116,8 @@ def test_a_cut_end_is_left_out_where_enough_is_left() -> None:
         ("This black-and-white photograph depicts two men.", "This black-and-white photograph depicts two men."),
         ("This vintage photograph depicts two men.", "Two men."),
         ("In this image, there is a red bus.", "A red bus."),
+        ("In this image, a red bus waits.", "A red bus waits."),
+        ("This is an image of a red bus.", "A red bus."),
         ("In the picture we can see several birds.", "Several birds."),
         ("Here is a detailed description of the image: A cat.", "A cat."),
         ("Caption: The image features the tower.", "The tower."),
@@ -108,6 +130,30 @@ def test_a_cut_end_is_left_out_where_enough_is_left() -> None:
 )
 def test_an_opening_goes_only_where_the_rest_can_stand(text: str, rest: str) -> None:
     assert remove_opening(text) == (rest, rest != text)
+
+
+@pytest.mark.parametrize(
+    "closing",
+    [
+        "I hope this description helps! Let me know if you need any more details.",
+        "If you have any specific questions about the image, feel free to ask.",
+        "Would you like me to make it shorter?",
+        "Word count: 112.",
+        "(47 words)",
+        "Note: I cannot tell where the room is.",
+        "This description captures all that matters.",
+    ],
+)
+def test_what_is_said_to_the_asker_at_the_end_is_left_out(closing: str) -> None:
+    verdict = judge_text(f"{GOOD}\n\n{closing}", True, LIMITS)
+    assert (verdict.text, verdict.found, verdict.notes) == (GOOD, [], ["closing_removed"])
+    assert judge_text(closing, True, LIMITS).rejected
+
+
+def test_a_preamble_on_a_line_of_its_own_is_no_heading() -> None:
+    for before in ("Here is the caption:\n\n", "Certainly! Here is a detailed caption:\n\n", "Description:\n"):
+        verdict = judge_text(before + GOOD, True, LIMITS)
+        assert (verdict.text, verdict.found, verdict.notes) == (GOOD, [], ["opening_removed"])
 
 
 def test_sentences_end_where_they_end() -> None:

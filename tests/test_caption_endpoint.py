@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import ssl
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from chat_server import NAME, Asked, ChatServer, chat_server, paragraph
+from conftest import ROOT
 from data_fixtures import shards_of
 from test_caption import lines, same, script  # noqa: F401  # a fixture
 from training_runs import free_port
 
 from paradiffusion.data.shards import expand_shards, load_index, read_sample, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.judges.endpoint import _read
+from paradiffusion.judges.endpoint import Address, _pause, _read, headers_of
 
 REFUSAL = "I'm sorry, but I can't help with that."
 
@@ -217,8 +224,15 @@ def test_claims_are_checked_by_a_second_model(script: ModuleType, server: ChatSe
     assert len(judged["unconfirmed"]) == captions and all(" lamp " in one["text"] for one in judged["unconfirmed"])
     asked = len(server.asked)
     assert script.main(arguments(server, tmp_path, *more)) == 0 and len(server.asked) == asked
-    with pytest.raises(UserError, match="was judged by judge, not tiny-vlm"):
-        script.main(arguments(server, tmp_path, "served=tiny-vlm", "judge=tiny-vlm", "judge_share=0.5"))
+    for key, value, was in (("judge", "tiny-vlm", "judge"), ("judge_share", "0.9", "0.5")):
+        with pytest.raises(
+            UserError, match=f"claims .* with {key}={was}, and {key}={value} is asked for; delete judge.json"
+        ):
+            script.main(arguments(server, tmp_path, *more, f"{key}={value}"))
+    for path in (tmp_path / "out").glob("*judge*"):
+        path.unlink()
+    assert script.main(arguments(server, tmp_path, *more, "judge_share=1")) == 0
+    assert report(tmp_path)["judged"]["captions"] == 30
 
 
 def test_two_captioners_do_not_write_one_shard(script: ModuleType, server: ChatServer, tmp_path: Path) -> None:  # noqa: F811
@@ -279,3 +293,102 @@ def test_answers_do_not_go_to_the_pictures_of_a_changed_shard(
         index.unlink()
     with pytest.raises(UserError, match="has changed since its captions were begun"):
         script.main(arguments(server, tmp_path))
+
+
+def test_a_shard_whose_lines_were_deleted_is_written_again(
+    script: ModuleType,  # noqa: F811
+    server: ChatServer,
+    tmp_path: Path,
+) -> None:
+    shards_of(tmp_path / "in", 4, 2)
+    assert script.main(arguments(server, tmp_path)) == 0
+    out, plain = tmp_path / "out", server.answer
+    (out / "000000.jsonl").unlink()
+    (out / "000001.journal").write_bytes(
+        b""
+    )  # as a kill leaves it that comes between the lines and the end of the journal
+    server.answer = lambda asked: (plain(asked)[0] + " A bell hangs there.", "stop")
+    assert script.main(arguments(server, tmp_path)) == 0
+    index = load_index(expand_shards(out))
+    for row, record in enumerate(lines(out / "000000.jsonl") + lines(out / "000001.jsonl")):
+        assert read_sample(index, row).meta["captions"]["long"] == record["caption"]
+        assert record["caption"].endswith("bell hangs there.") == (row < 2)
+    assert not list(out.glob("*.journal"))
+
+
+def test_a_server_may_ask_for_patience() -> None:
+    import time
+    from email.utils import formatdate
+
+    assert (_pause("7"), _pause("1.5"), _pause("0"), _pause("-3"), _pause(""), _pause("soon")) == (7, 1.5, 0, 0, 0, 0)
+    assert _pause("1e9") == _pause("inf") == 600 and _pause("nan") == 0
+    assert 60 < _pause(formatdate(time.time() + 120, usegmt=True)) <= 120
+    assert _pause(formatdate(time.time() - 120, usegmt=True)) == 0
+
+
+def test_the_key_is_told_to_nobody_else(
+    script: ModuleType,  # noqa: F811
+    server: ChatServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shards_of(tmp_path / "in", 6, 6)
+    server.key = "hush"
+    server.faults = {2: (400, b'{"error": {"message": "Bearer hush may not do this"}}', 0)}
+    monkeypatch.setenv("CAPTION_KEY", "hush\n")  # as read from a file
+    assert script.main(arguments(server, tmp_path, "api_key_env=CAPTION_KEY")) == 0
+    refused = [record for record in lines(tmp_path / "out" / "000000.jsonl") if record["caption"] is None]
+    assert [record["rejected"][0]["text"] for record in refused] == ["status 400: Bearer *** may not do this"]
+    assert not any("hush" in path.read_text("latin-1") for path in (tmp_path / "out").iterdir())
+    assert "hush" not in "".join(capfd.readouterr())
+    for key in ("two\nlines", "schlüssel"):
+        monkeypatch.setenv("CAPTION_KEY", key)
+        with pytest.raises(UserError, match="the key in CAPTION_KEY holds characters") as refusal:
+            headers_of(Address(server.url, api_key_env="CAPTION_KEY"))
+        assert key not in str(refusal.value)
+
+
+def test_a_certificate_that_nobody_signed_is_told_at_once(script: ModuleType, tmp_path: Path) -> None:  # noqa: F811
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes the certificate, is not here")
+    made = tmp_path / "made.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2", "-keyout", str(made),
+         "-out", str(tmp_path / "certificate.pem")], check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "certificate.pem", made)
+    shards_of(tmp_path / "in", 1, 1)
+    with chat_server() as server, ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as secure:
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        secure.handle_error = lambda *_: None  # type: ignore[method-assign]  # a handshake that the client leaves
+        threading.Thread(target=secure.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        try:
+            server.url = f"https://localhost:{secure.server_address[1]}/v1"
+            with pytest.raises(UserError, match="certificate of https://localhost.* is not trusted .*SSL_CERT_FILE"):
+                script.main(arguments(server, tmp_path))
+        finally:
+            secure.shutdown()
+
+
+def test_a_process_that_cannot_go_on_says_why_and_the_others_finish(server: ChatServer, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 8, 2)
+    (tmp_path / "in" / "000001.tar").write_bytes(b"no tar at all" * 100)  # of the second process
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    result = subprocess.run(
+        [*launcher, "scripts/caption.py", *arguments(server, tmp_path)], cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "process 1" in told[0] and "000001.tar" in told[0], result.stderr
+    assert (tmp_path / "out" / "000002.tar").exists() and report(tmp_path)["shards_done"] == 2

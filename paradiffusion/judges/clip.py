@@ -79,8 +79,11 @@ class Clip:
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1), cut
 
     def agreements(self, features: torch.Tensor, captions: list[str]) -> list[Agreement | None]:
-        """Agreement of each caption with the image features [B, D] of its row; None for an empty caption."""
-        split = [sentences(caption) for caption in captions]
+        """Agreement of each caption with the image features [B, D] of its row; None for a caption without any word.
+
+        What has neither letter nor digit ("...", a row of dashes or emoji) is no sentence that a picture could fit.
+        """
+        split = [[part for part in sentences(caption) if any(map(str.isalnum, part))] for caption in captions]
         texts, cut = self.text_features([sentence for part in split for sentence in part])
         results: list[Agreement | None] = []
         start = 0
@@ -211,7 +214,8 @@ def load_head(path: Path) -> Head:
             for name, bias in pairs
         ]
     except Exception as error:  # safetensors raises its own type, which it does not export; pickle raises anything
-        raise UserError(f"aesthetic={path} cannot be read ({str(error).splitlines()[0]}); {expected}.") from None
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"aesthetic={path} cannot be read ({reason}); {expected}.") from None
     shapes = [tuple(weight.shape) for weight, _ in layers]
     chained = all(len(shape) == 2 for shape in shapes) and all(
         before[0] == after[1] for before, after in pairwise(shapes)

@@ -8,9 +8,11 @@ import io
 import json
 import os
 import threading
+import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,6 +25,7 @@ from paradiffusion.randomness import uniform
 T = TypeVar("T")
 _LATER: Final = (408, 409, 425, 429)  # and all from 500 on
 _LONGEST_WAIT = 60.0
+_LONGEST_PAUSE: Final = 600.0  # that a server may ask for
 _LOOK_AROUND = 0.5  # seconds between looks at signals
 
 
@@ -140,7 +143,7 @@ class EndpointModel:
         async def once() -> Answer:
             status, body = await self._request("POST", "/chat/completions", payload)
             if status != 200:
-                return Answer(error=f"status {status}: {_message(body)}")
+                return Answer(error=f"status {status}: {self._message(body)}")
             return _read(body)
 
         return await self._patiently(once, f"row {question.row}")
@@ -156,7 +159,7 @@ class EndpointModel:
                 if attempt + 1 < tries:
                     # Spread by up to a half, so that refused requests do not come back all at once.
                     wait = self._address.wait * 2**attempt * (1 + uniform("wait", what, attempt) / 2)
-                    await asyncio.sleep(min(_LONGEST_WAIT, max(wait, later.wait)))
+                    await asyncio.sleep(max(min(_LONGEST_WAIT, wait), later.wait))
         raise UserError(
             f"the server at {self._address.url} failed {tries} times ({reason}); see that it runs and has room, "
             "then run the same command again: it goes on where it stopped."
@@ -171,6 +174,12 @@ class EndpointModel:
             async with self._session.request(method, self._url + path, json=payload, allow_redirects=False) as response:
                 raw, status = await response.read(), response.status
                 pause = response.headers.get("Retry-After", "")
+        except aiohttp.ClientConnectorCertificateError as error:
+            reason = str(error.certificate_error).rstrip(".")
+            raise UserError(
+                f"the certificate of {self._url} is not trusted ({reason}); use the name that it was issued for, or let "
+                "SSL_CERT_FILE name a file with the authority that signed it."
+            ) from None
         except TimeoutError:
             raise Later(f"no answer within {self._address.timeout:g} s") from None
         except aiohttp.ClientError as error:
@@ -180,10 +189,10 @@ class EndpointModel:
         except (ValueError, RecursionError):
             body = None
         if status in _LATER or status >= 500:
-            raise Later(f"status {status}: {_message(body)}", float(pause) if pause.isdecimal() else 0.0)
+            raise Later(f"status {status}: {self._message(body)}", _pause(pause))
         if status == 402:  # which would befall every picture from here on
             raise UserError(
-                f"the server at {self._address.url} wants to be paid (status 402: {_message(body)}); see to the account, then run "
+                f"the server at {self._address.url} wants to be paid (status 402: {self._message(body)}); see to the account, then run "
                 "the same command again: it goes on where it stopped."
             )
         if status in (401, 403):
@@ -195,11 +204,19 @@ class EndpointModel:
         if (status == 404 and method == "POST") or 300 <= status < 400:
             raise UserError(
                 f"the server at {self._address.url} has no {path} for the model {payload and payload['model']} (status {status}: "
-                f"{_message(body)}); check endpoint=, which ends in /v1 for most servers, and served=."
+                f"{self._message(body)}); check endpoint=, which ends in /v1 for most servers, and served=."
             )
         if status == 200 and not isinstance(body, dict):
             raise Later("an answer that is no JSON object")
         return status, body if isinstance(body, dict) else {}
+
+    def _message(self, body: Any) -> str:
+        """What a server says about an error, in whichever of the usual places, but for the key if it repeats that."""
+        error = body.get("error", body) if isinstance(body, dict) else body
+        message = error.get("message", error.get("detail", "")) if isinstance(error, dict) else error
+        said = " ".join(str(message or "no reason given").split())
+        key = self._headers.get("Authorization", "").removeprefix("Bearer ")
+        return (said.replace(key, "***") if key else said)[:200]
 
     def _payload(self, question: Question) -> dict[str, Any]:
         buffer = io.BytesIO()
@@ -218,8 +235,18 @@ class EndpointModel:
 
 def check_address(address: Address) -> None:
     """Raise UserError for a URL that is none, or a key that is not there; nobody is asked."""
-    if urlsplit(address.url).scheme not in ("http", "https") or not urlsplit(address.url).netloc:
+    try:
+        parts = urlsplit(address.url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half an IPv6 address, a port that is no number
+        usable = False
+    if not usable:
         raise UserError(f"endpoint={address.url} is no address; expected one such as http://localhost:8000/v1.")
+    if parts.username is not None or parts.query:  # the address is told in messages and logs
+        raise UserError(
+            f"endpoint= holds more than the address of {parts.hostname} (a user name, a key or a query); leave that out, and "
+            "name the environment variable that holds the key with api_key_env=."
+        )
     headers_of(address)
 
 
@@ -227,19 +254,28 @@ def headers_of(address: Address) -> dict[str, str]:
     """With the server's key, where it wants one. Raises UserError where the variable that is to hold it is not set."""
     if address.api_key_env is None:
         return {}
-    key = os.environ.get(address.api_key_env, "")
+    key = os.environ.get(address.api_key_env, "").strip()  # read from a file, keys end with the line's end
     if not key:
         raise UserError(
             f"api_key_env={address.api_key_env} names an environment variable that is not set; export it with the server's key."
         )
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            f"the key in {address.api_key_env} holds characters that no header can carry; export it again, on one line."
+        )
     return {"Authorization": f"Bearer {key}"}
 
 
-def _message(body: Any) -> str:
-    """What a server says about an error, in whichever of the usual places."""
-    error = body.get("error", body) if isinstance(body, dict) else body
-    message = error.get("message", error.get("detail", "")) if isinstance(error, dict) else error
-    return " ".join(str(message or "no reason given").split())[:200]
+def _pause(retry_after: str) -> float:
+    """Seconds that a Retry-After header asks to wait: a number, or a date; 0 for anything else."""
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return 0.0
+    return min(_LONGEST_PAUSE, seconds) if seconds > 0 else 0.0
 
 
 def _read(body: dict[str, Any]) -> Answer:

@@ -51,6 +51,7 @@ class Work:
         check_stop: raises once a signal has come.
         bar: moves by one for each answer.
         refused: errors in a row before the first answer.
+        noted, rejected: answers of this run, and those of them that were rejected, for the bar.
     """
 
     options: CaptionOptions
@@ -62,6 +63,8 @@ class Work:
     bar: tqdm[Any]
     refused: int = 0
     answered: bool = field(default=False)
+    noted: int = 0
+    rejected: int = 0
 
     def rows(self, number: int) -> range:
         """The rows of shard ``number``."""
@@ -102,33 +105,52 @@ def caption_shard(work: Work, engine: Engine, number: int) -> None:
         UserError: where the engine cannot go on, or another process is at this shard.
     """
     shard, rows = work.index.shards[number], work.rows(number)
-    lines = work.output / f"{shard.stem}.jsonl"
-    if lines.exists():
-        records = read_lines(lines)
-        if [record.get("key") for record in records] != [work.index.key(row) for row in rows]:
-            raise UserError(
-                f"the shard {shard} has changed since it was captioned; delete {lines}, or restore the shard."
-            )
-        work.bar.update(len(rows))
-    else:
-        with Journal(work.output / f"{shard.stem}.journal") as journal:
-            _check_journal(work, journal, rows)
-            work.bar.update(sum(part == 0 for _, part in journal.entries))
-            for attempt in range(work.options.retries + 1):
-                tasks = _tasks(work, journal, rows, attempt)
-                if attempt:
-                    work.bar.total = (work.bar.total or 0) + len(tasks)
-                    work.bar.update(sum((task.row - rows.start, attempt) in journal.entries for task in tasks))
-                ask(work, engine, journal, tasks, rows.start)
-            records = [_record(work, engine, journal, rows, row) for row in rows]
-            write_lines(lines, records)
-            journal.path.unlink()
+    lines, path = work.output / f"{shard.stem}.jsonl", work.output / f"{shard.stem}.journal"
     target = work.output / f"{shard.stem}.tar"
-    if work.options.write == "shards" and rows and not target.exists():
-        _write_captioned(work, rows, records, target)
+    judged = [work.output / f"{shard.stem}{end}" for end in (".judged.jsonl", ".judging")]
+    wanted = work.options.write == "shards" and bool(rows)
+    if lines.exists():
+        work.bar.update(len(rows))
+        _read_records(work, number, lines)
+    if not lines.exists() or (wanted and not target.exists()):
+        with Journal(path) as journal:  # held while the tar is written too: two would write one temporary file
+            if not lines.exists():  # else another process has written them between our look and its lock
+                _ask_all(work, engine, journal, rows)
+                for old in (target, *judged):  # of lines that were deleted; a server need not say the same again
+                    old.unlink(missing_ok=True)
+                write_lines(lines, [_record(work, engine, journal, rows, row) for row in rows])
+            if wanted and not target.exists():
+                _write_captioned(work, rows, _read_records(work, number, lines), target)
+    path.unlink(missing_ok=True)
 
 
-def _check_journal(work: Work, journal: Journal, rows: range) -> None:
+def _read_records(work: Work, number: int, lines: Path) -> list[dict[str, Any]]:
+    """A shard's lines. Raises UserError where they are of other samples."""
+    records = read_lines(lines)
+    if [record["key"] for record in records] != [work.index.key(row) for row in work.rows(number)]:
+        raise UserError(
+            f"the shard {work.index.shards[number]} has changed since it was captioned; delete {lines}, or restore the shard."
+        )
+    return records
+
+
+def _ask_all(work: Work, engine: Engine, journal: Journal, rows: range) -> None:
+    """All attempts at the captions of one shard that ``journal`` has not."""
+    check_journal(work, journal, rows)
+    work.bar.update(sum(part == 0 for _, part in journal.entries))
+    for attempt in range(work.options.retries + 1):
+        tasks = _tasks(work, journal, rows, attempt)
+        if attempt:
+            work.bar.total = (work.bar.total or 0) + len(tasks)
+            work.bar.update(sum((task.row - rows.start, attempt) in journal.entries for task in tasks))
+
+        def rejects(entry: Entry) -> bool:
+            return _verdict(work, rows.start + entry.row, entry).rejected
+
+        ask(work, engine, journal, tasks, rows.start, rejects)
+
+
+def check_journal(work: Work, journal: Journal, rows: range) -> None:
     """Raise UserError where answers would go to other pictures than they were given for."""
     for row, part in journal.entries:
         if row >= len(rows) or journal.entries[row, part].key != work.index.key(rows[row]):
@@ -137,8 +159,17 @@ def _check_journal(work: Work, journal: Journal, rows: range) -> None:
             )
 
 
-def ask(work: Work, engine: Engine, journal: Journal, tasks: list[Task], first: int) -> None:
+def ask(
+    work: Work,
+    engine: Engine,
+    journal: Journal,
+    tasks: list[Task],
+    first: int,
+    rejects: Callable[[Entry], bool] | None = None,
+) -> None:
     """Put the questions that ``journal`` has no answer to, pictures of like size together.
+
+    The bar shows the share of the answers that ``rejects``, so that nobody learns after days that the model does not suit.
 
     Whole batches are asked again where one answer of them is missing: an answer may depend on its neighbours by rounding,
     and a resumed run is to write what an uninterrupted one does.
@@ -159,12 +190,12 @@ def ask(work: Work, engine: Engine, journal: Journal, tasks: list[Task], first: 
         for group in answers:
             pairs: list[tuple[Question | Task, Answer]] = [*group, *_drain(unread)]
             now = time.monotonic()
-            _note(work, engine, journal, pairs, first, now - last)
+            _show(work, _note(work, engine, journal, pairs, first, now - last), rejects)
             if pairs:
                 last = now
             _watch_refusals(work, engine, [answer for _, answer in group])
             work.check_stop()
-    _note(work, engine, journal, _drain(unread), first, time.monotonic() - last)
+    _show(work, _note(work, engine, journal, _drain(unread), first, time.monotonic() - last), rejects)
 
 
 def _questions(
@@ -196,8 +227,8 @@ def _note(
     pairs: list[tuple[Question | Task, Answer]],
     first: int,
     seconds: float,
-) -> None:
-    """Write answers to the journal, but those that it holds already."""
+) -> list[Entry]:
+    """Write answers to the journal, but those that it holds already; returns the new ones."""
     entries = []
     for asked, answer in pairs:
         if (asked.row - first, asked.part) in journal.entries:
@@ -218,7 +249,16 @@ def _note(
         entries.append(entry)
     if entries:
         journal.add(entries)
-        work.bar.update(len(entries))
+    return entries
+
+
+def _show(work: Work, entries: list[Entry], rejects: Callable[[Entry], bool] | None) -> None:
+    """Move the bar."""
+    if entries and rejects is not None:
+        work.noted += len(entries)
+        work.rejected += sum(map(rejects, entries))
+        work.bar.set_postfix_str(f"rejected {work.rejected / work.noted:.0%}", refresh=False)
+    work.bar.update(len(entries))
 
 
 def _watch_refusals(work: Work, engine: Engine, answers: list[Answer]) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 
 
@@ -93,18 +93,15 @@ def _parse(line: bytes) -> Entry | None:
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """A file of JSON lines, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    try:
-        partial.write_bytes(text.encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """What ``write_lines`` wrote. Raises UserError where the file is damaged."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and its shard is captioned again.") from None
+        raise UserError(f"{path} is damaged ({error}); delete it, and run the same command again.") from None
+    if not all(isinstance(record, dict) and "key" in record for record in records):
+        raise UserError(f"{path} holds a line without key; delete it, and run the same command again.")
+    return records

@@ -6,9 +6,8 @@ import math
 import re
 from typing import Any, Final
 
-from paradiffusion.curation.captioning.caption import Task, Work, ask
+from paradiffusion.curation.captioning.caption import Task, Work, ask, check_journal
 from paradiffusion.curation.captioning.journal import Journal, read_lines, write_lines
-from paradiffusion.errors import UserError
 from paradiffusion.judges.engine import Decoding, Engine
 from paradiffusion.judges.sentences import sentences
 from paradiffusion.randomness import seed_from, uniform
@@ -27,13 +26,22 @@ def judge_shard(work: Work, engine: Engine, number: int) -> None:
     A caption is among those checked by a draw from its identity, so that the choice does not depend on the run.
     """
     shard, rows = work.index.shards[number], work.rows(number)
-    target = work.output / f"{shard.stem}.judged.jsonl"
-    if target.exists():
-        judges = {record["judge"] for record in read_lines(target)}
-        if judges - {engine.model}:
-            raise UserError(f"{target} was judged by {judges.pop()}, not {engine.model}; delete it to judge again.")
-        return
-    chosen: list[tuple[int, str, str]] = []  # row, template, claim
+    target, path = work.output / f"{shard.stem}.judged.jsonl", work.output / f"{shard.stem}.judging"
+    if not target.exists():
+        chosen, tasks = _claims(work, number)
+        work.bar.total = (work.bar.total or 0) + len(tasks)
+        with Journal(path) as journal:
+            if not target.exists():  # else another process has written it between our look and its lock
+                check_journal(work, journal, rows)
+                ask(work, engine, journal, tasks, rows.start)
+                write_lines(target, _judged(engine, journal, chosen, rows.start))
+    path.unlink(missing_ok=True)
+
+
+def _claims(work: Work, number: int) -> tuple[list[tuple[int, str, str]], list[Task]]:
+    """(row, template, claim) of the sentences to check, and the questions about them."""
+    shard, rows = work.index.shards[number], work.rows(number)
+    chosen: list[tuple[int, str, str]] = []
     tasks = []
     for row, record in zip(rows, read_lines(work.output / f"{shard.stem}.jsonl"), strict=True):
         identity = int(work.index.ids[row])
@@ -43,19 +51,20 @@ def judge_shard(work: Work, engine: Engine, number: int) -> None:
             seed = seed_from("judge", work.options.seed, identity, len(chosen))
             tasks.append(Task(row, len(chosen), PROMPT.replace("{claim}", claim.replace('"', "'")), seed, 0.0))
             chosen.append((row, record["template"], claim))
-    work.bar.total = (work.bar.total or 0) + len(tasks)
-    with Journal(work.output / f"{shard.stem}.judging") as journal:
-        ask(work, engine, journal, tasks, rows.start)
-        records: list[dict[str, Any]] = []
-        for part, (row, template, claim) in enumerate(chosen):
-            entry = journal.entries[row - rows.start, part]
-            verdict = "yes" if _YES.match(entry.text) else "no" if _NO.match(entry.text) else "unclear"
-            records.append(
-                {"key": entry.key, "template": template, "claim": claim, "verdict": verdict, "answer": entry.text,
-                 "judge": engine.model, "revision": engine.revision, "seconds": entry.seconds}
-            )  # fmt: skip
-        write_lines(target, records)
-        journal.path.unlink()
+    return chosen, tasks
+
+
+def _judged(engine: Engine, journal: Journal, chosen: list[tuple[int, str, str]], first: int) -> list[dict[str, Any]]:
+    """The second model's word on each claim, for ``<shard>.judged.jsonl``."""
+    records: list[dict[str, Any]] = []
+    for part, (row, template, claim) in enumerate(chosen):
+        entry = journal.entries[row - first, part]
+        verdict = "yes" if _YES.match(entry.text) else "no" if _NO.match(entry.text) else "unclear"
+        records.append(
+            {"key": entry.key, "template": template, "claim": claim, "verdict": verdict, "answer": entry.text,
+             "judge": engine.model, "revision": engine.revision, "seconds": entry.seconds}
+        )  # fmt: skip
+    return records
 
 
 def interval(clusters: list[tuple[int, int]]) -> tuple[float, float]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.checks import choice, fraction, positive
 from paradiffusion.curation.captioning.checks import DEFAULT_REJECT, REASONS, Limits, parse_reject
 from paradiffusion.curation.captioning.prompts import Template
@@ -18,6 +17,11 @@ from paradiffusion.judges.choose import DTYPES, ENGINES
 from paradiffusion.judges.engine import Engine
 
 SETTINGS_FILE: Final = "settings.json"
+JUDGE_FILE: Final = "judge.json"
+# Keys that only a server has a use for, those about requests to any server, and those about the second model.
+_OF_SERVER: Final = ("endpoint", "served", "api_key_env", "endpoint_gpus")
+_OF_REQUESTS: Final = ("concurrency", "timeout", "tries", "retry_wait")
+_OF_JUDGE: Final = ("judge_engine", "judge_revision", "judge_endpoint", "judge_api_key_env", "judge_share")
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
@@ -90,14 +94,37 @@ class CaptionOptions:
         if (self.min_words or 1) > (self.max_words or 10**9):
             raise UserError(f"min_words={self.min_words} is over max_words={self.max_words}; swap them.")
         self.rejecting()
-        if self.engine == "endpoint" and not self.endpoint:
-            raise UserError("engine=endpoint needs endpoint=, such as endpoint=http://localhost:8000/v1.")
-        if self.engine == "transformers" and (self.endpoint or self.served):
-            raise UserError("endpoint= and served= are for engine=endpoint; add that, or leave them out.")
         if self.judge_engine is not None:
             choice("judge_engine", self.judge_engine, ENGINES)
-        if self.judge is None and (self.judge_engine or self.judge_endpoint):
-            raise UserError("judge_engine= and judge_endpoint= need judge=<model>; name the second model.")
+        if self.judge is None and (given := self._given(_OF_JUDGE)):
+            raise UserError(f"{given}= needs judge=<model>; name the second model.")
+        self._check_engines()
+
+    def _given(self, keys: tuple[str, ...]) -> str | None:
+        """The first of ``keys`` that is not at its default."""
+        return next((key for key in keys if getattr(self, key) != getattr(CaptionOptions, key)), None)
+
+    def _check_engines(self) -> None:
+        """Refuse what the chosen engines would not look at."""
+        if self.engine == "endpoint" and not self.endpoint:
+            raise UserError("engine=endpoint needs endpoint=, such as endpoint=http://localhost:8000/v1.")
+        if self.engine == "transformers" and (given := self._given(_OF_SERVER)):
+            raise UserError(f"{given}= is for engine=endpoint; add that, or leave it out.")
+        if self.engine == "endpoint" and (given := self._given(("model", "revision"))):
+            raise UserError(
+                f"{given}= is for engine=transformers; name the server's model with served=, or leave it out."
+            )
+        engines = {self.engine, (self.judge_engine or self.engine) if self.judge else self.engine}
+        if engines == {"transformers"} and (given := self._given(_OF_REQUESTS)):
+            raise UserError(f"{given}= is for engine=endpoint; add that, or leave it out.")
+        if engines == {"endpoint"} and (given := self._given(("dtype", "device", "batch_size"))):
+            raise UserError(f"{given}= is for engine=transformers; concurrency= says how many requests go at once.")
+        if self.judge is not None:
+            judged_by = self.judge_engine or self.engine
+            if judged_by == "transformers" and (given := self._given(("judge_endpoint", "judge_api_key_env"))):
+                raise UserError(f"{given}= is for judge_engine=endpoint; add that, or leave it out.")
+            if judged_by == "endpoint" and (given := self._given(("judge_revision",))):
+                raise UserError(f"{given}= is for judge_engine=transformers; add that, or leave it out.")
 
     def rejecting(self) -> tuple[str, ...]:
         """The checks that reject a caption."""
@@ -115,38 +142,82 @@ class CaptionOptions:
         return Limits(low, max(low, high), self.language, self.rejecting())
 
 
+def check_output(folder: Path, options: CaptionOptions, templates: list[Template]) -> None:
+    """See that captions can go to ``folder``, as far as that is known before a model is loaded; nothing is written.
+
+    Raises:
+        UserError: where it is no folder, holds somebody else's shards, or captions that were made otherwise.
+    """
+    if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
+        raise UserError(f"output={folder} is a file or lies under one; name a folder.")
+    # Looked for before the settings: another process may be making both just now.
+    foreign = sorted(path.name for path in (*folder.glob("*.tar"), *folder.glob("*.jsonl")))
+    if (folder / SETTINGS_FILE).exists():
+        _compare(folder / SETTINGS_FILE, _settings(options, templates), "the captions", "choose another output=")
+    elif foreign:
+        raise UserError(
+            f"output={folder} holds {foreign[0]} and no {SETTINGS_FILE}, so the captioner did not write it; choose a folder of "
+            "its own."
+        )
+
+
 def bind_output(folder: Path, options: CaptionOptions, engine: Engine, templates: list[Template], side: int) -> None:
     """Note in ``folder`` what its captions depend on, or see that it is what is asked for now.
 
     Raises:
-        UserError: where the folder's captions were made otherwise; it names the first key that differs.
+        UserError: as ``check_output`` does; it names the first key that differs.
     """
-    made_by: dict[str, Any] = {
-        "engine": options.engine,
+    check_output(folder, options, templates)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_by = {**_model_settings(options.engine, options.dtype, engine, side), **_settings(options, templates)}
+    _bind(folder / SETTINGS_FILE, made_by, "the captions", "choose another output=")
+
+
+def bind_judge(folder: Path, options: CaptionOptions, engine: Engine, side: int) -> None:
+    """As ``bind_output``, for the second model: claims are numbered, so that answers fit one choice of captions alone."""
+    settings = _model_settings(options.judge_engine or options.engine, options.dtype, engine, side)
+    made_by = {f"judge_{key}" if key != "model" else "judge": value for key, value in settings.items()}
+    remedy = f"delete {JUDGE_FILE}, *.judged.jsonl and *.judging there to judge again"
+    _bind(folder / JUDGE_FILE, {**made_by, "judge_share": options.judge_share}, "the claims", remedy)
+
+
+def _model_settings(kind: str, dtype: str, engine: Engine, side: int) -> dict[str, Any]:
+    return {
+        "engine": kind,
         "model": engine.model,
         "revision": engine.revision,
-        "dtype": options.dtype if options.engine == "transformers" else None,
+        "dtype": dtype if kind == "transformers" else None,
         "image_side": side,
-        "prompts": [json.loads(json.dumps(asdict(template))) for template in templates],
     }
+
+
+def _settings(options: CaptionOptions, templates: list[Template]) -> dict[str, Any]:
+    """What captions depend on besides the model."""
+    made_by: dict[str, Any] = {}
     for key in (
         "kind", "temperature", "top_p", "max_new_tokens", "seed", "language", "min_words", "max_words", "reject", "retries",
     ):  # fmt: skip
         made_by[key] = getattr(options, key)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SETTINGS_FILE
+    return {**made_by, "prompts": [json.loads(json.dumps(asdict(template))) for template in templates]}
+
+
+def _bind(path: Path, made_by: dict[str, Any], what: str, remedy: str) -> None:
     if not path.exists():  # several processes may write it at a time: the same, and each whole
-        partial = folder / f".{SETTINGS_FILE}.{uuid.uuid4().hex}"
-        partial.write_text(json.dumps(made_by, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_atomic(path, json.dumps(made_by, indent=2, ensure_ascii=False) + "\n", shared=True)
+    _compare(path, made_by, what, remedy)
+
+
+def _compare(path: Path, made_by: dict[str, Any], what: str, remedy: str) -> None:
+    """Raise UserError for the first key of ``made_by`` that the file at ``path`` has otherwise."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{path} is damaged; choose another output=, or delete that file.") from None
+        stored = None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} is damaged, so nobody knows how {what} beside it were made; {remedy}.")
     for key, value in made_by.items():
-        if not isinstance(stored, dict) or stored.get(key) != value:
+        if stored.get(key) != value:
             was, now = ("otherwise", "") if key == "prompts" else (f"with {key}={stored.get(key)}", f"={value}")
             raise UserError(
-                f"the captions in {folder} were made {was}, and {key}{now} is asked for; choose another output=, or go on with "
-                "what was."
+                f"{what} in {path.parent} were made {was}, and {key}{now} is asked for; {remedy}, or go on with what was."
             )

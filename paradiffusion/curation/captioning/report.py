@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.captioning.checks import NOTES, REASONS
 from paradiffusion.curation.captioning.journal import read_lines
 from paradiffusion.curation.captioning.judge import interval
@@ -187,9 +187,7 @@ def write_report(report: Report, output: Path) -> Path:
         ("report.json", json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n"),
         ("report.md", as_markdown(report)),
     ):
-        partial = output / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, output / name)
+        write_atomic(output / name, text)
     return output / "report.md"
 
 
@@ -218,11 +216,13 @@ def as_markdown(report: Report) -> str:
         "|---|---|---|",
         *(f"| {_cell(n)} | {t['answers']:.0f} | {t['rejected']:.1%} |" for n, t in report.templates.items()),
         "",
-        "| rejected for | answers | |",
-        "|---|---|---|",
+        "| rejected for | answers | of all | |",
+        "|---|---|---|---|",
     ]
     ranked = sorted(report.reasons.items(), key=lambda item: (-item[1], item[0]))
-    lines += [f"| {name} | {count} | {REASONS.get(name, '')} |" for name, count in ranked] or ["| nothing | 0 | |"]
+    lines += [
+        f"| {name} | {count} | {count / report.answers:.1%} | {REASONS.get(name, '')} |" for name, count in ranked
+    ] or ["| nothing | 0 | | |"]
     counted = {**report.found_in_accepted, **report.notes}
     if counted:
         lines += ["", "| in captions that passed | captions | |", "|---|---|---|"]
