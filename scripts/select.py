@@ -6,7 +6,9 @@
     python scripts/select.py action=review folder=small              # prints an address to open; Ctrl-C ends it
     python scripts/select.py action=export folder=small output=small_shards
 
-folder= is where everything about one selection lies; each step reads what the one before left there.
+folder= is where everything about one selection lies; each step reads what the one before left there. Shards that were
+moved since, or are mounted elsewhere: shard_root=<folder> once, in any step, says where they are (scoring.json has where
+they were).
 
 score: CLIP features, and per image width, height, short_side, aspect, sharpness (variance of the Laplacian at 512 px), noise
     (grey levels), brightness, contrast, clipped_dark and clipped_bright (shares), border (share in uniform bars),
@@ -25,7 +27,7 @@ choose: writes candidates.jsonl, and choice.json with what each threshold remove
     weights=           of the scores' ranks, negative where less is better (default {aesthetic: 1})
     count=             at most so many; clusters=1 groups of alike pictures to take from in turn; per_cluster= at most so
                        many of each; max_similarity= cosine above which two are the same; seed=0
-review: a page for one candidate at a time. Each decision is in decisions.jsonl, on disk, before the next is shown; closing
+review: a page for one candidate at a time: k keeps, d drops, u undoes, e edits, g goes to a number. Each decision is in decisions.jsonl, on disk, before the next is shown; closing
     the tab, reloading or ending the server loses nothing.
     host=127.0.0.1 port=8765 (0: any free one) reviewer=<name> (default: of your account; can be changed in the page)
 export: what was kept, as shards with the description as caption kind "clean", kept.jsonl and report.json.

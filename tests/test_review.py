@@ -5,10 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,38 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, wait_for
+from conftest import wait_for
+from review_server import Server, at, chromium, decisions, in_browser, logged, started, until
 from tiny_clip import write_candidates
 
 from paradiffusion.curation.choosing.decisions import DecisionLog, read_decisions
 from paradiffusion.curation.choosing.kept import export
-from paradiffusion.curation.choosing.review import MAX_BODY, Review, make_server, open_review
+from paradiffusion.curation.choosing.review import MAX_BODY, MAX_TEXT, Review, make_server, open_review
 from paradiffusion.errors import UserError
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 LONG = "A red barn stands at the edge of a field. " * 7  # 70 words
-in_browser = pytest.mark.skipif(not CHROMIUM.exists(), reason="needs /usr/bin/chromium")
 
 
 def event(name: str, sample: str = "s", reviewer: str = "anna", at: int = 1, **changes: str | None) -> dict[str, Any]:
     return {"event": name, "sample": sample, "reviewer": reviewer, "at": at, "set": changes}
-
-
-def logged(work: Path) -> list[dict[str, Any]]:
-    """The events on disk."""
-    path = work / "decisions.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def decisions(work: Path, reviewer: str = "anna") -> dict[str, dict[str, str | None]]:
-    """key -> fields, as they stand on disk for one reviewer."""
-    keys = {one["sample"]: one["key"] for one in logged(work)}
-    standing = read_decisions(work / "decisions.jsonl")
-    return {keys[name]: standing.of(name)[reviewer] for name in keys if reviewer in standing.of(name)}
 
 
 # --- the log
@@ -157,7 +136,11 @@ def test_the_server_shows_what_it_should(review: Review, ask: Any, tmp_path: Pat
     assert decisions(tmp_path / "work") == {"picture-0": {"decision": "keep"}}
     state = json.loads(ask("GET", "/api/state?since=0")[1])
     assert len(state["samples"]) == 3 and state["revision"] == 1
-    assert json.loads(ask("GET", "/api/state?since=1")[1]) == {"revision": 1, "changed": {}}
+    known = f"/api/state?since=1&listing={state['listing']}"
+    assert json.loads(ask("GET", known)[1]) == {"revision": 1, "changed": {}, "listing": state["listing"]}
+    # A picture is asked for by number and sample: a page that knows another list gets no other sample's picture.
+    assert ask("GET", f"/image/1?sample={state['samples'][1]}")[0] == 200
+    assert ask("GET", f"/image/1?sample={state['samples'][0]}")[0] == 409
 
 
 def test_requests_without_the_token_or_under_another_name_are_refused(review: Review, ask: Any, tmp_path: Path) -> None:
@@ -194,7 +177,7 @@ def test_bodies_that_are_no_decision_are_refused(review: Review, ask: Any, tmp_p
     for body in (b"", b"[", b"[]", b"[" * 20_000, b"\xff\xfe", b'{"set": {}}'):
         assert status(body) == 400
     for wrong in (
-        {"set": {"decision": "maybe"}}, {"set": {"path": "x"}}, {"set": {"caption": 5}}, {"set": {"note": "x" * 20_001}},
+        {"set": {"decision": "maybe"}}, {"set": {"path": "x"}}, {"set": {"caption": 5}}, {"set": {"note": "x" * MAX_TEXT}},
         {"at": "5"}, {"at": True}, {"at": -1}, {"at": 1e300}, {"base": None}, {"reviewer": " "}, {"reviewer": "x" * 61},
         {"event": ""}, {"sample": 7},
     ):  # fmt: skip
@@ -226,39 +209,10 @@ def test_a_decision_that_cannot_be_written_is_not_acknowledged(
 # --- in the browser
 
 
-class Server:
-    """The command line of the review, as a process that can be killed and started again at its port."""
-
-    def __init__(self, work: Path) -> None:
-        self.work, self.port, self.url = work, 0, ""
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> Server:
-        self.process = subprocess.Popen(
-            [sys.executable, "scripts/select.py", "action=review", f"folder={self.work}", f"port={self.port}", "reviewer=anna"],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/\S+", line)
-        assert found, line
-        self.url, self.port = found[0], int(found[1])
-        return self
-
-    def kill(self, number: int = signal.SIGKILL) -> int:
-        assert self.process is not None
-        self.process.send_signal(number)
-        self.process.communicate(timeout=20)
-        return self.process.returncode
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield chromium
-        chromium.close()
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture
@@ -267,19 +221,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
         "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>",
         *[f"Number {n}. {LONG}" for n in range(1, 8)],
     ]
-    server = Server(write_candidates(tmp_path / "work", captions)).start()
-    yield server
-    if server.process is not None and server.process.poll() is None:
-        server.kill()
-
-
-def at(page: Any, number: int | str) -> None:
-    page.wait_for_selector(f"body[data-number='{number}']")
-
-
-def until(page: Any, condition: str) -> None:
-    """Wait for a condition in the page, whose policy forbids playwright's own way (eval)."""
-    wait_for(lambda: page.evaluate(condition), timeout=20)
+    with started(write_candidates(tmp_path / "work", captions)) as server:
+        yield server
 
 
 @in_browser
@@ -332,6 +275,7 @@ def test_a_walk_with_the_keyboard_and_a_reload_in_the_middle(server: Server, bro
         page.keyboard.press("d")
         at(page, number + 1 if number < 7 else "done")
     assert "All 8 candidates are decided: 2 kept" in page.inner_text("#done")
+    assert page.is_disabled("#caption")  # what is typed there would be no picture's
     page.select_option("#filter", "keep")
     at(page, 0)
     assert wrong == []

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from paradiffusion.curation.choosing.shard_root import located
 from paradiffusion.data.shards import RawSample, SampleIndex, expand_shards, load_index, read_sample
 from paradiffusion.errors import UserError
 
@@ -20,7 +21,8 @@ _FIRST: Final = "clean"
 
 @dataclass(frozen=True)
 class Candidate:
-    """One candidate: ``sample`` is its stable name, ``number`` its place in the list, ``row`` that in the index."""
+    """One candidate: ``sample`` is its stable name, ``shard`` that of its shard (see shard_root.py), ``number`` its place in
+    the list, ``row`` that in the index."""
 
     number: int
     sample: str
@@ -44,11 +46,10 @@ class Candidates:
     def load(cls, work: Path) -> Candidates:
         """The candidates in ``work``. Raises UserError when there are none, or their images are no longer there."""
         entries = _entries(work / CANDIDATES)
-        # One spelling of a shard may be another's path as the index lists it.
         shards = list(dict.fromkeys(entry["shard"] for entry in entries))
-        paths = [path for shard in shards for path in expand_shards(shard, "shards")]
-        index = load_index(paths, allow_truncated=True)
-        rows = _rows(index, {(entry["shard"], entry["key"]) for entry in entries})
+        names = dict(zip(located(work, shards), shards, strict=True))
+        index = load_index(expand_shards(list(names), "shards"), allow_truncated=True)
+        rows = _rows(index, names, {(entry["shard"], entry["key"]) for entry in entries})
         missing = [entry for entry in entries if (entry["shard"], entry["key"]) not in rows]
         if missing:
             raise UserError(
@@ -117,13 +118,13 @@ def _entries(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _rows(index: SampleIndex, wanted: set[tuple[str, str]]) -> dict[tuple[str, str], int]:
-    """The index rows of the ``wanted`` samples (shard, key)."""
+def _rows(index: SampleIndex, names: dict[str, str], wanted: set[tuple[str, str]]) -> dict[tuple[str, str], int]:
+    """The index rows of the ``wanted`` samples (shard, key); ``names`` of the shards by their places."""
     found: dict[tuple[str, str], int] = {}
     edges = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))  # index.shard ascends
     for number, shard in enumerate(index.shards):
         for row in range(int(edges[number]), int(edges[number + 1])):
-            name = (str(shard), index.key(row))
-            if name in wanted:
-                found.setdefault(name, row)
+            sample = (names.get(str(shard), str(shard)), index.key(row))
+            if sample in wanted:
+                found.setdefault(sample, row)
     return found

@@ -102,7 +102,7 @@ class DecisionLog:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(self._file)
             raise UserError(f"{path} is open in another review; use that page, or end that server first.") from None
         self.standing = read_decisions(path)

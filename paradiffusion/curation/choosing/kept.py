@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +27,7 @@ VOTES: Final = ("majority", "any", "all")
 # ParaImage-Small in the authors' own table.
 PAPER_MEAN: Final = 70.6
 PAPER_SHARE: Final = 0.83  # of descriptions with 50 to 100 words
+_KEPT: Final = ", kept by a person"
 _BANDS: Final = ("under 50", "50-100", "100-150", "150-200", "over 200")
 
 
@@ -33,6 +37,7 @@ class Kept:
 
     candidate: Candidate
     caption: str
+    source: str
     reviewers: tuple[str, ...]
     editor: str | None
     notes: dict[str, str]
@@ -69,8 +74,9 @@ class ExportReport:
 def export(work: Path, output: Path, samples_per_shard: int = 1000, votes: str = "majority") -> ExportReport:
     """Write what the reviewers kept in ``work`` to ``output``: shards, ``kept.jsonl`` and ``report.json``.
 
-    The description is the caption of kind "clean", its source "person" where one edited it; the other captions stay. ``votes`` says what several reviewers' decisions come to; a tie is no keep. Raises UserError when
-    nothing is kept or ``output`` holds something.
+    The description is the caption of kind "clean", its source "person" where one wrote it; the other captions and all else
+    in the samples' JSON stay. ``votes`` says what several reviewers' decisions come to; a tie is no keep. Raises UserError
+    when nothing is kept, ``output`` holds something, or another export writes it.
     """
     output = output.absolute()  # "." has no name
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -83,12 +89,9 @@ def export(work: Path, output: Path, samples_per_shard: int = 1000, votes: str =
     chosen = [one for one in candidates.all if verdicts[one.sample] is True]
     if not chosen:
         raise UserError(f"no candidate of {len(candidates.all)} in {work} is kept; keep some with action=review first.")
-    partial = output.with_name(f".{output.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     written: list[Kept] = []
     skipped: Counter[str] = Counter()
-    try:
+    with _unfinished(output) as partial:
         with tqdm(total=len(chosen), desc="writing", unit="image", disable=None if len(chosen) > 500 else True) as bar:
             write_shards(_samples(candidates, standing, chosen, written, skipped, bar), partial, samples_per_shard)
         if not written:
@@ -99,12 +102,44 @@ def export(work: Path, output: Path, samples_per_shard: int = 1000, votes: str =
         lines = [json.dumps(_as_json(one), ensure_ascii=False) for one in written]
         (partial / "kept.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (partial / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        os.replace(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            if output.exists():
+                output.rmdir()
+            os.replace(partial, output)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise UserError(_meanwhile(output)) from None
     return report
+
+
+def _meanwhile(output: Path) -> str:
+    return f"output={output} was filled by another export meanwhile; name another folder."
+
+
+@contextmanager
+def _unfinished(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` to write into, gone at the end. Raises UserError while another export writes there."""
+    partial = output.with_name(f".{output.name}.part")
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another export writes output={output} now; wait for it, or name another folder."
+            ) from None
+        if not partial.exists():  # it became the other's output between our look and our lock
+            raise UserError(_meanwhile(output))
+        try:
+            for left in partial.iterdir():  # by an export that was killed
+                left.unlink()
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def verdict(standing: Standing, sample: str, votes: str) -> bool | None:
@@ -118,14 +153,15 @@ def verdict(standing: Standing, sample: str, votes: str) -> bool | None:
 
 def description(standing: Standing, sample: str, captions: dict[str, str]) -> tuple[str, str | None]:
     """The text that was edited last, of those who kept the sample if they edited it, and its editor; else the first one."""
+    start = start_caption(captions)[1]
     by = standing.samples.get(sample, {})
     edits = [(fields["caption"], name) for name, fields in by.items() if fields.get("caption")]
     kept = [edit for edit in edits if (given := by[edit[1]].get("decision")) and given.value == "keep"]
     for value, name in sorted(kept or edits, key=lambda edit: (edit[0].at, edit[0].revision), reverse=True):
         text = clean(value.value or "")
         if text:
-            return text, name
-    return start_caption(captions)[1], None
+            return text, name if text != clean(start) else None  # a text that was typed back is nobody's edit
+    return start, None
 
 
 def _samples(
@@ -146,14 +182,16 @@ def _samples(
             continue
         by = standing.of(candidate.sample)
         keepers = tuple(sorted(name for name, fields in by.items() if fields.get("decision") == "keep"))
-        notes = {name: fields["note"] for name, fields in by.items() if fields.get("note")}
-        kept = Kept(candidate, caption, keepers, editor, {name: note for name, note in notes.items() if note})
-        written.append(kept)
+        notes = {name: note for name, fields in by.items() if (note := fields.get("note"))}
         review: dict[str, Any] = {"reviewers": keepers, "editor": editor, "score": candidate.score}
+        if earlier := sample.meta.get("review"):  # of an earlier round, with the key that it had then
+            review["earlier"] = {"source_key": sample.meta.get("source_key"), "review": earlier}
         stored = sample.meta.get("caption_sources")
         sources = dict(stored) if isinstance(stored, dict) else {}
         kind = start_caption(captions)[0]
-        sources["clean"] = "person" if editor else f"{sources.get(kind, kind)}, kept by a person"
+        unedited = f"{str(sources.get(kind, kind)).removesuffix(_KEPT)}{_KEPT}"
+        sources["clean"] = "person" if editor or sources.get(kind) == "person" else unedited
+        written.append(Kept(candidate, caption, sources["clean"], keepers, editor, notes))
         meta = {**sample.meta, "captions": {**captions, "clean": caption}, "caption_sources": sources, "review": review}
         # Keys of several shards may be alike, and some have folders in them.
         yield RawSample(f"{len(written) - 1:06d}", sample.image, sample.extension, {**meta, "source_key": sample.key})
@@ -188,6 +226,6 @@ def _report(
 def _as_json(kept: Kept) -> dict[str, Any]:
     one = kept.candidate
     return {
-        "sample": one.sample, "shard": one.shard, "key": one.key, "caption": kept.caption, "source": "person" if kept.editor else "kept by a person",
+        "sample": one.sample, "shard": one.shard, "key": one.key, "caption": kept.caption, "source": kept.source,
         "reviewers": kept.reviewers, "editor": kept.editor, "notes": kept.notes, "score": one.score, "scores": one.scores,
     }  # fmt: skip

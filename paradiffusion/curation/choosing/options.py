@@ -28,6 +28,7 @@ class SelectOptions:
 
     action: str | None = None
     folder: str | None = None
+    shard_root: str | None = None
     shards: str | None = None
     clip: str = "ViT-L-14-quickgelu:openai"
     aesthetic: str | None = None

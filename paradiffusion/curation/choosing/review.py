@@ -7,9 +7,11 @@ that is printed, and a Host that no other web site can give. Images are named by
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -21,7 +23,8 @@ from paradiffusion.errors import UserError
 
 __all__ = ["MAX_BODY", "Review", "make_server", "open_review"]
 
-MAX_TEXT: Final = 20_000
+MAX_TEXT: Final = MAX_BODY - 2048
+"""Bytes of one text as JSON; what else an event holds takes the rest of a body. About 10,000 English words."""
 _TYPES: Final = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
 
@@ -48,12 +51,14 @@ class Review:
         return {"revision": revision, "by": by, "conflicts": conflicts}
 
     def state(self, since: int) -> dict[str, Any]:
-        """What changed after revision ``since``; with 0 also the samples' names, in order."""
+        """What changed after revision ``since``, and what names the ``listing`` of the candidates."""
         revision, changed = self.log.since(since)
-        state: dict[str, Any] = {"revision": revision, "changed": changed}
-        if since == 0:
-            state["samples"] = [candidate.sample for candidate in self.candidates.all]
-        return state
+        return {"revision": revision, "changed": changed, "listing": self.listing}
+
+    @cached_property
+    def listing(self) -> str:
+        """A hash of the candidates and their order: a page that knows another list numbers other pictures."""
+        return hashlib.blake2b(" ".join(self.candidates.by_sample).encode(), digest_size=8).hexdigest()
 
 
 def open_review(work: Path, reviewer: str) -> Review:
@@ -97,18 +102,23 @@ class _Handler(LocalHandler):
         if path == "/":
             nonce = secrets.token_urlsafe(16)
             identity = hashlib.blake2b(self.review.token.encode(), digest_size=8).hexdigest()
-            text = page(nonce, self.review.name, identity, self.review.reviewer)
+            text = page(nonce, self.review.name, identity, self.review.reviewer, MAX_TEXT)
             self.send(200, "text/html; charset=utf-8", text.encode(), nonce=nonce)
         elif path == "/api/state":
             since = (query.get("since") or ["0"])[0]
             if not NUMBER.fullmatch(since):
                 raise Refused(400, "since is a number")
-            self.send_json(self.review.state(int(since)))
+            state = self.review.state(int(since))
+            if (query.get("listing") or [""])[0] != state["listing"]:
+                state["samples"] = [candidate.sample for candidate in self.review.candidates.all]
+            self.send_json(state)
         elif path.startswith("/api/candidate/"):
             candidate = self._candidate(path.removeprefix("/api/candidate/"))
             self.send_json(self.review.candidates.describe(candidate))
         elif path.startswith("/image/"):
             candidate = self._candidate(path.removeprefix("/image/"))
+            if (query.get("sample") or [candidate.sample])[0] != candidate.sample:
+                raise Refused(409, "the candidates were chosen anew; load the page again")
             sample = self.review.candidates.read(candidate)
             if sample is None:
                 raise Refused(410, "the shard cannot be read")
@@ -132,6 +142,11 @@ class _Handler(LocalHandler):
         return self.review.candidates.all[int(text)]
 
 
+def _size(text: str) -> int:
+    """Bytes of ``text`` as the page sends it."""
+    return len(json.dumps(text, ensure_ascii=False).encode("utf-8", "replace"))
+
+
 def _checked(body: Any) -> dict[str, Any]:
     """The event in a request's ``body``, with nothing in it but what an event has. Raises Refused."""
     if not isinstance(body, dict) or not isinstance(body.get("set"), dict) or not body["set"]:
@@ -144,8 +159,8 @@ def _checked(body: Any) -> dict[str, Any]:
             raise Refused(400, f"{name} is a whole number")
     changes = body["set"]
     for name, value in changes.items():
-        if name not in FIELDS or not (value is None or isinstance(value, str)) or len(value or "") > MAX_TEXT:
-            raise Refused(400, f"set has decision, caption or note, each a text of at most {MAX_TEXT} characters")
+        if name not in FIELDS or not (value is None or isinstance(value, str)) or _size(value or "") > MAX_TEXT:
+            raise Refused(400, f"set has decision, caption or note, each a text of at most {MAX_TEXT} bytes")
     if "decision" in changes and changes["decision"] not in VERDICTS:
         raise Refused(400, "a decision is keep, drop or null")
     kept = {name: body[name] for name in ("event", "sample", "at", "base")} | {"event": whole(body["event"])}

@@ -42,6 +42,8 @@ input, select, textarea, button { font: inherit; color: inherit; background: var
 aside { overflow-y: auto; padding: 1rem; background: var(--card); border-left: 1px solid var(--line); display: flex;
   flex-direction: column; gap: .8rem; }
 #place { display: flex; justify-content: space-between; color: var(--soft); font-variant-numeric: tabular-nums; gap: 1rem; }
+#place label { white-space: nowrap; flex: none; }
+#number { width: 4rem; text-align: right; }
 #key { overflow-wrap: anywhere; text-align: right; }
 .field { display: flex; flex-direction: column; gap: .25rem; }
 .field > span { display: flex; justify-content: space-between; font-weight: 600; gap: 1rem; }
@@ -86,7 +88,8 @@ BODY = """
   <span id="verdict"></span>
 </main>
 <aside>
-  <div id="place"><span id="number"></span><span id="key"></span></div>
+  <div id="place"><label>picture <input id="number" inputmode="numeric" autocomplete="off"> of <span id="total"></span>
+    <kbd>g</kbd></label><span id="key"></span></div>
   <div class="buttons">
     <button id="keep" class="keep">keep <kbd>k</kbd></button>
     <button id="drop" class="drop">drop <kbd>d</kbd></button>
@@ -96,25 +99,26 @@ BODY = """
   <div id="notice" role="alert" hidden><p id="notice-text"></p>
     <button id="theirs">take the other text</button> <button id="close">close</button></div>
   <label class="field"><span>description <small><span id="words"></span> <kbd>e</kbd></small></span>
-    <textarea id="caption" spellcheck="true" maxlength="20000"></textarea></label>
-  <label class="field"><span>note <small><kbd>n</kbd></small></span><textarea id="note" maxlength="20000"></textarea></label>
+    <textarea id="caption" spellcheck="true"></textarea></label>
+  <label class="field"><span>note <small><kbd>n</kbd></small></span><textarea id="note"></textarea></label>
   <div id="others"></div>
   <details><summary>captions in the shard</summary><div id="captions"></div></details>
   <details open><summary>scores</summary><table id="scores"><tbody></tbody></table></details>
   <details><summary>keys</summary><p><kbd>k</kbd> keep, <kbd>d</kbd> drop, <kbd>u</kbd> undo or go back,
-    <kbd>←</kbd> <kbd>→</kbd> walk, <kbd>e</kbd> edit the description, <kbd>n</kbd> note, <kbd>z</kbd> or a click: zoom,
+    <kbd>←</kbd> <kbd>→</kbd> walk, <kbd>g</kbd> go to a picture by its number, <kbd>e</kbd> edit the description, <kbd>n</kbd> note, <kbd>z</kbd> or a click: zoom,
     <kbd>Esc</kbd> leave a text. Texts are saved at each pause.</p></details>
 </aside>
 """
 
 
-def page(nonce: str, name: str, identity: str, reviewer: str) -> str:
-    """The page as HTML.
+def page(nonce: str, name: str, identity: str, reviewer: str, most: int) -> str:
+    """The page as HTML; a text takes at most ``most`` bytes as JSON.
 
     ``nonce`` is what its Content-Security-Policy lets run, ``name`` is shown, and ``identity`` keeps what waits in the
     browser apart from that of other reviews at the same address.
     """
-    settings = json.dumps({"name": name, "id": identity, "reviewer": reviewer, "words": WORDS}).replace("<", "\\u003c")
+    about = {"name": name, "id": identity, "reviewer": reviewer, "words": WORDS, "most": most}
+    settings = json.dumps(about).replace("<", "\\u003c")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -2,14 +2,12 @@
 
 scores/<shard>-<hash>.parquet       one row a sample: key, measures, error
 features/<shard>-<hash>.safetensors "features", float16 [n, D], of unit length (zeros where an image did not decode)
-scoring.json                        what made them
+scoring.json                        what made them, and the folder that shards are named from (see shard_root.py)
 """
 
 from __future__ import annotations
 
-import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -19,8 +17,10 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from paradiffusion.atomic import atomic_file
 from paradiffusion.errors import UserError
 
 TEXT_COLUMNS: Final = ("key", "caption_kind", "error")
@@ -31,7 +31,7 @@ class ScoreTable:
     """Scores of N samples.
 
     Attributes:
-        shards: paths as text.
+        shards: their names, see shard_root.py.
         shard: int32 [N], numbers in ``shards``.
         row: int64 [N], places within the shard's files.
         keys: text [N].
@@ -52,20 +52,28 @@ class ScoreTable:
         return len(self.shard)
 
     def features(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [len(rows), D] of unit length of the samples ``rows``, which ascend; only these are kept in memory."""
-        parts = []
-        for number in np.unique(self.shard[rows]):
-            stored = load_file(_features_beside(self.files[number]))["features"]
-            parts.append(stored[self.row[rows[self.shard[rows] == number]]].astype(np.float32))
-        if len({part.shape[1] for part in parts}) > 1:
-            raise UserError(
-                "the shards were scored with CLIP models of different widths; score them into one folder each."
-            )
-        return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+        """float16 [len(rows), D] of unit length of the samples ``rows``, which ascend; only these are kept in memory."""
+        found = np.zeros((len(rows), 1), np.float16)
+        numbers, starts = np.unique(self.shard[rows], return_index=True)  # the shards' numbers ascend with the rows
+        for number, start, stop in zip(numbers, starts, [*starts[1:], len(rows)], strict=True):
+            path = _features_beside(self.files[number])
+            try:
+                stored = load_file(path)["features"]
+            except (OSError, SafetensorError, KeyError) as error:
+                raise UserError(f"{path} cannot be read ({error}); delete it and score again.") from None
+            if start == 0:
+                found = np.zeros((len(rows), stored.shape[1]), np.float16)
+            places = self.row[rows[start:stop]]
+            if stored.shape[1] != found.shape[1] or len(stored) <= places.max():
+                raise UserError(
+                    f"{path} does not fit its table or the other shards' features; delete it and score again."
+                )
+            found[start:stop] = stored[places]
+        return found
 
 
 def score_file(work: Path, shard: str) -> Path:
-    """Where the scores of ``shard`` lie: its name, and a hash of its path, since every folder has a 000000.tar."""
+    """Where the scores of the shard of this name lie: a hash tells the 000000.tar of several folders apart."""
     name = shard.rstrip("/").rpartition("/")[2].removesuffix(".tar")
     return work / "scores" / f"{name}-{blake2b(shard.encode(), digest_size=4).hexdigest()}.parquet"
 
@@ -79,14 +87,14 @@ def stamp_of(shard: str) -> str:
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
-def is_scored(work: Path, shard: str) -> bool:
-    """Whether the scores of ``shard`` as it is now are there."""
+def is_scored(work: Path, shard: str, stamp: str) -> bool:
+    """Whether the scores of ``shard`` (its name) as it is now, with this ``stamp``, are there."""
     path = score_file(work, shard)
     try:
         metadata = pq.read_schema(path).metadata or {}
     except (OSError, pa.ArrowInvalid):
         return False
-    return metadata.get(b"stamp") == stamp_of(shard).encode() and _features_beside(path).exists()
+    return metadata.get(b"stamp") == stamp.encode() and _features_beside(path).exists()
 
 
 def write_scores(
@@ -103,34 +111,21 @@ def write_scores(
     target = _features_beside(path)
     for folder in (path.parent, target.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    partial_table = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
+    # The table is renamed last: it says that the features are there.
+    with atomic_file(path, shared=True) as partial_table, atomic_file(target, shared=True) as partial:
         save_file({"features": features.astype(np.float16)}, partial)
         pq.write_table(table, partial_table)
-        os.replace(partial, target)
-        os.replace(partial_table, path)
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_table.unlink(missing_ok=True)
 
 
-def check_settings(work: Path, settings: Mapping[str, Any]) -> None:
-    """Write ``settings`` to a new folder; raise UserError where scores of other settings lie there already."""
-    path = work / "scoring.json"
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        for key, value in settings.items():
-            if stored.get(key) != value:
-                raise UserError(
-                    f"{work} holds scores made with {key}={stored.get(key)}, and {key}={value} is asked for now; use the "
-                    "same value, or another folder=."
-                )
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+def scored_names(work: Path) -> list[str]:
+    """The names of the shards that were scored into ``work``."""
+    found = []
+    for path in sorted((work / "scores").glob("*.parquet")):
+        try:
+            found.append((pq.read_schema(path).metadata or {})[b"shard"].decode())
+        except (OSError, pa.ArrowInvalid, KeyError):  # is scored again
+            continue
+    return found
 
 
 def load_scores(work: Path) -> ScoreTable:

@@ -27,7 +27,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from paradiffusion.curation.choosing.detector import Detector, load_detector
-from paradiffusion.curation.choosing.score_files import check_settings, is_scored, stamp_of, write_scores
+from paradiffusion.curation.choosing.score_files import is_scored, scored_names, stamp_of, write_scores
+from paradiffusion.curation.choosing.shard_root import name_of, settle_settings
 from paradiffusion.curation.choosing.technical import measure
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.shards import RemotePath, SampleIndex, load_index, read_sample
@@ -101,10 +102,10 @@ def score_shards(
     Done shards are passed over, unless they have changed. Raises UserError for other settings than those that made what
     lies there, and KeyboardInterrupt at Ctrl-C or SIGTERM; the same command goes on.
     """
-    check_settings(work, scoring.settings())
-    # Absolute, so that the later steps find the images from any folder.
+    root = settle_settings(work, scoring.settings(), shards, scored_names(work))
+    # Absolute: processes of their own may start elsewhere.
     shards = [shard.absolute() if isinstance(shard, Path) else shard for shard in shards]
-    todo = [shard for shard in shards if not is_scored(work, str(shard))]
+    todo = [shard for shard in shards if not is_scored(work, name_of(shard, root), stamp_of(str(shard)))]
     if not todo:
         return 0
     index = load_index(todo, scoring.allow_truncated)
@@ -121,21 +122,21 @@ def score_shards(
         models = _load_models(scoring, _device_of(scoring.device, 0)) if processes == 1 else None
         with tqdm(total=total, desc="scoring", unit="image", mininterval=seconds) as bar:
             if models is None:
-                _score_in_processes(todo, work, scoring, processes, bar)
+                _score_in_processes(todo, root, work, scoring, processes, bar)
             else:
                 for shard in todo:
-                    _score_shard(shard, work, scoring, models, bar.update)
+                    _score_shard(shard, name_of(shard, root), work, scoring, models, bar.update)
     return total
 
 
 def _score_in_processes(
-    todo: Sequence[Path | RemotePath], work: Path, scoring: Scoring, processes: int, bar: tqdm
+    todo: Sequence[Path | RemotePath], root: str | None, work: Path, scoring: Scoring, processes: int, bar: tqdm
 ) -> None:
     context = multiprocessing.get_context("spawn")
     rank, done, stop = context.Value("i", 0), context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(processes, context, _start, (scoring, rank, done, stop))
     try:
-        pending: set[Future[None]] = {pool.submit(_score_one, shard, work) for shard in todo}
+        pending: set[Future[None]] = {pool.submit(_score_one, shard, name_of(shard, root), work) for shard in todo}
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             bar.update(done.value - bar.n)
@@ -172,7 +173,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _score_one(shard: Path | RemotePath, work: Path) -> None:
+def _score_one(shard: Path | RemotePath, name: str, work: Path) -> None:
     scoring: Scoring = _OWN["scoring"]
     if "models" not in _OWN:  # Here and not at the start, so that a UserError reaches the person.
         _OWN["models"] = _load_models(scoring, _device_of(scoring.device, _OWN["own"]))
@@ -183,7 +184,7 @@ def _score_one(shard: Path | RemotePath, work: Path) -> None:
         with _OWN["done"].get_lock():
             _OWN["done"].value += count
 
-    _score_shard(shard, work, scoring, _OWN["models"], advance)
+    _score_shard(shard, name, work, scoring, _OWN["models"], advance)
 
 
 def _device_of(device: str, rank: int) -> str:
@@ -217,7 +218,7 @@ def _name_of(clip: Clip) -> str:
 
 
 def _score_shard(
-    shard: Path | RemotePath, work: Path, scoring: Scoring, models: _Models, advance: Callable[[int], object]
+    shard: Path | RemotePath, name: str, work: Path, scoring: Scoring, models: _Models, advance: Callable[[int], object]
 ) -> None:
     stamp = stamp_of(str(shard))  # Taken first: a shard that changes meanwhile is scored again next time.
     index = load_index([shard], scoring.allow_truncated)
@@ -228,7 +229,7 @@ def _score_shard(
             features.append(_score_batch(batch, models))
             rows += [one.values for one in batch]
             advance(len(batch))
-    write_scores(work, str(shard), stamp, rows, np.concatenate(features), models.name)
+    write_scores(work, name, stamp, rows, np.concatenate(features), models.name)
 
 
 def _batches(
@@ -269,6 +270,13 @@ def _score_batch(batch: list[_Row], models: _Models) -> np.ndarray:
         width = models.clip.image_features(models.clip.prepare(Image.new("RGB", (32, 32)))[None]).shape[1]
         return np.zeros((len(batch), width), np.float16)
     features = models.clip.image_features(torch.stack([row.pixels for row in good if row.pixels is not None]))
+    finite = features.isfinite().all(dim=1)
+    # An overflow, as half precision may give: such a picture can be neither compared nor clustered.
+    if not finite.all():
+        for row, fine in zip(good, finite.tolist(), strict=True):
+            if not fine:
+                row.values, row.pixels = {"key": row.values["key"], "error": "CLIP gives no finite features"}, None
+        return _score_batch(batch, models)
     for row, agreement in zip(good, models.clip.agreements(features, [row.caption for row in good]), strict=True):
         if agreement is not None:
             row.values |= {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import rankdata
 from tqdm import tqdm
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.checks import positive
 from paradiffusion.curation.choosing.candidates import CANDIDATES, sample_name
 from paradiffusion.curation.choosing.diversity import choose_varied, clusters_of
@@ -22,6 +23,8 @@ from paradiffusion.errors import UserError
 
 # A file that is no JPEG has not been harmed by one, as far as can be seen; every other missing value fails a threshold.
 _PASSES_WITHOUT: Final = ("jpeg_quality",)
+# Scores that are there only with a model of the user's.
+_BY_MODEL: Final = {"aesthetic": "aesthetic=<head>", "text_area": "text_detector=<folder>"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Choosing:
         for key, given in (("min", self.minimum), ("max", self.maximum), ("weights", self.weights)):
             for name, value in given.items():
                 if name not in columns:
-                    raise UserError(f"{key} names {name!r}, which was not scored; the scores are {', '.join(columns)}.")
+                    raise UserError(
+                        f"{key} names {name!r}, which was not scored; {_hint(name, columns)}the scores are {', '.join(columns)}."
+                    )
                 if not math.isfinite(value):
                     raise UserError(f"{key} gives {name} the value {value}; expected a number.")
         positive("clusters", self.clusters)
@@ -63,8 +68,9 @@ class Choosing:
 
 @dataclass
 class Removed:
-    """What one threshold does: ``alone``, and ``then`` after those before it."""
+    """What one threshold on the score ``name`` does: ``alone``, and ``then`` after those before it."""
 
+    name: str
     rule: str
     alone: int
     then: int
@@ -82,6 +88,7 @@ class Report:
     clusters: int
     chosen: int
     medians: dict[str, tuple[float | None, float | None]]
+    weights: dict[str, float]  # by which the best were told
     choosing: Choosing
 
     def lines(self) -> Iterator[str]:
@@ -90,7 +97,10 @@ class Report:
         for one in self.removed:
             yield f"  {one.rule}: removes {one.then} ({one.alone} by itself)"
         yield f"{self.passed} passed; {self.duplicates} passed over as near-duplicates; {self.clusters} clusters"
-        yield f"{self.chosen} candidates chosen"
+        ranked = ", ".join(f"{name} ({weight:g})" for name, weight in self.weights.items())
+        yield f"{self.chosen} candidates chosen, ranked by {ranked or 'nothing: their order is that of the shards'}"
+        if self.choosing.count is not None and self.chosen < self.choosing.count:
+            yield f"  fewer than count={self.choosing.count}: that is all that is left"
         for name, (before, after) in self.medians.items():
             yield f"  median {name}: {_shown(before)} of all, {_shown(after)} of the candidates"
 
@@ -102,8 +112,7 @@ def choose(work: Path, choosing: Choosing) -> Report:
     passed, removed = apply_thresholds(table, choosing)
     rows = np.flatnonzero(passed)
     if not len(rows):
-        rules = "; ".join(f"{one.rule} removes {one.then}" for one in removed)
-        raise UserError(f"no sample is left of {len(table)} ({rules}); loosen a threshold. Nothing was written.")
+        raise UserError(_nothing_left(table, removed))
     weights = choosing.weights or default_weights(table)
     scores = weighted_rank(table, rows, weights)
     varied = choosing.clusters > 1 or choosing.max_similarity is not None
@@ -123,10 +132,11 @@ def choose(work: Path, choosing: Choosing) -> Report:
         clusters=len(np.unique(clusters)),
         chosen=len(chosen),
         medians={name: (_median(values), _median(values[chosen])) for name, values in table.columns.items()},
+        weights=weights,
         choosing=choosing,
     )
     _write(work, table, chosen, scores[choice.rows], clusters[choice.rows])
-    _replace(work / "choice.json", json.dumps(asdict(report), indent=2) + "\n")
+    write_atomic(work / "choice.json", json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
@@ -142,7 +152,9 @@ def apply_thresholds(table: ScoreTable, choosing: Choosing) -> tuple[np.ndarray,
         if name in _PASSES_WITHOUT:
             good |= np.isnan(column)
         removed.append(
-            Removed(f"{name} {sign} {value:g}", int((~good & ~table.unreadable).sum()), int((passed & ~good).sum()))
+            Removed(
+                name, f"{name} {sign} {value:g}", int((~good & ~table.unreadable).sum()), int((passed & ~good).sum())
+            )
         )
         passed &= good
     return passed, removed
@@ -183,13 +195,35 @@ def _write(work: Path, table: ScoreTable, chosen: np.ndarray, scores: np.ndarray
             "scores": {name: float(f"{value:.6g}") for name, value in values.items() if not math.isnan(value)},
         }  # fmt: skip
         lines.append(json.dumps(entry, ensure_ascii=False))
-    _replace(work / CANDIDATES, "\n".join(lines) + "\n")
+    write_atomic(work / CANDIDATES, "\n".join(lines) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def _hint(name: str, columns: Mapping[str, Any]) -> str:
+    """What to do about a score that is not there."""
+    if near := get_close_matches(name, columns, 1):
+        return f"did you mean {near[0]!r}? "
+    if name in _BY_MODEL:
+        return f"it takes action=score with {_BY_MODEL[name]}, into a folder of its own; "
+    return ""
+
+
+def _nothing_left(table: ScoreTable, removed: list[Removed]) -> str:
+    """One sentence on why no sample passes: the threshold that cuts most by itself, and how its score is spread."""
+    if not removed:
+        return f"none of the {len(table)} samples has a readable image; look at the column error in scores/*.parquet."
+    most = max(removed, key=lambda one: one.alone)
+    values = table.columns[most.name]
+    known = values[~np.isnan(values)]
+    if len(known):
+        low, first, half, last, high = np.quantile(known, (0, 0.1, 0.5, 0.9, 1))
+        spread = f"lies between {low:.4g} and {high:.4g} (10 % below {first:.4g}, half below {half:.4g}, 90 % below {last:.4g})"
+    else:
+        spread = "is missing everywhere"
+    others = "; ".join(f"{one.rule} {one.alone}" for one in removed if one is not most)
+    return (
+        f"no sample is left of {len(table)}: {most.rule} removes {most.alone} by itself{f' ({others})' if others else ''}; "
+        f"{most.name} {spread}; loosen a threshold. Nothing was written."
+    )
 
 
 def _median(values: np.ndarray) -> float | None:

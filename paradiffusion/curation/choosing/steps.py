@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from paradiffusion.curation.choosing.options import SelectOptions, names, numbers, parts
+from paradiffusion.curation.choosing.shard_root import move_root
 from paradiffusion.data.local_server import address_of
 from paradiffusion.errors import UserError
 
@@ -15,6 +16,10 @@ from paradiffusion.errors import UserError
 def run_step(options: SelectOptions) -> int:
     """Do the step that ``options`` name, checked; the exit status."""
     work = Path(str(options.folder)).expanduser()
+    if options.shard_root is not None:
+        from paradiffusion.curation.choosing.score_files import scored_names
+
+        move_root(work, options.shard_root, scored_names(work))
     return {"score": score, "choose": choose, "review": review, "export": export}[str(options.action)](options, work)
 
 
