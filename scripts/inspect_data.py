@@ -3,21 +3,25 @@
     python scripts/inspect_data.py data.shards='shards/{00000..00099}.tar' output=report.html
     python scripts/inspect_data.py stage=2 data.folder=~/pictures output=report.html tokenizers='[smollm2_135m, ~/Llama-2-7b-hf]'
 
-It shows counts, words and tokens of the captions, image sizes and aspects, how the samples fall into the aspect buckets,
-how many tokens would be padding, the paper's sets beside this one, random samples and the worst cases. Besides every
-override of train.py (stage=, preset=, batch_size=, data.resolution=, data.captions=, seed=, ...) it takes
+It shows counts, how often the run's steps go through the data, words and tokens of the captions and how they begin, image
+sizes and aspects, how the samples fall into the aspect buckets, how many tokens would be padding, the paper's sets beside
+this one, random samples and the worst cases. Besides every override of train.py (stage=, preset=, batch_size=, max_steps=,
+data.resolution=, data.captions=, seed=, ...) it takes
 
   output=      the page, report.html by default; report.json lies beside it
   tokenizers=  names from configs/text_encoder, or folders with a tokenizer; by default the stage's own, which padding is
                measured with in any case
   samples=40   random samples on the page
-  captions=20000  samples whose captions are read, for tokens and repeated captions; the rest is told from the index
-  check=200    images that are decoded, to find such as do not
+  captions=20000  samples whose captions are read, for tokens, repetitions and first words; the rest is told from the index
+  check=200    images that are decoded, to find such as do not, dark ones, and those of one colour
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +51,20 @@ class InspectOptions:
         path = Path(self.output).expanduser()
         if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
             raise UserError(f"output={self.output} is no page; name a file such as output=report.html.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            usable = os.access(path.parent, os.W_OK | os.X_OK)
+        except OSError:
+            usable = False
+        if not usable:  # known before the data is read, which may take long
+            raise UserError(
+                f"output={self.output}: {path.parent} is no folder that can be written to; choose another one."
+            )
+        figures = path.with_suffix(".json")
+        if figures.exists() and not _is_ours(figures):
+            raise UserError(
+                f"output={self.output}: {figures} is there already and holds no figures of this script; choose another name."
+            )
         return path
 
     def tokenizer_names(self) -> list[str]:
@@ -54,6 +72,15 @@ class InspectOptions:
         text = (self.tokenizers or "").strip()
         inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
         return [name.strip(" '\"") for name in inner.split(",") if name.strip(" '\"")]
+
+
+def _is_ours(figures: Path) -> bool:
+    """Whether a file holds an earlier report's figures, which may be replaced."""
+    try:
+        found = json.loads(figures.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"settings", "counts", "notes"} <= set(found)
 
 
 def main(arguments: list[str]) -> int:
@@ -74,25 +101,27 @@ def main(arguments: list[str]) -> int:
         *(text_encoder_named(name, "tokenizers", overrides) for name in asked.tokenizer_names()),
     ]
 
+    from paradiffusion.atomic import write_atomic
     from paradiffusion.curation.inspecting.padding import TextLimits
     from paradiffusion.curation.inspecting.page import inspection_page
-    from paradiffusion.curation.inspecting.report import InspectSettings, inspect, write_json
+    from paradiffusion.curation.inspecting.report import InspectSettings, figures_json, inspect
     from paradiffusion.data.shard_index import TokenCounter
     from paradiffusion.data.sources import make_plan
-    from paradiffusion.sampling.manifest import write_whole
     from paradiffusion.text.counting import count_tokens_with
     from paradiffusion.training.setup import open_data
 
     counters = {encoder.path or encoder.name: encoder for encoder in encoders}
-    counting = [
-        TokenCounter(encoder.name, count_tokens_with(encoder)) for encoder in counters.values()
-    ]  # before the data is read, which may take long
+    named = Counter(encoder.name for encoder in counters.values())
+    counting = [  # before the data is read, which may take long
+        TokenCounter(encoder.name if named[encoder.name] == 1 else place, count_tokens_with(encoder))
+        for place, encoder in counters.items()
+    ]
     index, _ = open_data(config)
     settings = InspectSettings(
         title=title_of(config),
         stage=config.stage,
         resolution=config.data.resolution,
-        weights=dict(config.data.captions),
+        steps=config.max_steps,
         samples=asked.samples,
         captions=asked.captions,
         check=asked.check,
@@ -101,9 +130,8 @@ def main(arguments: list[str]) -> int:
     conditioning = config.conditioning
     limits = TextLimits(conditioning.max_tokens, conditioning.pad_multiple, conditioning.mask_padding)
     found = inspect(make_plan(index, config.data, config.batch_size, config.seed), counting, limits, settings)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, inspection_page(found))
-    write_json(output.with_suffix(".json"), found)
+    write_atomic(output.with_suffix(".json"), figures_json(found))
+    write_atomic(output, inspection_page(found))
     for note in found.notes:
         print(f"note: {note}")
     print(f"{output}: {found.counts['samples']:,} samples; the figures are in {output.with_suffix('.json').name}")

@@ -55,7 +55,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(shards: Path) -> tuple[BatchPlan, Inspection]:
     plan = plan_of(shards)
-    settings = InspectSettings("test", 1, 64, {"short": 1.0, "long": 3.0}, samples=90, captions=1000, check=100)
+    settings = InspectSettings("test", 1, 64, steps=42, samples=90, captions=1000, check=100)
     return plan, inspect(plan, [LETTERS], LIMITS, settings)
 
 
@@ -151,7 +151,7 @@ def test_millions_of_rows_are_told_from_the_index() -> None:
 
 def test_caption_sample_says_how_many_it_read(shards: Path) -> None:
     plan = plan_of(shards)
-    settings = InspectSettings("test", 1, 64, {"short": 1.0}, samples=3, captions=20, check=5)
+    settings = InspectSettings("test", 1, 64, steps=42, samples=3, captions=20, check=5)
     first, second = (inspect(plan, [LETTERS], LIMITS, settings) for _ in range(2))
     assert first.captions_read == 20 and max(row.n for row in first.tokens) <= 20
     assert first.as_json() == second.as_json(), "a report is a function of its seed"
@@ -205,6 +205,8 @@ def test_page_is_shown_by_a_browser(found: tuple[BatchPlan, Inspection], tmp_pat
                 assert tab.locator(str(link.get_attribute("href"))).is_visible()
             tab.set_viewport_size({"width": 380, "height": 700})
             assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
+            names = tab.locator("td:first-child").evaluate_all("cells => cells.map(cell => cell.clientWidth)")
+            assert min(names) >= 100, "a row's name is not squeezed to a letter a line"
         finally:
             browser.close()
     assert said == []
@@ -252,6 +254,7 @@ def test_command_writes_page_and_figures(main: Any, shards: Path, tmp_path: Path
     [
         (["output=report.txt"], "is no page"),
         (["output={tmp}"], "is no page"),
+        (["output=/dev/null/report.html"], "no folder that can be written to"),
         (["samples=-1"], "samples=-1 is out of range"),
         (["samples=some"], "samples: Value 'some'"),
         (["tokenizers=[nothing]"], "nothing is neither a folder nor one of .*smollm2"),

@@ -44,8 +44,9 @@ def page(title: str, style: str, body: str) -> str:
 
 
 def page_text(text: str) -> str:
-    """``text`` for a page: markup escaped, and control characters, which HTML does not allow, replaced."""
-    return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+    """``text`` for a page: markup escaped, and control characters, which HTML does not allow, replaced. Joiners stay: families
+    of emoji and Persian words are written with them."""
+    return escape("".join(c if c.isprintable() or c in "\n\t\u200c\u200d" else "\ufffd" for c in text))
 
 
 def thumbnail_uri(image: Image.Image, side: int = 320) -> str:

@@ -1,27 +1,17 @@
-"""What is in a data set, as figures: everything that the index tells of all samples, and what a sample of them holds.
-
-Memory does not grow with the captions: lengths and sizes come from the index, captions are read by place, ``limit`` of
-them at most, and every figure that rests on fewer than all samples says on how many.
-"""
+"""What is in a data set, as figures: everything that the index tells of all samples, without reading one."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from paradiffusion.curation.inspecting.histograms import Distribution, distribution
-from paradiffusion.data.images import MAX_PIXELS, assign_buckets, decode
-from paradiffusion.data.places import read_place
+from paradiffusion.curation.inspecting.histograms import Distribution, distribution, usual_most
+from paradiffusion.data.images import assign_buckets
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shard_index import TokenCounter
-from paradiffusion.data.shards import IMAGE_EXTENSIONS, SampleIndex, read_sample
-from paradiffusion.data.tars import Span
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, SampleIndex
 
-CUTS = (77, 256, 512)  # where CLIP, the paper's stage 1 and its stages 2 and 3 end a text
 # Words, as the paper's table has them.
 BANDS = {"50-100": (50, 100), "100-150": (100, 150), "150-200": (150, 200), "over 200": (200, 1 << 16)}
 ASPECTS = [0.2, 0.33, 0.4, 0.5, 0.57, 0.67, 0.75, 0.8, 0.95, 1.05, 1.25, 1.34, 1.51, 1.78, 2.01, 2.5, 3.0, 5.0]
@@ -38,19 +28,6 @@ class KindFigures:
     planned: float
     words: Distribution | None
     bands: dict[str, float]
-
-
-@dataclass(frozen=True)
-class TokenFigures:
-    """Tokens of one kind's captions by one tokenizer, start and end marks included; ``cut`` is the share of captions that
-    have more than so many tokens. ``n`` captions were read."""
-
-    tokenizer: str
-    kind: str
-    n: int
-    per_word: float
-    tokens: Distribution
-    cut: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -76,18 +53,6 @@ class ImageFigures:
     megapixels: Distribution | None
     aspect: Distribution | None
     formats: dict[str, int]
-
-
-@dataclass(frozen=True)
-class CaptionSample:
-    """The captions that were read: of ``rows``; ``tokens[name]`` is int64 [rows, kinds], 0 where there is none."""
-
-    rows: np.ndarray
-    tokens: dict[str, np.ndarray]
-    repeated: list[tuple[str, int]]
-    repeats: int
-    captions: int
-    unreadable: int
 
 
 def count_of(index: SampleIndex) -> dict[str, Any]:
@@ -144,7 +109,7 @@ def images_of(index: SampleIndex) -> ImageFigures:
 
 
 def _megapixel_edges(values: np.ndarray) -> list[float]:
-    high = float(np.percentile(values, 99.5)) if len(values) else 1.0
+    high = usual_most(values) if len(values) else 1.0
     return np.linspace(0, max(high, 0.01), 25).tolist()
 
 
@@ -172,83 +137,6 @@ def buckets_of(plan: BatchPlan) -> list[BucketFigures]:
             )
         )
     return figures
-
-
-def captions_at(index: SampleIndex, row: int) -> dict[str, str]:
-    """The captions of one sample; of a shard, without reading its image. Raises OSError."""
-    captions: dict[str, str] = read_place(replace(index.place(row), image=Span(0, 0))).meta["captions"]
-    return captions
-
-
-def read_captions(index: SampleIndex, counters: list[TokenCounter], limit: int, seed: int) -> CaptionSample:
-    """Read the captions of ``limit`` samples at most (a seeded draw where there are more), count their tokens, and look for
-    equal ones."""
-    rows = np.arange(len(index))
-    if len(rows) > limit:
-        rows = np.sort(np.random.default_rng(seed).choice(len(index), limit, replace=False))
-    tokens = {counter.name: np.zeros((len(rows), len(index.kinds)), np.int64) for counter in counters}
-    seen: Counter[str] = Counter()
-    unreadable = 0
-    places: list[tuple[int, int]] = []
-    texts: list[str] = []
-
-    def count() -> None:
-        for counter in counters:
-            if texts:
-                at = np.array(places)
-                tokens[counter.name][at[:, 0], at[:, 1]] = counter.count(texts)
-        places.clear()
-        texts.clear()
-
-    columns = {kind: number for number, kind in enumerate(index.kinds)}
-    for number, row in enumerate(tqdm(rows, desc="captions", unit="sample", mininterval=1, dynamic_ncols=True)):
-        try:
-            found = captions_at(index, int(row))
-        except OSError:
-            unreadable += 1
-            continue
-        for kind, text in found.items():
-            if kind in columns:
-                places.append((number, columns[kind]))
-                texts.append(text)
-        # Every sample's captions once: a sample whose kinds have the same text repeats nothing.
-        seen.update(set(found.values()))
-        if len(texts) >= 1024:
-            count()
-    count()
-    repeated = [(text, times) for text, times in seen.most_common(12) if times > 1]
-    repeats = sum(times - 1 for times in seen.values())
-    return CaptionSample(rows, tokens, repeated, repeats, sum(seen.values()), unreadable)
-
-
-def tokens_of(index: SampleIndex, read: CaptionSample) -> list[TokenFigures]:
-    """Tokens by tokenizer and kind, of the captions that were read."""
-    figures = []
-    for name, table in read.tokens.items():
-        for number, kind in enumerate(index.kinds):
-            counts = table[:, number]
-            words = index.words[read.rows, number][counts > 0].sum(dtype=np.int64)
-            counts = counts[counts > 0]
-            found = distribution(counts)
-            if found is not None:
-                cut = {length: float((counts > length).mean()) for length in CUTS}
-                figures.append(TokenFigures(name, kind, len(counts), float(counts.sum() / max(words, 1)), found, cut))
-    return figures
-
-
-def find_undecodable(index: SampleIndex, check: int, seed: int) -> tuple[int, list[tuple[int, str]]]:
-    """Decode ``check`` images at most, drawn by seed, and those whose header could not be read: how many were decoded,
-    and row and reason of each that does not decode."""
-    known = np.flatnonzero(index.width > 0)
-    drawn = np.random.default_rng(seed + 1).choice(known, min(check, len(known)), replace=False)
-    rows = [*np.flatnonzero(index.width == 0)[:check].tolist(), *np.sort(drawn).tolist()]
-    bad: list[tuple[int, str]] = []
-    for row in tqdm(rows, desc="images", unit="image", mininterval=1, dynamic_ncols=True):
-        try:
-            decode(read_sample(index, int(row)).image, MAX_PIXELS)
-        except (OSError, ValueError) as error:
-            bad.append((int(row), str(error)))
-    return len(rows), bad
 
 
 def extremes_of(index: SampleIndex, count: int = 6) -> dict[str, list[int]]:

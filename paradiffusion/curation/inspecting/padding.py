@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from paradiffusion.curation.inspecting.inspection import captions_at
+from paradiffusion.curation.inspecting.captions import read_texts
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shard_index import TokenCounter
 
@@ -68,15 +68,10 @@ def measure_padding(plan: BatchPlan, counter: TokenCounter, limits: TextLimits, 
     for number, step in enumerate(tqdm(steps, desc="batches", unit="batch", mininterval=1, dynamic_ncols=True)):
         batch = plan.batch(int(step))
         origins += np.bincount(index.shard_source[index.shard[batch.rows]], minlength=len(origins))
-        texts = []
-        for row, kind in zip(batch.rows, batch.kinds, strict=True):
-            name = index.kinds[kind]
-            kinds[name] += 1
-            try:
-                texts.append(captions_at(index, int(row)).get(name, ""))
-            except OSError:
-                texts.append("")
-        lengths[number] = counter.count(texts)
+        names = [index.kinds[kind] for kind in batch.kinds]
+        kinds.update(names)
+        found = zip(read_texts(index, batch.rows), names, strict=True)
+        lengths[number] = counter.count([(captions or {}).get(name, "") for captions, name in found])
     cut = np.minimum(lengths, limits.limit)
     shuffled = np.random.default_rng(seed).permutation(cut.reshape(-1)).reshape(cut.shape)
     planned, planned_rounded = (_padded(cut, multiple, limits.limit) for multiple in (1, limits.multiple))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from paradiffusion.curation.inspecting.captions import CUTS, OPENING_WORDS
 from paradiffusion.curation.inspecting.histograms import histogram_svg
-from paradiffusion.curation.inspecting.inspection import ASPECTS, BANDS, CUTS
-from paradiffusion.curation.inspecting.report import Inspection, ShownSample
+from paradiffusion.curation.inspecting.inspection import ASPECTS, BANDS
+from paradiffusion.curation.inspecting.page_parts import card, figure, plots, size, table
+from paradiffusion.curation.inspecting.report import Inspection
 from paradiffusion.data.pages import page, page_text
 
 STYLE = """
@@ -23,7 +23,7 @@ ul.notes.fine { border-color: var(--good); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem .25rem 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 8rem; }
 tr.paper td { color: var(--soft); }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } figure { margin: 0; max-width: 100%; } figcaption { font-size: .9rem; }
 .note { color: var(--soft); font-size: .88rem; max-width: 60rem; }
@@ -33,7 +33,7 @@ article img { max-height: 18rem; } .caption { margin: .5rem 0 0; overflow-wrap: 
 .missing { border: 1px dashed var(--bad); border-radius: .25rem; padding: 2rem .5rem; text-align: center; color: var(--bad); }
 """
 SECTIONS = {
-    "paper": "Beside the paper's sets", "captions": "Captions", "tokens": "Tokens", "images": "Images", "buckets": "Buckets",
+    "run": "The run", "paper": "Beside the paper's sets", "captions": "Captions", "tokens": "Tokens", "images": "Images", "buckets": "Buckets",
     "padding": "Padding", "samples": "Samples", "worst": "Worst cases",
 }  # fmt: skip
 # Set, mean words, bands of words (as BANDS), mean short side: the authors' own table.
@@ -48,6 +48,7 @@ def inspection_page(found: Inspection) -> str:
     """The HTML of an inspection."""
     links = "".join(f'<a href="#{name}">{title}</a>' for name, title in SECTIONS.items())
     parts = {
+        "run": _run(found),
         "paper": _paper(found),
         "captions": _captions(found),
         "tokens": _tokens(found),
@@ -68,10 +69,11 @@ def _tiles(found: Inspection) -> str:
     tiles = [
         (f"{counts['samples']:,}", "samples"),
         (f"{counts['shards']:,}", "shards"),
-        (_size(counts["bytes"]), "of images and captions"),
+        (size(counts["bytes"]), "of images and captions"),
         *((f"{kind.words.mean:.1f}", f"words, mean of {kind.kind}") for kind in found.kinds if kind.words is not None),
         (f"{sides.mean:,.0f} px", "mean short side") if sides else ("unknown", "short side"),
         (f"{found.padding.trained:.1%}", "of tokens are padding") if found.padding else ("unknown", "padding"),
+        (f"{min(source.epochs for source in found.run):,.3g}", "epochs in the run's steps"),
         (f"{len(found.undecodable):,} of {found.checked:,}", "checked images do not decode"),
     ]
     drawn = "".join(f'<div class="tile"><b>{page_text(b)}</b><span>{page_text(s)}</span></div>' for b, s in tiles)
@@ -84,21 +86,33 @@ def _tiles(found: Inspection) -> str:
         (len(counts["truncated_shards"]), "truncated shards"),
     ]
     line = ", ".join(f"{count:,} {name}" for count, name in passed)
-    table = ""
-    if len(counts["sources"]) > 1:
-        planned = found.padding.sources if found.padding else {}
-        rows = [
-            (name, f"{n:,}", f"{n / counts['samples']:.1%}", f"{planned[name]:.1%}" if name in planned else "")
-            for name, n in counts["sources"].items()
-        ]
-        table = _table(("source", "samples", "share of all samples", "share in planned batches"), rows)
-    return f'<div class="tiles">{drawn}</div><p class="note">{line}.</p>{table}'
+    return f'<div class="tiles">{drawn}</div><p class="note">{line}.</p>'
 
 
 def _notes(found: Inspection) -> str:
     if not found.notes:
         return '<ul class="notes fine"><li>Nothing stands out.</li></ul>'
     return f'<ul class="notes">{"".join(f"<li>{page_text(note)}</li>" for note in found.notes)}</ul>'
+
+
+def _run(found: Inspection) -> str:
+    planned = found.padding.sources if found.padding else {}
+    total = found.counts["samples"]
+    rows = [
+        (
+            row.source, f"{row.samples:,}", f"{found.counts['sources'][row.source] / total:.1%}", f"{row.share:.1%}",
+            f"{planned[row.source]:.1%}" if row.source in planned else "", f"{row.seen:,.0f}", figure(row.epochs),
+        )
+        for row in found.run
+    ]  # fmt: skip
+    head = (
+        "source", "samples that can be used", "share of all samples", "configured share", "share in planned batches",
+        "samples seen", "epochs",
+    )  # fmt: skip
+    return (
+        f'{table(head, rows)}<p class="note">What {found.run[0].steps:,} steps (max_steps) of {found.batch_size:,} samples '
+        "(batch_size) see: an epoch is once through a source.</p>"
+    )
 
 
 def _paper(found: Inspection) -> str:
@@ -116,23 +130,37 @@ def _paper(found: Inspection) -> str:
             bands = [share(kind.bands[band]) for band in BANDS]
             rows.append(("", (name, f"{kind.words.mean:.1f}", *bands, f"{side.mean:,.0f} px" if side else "")))
     head = ("", "mean words", *(f"{band} words" for band in BANDS), "mean short side")
-    return _table(head, [row for _, row in rows], [kind for kind, _ in rows])
+    return table(head, [row for _, row in rows], [kind for kind, _ in rows])
 
 
 def _captions(found: Inspection) -> str:
-    rows, plots = [], []
+    rows, drawn = [], []
     for kind in found.kinds:
         words = kind.words
         figures = (f"{words.mean:.1f}", f"{words.median:.0f}", f"{words.p5:.0f} to {words.p95:.0f}", f"{words.largest:.0f}") if words else ("",) * 4  # fmt: skip
         planned = f"{kind.planned:.1%}" if found.padding else ""
         rows.append((kind.kind, f"{kind.samples:,}", f"{kind.weight:.0%}", planned, *figures))
         if words:
-            plots.append((f"{kind.kind}: {words.n:,} captions", histogram_svg(words, f"words of {kind.kind}", "words")))
-    table = _table(
+            drawn.append((f"{kind.kind}: {words.n:,} captions", histogram_svg(words, f"words of {kind.kind}", "words")))
+    kinds = table(
         ("kind", "samples that have it", "configured share", "share in planned batches", "mean words", "median", "5 to 95 %", "longest"),
         rows,
     )  # fmt: skip
-    return f'{table}<p class="note">A sample without the drawn kind is read with another one that it has.</p>{_plots(plots)}'
+    return (
+        f'{kinds}<p class="note">A sample without the drawn kind is read with another one that it has.</p>{plots(drawn)}'
+        f"{_openings(found)}"
+    )
+
+
+def _openings(found: Inspection) -> str:
+    rows = [(words, kind.kind, f"{share:.1%}", f"{kind.n:,}") for kind in found.openings for words, share in kind.most]
+    if not rows:
+        return ""
+    return (
+        f"<h3>How captions begin</h3>{table(('first words', 'kind', 'share', 'of captions'), rows)}"
+        f'<p class="note">The most frequent first {OPENING_WORDS} words of the captions that were read; what many begin with, a '
+        "model expects of every prompt.</p>"
+    )
 
 
 def _tokens(found: Inspection) -> str:
@@ -146,7 +174,7 @@ def _tokens(found: Inspection) -> str:
         for row in found.tokens
     ]  # fmt: skip
     head = ("tokenizer, kind", "captions", "mean", "median", "95 %", "longest", "tokens a word")
-    plots = [
+    drawn = [
         (f"{row.tokenizer}, {row.kind}", histogram_svg(row.tokens, f"tokens of {row.kind}", "tokens", CUTS))
         for row in found.tokens
     ]
@@ -155,30 +183,30 @@ def _tokens(found: Inspection) -> str:
     repeated = "".join(f"<li>{times:,} times: {page_text(text[:300])}</li>" for text, times in found.repeated)
     listed = f"<h3>Repeated captions</h3><ul>{repeated}</ul>" if repeated else ""
     return (
-        f'{_table((*head, *(f"cut at {cut}" for cut in CUTS)), rows)}<p class="note">From the captions of {whose}; start and '
+        f'{table((*head, *(f"cut at {cut}" for cut in CUTS)), rows)}<p class="note">From the captions of {whose}; start and '
         f"end marks count. {found.repeated_share:.1%} of these captions repeat another one word for word.</p>"
-        f"{_plots(plots)}{listed}"
+        f"{plots(drawn)}{listed}"
     )
 
 
 def _images(found: Inspection) -> str:
-    images, plots = found.images, []
+    images, drawn = found.images, []
     if images.short_side:
         mark = [found.settings.resolution]
-        plots.append(("short side", histogram_svg(images.short_side, "short sides", "pixels", mark)))
+        drawn.append(("short side", histogram_svg(images.short_side, "short sides", "pixels", mark)))
     if images.aspect:
         names = [f"{edge:.2f}" for edge in ASPECTS[:-1]]
-        plots.append(("width over height", histogram_svg(images.aspect, "aspects", "from this aspect on", names=names)))
+        drawn.append(("width over height", histogram_svg(images.aspect, "aspects", "from this aspect on", names=names)))
     if images.megapixels:
-        plots.append(("area", histogram_svg(images.megapixels, "areas", "megapixels")))
+        drawn.append(("area", histogram_svg(images.megapixels, "areas", "megapixels")))
     formats = ", ".join(f"{count:,} {name}" for name, count in images.formats.items())
     rows = [
-        (name, _figure(d.mean), _figure(d.median), f"{_figure(d.p5)} to {_figure(d.p95)}", _figure(d.smallest), _figure(d.largest))
+        (name, figure(d.mean), figure(d.median), f"{figure(d.p5)} to {figure(d.p95)}", figure(d.smallest), figure(d.largest))
         for name, d in (("short side, px", images.short_side), ("width over height", images.aspect), ("megapixels", images.megapixels))
         if d is not None
     ]  # fmt: skip
-    table = _table(("", "mean", "median", "5 to 95 %", "smallest", "largest"), rows)
-    return f'{_plots(plots)}{table}<p class="note">{page_text(formats)}. The dashed line is data.resolution.</p>'
+    sizes = table(("", "mean", "median", "5 to 95 %", "smallest", "largest"), rows)
+    return f'{plots(drawn)}{sizes}<p class="note">{page_text(formats)}. The dashed line is data.resolution.</p>'
 
 
 def _buckets(found: Inspection) -> str:
@@ -196,7 +224,7 @@ def _buckets(found: Inspection) -> str:
         "What does not fill a batch waits for the next epoch; nothing is dropped. Cropped away is the mean share of an image's "
         "area, enlarged the share of images that are smaller than the bucket."
     )
-    return f'{_table(head, rows, escape=False)}<p class="note">{note}</p>'
+    return f'{table(head, rows, escape=False)}<p class="note">{note}</p>'
 
 
 def _padding(found: Inspection) -> str:
@@ -210,73 +238,25 @@ def _padding(found: Inspection) -> str:
     ]  # fmt: skip
     head = ("", "padded to the longest", f"rounded up to a multiple of {padding.multiple}")
     return (
-        f'{_table(head, rows)}<p class="note">The share of computed tokens that is padding, with {page_text(padding.tokenizer)}, '
+        f'{table(head, rows)}<p class="note">The share of computed tokens that is padding, with {page_text(padding.tokenizer)}, '
         f"in {padding.batches:,} of an epoch's {padding.of_batches:,} batches of {padding.batch_size}. This stage computes "
         f"{padding.trained:.1%}; dropped captions, which are shorter than all others, are not counted.</p>"
     )
 
 
 def _samples(found: Inspection) -> str:
-    cards = "".join(_card(sample) for sample in found.shown)
+    cards = "".join(card(sample) for sample in found.shown)
     return f'<p class="note">{len(found.shown)} samples drawn at random (seed {found.settings.seed}).</p><div class="cards">{cards}</div>'
 
 
 def _worst(found: Inspection) -> str:
     parts = [
-        f'<h3>{page_text(name.capitalize())}</h3><div class="cards">{"".join(_card(sample) for sample in samples)}</div>'
+        f'<h3>{page_text(name.capitalize())}</h3><div class="cards">{"".join(card(sample) for sample in samples)}</div>'
         for name, samples in found.worst.items()
     ]
     if found.undecodable:
         rows = [(name, reason) for name, reason in found.undecodable[:50]]
         parts.append(
-            f"<h3>Images that do not decode, of {found.checked:,} checked</h3>{_table(('sample', 'why'), rows)}"
+            f"<h3>Images that do not decode, of {found.checked:,} checked</h3>{table(('sample', 'why'), rows)}"
         )
     return "".join(parts) or '<p class="note">There is nothing to show.</p>'
-
-
-def _card(sample: ShownSample) -> str:
-    picture = f'<p class="missing">{page_text(sample.error or "no picture")}</p>'
-    if sample.thumbnail:
-        tiny = ' class="tiny"' if max(sample.width, sample.height) <= 128 else ""
-        alt = page_text(next(iter(sample.captions.values()), sample.key)[:200])
-        picture = f'<img src="{sample.thumbnail}"{tiny} decoding="async" alt="{alt}">'
-    captions = []
-    for kind, text in sample.captions.items():
-        counted = [f"{n} tokens by {name}" for name, n in sample.tokens.get(kind, {}).items()]
-        numbers = ", ".join([f"{sample.words[kind]} words", *counted])
-        captions.append(
-            f'<p class="caption"><b>{page_text(kind)}</b> <small>{page_text(numbers)}</small><br>{page_text(text)}</p>'
-        )
-    size = f"{sample.width}x{sample.height}, bucket {sample.bucket}, {_size(sample.bytes)}"
-    none = '<p class="caption"><small>no caption</small></p>' if not captions else ""
-    return f'<article>{picture}{"".join(captions)}{none}<p class="key">{page_text(sample.key)}<br>{page_text(size)}</p></article>'
-
-
-def _plots(plots: Sequence[tuple[str, str]]) -> str:
-    figures = "".join(f"<figure><figcaption>{page_text(name)}</figcaption>{svg}</figure>" for name, svg in plots)
-    return f'<div class="plots">{figures}</div>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = (), escape: bool = True) -> str:
-    """A table; cells are text, or HTML of this file's own with ``escape`` off."""
-    top = "".join(f'<th scope="col">{page_text(cell)}</th>' for cell in head)
-    body = []
-    for number, row in enumerate(rows):
-        cells = "".join(f"<td>{page_text(cell) if escape else cell}</td>" for cell in row)
-        kind = f' class="{classes[number]}"' if number < len(classes) and classes[number] else ""
-        body.append(f"<tr{kind}>{cells}</tr>")
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-
-
-def _figure(value: float) -> str:
-    """Three digits that mean something, and no exponent."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
-        size /= 1024
-    return f"{size:,.2f} TiB"

@@ -1,0 +1,190 @@
+"""The captions of a data set as texts: their tokens, repetitions, and the words that they begin with.
+
+They are read by place, as many at most as were asked for, and none is kept but those that repeat another one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Final
+
+import numpy as np
+from tqdm import tqdm
+
+from paradiffusion.curation.inspecting.histograms import Distribution, distribution
+from paradiffusion.data.places import read_place
+from paradiffusion.data.shard_index import TokenCounter
+from paradiffusion.data.shards import SampleIndex
+from paradiffusion.data.storage import RemotePath
+from paradiffusion.data.tars import Span
+
+CUTS = (77, 256, 512)  # where CLIP, the paper's stage 1 and its stages 2 and 3 end a text
+OPENING_WORDS: Final = 4  # our choice: two say little ("the image"), and six hardly repeat
+_LISTED: Final = 8
+_AT_ONCE: Final = 1024
+_CONNECTIONS: Final = 32
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """Tokens of one kind's captions by one tokenizer, start and end marks included; ``cut`` is the share of captions that
+    have more than so many tokens. ``n`` captions were read."""
+
+    tokenizer: str
+    kind: str
+    n: int
+    per_word: float
+    tokens: Distribution
+    cut: dict[int, float]
+
+
+@dataclass(frozen=True)
+class OpeningFigures:
+    """How the captions of one kind begin: of the ``n`` that have more than ``OPENING_WORDS`` words, the most frequent first
+    words in lower case, each with its share; only such as come twice."""
+
+    kind: str
+    n: int
+    most: list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class CaptionSample:
+    """The captions that were read: of ``rows``; ``tokens[name]`` is int64 [rows, kinds], 0 where there is none.
+    ``repeats`` of the ``captions`` are another one again, ``repeated`` those that come most often."""
+
+    rows: np.ndarray
+    tokens: dict[str, np.ndarray]
+    repeated: list[tuple[str, int]]
+    repeats: int
+    captions: int
+    openings: list[OpeningFigures]
+    unreadable: int
+
+
+def read_texts(index: SampleIndex, rows: np.ndarray) -> Iterator[dict[str, str] | None]:
+    """The captions of each of ``rows``, in their order, by kind; None for a sample that cannot be read. No image of a shard
+    is read. From a store, many are asked for at once: each waits for far longer than it works."""
+    if not any(isinstance(shard, RemotePath) for shard in index.shards):
+        yield from (_texts_at(index, int(row)) for row in rows)
+        return
+    pool = ThreadPoolExecutor(_CONNECTIONS, "captions")
+    try:
+        for start in range(0, len(rows), _AT_ONCE):
+            yield from pool.map(lambda row: _texts_at(index, int(row)), rows[start : start + _AT_ONCE])
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _texts_at(index: SampleIndex, row: int) -> dict[str, str] | None:
+    try:
+        captions: dict[str, str] = read_place(replace(index.place(row), image=Span(0, 0))).meta["captions"]
+    except OSError:
+        return None
+    return captions
+
+
+def read_captions(index: SampleIndex, counters: list[TokenCounter], limit: int, seed: int) -> CaptionSample:
+    """Read the captions of ``limit`` samples at most (a seeded draw where there are more), count their tokens, and look for
+    those that are equal or begin alike."""
+    rows = np.arange(len(index))
+    if len(rows) > limit:
+        rows = np.sort(np.random.default_rng(seed).choice(len(index), limit, replace=False))
+    tokens = {counter.name: np.zeros((len(rows), len(index.kinds)), np.int64) for counter in counters}
+    repetitions, unreadable = _Repetitions(), 0
+    openings: list[Counter[str]] = [Counter() for _ in index.kinds]
+    places: list[tuple[int, int]] = []
+    texts: list[str] = []
+
+    def count() -> None:
+        for counter in counters:
+            if texts:
+                at = np.array(places)
+                tokens[counter.name][at[:, 0], at[:, 1]] = counter.count(texts)
+        places.clear()
+        texts.clear()
+
+    columns = {kind: number for number, kind in enumerate(index.kinds)}
+    bar = tqdm(read_texts(index, rows), "captions", len(rows), unit="sample", mininterval=1, dynamic_ncols=True)
+    for number, found in enumerate(bar):
+        if found is None:
+            unreadable += 1
+            continue
+        for kind, text in found.items():
+            if kind in columns:
+                places.append((number, columns[kind]))
+                texts.append(text)
+                first = text[:200].lower().split(maxsplit=OPENING_WORDS)
+                if len(first) > OPENING_WORDS:
+                    openings[columns[kind]][" ".join(first[:OPENING_WORDS])] += 1
+        repetitions.add(found)
+        if len(texts) >= _AT_ONCE:
+            count()
+    count()
+    return CaptionSample(
+        rows=rows,
+        tokens=tokens,
+        repeated=repetitions.most_common(12),
+        repeats=repetitions.repeats,
+        captions=repetitions.captions,
+        openings=[_opening_figures(kind, counts) for kind, counts in zip(index.kinds, openings, strict=True)],
+        unreadable=unreadable,
+    )
+
+
+def _opening_figures(kind: str, counts: Counter[str]) -> OpeningFigures:
+    n = counts.total()
+    return OpeningFigures(kind, n, [(words, times / n) for words, times in counts.most_common(_LISTED) if times > 1])
+
+
+class _Repetitions:
+    """Counts equal texts by their digests, and keeps the text of those alone that come again."""
+
+    def __init__(self) -> None:
+        self.times: Counter[bytes] = Counter()
+        self.texts: dict[bytes, str] = {}
+        self.captions = self.repeats = 0
+
+    def add(self, captions: dict[str, str]) -> None:
+        """Every sample's captions once: a sample whose kinds have the same text repeats nothing."""
+        for text in set(captions.values()):
+            digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            self.times[digest] += 1
+            self.captions += 1
+            if self.times[digest] > 1:
+                self.repeats += 1
+                self.texts[digest] = text
+
+    def most_common(self, count: int) -> list[tuple[str, int]]:
+        """The ``count`` texts that come most often, of those that come twice, and how often; equal ones by text."""
+        found = ((text, self.times[digest]) for digest, text in self.texts.items())
+        return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:count]
+
+
+def tokens_of(index: SampleIndex, read: CaptionSample) -> list[TokenFigures]:
+    """Tokens by tokenizer and kind, of the captions that were read."""
+    figures = []
+    for name, table in read.tokens.items():
+        for number, kind in enumerate(index.kinds):
+            counts = table[:, number]
+            words = index.words[read.rows, number][counts > 0].sum(dtype=np.int64)
+            counts = counts[counts > 0]
+            found = distribution(counts)
+            if found is not None:
+                cut = {length: float((counts > length).mean()) for length in CUTS}
+                figures.append(TokenFigures(name, kind, len(counts), float(counts.sum() / max(words, 1)), found, cut))
+    return figures
+
+
+def most_tokens(read: CaptionSample, count: int) -> list[int]:
+    """The rows of the ``count`` longest captions by the first tokenizer, of those that were read, the longest first. Words
+    do not tell them: a text of a language without spaces is one word."""
+    if not read.tokens:
+        return []
+    longest = next(iter(read.tokens.values())).max(axis=1, initial=0)
+    order = np.argsort(-longest, kind="stable")[:count]
+    return [int(read.rows[at]) for at in order if longest[at]]
