@@ -12,17 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from conftest import ROOT, wait_for
 
 from paradiffusion.curation.choosing.decisions import read_decisions
-
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-in_browser = pytest.mark.skipif(not CHROMIUM.exists(), reason="needs /usr/bin/chromium")
 
 
 def logged(work: Path) -> list[dict[str, Any]]:
@@ -67,20 +59,12 @@ class Server:
 @contextmanager
 def started(work: Path) -> Iterator[Server]:
     """A server on ``work``, ended at the end however often it was killed and started again."""
-    server = Server(work).start()
-    yield server
-    if server.process is not None and server.process.poll() is None:
-        server.kill()
-
-
-@contextmanager
-def chromium() -> Iterator[Any]:
-    """A headless browser."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield browser
-        browser.close()
+    server = Server(work)
+    try:
+        yield server.start()
+    finally:
+        if server.process is not None and server.process.poll() is None:
+            server.kill()
 
 
 def at(page: Any, number: int | str) -> None:

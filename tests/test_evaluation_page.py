@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
+from browser import chromium, in_browser
 from PIL import Image
 from report_fixtures import COSINE, HOSTILE, SHARE, Page, evaluation, suite, written
 
@@ -15,12 +15,6 @@ from paradiffusion.data.pages import page as shell
 from paradiffusion.evaluation.estimates import mean
 from paradiffusion.evaluation.records import Drawn, ImageScore, ScoreResult, Table
 from paradiffusion.evaluation.reporting.report import write_report
-
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 
 
 def test_hostile_text_is_text(tmp_path: Path) -> None:
@@ -204,9 +198,8 @@ def _luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs /usr/bin/chromium")
+@in_browser
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
-    sync_api = pytest.importorskip("playwright.sync_api")
     of = suite(count=60)
     of = replace(of, prompts=(replace(of.prompts[0], text=HOSTILE), *of.prompts[1:]))
     made = []
@@ -218,43 +211,37 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
     made[0].images[0].file.unlink()
     path = write_report(tmp_path / "out", made)
     said: list[str] = []
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        try:
-            tab = browser.new_page(viewport={"width": 1200, "height": 900})
-            tab.on("console", lambda message: said.append(message.text))
-            tab.on("pageerror", lambda error: said.append(str(error)))
-            tab.on("dialog", lambda dialog: said.append("a script of a prompt ran"))
-            tab.on(
-                "request", lambda r: None if r.url == path.as_uri() or r.url.startswith("data:") else said.append(r.url)
-            )
-            tab.goto(path.as_uri())
-            assert tab.title().startswith("stage 1, stage 2 and ")
-            assert tab.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
-            # Several of the Tab key's stops are sentences; the figures show while one has the focus.
-            sentence = tab.locator(".paragraph .s").first
-            tip = sentence.locator(".tip")
-            assert not tip.is_visible()
-            sentence.focus()
-            assert tip.is_visible() and "Truth score: 20.0 %" in tip.inner_text()
-            # A prompt of the long table leads to its card, though that is folded away.
-            worst = tab.locator("#suite-fruit-worst article").first
-            assert not worst.is_visible()
-            tab.locator("#suite-fruit-prompts summary").click()
-            tab.locator(f'#suite-fruit-prompts a[href="#{worst.get_attribute("id")}"]').click()
-            worst.wait_for(state="visible", timeout=5000)
-            words = tab.locator("table.sortable thead button", has_text="words")
-            words.press("Enter")
-            first = tab.locator("table.sortable tbody tr").first.locator("td").nth(2)
-            shortest = int(first.inner_text())
-            words.press("Enter")
-            assert shortest < int(first.inner_text())
-            tab.set_viewport_size({"width": 380, "height": 700})
-            assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
-            bare = browser.new_page(java_script_enabled=False)
-            bare.goto(path.as_uri())
-            bare.locator("#suite-fruit-worst > summary").click()
-            assert bare.locator("#suite-fruit-worst article").first.is_visible(), "it can be read without a script"
-        finally:
-            browser.close()
+    with chromium() as browser:
+        tab = browser.new_page(viewport={"width": 1200, "height": 900})
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("dialog", lambda dialog: said.append("a script of a prompt ran"))
+        tab.on("request", lambda r: None if r.url == path.as_uri() or r.url.startswith("data:") else said.append(r.url))
+        tab.goto(path.as_uri())
+        assert tab.title().startswith("stage 1, stage 2 and ")
+        assert tab.evaluate("[...document.images].every(image => image.complete && image.naturalWidth)")
+        # Several of the Tab key's stops are sentences; the figures show while one has the focus.
+        sentence = tab.locator(".paragraph .s").first
+        tip = sentence.locator(".tip")
+        assert not tip.is_visible()
+        sentence.focus()
+        assert tip.is_visible() and "Truth score: 20.0 %" in tip.inner_text()
+        # A prompt of the long table leads to its card, though that is folded away.
+        worst = tab.locator("#suite-fruit-worst article").first
+        assert not worst.is_visible()
+        tab.locator("#suite-fruit-prompts summary").click()
+        tab.locator(f'#suite-fruit-prompts a[href="#{worst.get_attribute("id")}"]').click()
+        worst.wait_for(state="visible", timeout=5000)
+        words = tab.locator("table.sortable thead button", has_text="words")
+        words.press("Enter")
+        first = tab.locator("table.sortable tbody tr").first.locator("td").nth(2)
+        shortest = int(first.inner_text())
+        words.press("Enter")
+        assert shortest < int(first.inner_text())
+        tab.set_viewport_size({"width": 380, "height": 700})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
+        bare = browser.new_page(java_script_enabled=False)
+        bare.goto(path.as_uri())
+        bare.locator("#suite-fruit-worst > summary").click()
+        assert bare.locator("#suite-fruit-worst article").first.is_visible(), "it can be read without a script"
     assert said == []

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import chromium, in_browser
 from conftest import ROOT
 from data_fixtures import as_json, encoded, picture, sample, synthetic_index, write_tar
 
@@ -24,7 +25,6 @@ from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import TokenCounter, expand_shards, load_index, read_sample, write_shards
 from paradiffusion.errors import UserError
 
-CHROMIUM = Path("/usr/bin/chromium")
 NASTY = "<script>document.title='broken'</script> & \x07 <img src=x onerror=alert(1)>"
 # A token is a letter: unlike words, so that the two cannot be taken for each other.
 LETTERS = TokenCounter("letters", lambda texts: [len(text) for text in texts])
@@ -175,40 +175,28 @@ def test_images_of_unknown_size() -> None:
     assert images.known == 0 and images.short_side is None and images.aspect is None
 
 
+@in_browser
 def test_page_is_shown_by_a_browser(found: tuple[BatchPlan, Inspection], tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(inspection_page(found[1]), encoding="utf-8")
-    if not CHROMIUM.exists():
-        pytest.skip("no Chromium here")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    arguments = [
-        "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync",
-    ]  # fmt: skip
     said: list[str] = []
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
-        try:
-            tab = browser.new_page(viewport={"width": 1000, "height": 800})
-            tab.on("console", lambda message: said.append(message.text))
-            tab.on("pageerror", lambda error: said.append(str(error)))
-            tab.on(
-                "request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append("net")
-            )
-            tab.goto(page.as_uri())
-            assert tab.title() == "Data: test", "a caption's markup is text"
-            assert tab.locator("#samples article").count() == 86
-            assert all(tab.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)"))
-            assert NASTY.split()[0] in tab.inner_text("#samples")
-            for link in tab.locator("nav a").all():
-                link.click()
-                assert tab.locator(str(link.get_attribute("href"))).is_visible()
-            tab.set_viewport_size({"width": 380, "height": 700})
-            assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
-            names = tab.locator("td:first-child").evaluate_all("cells => cells.map(cell => cell.clientWidth)")
-            assert min(names) >= 100, "a row's name is not squeezed to a letter a line"
-        finally:
-            browser.close()
+    with chromium() as browser:
+        tab = browser.new_page(viewport={"width": 1000, "height": 800})
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append("net"))
+        tab.goto(page.as_uri())
+        assert tab.title() == "Data: test", "a caption's markup is text"
+        assert tab.locator("#samples article").count() == 86
+        assert all(tab.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)"))
+        assert NASTY.split()[0] in tab.inner_text("#samples")
+        for link in tab.locator("nav a").all():
+            link.click()
+            assert tab.locator(str(link.get_attribute("href"))).is_visible()
+        tab.set_viewport_size({"width": 380, "height": 700})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
+        names = tab.locator("td:first-child").evaluate_all("cells => cells.map(cell => cell.clientWidth)")
+        assert min(names) >= 100, "a row's name is not squeezed to a letter a line"
     assert said == []
 
 

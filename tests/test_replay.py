@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from browser import chromium, in_browser
 from conftest import ROOT
 from data_fixtures import encoded
 from PIL import Image
@@ -32,11 +33,6 @@ from paradiffusion.training.replay import Replay, ReplayOptions, replay
 from paradiffusion.training.seen import digest, line_of, read_seen
 
 Train = Callable[..., int]
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 RECORDED = ["log_samples=true", "log_every=1", "validate_every=100", "data.caption_dropout=0.4"]
 
 
@@ -106,31 +102,23 @@ def test_page_lines_and_pictures(stage: Path) -> None:
         assert 0 <= row["noise_share"] <= 1
 
 
+@in_browser
 def test_page_is_shown_by_a_browser(stage: Path, tmp_path: Path) -> None:
-    if not CHROMIUM.exists():
-        pytest.skip("no Chromium here")
-    sync_api = pytest.importorskip("playwright.sync_api")
     found, page = replay_here(f"run={stage}", "step=3", f"output={tmp_path}")
     said: list[str] = []
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        try:
-            tab = browser.new_page(viewport={"width": 900, "height": 700})
-            tab.on("console", lambda message: said.append(message.text))
-            tab.on("pageerror", lambda error: said.append(str(error)))
-            tab.on(
-                "request", lambda asked: None if asked.url.startswith(("file:", "data:")) else said.append(asked.url)
-            )
-            tab.goto(page.as_uri())
-            assert tab.title() == found.title and "Identical" in tab.inner_text("[role=status]")
-            assert all(tab.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)"))
-            assert tab.locator("main article img").count() == 4 == tab.locator("svg circle").count()
-            tab.locator("svg a").last.click()  # A dot leads to its sample.
-            assert tab.locator(tab.evaluate("location.hash")).is_visible()
-            tab.set_viewport_size({"width": 380, "height": 700})
-            assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
-        finally:
-            browser.close()
+    with chromium() as browser:
+        tab = browser.new_page(viewport={"width": 900, "height": 700})
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda asked: None if asked.url.startswith(("file:", "data:")) else said.append(asked.url))
+        tab.goto(page.as_uri())
+        assert tab.title() == found.title and "Identical" in tab.inner_text("[role=status]")
+        assert all(tab.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)"))
+        assert tab.locator("main article img").count() == 4 == tab.locator("svg circle").count()
+        tab.locator("svg a").last.click()  # A dot leads to its sample.
+        assert tab.locator(tab.evaluate("location.hash")).is_visible()
+        tab.set_viewport_size({"width": 380, "height": 700})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
     assert said == []
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import chromium, in_browser
 from conftest import wait_for
-from review_server import Server, at, chromium, decisions, in_browser, logged, started, until
+from review_server import Server, at, decisions, logged, started, until
 from tiny_clip import write_candidates
 
 from paradiffusion.curation.choosing.decisions import DecisionLog, read_decisions

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from browser import chromium, in_browser
 from conftest import ROOT, wait_for
 from vote_studies import HOSTILE, SECRET, pixels_of, study_of, write_picture
 
@@ -26,12 +27,6 @@ from paradiffusion.evaluation.votes.server import Voting, make_server, open_keys
 from paradiffusion.evaluation.votes.store import Store
 from paradiffusion.evaluation.votes.study import Study
 
-CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-in_browser = pytest.mark.skipif(not CHROMIUM.exists(), reason="needs /usr/bin/chromium")
 Answer = tuple[int, bytes, dict[str, str]]
 
 
@@ -375,11 +370,8 @@ class Server:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        yield chromium
-        chromium.close()
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture

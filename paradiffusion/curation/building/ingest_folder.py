@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from paradiffusion.curation.building.cleaning import decode_text
-from paradiffusion.curation.building.items import Columns, Item, key_of, pick_captions, pick_extra
+from paradiffusion.curation.building.items import Columns, Item, add_text, key_of, pick_captions, pick_extra
 from paradiffusion.curation.building.pictures import EXTENSIONS
 from paradiffusion.curation.building.places import Place
 
@@ -116,21 +114,9 @@ def _sidecars(found: _Found) -> tuple[dict[str, Any], list[str]]:
     for kind, name in _text_names(found).items():
         try:
             with open(os.path.join(os.path.dirname(found.path), name), "rb") as file:
-                text, encoding = decode_text(file.read(_MAX_SIDECAR))
+                data = file.read(_MAX_SIDECAR)
         except OSError:
             notes.append("text beside the image cannot be read")
             continue
-        if encoding == "cp1252":
-            notes.append("text not UTF-8, read as cp1252")
-        if kind != "json":
-            fields[kind] = text
-            continue
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError):
-            content = None
-        if isinstance(content, dict):
-            fields.update(content)
-        else:
-            notes.append("JSON beside the image is damaged")
+        add_text(fields, notes, kind, data, kind == "json")
     return fields, notes

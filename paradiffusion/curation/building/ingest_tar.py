@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from paradiffusion.curation.building.cleaning import decode_text
 from paradiffusion.curation.building.ingest_table import fields_of_table
-from paradiffusion.curation.building.items import Columns, Item, key_of, pick_captions, pick_extra, text_of
+from paradiffusion.curation.building.items import Columns, Item, add_text, key_of, pick_captions, pick_extra, text_of
 from paradiffusion.curation.building.pictures import EXTENSIONS
 from paradiffusion.curation.building.places import Place
 from paradiffusion.errors import UserError
@@ -95,19 +93,7 @@ def _fields(path: Path, members: Members) -> tuple[dict[str, Any], list[str]]:
             if kind not in _TEXTS or size > _MAX_TEXT:
                 continue
             file.seek(offset)
-            text, encoding = decode_text(file.read(size))
-            notes += ["text not UTF-8, read as cp1252"] if encoding == "cp1252" else []
-            if kind != "json":
-                fields[extension] = text
-                continue
-            try:
-                content = json.loads(text)
-            except (ValueError, RecursionError):
-                content = None
-            if isinstance(content, dict):
-                fields.update(content)
-            else:
-                notes.append("JSON beside the image is damaged")
+            add_text(fields, notes, extension, file.read(size), kind == "json")
     return fields, notes
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from paradiffusion.curation.building.cleaning import decode_text
 from paradiffusion.curation.building.pictures import EXTENSIONS
 from paradiffusion.curation.building.places import Place
 
@@ -168,3 +169,22 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
     return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+def add_text(fields: dict[str, Any], notes: list[str], name: str, data: bytes, is_json: bool) -> None:
+    """Add to ``fields`` what a text file beside an image holds: its text under ``name``, or all of a JSON object; and to
+    ``notes`` what was odd about it."""
+    text, encoding = decode_text(data)
+    if encoding == "cp1252":
+        notes.append("text not UTF-8, read as cp1252")
+    if not is_json:
+        fields[name] = text
+        return
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        content = None
+    if isinstance(content, dict):
+        fields.update(content)
+    else:
+        notes.append("JSON beside the image is damaged")
