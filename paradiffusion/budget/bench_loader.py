@@ -6,11 +6,13 @@ import datetime
 import io
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,9 +132,13 @@ class Child:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
         self.process = subprocess.Popen(
             command(name, python, settings), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-            cwd=ROOT, env=environment(),
+            cwd=ROOT, env=environment(), start_new_session=True,
         )  # fmt: skip
-        self.answer()
+        try:
+            self.answer()
+        except BaseException:
+            self.close()
+            raise
 
     def ask(self, count: int, work: float = 0.0) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -152,8 +158,11 @@ class Child:
         raise UserError(f"the {self.name} reader ended before its turn ({last}); try it alone to see more.")
 
     def close(self) -> None:
-        self.process.kill()
+        """End it with its workers: some libraries' outlive it, and would slow whatever is measured next."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.log.close()
 
 
 def command(name: str, python: str, settings: ReaderSettings) -> list[str]:
@@ -183,10 +192,12 @@ def measure(settings: LoaderBench, folder: Path, step_seconds: float, count: Any
                 f"{settings.streaming_python} cannot write Streaming's shards ({last}); expected an environment with "
                 "mosaicml-streaming, webdataset, and torch and torchvision of one release."
             )
-    children = [Child(name, python, reading) for name, python in pythons.items()]
-    rates: dict[str, list[float]] = {child.name: [] for child in children}
-    keys: dict[str, list[list[str]]] = {child.name: [] for child in children}
+    children: list[Child] = []
+    rates: dict[str, list[float]] = {name: [] for name in pythons}
+    keys: dict[str, list[list[str]]] = {name: [] for name in pythons}
     try:
+        for name, python in pythons.items():
+            children.append(Child(name, python, reading))
         for turn in tqdm(range(settings.repeats), desc="rounds", unit="round"):
             for child in children[turn % len(children) :] + children[: turn % len(children)]:
                 answer = child.ask(settings.batches)
