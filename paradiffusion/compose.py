@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from paradiffusion.config import SampleConfig, SourceConfig, TextEncoderConfig, TrainConfig
 from paradiffusion.errors import UserError
+from paradiffusion.machine import settled_precision
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FLAGS = ("--cfg",)
@@ -47,7 +48,9 @@ def compose_train(arguments: list[str], beside: Sequence[str] = ()) -> TrainConf
     Args:
         beside: keys that the script takes besides, for the hint at an unknown one.
     """
-    return _compose("train", TrainConfig, arguments, beside)
+    config = _compose("train", TrainConfig, arguments, beside)
+    config.precision = settled_precision(config.precision)
+    return config
 
 
 def compose_sample(arguments: list[str]) -> SampleConfig:

@@ -47,7 +47,7 @@ __all__ = [
 
 DTYPES = ("float32", "bfloat16", "float16")
 TRAIN_TEXT = ("frozen", "lora", "adapter")
-PRECISIONS = ("fp32", "bf16")  # fp16 would need its loss scale in every checkpoint
+PRECISIONS = ("fp32", "bf16", "auto")  # fp16 would need its loss scale in every checkpoint
 
 
 @dataclass
@@ -220,6 +220,10 @@ class TrainConfig:
         recipe: a set of values for one kind of machine (configs/recipe), merged after preset and stage.
         batch_size, micro_batch_size: samples of one optimiser step over all processes, and of one process at once;
             accumulation is their whole-number ratio over the processes.
+        repeats: noise levels at which each sample of a batch is seen; its text is read, and its image encoded, once for all.
+        precision: "fp32", "bf16", or "auto": bf16 on GPUs and on processors with instructions for it, else fp32.
+        keep_gb: keep text features and latents of the frozen models in memory, made once, while each process has so many GB of
+            them; 0 to make them in every epoch.
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
         compile, channels_last: torch.compile of the U-Net, and its memory layout; neither changes what is computed.
         preflight: one step of the largest bucket with the longest captions, validation and a save, reported and undone.
@@ -240,6 +244,8 @@ class TrainConfig:
     max_steps: int = 1000
     batch_size: int = 32
     micro_batch_size: int | None = None
+    repeats: int = 1
+    keep_gb: float = 0.0
     precision: str = "fp32"
     gradient_checkpointing: bool = False
     threads: int | None = None
@@ -287,6 +293,8 @@ class TrainConfig:
         if self.ema_device is not None:
             choice("ema_device", self.ema_device, ("cpu",))
         positive("stall_seconds", self.stall_seconds)
+        positive("repeats", self.repeats)
+        positive("keep_gb", self.keep_gb, zero=True)
         for part in (
             self.text_encoder, self.conditioning, self.lora, self.unet, self.codec, self.objective, self.data, self.optimizer,
             self.sampler, self.validation, self.tracker,

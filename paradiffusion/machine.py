@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import torch
 
 
 def cores() -> int:
     """The processor cores that this process may run on; all of them where the system does not say (macOS)."""
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def settled_precision(precision: str) -> str:
+    """ "bf16" or "fp32" for "auto": bf16 where this machine multiplies it fast; elsewhere it is emulated, a hundred times slower."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    path = Path("/proc/cpuinfo")
+    flags = path.read_text().split() if path.is_file() else []
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32"

@@ -58,8 +58,9 @@ class ConditioningConfig:
             before it (LI-DiT, arXiv 2406.11831).
         refiner_width, refiner_layers, refiner_heads: its shape.
         refiner_kernel: tokens that the convolution in each of its blocks spans (odd; 0 for no convolution).
-        layout: let the refiner summarise the caption in its first token and paint from it a coarse first estimate of the
-            latents, which the U-Net takes as further input channels and corrects (see text/refiner.py).
+        layout_patch: latents along each side of the square that each query of the layout head estimates from the refined text
+            (models/layout.py); the U-Net takes the estimate as further input channels. 0 for no such head (the paper).
+        layout_layers: blocks of the layout head.
         prefix: an instruction put before each prompt; its own tokens are not given to the denoiser.
         mask_padding: False: padding is attended to and always goes to ``max_tokens`` (the paper); True: masked.
         pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens: 8 is what
@@ -74,7 +75,8 @@ class ConditioningConfig:
     refiner_layers: int = 2
     refiner_heads: int = 4
     refiner_kernel: int = 0
-    layout: bool = False
+    layout_patch: int = 0
+    layout_layers: int = 2
     prefix: str = ""
     mask_padding: bool = False
     pad_multiple: int = 8
@@ -85,6 +87,12 @@ class ConditioningConfig:
         choice("conditioning.projection", self.projection, ("linear", "refiner"))
         positive("conditioning.max_tokens", self.max_tokens)
         positive("conditioning.pad_multiple", self.pad_multiple)
+        positive("conditioning.layout_patch", self.layout_patch, zero=True)
+        positive("conditioning.layout_layers", self.layout_layers)
+        if self.layout_patch and self.projection != "refiner":
+            raise UserError(
+                "conditioning.layout_patch needs the refiner's tokens; set conditioning.projection=refiner, or 0."
+            )
         if self.projection == "refiner":
             positive("conditioning.refiner_layers", self.refiner_layers)
             if self.refiner_kernel < 0 or (self.refiner_kernel and self.refiner_kernel % 2 == 0):
@@ -185,6 +193,7 @@ class ObjectiveConfig:
         logit_mean, logit_std: of the logit-normal density; a positive mean favours high noise.
         min_snr_gamma: clip of the min-SNR loss weight (arXiv 2303.09556), or None for none.
         flow_shift: shift of the flow's sampling times towards high noise for large images (2403.03206, eq. 23).
+        layout_weight: of the layout head's squared error beside the diffusion loss.
     """
 
     name: str = "paper"
@@ -199,6 +208,7 @@ class ObjectiveConfig:
     logit_std: float = 1.0
     min_snr_gamma: float | None = None
     flow_shift: float = 1.0
+    layout_weight: float = 3.0
 
     def check(self) -> None:
         choice("objective.prediction", self.prediction, PREDICTIONS)
@@ -211,6 +221,7 @@ class ObjectiveConfig:
             )
         positive("objective.logit_std", self.logit_std)
         positive("objective.flow_shift", self.flow_shift)
+        positive("objective.layout_weight", self.layout_weight, zero=True)
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UserError(
                 "objective.zero_terminal_snr=true cannot be trained with objective.prediction=epsilon, since at pure noise "

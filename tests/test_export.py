@@ -27,7 +27,7 @@ LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "rank_p
 MODERN = {
     "conditioning": ConditioningConfig(
         name="modern", layer_tap="mean", projection="refiner", refiner_width=16, refiner_layers=1, refiner_heads=2,
-        layout=True, mask_padding=True, max_tokens=32,
+        layout_patch=2, mask_padding=True, max_tokens=32,
     ),
     "objective": ObjectiveConfig(prediction="flow"),
     "unet": UNetConfig(coordinates=2, pooled_text=True),

@@ -8,12 +8,11 @@ import torch
 from paradiffusion.text.refiner import Refiner, rotary
 
 
-@pytest.fixture(params=[(0, 0), (3, 0), (3, 4)], ids=["attention", "convolution", "layout"])
+@pytest.fixture(params=[0, 3], ids=["attention", "convolution"])
 def refiner(request: pytest.FixtureRequest) -> Refiner:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        kernel, layout = request.param
-        return Refiner(12, width=16, layers=2, heads=2, kernel=kernel, layout=layout).eval()
+        return Refiner(12, width=16, layers=2, heads=2, kernel=request.param).eval()
 
 
 @pytest.fixture
@@ -74,47 +73,4 @@ def test_statistics_come_from_real_tokens_and_undo_channel_scales(refiner: Refin
 def test_a_constant_channel_does_not_divide_by_zero(refiner: Refiner, features: torch.Tensor) -> None:
     features[..., 3] = 2.0
     refiner.set_statistics(features, None)
-    assert torch.isfinite(refiner(features)).all()
-
-
-@torch.no_grad()
-def test_the_layout_is_painted_from_the_summary_alone_at_any_size(features: torch.Tensor) -> None:
-    torch.manual_seed(0)
-    refiner = Refiner(12, width=16, layers=1, heads=2, layout=4).eval()
-    refined = refiner(features)
-    small, large = refiner.paint(refined, 4, 6), refiner.paint(refined, 8, 12)
-    assert small.shape == (2, 4, 4, 6) and large.shape == (2, 4, 8, 12)
-    halved = torch.nn.functional.avg_pool2d(large, 2)
-    torch.testing.assert_close(halved, small, atol=0.15 * float(small.std()), rtol=0.15)  # one picture, twice as fine
-    other = torch.cat([refined[:, :1], torch.zeros_like(refined[:, 1:])], dim=1)
-    torch.testing.assert_close(refiner.paint(other, 4, 6), small)
-    assert float((small[0] - small[1]).abs().max()) > 1e-3, "every caption paints the same"
-    # A single cosine down the rows and none across: what the amplitudes mean.
-    assert refiner.layout is not None
-    refiner.layout.weight.zero_()
-    refiner.layout.bias.zero_()
-    refiner.layout.bias[4] = 1.0  # channel 0, wave 1 down, wave 0 across
-    down = torch.cos(torch.pi * (torch.arange(4) + 0.5) / 4)
-    torch.testing.assert_close(refiner.paint(refined, 4, 6)[0, 0], down[:, None].expand(4, 6))
-
-
-@torch.no_grad()
-def test_the_summary_is_standardised_over_captions(features: torch.Tensor) -> None:
-    refiner = Refiner(12, width=16, layers=1, heads=2, layout=4).eval()
-    assert refiner.summary is not None
-    captions = torch.cat([features, features.flip(1) * 0.5, features * 2 + 1])
-    refiner.set_statistics(captions, None)
-    means = (captions.mean(1) - refiner.caption_mean) / refiner.caption_std
-    torch.testing.assert_close(means.mean(0), torch.zeros(12), atol=1e-5, rtol=0)
-    torch.testing.assert_close(means.std(0), torch.ones(12), atol=1e-4, rtol=0)
-    torch.testing.assert_close(refiner(captions)[:, 0], refiner.summary(means))
-
-
-@torch.no_grad()
-def test_captions_that_are_all_alike_blow_nothing_up(features: torch.Tensor) -> None:
-    refiner = Refiner(12, width=16, layers=1, heads=2, layout=4).eval()
-    alike = features[:1].repeat(8, 1, 1)
-    refiner.set_statistics(alike + 1e-7 * torch.randn(alike.shape, generator=torch.Generator().manual_seed(0)), None)
-    other = (features[1:].mean(1) - refiner.caption_mean) / refiner.caption_std
-    assert other.abs().max() < 10, "any other caption is blown up"
     assert torch.isfinite(refiner(features)).all()

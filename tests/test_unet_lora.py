@@ -94,7 +94,7 @@ def test_a_plain_checkpoint_starts_an_adapter_and_merging_leads_back(arguments: 
 
 def test_what_a_pretrained_unet_cannot_know_is_trained_whole() -> None:
     refiner = {"projection": "refiner", "refiner_width": 16, "refiner_layers": 1, "refiner_heads": 2}
-    conditioning = ConditioningConfig(name="modern", mask_padding=True, layout=True, **refiner)  # type: ignore[arg-type]
+    conditioning = ConditioningConfig(name="modern", mask_padding=True, layout_patch=2, **refiner)  # type: ignore[arg-type]
     whole = {n for n in make(TINY_UNET, conditioning=conditioning).trained() if ".lora_" not in n}
     assert {"unet.conv_in.weight", "unet.encoder_hid_proj.weight", "refiner.embed.weight"} <= whole
     assert not any("down_blocks" in n for n in whole)
@@ -147,7 +147,7 @@ def test_a_bfloat16_unet_takes_fp32_inputs(arguments: dict[str, Any]) -> None:
 
 def test_a_bfloat16_refiner_takes_fp32_features() -> None:
     refiner = {"projection": "refiner", "refiner_width": 16, "refiner_layers": 1, "refiner_heads": 2}
-    conditioning = ConditioningConfig(name="modern", mask_padding=True, layout=True, **refiner)  # type: ignore[arg-type]
+    conditioning = ConditioningConfig(name="modern", mask_padding=True, layout_patch=2, **refiner)  # type: ignore[arg-type]
     joint, batch = make(TINY_UNET, rank=0, conditioning=conditioning), a_batch()
     loss, _ = joint(batch)
     assert joint.to(torch.bfloat16)(batch)[0].item() == pytest.approx(loss.item(), rel=0.02)

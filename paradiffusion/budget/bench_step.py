@@ -115,7 +115,7 @@ def given_step(setup: Setup, batch: Batch) -> Callable[[int], object]:
 
     def step(number: int) -> None:
         try:
-            loss, _ = setup.engine.model(inputs)
+            loss = setup.engine.model(inputs).total
             setup.engine.backward(loss)
             setup.engine.clip()
             setup.engine.update()

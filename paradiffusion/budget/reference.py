@@ -75,7 +75,7 @@ class PlainTrainer:
                 inputs["features"] = encoder(ids, id_mask, prefix)
         else:
             inputs |= {"ids": ids, "id_mask": id_mask, "prefix": prefix}
-        loss, _ = setup.engine.model(LossBatch(**inputs))
+        loss = setup.engine.model(LossBatch(**inputs)).total
         setup.accelerator.backward(loss)
         setup.accelerator.clip_grad_norm_(self.parameters, setup.config.optimizer.max_grad_norm)
         self.optimizer.step()

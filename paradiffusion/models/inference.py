@@ -62,6 +62,7 @@ class InferenceModels:
     this object lives, of the latest ``KEPT_PROMPTS`` others until newer ones come. Weights that change need a new object.
 
     Attributes:
+        estimated: the features that the layout head read last, the size that it was asked for, and its estimate.
         offload: keep the text encoder on the CPU but while prompts are encoded.
         multiple: an image's sides must be multiples of this many pixels.
         resolution: default height and width.
@@ -80,6 +81,7 @@ class InferenceModels:
     provenance: dict[str, Any]
     offload: bool = False
     kept: dict[str, Tensor] = field(default_factory=dict)
+    estimated: tuple[Tensor, torch.Size, Tensor | None] | None = None
 
     @property
     def latent_channels(self) -> int:
@@ -149,7 +151,12 @@ class InferenceModels:
     @torch.no_grad()
     def denoise(self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
         """The denoiser's prediction, [B, C, h, w]."""
-        return self.joint.denoise(latents, times, features, mask)
+        size = latents.shape[-2:]
+        if (
+            self.estimated is None or self.estimated[0] is not features or self.estimated[1] != size
+        ):  # once for all steps
+            self.estimated = features, size, self.joint.estimate(features, mask, *size)
+        return self.joint.denoise(latents, times, features, mask, self.estimated[2])
 
     def tune(
         self,

@@ -23,9 +23,11 @@ def text_width(conditioning: ConditioningConfig, encoder_width: int) -> int:
     return conditioning.refiner_width if conditioning.projection == "refiner" else encoder_width
 
 
-def has_layout(conditioning: ConditioningConfig) -> bool:
-    """Whether the refined tokens paint a first estimate of the latents."""
-    return conditioning.layout and conditioning.projection == "refiner"
+def layout_arguments(conditioning: ConditioningConfig, latent_channels: int) -> dict[str, int] | None:
+    """The refiner's argument ``layout``: the layout head's shape, None for none."""
+    if not conditioning.layout_patch:
+        return None
+    return {"layers": conditioning.layout_layers, "patch": conditioning.layout_patch, "channels": latent_channels}
 
 
 def unet_arguments(
@@ -36,7 +38,7 @@ def unet_arguments(
         **config.arguments,
         "in_channels": codec.latent_channels
         + coordinate_channels(config.coordinates)
-        + codec.latent_channels * has_layout(conditioning),
+        + codec.latent_channels * bool(conditioning.layout_patch),
         "out_channels": codec.latent_channels,
         "encoder_hid_dim": text_width(conditioning, encoder_width),
         "encoder_hid_dim_type": "text_proj",

@@ -20,7 +20,9 @@ class RefinerModel(ModelMixin, ConfigMixin):
     """The refiner as a component that a pipeline saves and loads; see ``paradiffusion.text.refiner.Refiner``."""
 
     @register_to_config
-    def __init__(self, input_width: int, width: int, layers: int, heads: int, kernel: int = 0, layout: int = 0) -> None:
+    def __init__(
+        self, input_width: int, width: int, layers: int, heads: int, kernel: int = 0, layout: dict[str, int] | None = None
+    ) -> None:
         super().__init__()
         self.refiner = Refiner(input_width, width, layers, heads, kernel, layout)
 

@@ -7,17 +7,12 @@ beside the U-Net's own linear projection, which follows it.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Cosines along each side of the painted map: four tell a quarter of a picture from its neighbours.
-WAVES = 4
-# A channel whose mean differs less than this between captions, as a share of how it differs between tokens, tells them
-# apart by rounding alone. Of paragraphs it differs by 0.17 or more. Our choice.
-ALIKE = 0.01
+from paradiffusion.errors import UserError
+from paradiffusion.models.layout import LayoutHead
 
 
 def rotary(x: Tensor) -> Tensor:
@@ -73,22 +68,35 @@ class Refiner(nn.Module):
         input_width: D, the language model's width.
         width, layers, heads: shape of the transformer; ``width / heads`` must be even.
         kernel: tokens that each block's convolution spans, odd; 0 for none.
-        layout: latent channels of the map that ``paint`` draws from the summary; 0 for neither.
+        layout: arguments of the layout head that reads the refined features (models/layout.py); None for none.
+    Raises:
+        UserError: for a refiner of before, whose layout was painted from the mean of the features.
     """
 
-    def __init__(self, input_width: int, width: int, layers: int, heads: int, kernel: int = 0, layout: int = 0) -> None:
+    def __init__(
+        self,
+        input_width: int,
+        width: int,
+        layers: int,
+        heads: int,
+        kernel: int = 0,
+        layout: dict[str, int] | None = None,
+    ) -> None:
         super().__init__()
+        if layout and not isinstance(layout, dict):
+            raise UserError(
+                "this checkpoint's refiner paints its layout from the mean of the features, which this version no longer has; "
+                "train it anew (make demo), or use data/nano."
+            )
         self.mean: Tensor
         self.std: Tensor
-        self.caption_mean: Tensor
-        self.caption_std: Tensor
         self.config = {
             "input_width": input_width,
             "width": width,
             "layers": layers,
             "heads": heads,
             "kernel": kernel,
-            "layout": layout,
+            "layout": layout or None,
         }
         # A handful of channels of a language model's hidden states are hundreds of times larger than the rest. Statistics
         # per channel, taken once before training from real captions, bring all of them to one scale.
@@ -97,57 +105,20 @@ class Refiner(nn.Module):
         self.embed = nn.Linear(input_width, width)
         self.blocks = nn.ModuleList(RefinerBlock(width, heads, kernel) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
-        self.summary: nn.Sequential | None = None
-        self.layout: nn.Linear | None = None
-        if layout:
-            # The mean of a caption's features differs from caption to caption by a fraction of its size. Brought to unit
-            # variance over captions, what is said can be told from how it is said from the first step on.
-            self.register_buffer("caption_mean", torch.zeros(input_width))
-            self.register_buffer("caption_std", torch.ones(input_width))
-            self.summary = nn.Sequential(
-                nn.Linear(input_width, 2 * width), nn.GELU(), nn.Linear(2 * width, width), nn.GELU()
-            )
-            self.layout = nn.Linear(width, layout * WAVES**2)
+        self.layout = LayoutHead(width, heads, **layout) if layout else None
 
     def set_statistics(self, features: Tensor, mask: Tensor | None) -> None:
-        """Take mean and standard deviation per channel from ``features`` [B, L, D]: of its real tokens, and of the
-        captions' means."""
+        """Take mean and standard deviation per channel over the real tokens of ``features`` [B, L, D]."""
         rows = (features if mask is None else features[mask]).reshape(-1, features.shape[-1]).double()
         self.mean.copy_(rows.mean(0))
         self.std.copy_(rows.std(0).clamp_min(1e-6))
-        if self.summary is not None and len(features) > 1:
-            means = average(features.double(), mask)
-            self.caption_mean.copy_(means.mean(0))
-            # Captions that are all alike (one sentence for every picture) have no spread of their own, and any other text,
-            # such as a dropped caption's, would be blown up by it: a channel is then brought to its tokens' scale.
-            spread, scale = means.std(0), torch.where(self.std > 1e-6, self.std, 1.0).double()
-            self.caption_std.copy_(torch.where(spread > ALIKE * scale, spread, scale))
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, L, D] and mask [B, L] (True at real tokens, None to attend to padding) to [B, L, width].
-
-        With a summary, the first token (the start of the sequence, which says nothing of its own) gives its place to it.
-        """
+        """[B, L, D] and mask [B, L] (True at real tokens, None to attend to padding) to [B, L, width]."""
         x = self.embed((features - self.mean) / self.std)
         for block in self.blocks:
             x = block(x, mask)
-        refined = self.norm(x)
-        if self.summary is None:
-            return refined
-        standard = (average(features, mask) - self.caption_mean) / self.caption_std
-        return torch.cat([self.summary(standard)[:, None].to(refined.dtype), refined[:, 1:]], dim=1)
-
-    def paint(self, refined: Tensor, height: int, width: int) -> Tensor:
-        """A coarse first estimate of the latents from the summary alone, [B, C, height, width].
-
-        A sum of low cosines over the picture, whatever its size. The U-Net takes it as input and corrects it. It is the
-        short way from "at the top left" to the top left: attention must first learn which token a place should read,
-        and until then earns nothing from knowing where things belong.
-        """
-        assert self.layout is not None
-        amplitudes = self.layout(refined[:, 0]).view(len(refined), -1, WAVES, WAVES)
-        rows, columns = (cosines(side, amplitudes) for side in (height, width))
-        return torch.einsum("bcij,ih,jw->bchw", amplitudes, rows, columns)
+        return self.norm(x)
 
 
 def average(features: Tensor, mask: Tensor | None) -> Tensor:
@@ -156,10 +127,3 @@ def average(features: Tensor, mask: Tensor | None) -> Tensor:
         return features.mean(dim=1)
     shares = mask / mask.sum(dim=1, keepdim=True)
     return (features * shares[..., None].to(features)).sum(dim=1)
-
-
-def cosines(side: int, like: Tensor) -> Tensor:
-    """The first WAVES cosines of the discrete cosine transform at ``side`` points, [WAVES, side]."""
-    points = (torch.arange(side, device=like.device, dtype=torch.float32) + 0.5) / side
-    waves = torch.arange(WAVES, device=like.device, dtype=torch.float32)
-    return torch.cos(math.pi * waves[:, None] * points).to(like.dtype)

@@ -1,14 +1,15 @@
-"""A batch's latents and text features: computed by the frozen models, or taken from the cache that the readers brought."""
+"""A batch's latents and text features: computed by the frozen models, kept from an epoch before, or taken from the cache that
+the readers brought."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from paradiffusion.data.cache import StoredBatch
 from paradiffusion.data.cache_files import Entry
 from paradiffusion.data.loader import Batch, scale_pixels
 from paradiffusion.models.codec import Codec
@@ -44,25 +45,79 @@ def latent_shape(codec: Codec, batch: Batch) -> tuple[int, int, int]:
     return codec.latent_shape(*batch.pixels.shape[-2:])
 
 
-def latents_of(codec: Codec, batch: Batch, noise: Tensor | None, device: torch.device) -> Tensor:
+def latents_of(codec: Codec, batch: Batch, noise: Tensor | None, device: torch.device, memory: Memory | None) -> Tensor:
     """Latents [b, C, h, w], fp32; ``noise`` draws from the posterior, from a cached one too."""
     noise = None if noise is None else noise.to(device)
+    if memory is not None and (batch.stored is None or batch.stored.latents is None):
+        return codec.draw(*memory.latents(batch), noise)
     if batch.stored is not None and batch.stored.latents is not None:
         mean, std = batch.stored.latents.to(device, non_blocking=True)
         return codec.draw(mean, std, noise)
     return on_device(codec, device).encode(scale_pixels(batch.pixels.to(device, non_blocking=True)), noise)
 
 
+class Memory:
+    """What frozen models made of captions and images, kept in memory while it fits: made once, not in every epoch.
+
+    Each entry is made alone, so that it is the same to the bit whatever stands beside it, and after a resume.
+
+    Args:
+        gigabytes: what all entries together may take; further ones are made each time.
+    """
+
+    def __init__(self, encoder: TextEncoder, codec: Codec, gigabytes: float, device: torch.device) -> None:
+        self.encoder, self.codec, self.device = encoder, codec, device
+        self._room = gigabytes * 1e9
+        self._texts: dict[str, Entry] = {}
+        self._latents: dict[str, Tensor] = {}
+
+    def _fits(self, values: Tensor) -> bool:
+        fits = values.nbytes <= self._room
+        self._room -= values.nbytes * fits
+        return fits
+
+    @torch.no_grad()
+    def text(self, caption: str) -> Entry:
+        """Features [L, D] of a caption in bfloat16 on the CPU."""
+        if (found := self._texts.get(caption)) is not None:
+            return found
+        encoder = on_device(self.encoder, self.device)
+        tokens = encoder.tokenize([caption]).to(self.device)
+        length = int(tokens.mask.sum()) if encoder.settings.mask_padding else tokens.ids.shape[1]
+        features = encoder(tokens.ids[:, :length], tokens.mask[:, :length], tokens.prefix)[0]
+        entry = Entry(features.to("cpu", torch.bfloat16), tokens.lengths[0])
+        if self._fits(entry.values):
+            self._texts[caption] = entry
+        return entry
+
+    def latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The posterior's mean and standard deviation before scaling, [b, C, h, w] each; an image's crop is a function of its key."""
+        rows = []
+        for slot, key in enumerate(batch.keys):
+            stored = self._latents.get(key)
+            if stored is None:
+                pixels = scale_pixels(batch.pixels[slot : slot + 1].to(self.device))
+                stored = torch.cat(on_device(self.codec, self.device).posterior(pixels)).cpu()  # [2, C, h, w]
+                if batch.weights[slot] > 0 and self._fits(stored):
+                    self._latents[key] = stored
+            rows.append(stored)
+        mean, std = torch.stack(rows, dim=1).to(self.device)
+        return mean, std
+
+
 def stored_text(
-    encoder: TextEncoder, stored: StoredBatch, captions: list[str], null: Entry, device: torch.device
+    encoder: TextEncoder, made: Callable[[str, int], Entry], captions: list[str], device: torch.device
 ) -> TextInputs:
-    """Cached features padded as ``TextEncoder.tokenize`` pads ids; a dropped caption, which is empty, is the null prompt.
+    """Features that are there already, padded as ``TextEncoder.tokenize`` pads ids.
 
     Where padding is masked, its features are zeros: nothing reads them.
+
+    Args:
+        made: the features of a caption, and the first slot that has it, to its entry. A dropped caption is empty.
     """
     settings, limit = encoder.settings, encoder.limit
     different = {caption: slot for slot, caption in reversed(list(enumerate(captions)))}
-    entries = [stored.text(slot) if caption else null for caption, slot in different.items()]
+    entries = [made(caption, slot) for caption, slot in different.items()]
     numbers = {caption: number for number, caption in enumerate(different)}
     rows = torch.tensor([numbers[caption] for caption in captions])
     real = torch.tensor([min(entry.length, limit) for entry in entries])  # [U]
@@ -73,7 +128,7 @@ def stored_text(
     mask = (torch.arange(width) < real[:, None]).to(device) if settings.mask_padding else None
     places = rows.to(device)
     return TextInputs(
-        features=features.to(device)[places],
+        features=features.to(device)[places].float(),
         mask=None if mask is None else mask[places],
         tokens=int(real[rows].sum()) + len(captions) * len(encoder.prefix_ids),
         truncated=sum(entries[row].length > limit for row in rows.tolist()),

@@ -12,12 +12,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.config import TrainConfig
+from paradiffusion.data.cache_files import Entry
 from paradiffusion.data.loader import Batch, Loader
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import LossBatch
@@ -67,36 +69,41 @@ class Stop:
         return self.requested
 
 
-def draw_noise(seed: int, step: int, slots: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
-    """Noise [b, *shape], each sample's a function of (seed, step, slot)."""
-    generators = [torch.Generator().manual_seed(seed_from(what, seed, step, int(slot))) for slot in slots]
+def draw_noise(seed: int, step: int, slots: Tensor, shape: tuple[int, ...], what: str, repeats: int = 1) -> Tensor:
+    """Noise [repeats * b, *shape], the first repeat of all samples first: a function of (seed, step, slot, repeat)."""
+    parts = [(int(slot), repeat) if repeat else (int(slot),) for repeat in range(repeats) for slot in slots]
+    generators = [torch.Generator().manual_seed(seed_from(what, seed, step, *part)) for part in parts]
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def draw_uniform(seed: int, step: int, slots: Tensor, batch_size: int) -> Tensor:
-    """Numbers in [0, 1), [b], spread evenly over the global batch (arXiv 2107.00630, appendix I.1): the loss of a step
-    then varies less. Slots are sorted by caption length, so which slot gets which part is shuffled."""
-    places = permutation(batch_size, "times", seed, step)[slots.numpy()]
-    return torch.from_numpy((uniform("times", seed, step) + places) / batch_size % 1)
+def draw_uniform(seed: int, step: int, slots: Tensor, batch_size: int, repeats: int = 1) -> Tensor:
+    """Numbers in [0, 1), [repeats * b], spread evenly over the global batch (arXiv 2107.00630, appendix I.1): the loss of a
+    step then varies less. Slots are sorted by caption length, so which slot gets which part is shuffled."""
+    count = batch_size * repeats
+    order = permutation(count, "times", seed, step)
+    places = np.concatenate([order[slots.numpy() + batch_size * repeat] for repeat in range(repeats)])
+    return torch.from_numpy((uniform("times", seed, step) + places) / count % 1)
 
 
 def prepare(setup: Setup, batch: Batch, meters: Meters) -> LossBatch:
     """Images and captions, or what is cached of them, to latents, noise, times and conditioning."""
     config, device = setup.config, setup.accelerator.device
     shape = latent_shape(setup.codec, batch)
-    noise = draw_noise(config.seed, batch.step, batch.slots, shape, "noise")
-    u = draw_uniform(config.seed, batch.step, batch.slots, config.batch_size)
+    noise = draw_noise(config.seed, batch.step, batch.slots, shape, "noise", config.repeats)
+    u = draw_uniform(config.seed, batch.step, batch.slots, config.batch_size, config.repeats)
     posterior = draw_noise(config.seed, batch.step, batch.slots, shape, "posterior") if config.codec.sample else None
     common: dict[str, Any] = {
-        "latents": latents_of(setup.codec, batch, posterior, device),
+        "latents": latents_of(setup.codec, batch, posterior, device, setup.memory),
         "noise": noise.to(device),
         "times": setup.joint.objective.times(u).to(device),
         "weights": batch.weights.to(device),
+        "told": torch.tensor([bool(caption) for caption in batch.captions], device=device),
     }
     meters.samples += len(batch.captions)
     meters.bad += len(batch.bad)
-    if setup.cache is not None and setup.cache.null is not None and batch.stored is not None:
-        text = stored_text(setup.encoder, batch.stored, batch.captions, setup.cache.null, device)
+    made = made_text(setup, batch)
+    if made is not None:
+        text = stored_text(setup.encoder, made, batch.captions, device)
         meters.tokens += text.tokens
         meters.truncated += text.truncated
         return LossBatch(**common, mask=text.mask, features=text.features)
@@ -115,6 +122,16 @@ def prepare(setup: Setup, batch: Batch, meters: Meters) -> LossBatch:
     with torch.no_grad():
         encoder = on_device(setup.encoder, device)
         return LossBatch(**common, features=encoder(tokens.ids, tokens.mask, tokens.prefix)[rows])
+
+
+def made_text(setup: Setup, batch: Batch) -> Callable[[str, int], Entry] | None:
+    """Where the features of the batch's captions are to be had without running the language model on all of them, if anywhere."""
+    stored, null, memory = batch.stored, setup.cache.null if setup.cache else None, setup.memory
+    if stored is not None and null is not None:
+        return lambda caption, slot: stored.text(slot) if caption else null
+    if memory is not None and setup.joint.text_encoder is None:
+        return lambda caption, _: memory.text(caption)
+    return None
 
 
 def train(config: TrainConfig) -> int:
@@ -208,10 +225,10 @@ def step_gradients(
         The loss over all processes, the gradient norm before clipping (None where only the update tells), this
         process's keys, and whether any process was asked to stop.
     """
-    engine, watch, step = setup.engine, setup.watch, setup.state.step
+    config, engine, watch, step = setup.config, setup.engine, setup.watch, setup.state.step
     keys: list[str] = []
     total = torch.zeros((), device=setup.accelerator.device)
-    measured = []
+    measured, layouts = [], []
     for micro in range(setup.micro_batches):
         watch.beat("data", step, setup.expected_keys(step, micro))
         waiting = time.monotonic()
@@ -222,11 +239,12 @@ def step_gradients(
         inputs = prepare(setup, batch, meters)
         watch.beat("forward", step)
         with engine.accumulating(micro == setup.micro_batches - 1):
-            loss, errors = setup.engine.model(inputs)
+            losses = setup.engine.model(inputs)
             watch.beat("backward", step)
-            engine.backward(loss)
-        total += loss.detach() / setup.micro_batches
-        measured.append((errors, inputs.times, batch))
+            engine.backward(losses.total)
+        total += losses.diffusion / setup.micro_batches
+        measured.append((losses.errors, inputs.times, batch))
+        layouts.append(losses.layout)
     norm = engine.clip()
     watch.beat("wait", step)
     mean, stopping = setup.agree(total, stop())
@@ -235,13 +253,15 @@ def step_gradients(
         good = batch.weights > 0
         words = [count for count, ok in zip(batch.words, good.tolist(), strict=True) if ok]
         share = times.cpu() / setup.joint.objective.config.train_timesteps
-        meters.add_errors(errors.cpu()[good], share[good], words)
+        every = good.repeat(config.repeats)
+        meters.add_errors(errors.cpu()[every], share[every], words * config.repeats)
         if not setup.config.data.streaming:  # Where another order than the plan's comes.
             meters.choices += setup.plan.choices(step, batch.slots[good].numpy())
     if setup.key_log is not None:
         rank, world = setup.accelerator.process_index, setup.accelerator.num_processes
         setup.key_log.write(line_of(step, rank, world, [batch for _, _, batch in measured]))
         setup.key_log.flush()
+    meters.layouts += [float(layout) for layout in layouts if layout is not None]
     setup.measured = measured
     return mean, norm, keys, stopping
 

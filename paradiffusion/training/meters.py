@@ -38,6 +38,7 @@ class Meters:
     def reset(self) -> None:
         self.errors: list[tuple[float, float, int]] = []  # loss, time in 0..1, words
         self.choices: Counter[tuple[str, str, str]] = Counter()  # source, caption kind drawn, caption kind read
+        self.layouts: list[float] = []  # the layout head's loss of each micro-batch
         self.tokens = self.samples = self.truncated = self.bad = self.steps = 0
         self.waited = self.gradient = 0.0
         self.started = time.monotonic()
@@ -63,6 +64,8 @@ class Meters:
             "seconds_per_step": seconds / max(gathered[0]["steps"], 1),
             "memory_gb": max(part["memory"] for part in gathered),
         }
+        if layouts := [loss for part in gathered for loss in part["layouts"]]:
+            record["loss_layout"] = sum(layouts) / len(layouts)
         bins: dict[str, list[float]] = defaultdict(list)
         for loss, at, words in errors:
             index = min(int(at * TIME_BINS), TIME_BINS - 1)
@@ -75,7 +78,7 @@ class Meters:
     def export(self) -> dict[str, Any]:
         """This process's sums, ready to be gathered."""
         seconds = time.monotonic() - self.started
-        keys = ("errors", "choices", "tokens", "samples", "truncated", "bad", "steps", "waited", "gradient")
+        keys = ("errors", "layouts", "choices", "tokens", "samples", "truncated", "bad", "steps", "waited", "gradient")
         return {**{key: getattr(self, key) for key in keys}, "seconds": seconds, "memory": memory_gb()}
 
 
@@ -139,7 +142,8 @@ def log_line(config: TrainConfig, step: int, record: dict[str, Any]) -> str:
     left = (config.max_steps - step) * record["seconds_per_step"]
     line = (
         f"stage {config.stage}  step {step:>6}/{config.max_steps}  loss {record['loss']:.4f}  "
-        f"{record['samples_per_second']:6.1f} samples/s  {record['tokens_per_second']:6.0f} tokens/s  "
+        + (f"layout {record['loss_layout']:.4f}  " if "loss_layout" in record else "")
+        + f"{record['samples_per_second']:6.1f} samples/s  {record['tokens_per_second']:6.0f} tokens/s  "
         f"data wait {record['data_wait']:4.0%}  truncated {record['truncated']:5.1%}  grad {record['gradient_norm']:.2f}  "
         f"lr {record['learning_rate']:.1e}  mem {record['memory_gb']:.1f} GB  left {human_time(left)}"
     )

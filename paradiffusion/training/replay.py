@@ -207,7 +207,7 @@ def replay_batches(setup: Setup, world: int, output: Path) -> tuple[list[Replaye
                 digests.update({seen.slot: seen for seen in seen_in(batch)})
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     inputs = prepare(setup, batch, Meters())
-                    loss, errors = setup.joint(inputs)
+                    _, loss, errors, _ = setup.joint(inputs)
                 total += float(loss) / (world * setup.micro_batches)
                 samples += samples_of(
                     batch, rank, inputs.times.cpu(), errors.cpu(), setup.encoder, setup.plan,

@@ -31,6 +31,7 @@ from paradiffusion.models.starting import is_unet_folder
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.assembly import build_models
 from paradiffusion.training.cache_keys import check_cache, describe_cache, open_cache, spares_models
+from paradiffusion.training.cached_inputs import Memory
 from paradiffusion.training.checkpoint import TrainState, restore_checkpoint
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import (
@@ -61,6 +62,7 @@ class Setup:
             own weights under its LoRA. Only the main process, which writes, has them.
         micro_batches: per process and step.
         cache: latents and text features made beforehand, if there are any.
+        memory: what the frozen models made in this run, where it is kept.
         key_log: where what each step saw is written, if asked for.
         measured: of the last step's micro-batches in this process, each sample's loss, its time, and the batch.
     """
@@ -80,6 +82,7 @@ class Setup:
     micro_batches: int
     watch: Watch
     cache: Cache | None = None
+    memory: Memory | None = None
     key_log: IO[str] | None = None
     measured: list[tuple[Tensor, Tensor, Batch]] = field(default_factory=list)
 
@@ -247,6 +250,7 @@ def build(
     setup = Setup(
         config, folder, accelerator, plan, encoder, codec, joint, engine, ema, state, validation=None, frozen=frozen,  # type: ignore[arg-type]
         micro_batches=micro_batches, watch=watch, cache=cache,
+        memory=Memory(encoder, codec, config.keep_gb, accelerator.device) if config.keep_gb else None,
     )  # fmt: skip
     # Under ZeRO-3 each layer is gathered when it is used, by all processes together: all of them then do all of the work.
     rank, processes = (accelerator.process_index, accelerator.num_processes) if engine.whole else (0, 1)

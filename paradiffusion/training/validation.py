@@ -114,7 +114,7 @@ class Validation:
         tokens = encoder.tokenize([getattr(item, kind) for _, item in batch]).to(device)
         features = encoder(tokens.ids, tokens.mask, tokens.prefix)
         weights = torch.ones(len(batch), device=device)
-        return joint(LossBatch(latents, noise, times, weights, encoder.feature_mask(tokens), features))[1]
+        return joint(LossBatch(latents, noise, times, weights, encoder.feature_mask(tokens), features=features)).errors
 
     def grid(self, models: InferenceModels, path: Path) -> dict[str, float]:
         """Draw the first held-out prompts with fixed seeds into one picture, beside the true ones.
