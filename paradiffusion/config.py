@@ -185,16 +185,21 @@ class ValidationConfig:
         samples: held-out samples whose loss is taken at fixed noise, once with short and once with long captions.
         images: pictures drawn for the grid at fixed prompts and seeds; 0 for none.
         scenes: held-out scenes drawn and scored for alignment at the stage's end, where the shards carry ground truth.
+        paragraph: the kind of caption that pictures are drawn from; the longest one where a sample has none of it.
+        unseen: of these samples, how many are drawn and scored once more, from their captions of the kind "unseen", whose
+            wording no training caption has.
         batch_size: images per process at once.
     """
 
     samples: int = 64
     images: int = 8
     scenes: int = 0
+    paragraph: str = "clean"
+    unseen: int = 0
     batch_size: int = 32
 
     def check(self) -> None:
-        for key in ("samples", "images", "scenes"):
+        for key in ("samples", "images", "scenes", "unseen"):
             positive(f"validation.{key}", getattr(self, key), zero=True)
         positive("validation.batch_size", self.batch_size)
 

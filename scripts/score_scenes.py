@@ -1,6 +1,6 @@
-"""Draw held-out scenes from their paragraphs with a checkpoint, and score them beside chance and the true pictures.
+"""Draw held-out scenes from their paragraphs with a checkpoint, and score them beside the unbound score and the true pictures.
 
-    python scripts/score_scenes.py --ckpt data/nano [--scenes 200]
+    python scripts/score_scenes.py --ckpt data/nano [--scenes 200] [--kind clean] [--world small]
 
 The scenes are those of `make demo` (data/demo/val, made when missing), drawn with the nano preset's sampler settings.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from paradiffusion.data.demo_captions import KINDS
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
 
@@ -22,10 +23,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="data/nano", help="a run, a stage or a checkpoint")
     parser.add_argument("--scenes", type=int, default=200)
+    parser.add_argument("--kind", default="clean", choices=KINDS, help="the captions that are drawn from")
+    parser.add_argument("--world", default=None, help="data.world: small or large")
     parser.add_argument("--guidance", type=float, default=None, help="default: the nano preset's")
     options = parser.parse_args(arguments)
-    if options.scenes < 1:
-        raise UserError(f"--scenes {options.scenes} is out of range; expected a number above 0.")
     from paradiffusion.compose import compose_train
     from paradiffusion.evaluation.report import alignment_table
     from paradiffusion.models.inference import load_models
@@ -33,7 +34,14 @@ def main(arguments: list[str]) -> int:
     from paradiffusion.training.setup import open_data
     from paradiffusion.training.validation import Validation
 
-    config = compose_train(["stage=3", f"validation.scenes={options.scenes}", "validation.samples=0"])
+    overrides = [f"validation.scenes={options.scenes}", "validation.samples=0", f"validation.paragraph={options.kind}"]
+    overrides += [f"data.world={options.world}"] if options.world else []
+    config = compose_train(["stage=3", "validation.unseen=0", *overrides])
+    most = config.data.demo_sizes["val"]
+    if not 1 <= options.scenes <= most:
+        raise UserError(
+            f"--scenes {options.scenes} is out of range; expected 1 to {most}, the size of the held-out set."
+        )
     config.sampler.guidance = config.sampler.guidance if options.guidance is None else options.guidance
     models = load_models(resolve_checkpoint(options.ckpt))
     _, held_out = open_data(config)

@@ -1,4 +1,4 @@
-"""The judge of scenes: right on true pictures, near chance on those of others, and strict where it must be."""
+"""The judge of scenes: right on true pictures, strict where it must be; the unbound score and binding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from paradiffusion.data.demo import draw, make_scene
 from paradiffusion.data.demo_scenes import PLACES, SETS, Background, Scene, SceneObject
-from paradiffusion.evaluation.scenes import SceneScore, chance, score, summarise
+from paradiffusion.evaluation.scenes import SceneScore, by_objects, score, summarise, unbound
 
 
 def pixels(scene: Scene) -> np.ndarray:
@@ -46,29 +46,48 @@ def test_blurred_and_shifted_pictures_are_still_right() -> None:
     assert found["shape"].share >= 0.93
 
 
-def test_pictures_of_others_are_near_chance() -> None:
-    drawn = [make_scene("web", 0, number) for number in range(200)]
-    found = chance(drawn, [pixels(scene) for scene in drawn], shuffles=2)
-    # Another scene of 2 objects on average has one at this place in 2/4, of this colour in 1/8 of the cases.
-    assert 0.03 < found["colour_at_place"] < 0.09
-    assert found["shape"] < 0.09
-    assert found["colour_and_shape"] < 0.02
-    assert 0.1 < found["background"] < 0.3
-    assert found["all_right"] == 0
-    assert found == chance(drawn, [pixels(scene) for scene in drawn], shuffles=2)
+def recoloured_at_random(scene: Scene, rng: np.random.Generator) -> Scene:
+    colours = rng.permutation([item.colour for item in scene.objects])
+    return replace(scene, objects=tuple(replace(o, colour=str(c)) for o, c in zip(scene.objects, colours, strict=True)))
 
 
-def test_chance_never_pairs_a_scene_with_its_own_picture() -> None:
-    other = make_scene("val", 0, 3)
-    pair = [one_object(), one_object(colour="blue", place="top right", cx=48.0)]
-    assert chance(pair, [pixels(scene) for scene in pair])["colour_at_place"] == 0
-    with pytest.raises(ValueError, match="no scores"):
-        chance([other], [pixels(other)])
+def test_unbound_is_what_random_assignments_of_the_own_colours_get() -> None:
+    drawn = [make_scene("val", 0, number) for number in range(200)]
+    rng = np.random.Generator(np.random.PCG64(0))
+    simulated: dict[int, list[float]] = {}
+    for scene in drawn:
+        colours = np.array([item.colour for item in scene.objects])
+        turns = rng.permuted(np.tile(colours, (2000, 1)), axis=1)
+        simulated.setdefault(len(colours), []).append(float((turns == colours).sum(1).mean()))
+    found = [score(scene, pixels(scene)) for scene in drawn]
+    assert [one.unbound for one in found] == [unbound(scene) for scene in drawn]
+    for count, shares in by_objects(found).items():
+        assert shares["unbound"].share == pytest.approx(np.mean(simulated[count]) / count, abs=0.005)
+    objects = sum(len(scene.objects) for scene in drawn)
+    assert summarise(found)["unbound"].share == pytest.approx(sum(map(sum, simulated.values())) / objects, abs=0.005)
+    assert summarise(found)["unbound"].share == pytest.approx(0.500, abs=0.001)
+
+
+def test_binding_is_one_for_true_pictures_and_none_for_colours_at_random_places() -> None:
+    drawn = [make_scene("val", 0, number) for number in range(300)]
+    rng = np.random.Generator(np.random.PCG64(1))
+    true = summarise([score(scene, pixels(scene)) for scene in drawn])["binding"]
+    shuffled = [score(scene, pixels(recoloured_at_random(scene, rng))) for scene in drawn]
+    found = summarise(shuffled)
+    assert true.share > 0.99 and true.low <= true.share <= true.high
+    assert true.n == sum(one.objects for one in shuffled if one.unbound < one.objects) < found["colour_at_place"].n
+    assert abs(found["binding"].share) < 0.06 and found["binding"].low < 0 < found["binding"].high
+    assert found["colour_at_place"].low < found["unbound"].share < found["colour_at_place"].high
+    four = next(scene for scene in drawn if len(scene.objects) == 4)
+    alike = replace(four, objects=tuple(replace(item, colour="red") for item in four.objects))
+    nothing_to_bind = [*(one for one in shuffled if one.objects == 1), score(alike, pixels(four))]
+    assert "binding" not in summarise(nothing_to_bind)
+    assert summarise(nothing_to_bind)["unbound"].share == 1
 
 
 def test_each_fault_is_seen_by_its_own_measure() -> None:
     scene = one_object()
-    right = SceneScore(1, 1, 1, 1, True, 0, True)
+    right = SceneScore(1, 1, 1, 1, True, 0, True, 1)
     assert score(scene, pixels(scene)) == right
     colour = score(scene, pixels(one_object(colour="green")))
     assert (colour.colour_at_place, colour.shape, colour.colour_and_shape, colour.all_right) == (0, 1, 0, False)
@@ -111,7 +130,7 @@ def test_pictures_of_another_size_are_brought_to_the_canvas() -> None:
 
 
 def test_summary_counts_objects_and_scenes_with_an_interval() -> None:
-    good, bad = SceneScore(3, 3, 3, 3, True, 0, True), SceneScore(1, 0, 0, 0, False, 1, False)
+    good, bad = SceneScore(3, 3, 3, 3, True, 0, True, 1), SceneScore(1, 0, 0, 0, False, 1, False, 1)
     found = summarise([good] * 30 + [bad] * 30)
     assert found["colour_at_place"].share == 0.75 and found["colour_at_place"].n == 120
     assert found["all_right"].share == 0.5 and found["all_right"].n == 60

@@ -15,8 +15,9 @@ from judged_scenes import Alone, Fault, pixels, planted_faults, put, scenes_suit
 from PIL import ImageFilter
 
 from paradiffusion.compose import compose_train
-from paradiffusion.data.demo import captions, draw, make_scene, scene_from_meta
+from paradiffusion.data.demo import captions, demo_samples, draw, make_scene, scene_from_meta
 from paradiffusion.data.demo_scenes import Background, Scene, SceneObject
+from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult, Table
@@ -32,7 +33,8 @@ from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.judges.sentences import sentences
 from paradiffusion.models.codec import load_codec
-from paradiffusion.training.validation import reconstruct, sentence_recall
+from paradiffusion.training.setup import open_data
+from paradiffusion.training.validation import read_held_out, reconstruct, sentence_recall
 
 
 def test_claims_are_what_captions_say() -> None:
@@ -292,17 +294,19 @@ def test_scenes_score_is_that_of_score_scenes(tmp_path: Path) -> None:
     result = judge.result(suite, images, tmp_path / "scenes")
     expected = summarise([score(scene, picture) for scene, picture in zip(scenes, shown, strict=True)])
     for name, share in expected.items():
-        weights = [one.weights.get(name, 1.0) for one in result.images]
-        found = np.dot([one.values[name] for one in result.images], weights) / sum(weights)
-        assert found == pytest.approx(share.share) and sum(weights) == share.n
+        weights = [one.weights.get(name, 0.0) for one in result.images]
+        found = np.dot([one.values.get(name, 0.0) for one in result.images], weights) / sum(weights)
+        assert found == pytest.approx(share.share) and (name == "binding" or sum(weights) == share.n)
     by_objects = table(result, "Scenes by their number").rows
     assert [row[0] for row in by_objects] == ["1", "2", "3", "4"]
-    chance = table(result, "Chance").rows
-    assert len(chance) == 5 and 0 <= chance[0][1] < 0.3 < result.images[1].values["colour_at_place"]
+    assert by_objects[0][2].mean == 1 > by_objects[1][2].mean > by_objects[3][2].mean > 0.25
     images[0].file.unlink()
     judge.prepare(suite, images, tmp_path / "again", Alone())
     failed = judge.result(suite, images, tmp_path / "again").images[0]
-    assert failed.error and set(failed.values.values()) == {0} and failed.weights["shape"] == len(scenes[0].objects)
+    assert failed.error and failed.weights["shape"] == len(scenes[0].objects)
+    assert failed.values["colour_at_place"] == failed.values["all_right"] == 0 < failed.values["unbound"]
+    without = summarise([replace(score(scenes[0], shown[0]), colour_at_place=0)])
+    assert failed.values.get("binding") == (without["binding"].share if "binding" in without else None)
 
 
 @pytest.mark.parametrize(
@@ -346,15 +350,48 @@ def test_recall_of_validation_is_the_report_s(tmp_path: Path) -> None:
     assert 0 < found["all"]["low"] < found["all"]["share"] < found["all"]["high"] < 1
 
 
-def test_training_logs_sentences(train: Callable[..., int], tmp_path: Path) -> None:
-    assert train("stage=1", "validation.images=3", "validation.scenes=5", "max_steps=4", "validate_every=2") == 0
+def test_training_logs_and_tells_alignment(
+    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = list(demo_samples("val", 8))
+    for sample in held_out[2:]:
+        sample.meta["captions"]["unseen"] = "Other words. " + sample.meta["captions"]["clean"]
+    write_shards(iter(held_out), tmp_path / "val", 8)
+    more = ("validation.scenes=5", "validation.unseen=7", "max_steps=4", "validate_every=2")
+    assert train("stage=1", "validation.images=3", f"data.val_shards={tmp_path / 'val'}", *more) == 0
     folder = tmp_path / "run" / "stage1"
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for kind in ("validation", "alignment"):
         rows = [row for row in records if row["kind"] == kind]
         assert rows and all(0 <= row["sentences_all"] <= 1 and "sentences_first" in row for row in rows)
-    summary = json.loads((folder / "summary.json").read_text())
-    assert set(summary["alignment"]["sentences"]) >= {"first", "last", "all"}
-    assert {"share", "low", "high", "n"} == set(summary["alignment"]["sentences"]["all"])
-    lines = stage_table(tmp_path / "run").splitlines()
-    assert "stage 1" in lines[2]  # the table of the demo reads it as before
+    alignment = json.loads((folder / "summary.json").read_text())["alignment"]
+    assert set(alignment["sentences"]) >= {"first", "last", "all"}
+    assert {"share", "low", "high", "n"} == set(alignment["sentences"]["all"])
+
+    scenes = [scene_from_meta(sample.meta) for sample in held_out]
+    for name, members in (("drawn", scenes[:5]), ("unseen", scenes[2:7])):  # two of the seven have no such caption
+        marks = summarise([score(scene, pixels(scene)) for scene in members])
+        assert alignment[name]["unbound"] == pytest.approx(vars(marks["unbound"]))
+        assert alignment[name]["colour_at_place"]["n"] == sum(len(scene.objects) for scene in members)
+        assert alignment[name]["binding"]["share"] < marks["binding"].share == 1
+    logged = next(row for row in records if row["kind"] == "alignment")
+    for name, prefix in (("drawn", ""), ("unseen", "unseen_")):
+        for measure, found in alignment[name].items():
+            assert logged[prefix + measure] == found["share"]
+    printed = capsys.readouterr().out
+    for name in ("drawn", "unseen"):
+        assert (
+            f"unbound {alignment[name]['unbound']['share']:.1%}, binding {alignment[name]['binding']['share']:.2f}"
+            in printed
+        )
+    tables = stage_table(tmp_path / "run")
+    for row in ("stage 1 ", "stage 1, unseen words", "unbound (its colours at random)", "codec's", "true pictures"):
+        assert f"\n| {row}" in tables
+    assert "| colour at place, by objects" in tables
+
+
+def test_the_kind_of_caption_that_validation_draws_from(tiny_arguments: list[str]) -> None:
+    for kind, expected in (("short", "short"), ("clean", "clean"), ("nowhere", "long")):
+        config = compose_train([*tiny_arguments, "stage=1", f"validation.paragraph={kind}"])
+        for number, item in enumerate(read_held_out(open_data(config)[1], config, 5)):
+            assert item.paragraph == captions(make_scene("val", 0, number), 0, number)[expected] and item.unseen == ""

@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 VERSION = 1  # raise it when scenes, captions or their layout change, so that old folders are drawn anew
-DEFAULT_SIZES = {"web": 16_000, "big": 6_000, "small": 3_000, "val": 400}
+DEFAULT_SIZES = {"web": 16_000, "big": 6_000, "small": 3_000, "val": 500}
 SAMPLES_PER_SHARD = 500
 NOTE = "demo.json"
 

@@ -8,7 +8,8 @@ off in colour, as those of a small model are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -29,7 +30,7 @@ from paradiffusion.data.demo_scenes import (
     cell_box,
     radius_of,
 )
-from paradiffusion.randomness import permutation, seed_from
+from paradiffusion.randomness import seed_from
 
 # A found object covers at least this share of the pixels that its colour covers in the true drawing.
 COVERED = 0.35
@@ -45,7 +46,8 @@ class SceneScore:
     """What one picture got right: counts of its objects, and whether background and everything are right.
 
     ``colour_and_shape`` counts objects with the right colour and the right shape at their place, ``extra`` the cells
-    that should be empty and are not. ``all_right`` needs every object, the background and no extra object.
+    that should be empty and are not. ``all_right`` needs every object, the background and no extra object. ``unbound`` is
+    the scene's, whatever the picture (see the function of this name).
     """
 
     objects: int
@@ -55,6 +57,7 @@ class SceneScore:
     background: bool
     extra: int
     all_right: bool
+    unbound: float
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,15 @@ def score(scene: Scene, image: np.ndarray) -> SceneScore:
         background,
         found.extra,
         everything,
+        unbound(scene),
     )
+
+
+def unbound(scene: Scene) -> float:
+    """How many objects have the right colour at the right place, on average over all ways to assign the scene's own colours
+    to its own places: a colour of m among n objects is right m * m / n times. What is drawn by a model that knows which
+    colours and places a text names, and not which belong together."""
+    return sum(m * m for m in Counter(item.colour for item in scene.objects).values()) / max(1, len(scene.objects))
 
 
 @dataclass(frozen=True)
@@ -130,18 +141,28 @@ class Share:
     n: int
 
 
-# What is counted in a score, and out of what: objects, or 1 for the scene.
-_MEASURES: dict[str, Callable[[SceneScore], tuple[int, int]]] = {
-    "colour_at_place": lambda s: (s.colour_at_place, s.objects),
-    "shape": lambda s: (s.shape, s.objects),
-    "colour_and_shape": lambda s: (s.colour_and_shape, s.objects),
-    "background": lambda s: (int(s.background), 1),
-    "all_right": lambda s: (int(s.all_right), 1),
-}
+def sums_of(one: SceneScore) -> dict[str, tuple[float, float]]:
+    """By measure, what a scene adds to the numerator and to the denominator of its share; 0 of 0 where it has no say.
+
+    ``binding`` is (colour_at_place - unbound) / (1 - unbound) over scenes of two colours and more: in the others, as in those
+    of one object, there is nothing to bind.
+    """
+    above_unbound = (one.colour_at_place - one.unbound, one.objects - one.unbound)
+    return {
+        "colour_at_place": (one.colour_at_place, one.objects),
+        "unbound": (one.unbound, one.objects),
+        "binding": above_unbound if one.unbound < one.objects else (0, 0),
+        "shape": (one.shape, one.objects),
+        "colour_and_shape": (one.colour_and_shape, one.objects),
+        "background": (one.background, 1),
+        "all_right": (one.all_right, 1),
+    }
 
 
 def summarise(scores: Sequence[SceneScore], seed: int = 0, resamples: int = 1000) -> dict[str, Share]:
-    """Shares of objects (colour_at_place, shape, colour_and_shape) and scenes (background, all_right) that are right.
+    """Shares of objects (colour_at_place, unbound, shape, colour_and_shape) and scenes (background, all_right), and binding:
+    1 where every colour is in its place, 0 where the scenes' colours are at places of theirs at random. Binding is left out
+    where no scene has two colours.
 
     Scenes are resampled whole, since the objects of one picture are not independent. ValueError without scores.
     """
@@ -149,32 +170,24 @@ def summarise(scores: Sequence[SceneScore], seed: int = 0, resamples: int = 1000
         raise ValueError("there are no scores to summarise")
     rng = np.random.Generator(np.random.PCG64(seed_from("bootstrap", seed)))
     draws = rng.integers(0, len(scores), (resamples, len(scores)))
+    objects = np.array([one.objects for one in scores])
+    found = [sums_of(one) for one in scores]
     result = {}
-    for name, measure in _MEASURES.items():
-        right, total = np.array([measure(one) for one in scores]).T
-        resampled = right[draws].sum(1) / total[draws].sum(1)
-        low, high = np.quantile(resampled, (0.025, 0.975))
-        result[name] = Share(float(right.sum() / total.sum()), float(low), float(high), int(total.sum()))
+    for name in found[0]:
+        right, total = np.array([one[name] for one in found], dtype=float).T
+        if not total.any():
+            continue
+        above, below = right[draws].sum(1), total[draws].sum(1)
+        low, high = np.quantile(above[below > 0] / below[below > 0], (0.025, 0.975))
+        n = len(scores) if name in ("background", "all_right") else objects[total > 0].sum()
+        result[name] = Share(float(right.sum() / total.sum()), float(low), float(high), int(n))
     return result
 
 
-def chance(scenes: Sequence[Scene], images: Sequence[np.ndarray], shuffles: int = 4, seed: int = 0) -> dict[str, float]:
-    """The same shares when each scene is judged by the picture of another one: what a deaf model would reach.
-
-    Pictures are exchanged among scenes of one canvas only, each with another than its own, ``shuffles`` times.
-    ValueError when no two scenes share a canvas.
-    """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for number, scene in enumerate(scenes):
-        groups.setdefault((scene.width, scene.height), []).append(number)
-    scores = []
-    for (width, height), members in groups.items():
-        for turn in range(shuffles if len(members) > 1 else 0):
-            # One cycle through a random order: nobody keeps their own picture.
-            order = [members[i] for i in permutation(len(members), "chance", seed, turn, width, height)]
-            pairs = zip(order, order[1:] + order[:1], strict=True)
-            scores += [score(scenes[mine], images[other]) for mine, other in pairs]
-    return {name: value.share for name, value in summarise(scores, resamples=1).items()}
+def by_objects(scores: Sequence[SceneScore]) -> dict[int, dict[str, Share]]:
+    """``summarise`` for each number of objects, in rising order."""
+    counts = sorted({one.objects for one in scores})
+    return {count: summarise([one for one in scores if one.objects == count]) for count in counts}
 
 
 def on_canvas(image: np.ndarray, width: int, height: int) -> np.ndarray:

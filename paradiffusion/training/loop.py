@@ -22,6 +22,7 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache_files import Entry
 from paradiffusion.data.loader import Batch, Loader
 from paradiffusion.errors import UserError
+from paradiffusion.evaluation.report import alignment_text
 from paradiffusion.models.joint import LossBatch
 from paradiffusion.randomness import permutation, seed_from, uniform
 from paradiffusion.sampling.processes import REPEAT_SECONDS
@@ -343,14 +344,13 @@ def finish(setup: Setup, log: Log | None) -> None:
     }
     write_atomic(path, json.dumps(summary, indent=1))
     if alignment:
-        drawn = alignment["drawn"]["colour_at_place"]
-        shares = {key: value["share"] for key, value in alignment["drawn"].items()}
         followed = {part: value["share"] for part, value in alignment["sentences"].items()}
+        shares = {key: value["share"] for key, value in alignment["drawn"].items()}
+        shares |= {f"unseen_{key}": value["share"] for key, value in alignment.get("unseen", {}).items()}
+        for count, found in alignment["by_objects"].items():
+            shares[f"colour_at_place_of_{count}"] = found["colour_at_place"]["share"]
         log.write(setup.state.step, "alignment", {**shares, **{f"sentences_{part}": v for part, v in followed.items()}})
-        print(
-            f"right colour at the right place: {drawn['share']:.1%} of {drawn['n']} objects (chance "
-            f"{alignment['chance']['colour_at_place']:.1%}, true pictures {alignment['true']['colour_at_place']['share']:.1%})"
-        )
+        print(alignment_text(alignment))
         if followed:
             parts = ", ".join(f"{part} {share:.1%}" for part, share in followed.items())
             print(f"sentences followed, by third of the paragraph: {parts}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode
 from paradiffusion.data.shards import SampleIndex, read_sample
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import mean
-from paradiffusion.evaluation.scenes import chance, score, summarise
+from paradiffusion.evaluation.scenes import SceneScore, Share, by_objects, score, summarise
 from paradiffusion.evaluation.scores.positions import third
 from paradiffusion.evaluation.scores.scene_truth import follow
 from paradiffusion.judges.sentences import sentences
@@ -36,13 +36,14 @@ SEED = 1234
 @dataclass
 class HeldOut:
     """One held-out sample: its picture in a bucket, shortest and longest caption, the paragraph that it is drawn from
-    (the one written by people, "clean", where there is one), and its scene where it is one."""
+    (validation.paragraph), the one in words that training lacks ("" where there is none), and its scene where it is one."""
 
     key: str
     image: np.ndarray  # uint8 [H, W, 3]
     short: str
     long: str
     paragraph: str
+    unseen: str
     scene: Scene | None
 
 
@@ -51,10 +52,11 @@ def read_held_out(index: SampleIndex, config: TrainConfig, count: int) -> list[H
     buckets = buckets_of(config.data)
     rows = np.flatnonzero(index.words.any(axis=1))[:count]
     assigned = assign_buckets(index.width[rows], index.height[rows], buckets)
-    return [_read(index, int(row), buckets[int(bucket)]) for row, bucket in zip(rows, assigned, strict=True)]
+    kind = config.validation.paragraph
+    return [_read(index, int(row), buckets[int(bucket)], kind) for row, bucket in zip(rows, assigned, strict=True)]
 
 
-def _read(index: SampleIndex, row: int, bucket: Bucket) -> HeldOut:
+def _read(index: SampleIndex, row: int, bucket: Bucket, kind: str) -> HeldOut:
     sample = read_sample(index, row)
     captions = sorted((c for c in sample.meta["captions"].values() if c.strip()), key=lambda text: len(text.split()))
     try:
@@ -64,8 +66,8 @@ def _read(index: SampleIndex, row: int, bucket: Bucket) -> HeldOut:
             f"the held-out sample {sample.key} in data.val_shards cannot be read ({error}); mend it."
         ) from None
     scene = scene_from_meta(sample.meta) if "objects" in sample.meta and "background" in sample.meta else None
-    paragraph = sample.meta["captions"].get("clean", "").strip() or captions[-1]
-    return HeldOut(sample.key, image, captions[0], captions[-1], paragraph, scene)
+    paragraph, unseen = (sample.meta["captions"].get(name, "").strip() for name in (kind, "unseen"))
+    return HeldOut(sample.key, image, captions[0], captions[-1], paragraph or captions[-1], unseen, scene)
 
 
 class Validation:
@@ -79,7 +81,8 @@ class Validation:
     def __init__(
         self, index: SampleIndex | None, config: TrainConfig, rank: int, world_size: int, gather: Any, writes: bool = True
     ) -> None:  # fmt: skip
-        count = max(config.validation.samples, config.validation.images, config.validation.scenes)
+        wanted = config.validation
+        count = max(wanted.samples, wanted.images, wanted.scenes, wanted.unseen)
         self.config = config
         self.items = read_held_out(index, config, count) if index is not None else []
         self.rank, self.world_size, self.gather, self.writes = rank, world_size, gather, writes
@@ -137,27 +140,34 @@ class Validation:
         }
 
     def alignment(self, models: InferenceModels) -> dict[str, Any]:
-        """Scores of pictures drawn for held-out scenes from their paragraphs, beside chance, the true pictures and
-        the codec's reconstructions of them; each a share with its 95 % interval. ``sentences`` holds the share of sentences
-        that were followed, by third of the paragraph."""
+        """Scores of pictures drawn for held-out scenes from their paragraphs ("drawn", and "by_objects" for each number of
+        objects), of the true pictures ("true") and of the codec's reconstructions of them ("codec"); each a share with its
+        95 % interval. "sentences" holds the share of sentences that were followed, by third of the paragraph, and "unseen"
+        the scores of pictures drawn from captions in words that training lacks, where validation.unseen asks for them."""
         items = [item for item in self.items[: self.config.validation.scenes] if item.scene is not None]
         drawn = self._draw(models, items)
+        others = [
+            item for item in self.items[: self.config.validation.unseen] if item.scene is not None and item.unseen
+        ]
+        unseen = self._draw(models, [replace(item, paragraph=item.unseen) for item in others])
         if not self.writes or not items:
             return {}
         scenes = [item.scene for item in items if item.scene is not None]
         pictures = [drawn[number] for number in range(len(items))]
         truth = [item.image for item in items]
         rebuilt = [reconstruct(models.codec, image, models.device) for image in truth]
-        rows = {"drawn": pictures, "true": truth, "codec": rebuilt}
+        scores = _scores(items, pictures)
         result: dict[str, Any] = {
-            name: {
-                measure: asdict(share)
-                for measure, share in summarise([score(s, i) for s, i in zip(scenes, images, strict=True)]).items()
-            }
-            for name, images in rows.items()
+            "drawn": _plain(summarise(scores)),
+            "by_objects": {str(count): _plain(shares) for count, shares in by_objects(scores).items()},
+            "true": _plain(summarise(_scores(items, truth))),
+            "codec": _plain(summarise(_scores(items, rebuilt))),
+            "sentences": sentence_recall([item.paragraph for item in items], scenes, pictures),
+            "scenes": len(scenes),
         }
-        followed = sentence_recall([item.paragraph for item in items], scenes, pictures)
-        return {**result, "sentences": followed, "chance": chance(scenes, truth), "scenes": len(scenes)}
+        if others:
+            result["unseen"] = _plain(summarise(_scores(others, [unseen[number] for number in range(len(others))])))
+        return result
 
     def _draw(self, models: InferenceModels, items: list[HeldOut]) -> dict[int, np.ndarray]:
         """Pictures by item number, from all processes."""
@@ -174,6 +184,14 @@ class Validation:
         ][self.rank :: self.world_size]
         drawn = [(int(job.name), image) for job, image in generate(models, jobs, self.config.validation.batch_size)]
         return dict(self.gather(drawn))
+
+
+def _scores(items: Sequence[HeldOut], pictures: Sequence[np.ndarray]) -> list[SceneScore]:
+    return [score(item.scene, image) for item, image in zip(items, pictures, strict=True) if item.scene is not None]
+
+
+def _plain(shares: dict[str, Share]) -> dict[str, dict[str, float]]:
+    return {measure: asdict(share) for measure, share in shares.items()}
 
 
 def sentence_recall(

@@ -6,30 +6,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from paradiffusion.evaluation.estimates import mean, ratio
+from paradiffusion.data.demo_scenes import Scene
+from paradiffusion.evaluation.estimates import ratio
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scenes import chance, score
+from paradiffusion.evaluation.scenes import SceneScore, score, sums_of, unbound
 from paradiffusion.evaluation.scores.image_features import stamp_of
 from paradiffusion.evaluation.scores.sentence_judges import read_picture, scene_of
 from paradiffusion.evaluation.suites.suite import Suite, by_id
 
 MEASURES = (
     Measure("colour_at_place", "Objects in the right colour at the right place", "share"),
+    Measure("unbound", "The same, if the scene's colours were assigned to its places at random", "share", worst=None),
+    Measure("binding", "Binding: 0 at that mark, 1 where all colours are in their place", worst=None),
     Measure("shape", "Objects in the right shape", "share"),
     Measure("colour_and_shape", "Objects in the right colour and shape", "share"),
     Measure("background", "Backgrounds in the right colour", "share"),
     Measure("all_right", "Pictures in which all is right", "share"),
 )
-_OBJECTS = ("colour_at_place", "shape", "colour_and_shape")
+_BY_OBJECTS = ("colour_at_place", "unbound", "shape", "colour_and_shape", "all_right")
 
 
 class ScenesScore:
     """Shares of objects, backgrounds and whole pictures that are right (``paradiffusion.evaluation.scenes``).
 
-    An image's values are shares of its objects and weigh as many as it has, so that the mean is the share of all objects.
+    An image's values are shares of its objects and weigh as many as it has, so that the mean is the share of all objects; its
+    binding weighs as many as its colours at random would get wrong.
     """
 
     name = "scenes"
@@ -56,59 +58,42 @@ class ScenesScore:
         prompts, found = by_id(suite.prompts), dict(read_journals(work))
         scores = []
         for image in images:
-            objects = len(scene_of(prompts[image.prompt]).objects)
-            scores.append(_image_score(image, found.get(image.name, {"error": "it was not looked at"}), objects))
+            record = found.get(image.name, {"error": "it was not looked at"})
+            scores.append(_image_score(image, record, scene_of(prompts[image.prompt])))
         formula = (
             "Objects whose own colour leads in the grid cell of their place and covers at least 35 % of what it should; whose "
-            "shape fits best among all shapes; backgrounds whose colour fills most of the area without objects."
+            "shape fits best among all shapes; backgrounds whose colour fills most of the area without objects. Binding is "
+            "(s - u) / (1 - u) over scenes of two colours and more: s is the share of right colours, u the one that the scenes' "
+            "colours would get at random places of theirs."
         )
         source = "this project: paradiffusion/evaluation/scenes.py"
         result = ScoreResult(self.name, self.title, formula, source, self.settings(), list(MEASURES), scores)
-        result.tables = [_by_objects(suite, scores), *_chance(suite, images, scores)]
+        result.tables = [_by_objects(suite, scores)]
         return result
 
 
-def _image_score(image: Drawn, record: dict[str, Any], objects: int) -> ImageScore:
-    weights = {name: float(objects) for name in _OBJECTS}
+def _image_score(image: Drawn, record: dict[str, Any], scene: Scene) -> ImageScore:
     if "error" in record:
-        worst = {measure.name: 0.0 for measure in MEASURES}
-        return ImageScore(image.name, image.prompt, worst, weights, image.error or record["error"])
-    values = {name: record[name] / objects for name in _OBJECTS}
-    values |= {name: float(record[name]) for name in ("background", "all_right")}
-    return ImageScore(image.name, image.prompt, values, weights, detail={"extra": record["extra"]})
+        found = SceneScore(len(scene.objects), 0, 0, 0, False, 0, False, unbound(scene))
+    else:
+        counts = {key: value for key, value in record.items() if key != "stamp"}
+        found = SceneScore(**{**counts, "unbound": unbound(scene)})  # which older records lack
+    sums = {name: (above, below) for name, (above, below) in sums_of(found).items() if below}
+    values = {name: above / below for name, (above, below) in sums.items()}
+    weights = {name: float(below) for name, (_, below) in sums.items()}
+    if "error" in record:
+        return ImageScore(image.name, image.prompt, values, weights, image.error or record["error"])
+    return ImageScore(image.name, image.prompt, values, weights, detail={"extra": found.extra})
 
 
 def _by_objects(suite: Suite, scores: Sequence[ImageScore]) -> Table:
     counts = {prompt.id: len(scene_of(prompt).objects) for prompt in suite.prompts}
     rows: list[list[Any]] = []
-    for count in sorted(set(counts.values())):
+    for count in sorted({counts[one.prompt] for one in scores}):
         members = [one for one in scores if counts[one.prompt] == count]
-        if members:
-            owners = [one.prompt for one in members]
-            values = {name: [one.values[name] for one in members] for name in ("colour_at_place", "shape", "all_right")}
-            weights = [float(count)] * len(members)
-            shares = [
-                ratio([v * count for v in values[name]], weights, owners) for name in ("colour_at_place", "shape")
-            ]
-            rows.append([str(count), *shares, mean(values["all_right"], owners)])
-    head = ["objects", "colour at place", "shape", "all right"]
+        owners = [one.prompt for one in members]
+        weights = {name: [one.weights[name] for one in members] for name in _BY_OBJECTS}
+        sums = {name: [one.values[name] * one.weights[name] for one in members] for name in _BY_OBJECTS}
+        rows.append([str(count), *(ratio(sums[name], weights[name], owners) for name in _BY_OBJECTS)])
+    head = ["objects", *(name.replace("_", " ") for name in _BY_OBJECTS)]
     return Table("Scenes by their number of objects", head, rows, plot="bars")
-
-
-def _chance(suite: Suite, images: Sequence[Drawn], scores: Sequence[ImageScore]) -> list[Table]:
-    """What another scene's picture reaches: the drawn pictures exchanged among the scenes, as ``scenes.chance`` does."""
-    prompts = by_id(suite.prompts)
-    failed = {one.image for one in scores if one.error}
-    scenes, pictures = [], []
-    for image in images:
-        picture = read_picture(image) if image.name not in failed and image.name == image.prompt else ""
-        if isinstance(picture, np.ndarray):
-            scenes.append(scene_of(prompts[image.prompt]))
-            pictures.append(picture)
-    try:
-        shares = chance(scenes, pictures)
-    except ValueError:  # no two scenes of one canvas
-        return []
-    rows: list[list[Any]] = [[measure.title, shares[measure.name]] for measure in MEASURES]
-    note = "The same pictures, exchanged among the scenes: what a model that does not read reaches."
-    return [Table("Chance: another scene's picture", ["", "share"], rows, note)]
