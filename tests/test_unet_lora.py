@@ -136,11 +136,11 @@ def test_a_bfloat16_unet_takes_fp32_inputs(arguments: dict[str, Any]) -> None:
     """As under DeepSpeed, which casts modules and not what goes into them."""
     joint, batch = make(arguments, rank=0), a_batch(mask_padding=False)
     expected = predict(joint, batch)
-    loss, _ = joint(batch)
+    loss = joint(batch).total
     joint.unet.to(torch.bfloat16)
     assert predict(joint, batch).dtype == torch.bfloat16
     assert (predict(joint, batch).float() - expected).abs().max() < 0.05
-    low, errors = joint(batch)
+    low, _, errors, _ = joint(batch)
     assert low.dtype == errors.dtype == torch.float32
     assert low.item() == pytest.approx(loss.item(), rel=0.02)
 
@@ -149,5 +149,5 @@ def test_a_bfloat16_refiner_takes_fp32_features() -> None:
     refiner = {"projection": "refiner", "refiner_width": 16, "refiner_layers": 1, "refiner_heads": 2}
     conditioning = ConditioningConfig(name="modern", mask_padding=True, layout_patch=2, **refiner)  # type: ignore[arg-type]
     joint, batch = make(TINY_UNET, rank=0, conditioning=conditioning), a_batch()
-    loss, _ = joint(batch)
+    loss = joint(batch).total
     assert joint.to(torch.bfloat16)(batch)[0].item() == pytest.approx(loss.item(), rel=0.02)
