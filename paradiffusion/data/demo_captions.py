@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-from paradiffusion.data.demo_scenes import GRID, PLACES, Background, Scene, SceneObject, pick
+from paradiffusion.data.demo_scenes import Background, Scene, SceneObject, pick, row_and_column
 from paradiffusion.data.demo_words import (
     CLEAN_OBJECT,
     COUNTS,
@@ -118,10 +118,10 @@ def _sentence(item: SceneObject, rng: random.Random, templates: tuple[str, ...])
     return _fill(pick(rng, templates), n=_full(item, rng), p=_place(item, rng))
 
 
-def _relation(a: SceneObject, b: SceneObject) -> str:
+def _relation(a: SceneObject, b: SceneObject, grid: int) -> str:
     """Where ``a`` is seen from ``b``, by grid rows and columns."""
-    row_a, column_a = divmod(PLACES.index(a.place), GRID)
-    row_b, column_b = divmod(PLACES.index(b.place), GRID)
+    row_a, column_a = row_and_column(a.place, grid)
+    row_b, column_b = row_and_column(b.place, grid)
     parts = []
     if row_a != row_b:
         parts.append("above" if row_a < row_b else "below")
@@ -132,7 +132,7 @@ def _relation(a: SceneObject, b: SceneObject) -> str:
 
 def _relative(scene: Scene, rng: random.Random) -> str:
     a, b = _shuffled(rng, scene.objects)[:2]
-    relation = _relation(a, b)
+    relation = _relation(a, b, scene.grid)
     seen = relation.replace("to the left of", "further left").replace("to the right of", "further right")
     seen = seen.replace("above", "higher up").replace("below", "lower down")
     return pick(rng, RELATIVE).format(a=_noun(a, rng, ()), b=_noun(b, rng, ()), r=relation, x=seen)
