@@ -1,8 +1,9 @@
-"""Captions of the built-in scenes: short web style, long paragraphs, and clean human descriptions.
+"""Captions of the built-in scenes: short web style, long paragraphs, clean human descriptions, and varied forms.
 
-Every caption is a function of (seed, number, scene) and never says anything false. Paragraphs are complete: each
-object with colour, shape, size, texture and place, and the background. Word counts hold by construction: the required
-sentences are short enough together, and true but idle ones fill up to the least number of words.
+Every caption is a function of (seed, number, scene) and never says anything false. In the small world short, long and
+clean ones are made of the templates of demo_words.py; their paragraphs are complete: each object with colour, shape,
+size, texture and place, and the background. All others come from the grammar of demo_forms.py. Word counts hold: the
+required sentences are short enough together, and true but idle ones fill up to the least number of words.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+from paradiffusion.data.demo_forms import listed, varied
 from paradiffusion.data.demo_scenes import Background, Scene, SceneObject, pick, row_and_column
 from paradiffusion.data.demo_words import (
     CLEAN_OBJECT,
@@ -41,16 +43,30 @@ from paradiffusion.randomness import seed_from
 
 T = TypeVar("T")
 
-KINDS = ("short", "long", "clean")
-WORDS: dict[str, tuple[int, int]] = {"short": (5, 15), "long": (50, 150), "clean": (40, 90)}
+KINDS = ("short", "long", "clean", "varied")
+# Least and most words of a caption.
+WORDS: dict[str, tuple[int, int]] = {"short": (5, 15), "long": (50, 150), "clean": (40, 90), "varied": (8, 90)}
+LARGE_WORDS: dict[str, tuple[int, int]] = {"short": (5, 60), "long": (50, 250), "clean": (8, 250), "varied": (20, 250)}
 
 
 def captions(scene: Scene, seed: int, number: int) -> dict[str, str]:
-    """One caption of each kind in KINDS, with word counts inside WORDS."""
+    """One caption of each kind in KINDS, with word counts inside WORDS, or LARGE_WORDS for a grid of three by three."""
+    rng = {kind: random.Random(seed_from("caption", kind, seed, number)) for kind in KINDS}
+    idle = max(0.0, 0.8 * rng["varied"].random() - 0.5)  # most writers keep to what they see
+    if scene.grid == 2:
+        return {
+            "short": _short(scene, rng["short"]),
+            "long": _long(scene, rng["long"]),
+            "clean": _clean(scene, rng["clean"]),
+            "varied": varied(scene, rng["varied"], WORDS["varied"], idle),
+        }
+    least, most = LARGE_WORDS["long"]
+    target = least + int(rng["long"].random() ** 1.5 * 100)
     return {
-        "short": _short(scene, random.Random(seed_from("caption", "short", seed, number))),
-        "long": _long(scene, random.Random(seed_from("caption", "long", seed, number))),
-        "clean": _clean(scene, random.Random(seed_from("caption", "clean", seed, number))),
+        "short": listed(scene, rng["short"], LARGE_WORDS["short"][1]),
+        "long": varied(scene, rng["long"], (target, most), 0.2 + 0.6 * rng["long"].random()),
+        "clean": varied(scene, rng["clean"], LARGE_WORDS["clean"], 0.0),
+        "varied": varied(scene, rng["varied"], LARGE_WORDS["varied"], idle),
     }
 
 

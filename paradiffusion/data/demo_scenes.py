@@ -192,9 +192,7 @@ def pick(rng: random.Random, options: Sequence[T]) -> T:
     return options[int(rng.random() * len(options))]
 
 
-def _put(
-    rng: random.Random, shape: str, colour: str, place: str, width: int, height: int, grid: int
-) -> SceneObject:
+def _put(rng: random.Random, shape: str, colour: str, place: str, width: int, height: int, grid: int) -> SceneObject:
     size, texture = pick(rng, tuple(SIZES)), pick(rng, TEXTURES)
     radius = radius_of(size, width, height, grid)
     x0, y0, x1, y1 = cell_box(place, width, height, grid)

@@ -290,9 +290,7 @@ def _normalised(mask: np.ndarray) -> np.ndarray | None:
 
 
 @lru_cache(maxsize=4096)
-def _templates(
-    colour: str, size: str, texture: str, ground: str, width: int, height: int, grid: int
-) -> np.ndarray:
+def _templates(colour: str, size: str, texture: str, ground: str, width: int, height: int, grid: int) -> np.ndarray:
     """Masks of all shapes drawn in the middle of a cell with these attributes, [shapes, G, G]."""
     place = places(grid)[0]
     cell = cell_of(place, width, height, grid)

@@ -181,9 +181,7 @@ class _Model:
 
 
 @lru_cache(maxsize=8192)
-def _model(
-    size: str, texture: str, shape: str, colour: str, ground: str, width: int, height: int, grid: int
-) -> _Model:
+def _model(size: str, texture: str, shape: str, colour: str, ground: str, width: int, height: int, grid: int) -> _Model:
     place = places(grid)[0]
     cell = cell_of(place, width, height, grid)
     rows, columns = cell
