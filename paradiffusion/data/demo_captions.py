@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from paradiffusion.data.demo_forms import listed, varied
-from paradiffusion.data.demo_scenes import Background, Scene, SceneObject, pick, row_and_column
+from paradiffusion.data.demo_scenes import Background, Scene, SceneObject, is_held_out, pick, row_and_column
+from paradiffusion.data.demo_unseen import unseen
 from paradiffusion.data.demo_words import (
     CLEAN_OBJECT,
     COUNTS,
@@ -43,31 +44,40 @@ from paradiffusion.randomness import seed_from
 
 T = TypeVar("T")
 
-KINDS = ("short", "long", "clean", "varied")
+KINDS = ("short", "long", "clean", "varied", "unseen")
 # Least and most words of a caption.
-WORDS: dict[str, tuple[int, int]] = {"short": (5, 15), "long": (50, 150), "clean": (40, 90), "varied": (8, 90)}
-LARGE_WORDS: dict[str, tuple[int, int]] = {"short": (5, 60), "long": (50, 250), "clean": (8, 250), "varied": (20, 250)}
+WORDS: dict[str, tuple[int, int]] = {"short": (5, 15), "long": (50, 150), "clean": (40, 90), "varied": (8, 90),
+         "unseen": (8, 120)}  # fmt: skip
+LARGE_WORDS: dict[str, tuple[int, int]] = {"short": (5, 60), "long": (50, 250), "clean": (8, 250), "varied": (20, 250),
+               "unseen": (8, 250)}  # fmt: skip
 
 
 def captions(scene: Scene, seed: int, number: int) -> dict[str, str]:
-    """One caption of each kind in KINDS, with word counts inside WORDS, or LARGE_WORDS for a grid of three by three."""
+    """One caption of each kind in KINDS, with word counts inside WORDS, or LARGE_WORDS for a grid of three by three.
+
+    Of held-out forms ("unseen") only for the scenes of validation, whose compositions are held out too.
+    """
     rng = {kind: random.Random(seed_from("caption", kind, seed, number)) for kind in KINDS}
-    idle = max(0.0, 0.8 * rng["varied"].random() - 0.5)  # most writers keep to what they see
+    words = WORDS if scene.grid == 2 else LARGE_WORDS
     if scene.grid == 2:
-        return {
+        told = {
             "short": _short(scene, rng["short"]),
             "long": _long(scene, rng["long"]),
             "clean": _clean(scene, rng["clean"]),
-            "varied": varied(scene, rng["varied"], WORDS["varied"], idle),
         }
-    least, most = LARGE_WORDS["long"]
-    target = least + int(rng["long"].random() ** 1.5 * 100)
-    return {
-        "short": listed(scene, rng["short"], LARGE_WORDS["short"][1]),
-        "long": varied(scene, rng["long"], (target, most), 0.2 + 0.6 * rng["long"].random()),
-        "clean": varied(scene, rng["clean"], LARGE_WORDS["clean"], 0.0),
-        "varied": varied(scene, rng["varied"], LARGE_WORDS["varied"], idle),
-    }
+    else:
+        target = words["long"][0] + int(rng["long"].random() ** 1.5 * 100)
+        idle = 0.2 + 0.6 * rng["long"].random()
+        told = {
+            "short": listed(scene, rng["short"], words["short"][1]),
+            "long": varied(scene, rng["long"], (target, words["long"][1]), idle),
+            "clean": varied(scene, rng["clean"], words["clean"], 0.0),
+        }
+    idle = max(0.0, 0.8 * rng["varied"].random() - 0.5)  # most writers keep to what they see
+    told["varied"] = varied(scene, rng["varied"], words["varied"], idle)
+    if all(is_held_out(item.shape, item.colour, item.place, scene.grid) for item in scene.objects):
+        told["unseen"] = unseen(scene, rng["unseen"], words["unseen"][1])
+    return told
 
 
 def _count(parts: list[str]) -> int:

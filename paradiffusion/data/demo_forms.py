@@ -179,6 +179,13 @@ UP_OR_DOWN_ITS = {
     "above": ("one row further up", "one step higher", "one row higher", "right above", "one step up", "just above", "directly above"),
     "below": ("one row further down", "one step lower", "one row lower", "right below", "one step down", "just below", "directly beneath"),
 }  # fmt: skip
+# For each direction: the side, the way there, and where one is then.
+SIDEWORDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "left": ("left", ("to the left", "left"), ("on the left", "to the left")),
+    "right": ("right", ("to the right", "right"), ("on the right", "to the right")),
+    "above": ("upper", ("up", "upwards"), ("above", "upwards")),
+    "below": ("lower", ("down", "downwards"), ("below", "downwards")),
+}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -196,12 +203,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "lies": (
         "is", "is", "is", "sits", "sits", "lies", "stands", "rests", "appears", "hangs", "floats", "is placed", "is located",
         "is positioned", "is found", "is seen", "is drawn", "is painted", "is shown", "is set", "waits", "stays", "is visible",
-        "can be seen", "can be found", "has been put", "has been placed", "has been drawn", "shows up", "has its place",
+        "can be seen", "can be found", "has been put", "has been placed", "has been drawn", "has its place",
         "is situated", "lives", "hovers", "is to be found", "is to be seen", "is arranged", "is displayed", "was put", "was painted",
         "is put", "remains", "is spotted", "may be seen",
     ),
     "ends": (
-        "can be seen", "is visible", "appears", "is shown", "has been drawn", "can be found", "waits", "shows up", "sits", "stands",
+        "can be seen", "is visible", "appears", "is shown", "has been drawn", "can be found", "waits", "sits", "stands",
         "has been painted", "is displayed", "has its place", "rests", "is placed", "is found", "catches the eye",
     ),
     "lying": (
@@ -281,12 +288,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "neighbour": (
         "its {side} neighbour is {n}", "its neighbour {at side} is {n}", "{n} is its neighbour {at side}", "the next one {at side} is {n}",
         "going one step {way}, {there} {n}", "one step {way} brings you to {n}", "go one step {way} and you find {n}",
-        "move one place {way}: {n}", "the place {o of side} {holds} {n}", "the {s} {o of side} {is it}", "{n} comes next {at side}",
+        "move one place {way}: {n}", "the place {o of it} {holds} {n}", "the {s} {o of it} {is it}", "{n} comes next {at side}",
         "it is followed {at side} by {n}", "if you go one step {way}, you meet {n}", "next {at side} comes {n}",
     ),
     # The same, but of an object that goes on to be called "it": no "it" may follow.
     "has neighbour": (
-        "it has {n} {o of side}", "it has {n} as its neighbour {at side}", "it {lies} {o of n}", "it has {n} next to it {at side}",
+        "it has {n} {o of it}", "it has {n} as its neighbour {at side}", "it {lies} {o of n}", "it has {n} next to it {at side}",
         "it borders on {n} {at side}",
     ),
     "two": (
@@ -365,9 +372,9 @@ RULES: dict[str, tuple[str, ...]] = {
         "the rest is {vacant}", "all other space is {vacant}", "what remains of the {picture} is {vacant}", "every shape keeps to itself",
         "none of the shapes touches the edge", "no two shapes touch", "the viewer looks at it straight from the front",
         "everything is flat, without depth", "one understands it at a glance", "it could be a poster or a card",
-        "a child could have cut it out of paper", "the edges are clean", "it reminds one of a puzzle", "that is all there is to see",
+        "a child could have cut it out of paper", "it reminds one of a puzzle", "that is all there is to see",
         "the forms are easy to tell apart", "the style is {calm}", "it was made with a few clear forms",
-        "no story is told, only forms and colours", "such pictures are made to be described", "the light is even everywhere",
+        "no story is told, only forms and colours", "such pictures are made to be described",
     ),
     "layout": ("composition", "layout", "arrangement", "drawing", "design", "whole", "overall impression", "picture", "scene"),
     "calm": ("calm", "simple", "clear", "tidy", "plain to read", "uncluttered", "minimal", "abstract", "quiet", "easy to understand", "flat and graphic", "orderly"),
@@ -396,8 +403,9 @@ _LOOSE_COMMA = re.compile(r",(?=\s*[,.;:?!)])")
 _AMERICAN = (("centred", "centered"), ("centre", "center"), ("colour", "color"), ("grey", "gray"))
 
 
-def _forms(place: str, grid: int, corner: Sequence[str], above: Sequence[str], beside: Sequence[str],
+def placed(place: str, grid: int, corner: Sequence[str], above: Sequence[str], beside: Sequence[str],
            centre: Sequence[str]) -> tuple[str, ...]:  # fmt: skip
+    """The forms for a place, filled in: ``above`` (or below) and ``beside`` are of the edges' middles."""
     row, column = row_and_column(place, grid)
     vertical, horizontal = (row == 0) - (row == grid - 1), (column == 0) - (column == grid - 1)
     forms = (corner if horizontal else above) if vertical else beside if horizontal else centre
@@ -410,19 +418,19 @@ def _forms(place: str, grid: int, corner: Sequence[str], above: Sequence[str], b
 def place_phrases(place: str, grid: int) -> tuple[str, ...]:
     """The adverbials that say where a place is ("in the top left corner")."""
     corner = CORNER + CORNER_OF_FOUR if grid == 2 else CORNER
-    return _forms(place, grid, corner, MIDDLE_ABOVE_OR_BELOW, MIDDLE_BESIDE, CENTRE)
+    return placed(place, grid, corner, MIDDLE_ABOVE_OR_BELOW, MIDDLE_BESIDE, CENTRE)
 
 
 @cache
 def place_names(place: str, grid: int) -> tuple[str, ...]:
     """The names of a place ("the top left corner")."""
-    return _forms(place, grid, CORNER_NAMED, ABOVE_OR_BELOW_NAMED, BESIDE_NAMED, CENTRE_NAMED)
+    return placed(place, grid, CORNER_NAMED, ABOVE_OR_BELOW_NAMED, BESIDE_NAMED, CENTRE_NAMED)
 
 
 @cache
 def place_labels(place: str, grid: int) -> tuple[str, ...]:
     """What stands before a colon or in a list ("top left")."""
-    return _forms(place, grid, CORNER_LABELS, ABOVE_OR_BELOW_LABELS, BESIDE_LABELS, CENTRE_LABELS)
+    return placed(place, grid, CORNER_LABELS, ABOVE_OR_BELOW_LABELS, BESIDE_LABELS, CENTRE_LABELS)
 
 
 @cache
@@ -479,6 +487,7 @@ class Writer:
         self.sizes, self.textures = (0.0, 0.0) if terse else (pick(rng, (0, 0.5, 0.8)), pick(rng, (0, 0.3, 0.7)))
         self.last: SceneObject | None = None  # what "it" means in the next sentence
         self.named: list[SceneObject] = []
+        self.relates = pick(rng, (0.15, 0.4, 0.85))  # how often a thing is placed by its neighbour
 
     def chance(self, share: float) -> bool:
         return self.rng.random() < share
@@ -515,15 +524,15 @@ class Writer:
         return say(symbol, self.rng, {name: words for name, words in slots.items() if name != symbol})
 
     def object(self, item: SceneObject) -> str:
-        """A sentence, or two, on one object; a third of those beside the object of the sentence before are placed by it."""
+        """A sentence, or two, on one object; often placed by the object of the sentence before where it stands beside it."""
         last = self.last
         direction = direction_of(item, last, self.grid) if last else None
         self.last = item
-        if last and direction and self.chance(0.38):
+        if last and direction and self.chance(self.relates):
             text = self._beside(item, last, direction)
         else:
             near = [(other, way) for other in self.named if (way := direction_of(item, other, self.grid))]
-            if near and self.chance(0.1):
+            if near and self.chance(0.3 * self.relates):
                 other, way = pick(self.rng, near)
                 name = self.name(other)
                 text = self.say("one", self.slots(item, lambda: self.pick(phrases_of(way)).format(o=name)))
@@ -545,25 +554,22 @@ class Writer:
             forms = phrases_its(direction) if self.chance(0.45) else phrases_of(direction)
             slots["p"] = lambda: self.pick(forms).format(o=it)
             return self.say("one", slots)
-        sideways = direction in ("left", "right")
-        slots["side"] = direction if sideways else {"above": "upper", "below": "lower"}[direction]
-        ways = {
-            "above": ("up", "upwards"),
-            "below": ("down", "downwards"),
-            "left": ("to the left", "left"),
-            "right": ("to the right", "right"),
-        }
-        slots["way"] = lambda: self.pick(ways[direction])
-        at = {"above": ("above", "upwards"), "below": ("below", "downwards")}.get(
-            direction, (f"on the {direction}", f"to the {direction}")
-        )
-        slots["at side"] = lambda: self.pick(at)
-        slots["o of side"] = lambda: self.pick(phrases_of(direction)).format(o="it")
+        slots |= self.beside(direction)
         slots["o of n"] = lambda: self.pick(phrases_of(OPPOSITE[direction])).format(o=self.say("n", slots))
         if kind < 0.86:
             return self.say("neighbour", slots)
         self.last = None
         return self.say("has neighbour", slots)
+
+    def beside(self, direction: str) -> dict[str, str | Callable[[], str]]:
+        """The words for what lies in a direction of the object of the sentence before."""
+        side, ways, at = SIDEWORDS[direction]
+        return {
+            "side": side,
+            "way": lambda: self.pick(ways),
+            "at side": lambda: self.pick(at),
+            "o of it": lambda: self.pick(phrases_of(direction)).format(o="it"),
+        }
 
     def pair(self, one: SceneObject, two: SceneObject) -> str:
         """A sentence on two objects."""
@@ -635,10 +641,10 @@ class Writer:
         kind = self.rng.random()
         if kind < 0.3:
             return sorted(items, key=lambda item: row_and_column(item.place, self.grid))
-        if kind < 0.42:
+        if kind < 0.38:
             return sorted(items, key=lambda item: row_and_column(item.place, self.grid)[::-1])
         items.sort(key=lambda _: self.rng.random())
-        if kind < 0.65:
+        if kind < 0.53:
             return items
         walk = [items.pop()]
         while items:
@@ -650,8 +656,8 @@ class Writer:
     def units(self) -> list[list[SceneObject]]:
         """The objects in the order in which they are told, those together that one sentence tells of."""
         items, units = self.ordered(), []
-        lines = 0.45 if self.chance(0.3) else 0.04
-        pairs = 0.5 if self.chance(0.15) else 0.1
+        lines = 0.4 if self.chance(0.2) else 0.03
+        pairs = 0.5 if self.chance(0.12) else 0.06
         while items:
             first = items[0]
             cells = {item.place: row_and_column(item.place, self.grid) for item in items}

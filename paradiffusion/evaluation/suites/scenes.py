@@ -28,6 +28,10 @@ def read_scenes(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
         raise UserError(
             f"suite={entry.name}: scale and number are {options['scale']} and {options['number']}; expected 1 up."
         )
+    if options["caption"] == "unseen" and options["set"] != "val":
+        raise UserError(
+            f"suite={entry.name}: only set=val has captions of unseen forms; leave set={options['set']} out."
+        )
     prompts = []
     for number in range(options["number"]):
         scene = make_scene(options["set"], options["seed"], number, options["world"])
