@@ -19,7 +19,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from paradiffusion.config import SampleConfig, SourceConfig, TextEncoderConfig, TrainConfig
@@ -201,6 +201,7 @@ def _compose(name: str, cls: type[T], arguments: list[str], beside: Sequence[str
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             composed = compose(name, overrides=overrides)
         if cls is TrainConfig:
+            _take_world(composed, arguments)
             _take_sources(composed, arguments)
         for override in OverridesParser.create().parse_overrides(overrides):
             if override.key_or_group in OPEN and not override.is_delete():
@@ -242,6 +243,16 @@ def _sampler_defaults(config: SampleConfig) -> None:
     for key, value in values.items():
         if getattr(config, str(key)) is None:
             setattr(config, str(key), value)
+
+
+def _take_world(composed: Any, arguments: list[str]) -> None:
+    """Folder, sizes and resolution of the large built-in world, where the command line gives none of its own."""
+    with open_dict(composed):
+        large = composed.data.pop("large", {})
+    given = {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    for key, value in large.items() if composed.data.get("world") == "large" else ():
+        if f"data.{key}" not in given:
+            OmegaConf.update(composed, f"data.{key}", value, merge=False)
 
 
 def _take_sources(composed: Any, arguments: list[str]) -> None:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from paradiffusion.checks import choice, fraction, positive
+from paradiffusion.data.demo_scenes import WORLDS
 from paradiffusion.data_config import SourceConfig, check_captions
 from paradiffusion.errors import UserError
 from paradiffusion.model_config import (
@@ -59,6 +60,7 @@ class DataConfig:
         folder: in place of ``shards``, a folder of images with .txt or .json beside them.
         sources: several sets with weights, in place of ``shards``.
         demo: make the built-in scenes at ``demo_folder`` when they are missing.
+        world: "small": up to four objects at 64 pixels; "large": up to nine at 96, in a folder and sizes of its own.
         demo_set: which of its sets a stage trains on: "web", "big" or "small".
         demo_sizes: how many scenes of each set.
         resolution: images have about resolution squared pixels, in buckets of several aspect ratios.
@@ -84,6 +86,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     val_shards: Any = None
     demo: bool = False
+    world: str = "small"
     demo_folder: str = "data/demo"
     demo_set: str = "web"
     demo_sizes: dict[str, int] = field(default_factory=dict)
@@ -105,6 +108,7 @@ class DataConfig:
     cache: str | None = None
 
     def check(self) -> None:
+        choice("data.world", self.world, WORLDS)
         positive("data.resolution", self.resolution)
         levels = sorted([*self.lower_resolutions, self.resolution])
         if levels[-1] != self.resolution or any(low < 1 or high < 1.25 * low for low, high in pairwise(levels)):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.data.demo import draw, make_scene
-from paradiffusion.data.demo_scenes import PLACES, Scene, SceneObject
+from paradiffusion.data.demo_scenes import Scene, SceneObject, places
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.scenes import score
 from paradiffusion.randomness import seed_from
@@ -83,10 +83,10 @@ def crowd(scene: Scene, name: str, seed: int) -> Scene:
     """The scene with an object in every cell: several times as much to learn from in one picture."""
     taken = {item.place: item for item in scene.objects}
     for number in range(40):
-        if len(taken) == len(PLACES):
+        if len(taken) == len(places(scene.grid)):
             break
         other = make_scene(name, seed, number)
-        if (other.width, other.height) == (scene.width, scene.height):
+        if (other.width, other.height, other.grid) == (scene.width, scene.height, scene.grid):
             for item in other.objects:
                 taken.setdefault(item.place, item)
     return replace(scene, objects=tuple(taken.values()))

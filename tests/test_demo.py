@@ -49,6 +49,7 @@ from paradiffusion.data.demo_words import (
     TEXTURE_STATED,
 )
 from paradiffusion.errors import UserError
+from paradiffusion.evaluation.scenes import judge_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES_SMALL = {"web": 1100, "val": 30}
@@ -98,6 +99,26 @@ def test_training_and_validation_share_no_triple_but_every_pair() -> None:
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert {(t[first], t[second]) for t in asked} <= {(t[first], t[second]) for t in trained}
     assert {t[2] for t in asked} == set(PLACES) and {t[0] for t in asked} == set(SHAPES)
+
+
+def test_held_out_scenes_are_those_that_earlier_scores_were_measured_on() -> None:
+    """Of commit 4daf0f7: truth, captions, pixels, and what the judge says of true pictures and of the next scene's."""
+    found = [hashlib.sha256() for _ in range(4)]
+    held_out = scenes("val", 200)
+    pictures = [np.asarray(draw(scene)) for scene in held_out]
+    for number, scene in enumerate(held_out):
+        told = {kind: text for kind, text in captions(scene, 0, number).items() if kind in ("short", "long", "clean")}
+        found[0].update(json.dumps(scene_to_meta(scene), sort_keys=True).encode())
+        found[1].update(json.dumps(told, sort_keys=True).encode())
+        found[2].update(pictures[number].tobytes())
+        for shown in (number, (number + 1) % 200):
+            found[3].update(repr(judge_picture(scene, pictures[shown])).encode())
+    assert [one.hexdigest() for one in found] == [
+        "1e209158208c8e0f38b4494333dc9db7a6a671816868fc1730cc87e206ab0657",
+        "9becc2ea07717afdee85f97906c48ca6759de317c0ad195cc2214e20d4fff92e",
+        "eff6a4d49c5892e25125f85c5a050c10cd06dcbec27958ba1a91d9a28b33571b",
+        "45ddd2983bfb73d75a788e8b1d2eae0069b48ff0804421b6b5fa301bc3243532",
+    ]
 
 
 def test_drawings_show_the_colours_and_are_quick() -> None:

@@ -1,4 +1,4 @@
-"""The built-in data set: four sets of drawn scenes with captions, written as WebDataset shards.
+"""The built-in data set: four sets of drawn scenes with captions in each of two worlds, written as WebDataset shards.
 
 ``web`` stands for stage 1's web pairs, ``big`` for stage 2's paragraphs, ``small`` for stage 3's few fine pictures at
 double size, ``val`` for validation with compositions that no training set shows. Each shard is a function of (seed,
@@ -24,26 +24,29 @@ from tqdm import tqdm
 
 from paradiffusion.data.demo_captions import KINDS, captions
 from paradiffusion.data.demo_drawing import draw
-from paradiffusion.data.demo_scenes import SETS, Scene, make_scene, scene_from_meta, scene_to_meta
+from paradiffusion.data.demo_scenes import SETS, WORLDS, Scene, make_scene, scene_from_meta, scene_to_meta
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 
 __all__ = [
-    "DEFAULT_SIZES", "KINDS", "SETS", "Scene", "captions", "demo_samples", "draw", "ensure_demo_data",
+    "DEFAULT_SIZES", "KINDS", "SETS", "WORLDS", "Scene", "captions", "demo_samples", "draw", "ensure_demo_data",
     "make_demo_data", "make_scene", "scene_from_meta", "scene_to_meta",
 ]  # fmt: skip
 
-VERSION = 1  # raise it when scenes, captions or their layout change, so that old folders are drawn anew
-DEFAULT_SIZES = {"web": 16_000, "big": 6_000, "small": 3_000, "val": 500}
+VERSION = 2  # raise it when scenes, captions or their layout change, so that old folders are drawn anew
+DEFAULT_SIZES = {
+    "small": {"web": 16_000, "big": 8_000, "small": 6_000, "val": 500},
+    "large": {"web": 16_000, "big": 8_000, "small": 4_000, "val": 500},
+}
 SAMPLES_PER_SHARD = 500
 NOTE = "demo.json"
 
 
-def demo_samples(set_name: str, count: int, seed: int = 0, first: int = 0) -> Iterator[RawSample]:
+def demo_samples(set_name: str, count: int, seed: int = 0, first: int = 0, world: str = "small") -> Iterator[RawSample]:
     """Samples ``first`` to ``first + count - 1`` of a set: a PNG, and its captions and ground truth as JSON."""
     for number in range(first, first + count):
-        scene = make_scene(set_name, seed, number)
+        scene = make_scene(set_name, seed, number, world)
         data = io.BytesIO()
         draw(scene).save(data, "png", compress_level=3)
         meta = {"captions": captions(scene, seed, number), **scene_to_meta(scene)}
@@ -51,24 +54,28 @@ def demo_samples(set_name: str, count: int, seed: int = 0, first: int = 0) -> It
 
 
 def make_demo_data(folder: Path, seed: int = 0, sizes: dict[str, int] | None = None,
-                   processes: int | None = None) -> dict[str, Path]:  # fmt: skip
+                   processes: int | None = None, world: str = "small") -> dict[str, Path]:  # fmt: skip
     """Build the data set unless it is there already; see ``ensure_demo_data``."""
-    return ensure_demo_data(folder, sizes, seed, processes)
+    return ensure_demo_data(folder, sizes, seed, processes, world)
 
 
 def ensure_demo_data(folder: Path, sizes: dict[str, int] | None = None, seed: int = 0,
-                     processes: int | None = None) -> dict[str, Path]:  # fmt: skip
-    """Make sure that ``folder`` holds the sets with these sizes, and give the folder of each set.
+                     processes: int | None = None, world: str = "small") -> dict[str, Path]:  # fmt: skip
+    """Make sure that ``folder`` holds the sets of a world with these sizes, and give the folder of each set.
 
     Shards are drawn in a folder beside it, which takes its name at the end: a folder is whole or not there. An
     interrupted build goes on where it stopped; of two processes, one builds and the other waits for it. A demo folder
-    of other sizes is replaced. UserError for wrong sizes or a folder that holds anything else.
+    of other sizes or another world is replaced. UserError for wrong sizes, an unknown world, or a folder that holds
+    anything else.
     """
     folder = Path(folder).absolute()
+    if world not in WORLDS:
+        raise UserError(f"Unknown demo world '{world}', expected one of {', '.join(WORLDS)}; choose one of these.")
     note: dict[str, Any] = {
         "version": VERSION,
+        "world": world,
         "seed": seed,
-        "sizes": _checked(DEFAULT_SIZES if sizes is None else sizes),
+        "sizes": _checked(DEFAULT_SIZES[world] if sizes is None else sizes),
     }
     if not _fits(folder, note):
         with _lock(folder.parent / f".{folder.name}.lock") as lock:
@@ -146,7 +153,8 @@ def _build(folder: Path, note: dict[str, Any], lock: int, processes: int | None)
         for number, shard in enumerate(_shard_names(size)):
             if not (building / name / shard).exists():
                 first = number * SAMPLES_PER_SHARD
-                tasks.append((building / name / shard, name, first, min(SAMPLES_PER_SHARD, size - first), note["seed"]))
+                count = min(SAMPLES_PER_SHARD, size - first)
+                tasks.append((building / name / shard, name, first, count, note["seed"], note["world"]))
     _draw_shards(tasks, lock, processes or cores(), sum(note["sizes"].values()))
     for left in building.glob("*/.*"):  # of builds that were killed in the midst of a shard
         shutil.rmtree(left, ignore_errors=True)
@@ -161,7 +169,7 @@ def _build(folder: Path, note: dict[str, Any], lock: int, processes: int | None)
         building.rename(folder)
 
 
-Task = tuple[Path, str, int, int, int]  # shard, set, first sample, samples, seed
+Task = tuple[Path, str, int, int, int, str]  # shard, set, first sample, samples, seed, world
 
 
 def _draw_shards(tasks: list[Task], lock: int, processes: int, total: int) -> None:
@@ -211,8 +219,8 @@ def _work(tasks: list[Task], progress: Connection, lock: int, parent: int) -> No
         progress.send(task[3])
 
 
-def _draw_shard(shard: Path, set_name: str, first: int, count: int, seed: int) -> None:
+def _draw_shard(shard: Path, set_name: str, first: int, count: int, seed: int, world: str) -> None:
     part = shard.with_name(f".{shard.stem}.{os.getpid()}")
-    (written,) = write_shards(demo_samples(set_name, count, seed, first), part, SAMPLES_PER_SHARD)
+    (written,) = write_shards(demo_samples(set_name, count, seed, first, world), part, SAMPLES_PER_SHARD)
     written.replace(shard)
     shutil.rmtree(part)

@@ -1,8 +1,9 @@
-"""Captions of the built-in scenes: short web style, long paragraphs, and clean human descriptions.
+"""Captions of the built-in scenes: short web style, long paragraphs, clean human descriptions, and varied forms.
 
-Every caption is a function of (seed, number, scene) and never says anything false. Paragraphs are complete: each
-object with colour, shape, size, texture and place, and the background. Word counts hold by construction: the required
-sentences are short enough together, and true but idle ones fill up to the least number of words.
+Every caption is a function of (seed, number, scene) and never says anything false. In the small world short, long and
+clean ones are made of the templates of demo_words.py; their paragraphs are complete: each object with colour, shape,
+size, texture and place, and the background. All others come from the grammar of demo_forms.py. Word counts hold: the
+required sentences are short enough together, and true but idle ones fill up to the least number of words.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-from paradiffusion.data.demo_scenes import GRID, PLACES, Background, Scene, SceneObject, pick
+from paradiffusion.data.demo_forms import listed, varied
+from paradiffusion.data.demo_scenes import Background, Scene, SceneObject, is_held_out, pick, row_and_column
+from paradiffusion.data.demo_unseen import unseen
 from paradiffusion.data.demo_words import (
     CLEAN_OBJECT,
     COUNTS,
@@ -41,17 +44,40 @@ from paradiffusion.randomness import seed_from
 
 T = TypeVar("T")
 
-KINDS = ("short", "long", "clean")
-WORDS: dict[str, tuple[int, int]] = {"short": (5, 15), "long": (50, 150), "clean": (40, 90)}
+KINDS = ("short", "long", "clean", "varied", "unseen")
+# Least and most words of a caption.
+WORDS: dict[str, tuple[int, int]] = {"short": (5, 15), "long": (50, 150), "clean": (40, 90), "varied": (8, 90),
+         "unseen": (8, 120)}  # fmt: skip
+LARGE_WORDS: dict[str, tuple[int, int]] = {"short": (5, 60), "long": (50, 250), "clean": (8, 250), "varied": (20, 250),
+               "unseen": (8, 250)}  # fmt: skip
 
 
 def captions(scene: Scene, seed: int, number: int) -> dict[str, str]:
-    """One caption of each kind in KINDS, with word counts inside WORDS."""
-    return {
-        "short": _short(scene, random.Random(seed_from("caption", "short", seed, number))),
-        "long": _long(scene, random.Random(seed_from("caption", "long", seed, number))),
-        "clean": _clean(scene, random.Random(seed_from("caption", "clean", seed, number))),
-    }
+    """One caption of each kind in KINDS, with word counts inside WORDS, or LARGE_WORDS for a grid of three by three.
+
+    Of held-out forms ("unseen") only for the scenes of validation, whose compositions are held out too.
+    """
+    rng = {kind: random.Random(seed_from("caption", kind, seed, number)) for kind in KINDS}
+    words = WORDS if scene.grid == 2 else LARGE_WORDS
+    if scene.grid == 2:
+        told = {
+            "short": _short(scene, rng["short"]),
+            "long": _long(scene, rng["long"]),
+            "clean": _clean(scene, rng["clean"]),
+        }
+    else:
+        target = words["long"][0] + int(rng["long"].random() ** 1.5 * 100)
+        idle = 0.2 + 0.6 * rng["long"].random()
+        told = {
+            "short": listed(scene, rng["short"], words["short"][1]),
+            "long": varied(scene, rng["long"], (target, words["long"][1]), idle),
+            "clean": varied(scene, rng["clean"], words["clean"], 0.0),
+        }
+    idle = max(0.0, 0.8 * rng["varied"].random() - 0.5)  # most writers keep to what they see
+    told["varied"] = varied(scene, rng["varied"], words["varied"], idle)
+    if all(is_held_out(item.shape, item.colour, item.place, scene.grid) for item in scene.objects):
+        told["unseen"] = unseen(scene, rng["unseen"], words["unseen"][1])
+    return told
 
 
 def _count(parts: list[str]) -> int:
@@ -118,10 +144,10 @@ def _sentence(item: SceneObject, rng: random.Random, templates: tuple[str, ...])
     return _fill(pick(rng, templates), n=_full(item, rng), p=_place(item, rng))
 
 
-def _relation(a: SceneObject, b: SceneObject) -> str:
+def _relation(a: SceneObject, b: SceneObject, grid: int) -> str:
     """Where ``a`` is seen from ``b``, by grid rows and columns."""
-    row_a, column_a = divmod(PLACES.index(a.place), GRID)
-    row_b, column_b = divmod(PLACES.index(b.place), GRID)
+    row_a, column_a = row_and_column(a.place, grid)
+    row_b, column_b = row_and_column(b.place, grid)
     parts = []
     if row_a != row_b:
         parts.append("above" if row_a < row_b else "below")
@@ -132,7 +158,7 @@ def _relation(a: SceneObject, b: SceneObject) -> str:
 
 def _relative(scene: Scene, rng: random.Random) -> str:
     a, b = _shuffled(rng, scene.objects)[:2]
-    relation = _relation(a, b)
+    relation = _relation(a, b, scene.grid)
     seen = relation.replace("to the left of", "further left").replace("to the right of", "further right")
     seen = seen.replace("above", "higher up").replace("below", "lower down")
     return pick(rng, RELATIVE).format(a=_noun(a, rng, ()), b=_noun(b, rng, ()), r=relation, x=seen)

@@ -22,12 +22,12 @@ from paradiffusion.data.demo_scenes import (
     CHALK,
     COLOURS,
     INK,
-    PLACES,
     SHAPES,
     Background,
     Scene,
     SceneObject,
     cell_box,
+    places,
     radius_of,
 )
 from paradiffusion.randomness import seed_from
@@ -94,7 +94,7 @@ def judge_picture(scene: Scene, image: np.ndarray) -> PictureVerdict:
     expected = _expected_names(scene)
     found = []
     for item in scene.objects:
-        cell = cell_of(item.place, scene.width, scene.height)
+        cell = cell_of(item.place, scene.width, scene.height, scene.grid)
         counts = _colour_counts(names[cell])
         own = _COLOUR_NAMES.index(item.colour)
         enough = COVERED * np.count_nonzero(expected[cell] == own)
@@ -234,9 +234,9 @@ def _colour_counts(names: np.ndarray) -> np.ndarray:
     return np.bincount(names.ravel(), minlength=len(_PALETTE))[: len(_COLOUR_NAMES)]
 
 
-def cell_of(place: str, width: int, height: int) -> tuple[slice, slice]:
+def cell_of(place: str, width: int, height: int, grid: int = 2) -> tuple[slice, slice]:
     """The rows and columns of a place's cell."""
-    x0, y0, x1, y1 = (round(v) for v in cell_box(place, width, height))
+    x0, y0, x1, y1 = (round(v) for v in cell_box(place, width, height, grid))
     return slice(y0, y1), slice(x0, x1)
 
 
@@ -253,9 +253,10 @@ def _ground_name(scene: Scene, names: np.ndarray) -> str:
 
 def _extra_objects(scene: Scene, names: np.ndarray) -> int:
     """Cells without an object in which one colour covers a good part of what the smallest object would."""
-    limit = COVERED * np.pi * radius_of("small", scene.width, scene.height) ** 2
+    limit = COVERED * np.pi * radius_of("small", scene.width, scene.height, scene.grid) ** 2
     taken = {item.place for item in scene.objects}
-    cells = (cell_of(place, scene.width, scene.height) for place in PLACES if place not in taken)
+    free = (place for place in places(scene.grid) if place not in taken)
+    cells = (cell_of(place, scene.width, scene.height, scene.grid) for place in free)
     return sum(bool(_colour_counts(names[cell]).max() >= limit) for cell in cells)
 
 
@@ -264,7 +265,8 @@ def _shape_name(cell: np.ndarray, item: SceneObject, scene: Scene, ground: str) 
     seen = _normalised(presence_of(cell, item.colour, ground))
     if seen is None:
         return ""
-    templates = _templates(item.colour, item.size, item.texture, scene.background.colour, scene.width, scene.height)
+    canvas = (scene.width, scene.height, scene.grid)
+    templates = _templates(item.colour, item.size, item.texture, scene.background.colour, *canvas)
     overlap = np.minimum(seen, templates).sum((1, 2)) / np.maximum(seen, templates).sum((1, 2))
     return SHAPES[int(overlap.argmax())]
 
@@ -301,14 +303,15 @@ def _normalised(mask: np.ndarray) -> np.ndarray | None:
 
 
 @lru_cache(maxsize=4096)
-def _templates(colour: str, size: str, texture: str, ground: str, width: int, height: int) -> np.ndarray:
+def _templates(colour: str, size: str, texture: str, ground: str, width: int, height: int, grid: int) -> np.ndarray:
     """Masks of all shapes drawn in the middle of a cell with these attributes, [shapes, G, G]."""
-    cell = cell_of(PLACES[0], width, height)
-    x0, y0, x1, y1 = cell_box(PLACES[0], width, height)
-    radius = radius_of(size, width, height)
+    place = places(grid)[0]
+    cell = cell_of(place, width, height, grid)
+    x0, y0, x1, y1 = cell_box(place, width, height, grid)
+    radius = radius_of(size, width, height, grid)
     masks = []
     for shape in SHAPES:
-        item = SceneObject(shape, colour, size, texture, PLACES[0], (x0 + x1) / 2, (y0 + y1) / 2, radius)
+        item = SceneObject(shape, colour, size, texture, place, (x0 + x1) / 2, (y0 + y1) / 2, radius)
         picture = np.asarray(draw(Scene(width, height, Background(ground, "plain"), (item,))))
         mask = _normalised(presence_of(picture[cell], colour, ground))
         masks.append(np.zeros((SHAPE_GRID, SHAPE_GRID), np.float32) if mask is None else mask)

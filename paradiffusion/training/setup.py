@@ -171,7 +171,7 @@ def open_data(config: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
     data = config.data
     wanted = [data.shards] if isinstance(data.shards, str) else list(data.shards or ())
     if data.demo and any(str(spec).startswith(data.demo_folder) for spec in wanted):
-        ensure_demo_data(Path(data.demo_folder), dict(data.demo_sizes) or None)
+        ensure_demo_data(Path(data.demo_folder), dict(data.demo_sizes) or None, world=data.world)
     index = open_index(data)
     return index, None if data.val_shards is None else open_shards(data, data.val_shards, "data.val_shards")
 

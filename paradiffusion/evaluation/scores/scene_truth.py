@@ -22,12 +22,12 @@ from paradiffusion.data.demo_scenes import (
     DARK_BACKGROUNDS,
     INK,
     PATTERNS,
-    PLACES,
     SIZES,
     TEXTURES,
     Background,
     Scene,
     SceneObject,
+    places,
     radius_of,
 )
 from paradiffusion.evaluation.scenes import ObjectVerdict, cell_of, judge_picture, on_canvas, perceptual, presence_of
@@ -150,7 +150,7 @@ def _size_and_texture(
     pixels: np.ndarray, item: SceneObject, seen: ObjectVerdict, ground: str, scene: Scene
 ) -> tuple[str, str]:
     """The size whose area, and the texture whose drawing in the same spot, come nearest."""
-    cell = cell_of(item.place, scene.width, scene.height)
+    cell = cell_of(item.place, scene.width, scene.height, scene.grid)
     mask = presence_of(pixels[cell], seen.seen_colour, ground)
     area, middle = _area_and_middle(mask)
     back = ground if ground in BACKGROUNDS else scene.background.colour
@@ -158,7 +158,7 @@ def _size_and_texture(
     # the one that was seen only where that does not give the right size. Stripes and outlines stand out from the ground as
     # the rest does, so plain drawings will do.
     for shape in (item.shape, seen.seen_shape or item.shape):
-        looks = (shape, seen.seen_colour, back, scene.width, scene.height)
+        looks = (shape, seen.seen_colour, back, scene.width, scene.height, scene.grid)
         size = min(SIZES, key=lambda name: abs(np.log(area / _model(name, "plain", *looks).area)))
         if size == item.size:
             break
@@ -181,11 +181,12 @@ class _Model:
 
 
 @lru_cache(maxsize=8192)
-def _model(size: str, texture: str, shape: str, colour: str, ground: str, width: int, height: int) -> _Model:
-    cell = cell_of(PLACES[0], width, height)
+def _model(size: str, texture: str, shape: str, colour: str, ground: str, width: int, height: int, grid: int) -> _Model:
+    place = places(grid)[0]
+    cell = cell_of(place, width, height, grid)
     rows, columns = cell
     cx, cy = (columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2
-    item = SceneObject(shape, colour, size, texture, PLACES[0], cx, cy, radius_of(size, width, height))
+    item = SceneObject(shape, colour, size, texture, place, cx, cy, radius_of(size, width, height, grid))
     picture = np.asarray(draw(Scene(width, height, Background(ground, "plain"), (item,))))[cell]
     return _Model(perceptual(picture), *_area_and_middle(presence_of(picture, colour, ground)))
 

@@ -105,7 +105,7 @@ class SceneJudge:
 
 
 def _cell_box(scene: Scene, place: str) -> Box:
-    rows, columns = cell_of(place, scene.width, scene.height)
+    rows, columns = cell_of(place, scene.width, scene.height, scene.grid)
     width, height = scene.width, scene.height
     return columns.start / width, rows.start / height, columns.stop / width, rows.stop / height
 
