@@ -156,7 +156,7 @@ def test_captions_keep_their_lengths_and_say_nothing_false(set_name: str) -> Non
     bounds = {"short": (5, 15), "long": (50, 150), "clean": (40, 90)}
     for number, scene in enumerate(scenes(set_name, 500)):
         told = captions(scene, 0, number)
-        assert set(told) == set(bounds)
+        told = {kind: told[kind] for kind in bounds}  # test_demo_forms.py reads the others
         shown = {(item.colour, item.shape) for item in scene.objects}
         colours = {item.colour for item in scene.objects}
         for kind, text in told.items():
