@@ -601,7 +601,7 @@ class Writer:
         self.last = None
         self.named += items
         orders = ("from left to right",) if along else ("from top to bottom", "going down")
-        slots = {"r": name, "m": _listed(placed), "l": _listed(told), "order": lambda: self.pick(orders)}
+        slots: Slots = {"r": name, "m": _listed(placed), "l": _listed(told), "order": lambda: self.pick(orders)}
         full = len(items) == self.grid and not any("," in words for words in told)
         return self.say("in order" if full and self.chance(0.5) else "several", slots)
 
