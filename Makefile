@@ -56,4 +56,4 @@ test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 clean:
-	rm -rf .venv runs samples data/demo .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv runs samples data/demo data/demo_large .pytest_cache .ruff_cache .mypy_cache

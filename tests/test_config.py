@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from paradiffusion.compose import CONFIGS, compose_sample, compose_train, groups, keys_of, options
 from paradiffusion.config import TrainConfig
+from paradiffusion.data.demo import DEFAULT_SIZES
 from paradiffusion.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,9 +60,20 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         own = ["data.shards=x"] if (group, name) == ("data", "shards") else []
         section = getattr(compose_train([f"{group}={name}", *own]), group)
         file = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
-        for key in file:
+        for key in file.keys() - {"large"}:  # another world's values, which test_the_large_world_is_one_key reads
             if not OmegaConf.is_interpolation(file, key) and not OmegaConf.is_missing(file, key):
                 assert getattr(section, str(key)) == file[key], f"{group}={name} does not set {key}"
+
+
+def test_the_large_world_is_one_key() -> None:
+    small, large = compose_train(["stage=2"]).data, compose_train(["stage=2", "data.world=large"]).data
+    assert (small.shards, small.resolution) == ("data/demo/big", 64)
+    assert (large.shards, large.val_shards, large.resolution) == ("data/demo_large/big", "data/demo_large/val", 96)
+    assert small.demo_sizes == DEFAULT_SIZES["small"] and large.demo_sizes == DEFAULT_SIZES["large"]
+    own = compose_train(["data.world=large", "data.demo_folder=/mine", "data.demo_sizes={web: 8, val: 4}"]).data
+    assert (own.shards, own.demo_sizes) == ("/mine/web", {"web": 8, "val": 4})
+    with pytest.raises(UserError, match="data.world=huge"):
+        compose_train(["data.world=huge"])
 
 
 @pytest.mark.parametrize("name", options("recipe"))

@@ -31,14 +31,17 @@ from paradiffusion.data.demo import (
 from paradiffusion.data.demo_scenes import (
     BACKGROUNDS,
     COLOURS,
+    LARGE_SETS,
     PLACES,
     SETS,
     SHAPES,
     SIZES,
     TEXTURES,
+    WORLDS,
     Scene,
     cell_box,
     is_held_out,
+    places,
 )
 from paradiffusion.data.demo_words import (
     PLACE_WORDS,
@@ -49,14 +52,14 @@ from paradiffusion.data.demo_words import (
     TEXTURE_STATED,
 )
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.scenes import judge_picture
+from paradiffusion.evaluation.scenes import judge_picture, score
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES_SMALL = {"web": 1100, "val": 30}
 
 
-def scenes(set_name: str, count: int) -> list[Scene]:
-    return [make_scene(set_name, 0, number) for number in range(count)]
+def scenes(set_name: str, count: int, world: str = "small") -> list[Scene]:
+    return [make_scene(set_name, 0, number, world) for number in range(count)]
 
 
 def test_scenes_are_functions_of_set_seed_and_number() -> None:
@@ -66,39 +69,46 @@ def test_scenes_are_functions_of_set_seed_and_number() -> None:
     assert draw(scene).tobytes() == draw(scene).tobytes()
     with pytest.raises(UserError, match="'weh'.*web"):
         make_scene("weh", 0, 0)
+    with pytest.raises(UserError, match="'huge'.*large"):
+        make_scene("web", 0, 0, "huge")
 
 
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("set_name", list(SETS))
-def test_objects_lie_in_the_cell_of_their_place_and_never_touch(set_name: str) -> None:
-    base = SETS[set_name].base
+def test_objects_lie_in_the_cell_of_their_place_and_never_touch(set_name: str, world: str) -> None:
+    rules = (SETS if world == "small" else LARGE_SETS)[set_name]
+    base, grid = rules.base, rules.grid
     canvases = {(base, base), (base * 5 // 4, base * 3 // 4), (base * 3 // 4, base * 5 // 4)}
-    drawn = scenes(set_name, 300)
-    assert {(scene.width, scene.height) for scene in drawn} == canvases
-    assert {len(scene.objects) for scene in drawn} == {1, 2, 3, 4}
+    drawn = scenes(set_name, 300, world)
+    assert {(scene.width, scene.height) for scene in drawn} == (canvases if world == "small" else {(base, base)})
+    assert {len(scene.objects) for scene in drawn} == set(range(1, grid * grid + 1))
     for scene in drawn:
         assert len({item.place for item in scene.objects}) == len(scene.objects)
         assert len({(item.shape, item.colour) for item in scene.objects}) == len(scene.objects)
         for item in scene.objects:
-            x0, y0, x1, y1 = cell_box(item.place, scene.width, scene.height)
+            x0, y0, x1, y1 = cell_box(item.place, scene.width, scene.height, grid)
             left, top, right, bottom = item.box
             assert x0 < left < right < x1 and y0 < top < bottom < y1
 
 
-def test_training_and_validation_share_no_triple_but_every_pair() -> None:
+@pytest.mark.parametrize("world", WORLDS)
+def test_training_and_validation_share_no_triple_but_every_pair(world: str) -> None:
+    grid = 2 if world == "small" else 3
     trained = {
         (item.shape, item.colour, item.place)
         for name in ("web", "big", "small")
-        for scene in scenes(name, 1500)
+        for scene in scenes(name, 1500, world)
         for item in scene.objects
     }
-    asked = {(item.shape, item.colour, item.place) for scene in scenes("val", 400) for item in scene.objects}
+    asked = {(item.shape, item.colour, item.place) for scene in scenes("val", 400, world) for item in scene.objects}
     assert not trained & asked
-    assert all(is_held_out(*triple) for triple in asked) and not any(is_held_out(*triple) for triple in trained)
-    held = sum(is_held_out(*triple) for triple in itertools.product(SHAPES, COLOURS, PLACES))
-    assert 0.08 < held / (len(SHAPES) * len(COLOURS) * len(PLACES)) < 0.18
+    assert all(is_held_out(*triple, grid) for triple in asked)
+    assert not any(is_held_out(*triple, grid) for triple in trained)
+    held = sum(is_held_out(*triple, grid) for triple in itertools.product(SHAPES, COLOURS, places(grid)))
+    assert 0.08 < held / (len(SHAPES) * len(COLOURS) * grid * grid) < 0.18
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert {(t[first], t[second]) for t in asked} <= {(t[first], t[second]) for t in trained}
-    assert {t[2] for t in asked} == set(PLACES) and {t[0] for t in asked} == set(SHAPES)
+    assert {t[2] for t in asked} == set(places(grid)) and {t[0] for t in asked} == set(SHAPES)
 
 
 def test_held_out_scenes_are_those_that_earlier_scores_were_measured_on() -> None:
@@ -138,7 +148,7 @@ def test_drawings_show_the_colours_and_are_quick() -> None:
 
 def test_scenes_survive_json() -> None:
     for name in SETS:
-        for scene in scenes(name, 50):
+        for scene in [*scenes(name, 50), *scenes(name, 20, "large")]:
             assert scene_from_meta(json.loads(json.dumps(scene_to_meta(scene)))) == scene
     with pytest.raises(UserError, match="holds no scene"):
         scene_from_meta({"captions": {}, "width": 64, "height": 64})
@@ -156,7 +166,7 @@ def test_captions_keep_their_lengths_and_say_nothing_false(set_name: str) -> Non
     bounds = {"short": (5, 15), "long": (50, 150), "clean": (40, 90)}
     for number, scene in enumerate(scenes(set_name, 500)):
         told = captions(scene, 0, number)
-        assert set(told) == set(bounds)
+        told = {kind: told[kind] for kind in bounds}  # test_demo_forms.py reads the others
         shown = {(item.colour, item.shape) for item in scene.objects}
         colours = {item.colour for item in scene.objects}
         for kind, text in told.items():
@@ -313,8 +323,22 @@ def test_the_script(tmp_path: Path) -> None:
     done = subprocess.run([*command, *small], capture_output=True, text=True, check=True)
     assert "web: 12 pictures" in done.stdout
     assert json.loads((tmp_path / "demo" / "demo.json").read_text())["sizes"] == {"web": 12, "big": 3, "val": 4}
+    subprocess.run([*command, *small, "--world", "large"], capture_output=True, check=True)
+    with tarfile.open(tmp_path / "demo" / "val" / "000000.tar") as tar:
+        texts = [tar.extractfile(name) for name in tar.getnames() if name.endswith(".json")]
+        assert [json.loads(text.read())["grid"] for text in texts if text] == [3] * 4
     wrong = subprocess.run([*command, "--web", "-1"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and "-1" in wrong.stderr
+
+
+def test_paragraphs_written_by_hand_hold_their_scenes() -> None:
+    rows = [json.loads(line) for line in (ROOT / "data" / "paragraphs.jsonl").read_text().splitlines()]
+    assert [row["world"] for row in rows] == ["small"] * 20 + ["large"] * 20
+    for row in rows:
+        scene, text = scene_from_meta(row), row["text"].lower()
+        assert all(item.place in places(scene.grid) and item.colour in text for item in scene.objects)
+        assert scene.background.colour in text and score(scene, np.asarray(draw(scene))).all_right
+        assert set(re.findall(rf"\b({'|'.join(COLOURS)})\b", text)) == {item.colour for item in scene.objects}
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -9,7 +9,16 @@ import pytest
 from PIL import Image, ImageFilter
 
 from paradiffusion.data.demo import draw, make_scene
-from paradiffusion.data.demo_scenes import PLACES, SETS, Background, Scene, SceneObject
+from paradiffusion.data.demo_scenes import (
+    NINE_PLACES,
+    PLACES,
+    SETS,
+    WORLDS,
+    Background,
+    Scene,
+    SceneObject,
+    scene_from_meta,
+)
 from paradiffusion.evaluation.scenes import SceneScore, by_objects, score, summarise, unbound
 
 
@@ -22,9 +31,11 @@ def one_object(**changes: object) -> Scene:
     return Scene(64, 64, Background("grey", "plain"), (replace(item, **changes),))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("set_name", list(SETS))
-def test_true_pictures_are_right(set_name: str) -> None:
-    drawn = [make_scene(set_name, 1, number) for number in range(200 if SETS[set_name].base == 64 else 60)]
+def test_true_pictures_are_right(set_name: str, world: str) -> None:
+    count = 200 if (SETS[set_name].base, world) == (64, "small") else 60
+    drawn = [make_scene(set_name, 1, number, world) for number in range(count)]
     found = summarise([score(scene, pixels(scene)) for scene in drawn])
     assert found["colour_at_place"].share >= 0.99
     assert found["background"].share >= 0.99
@@ -119,6 +130,21 @@ def test_shapes_are_told_apart_at_another_place_and_size_in_the_cell(shape: str,
     truth = one_object(shape=shape, place=place, cx=left + 16.5, cy=top + 16.5)
     drawn = one_object(shape=shape, place=place, cx=left + 14.6, cy=top + 17.4, size="medium", radius=11.5)
     assert score(truth, pixels(drawn)).colour_and_shape == 1
+
+
+def test_each_cell_of_three_by_three_is_judged_by_itself() -> None:
+    """One object moved from cell to cell is right in its own cell and extra in every other."""
+    scenes = [
+        scene_from_meta(
+            {"width": 96, "height": 96, "grid": 3, "background": {"colour": "grey"},
+             "objects": [{"shape": "star", "colour": "red", "place": place}]}
+        )
+        for place in NINE_PLACES
+    ]  # fmt: skip
+    for asked in scenes:
+        for shown in scenes:
+            found = score(asked, pixels(shown))
+            assert found.all_right == (asked == shown) and found.extra == (asked != shown)
 
 
 def test_pictures_of_another_size_are_brought_to_the_canvas() -> None:

@@ -157,7 +157,20 @@ def test_scenes_are_those_of_validation() -> None:
     assert load_suite("scenes", count=7).prompts == suite.prompts[:7]
     larger = load_suite("scenes", count=3, options={"scale": 2, "caption": "long"}).prompts[1]
     assert larger.height == 2 * (suite.prompts[1].height or 0) and larger.text != suite.prompts[1].text
-    for options, words in (({"caption": "loud"}, "clean"), ({"scale": 0}, "1 up"), ({"size": 2}, "unknown")):
+    for prompt, sample in zip(
+        load_suite("scenes", count=5, options={"world": "large", "caption": "unseen"}).prompts,
+        demo_samples("val", 5, world="large"),
+        strict=True,
+    ):
+        assert prompt.text == sample.meta["captions"]["unseen"] and (prompt.height, prompt.width) == (96, 96)
+        assert scene_from_meta(prompt.meta["scene"]) == scene_from_meta(sample.meta)
+    wrong = {"caption": "unseen", "set": "web"}
+    for options, words in (
+        ({"caption": "loud"}, "clean"),
+        (wrong, "set=val"),
+        ({"scale": 0}, "1 up"),
+        ({"size": 2}, "unknown"),
+    ):
         with pytest.raises(UserError, match=words):
             load_suite("scenes", options=options)
 

@@ -301,7 +301,7 @@ RULES: dict[str, tuple[str, ...]] = {
         *("{p1} {there} {n1}{and} {p2} {n2}",) * 2, *("{there} {n1} {p1} and {n2} {p2}",) * 2, "{p1} {there} {n1}{and} {p2} {there} {n2}",
         "{q1} {holds} {n1}{and} {q2} {holds} {n2}", "{q1} {holds} {n1}{and} {q2} {n2}", "{n1} {fills} {q1}{and} {n2} {fills} {q2}",
         "{n1} and {n2} {lie} {p1} and {p2}, respectively", "{wish} {n1} {p1} and {n2} {p2}", "{n1} {p1} and {n2} {p2}",
-        "the {s1} {p1} is {c1}{and} the {s2} {p2} is {c2}", "{k1}: {n1}; {k2}: {n2}", "two shapes, {n1} {p1} and {n2} {p2}",
+        "the {s1} {p1} is {c1}{and} the {s2} {p2} is {c2}", "{k1}: {n1}; {k2}: {n2}", "as a pair, {n1} {p1} and {n2} {p2}",
         "{q1} and {q2} are taken, the former by {n1} and the latter by {n2}", "{n1} {lies} {p1}, {n2} {p2}",
     ),
     "lie": ("sit", "lie", "stand", "are", "are placed", "can be seen", "are drawn", "are located", "appear", "rest"),
@@ -370,7 +370,7 @@ RULES: dict[str, tuple[str, ...]] = {
         "the {layout} is meant to be {calm}", "overall, the {layout} feels {calm}", "nothing else {ends0}", "nothing else {ends0}",
         "there is no {missing} {anywhere}", "there are no {missings} {anywhere}", "I see no {missings}", "no {missing} {ends0}",
         "the rest is {vacant}", "all other space is {vacant}", "what remains of the {picture} is {vacant}", "every shape keeps to itself",
-        "none of the shapes touches the edge", "no two shapes touch", "the viewer looks at it straight from the front",
+        "none of the shapes touches the edge", "no shape touches another", "the viewer looks at it straight from the front",
         "everything is flat, without depth", "one understands it at a glance", "it could be a poster or a card",
         "a child could have cut it out of paper", "it reminds one of a puzzle", "that is all there is to see",
         "the forms are easy to tell apart", "the style is {calm}", "it was made with a few clear forms",
@@ -601,7 +601,7 @@ class Writer:
         self.last = None
         self.named += items
         orders = ("from left to right",) if along else ("from top to bottom", "going down")
-        slots = {"r": name, "m": _listed(placed), "l": _listed(told), "order": lambda: self.pick(orders)}
+        slots: Slots = {"r": name, "m": _listed(placed), "l": _listed(told), "order": lambda: self.pick(orders)}
         full = len(items) == self.grid and not any("," in words for words in told)
         return self.say("in order" if full and self.chance(0.5) else "several", slots)
 

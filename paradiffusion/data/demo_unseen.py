@@ -96,9 +96,11 @@ def _sentences(scene: Scene, rng: random.Random) -> list[str]:
     sentences = [_say("opening", rng, ground)] if rng.random() < 0.4 else []
     early = rng.random() < 0.35
     sentences += [_say("ground", rng, ground)] if early else []
-    items, last = writer.ordered(), None
+    items = writer.ordered()
+    last: SceneObject | None = None
     while items:
         item = items.pop(0)
+        alone = True
         direction = direction_of(item, last, scene.grid) if last else None
         if direction and rng.random() < 0.45:
             sentences.append(_say("beside", rng, _slots(writer, item) | writer.beside(direction)))
@@ -107,10 +109,10 @@ def _sentences(scene: Scene, rng: random.Random) -> list[str]:
             for number, one in enumerate((item, items.pop(0)), 1):
                 pair |= {f"{name}{number}": words for name, words in _slots(writer, one).items()}
             sentences.append(_say("two", rng, pair))
-            item = None
+            alone = False
         else:
             sentences.append(_say("one", rng, _slots(writer, item)))
-        last = item
+        last = item if alone else None
     return sentences if early else [*sentences, _say("ground", rng, ground)]
 
 

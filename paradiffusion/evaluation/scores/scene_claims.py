@@ -1,4 +1,8 @@
-"""What the sentences of a scene's caption claim, read from the words that captions are made of (data/demo_words.py)."""
+"""What the sentences of a scene's caption claim, read from the words that captions are made of (data/demo_words.py).
+
+Of the many forms of demo_forms.py those are read that name a colour right before its shape; no other thing is claimed by
+a sentence that says its colour elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from paradiffusion.data.demo_scenes import BACKGROUNDS, COLOURS
+from paradiffusion.data.demo_forms import (
+    SHAPES_SAID,
+    SIZES_SAID,
+    SIZES_STATED,
+    TEXTURES_AFTER,
+    TEXTURES_SAID,
+    TEXTURES_STATED,
+    place_names,
+    place_phrases,
+)
+from paradiffusion.data.demo_scenes import BACKGROUNDS, COLOURS, places
 from paradiffusion.data.demo_words import (
     COUNTS,
     PATTERN_WORDS,
@@ -69,19 +83,27 @@ def _any(words: Sequence[str]) -> str:
     return "|".join(re.escape(word) for word in words)
 
 
-_SHAPES: Final = _meanings(SHAPE_WORDS)
-_SIZES: Final = _meanings(SIZE_WORDS)
-_TEXTURES: Final = _meanings(TEXTURE_BEFORE, TEXTURE_AFTER, TEXTURE_STATED)
+_SHAPES: Final = _meanings(SHAPE_WORDS, SHAPES_SAID)
+_SIZES: Final = _meanings(SIZE_WORDS, SIZES_SAID, SIZES_STATED)
+_TEXTURES: Final = _meanings(
+    TEXTURE_BEFORE, TEXTURE_AFTER, TEXTURE_STATED, TEXTURES_SAID, TEXTURES_AFTER, TEXTURES_STATED
+)
 _COUNTS: Final = _meanings({str(number): words for number, words in COUNTS.items()})
 _PATTERNS: Final = _meanings(PATTERN_WORDS)
 # "an orange, boldly outlined" never occurs: a colour stands before its shape, other attributes before both or after them.
 _NOUN: Final = re.compile(
-    rf"\b(?P<before>(?:(?:{_any([w for w, _ in _meanings(SIZE_WORDS, TEXTURE_BEFORE)])})\s+)*)"
+    rf"\b(?P<before>(?:(?:{_any([w for w, _ in _meanings(SIZE_WORDS, TEXTURE_BEFORE, SIZES_SAID, TEXTURES_SAID)])}),?\s+)*)"
     rf"(?P<colour>{_any(tuple(COLOURS))})\s+(?P<shape>{_any([w for w, _ in _SHAPES])})\b"
-    rf"(?P<after>\s+(?:{_any([w for w, _ in _meanings(TEXTURE_AFTER)])})\b)?",
+    rf"(?P<after>\s+(?:{_any([w for w, _ in _meanings(TEXTURE_AFTER, TEXTURES_AFTER)])})\b)?",
     re.IGNORECASE,
 )
 _GROUND: Final = re.compile(rf"\b({_any(tuple(BACKGROUNDS))})\b", re.IGNORECASE)
+_ANY_SHAPE: Final = re.compile(rf"\b(?:{_any([w for w, _ in _SHAPES])})\b", re.IGNORECASE)
+_PLACE: Final = re.compile(
+    r"\b(?:top|upper|bottom|lower)[ -](?:left|right)\b|"
+    + _any([w for grid in (2, 3) for p in places(grid) for w in (*place_phrases(p, grid), *place_names(p, grid))]),
+    re.IGNORECASE,
+)
 _REFERS: Final = re.compile(r"^(?:it|this [\w-]+ shape)\b", re.IGNORECASE)
 _RELATION: Final = re.compile(
     r"\b(?:above|below|to the (?:left|right) of|further (?:left|right)|higher up|lower down)\b", re.IGNORECASE
@@ -95,16 +117,16 @@ def claims(sentences: Sequence[str]) -> list[Claim]:
     for sentence in sentences:
         claim = _claim(sentence, last)
         found.append(claim)
-        last = claim.mentions[0] if len(claim.mentions) == 1 else None
+        last = claim.mentions[0] if len(claim.mentions) == 1 and _one_thing(sentence) else None
     return found
 
 
 def _claim(sentence: str, last: Mention | None) -> Claim:
     nouns = list(_NOUN.finditer(sentence))
-    alone = len(nouns) == 1
-    mentions = tuple(_mention(noun, sentence if alone else noun.group()) for noun in nouns)
     ground = _GROUND.search(sentence)
-    if not nouns and not ground and last is not None and _REFERS.match(sentence):
+    alone = len(nouns) == 1 and ground is None and _one_thing(sentence)
+    mentions = tuple(_mention(noun, sentence if alone else noun.group()) for noun in nouns)
+    if not _ANY_SHAPE.search(sentence) and not ground and last is not None and _REFERS.match(sentence):
         size, texture = _meaning(_SIZES, sentence), _meaning(_TEXTURES, sentence)
         if size or texture:
             mentions = (Mention(last.colour, last.shape, size, texture, named=False),)
@@ -119,6 +141,11 @@ def _claim(sentence: str, last: Mention | None) -> Claim:
     return Claim(kind, mentions, relation, colour, _pattern(sentence, colour), int(count) if count else None)
 
 
+def _one_thing(sentence: str) -> bool:
+    """Whether it has no more than one shape: "a star to the left of the red square" says nothing else of the square."""
+    return len(_ANY_SHAPE.findall(sentence)) <= 1
+
+
 def _mention(noun: re.Match[str], text: str) -> Mention:
     shape = _meaning(_SHAPES, noun["shape"])
     assert shape is not None  # the expression is made of the same words
@@ -126,7 +153,7 @@ def _mention(noun: re.Match[str], text: str) -> Mention:
 
 
 def _places(sentence: str) -> bool:
-    return bool(re.search(r"\b(?:top|upper|bottom|lower)[ -](?:left|right)\b", sentence, re.IGNORECASE))
+    return bool(_PLACE.search(sentence))
 
 
 def _pattern(sentence: str, ground: str | None) -> str | None:
