@@ -127,10 +127,6 @@ class UNetConfig:
         coordinates: tell the U-Net where each latent lies, so that place words have something to bind to: 0 for not at
             all (the paper; the official layout takes nothing else), 1 for two input channels with x and y in -1..1, n
             for those and n - 1 octaves of their sines and cosines (4 more channels each).
-        pooled_text: add the mean of the refined features to the time embedding, as SDXL and DeepFloyd-IF do with theirs.
-            Not part of the paper.
-        attention_gain: factor on the first weights of the queries and keys that read the text. At 1 attention starts
-            nearly uniform over the tokens, and takes long to find out that places differ.
         plain_attention: use matrix products and a softmax instead of torch's fused attention. On processors, at a few
             dozen latents, its backward pass is a quarter faster; on GPUs leave it off.
         lora_rank: train a LoRA adapter of this rank on the U-Net's attention instead of all its weights; 0 for none. The
@@ -141,8 +137,6 @@ class UNetConfig:
     name: str = "nano"
     arguments: dict[str, Any] = field(default_factory=dict)
     coordinates: int = 0
-    pooled_text: bool = False
-    attention_gain: float = 1.0
     plain_attention: bool = False
     lora_rank: int = 0
     lora_alpha: int = 16

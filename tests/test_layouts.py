@@ -27,7 +27,7 @@ ARMS = {
     "paper": ConditioningConfig(max_tokens=32),
     "modern": ConditioningConfig(
         name="modern", layer_tap="mean", projection="refiner", refiner_width=16, refiner_layers=1, refiner_heads=2, refiner_kernel=3,
-        mask_padding=True, max_tokens=32,
+        layout_patch=2, mask_padding=True, max_tokens=32,
     ),
 }  # fmt: skip
 PROMPTS = ["a red circle at the left", ""]
@@ -44,7 +44,7 @@ def make(codec_folder: Path, tmp_path: Path) -> Callable[..., Made]:
             text_encoder=TextEncoderConfig(),
             conditioning=ARMS[arm],
             lora=LoraConfig(rank=2, alpha=6, target_modules=["v_proj", "q_proj", "o_proj"]),
-            unet=UNetConfig(arguments=TINY_UNET, coordinates=2 * (arm == "modern"), pooled_text=arm == "modern"),
+            unet=UNetConfig(arguments=TINY_UNET, coordinates=2 * (arm == "modern")),
             codec=CodecConfig(path=str(codec_folder)),
         )
         encoder, codec = load_text_encoder(config.text_encoder, config.conditioning), load_codec(config.codec)
@@ -186,6 +186,13 @@ def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             load_models(folder, device="cpu")
+    unet = folder / "unet" / "config.json"
+    config = unet.read_text()
+    unet.write_text(json.dumps({**json.loads(config), "class_embed_type": "simple_projection"}))
+    path.write_text(json.dumps(good))
+    with pytest.raises(UserError, match=r"which this version no longer has; train it anew .*data/nano"):
+        load_models(folder, device="cpu")
+    unet.write_text(config)
     good["conditioning"]["a_key_of_the_future"] = 1
     path.write_text(json.dumps(good))
     assert load_models(folder, device="cpu").text_encoder.settings == replace(ARMS["paper"])

@@ -119,11 +119,3 @@ class Refiner(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
-
-
-def average(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of features [B, L, D] over real tokens, [B, D]."""
-    if mask is None:
-        return features.mean(dim=1)
-    shares = mask / mask.sum(dim=1, keepdim=True)
-    return (features * shares[..., None].to(features)).sum(dim=1)
