@@ -61,6 +61,8 @@ class ConditioningConfig:
         layout_patch: latents along each side of the square that each query of the layout head estimates from the refined text
             (models/layout.py); the U-Net takes the estimate as further input channels. 0 for no such head (the paper).
         layout_layers: blocks of the layout head.
+        layout_reads: what it reads of the refined text: its "tokens", or their "mean" alone (for an ablation: the mean does
+            not hold which word belongs to which place).
         prefix: an instruction put before each prompt; its own tokens are not given to the denoiser.
         mask_padding: False: padding is attended to and always goes to ``max_tokens`` (the paper); True: masked.
         pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens: 8 is what
@@ -77,6 +79,7 @@ class ConditioningConfig:
     refiner_kernel: int = 0
     layout_patch: int = 0
     layout_layers: int = 2
+    layout_reads: str = "tokens"
     prefix: str = ""
     mask_padding: bool = False
     pad_multiple: int = 8
@@ -89,6 +92,7 @@ class ConditioningConfig:
         positive("conditioning.pad_multiple", self.pad_multiple)
         positive("conditioning.layout_patch", self.layout_patch, zero=True)
         positive("conditioning.layout_layers", self.layout_layers)
+        choice("conditioning.layout_reads", self.layout_reads, ("tokens", "mean"))
         if self.layout_patch and self.projection != "refiner":
             raise UserError(
                 "conditioning.layout_patch needs the refiner's tokens; set conditioning.projection=refiner, or 0."

@@ -23,11 +23,16 @@ def text_width(conditioning: ConditioningConfig, encoder_width: int) -> int:
     return conditioning.refiner_width if conditioning.projection == "refiner" else encoder_width
 
 
-def layout_arguments(conditioning: ConditioningConfig, latent_channels: int) -> dict[str, int] | None:
+def layout_arguments(conditioning: ConditioningConfig, latent_channels: int) -> dict[str, Any] | None:
     """The refiner's argument ``layout``: the layout head's shape, None for none."""
     if not conditioning.layout_patch:
         return None
-    return {"layers": conditioning.layout_layers, "patch": conditioning.layout_patch, "channels": latent_channels}
+    return {
+        "layers": conditioning.layout_layers,
+        "patch": conditioning.layout_patch,
+        "channels": latent_channels,
+        "reads": conditioning.layout_reads,
+    }
 
 
 def unet_arguments(

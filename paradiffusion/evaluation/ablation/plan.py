@@ -28,7 +28,16 @@ FREE_DATA: Final = ("workers", "retries", "cache_dir", "cache_gb", "cache", "dem
 _KEPT: Final = (
     (
         "conditioning",
-        ("layer_tap", "projection", "mask_padding", "prefix", "layout_patch", "refiner_width", "refiner_layers"),
+        (
+            "layer_tap",
+            "projection",
+            "mask_padding",
+            "prefix",
+            "layout_patch",
+            "layout_reads",
+            "refiner_width",
+            "refiner_layers",
+        ),
     ),
     ("text_encoder", ("name", "layers")),
     ("unet", ("name", "coordinates")),
