@@ -22,6 +22,7 @@ from paradiffusion.models.joint import JointModel, build_joint
 from paradiffusion.models.layouts import describe, read_description, save_weights
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
 from paradiffusion.text.sources import locate
+from paradiffusion.training.folder import check_init
 
 ARMS = {
     "paper": ConditioningConfig(max_tokens=32),
@@ -196,6 +197,19 @@ def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
     good["conditioning"]["a_key_of_the_future"] = 1
     path.write_text(json.dumps(good))
     assert load_models(folder, device="cpu").text_encoder.settings == replace(ARMS["paper"])
+
+
+def test_a_checkpoint_from_before_a_key_is_one_with_its_default(make: Callable[..., Made], codec_folder: Path) -> None:
+    folder = make("paper", False)[0]
+    description = read_description(folder)
+    for key in ("layout_patch", "layout_layers", "layout_reads"):
+        del description["conditioning"][key]
+    config = TrainConfig(
+        conditioning=ARMS["paper"], unet=UNetConfig(arguments=TINY_UNET), codec=CodecConfig(path=str(codec_folder))
+    )
+    check_init(config, folder, description)
+    with pytest.raises(UserError, match=r"conditioning\.layout_layers=2, and this command says 3"):
+        check_init(replace(config, conditioning=replace(ARMS["paper"], layout_layers=3)), folder, description)
 
 
 def test_the_description_says_what_made_it(make: Callable[..., Made]) -> None:
