@@ -61,6 +61,8 @@ class ConditioningConfig:
         layout_patch: latents along each side of the square that each query of the layout head estimates from the refined text
             (models/layout.py); the U-Net takes the estimate as further input channels. 0 for no such head (the paper).
         layout_layers: blocks of the layout head.
+        layout_reads: what it reads of the refined text: its "tokens", or their "mean" alone (for an ablation: the mean does
+            not hold which word belongs to which place).
         prefix: an instruction put before each prompt; its own tokens are not given to the denoiser.
         mask_padding: False: padding is attended to and always goes to ``max_tokens`` (the paper); True: masked.
         pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens: 8 is what
@@ -77,6 +79,7 @@ class ConditioningConfig:
     refiner_kernel: int = 0
     layout_patch: int = 0
     layout_layers: int = 2
+    layout_reads: str = "tokens"
     prefix: str = ""
     mask_padding: bool = False
     pad_multiple: int = 8
@@ -89,6 +92,7 @@ class ConditioningConfig:
         positive("conditioning.pad_multiple", self.pad_multiple)
         positive("conditioning.layout_patch", self.layout_patch, zero=True)
         positive("conditioning.layout_layers", self.layout_layers)
+        choice("conditioning.layout_reads", self.layout_reads, ("tokens", "mean"))
         if self.layout_patch and self.projection != "refiner":
             raise UserError(
                 "conditioning.layout_patch needs the refiner's tokens; set conditioning.projection=refiner, or 0."
@@ -127,10 +131,6 @@ class UNetConfig:
         coordinates: tell the U-Net where each latent lies, so that place words have something to bind to: 0 for not at
             all (the paper; the official layout takes nothing else), 1 for two input channels with x and y in -1..1, n
             for those and n - 1 octaves of their sines and cosines (4 more channels each).
-        pooled_text: add the mean of the refined features to the time embedding, as SDXL and DeepFloyd-IF do with theirs.
-            Not part of the paper.
-        attention_gain: factor on the first weights of the queries and keys that read the text. At 1 attention starts
-            nearly uniform over the tokens, and takes long to find out that places differ.
         plain_attention: use matrix products and a softmax instead of torch's fused attention. On processors, at a few
             dozen latents, its backward pass is a quarter faster; on GPUs leave it off.
         lora_rank: train a LoRA adapter of this rank on the U-Net's attention instead of all its weights; 0 for none. The
@@ -141,8 +141,6 @@ class UNetConfig:
     name: str = "nano"
     arguments: dict[str, Any] = field(default_factory=dict)
     coordinates: int = 0
-    pooled_text: bool = False
-    attention_gain: float = 1.0
     plain_attention: bool = False
     lora_rank: int = 0
     lora_alpha: int = 16

@@ -216,6 +216,7 @@ def save(codec: Any, folder: Path, report: dict[str, float | list[float]]) -> No
     codec.to(torch.bfloat16).save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)  # the folder of --init, on this machine
     keys = ("psnr", "rmse", "reconstructed_colour_at_place", "reconstructed_shape")
     # A leading underscore keeps diffusers from taking it for an argument.
     config["_reconstruction"] = {key: round(float(report[key]), 4) for key in keys}  # type: ignore[arg-type]
@@ -245,7 +246,9 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(seed_from("codec weights", options.seed))
-    codec = build(options.latent_channels) if options.init is None else AutoencoderKL.from_pretrained(options.init).float()
+    codec = (
+        build(options.latent_channels) if options.init is None else AutoencoderKL.from_pretrained(options.init).float()
+    )
     train(codec.to(memory_format=torch.channels_last), options)
     codec.eval()
     codec.to(torch.bfloat16).float()  # measure what is stored

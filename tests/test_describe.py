@@ -65,27 +65,30 @@ def transformer(positions: int, width: int, tokens: int, text: int) -> int:
 
 def test_nano_agrees_with_a_count_by_hand() -> None:
     n, c, time, tokens, width = 8 * 8, 128, 512, 256, 192
-    channels = 8 + (2 + 4 * 3) + 8  # latents, coordinates of four octaves, the painted map
+    channels = 16 + (2 + 4 * 3) + 16  # latents, coordinates of four octaves, the layout head's estimate
     unet = n * 9 * channels * c  # conv_in
-    unet += c * time + time * time + width * time  # the time's two layers, the pooled text's one
+    unet += c * time + time * time  # the time's two layers
     unet += tokens * width * width  # the linear text projection
     unet += resnet(n, c, c, time) + transformer(n, c, tokens, width)  # down
     unet += 2 * (resnet(n, 2 * c, c, time) + transformer(n, c, tokens, width))  # up, with the skips beside
-    unet += n * 9 * c * 8  # conv_out
-    unet += width * 8 * 16  # amplitudes of the painted map
+    unet += n * 9 * c * 16  # conv_out
     block = 7 * tokens * width * width + tokens * width * 3 * width + 2 * tokens * tokens * width
     block += tokens * width * width + 2 * tokens * width * 4 * width
-    refiner = tokens * 576 * width + 2 * block + 576 * 2 * width + 2 * width * width
+    refiner = tokens * 576 * width + 2 * block
+    queries, code = n // 4, 4 + 4 * 3
+    cross = 2 * queries * width**2 + 2 * tokens * width**2 + 2 * queries * tokens * width
+    own = 4 * queries * width**2 + 2 * queries**2 * width
+    layout = queries * (code * width + width**2 + width * 4 * 16) + 2 * (cross + own + 8 * queries * width**2)
     layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
-    text = 4 * (tokens * layer + 2 * tokens * tokens * 576)
+    text = 2 * (tokens * layer + 2 * tokens * tokens * 576)
     vae = 64 * 64 * 9 * 3 * 16
-    for side, inside, outside in ((64, 16, 16), (32, 16, 32), (16, 32, 64), (8, 64, 64)):
+    for side, inside, outside in ((64, 16, 16), (32, 16, 32), (16, 32, 64), (8, 64, 96)):
         vae += resnet(side * side, inside, outside)
         vae += (side // 2) ** 2 * 9 * outside * outside if side > 8 else 0
-    vae += 2 * resnet(n, 64, 64) + n * 9 * 64 * 16 + n * 16 * 16
+    vae += 2 * resnet(n, 96, 96) + n * 9 * 96 * 32 + n * 32 * 32
 
     found = flops_of("stage=1")
-    for name, hand in (("unet", unet), ("refiner", refiner), ("text", text), ("vae", vae)):
+    for name, hand in (("unet", unet), ("refiner", refiner), ("layout", layout), ("text", text), ("vae", vae)):
         assert found.parts()[name].forward == pytest.approx(2 * hand, rel=2e-4), name
     assert found.text.backward == found.vae.backward == 0
     assert found.unet.backward == pytest.approx(2 * found.unet.forward, rel=0.01)
@@ -94,13 +97,22 @@ def test_nano_agrees_with_a_count_by_hand() -> None:
 def test_nano_parameters_are_those_of_the_models() -> None:
     counts = ask("stage=2").parameters
     hidden, rank = 576, 8
-    assert counts.lora == 4 * rank * ((hidden + hidden) + (hidden + 192))  # queries and values of four layers
+    assert counts.lora == 2 * rank * ((hidden + hidden) + (hidden + 192))  # queries and values of two layers
     assert (
-        counts.text == 49152 * hidden + 4 * (2 * hidden**2 + 2 * hidden * 192 + 3 * hidden * 1536 + 2 * hidden) + hidden
+        counts.text == 49152 * hidden + 2 * (2 * hidden**2 + 2 * hidden * 192 + 3 * hidden * 1536 + 2 * hidden) + hidden
     )
     assert counts.projection == 192 * 192 + 192
-    assert counts.trained == counts.unet + counts.projection + counts.refiner + counts.lora
+    assert counts.trained == counts.unet + counts.projection + counts.refiner + counts.layout + counts.lora
     assert counts.total == counts.trained + counts.text + counts.vae
+
+
+def test_the_layout_head_has_lines_of_its_own_where_there_is_one() -> None:
+    assert as_text(ask("stage=2")).count("layout head") == 2  # parameters and TFLOP
+    assert "layout head" not in as_text(ask(*SMALL))
+    modern = [*PAPER, "stage=2", "conditioning=modern"]
+    assert compose_train(modern).conditioning.layout_patch == 0
+    asked = compose_train([*modern, "conditioning.layout_patch=4"])
+    assert asked.data.resolution // asked.codec.factor // asked.conditioning.layout_patch == 16
 
 
 @pytest.mark.parametrize(
@@ -288,7 +300,7 @@ def test_the_command_prints_one_json_document(command: Command) -> None:
     done = command("scripts/describe.py", "stage=2", "format=json", "gpu=100")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    assert document["stage"] == 2 and document["parameters"]["lora"] == 61440
+    assert document["stage"] == 2 and document["parameters"]["lora"] == 30720
     assert len(document["memory"]) == len(LAUNCHES) and document["memory"][0]["fits"] is True
     assert document["flops"]["total"]["training"] > document["flops"]["total"]["forward"]
 

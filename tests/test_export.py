@@ -30,7 +30,7 @@ MODERN = {
         layout_patch=2, mask_padding=True, max_tokens=32,
     ),
     "objective": ObjectiveConfig(prediction="flow"),
-    "unet": UNetConfig(coordinates=2, pooled_text=True),
+    "unet": UNetConfig(coordinates=2),
 }  # fmt: skip
 
 
@@ -81,10 +81,10 @@ def test_ours_to_official_keeps_what_it_has_no_place_for(tmp_path: Path, codec_f
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (MODERN, "a refiner .*, averaged layers .*, masked padding, coordinates .*, a summary .*, a flow objective"),
+        (MODERN, "a refiner .*, averaged layers .*, masked padding, coordinates .*, a flow objective"),
         ({"conditioning": ConditioningConfig(prefix="Draw:")}, "an instruction before each prompt, which"),
         ({"conditioning": ConditioningConfig(mask_padding=True)}, "place for masked padding, which"),
-        ({"unet": UNetConfig(pooled_text=True)}, "place for a summary of the text in the time embedding, which"),
+        ({"unet": UNetConfig(coordinates=1)}, "place for coordinates as input channels, which"),
         ({"objective": ObjectiveConfig(prediction="v_prediction", zero_terminal_snr=True)}, "zero terminal SNR"),
     ],
 )

@@ -55,6 +55,24 @@ def test_masked_tokens_are_not_read_and_places_differ() -> None:
     assert (out[0] - out[1]).abs().max() > 1e-3, "every caption says the same"
 
 
+@torch.no_grad()
+def test_the_mean_is_all_that_it_reads_where_it_is_told_so() -> None:
+    model = joint("conditioning.layout_reads=mean")
+    assert model.refiner is not None
+    again = Refiner(**model.refiner.config)  # as a checkpoint's refiner/config.json has it
+    again.load_state_dict(model.refiner.state_dict())
+    tokens = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    means = torch.stack([tokens[0].mean(0), tokens[1, :3].mean(0)])[:, None]
+    out = model.estimate(tokens, mask, 4, 4)
+    for refiner in (model.refiner, again):
+        assert refiner.layout is not None
+        torch.testing.assert_close(refiner.layout(means, None, 4, 4), out, atol=1e-5, rtol=0)
+    reading = joint()
+    reading.load_state_dict(model.state_dict())
+    assert (reading.estimate(tokens, mask, 4, 4) - out).abs().max() > 1e-3  # type: ignore[operator]
+
+
 def test_a_place_knows_its_canvas() -> None:
     like = torch.zeros(())
     small, large = position_code(4, 4, like), position_code(6, 6, like)

@@ -22,12 +22,13 @@ from paradiffusion.models.joint import JointModel, build_joint
 from paradiffusion.models.layouts import describe, read_description, save_weights
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
 from paradiffusion.text.sources import locate
+from paradiffusion.training.folder import check_init
 
 ARMS = {
     "paper": ConditioningConfig(max_tokens=32),
     "modern": ConditioningConfig(
         name="modern", layer_tap="mean", projection="refiner", refiner_width=16, refiner_layers=1, refiner_heads=2, refiner_kernel=3,
-        mask_padding=True, max_tokens=32,
+        layout_patch=2, mask_padding=True, max_tokens=32,
     ),
 }  # fmt: skip
 PROMPTS = ["a red circle at the left", ""]
@@ -44,7 +45,7 @@ def make(codec_folder: Path, tmp_path: Path) -> Callable[..., Made]:
             text_encoder=TextEncoderConfig(),
             conditioning=ARMS[arm],
             lora=LoraConfig(rank=2, alpha=6, target_modules=["v_proj", "q_proj", "o_proj"]),
-            unet=UNetConfig(arguments=TINY_UNET, coordinates=2 * (arm == "modern"), pooled_text=arm == "modern"),
+            unet=UNetConfig(arguments=TINY_UNET, coordinates=2 * (arm == "modern")),
             codec=CodecConfig(path=str(codec_folder)),
         )
         encoder, codec = load_text_encoder(config.text_encoder, config.conditioning), load_codec(config.codec)
@@ -186,9 +187,29 @@ def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match=words):
             load_models(folder, device="cpu")
+    unet = folder / "unet" / "config.json"
+    config = unet.read_text()
+    unet.write_text(json.dumps({**json.loads(config), "class_embed_type": "simple_projection"}))
+    path.write_text(json.dumps(good))
+    with pytest.raises(UserError, match=r"which this version no longer has; train it anew .*data/nano"):
+        load_models(folder, device="cpu")
+    unet.write_text(config)
     good["conditioning"]["a_key_of_the_future"] = 1
     path.write_text(json.dumps(good))
     assert load_models(folder, device="cpu").text_encoder.settings == replace(ARMS["paper"])
+
+
+def test_a_checkpoint_from_before_a_key_is_one_with_its_default(make: Callable[..., Made], codec_folder: Path) -> None:
+    folder = make("paper", False)[0]
+    description = read_description(folder)
+    for key in ("layout_patch", "layout_layers", "layout_reads"):
+        del description["conditioning"][key]
+    config = TrainConfig(
+        conditioning=ARMS["paper"], unet=UNetConfig(arguments=TINY_UNET), codec=CodecConfig(path=str(codec_folder))
+    )
+    check_init(config, folder, description)
+    with pytest.raises(UserError, match=r"conditioning\.layout_layers=2, and this command says 3"):
+        check_init(replace(config, conditioning=replace(ARMS["paper"], layout_layers=3)), folder, description)
 
 
 def test_the_description_says_what_made_it(make: Callable[..., Made]) -> None:

@@ -63,7 +63,6 @@ def test_fine_tune_resume_sample_and_export(
     [
         ("unet.arguments.layers_per_block=5", r"holds a U-Net with unet\.arguments\..*=.*this command says"),
         ("unet.coordinates=1", r"holds a U-Net with unet\.coordinates=0, and this command says 1"),
-        ("unet.pooled_text=true", r"unet\.pooled_text=False, and this command says True"),
         ("objective.prediction=v_prediction", r"learned with objective\.prediction=epsilon"),
         ("objective.beta_end=0.02", r"learned with objective\.beta_end=0\.012"),
     ],

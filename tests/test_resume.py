@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -137,11 +138,12 @@ def test_many_stops_and_other_intervals_change_nothing(
     assert_same_bits(newest(first_run / "stage1"), newest(stage))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+# What frozen models made is not kept, kept while it fits (other entries than before the stop), or kept whole.
+@pytest.mark.parametrize(("optimizer", "keep_gb"), [("adamw", 0), ("adamw", 1e-4), ("muon", 1)])
 def test_every_optimizer_comes_back_whole(
-    optimizer: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, keep_gb: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["max_steps=12", f"optimizer.name={optimizer}", "optimizer.schedule=linear"]
+    arguments = ["max_steps=12", f"optimizer.name={optimizer}", "optimizer.schedule=linear", f"keep_gb={keep_gb}"]
     assert train(*arguments, f"run_dir={tmp_path / 'whole'}") == 0
     monkeypatch.setattr(loop, "step_gradients", at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert train(*arguments, f"run_dir={tmp_path / 'stopped'}") == 0
@@ -270,6 +272,17 @@ def test_resume_refuses_another_run_by_name(argument: str, key: str, stage: Path
         train("max_steps=16", argument)
     assert "choose another run_dir=" in str(caught.value)
     assert steps_saved(stage) == [4, 8, 12]
+
+
+def test_a_run_goes_on_though_keys_that_it_did_without_are_gone(stage: Path, train: Train) -> None:
+    path = stage / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "unet": {**config["unet"], "pooled_text": True, "attention_gain": 1.0}}))
+    with pytest.raises(UserError, match=r"was begun with unet\.pooled_text=True, and this command says False"):
+        train("max_steps=13")
+    path.write_text(json.dumps({**config, "unet": {**config["unet"], "pooled_text": False, "attention_gain": 1.0}}))
+    assert train("max_steps=13") == 0
+    assert steps_saved(stage)[-1] == 13
 
 
 def test_resume_refuses_other_data(stage: Path, demo_folder: Path, train: Train, tmp_path: Path) -> None:

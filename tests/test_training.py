@@ -159,11 +159,11 @@ def test_lora_gradients_reach_every_layer(
     assert not any(name.startswith("text_encoder.") and "lora_" not in name for name in gradients)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("stage", "repeats"), [(1, 1), (1, 2), (2, 1)])
 def test_micro_batches_and_recomputation_change_nothing(
-    stage: int, stages: Stages, tiny_arguments: list[str], tmp_path: Path
+    stage: int, repeats: int, stages: Stages, tiny_arguments: list[str], tmp_path: Path
 ) -> None:
-    arguments = [*tiny_arguments, f"stage={stage}", f"run_dir={tmp_path}", MODERN_WORDS]
+    arguments = [*tiny_arguments, f"stage={stage}", f"repeats={repeats}", f"run_dir={tmp_path}", MODERN_WORDS]
     arguments += [f"init_from={stages.checkpoint(1)}"]
     # In stage 2 B begins at 0, so that A has a gradient from the second step on; Adam's step before it divides by the
     # gradient's size, which makes rounding in the smallest ones visible.

@@ -99,8 +99,7 @@ def test_what_a_pretrained_unet_cannot_know_is_trained_whole() -> None:
     assert {"unet.conv_in.weight", "unet.encoder_hid_proj.weight", "refiner.embed.weight"} <= whole
     assert not any("down_blocks" in n for n in whole)
     assert "unet.conv_in.weight" in make(TINY_UNET, coordinates=2).trained()
-    pooled = make(TINY_UNET, pooled_text=True).trained()
-    assert any(n.startswith("unet.class_embedding") for n in pooled) and "unet.conv_in.weight" not in pooled
+    assert "unet.conv_in.weight" not in make(TINY_UNET).trained()
 
 
 def test_the_adapter_is_a_function_of_the_seed_alone() -> None:

@@ -9,7 +9,8 @@ from paradiffusion.budget.fit import Advice
 from paradiffusion.budget.memory import GIB, LAUNCHES, GpuMemory
 
 TITLES = {launch.name: launch.title for launch in LAUNCHES}
-PARTS = {"unet": "U-Net with projection", "refiner": "refiner", "text": "language model", "vae": "autoencoder (encode)"}
+PARTS = {"unet": "U-Net with projection", "refiner": "refiner", "layout": "layout head", "text": "language model",
+         "vae": "autoencoder (encode)"}  # fmt: skip
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -58,7 +59,7 @@ def as_text(d: Description) -> str:
 def parameters(d: Description) -> str:
     p = d.parameters
     rows = [("U-Net", p.unet, "no" if p.unet_lora else "yes"), ("text projection", p.projection, "yes"),
-            ("U-Net LoRA", p.unet_lora, "yes"), ("refiner", p.refiner, "yes"),
+            ("U-Net LoRA", p.unet_lora, "yes"), ("refiner", p.refiner, "yes"), ("layout head", p.layout, "yes"),
             ("language model", p.text, "no"), ("LoRA", p.lora, "yes" if d.train_text == "lora" else "no"),
             ("autoencoder", p.vae, "no")]  # fmt: skip
     shown = [(name, number(count), trained) for name, count, trained in rows if count]

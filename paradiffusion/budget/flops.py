@@ -44,11 +44,13 @@ class StageFlops:
     """FLOP of one sample at a stage's resolution and token length.
 
     Attributes:
-        unet: with its linear text projection; text: the language model; refiner: between them, if any; vae: encoding.
+        unet: with its linear text projection; text: the language model; refiner: between them, if any;
+            layout: the layout head, if any; vae: encoding.
     """
 
     unet: PartFlops
     refiner: PartFlops
+    layout: PartFlops
     text: PartFlops
     vae: PartFlops
 
@@ -93,6 +95,7 @@ def _count_parts(models: EmptyModels) -> dict[str, PartFlops]:
     joint, latents = models.joint, torch.empty(1, *models.codec.latent_shape(models.height, models.width), device=META)
     mask = models.batch(1, cached=True).mask
     trains_text, refines = joint.text_encoder is not None, joint.refiner is not None
+    has_head = joint.refiner is not None and joint.refiner.layout is not None
 
     def text() -> Tensor:
         return models.read_text(1)
@@ -102,14 +105,21 @@ def _count_parts(models: EmptyModels) -> dict[str, PartFlops]:
         shape = (1, models.tokens, models.text.width)
         return joint.refine(torch.empty(shape, device=META, requires_grad=trains_text), mask)
 
-    def unet() -> Tensor:
+    def refined() -> Tensor:
         shape = (1, models.tokens, joint.unet.config["encoder_hid_dim"])
-        features = torch.empty(shape, device=META, requires_grad=trains_text or refines)
-        return joint.denoise(latents, torch.empty(1, device=META), features, mask)
+        return torch.empty(shape, device=META, requires_grad=trains_text or refines)
+
+    def layout() -> Any:
+        return joint.estimate(refined(), mask, *latents.shape[-2:])
+
+    def unet() -> Tensor:
+        estimate = torch.empty_like(latents, requires_grad=True) if has_head else None
+        return joint.denoise(latents, torch.empty(1, device=META), refined(), mask, estimate)
 
     return {
         "unet": PartFlops(*count(unet, backward=True)),
         "refiner": PartFlops(*count(refiner, backward=True)) if refines else PartFlops(0.0),
+        "layout": PartFlops(*count(layout, backward=True)) if has_head else PartFlops(0.0),
         "text": PartFlops(*count(text, backward=trains_text)),
         "vae": PartFlops(*count(lambda: models.encode_images(1))),
     }

@@ -74,6 +74,7 @@ class Counts:
 
     Attributes:
         unet: without projection and adapter; projection: its ``encoder_hid_proj``; unet_lora: its adapter.
+        refiner: without its layout head ``layout``.
         text: the language model without its adapter ``lora``; quantised: those of its weights that NF4 is for.
         trained: of all parts together; matrices: those of them that autocast copies.
     """
@@ -82,6 +83,7 @@ class Counts:
     projection: int
     unet_lora: int
     refiner: int
+    layout: int
     text: int
     lora: int
     vae: int
@@ -92,7 +94,9 @@ class Counts:
 
     @property
     def total(self) -> int:
-        return self.unet + self.projection + self.unet_lora + self.refiner + self.text + self.lora + self.vae
+        return (
+            self.unet + self.projection + self.unet_lora + self.refiner + self.layout + self.text + self.lora + self.vae
+        )
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,13 @@ def count_parameters(models: EmptyModels) -> Counts:
     trained = joint.trained()
     # Autocast copies what enters a matrix product or convolution; norms stay in fp32.
     matrices = sum(p.numel() for p in trained.values() if p.dtype == torch.float32 and p.ndim > 1)
+    head = 0 if joint.refiner is None else _numel(joint.refiner.layout)
     return Counts(
         unet=sum(p.numel() for n, p in unet.items() if "lora_" not in n and not n.startswith("encoder_hid_proj.")),
         projection=sum(p.numel() for n, p in unet.items() if n.startswith("encoder_hid_proj.")),
         unet_lora=sum(p.numel() for n, p in unet.items() if "lora_" in n),
-        refiner=_numel(joint.refiner),
+        refiner=_numel(joint.refiner) - head,
+        layout=head,
         text=sum(p.numel() for n, p in text.items() if "lora_" not in n),
         lora=sum(p.numel() for n, p in text.items() if "lora_" in n),
         vae=_numel(models.codec),

@@ -151,7 +151,6 @@ def check_official(weights: Weights) -> None:
             description["text_encoder"].get("layers")
         ),
         "coordinates as input channels": bool(description["coordinates"]),
-        "a summary of the text in the time embedding": weights.unet.get("class_embed_type") is not None,
         "a flow objective": objective["prediction"] == "flow",
         "a schedule of zero terminal SNR": objective["zero_terminal_snr"],
     }

@@ -16,7 +16,7 @@ from paradiffusion.diffusion.objective import Objective
 from paradiffusion.models.unet import add_lora, apart_from_image, build_unet, layout_arguments, with_coordinates
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder
-from paradiffusion.text.refiner import Refiner, average
+from paradiffusion.text.refiner import Refiner
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,12 @@ class JointModel(nn.Module):
         if estimate is not None:
             estimate = estimate.to(dtype)
             sample = torch.cat([sample, estimate], dim=1)
-        labels = average(features, mask) if self.unet.config["class_embed_type"] else None
         if mask is not None:
             features, mask = apart_from_image(self.unet, features, mask, *latents.shape[-2:])
         prediction = self.unet(
             sample,
             times,
             encoder_hidden_states=features,
-            class_labels=labels,
             encoder_attention_mask=mask,
             return_dict=False,
         )[0]

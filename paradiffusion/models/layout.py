@@ -9,6 +9,7 @@ as further input channels and corrects it. Not part of the paper.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -79,11 +80,20 @@ class LayoutHead(nn.Module):
         layers: blocks.
         patch: latents along each side of the square that one query estimates: 64 x 64 latents and 4 make 16 x 16 queries.
         channels: of the latents.
+        reads: "tokens", or their "mean" alone: the ablation that shows what attention to them is for.
     """
 
-    def __init__(self, width: int, heads: int, layers: int, patch: int, channels: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        layers: int,
+        patch: int,
+        channels: int,
+        reads: Literal["tokens", "mean"] = "tokens",
+    ) -> None:
         super().__init__()
-        self.patch, self.channels = patch, channels
+        self.patch, self.channels, self.reads = patch, channels, reads
         code = position_code(1, 1, torch.zeros(())).shape[1]
         self.place = nn.Sequential(nn.Linear(code, width), nn.GELU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(LayoutBlock(width, heads) for _ in range(layers))
@@ -95,6 +105,9 @@ class LayoutHead(nn.Module):
 
         Sides that are no multiple of ``patch`` are cut from the next larger estimate.
         """
+        if self.reads == "mean":
+            real = torch.ones_like(tokens[..., :1]) if mask is None else mask[..., None].to(tokens)
+            tokens, mask = (tokens * real).sum(1, keepdim=True) / real.sum(1, keepdim=True), None  # [B, 1, width]
         rows, columns = -(-height // self.patch), -(-width // self.patch)
         x = self.place(position_code(rows, columns, tokens)).expand(len(tokens), -1, -1)  # [B, rows * columns, width]
         for block in self.blocks:

@@ -128,6 +128,8 @@ def read_description(checkpoint: Path, unet: str = UNET) -> dict[str, Any]:
 
     Args:
         unet: which U-Net, where a folder in the official layout holds several.
+    Raises:
+        UserError: for a checkpoint that cannot be read, or has parts that this version no longer has.
     """
     if official.is_official(checkpoint):
         return official.describe_official(checkpoint, unet)
@@ -141,6 +143,11 @@ def read_description(checkpoint: Path, unet: str = UNET) -> dict[str, Any]:
         raise UserError(
             f"{checkpoint}/checkpoint.json has the format {found[0]} {found[1]}, expected {FORMAT} up to {FORMAT_VERSION}; "
             "update this repository."
+        )
+    if official.read_json(checkpoint / UNET / "config.json").get("class_embed_type") == "simple_projection":
+        raise UserError(
+            f"{checkpoint} has a summary of the text in its time embedding, which this version no longer has; train it anew "
+            "(make demo), or use data/nano."
         )
     return description
 

@@ -23,18 +23,23 @@ def text_width(conditioning: ConditioningConfig, encoder_width: int) -> int:
     return conditioning.refiner_width if conditioning.projection == "refiner" else encoder_width
 
 
-def layout_arguments(conditioning: ConditioningConfig, latent_channels: int) -> dict[str, int] | None:
+def layout_arguments(conditioning: ConditioningConfig, latent_channels: int) -> dict[str, Any] | None:
     """The refiner's argument ``layout``: the layout head's shape, None for none."""
     if not conditioning.layout_patch:
         return None
-    return {"layers": conditioning.layout_layers, "patch": conditioning.layout_patch, "channels": latent_channels}
+    return {
+        "layers": conditioning.layout_layers,
+        "patch": conditioning.layout_patch,
+        "channels": latent_channels,
+        "reads": conditioning.layout_reads,
+    }
 
 
 def unet_arguments(
     config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int
 ) -> dict[str, Any]:
     """All arguments of UNet2DConditionModel: the configured ones, and those that codec and conditioning decide."""
-    arguments: dict[str, Any] = {
+    return {
         **config.arguments,
         "in_channels": codec.latent_channels
         + coordinate_channels(config.coordinates)
@@ -43,10 +48,6 @@ def unet_arguments(
         "encoder_hid_dim": text_width(conditioning, encoder_width),
         "encoder_hid_dim_type": "text_proj",
     }
-    if config.pooled_text:
-        arguments["class_embed_type"] = "simple_projection"
-        arguments["projection_class_embeddings_input_dim"] = arguments["encoder_hid_dim"]
-    return arguments
 
 
 def own_arguments(stored: dict[str, Any]) -> dict[str, Any]:
@@ -56,8 +57,6 @@ def own_arguments(stored: dict[str, Any]) -> dict[str, Any]:
         name: parameter.default for name, parameter in inspect.signature(UNet2DConditionModel).parameters.items()
     }
     decided = {"sample_size", "in_channels", "out_channels", "encoder_hid_dim", "encoder_hid_dim_type"}
-    if stored.get("class_embed_type") == "simple_projection":  # pooled_text
-        decided |= {"class_embed_type", "projection_class_embeddings_input_dim"}
     plain: dict[str, Any] = json.loads(json.dumps({"own": stored, "defaults": defaults}))
     kept = plain["defaults"].keys() - decided
     return {key: value for key, value in plain["own"].items() if key in kept and value != plain["defaults"][key]}
@@ -93,10 +92,6 @@ def build_unet(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = make_unet(unet_arguments(config, codec, conditioning, encoder_width))
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if name.endswith(("attn2.to_q.weight", "attn2.to_k.weight")):
-                parameter.mul_(config.attention_gain)
     if config.plain_attention:
         plain = {
             name: AttnProcessor() if isinstance(processor, AttnProcessor2_0) else processor
@@ -109,9 +104,9 @@ def build_unet(
 def add_lora(unet: Any, config: UNetConfig, seed: int) -> None:
     """Train a LoRA adapter (arXiv 2106.09685) on the U-Net's attention instead of its weights, if ``lora_rank`` is not 0.
 
-    What a pre-trained U-Net cannot have learned is trained whole: the text projection, the text's way into the time
-    embedding, and the first convolution where it reads more than latents. The adapter is fp32, without dropout, and a
-    function of ``seed``; adapted layers are named ``...base_layer.weight`` and ``...lora_A.default.weight``.
+    What a pre-trained U-Net cannot have learned is trained whole: the text projection, and the first convolution where it
+    reads more than latents. The adapter is fp32, without dropout, and a function of ``seed``; adapted layers are named
+    ``...base_layer.weight`` and ``...lora_A.default.weight``.
 
     Raises:
         UserError: when no linear layer has a configured name.
@@ -129,7 +124,7 @@ def add_lora(unet: Any, config: UNetConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, unet)
-    whole = ["encoder_hid_proj.", "class_embedding."]
+    whole = ["encoder_hid_proj."]
     if unet.config["in_channels"] != unet.config["out_channels"]:
         whole.append("conv_in.")
     for name, parameter in unet.named_parameters():

@@ -21,7 +21,13 @@ class RefinerModel(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, input_width: int, width: int, layers: int, heads: int, kernel: int = 0, layout: dict[str, int] | None = None
+        self,
+        input_width: int,
+        width: int,
+        layers: int,
+        heads: int,
+        kernel: int = 0,
+        layout: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.refiner = Refiner(input_width, width, layers, heads, kernel, layout)

@@ -7,6 +7,8 @@ beside the U-Net's own linear projection, which follows it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,7 +82,7 @@ class Refiner(nn.Module):
         layers: int,
         heads: int,
         kernel: int = 0,
-        layout: dict[str, int] | None = None,
+        layout: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if layout and not isinstance(layout, dict):
@@ -119,11 +121,3 @@ class Refiner(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         return self.norm(x)
-
-
-def average(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of features [B, L, D] over real tokens, [B, D]."""
-    if mask is None:
-        return features.mean(dim=1)
-    shares = mask / mask.sum(dim=1, keepdim=True)
-    return (features * shares[..., None].to(features)).sum(dim=1)

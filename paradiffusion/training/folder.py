@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from paradiffusion.atomic import write_atomic
 from paradiffusion.config import LoraConfig, TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.models.layouts import UNET
+from paradiffusion.models.layouts import UNET, parse
 from paradiffusion.models.manifest import newest_valid, resolve_checkpoint
 from paradiffusion.models.official import read_json
 from paradiffusion.models.starting import is_unet_folder
@@ -39,6 +39,9 @@ FREE_ON_RESUME = (
 FREE_AT_START = {
     "max_tokens", "pad_multiple", "path", "dtype", "sample", "hash", "package", "hub", "revision", "architecture", "quantization",
 }  # fmt: skip
+
+# Keys of earlier versions, with the value by which a run did without what this version no longer has.
+GONE = {"conditioning.layout": False, "unet.pooled_text": False, "unet.attention_gain": 1.0}
 
 # Of the objective: what the weights have learned to predict. How training draws and weighs it may change.
 NOISE_KEYS = ("prediction", "beta_schedule", "beta_start", "beta_end", "train_timesteps", "zero_terminal_snr")
@@ -120,8 +123,8 @@ def check_unchanged(config: TrainConfig, folder: Path, facts: dict[str, Any] | N
     path = folder / CONFIG_FILE
     if not path.is_file():
         return
-    before, after = flatten(json.loads(path.read_text())), flatten(recorded(config, facts or {}))
-    defaults = flatten(recorded(TrainConfig(), {}))  # of a key that was not there yet when the stage began
+    before, after = flatten(json.loads(path.read_text())), {**flatten(recorded(config, facts or {})), **GONE}
+    defaults = {**flatten(recorded(TrainConfig(), {})), **GONE}  # of a key that was not there yet when the stage began
     for key in sorted({*before, *after}):
         if any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME):
             continue
@@ -218,12 +221,11 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
     Raises:
         UserError: naming the key that differs, with both values.
     """
-    mine = {"conditioning": asdict(config.conditioning), "text_encoder": asdict(config.text_encoder)}
-    mine["codec"] = asdict(config.codec)
-    for part, values in mine.items():
-        for key, value in values.items():
-            before = description[part].get(key)
-            if key not in FREE_AT_START and before != value:
+    for part in ("conditioning", "text_encoder", "codec"):
+        mine = getattr(config, part)
+        theirs = asdict(parse(type(mine), description[part]))  # a key that was not there yet has its default
+        for key, value in asdict(mine).items():
+            if key not in FREE_AT_START and (before := theirs[key]) != value:
                 raise UserError(
                     f"{init} was trained with {part}.{key}={before}, and this command says {value}; use the same {part} "
                     "(for a run with other settings, start from stage 1 in another run_dir=)."
@@ -260,17 +262,12 @@ def check_denoiser(config: TrainConfig, init: Path, description: dict[str, Any])
                 f"{init} learned with objective.{key}={theirs[key]}, and this command says {ours[key]}; set objective.{key} to "
                 "the checkpoint's, or start from its U-Net alone with init_from=<checkpoint>/unet."
             )
-    denoiser = read_json(init / UNET / "config.json")
-    stored, mine = own_arguments(denoiser), own_arguments(config.unet.arguments)
-    pooled = denoiser.get("class_embed_type") == "simple_projection"
+    stored, mine = own_arguments(read_json(init / UNET / "config.json")), own_arguments(config.unet.arguments)
     differing = [
         (f"unet.arguments.{key}", stored.get(key, "diffusers' default"), mine.get(key, "diffusers' default"))
         for key in sorted({*stored, *mine})
     ]
-    differing += [
-        ("unet.coordinates", description["coordinates"], config.unet.coordinates),
-        ("unet.pooled_text", pooled, config.unet.pooled_text),
-    ]
+    differing.append(("unet.coordinates", description["coordinates"], config.unet.coordinates))
     for key, before, value in differing:
         if before != value:
             raise UserError(

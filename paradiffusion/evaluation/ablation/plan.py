@@ -28,10 +28,19 @@ FREE_DATA: Final = ("workers", "retries", "cache_dir", "cache_gb", "cache", "dem
 _KEPT: Final = (
     (
         "conditioning",
-        ("layer_tap", "projection", "mask_padding", "prefix", "layout", "refiner_width", "refiner_layers"),
+        (
+            "layer_tap",
+            "projection",
+            "mask_padding",
+            "prefix",
+            "layout_patch",
+            "layout_reads",
+            "refiner_width",
+            "refiner_layers",
+        ),
     ),
     ("text_encoder", ("name", "layers")),
-    ("unet", ("name", "coordinates", "pooled_text")),
+    ("unet", ("name", "coordinates")),
     ("codec", ("name", "scaling_factor")),
     ("objective", ("prediction", "zero_terminal_snr")),
 )
