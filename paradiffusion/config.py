@@ -11,8 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from paradiffusion.checks import choice, fraction, positive
-from paradiffusion.data.demo_scenes import WORLDS
-from paradiffusion.data_config import SourceConfig, check_captions
+from paradiffusion.data_config import WORLDS, SourceConfig, check_captions
 from paradiffusion.errors import UserError
 from paradiffusion.model_config import (
     PREDICTIONS,

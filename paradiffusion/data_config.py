@@ -9,6 +9,8 @@ from typing import Any
 from paradiffusion.checks import positive
 from paradiffusion.errors import UserError
 
+WORLDS = ("small", "large")  # of the built-in scenes
+
 
 @dataclass
 class SourceConfig:

@@ -37,7 +37,6 @@ from paradiffusion.data.demo_scenes import (
     SHAPES,
     SIZES,
     TEXTURES,
-    WORLDS,
     Scene,
     cell_box,
     is_held_out,
@@ -51,6 +50,7 @@ from paradiffusion.data.demo_words import (
     TEXTURE_BEFORE,
     TEXTURE_STATED,
 )
+from paradiffusion.data_config import WORLDS
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.scenes import judge_picture, score
 

@@ -9,7 +9,7 @@ import pytest
 
 from paradiffusion.data.demo import captions, make_scene
 from paradiffusion.data.demo_captions import LARGE_WORDS, WORDS
-from paradiffusion.data.demo_forms import (
+from paradiffusion.data.demo_grammar import (
     PATTERNS_AFTER,
     PATTERNS_SAID,
     RULES,
@@ -19,22 +19,18 @@ from paradiffusion.data.demo_forms import (
     TEXTURES_AFTER,
     TEXTURES_SAID,
     TEXTURES_STATED,
-    phrases_its,
-    phrases_of,
-    place_labels,
-    place_names,
-    place_phrases,
 )
+from paradiffusion.data.demo_places import phrases_its, phrases_of, place_labels, place_names, place_phrases
 from paradiffusion.data.demo_scenes import (
     BACKGROUNDS,
     COLOURS,
-    WORLDS,
     Scene,
     SceneObject,
     places,
     row_and_column,
 )
 from paradiffusion.data.demo_unseen import UNSEEN, unseen_places
+from paradiffusion.data_config import WORLDS
 
 STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 GRIDS = {"small": 2, "large": 3}

@@ -13,12 +13,12 @@ from paradiffusion.data.demo_scenes import (
     NINE_PLACES,
     PLACES,
     SETS,
-    WORLDS,
     Background,
     Scene,
     SceneObject,
     scene_from_meta,
 )
+from paradiffusion.data_config import WORLDS
 from paradiffusion.evaluation.scenes import SceneScore, by_objects, score, summarise, unbound
 
 

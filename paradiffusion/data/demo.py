@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from paradiffusion.data.demo_captions import KINDS, captions
 from paradiffusion.data.demo_drawing import draw
-from paradiffusion.data.demo_scenes import SETS, WORLDS, Scene, make_scene, scene_from_meta, scene_to_meta
+from paradiffusion.data.demo_scenes import SETS, Scene, make_scene, scene_from_meta, scene_to_meta
 from paradiffusion.data.shards import RawSample, write_shards
+from paradiffusion.data_config import WORLDS
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 

@@ -2,7 +2,7 @@
 
 Every caption is a function of (seed, number, scene) and never says anything false. In the small world short, long and
 clean ones are made of the templates of demo_words.py; their paragraphs are complete: each object with colour, shape,
-size, texture and place, and the background. All others come from the grammar of demo_forms.py. Word counts hold: the
+size, texture and place, and the background. All others come from the grammar (demo_forms.py). Word counts hold: the
 required sentences are short enough together, and true but idle ones fill up to the least number of words.
 """
 

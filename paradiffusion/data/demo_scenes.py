@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
+from paradiffusion.data_config import WORLDS
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 
@@ -53,7 +54,6 @@ NINE_PLACES = (
 INK: Rgb = (24, 24, 28)
 CHALK: Rgb = (252, 252, 252)
 
-WORLDS = ("small", "large")
 SNAP = 16  # centres and radii lie on a grid of 1/16 pixel, so that boxes in JSON restore them exactly
 HELD_OUT_SHARE = 8  # one triple (shape, colour, place) in eight is kept for validation
 
