@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
-
 
 def cores() -> int:
     """The processor cores that this process may run on; all of them where the system does not say (macOS)."""
@@ -17,6 +15,8 @@ def settled_precision(precision: str) -> str:
     """ "bf16" or "fp32" for "auto": bf16 where this machine multiplies it fast; elsewhere it is emulated, a hundred times slower."""
     if precision != "auto":
         return precision
+    import torch  # here, for who only composes a configuration
+
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     path = Path("/proc/cpuinfo")
