@@ -13,11 +13,12 @@ from paradiffusion.errors import UserError
 from paradiffusion.randomness import uniform, uniforms
 
 # From short to long. A sample that lacks the drawn kind is read with the nearest kind that it has.
-FAMILY: Final = ("short", "clean", "long")
+FAMILY: Final = ("short", "clean", "long", "varied")
 _NEAREST: Final = {
     "long": ("long", "clean", "short"),
     "clean": ("clean", "long", "short"),
     "short": ("short", "clean", "long"),
+    "varied": ("varied", "long", "clean", "short"),
 }
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\ufeff]")
 
