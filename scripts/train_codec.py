@@ -37,7 +37,6 @@ LARGE = 96  # canvas of the large world, whose cells are as large and whose back
 LARGE_SHARE = 0.4  # of the pictures are a BASE x BASE window of a LARGE canvas with an object in each cell
 POOL = {"web": 0.5, "big": 0.25, "small": 0.25}  # "val" is only measured on
 MEASURED = 200
-OBJECT_WEIGHT = 1.0  # extra weight of pixels that are not background
 CROWDED = 0.5  # share of the pictures that get an object in every cell
 
 
@@ -132,22 +131,26 @@ def batches(size: int, seed: int) -> Iterator[Tensor]:
             yield to_tensor(waiting.pop(image.shape[:2]))
 
 
-def reconstruction_loss(output: Tensor, images: Tensor, edge_weight: float) -> Tensor:
+def reconstruction_loss(output: Tensor, images: Tensor, edge_weight: float, object_weight: float) -> Tensor:
     """L1 + MSE with more weight on what is not background, and L1 of both finite differences.
 
     Objects cover a twelfth of a picture: unweighted, L1 is content with the background alone for a long time.
     """
     ground = images.flatten(2).median(dim=2).values[:, :, None, None]
-    weight = 1 + OBJECT_WEIGHT * ((images - ground).abs().amax(1, keepdim=True) > 0.3)
+    weight = 1 + object_weight * ((images - ground).abs().amax(1, keepdim=True) > 0.3)
     weight = weight / weight.mean()
     error = output - images
-    edges = sum((error.diff(dim=axis).abs().mean() for axis in (2, 3)), torch.zeros(()))
+    edges = sum(((weight * error).diff(dim=axis).abs().mean() for axis in (2, 3)), torch.zeros(()))
     return (weight * (error.abs() + 2 * error**2)).mean() + edge_weight * edges
 
 
 def train(codec: Any, options: argparse.Namespace) -> None:
-    """AdamW with warm-up and cosine decay to zero, in bfloat16 (twice as fast on CPUs that have it)."""
-    optimizer = torch.optim.AdamW(codec.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    """AdamW with warm-up and cosine decay to zero, in bfloat16 (--fp32 where a CPU emulates it)."""
+    if options.decoder_only:
+        for part in (codec.encoder, codec.quant_conv):
+            part.requires_grad_(False)
+    trained = [parameter for parameter in codec.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = min(100, options.steps // 10 + 1)
 
     def rate(step: int) -> float:
@@ -163,11 +166,11 @@ def train(codec: Any, options: argparse.Namespace) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=not options.fp32):
                 posterior = codec.encode(images).latent_dist
                 output = codec.decode(posterior.sample(generator=generator)).sample.float()
-            rec = reconstruction_loss(output, images, options.edges)
+            rec = reconstruction_loss(output, images, options.edges, options.objects)
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
             (rec + options.kl * kl).backward()
-            torch.nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
@@ -234,6 +237,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--init", type=Path, default=None, help="go on from the weights in this folder")
     parser.add_argument("--edges", type=float, default=0.5, help="weight of the loss of finite differences")
+    parser.add_argument("--objects", type=float, default=1.0, help="extra weight of pixels that are not background")
+    parser.add_argument(
+        "--decoder-only", action="store_true", help="keep the encoder, so that models on its latents stay as they are"
+    )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all)")
     parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16")
     options = parser.parse_args()

@@ -46,7 +46,8 @@ class Writer:
         self.sizes, self.textures = (0.0, 0.0) if terse else (pick(rng, (0, 0.5, 0.8)), pick(rng, (0, 0.3, 0.7)))
         self.last: SceneObject | None = None  # what "it" means in the next sentence
         self.named: list[SceneObject] = []
-        self.relates = pick(rng, (0.15, 0.4, 0.85))  # how often a thing is placed by its neighbour
+        # How often a thing is placed by its neighbour: in the large world a third of all are.
+        self.relates = pick(rng, (0.15, 0.4, 0.85) if scene.grid == 2 else (0.6, 1.0, 1.0))
 
     def chance(self, share: float) -> bool:
         return self.rng.random() < share
@@ -197,7 +198,7 @@ class Writer:
     def ordered(self) -> list[SceneObject]:
         """The objects as a writer might go through them: at random, by rows, by columns, or from neighbour to neighbour."""
         items = list(self.scene.objects)
-        kind = self.rng.random()
+        kind = self.rng.random() ** (1 if self.grid == 2 else 0.35)
         if kind < 0.3:
             return sorted(items, key=lambda item: row_and_column(item.place, self.grid))
         if kind < 0.38:
