@@ -92,6 +92,8 @@ def test_nano_agrees_with_a_count_by_hand() -> None:
         assert found.parts()[name].forward == pytest.approx(2 * hand, rel=2e-4), name
     assert found.text.backward == found.vae.backward == 0
     assert found.unet.backward == pytest.approx(2 * found.unet.forward, rel=0.01)
+    twice = flops_of("stage=1", "repeats=2")
+    assert twice.unet.training == 2 * found.unet.training and twice.refiner == found.refiner
 
 
 def test_nano_parameters_are_those_of_the_models() -> None:

@@ -88,8 +88,8 @@ class EmptyModels:
             mask = torch.ones(size, self.tokens, dtype=torch.bool, device=META)
         common: dict[str, Any] = {
             "latents": torch.empty(shape, device=META),
-            "noise": torch.empty(shape, device=META),
-            "times": torch.empty(size, device=META),
+            "noise": torch.empty(self.config.repeats * size, *shape[1:], device=META),
+            "times": torch.empty(self.config.repeats * size, device=META),
             "weights": torch.empty(size, device=META),
             "mask": mask,
         }

@@ -116,8 +116,9 @@ def _count_parts(models: EmptyModels) -> dict[str, PartFlops]:
         estimate = torch.empty_like(latents, requires_grad=True) if has_head else None
         return joint.denoise(latents, torch.empty(1, device=META), refined(), mask, estimate)
 
+    levels = models.config.repeats  # noise levels, each of which the U-Net alone sees
     return {
-        "unet": PartFlops(*count(unet, backward=True)),
+        "unet": PartFlops(*(levels * flop for flop in count(unet, backward=True))),
         "refiner": PartFlops(*count(refiner, backward=True)) if refines else PartFlops(0.0),
         "layout": PartFlops(*count(layout, backward=True)) if has_head else PartFlops(0.0),
         "text": PartFlops(*count(text, backward=trains_text)),
