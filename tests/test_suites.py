@@ -175,6 +175,22 @@ def test_scenes_are_those_of_validation() -> None:
             load_suite("scenes", options=options)
 
 
+def test_scenes_that_people_described(tmp_path: Path) -> None:
+    file = Path(__file__).parents[1] / "data" / "paragraphs.jsonl"
+    prompts = load_suite("scenes", path=str(file)).prompts
+    assert len(prompts) == 40 and prompts[0].text.startswith("My niece") and prompts[0].category == "1 object"
+    assert (prompts[0].height, prompts[39].width, prompts[39].category) == (64, 96, "9 objects")
+    assert scene_from_meta(prompts[39].meta["scene"]).objects[-1].shape == "square"
+    assert load_suite("scenes", path=str(file), count=3).prompts == prompts[:3]
+    broken = tmp_path / "broken.jsonl"
+    for text in ("words", '{"text": "a"}', "[1]"):
+        broken.write_text(text)
+        with pytest.raises(UserError, match="broken.jsonl"):
+            load_suite("scenes", path=str(broken))
+    with pytest.raises(UserError, match="missing.jsonl"):
+        load_suite("scenes", path=str(tmp_path / "missing.jsonl"))
+
+
 def test_seeds_and_prompts_stay_what_they_are() -> None:
     suite = load_suite("scenes", count=2)
     # Known answers: were they to change, no picture of an earlier evaluation could be compared with a later one.
