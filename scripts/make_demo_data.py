@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paradiffusion.data.demo import DEFAULT_SIZES, SETS, WORLDS, ensure_demo_data
 from paradiffusion.errors import UserError
+from paradiffusion.scenes.dataset import DEFAULT_SIZES, SETS, WORLDS, ensure_demo_data
 
 
 def main() -> int:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paradiffusion.data.demo_captions import KINDS
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
+from paradiffusion.scenes.captions import KINDS
 
 
 def main(arguments: list[str]) -> int:

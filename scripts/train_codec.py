@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paradiffusion.data.demo import draw, make_scene
-from paradiffusion.data.demo_scenes import Scene, SceneObject, places
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.scenes import score
 from paradiffusion.randomness import seed_from
+from paradiffusion.scenes.dataset import draw, make_scene
+from paradiffusion.scenes.judge import score
+from paradiffusion.scenes.world import Scene, SceneObject, places
 
 BASE = 64  # pixels; scenes of the double-sized set are brought to it with antialiasing, as the image pipeline does
 LARGE = 96  # canvas of the large world, whose cells are as large and whose background patterns are wider

@@ -51,7 +51,7 @@ def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small set of scenes: web, big, small and val."""
-    from paradiffusion.data.demo import ensure_demo_data
+    from paradiffusion.scenes.dataset import ensure_demo_data
 
     folder = tmp_path_factory.mktemp("data") / "demo"
     ensure_demo_data(folder, SIZES, processes=1)

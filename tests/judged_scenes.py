@@ -13,8 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from paradiffusion.data.demo import captions, draw, make_scene, scene_to_meta
-from paradiffusion.data.demo_scenes import (
+from paradiffusion.evaluation.records import Drawn, Request
+from paradiffusion.evaluation.scores.scene_claims import Claim, claims
+from paradiffusion.evaluation.scores.scene_truth import recoloured, without
+from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
+from paradiffusion.judges.sentences import sentences
+from paradiffusion.scenes.dataset import captions, draw, make_scene, scene_to_meta
+from paradiffusion.scenes.world import (
     BACKGROUNDS,
     COLOURS,
     PLACES,
@@ -24,11 +29,6 @@ from paradiffusion.data.demo_scenes import (
     cell_box,
     radius_of,
 )
-from paradiffusion.evaluation.records import Drawn, Request
-from paradiffusion.evaluation.scores.scene_claims import Claim, claims
-from paradiffusion.evaluation.scores.scene_truth import recoloured, without
-from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.judges.sentences import sentences
 
 
 class Bar:

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from paradiffusion.compose import CONFIGS, compose_sample, compose_train, groups, keys_of, options
 from paradiffusion.config import TrainConfig
-from paradiffusion.data.demo import DEFAULT_SIZES
 from paradiffusion.errors import UserError
+from paradiffusion.scenes.dataset import DEFAULT_SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
 AWKWARD = [

@@ -18,7 +18,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paradiffusion.data.demo import (
+from paradiffusion.data_config import WORLDS
+from paradiffusion.errors import UserError
+from paradiffusion.scenes.captions import (
+    PLACE_WORDS,
+    SHAPE_WORDS,
+    SIZE_WORDS,
+    TEXTURE_AFTER,
+    TEXTURE_BEFORE,
+    TEXTURE_STATED,
+)
+from paradiffusion.scenes.dataset import (
     captions,
     demo_samples,
     draw,
@@ -28,7 +38,8 @@ from paradiffusion.data.demo import (
     scene_from_meta,
     scene_to_meta,
 )
-from paradiffusion.data.demo_scenes import (
+from paradiffusion.scenes.judge import judge_picture, score
+from paradiffusion.scenes.world import (
     BACKGROUNDS,
     COLOURS,
     LARGE_SETS,
@@ -42,17 +53,6 @@ from paradiffusion.data.demo_scenes import (
     is_held_out,
     places,
 )
-from paradiffusion.data.demo_words import (
-    PLACE_WORDS,
-    SHAPE_WORDS,
-    SIZE_WORDS,
-    TEXTURE_AFTER,
-    TEXTURE_BEFORE,
-    TEXTURE_STATED,
-)
-from paradiffusion.data_config import WORLDS
-from paradiffusion.errors import UserError
-from paradiffusion.evaluation.scenes import judge_picture, score
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES_SMALL = {"web": 1100, "val": 30}
@@ -277,7 +277,7 @@ def test_other_sizes_and_missing_shards_build_anew(tmp_path: Path) -> None:
 def test_an_interrupted_build_goes_on(tmp_path: Path) -> None:
     ensure_demo_data(tmp_path / "whole", SIZES_SMALL, 0)
     code = (
-        "import sys; from pathlib import Path; from paradiffusion.data.demo import ensure_demo_data;"
+        "import sys; from pathlib import Path; from paradiffusion.scenes.dataset import ensure_demo_data;"
         f"ensure_demo_data(Path(sys.argv[1]), {SIZES_SMALL}, 0, processes=1)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "cut")], cwd=ROOT)

@@ -7,9 +7,10 @@ from functools import cache
 
 import pytest
 
-from paradiffusion.data.demo import captions, make_scene
-from paradiffusion.data.demo_captions import LARGE_WORDS, WORDS
-from paradiffusion.data.demo_grammar import (
+from paradiffusion.data_config import WORLDS
+from paradiffusion.scenes.captions import LARGE_WORDS, WORDS
+from paradiffusion.scenes.dataset import captions, make_scene
+from paradiffusion.scenes.grammar import (
     PATTERNS_AFTER,
     PATTERNS_SAID,
     RULES,
@@ -19,9 +20,14 @@ from paradiffusion.data.demo_grammar import (
     TEXTURES_AFTER,
     TEXTURES_SAID,
     TEXTURES_STATED,
+    phrases_its,
+    phrases_of,
+    place_labels,
+    place_names,
+    place_phrases,
 )
-from paradiffusion.data.demo_places import phrases_its, phrases_of, place_labels, place_names, place_phrases
-from paradiffusion.data.demo_scenes import (
+from paradiffusion.scenes.unseen import UNSEEN, unseen_places
+from paradiffusion.scenes.world import (
     BACKGROUNDS,
     COLOURS,
     Scene,
@@ -29,8 +35,6 @@ from paradiffusion.data.demo_scenes import (
     places,
     row_and_column,
 )
-from paradiffusion.data.demo_unseen import UNSEEN, unseen_places
-from paradiffusion.data_config import WORLDS
 
 STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 GRIDS = {"small": 2, "large": 3}

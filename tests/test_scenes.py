@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from paradiffusion.data.demo import draw, make_scene
-from paradiffusion.data.demo_scenes import (
+from paradiffusion.data_config import WORLDS
+from paradiffusion.scenes.dataset import draw, make_scene
+from paradiffusion.scenes.judge import SceneScore, by_objects, score, summarise, unbound
+from paradiffusion.scenes.world import (
     NINE_PLACES,
     PLACES,
     SETS,
@@ -18,8 +20,6 @@ from paradiffusion.data.demo_scenes import (
     SceneObject,
     scene_from_meta,
 )
-from paradiffusion.data_config import WORLDS
-from paradiffusion.evaluation.scenes import SceneScore, by_objects, score, summarise, unbound
 
 
 def pixels(scene: Scene) -> np.ndarray:

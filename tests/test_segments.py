@@ -12,7 +12,6 @@ from judged_scenes import Alone, pixels, put, scenes_suite
 from PIL import Image
 from tiny_clip import CONTEXT, write_clip
 
-from paradiffusion.data.demo import make_scene
 from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.segments import SegmentAlignment, words_read
 from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, Judgement, SceneJudge
@@ -20,6 +19,7 @@ from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.scores.sentence_rows import SentenceRow, prepare_rows, read_rows
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.judges.sentences import sentences
+from paradiffusion.scenes.dataset import make_scene
 
 
 @pytest.fixture(scope="module")

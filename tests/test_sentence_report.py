@@ -15,14 +15,11 @@ from judged_scenes import Alone, Fault, pixels, planted_faults, put, scenes_suit
 from PIL import ImageFilter
 
 from paradiffusion.compose import compose_train
-from paradiffusion.data.demo import captions, demo_samples, draw, make_scene, scene_from_meta
-from paradiffusion.data.demo_scenes import Background, Scene, SceneObject
 from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult, Table
 from paradiffusion.evaluation.report import stage_table
-from paradiffusion.evaluation.scenes import score, summarise
 from paradiffusion.evaluation.scores.positions import place, third
 from paradiffusion.evaluation.scores.scene_claims import claims
 from paradiffusion.evaluation.scores.scene_truth import follow, look
@@ -33,6 +30,9 @@ from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.judges.sentences import sentences
 from paradiffusion.models.codec import load_codec
+from paradiffusion.scenes.dataset import captions, demo_samples, draw, make_scene, scene_from_meta
+from paradiffusion.scenes.judge import score, summarise
+from paradiffusion.scenes.world import Background, Scene, SceneObject
 from paradiffusion.training.setup import open_data
 from paradiffusion.training.validation import read_held_out, reconstruct, sentence_recall
 

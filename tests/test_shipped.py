@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from paradiffusion.data.demo import captions, make_scene
-from paradiffusion.evaluation.scenes import score
 from paradiffusion.models.inference import load_models
 from paradiffusion.models.manifest import find_fault, resolve_checkpoint
 from paradiffusion.sampling.pipeline import Job, generate
+from paradiffusion.scenes.dataset import captions, make_scene
+from paradiffusion.scenes.judge import score
 
 NANO = ROOT / "data" / "nano"
 

@@ -24,10 +24,10 @@ from training_runs import (
     train_here,
 )
 
-from paradiffusion.data.demo import demo_samples
 from paradiffusion.data.shards import write_shards
 from paradiffusion.models.layouts import read_weights
 from paradiffusion.models.manifest import find_fault
+from paradiffusion.scenes.dataset import demo_samples
 from paradiffusion.training import loop
 from paradiffusion.training.setup import Setup
 

@@ -13,11 +13,11 @@ from chat_server import NAME, Asked, ChatServer
 from PIL import Image
 from tqdm import tqdm
 
-from paradiffusion.data.demo_drawing import draw
-from paradiffusion.data.demo_scenes import COLOURS, Scene, cell_box, make_scene
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt
 from paradiffusion.judges.choose import VlmOptions
+from paradiffusion.scenes.drawing import draw
+from paradiffusion.scenes.world import COLOURS, Scene, cell_box, make_scene
 
 
 @dataclass

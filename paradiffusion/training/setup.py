@@ -13,7 +13,6 @@ from torch import Tensor
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import Cache
-from paradiffusion.data.demo import ensure_demo_data
 from paradiffusion.data.loader import Batch, Loader, LoaderSettings, make_loader, slots_of
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import SampleIndex
@@ -28,6 +27,7 @@ from paradiffusion.models.layouts import (
     read_description,
 )
 from paradiffusion.models.starting import is_unet_folder
+from paradiffusion.scenes.dataset import ensure_demo_data
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.assembly import build_models
 from paradiffusion.training.cache_keys import check_cache, describe_cache, open_cache, spares_models

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from paradiffusion.config import TrainConfig
-from paradiffusion.data.demo_scenes import Scene, scene_from_meta
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, to_array
 from paradiffusion.data.shards import SampleIndex, read_sample
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import mean
-from paradiffusion.evaluation.scenes import SceneScore, Share, by_objects, score, summarise
 from paradiffusion.evaluation.scores.positions import third
 from paradiffusion.evaluation.scores.scene_truth import follow
 from paradiffusion.judges.sentences import sentences
@@ -27,6 +25,8 @@ from paradiffusion.models.joint import JointModel, LossBatch
 from paradiffusion.randomness import seed_from
 from paradiffusion.sampling.gallery import contact_sheet
 from paradiffusion.sampling.pipeline import Job, generate
+from paradiffusion.scenes.judge import SceneScore, Share, by_objects, score, summarise
+from paradiffusion.scenes.world import Scene, scene_from_meta
 from paradiffusion.text.encoder import TextEncoder
 
 # Validation draws and scores the same things whatever the run's seed is, so that runs can be compared.

@@ -1,6 +1,6 @@
-"""What the sentences of a scene's caption claim, read from the words that captions are made of (data/demo_words.py).
+"""What the sentences of a scene's caption claim, read from the words that captions are made of (data/captions.py).
 
-Of the many forms of demo_grammar.py those are read that name a colour right before its shape; no other thing is claimed by
+Of the many forms of grammar.py those are read that name a colour right before its shape; no other thing is claimed by
 a sentence that says its colour elsewhere.
 """
 
@@ -11,17 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from paradiffusion.data.demo_grammar import (
-    SHAPES_SAID,
-    SIZES_SAID,
-    SIZES_STATED,
-    TEXTURES_AFTER,
-    TEXTURES_SAID,
-    TEXTURES_STATED,
-)
-from paradiffusion.data.demo_places import place_names, place_phrases
-from paradiffusion.data.demo_scenes import BACKGROUNDS, COLOURS, places
-from paradiffusion.data.demo_words import (
+from paradiffusion.scenes.captions import (
     COUNTS,
     PATTERN_WORDS,
     SHAPE_WORDS,
@@ -30,6 +20,17 @@ from paradiffusion.data.demo_words import (
     TEXTURE_BEFORE,
     TEXTURE_STATED,
 )
+from paradiffusion.scenes.grammar import (
+    SHAPES_SAID,
+    SIZES_SAID,
+    SIZES_STATED,
+    TEXTURES_AFTER,
+    TEXTURES_SAID,
+    TEXTURES_STATED,
+    place_names,
+    place_phrases,
+)
+from paradiffusion.scenes.world import BACKGROUNDS, COLOURS, places
 
 # What a sentence is about, as tables show it; a sentence of none of these is idle: no picture shows whether it holds.
 KINDS: Final = ("object", "attributes", "relation", "background", "count")

@@ -15,8 +15,10 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from paradiffusion.data.demo_drawing import draw, mix, pattern_strength
-from paradiffusion.data.demo_scenes import (
+from paradiffusion.evaluation.scores.scene_claims import Claim, Mention, claims
+from paradiffusion.scenes.drawing import draw, mix, pattern_strength
+from paradiffusion.scenes.judge import ObjectVerdict, cell_of, judge_picture, on_canvas, perceptual, presence_of
+from paradiffusion.scenes.world import (
     BACKGROUNDS,
     CHALK,
     DARK_BACKGROUNDS,
@@ -30,8 +32,6 @@ from paradiffusion.data.demo_scenes import (
     places,
     radius_of,
 )
-from paradiffusion.evaluation.scenes import ObjectVerdict, cell_of, judge_picture, on_canvas, perceptual, presence_of
-from paradiffusion.evaluation.scores.scene_claims import Claim, Mention, claims
 
 # What single facts are about, as tables show it.
 FACTS: Final = ("there", "colour at place", "shape", "size", "texture", "relation", "background", "pattern", "count")

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from paradiffusion.data.demo_scenes import Scene
 from paradiffusion.evaluation.estimates import ratio
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scenes import SceneScore, score, sums_of, unbound
 from paradiffusion.evaluation.scores.image_features import stamp_of
 from paradiffusion.evaluation.scores.sentence_judges import read_picture, scene_of
 from paradiffusion.evaluation.suites.suite import Suite, by_id
+from paradiffusion.scenes.judge import SceneScore, score, sums_of, unbound
+from paradiffusion.scenes.world import Scene
 
 MEASURES = (
     Measure("colour_at_place", "Objects in the right colour at the right place", "share"),
@@ -28,7 +28,7 @@ _BY_OBJECTS = ("colour_at_place", "unbound", "shape", "colour_and_shape", "all_r
 
 
 class ScenesScore:
-    """Shares of objects, backgrounds and whole pictures that are right (``paradiffusion.evaluation.scenes``).
+    """Shares of objects, backgrounds and whole pictures that are right (``paradiffusion.scenes.judge``).
 
     An image's values are shares of its objects and weigh as many as it has, so that the mean is the share of all objects; its
     binding weighs as many as its colours at random would get wrong.
@@ -66,7 +66,7 @@ class ScenesScore:
             "(s - u) / (1 - u) over scenes of two colours and more: s is the share of right colours, u the one that the scenes' "
             "colours would get at random places of theirs."
         )
-        source = "this project: paradiffusion/evaluation/scenes.py"
+        source = "this project: paradiffusion/scenes/judge.py"
         result = ScoreResult(self.name, self.title, formula, source, self.settings(), list(MEASURES), scores)
         result.tables = [_by_objects(suite, scores)]
         return result

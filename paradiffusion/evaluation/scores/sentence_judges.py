@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from paradiffusion.data.demo_scenes import Scene, scene_from_meta
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn
-from paradiffusion.evaluation.scenes import cell_of
 from paradiffusion.evaluation.scores.image_features import clip_weights
 from paradiffusion.evaluation.scores.scene_claims import claims
 from paradiffusion.evaluation.scores.scene_truth import follow, object_of
 from paradiffusion.evaluation.suites.suite import SuitePrompt
 from paradiffusion.judges.clip import Clip, load_clip
+from paradiffusion.scenes.judge import cell_of
+from paradiffusion.scenes.world import Scene, scene_from_meta
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of the picture's width and height
 

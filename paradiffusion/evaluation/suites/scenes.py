@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from paradiffusion.data.demo_captions import KINDS, captions
-from paradiffusion.data.demo_scenes import Scene, make_scene, scene_from_meta, scene_to_meta
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.entry import SuiteEntry
 from paradiffusion.evaluation.suites.suite import SuitePrompt
+from paradiffusion.scenes.captions import KINDS, captions
+from paradiffusion.scenes.world import Scene, make_scene, scene_from_meta, scene_to_meta
 
 
 def read_scenes(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
@@ -17,7 +17,7 @@ def read_scenes(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     those of a file of JSON lines, each with its ``text`` and the keys of a scene, as data/paragraphs.jsonl has them.
 
     Options: ``number`` of scenes, ``caption`` (one of ``KINDS``), ``world``, ``set`` and ``seed`` as in
-    ``paradiffusion.data.demo``, and ``scale``, by which height and width of a scene's canvas are multiplied: at 1 they are
+    ``paradiffusion.scenes.dataset``, and ``scale``, by which height and width of a scene's canvas are multiplied: at 1 they are
     the sizes at which nano draws. ``meta["scene"]`` is the truth, in pixels of the canvas; the category is the number of
     objects. Of a file, ``number`` and ``scale`` alone count.
     """

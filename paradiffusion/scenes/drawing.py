@@ -9,7 +9,8 @@ from functools import cache, lru_cache
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from paradiffusion.data.demo_scenes import (
+from paradiffusion.randomness import seed_from
+from paradiffusion.scenes.world import (
     BACKGROUNDS,
     CHALK,
     COLOURS,
@@ -20,7 +21,6 @@ from paradiffusion.data.demo_scenes import (
     Scene,
     SceneObject,
 )
-from paradiffusion.randomness import seed_from
 
 SUPERSAMPLING = 4
 

@@ -22,13 +22,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from paradiffusion.data.demo_captions import KINDS, captions
-from paradiffusion.data.demo_drawing import draw
-from paradiffusion.data.demo_scenes import SETS, Scene, make_scene, scene_from_meta, scene_to_meta
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.data_config import WORLDS
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
+from paradiffusion.scenes.captions import KINDS, captions
+from paradiffusion.scenes.drawing import draw
+from paradiffusion.scenes.world import SETS, Scene, make_scene, scene_from_meta, scene_to_meta
 
 __all__ = [
     "DEFAULT_SIZES", "KINDS", "SETS", "WORLDS", "Scene", "captions", "demo_samples", "draw", "ensure_demo_data",

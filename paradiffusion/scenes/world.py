@@ -2,7 +2,7 @@
 
 A scene is a handful of coloured shapes, each inside its own cell of a grid, on a muted background: up to four on a grid
 of two by two in the small world, up to nine on one of three by three in the large world. It is a value: the same
-(set, seed, number, world) gives the same scene, and the same scene gives the same pixels (demo_drawing.py), so that a
+(set, seed, number, world) gives the same scene, and the same scene gives the same pixels (drawing.py), so that a
 picture can be judged against the scene without any learned model. Combinations of shape, colour and place are divided
 into trained and held-out ones, so that the validation set asks for compositions which training never showed.
 """

@@ -10,32 +10,30 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from paradiffusion.data.demo_grammar import (
+from paradiffusion.scenes.grammar import (
     NUMBERS,
+    OPPOSITE,
     PATTERNS_AFTER,
     PATTERNS_SAID,
     SHAPES_SAID,
+    SIDEWORDS,
     SIZES_SAID,
     SIZES_STATED,
     TEXTURES_AFTER,
     TEXTURES_SAID,
     TEXTURES_STATED,
     Slots,
-    finished,
-    say,
-    with_articles,
-)  # fmt: skip
-from paradiffusion.data.demo_places import (
-    OPPOSITE,
-    SIDEWORDS,
     direction_of,
+    finished,
     phrases_its,
     phrases_of,
     place_labels,
     place_names,
     place_phrases,
-)  # fmt: skip
-from paradiffusion.data.demo_scenes import Scene, SceneObject, pick, places, row_and_column
+    say,
+    with_articles,
+)  # fmt: skip  # fmt: skip
+from paradiffusion.scenes.world import Scene, SceneObject, pick, places, row_and_column
 
 
 class Writer:

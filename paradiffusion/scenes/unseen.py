@@ -1,6 +1,6 @@
 """Held-out sentence forms of the built-in captions: how another person would write, in frames that no training set has.
 
-Each form has a word that the grammar of training (demo_grammar.py) has nowhere, and half of the places are named in new
+Each form has a word that the grammar of training (grammar.py) has nowhere, and half of the places are named in new
 phrases too. So following other words can be measured apart from following other scenes.
 """
 
@@ -10,12 +10,11 @@ import random
 import re
 from collections.abc import Callable
 
-from paradiffusion.data.demo_forms import Writer
-from paradiffusion.data.demo_grammar import Slots, finished
-from paradiffusion.data.demo_places import direction_of, placed
-from paradiffusion.data.demo_scenes import Scene, SceneObject, pick
+from paradiffusion.scenes.forms import Writer
+from paradiffusion.scenes.grammar import Slots, direction_of, finished, placed
+from paradiffusion.scenes.world import Scene, SceneObject, pick
 
-# Slots as in demo_grammar.py: {n} an object, {p} an adverbial of its place, {q} the place's name, {c} colour, {s} shape.
+# Slots as in grammar.py: {n} an object, {p} an adverbial of its place, {q} the place's name, {c} colour, {s} shape.
 UNSEEN: dict[str, tuple[str, ...]] = {
     "one": (
         "{p} nestles {n}",

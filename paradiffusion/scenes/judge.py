@@ -16,8 +16,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from paradiffusion.data.demo_drawing import draw
-from paradiffusion.data.demo_scenes import (
+from paradiffusion.randomness import seed_from
+from paradiffusion.scenes.drawing import draw
+from paradiffusion.scenes.world import (
     BACKGROUNDS,
     CHALK,
     COLOURS,
@@ -30,7 +31,6 @@ from paradiffusion.data.demo_scenes import (
     places,
     radius_of,
 )
-from paradiffusion.randomness import seed_from
 
 # A found object covers at least this share of the pixels that its colour covers in the true drawing.
 COVERED = 0.35
