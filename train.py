@@ -18,15 +18,18 @@ def main(arguments: list[str]) -> int:
 
         print(as_yaml(config))
         return 0
+    from paradiffusion.scenes.alignment import SceneScorer
+    from paradiffusion.scenes.dataset import make_wanted
     from paradiffusion.training.loop import train
 
+    make_wanted(config.data)
     if config.preflight:
         from paradiffusion.training.preflight import preflight
         from paradiffusion.training.processes import make_accelerator
 
         preflight(config, make_accelerator(config))
         return 0
-    return train(config)
+    return train(config, SceneScorer())
 
 
 def help_text() -> str:

@@ -27,13 +27,16 @@ from paradiffusion.entry import run
 def main(arguments: list[str]) -> int:
     """Check the command line, then make what is missing; the exit status."""
     from paradiffusion.compose import compose_options, compose_train
+    from paradiffusion.scenes.dataset import make_wanted
     from paradiffusion.training.caching import CacheOptions, make_cache
 
     keys = [field.name for field in fields(CacheOptions)]
     own = [argument for argument in arguments if argument.partition("=")[0] in keys]
     options = compose_options(CacheOptions, own)
     options.check()
-    return make_cache(compose_train([a for a in arguments if a not in own], beside=keys), options)
+    config = compose_train([a for a in arguments if a not in own], beside=keys)
+    make_wanted(config.data)
+    return make_cache(config, options)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ def main(arguments: list[str]) -> int:
     from paradiffusion.curation.inspecting.report import InspectSettings, figures_json, inspect
     from paradiffusion.data.shard_index import TokenCounter
     from paradiffusion.data.sources import make_plan
+    from paradiffusion.scenes.dataset import make_wanted
     from paradiffusion.text.counting import count_tokens_with
     from paradiffusion.training.setup import open_data
 
@@ -116,6 +117,7 @@ def main(arguments: list[str]) -> int:
         TokenCounter(encoder.name if named[encoder.name] == 1 else place, count_tokens_with(encoder))
         for place, encoder in counters.items()
     ]
+    make_wanted(config.data)
     index, _ = open_data(config)
     settings = InspectSettings(
         title=title_of(config),

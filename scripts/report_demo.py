@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.entry import run
-from paradiffusion.evaluation.report import stage_table
+from paradiffusion.scenes.alignment import stage_table
 
 
 def main(arguments: list[str]) -> int:

@@ -28,9 +28,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--guidance", type=float, default=None, help="default: the nano preset's")
     options = parser.parse_args(arguments)
     from paradiffusion.compose import compose_train
-    from paradiffusion.evaluation.report import alignment_table
     from paradiffusion.models.inference import load_models
     from paradiffusion.models.manifest import resolve_checkpoint
+    from paradiffusion.scenes.alignment import SceneScorer, alignment_table
+    from paradiffusion.scenes.dataset import make_wanted
     from paradiffusion.training.setup import open_data
     from paradiffusion.training.validation import Validation
 
@@ -44,8 +45,9 @@ def main(arguments: list[str]) -> int:
         )
     config.sampler.guidance = config.sampler.guidance if options.guidance is None else options.guidance
     models = load_models(resolve_checkpoint(options.ckpt))
+    make_wanted(config.data)
     _, held_out = open_data(config)
-    validation = Validation(held_out, config, 0, 1, gather=lambda items: items)
+    validation = Validation(held_out, config, 0, 1, gather=lambda items: items, scorer=SceneScorer())
     print(alignment_table(options.ckpt, validation.alignment(models)))
     return 0
 

@@ -97,13 +97,17 @@ def train(tiny_arguments: list[str], tmp_path: Path) -> Iterator[Callable[..., i
     from accelerate.state import AcceleratorState
 
     from paradiffusion.compose import compose_train
+    from paradiffusion.scenes.alignment import SceneScorer
+    from paradiffusion.scenes.dataset import make_wanted
     from paradiffusion.training import loop
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(*arguments: str) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
-        return loop.train(compose_train([*tiny_arguments, f"run_dir={tmp_path / 'run'}", *arguments]))
+        config = compose_train([*tiny_arguments, f"run_dir={tmp_path / 'run'}", *arguments])
+        make_wanted(config.data)
+        return loop.train(config, SceneScorer())
 
     yield run
     for number, handler in handlers.items():

@@ -19,7 +19,6 @@ from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult, Table
-from paradiffusion.evaluation.report import stage_table
 from paradiffusion.evaluation.scores.positions import place, third
 from paradiffusion.evaluation.scores.scene_claims import claims
 from paradiffusion.evaluation.scores.scene_truth import follow, look
@@ -30,11 +29,12 @@ from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.judges.sentences import sentences
 from paradiffusion.models.codec import load_codec
+from paradiffusion.scenes.alignment import sentence_recall, stage_table
 from paradiffusion.scenes.dataset import captions, demo_samples, draw, make_scene, scene_from_meta
 from paradiffusion.scenes.judge import score, summarise
 from paradiffusion.scenes.world import Background, Scene, SceneObject
 from paradiffusion.training.setup import open_data
-from paradiffusion.training.validation import read_held_out, reconstruct, sentence_recall
+from paradiffusion.training.validation import read_held_out, reconstruct
 
 
 def test_claims_are_what_captions_say() -> None:

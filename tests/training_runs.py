@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from paradiffusion.compose import compose_sample, compose_train
 from paradiffusion.models.manifest import checkpoints_of
 from paradiffusion.sampling.run import sample
+from paradiffusion.scenes.alignment import SceneScorer
+from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training import loop
 from paradiffusion.training.folder import stage_folder
 from paradiffusion.training.loop import step_gradients
@@ -33,7 +35,9 @@ def train_here(arguments: list[str]) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
     handlers = {number: signal.getsignal(number) for number in KEPT_HANDLERS}
     try:
-        return loop.train(compose_train(arguments))
+        config = compose_train(arguments)
+        make_wanted(config.data)
+        return loop.train(config, SceneScorer())
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

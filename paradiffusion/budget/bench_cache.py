@@ -19,6 +19,7 @@ from paradiffusion.budget.benchmark import machine
 from paradiffusion.checks import positive
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
+from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training.caching import CacheOptions, make_cache
 from paradiffusion.training.loop import step_gradients
 from paradiffusion.training.meters import Meters
@@ -114,6 +115,7 @@ def measure(arm: str, config: TrainConfig, settings: CacheBenchSettings) -> Cach
     """One arm: make the cache, then take every step once without and once with it."""
     cache = Path(config.run_dir) / "cache"
     began = time.perf_counter()
+    make_wanted(config.data)
     make_cache(config, CacheOptions(output=str(cache)))
     making = time.perf_counter() - began
     AcceleratorState._reset_state(reset_partial_state=True)  # the arms differ in precision

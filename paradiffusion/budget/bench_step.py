@@ -17,6 +17,7 @@ from paradiffusion.budget.synthetic import random_models
 from paradiffusion.budget.timing import Timing, interleave, release
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch
+from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training.loop import prepare, step_gradients
 from paradiffusion.training.meters import Meters
 from paradiffusion.training.setup import Setup, build
@@ -70,6 +71,7 @@ def measure_stage(
 
 def start(bench: Bench, config: TrainConfig) -> Setup:
     """The stage as train.py builds it, from random weights."""
+    make_wanted(config.data)
     accelerator = bench.accelerate(config)
     parts = random_models(config, bench.device)
     if config.train_text == "adapter":

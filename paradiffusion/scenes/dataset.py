@@ -22,6 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from paradiffusion.config import DataConfig
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.data_config import WORLDS
 from paradiffusion.errors import UserError
@@ -84,6 +85,13 @@ def ensure_demo_data(folder: Path, sizes: dict[str, int] | None = None, seed: in
                 _refuse_foreign(folder)
                 _build(folder, note, lock, processes)
     return {name: folder / name for name in note["sizes"]}
+
+
+def make_wanted(data: DataConfig) -> None:
+    """The built-in scenes that ``data`` reads, made when they are missing."""
+    wanted = [data.shards] if isinstance(data.shards, str) else list(data.shards or ())
+    if data.demo and any(str(spec).startswith(data.demo_folder) for spec in wanted):
+        ensure_demo_data(Path(data.demo_folder), dict(data.demo_sizes) or None, world=data.world)
 
 
 def _checked(sizes: dict[str, int]) -> dict[str, int]:

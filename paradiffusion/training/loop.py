@@ -22,7 +22,6 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache_files import Entry
 from paradiffusion.data.loader import Batch, Loader
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.report import alignment_text
 from paradiffusion.models.joint import LossBatch
 from paradiffusion.randomness import permutation, seed_from, uniform
 from paradiffusion.sampling.processes import REPEAT_SECONDS
@@ -36,6 +35,7 @@ from paradiffusion.training.seen import line_of
 from paradiffusion.training.setup import Setup, build
 from paradiffusion.training.spikes import find_spike, follow_loss, handle_spike
 from paradiffusion.training.together import together
+from paradiffusion.training.validation import Scorer
 from paradiffusion.training.watch import Watch
 
 SUMMARY = "summary.json"
@@ -135,9 +135,11 @@ def made_text(setup: Setup, batch: Batch) -> Callable[[str, int], Entry] | None:
     return None
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, scorer: Scorer | None = None) -> int:
     """Run a stage from where it stands to ``max_steps``; 0 when it is done or was asked to stop and saved.
 
+    Args:
+        scorer: judges the pictures that validation draws, where somebody can.
     Raises:
         UserError: for what a user can mend; whatever was saved before stays.
     """
@@ -146,7 +148,7 @@ def train(config: TrainConfig) -> int:
     folder = stage_folder(config)
     watch = Watch(accelerator.process_index, accelerator.num_processes, config.stall_seconds)
     with together(watch), locked(folder) if accelerator.is_main_process else nullcontext():
-        setup = build(config, folder, accelerator, watch=watch)
+        setup = build(config, folder, accelerator, watch=watch, scorer=scorer)
         stop = Stop(parent)
         log = Log(folder, config, setup.description(), setup.state.step) if accelerator.is_main_process else None
         loader = setup.loader()
@@ -343,17 +345,10 @@ def finish(setup: Setup, log: Log | None) -> None:
         "alignment": alignment,
     }
     write_atomic(path, json.dumps(summary, indent=1))
-    if alignment:
-        followed = {part: value["share"] for part, value in alignment["sentences"].items()}
-        shares = {key: value["share"] for key, value in alignment["drawn"].items()}
-        shares |= {f"unseen_{key}": value["share"] for key, value in alignment.get("unseen", {}).items()}
-        for count, found in alignment["by_objects"].items():
-            shares[f"colour_at_place_of_{count}"] = found["colour_at_place"]["share"]
-        log.write(setup.state.step, "alignment", {**shares, **{f"sentences_{part}": v for part, v in followed.items()}})
-        print(alignment_text(alignment))
-        if followed:
-            parts = ", ".join(f"{part} {share:.1%}" for part, share in followed.items())
-            print(f"sentences followed, by third of the paragraph: {parts}")
+    if alignment and setup.validation.scorer is not None:
+        shares, text = setup.validation.scorer.told(alignment)
+        log.write(setup.state.step, "alignment", shares)
+        print(text)
     print(
         f"stage {setup.config.stage} done: {setup.state.step} steps in {human_time(setup.state.seconds)}, {setup.folder}"
     )

@@ -27,7 +27,6 @@ from paradiffusion.models.layouts import (
     read_description,
 )
 from paradiffusion.models.starting import is_unet_folder
-from paradiffusion.scenes.dataset import ensure_demo_data
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.assembly import build_models
 from paradiffusion.training.cache_keys import check_cache, describe_cache, open_cache, spares_models
@@ -40,7 +39,7 @@ from paradiffusion.training.engine import (
 )
 from paradiffusion.training.folder import adopt, check_init, check_unchanged, find_init, find_resume, record_config
 from paradiffusion.training.processes import count_micro_batches
-from paradiffusion.training.validation import Validation
+from paradiffusion.training.validation import Scorer, Validation
 from paradiffusion.training.watch import Watch
 
 
@@ -167,11 +166,8 @@ class Setup:
 
 
 def open_data(config: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
-    """Indexes of the training and held-out shards; the built-in scenes are made when they are missing."""
+    """Indexes of the training and held-out shards."""
     data = config.data
-    wanted = [data.shards] if isinstance(data.shards, str) else list(data.shards or ())
-    if data.demo and any(str(spec).startswith(data.demo_folder) for spec in wanted):
-        ensure_demo_data(Path(data.demo_folder), dict(data.demo_sizes) or None, world=data.world)
     index = open_index(data)
     return index, None if data.val_shards is None else open_shards(data, data.val_shards, "data.val_shards")
 
@@ -197,12 +193,14 @@ def build(
     accelerator: Accelerator,
     parts: Parts | None = None,
     watch: Watch | None = None,
+    scorer: Scorer | None = None,
 ) -> Setup:
     """Everything of a stage, resumed from its newest checkpoint or started as configured.
 
     Args:
         parts: the frozen models, where they are not to be loaded as configured.
         watch: which is running already; None for one of its own, which ``Setup.close`` ends.
+        scorer: of the pictures that validation draws.
     Raises:
         UserError: for whatever is missing, damaged or contradictory.
     """
@@ -255,7 +253,8 @@ def build(
     # Under ZeRO-3 each layer is gathered when it is used, by all processes together: all of them then do all of the work.
     rank, processes = (accelerator.process_index, accelerator.num_processes) if engine.whole else (0, 1)
     gather = setup.gather if engine.whole else list
-    setup.validation = Validation(held_out, config, rank, processes, gather, writes=accelerator.is_main_process)
+    writes = accelerator.is_main_process
+    setup.validation = Validation(held_out, config, rank, processes, gather, writes, scorer)
     if config.log_samples:
         folder.joinpath("samples_seen").mkdir(exist_ok=True)
         name = f"rank{accelerator.process_index}_from{state.step:06d}.jsonl"

@@ -1,11 +1,11 @@
-"""What is measured with the EMA weights: loss at fixed times and noise, a grid of pictures, alignment on scenes."""
+"""What is measured with the EMA weights: loss at fixed times and noise, a grid of pictures, and how well they follow."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,18 +15,12 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, to_array
 from paradiffusion.data.shards import SampleIndex, read_sample
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.estimates import mean
-from paradiffusion.evaluation.scores.positions import third
-from paradiffusion.evaluation.scores.scene_truth import follow
-from paradiffusion.judges.sentences import sentences
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.inference import InferenceModels
 from paradiffusion.models.joint import JointModel, LossBatch
 from paradiffusion.randomness import seed_from
 from paradiffusion.sampling.gallery import contact_sheet
 from paradiffusion.sampling.pipeline import Job, generate
-from paradiffusion.scenes.judge import SceneScore, Share, by_objects, score, summarise
-from paradiffusion.scenes.world import Scene, scene_from_meta
 from paradiffusion.text.encoder import TextEncoder
 
 # Validation draws and scores the same things whatever the run's seed is, so that runs can be compared.
@@ -36,7 +30,7 @@ SEED = 1234
 @dataclass
 class HeldOut:
     """One held-out sample: its picture in a bucket, shortest and longest caption, the paragraph that it is drawn from
-    (validation.paragraph), the one in words that training lacks ("" where there is none), and its scene where it is one."""
+    (validation.paragraph), the one in words that training lacks ("" where there is none), and the rest of its JSON."""
 
     key: str
     image: np.ndarray  # uint8 [H, W, 3]
@@ -44,7 +38,27 @@ class HeldOut:
     long: str
     paragraph: str
     unseen: str
-    scene: Scene | None
+    meta: dict[str, Any]
+
+
+class Scorer(Protocol):
+    """Judges pictures of held-out samples whose truth it knows (scenes/alignment.py); what they show is its own matter."""
+
+    def knows(self, item: HeldOut) -> bool:
+        """Whether the sample's JSON holds what is needed."""
+
+    def followed(self, items: Sequence[HeldOut], pictures: Sequence[np.ndarray]) -> dict[str, float]:
+        """A few numbers for each validation, by name."""
+
+    def alignment(
+        self, items: Sequence[HeldOut], pictures: Sequence[np.ndarray], rebuilt: Sequence[np.ndarray],
+        others: Sequence[HeldOut], unseen: Sequence[np.ndarray],
+    ) -> dict[str, Any]:  # fmt: skip
+        """All of a finished stage's scores, as JSON: of pictures of ``items``, of the codec's reconstructions of theirs, and of
+        pictures of ``others`` from captions in unseen words."""
+
+    def told(self, alignment: dict[str, Any]) -> tuple[dict[str, float], str]:
+        """The record for the log, and the lines for a person."""
 
 
 def read_held_out(index: SampleIndex, config: TrainConfig, count: int) -> list[HeldOut]:
@@ -65,9 +79,8 @@ def _read(index: SampleIndex, row: int, bucket: Bucket, kind: str) -> HeldOut:
         raise UserError(
             f"the held-out sample {sample.key} in data.val_shards cannot be read ({error}); mend it."
         ) from None
-    scene = scene_from_meta(sample.meta) if "objects" in sample.meta and "background" in sample.meta else None
     paragraph, unseen = (sample.meta["captions"].get(name, "").strip() for name in (kind, "unseen"))
-    return HeldOut(sample.key, image, captions[0], captions[-1], paragraph or captions[-1], unseen, scene)
+    return HeldOut(sample.key, image, captions[0], captions[-1], paragraph or captions[-1], unseen, sample.meta)
 
 
 class Validation:
@@ -76,16 +89,19 @@ class Validation:
     Args:
         rank, world_size: each process takes every ``world_size``-th item; ``gather`` merges lists over processes.
         writes: whether this process writes the pictures, which all of them may have drawn.
+        scorer: judges them, where somebody can.
     """
 
     def __init__(
-        self, index: SampleIndex | None, config: TrainConfig, rank: int, world_size: int, gather: Any, writes: bool = True
+        self, index: SampleIndex | None, config: TrainConfig, rank: int, world_size: int, gather: Any, writes: bool = True,
+        scorer: Scorer | None = None,
     ) -> None:  # fmt: skip
         wanted = config.validation
         count = max(wanted.samples, wanted.images, wanted.scenes, wanted.unseen)
         self.config = config
         self.items = read_held_out(index, config, count) if index is not None else []
         self.rank, self.world_size, self.gather, self.writes = rank, world_size, gather, writes
+        self.scorer = scorer
 
     @torch.no_grad()
     def losses(self, joint: JointModel, encoder: TextEncoder, codec: Codec, device: torch.device) -> dict[str, float]:
@@ -122,8 +138,7 @@ class Validation:
     def grid(self, models: InferenceModels, path: Path) -> dict[str, float]:
         """Draw the first held-out prompts with fixed seeds into one picture, beside the true ones.
 
-        Returns the shares of ``sentence_recall`` as "sentences_first" and so on, of those that are built-in scenes: few
-        sentences, but the same ones at every validation.
+        Returns what the scorer says of those that it knows: few, but the same ones at every validation.
         """
         items = self.items[: self.config.validation.images]
         drawn = self._draw(models, items)
@@ -132,42 +147,26 @@ class Validation:
             labels = [text for item in items for text in (f"true: {item.paragraph[:160]}", "drawn")]
             path.parent.mkdir(parents=True, exist_ok=True)
             contact_sheet(pictures, columns=8, labels=labels, scale=2, font_size=9).save(path)
-        known = [(item.paragraph, item.scene, drawn[n]) for n, item in enumerate(items) if item.scene and n in drawn]
-        if not self.writes or not known:
+        if self.scorer is None or not self.writes:
             return {}
-        return {
-            f"sentences_{part}": found["share"] for part, found in sentence_recall(*zip(*known, strict=True)).items()
-        }
+        known = [number for number, item in enumerate(items) if number in drawn and self.scorer.knows(item)]
+        return self.scorer.followed([items[n] for n in known], [drawn[n] for n in known]) if known else {}
 
     def alignment(self, models: InferenceModels) -> dict[str, Any]:
-        """Scores of pictures drawn for held-out scenes from their paragraphs ("drawn", and "by_objects" for each number of
-        objects), of the true pictures ("true") and of the codec's reconstructions of them ("codec"); each a share with its
-        95 % interval. "sentences" holds the share of sentences that were followed, by third of the paragraph, and "unseen"
-        the scores of pictures drawn from captions in words that training lacks, where validation.unseen asks for them."""
-        items = [item for item in self.items[: self.config.validation.scenes] if item.scene is not None]
+        """The scorer's ``alignment``: of pictures drawn from paragraphs (validation.scenes of them) and from captions in words
+        that training lacks (validation.unseen); empty where there is nothing to score."""
+        if self.scorer is None:
+            return {}
+        wanted = self.config.validation
+        items = [item for item in self.items[: wanted.scenes] if self.scorer.knows(item)]
+        others = [item for item in self.items[: wanted.unseen] if self.scorer.knows(item) and item.unseen]
         drawn = self._draw(models, items)
-        others = [
-            item for item in self.items[: self.config.validation.unseen] if item.scene is not None and item.unseen
-        ]
         unseen = self._draw(models, [replace(item, paragraph=item.unseen) for item in others])
         if not self.writes or not items:
             return {}
-        scenes = [item.scene for item in items if item.scene is not None]
-        pictures = [drawn[number] for number in range(len(items))]
-        truth = [item.image for item in items]
-        rebuilt = [reconstruct(models.codec, image, models.device) for image in truth]
-        scores = _scores(items, pictures)
-        result: dict[str, Any] = {
-            "drawn": _plain(summarise(scores)),
-            "by_objects": {str(count): _plain(shares) for count, shares in by_objects(scores).items()},
-            "true": _plain(summarise(_scores(items, truth))),
-            "codec": _plain(summarise(_scores(items, rebuilt))),
-            "sentences": sentence_recall([item.paragraph for item in items], scenes, pictures),
-            "scenes": len(scenes),
-        }
-        if others:
-            result["unseen"] = _plain(summarise(_scores(others, [unseen[number] for number in range(len(others))])))
-        return result
+        pictures, of_others = ([found[n] for n in range(len(found))] for found in (drawn, unseen))
+        rebuilt = [reconstruct(models.codec, item.image, models.device) for item in items]
+        return self.scorer.alignment(items, pictures, rebuilt, others, of_others)
 
     def _draw(self, models: InferenceModels, items: list[HeldOut]) -> dict[int, np.ndarray]:
         """Pictures by item number, from all processes."""
@@ -184,37 +183,6 @@ class Validation:
         ][self.rank :: self.world_size]
         drawn = [(int(job.name), image) for job, image in generate(models, jobs, self.config.validation.batch_size)]
         return dict(self.gather(drawn))
-
-
-def _scores(items: Sequence[HeldOut], pictures: Sequence[np.ndarray]) -> list[SceneScore]:
-    return [score(item.scene, image) for item, image in zip(items, pictures, strict=True) if item.scene is not None]
-
-
-def _plain(shares: dict[str, Share]) -> dict[str, dict[str, float]]:
-    return {measure: asdict(share) for measure, share in shares.items()}
-
-
-def sentence_recall(
-    paragraphs: Sequence[str], scenes: Sequence[Scene], pictures: Sequence[np.ndarray]
-) -> dict[str, dict[str, float]]:
-    """The share of a paragraph's sentences that its picture, uint8 [H, W, 3], follows, with its interval over scenes: in its
-    first, middle and last third, and in all ("first", "middle", "last", "all"; a part without any is left out).
-
-    It is the recall of the evaluation's sentence report: a model that forgets the end of long texts shows it here.
-    """
-    told: list[tuple[str, float, str]] = []
-    for number, (paragraph, scene, picture) in enumerate(zip(paragraphs, scenes, pictures, strict=True)):
-        parts = sentences(paragraph)
-        for place, found in enumerate(follow(scene, parts, picture)):
-            if found is not None:
-                told.append((third(place, len(parts)).split()[0], float(found.followed), str(number)))
-    result = {}
-    for part in ("first", "middle", "last", "all"):
-        rows = [row for row in told if part in (row[0], "all")]
-        if rows:
-            share = mean([value for _, value, _ in rows], [name for _, _, name in rows])
-            result[part] = {"share": share.mean, "low": share.low, "high": share.high, "n": share.n}
-    return result
 
 
 def reconstruct(codec: Codec, image: np.ndarray, device: torch.device) -> np.ndarray:
