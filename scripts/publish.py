@@ -1,6 +1,6 @@
 """Copy a checkpoint without its training state, to give away or to sample from elsewhere.
 
-    python scripts/publish.py --ckpt runs/nano --output data/nano [--dtype bfloat16]
+    python scripts/publish.py --ckpt runs/nano --output data/nano [--dtype bfloat16] [--resolution 64]
 
 Weights are the EMA weights; text encoder and codec are recorded by name and hash, not copied.
 """
@@ -22,11 +22,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--ckpt", required=True, help="a run, a stage or a checkpoint")
     parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--resolution", type=int, help="pixels at which it draws by default, of several that it was trained at")
     options = parser.parse_args(arguments)
     from paradiffusion.models.export import publish
     from paradiffusion.models.manifest import resolve_checkpoint
 
-    size = publish(resolve_checkpoint(options.ckpt), options.output, options.dtype)
+    size = publish(resolve_checkpoint(options.ckpt), options.output, options.dtype, options.resolution)
     print(f"{options.output}: {size / 2**20:.1f} MiB")
     return 0
 

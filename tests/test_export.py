@@ -139,6 +139,8 @@ def test_publishing_says_nothing_of_this_machine(tmp_path: Path, codec_folder: P
     stored = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in stored.values())
     assert all(tensor.dtype == torch.float32 for tensor in read_weights(tmp_path / "out").values())
+    publish(folder, tmp_path / "larger", "bfloat16", resolution=96)
+    assert read_description(tmp_path / "larger") == {**read_description(tmp_path / "out"), "resolution": 96}
     export_ours(gather(folder), tmp_path / "linked")
     assert str(codec_folder) in (tmp_path / "linked" / "checkpoint.json").read_text()
     assert torch.equal(latents(folder), latents(tmp_path / "linked"))

@@ -37,6 +37,6 @@ def test_the_shipped_checkpoint_follows_held_out_paragraphs() -> None:
     drawn = {int(job.name): image for job, image in generate(models, jobs, 12)}
     scores = [score(scene, drawn[n]) for n, scene in enumerate(scenes)]
     assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in drawn.values())
-    # A deaf model would get 2 of 12 backgrounds and 1 in 15 objects.
+    # A deaf model would get 2 of 12 backgrounds and 1 in 15 objects, one that binds nothing half of the colours.
     assert sum(one.background for one in scores) >= 10
-    assert sum(one.colour_at_place for one in scores) >= 0.15 * sum(one.objects for one in scores)
+    assert sum(one.colour_at_place for one in scores) >= 0.75 * sum(one.objects for one in scores)

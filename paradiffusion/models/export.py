@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +93,18 @@ def export_ours(weights: Weights, output: Path, dtype: str = "float32", frozen: 
         write_manifest(folder)
 
 
-def publish(checkpoint: Path, output: Path, dtype: str) -> int:
+def publish(checkpoint: Path, output: Path, dtype: str, resolution: int | None = None) -> int:
     """Copy a checkpoint's weights and description, without training state and paths of this machine, to a new folder.
 
+    Args:
+        resolution: height and width, in pixels, at which it draws where it is not told others; None for that of its training.
     Returns:
         its size in bytes.
     """
-    export_ours(gather(checkpoint), output, dtype, frozen="none")
+    weights = gather(checkpoint)
+    if resolution is not None:
+        weights = replace(weights, description={**weights.description, "resolution": resolution})
+    export_ours(weights, output, dtype, frozen="none")
     return sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
 
 
