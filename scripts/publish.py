@@ -22,7 +22,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--ckpt", required=True, help="a run, a stage or a checkpoint")
     parser.add_argument("--output", required=True, type=Path, help="a folder that does not exist yet")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--resolution", type=int, help="pixels at which it draws by default, of several that it was trained at")
+    parser.add_argument(
+        "--resolution", type=int, help="pixels at which it draws by default, of several that it was trained at"
+    )
     options = parser.parse_args(arguments)
     from paradiffusion.models.export import publish
     from paradiffusion.models.manifest import resolve_checkpoint
