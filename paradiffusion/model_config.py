@@ -225,6 +225,11 @@ class ObjectiveConfig:
                 "objective.zero_terminal_snr=true cannot be trained with objective.prediction=epsilon, since at pure noise "
                 "the target says nothing about the image; use objective.prediction=v_prediction."
             )
+        if self.min_snr_gamma is not None and self.zero_terminal_snr:
+            raise UserError(
+                f"objective.min_snr_gamma={self.min_snr_gamma} gives no weight to the noise at which sampling begins where "
+                "objective.zero_terminal_snr=true; leave one of them out."
+            )
         if self.min_snr_gamma is not None and (self.prediction == "flow" or self.min_snr_gamma <= 0):
             raise UserError(
                 f"objective.min_snr_gamma={self.min_snr_gamma} needs a positive number and objective.prediction=epsilon or "

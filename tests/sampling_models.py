@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from paradiffusion.config import ObjectiveConfig, SamplerConfig
-from paradiffusion.diffusion.objective import Objective
+from paradiffusion.diffusion.objective import make_objective
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.conditioning import Conditioning, pad_length, padded_length
 
@@ -53,7 +53,7 @@ class TinyModels:
     provenance: dict[str, Any] = field(default_factory=lambda: {"seed": 0})
 
     def __post_init__(self) -> None:
-        self.objective = Objective(ObjectiveConfig(prediction=self.prediction))
+        self.objective = make_objective(ObjectiveConfig(prediction=self.prediction))
         self.unet = tiny_unet()
         generator = torch.Generator().manual_seed(1)
         self.to_pixels = torch.randn(3 * self.factor**2, self.latent_channels, generator=generator) / 2

@@ -8,7 +8,7 @@ from sampling_models import TinyModels
 from torch import Tensor
 
 from paradiffusion.config import PREDICTIONS, SOLVERS, ObjectiveConfig, SamplerConfig
-from paradiffusion.diffusion.objective import Objective
+from paradiffusion.diffusion.objective import make_objective
 from paradiffusion.sampling.sampler import against, sample_latents, starting_noise
 from paradiffusion.text.conditioning import Conditioning
 
@@ -46,7 +46,7 @@ def test_alone_equals_in_a_batch_of_eight(prediction: str, solver: str) -> None:
 )
 def test_a_perfect_denoiser_finds_the_latents(prediction: str, solver: str, zero_terminal_snr: bool) -> None:
     """The oracle knows the one image of its data set, so every solver must arrive there from any noise."""
-    objective = Objective(ObjectiveConfig(prediction=prediction, zero_terminal_snr=zero_terminal_snr))
+    objective = make_objective(ObjectiveConfig(prediction=prediction, zero_terminal_snr=zero_terminal_snr))
     truth = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3))
     seen: list[float] = []
 

@@ -1,11 +1,14 @@
-"""The diffusion objective: noise schedule, prediction target, timestep density, loss weight.
+"""The diffusion objectives: noise schedule, prediction target, timestep density and loss weight of each prediction.
 
-Training and sampling share this one definition: ``Objective.scheduler`` builds the sampler's scheduler from the same
-fields that ``Objective.add_noise`` and ``Objective.target`` use, so they cannot drift apart.
+Training and sampling share one definition: an objective's ``scheduler`` is built from the same fields as its ``add_noise`` and
+``target``, so they cannot drift apart. A new prediction is a class of its own in ``OBJECTIVES``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from paradiffusion.config import SOLVERS, ObjectiveConfig
 from paradiffusion.errors import UserError
 
 
-class Objective:
+class Objective(ABC):
     """Noise levels, targets and weights for one ObjectiveConfig.
 
     A "time" is what the denoiser is given: a float tensor [B] in 0 .. train_timesteps, whole numbers for the
@@ -29,91 +32,34 @@ class Objective:
 
     Attributes:
         guided_from: guidance scales below this one draw without guidance.
+        schedulers: a function of (solver, **overrides) that makes the scheduler in place of the configuration.
     """
 
     guided_from: float = 0.0
+    schedulers: Callable[..., Any] | None = None
 
     def __init__(self, config: ObjectiveConfig) -> None:
-        config.check()
         self.config = config
-        # The scheduler's own table, so that rescaling to zero terminal SNR is the same in training and in sampling.
-        scheduler: Any = DDIMScheduler(**self._discrete())
-        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod.to(torch.float32)
 
-    def _discrete(self) -> dict[str, Any]:
-        config = self.config
-        return (
-            {
-                "num_train_timesteps": config.train_timesteps,
-                "beta_schedule": config.beta_schedule,
-                "beta_start": config.beta_start,
-                "beta_end": config.beta_end,
-                "rescale_betas_zero_snr": config.zero_terminal_snr,
-                "prediction_type": config.prediction,
-            }
-            if config.prediction != "flow"
-            else {"num_train_timesteps": config.train_timesteps}
-        )
-
+    @abstractmethod
     def times(self, u: Tensor) -> Tensor:
         """Map uniform draws ``u`` in [0, 1), [B], to times with the configured density."""
-        config = self.config
-        u = u.double()
-        if config.density == "logit_normal":
-            u = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9)))
-        if config.prediction == "flow":
-            return (u.clamp(1e-4, 1.0) * config.train_timesteps).float()
-        return (u * config.train_timesteps).floor().clamp(max=config.train_timesteps - 1).float()
 
-    def _coefficients(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal and noise coefficients at ``times``, shaped to broadcast over ``like``."""
-        if self.config.prediction == "flow":
-            sigma = times.float() / self.config.train_timesteps
-            alpha, sigma = 1 - sigma, sigma
-        else:
-            cumprod = self.alphas_cumprod.to(times.device)[times.long()]
-            alpha, sigma = cumprod.sqrt(), (1 - cumprod).sqrt()
-        shape = (-1,) + (1,) * (like.ndim - 1)
-        return alpha.view(shape).to(like), sigma.view(shape).to(like)
+    @abstractmethod
+    def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t of x_t = alpha_t x_0 + sigma_t eps, [B] each."""
 
-    def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """Noised latents x_t = alpha_t x_0 + sigma_t eps, [B, C, h, w]."""
-        alpha, sigma = self._coefficients(times, latents)
-        return alpha * latents + sigma * noise
-
+    @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the denoiser should return, [B, C, h, w]: eps; alpha eps - sigma x_0 (v); or eps - x_0 (flow)."""
-        if self.config.prediction == "epsilon":
-            return noise
-        if self.config.prediction == "flow":
-            return noise - latents
-        alpha, sigma = self._coefficients(times, latents)
-        return alpha * noise - sigma * latents
+        """What the denoiser should return, [B, C, h, w]."""
 
-    def slope(self, times: Tensor, like: Tensor) -> Tensor:
-        """What a first estimate of x_0 is multiplied with to enter the prediction, [B, 1, 1, 1]: -sigma for v and flow,
-        whose targets hold -sigma x_0 and -x_0 (there it fades out where the latents can be seen); 0 for eps."""
-        _, sigma = self._coefficients(times, like)
-        return -sigma if self.config.prediction != "epsilon" else torch.zeros_like(sigma)
-
-    def weight(self, times: Tensor) -> Tensor:
-        """Loss weight [B]: min-SNR-gamma (arXiv 2303.09556): min(SNR, g)/SNR for eps, min(SNR, g)/(SNR + 1) for v."""
-        gamma = self.config.min_snr_gamma
-        if gamma is None:
-            return torch.ones_like(times, dtype=torch.float32)
-        cumprod = self.alphas_cumprod.to(times.device)[times.long()]
-        snr = cumprod / (1 - cumprod)
-        clipped = snr.clamp(max=gamma)
-        return clipped / snr if self.config.prediction == "epsilon" else clipped / (snr + 1)
-
+    @abstractmethod
     def predict_latents(self, noised: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
         """The estimate of x_0 that a prediction implies, [B, C, h, w]."""
-        alpha, sigma = self._coefficients(times, noised)
-        if self.config.prediction == "epsilon":
-            return (noised - sigma * prediction) / alpha
-        if self.config.prediction == "flow":
-            return noised - sigma * prediction
-        return alpha * noised - sigma * prediction
+
+    @abstractmethod
+    def usual_scheduler(self, solver: str, **overrides: Any) -> Any:
+        """As ``scheduler``, from the configuration alone."""
 
     def scheduler(self, solver: str = "dpm", **overrides: Any) -> Any:
         """A diffusers scheduler for this objective.
@@ -125,27 +71,174 @@ class Objective:
         """
         if solver not in SOLVERS:
             raise UserError(f"sampler.solver={solver} is unknown; choose one of {', '.join(SOLVERS)}.")
-        if self.config.prediction == "flow":
-            if solver == "euler":
-                return FlowMatchEulerDiscreteScheduler(
-                    num_train_timesteps=self.config.train_timesteps, shift=self.config.flow_shift
-                )
-            if solver == "ddim":
-                raise UserError("sampler.solver=ddim does not exist for objective.prediction=flow; use dpm or euler.")
-            return DPMSolverMultistepScheduler(
-                num_train_timesteps=self.config.train_timesteps,
-                prediction_type="flow_prediction",
-                use_flow_sigmas=True,
-                flow_shift=self.config.flow_shift,
-                **overrides,
-            )
-        settings = {**self._discrete(), "timestep_spacing": "trailing" if self.config.zero_terminal_snr else "leading"}
+        return (self.schedulers or self.usual_scheduler)(solver, **overrides)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """Noised latents x_t = alpha_t x_0 + sigma_t eps, [B, C, h, w]."""
+        alpha, sigma = self.at(times, latents)
+        return alpha * latents + sigma * noise
+
+    def slope(self, times: Tensor, like: Tensor) -> Tensor:
+        """What a first estimate of x_0 is multiplied with to enter the prediction, [B, 1, 1, 1]: the share of x_0 in the target,
+        or for the flow -sigma in place of -1, so that the estimate fades out where the latents can be seen."""
+        return -self.at(times, like)[1]
+
+    def weight(self, times: Tensor) -> Tensor:
+        """Loss weight [B]."""
+        return torch.ones_like(times, dtype=torch.float32)
+
+    def model_time(self, scheduler: Any, step: int, timestep: Tensor) -> Tensor:
+        """The time that the denoiser is given at a scheduler's step, float32, no axes."""
+        return timestep.float()
+
+    def at(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``coefficients``, shaped to broadcast over ``like``."""
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        alpha, sigma = self.coefficients(times)
+        return alpha.view(shape).to(like), sigma.view(shape).to(like)
+
+    def density(self, u: Tensor) -> Tensor:
+        """Uniform draws to draws of the configured density over [0, 1), float64 [B]."""
+        config, u = self.config, u.double()
+        if config.density == "logit_normal":
+            return torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9)))
+        return u
+
+
+class VariancePreserving(Objective):
+    """alpha^2 + sigma^2 = 1, from a table of betas (DDPM, arXiv 2006.11239)."""
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """[train_timesteps]: the scheduler's own table, so that rescaling to zero terminal SNR is the same in training and in
+        sampling."""
+        table: Tensor = self.scheduler("dpm" if self.schedulers else "ddim").alphas_cumprod
+        return table.float()
+
+    def times(self, u: Tensor) -> Tensor:
+        count = self.config.train_timesteps
+        return (self.density(u) * count).floor().clamp(max=count - 1).float()
+
+    def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self.alphas_cumprod.to(times.device)[times.long()]
+        return kept.sqrt(), (1 - kept).sqrt()
+
+    def weight(self, times: Tensor) -> Tensor:
+        """Min-SNR-gamma (arXiv 2303.09556): min(SNR, gamma), as a weight of this prediction's error."""
+        if self.config.min_snr_gamma is None:
+            return super().weight(times)
+        kept = self.alphas_cumprod.to(times.device)[times.long()]
+        snr = kept / (1 - kept)
+        return snr.clamp(max=self.config.min_snr_gamma) / self.error_scale(snr)
+
+    @abstractmethod
+    def error_scale(self, snr: Tensor) -> Tensor:
+        """The squared error of the prediction over that of x_0, by the signal-to-noise ratio, [B]."""
+
+    def usual_scheduler(self, solver: str, **overrides: Any) -> Any:
+        config = self.config
+        spacing = "trailing" if config.zero_terminal_snr else "leading"
+        settings: dict[str, Any] = {
+            "num_train_timesteps": config.train_timesteps,
+            "beta_schedule": config.beta_schedule,
+            "beta_start": config.beta_start,
+            "beta_end": config.beta_end,
+            "rescale_betas_zero_snr": config.zero_terminal_snr,
+            "prediction_type": config.prediction,
+        }
         if solver == "ddim":
-            return DDIMScheduler(
-                **{"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, **settings, **overrides}
-            )
+            defaults = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": spacing}
+            return DDIMScheduler(**{**defaults, **settings, **overrides})
         if solver == "euler":
-            return EulerDiscreteScheduler(**{"steps_offset": 1, **settings, **overrides})
+            return EulerDiscreteScheduler(**{"steps_offset": 1, "timestep_spacing": spacing, **settings, **overrides})
         # DPM-Solver's own spacing in the official scheduler is "linspace" (no steps_offset there).
-        settings["timestep_spacing"] = "trailing" if self.config.zero_terminal_snr else "linspace"
+        settings["timestep_spacing"] = "trailing" if config.zero_terminal_snr else "linspace"
         return DPMSolverMultistepScheduler(**{**settings, **overrides})
+
+
+class Epsilon(VariancePreserving):
+    """The noise (Ho et al. 2020)."""
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return noise
+
+    def predict_latents(self, noised: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        alpha, sigma = self.at(times, noised)
+        return (noised - sigma * prediction) / alpha
+
+    def slope(self, times: Tensor, like: Tensor) -> Tensor:
+        return torch.zeros_like(super().slope(times, like))
+
+    def error_scale(self, snr: Tensor) -> Tensor:
+        return snr
+
+
+class Velocity(VariancePreserving):
+    """v = alpha eps - sigma x_0 (Salimans & Ho 2022)."""
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        alpha, sigma = self.at(times, latents)
+        return alpha * noise - sigma * latents
+
+    def predict_latents(self, noised: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        alpha, sigma = self.at(times, noised)
+        return alpha * noised - sigma * prediction
+
+    def error_scale(self, snr: Tensor) -> Tensor:
+        return snr + 1
+
+
+class Sample(VariancePreserving):
+    """x_0 itself: for published weights that predict it. ObjectiveConfig refuses it for training."""
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return latents
+
+    def predict_latents(self, noised: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        return prediction
+
+    def slope(self, times: Tensor, like: Tensor) -> Tensor:
+        return torch.ones_like(super().slope(times, like))
+
+    def error_scale(self, snr: Tensor) -> Tensor:
+        return torch.ones_like(snr)
+
+
+class Flow(Objective):
+    """Rectified flow, eps - x_0 on the straight line x_t = (1 - t) x_0 + t eps (arXiv 2403.03206)."""
+
+    def times(self, u: Tensor) -> Tensor:
+        return (self.density(u).clamp(1e-4, 1.0) * self.config.train_timesteps).float()
+
+    def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = times.float() / self.config.train_timesteps
+        return 1 - sigma, sigma
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return noise - latents
+
+    def predict_latents(self, noised: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
+        return noised - self.at(times, noised)[1] * prediction
+
+    def model_time(self, scheduler: Any, step: int, timestep: Tensor) -> Tensor:
+        """From sigma, since diffusers' DPM-Solver rounds its flow timesteps to whole numbers."""
+        sigma: Tensor = scheduler.sigmas[step]
+        return sigma.float() * self.config.train_timesteps
+
+    def usual_scheduler(self, solver: str, **overrides: Any) -> Any:
+        count, shift = self.config.train_timesteps, self.config.flow_shift
+        if solver == "euler":
+            return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=shift)
+        if solver == "ddim":
+            raise UserError("sampler.solver=ddim does not exist for objective.prediction=flow; use dpm or euler.")
+        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        return DPMSolverMultistepScheduler(num_train_timesteps=count, **settings, **overrides)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {"epsilon": Epsilon, "v_prediction": Velocity, "sample": Sample, "flow": Flow}
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The objective of a checked configuration. Raises UserError for what cannot be trained."""
+    config.check()
+    return OBJECTIVES[config.prediction](config)

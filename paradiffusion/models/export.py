@@ -14,8 +14,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from paradiffusion.config import CodecConfig, ObjectiveConfig, TextEncoderConfig
-from paradiffusion.diffusion.objective import Objective
+from paradiffusion.config import CodecConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import REPOSITORY, locate_codec
 from paradiffusion.models.layouts import (
@@ -23,6 +22,7 @@ from paradiffusion.models.layouts import (
     REFINER,
     UNET,
     merge_unet_lora,
+    objective_of,
     parse,
     read_description,
     read_weights,
@@ -31,7 +31,7 @@ from paradiffusion.models.layouts import (
     write_parts,
 )
 from paradiffusion.models.manifest import write_manifest
-from paradiffusion.models.official import LLM_FOLDERS, SCHEDULER, SIDECAR, VAE_FOLDERS, ScheduledObjective, read_json
+from paradiffusion.models.official import LLM_FOLDERS, SCHEDULER, SIDECAR, VAE_FOLDERS, read_json
 from paradiffusion.models.tensors import ADAPTER_STEM, UNET_STEM, write_tensors
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import locate
@@ -169,10 +169,7 @@ def check_official(weights: Weights) -> None:
 
 def solver_of(description: dict[str, Any]) -> Any:
     """The DPM-Solver scheduler by which the description's images are drawn."""
-    config = parse(ObjectiveConfig, description["objective"])
-    settings = description.get("scheduler")
-    objective = Objective(config) if settings is None else ScheduledObjective(config, settings)
-    return objective.scheduler("dpm")
+    return objective_of(description).scheduler("dpm")
 
 
 def beside_official(description: dict[str, Any]) -> dict[str, Any]:

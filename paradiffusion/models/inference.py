@@ -15,13 +15,11 @@ from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
     LoraConfig,
-    ObjectiveConfig,
     SamplerConfig,
     TextEncoderConfig,
 )
 from paradiffusion.diffusion.objective import Objective
 from paradiffusion.errors import UserError
-from paradiffusion.models import official
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.models.layouts import (
@@ -31,6 +29,7 @@ from paradiffusion.models.layouts import (
     copy_tensors,
     load_adapter,
     merge_unet_lora,
+    objective_of,
     parse,
     place_frozen_models,
     read_description,
@@ -176,13 +175,6 @@ class InferenceModels:
         """uint8 [B, H, W, 3] on the CPU."""
         images = self.codec.decode(latents.to(self.device))
         return ((images + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).to("cpu", torch.uint8)
-
-
-def objective_of(description: dict[str, Any]) -> Objective:
-    """The objective that a description records, with the published scheduler's own settings where it has them."""
-    config = parse(ObjectiveConfig, description["objective"])
-    settings = description.get("scheduler")
-    return Objective(config) if settings is None else official.ScheduledObjective(config, settings)
 
 
 def choose_device(name: str | None) -> torch.device:

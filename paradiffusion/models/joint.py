@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
-from paradiffusion.diffusion.objective import Objective
+from paradiffusion.diffusion.objective import Objective, make_objective
 from paradiffusion.models.unet import add_lora, apart_from_image, build_unet, layout_arguments, with_coordinates
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder
@@ -179,4 +179,4 @@ def build_joint(config: TrainConfig, encoder_width: int, text_encoder: TextEncod
                 conditioning.refiner_kernel,
                 layout_arguments(conditioning, config.codec.latent_channels),
             )
-    return JointModel(unet, refiner, Objective(config.objective), config.unet.coordinates, text_encoder)
+    return JointModel(unet, refiner, make_objective(config.objective), config.unet.coordinates, text_encoder)

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from paradiffusion.config import CodecConfig, LoraConfig, TextEncoderConfig, TrainConfig
+from paradiffusion.config import CodecConfig, LoraConfig, ObjectiveConfig, TextEncoderConfig, TrainConfig
+from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_objective
 from paradiffusion.errors import UserError
 from paradiffusion.models import official
 from paradiffusion.models.codec import locate_codec
@@ -176,6 +178,30 @@ def parse(cls: type[T], values: dict[str, Any]) -> T:
     """A dataclass from a description's dictionary; keys that this version does not know are left out."""
     known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     return cls(**{key: value for key, value in values.items() if key in known})
+
+
+def objective_of(description: dict[str, Any]) -> Objective:
+    """The objective that a description records; where it has a published scheduler's settings, sampled exactly by that.
+
+    Other solvers than DPM-Solver take its noise schedule alone. Betas of any kind are accepted, since nothing is trained with
+    them. As in the released pipeline, a guidance scale below 1 is none.
+    """
+    config = parse(ObjectiveConfig, description["objective"])
+    settings = description.get("scheduler")
+    if settings is None:
+        return make_objective(config)
+    objective = OBJECTIVES[config.prediction](config)
+
+    def schedulers(solver: str, **overrides: Any) -> Any:
+        if solver == "dpm":
+            return DPMSolverMultistepScheduler(**{**settings, **overrides})
+        if config.prediction != "flow":
+            shared = ("trained_betas", "timestep_spacing")
+            overrides = {key: settings[key] for key in shared if key in settings} | overrides
+        return objective.usual_scheduler(solver, **overrides)
+
+    objective.schedulers, objective.guided_from = schedulers, 1.0
+    return objective
 
 
 def read_weights(checkpoint: Path, unet: str = UNET) -> dict[str, Tensor]:

@@ -26,7 +26,6 @@ from paradiffusion.config import (
     SamplerConfig,
     TextEncoderConfig,
 )
-from paradiffusion.diffusion.objective import Objective
 from paradiffusion.errors import UserError
 from paradiffusion.models.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors
 from paradiffusion.text.encoder import TextEncoder
@@ -43,33 +42,6 @@ ADAPTER_KEYS = (
 )  # fmt: skip
 ADAPTER_REFUSED = ("modules_to_save", "layer_replication")
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "flow_prediction": "flow", "sample": "sample"}
-
-
-class ScheduledObjective(Objective):
-    """An objective whose sampler is exactly the DPM-Solver that a ``scheduler_config.json`` describes.
-
-    Other solvers take its noise schedule alone. Betas of any kind are accepted, since nothing is trained with it. As in the
-    released pipeline, a guidance scale below 1 is none.
-
-    Args:
-        settings: arguments of DPMSolverMultistepScheduler, as ``scheduler_settings`` gives them.
-    """
-
-    guided_from = 1.0
-
-    def __init__(self, config: ObjectiveConfig, settings: dict[str, Any]) -> None:
-        self.settings = dict(settings)
-        self.config = config
-        self.alphas_cumprod: Tensor = self.scheduler().alphas_cumprod.float()
-
-    def scheduler(self, solver: str = "dpm", **overrides: Any) -> Any:
-        """As ``Objective.scheduler``."""
-        if solver == "dpm":
-            return DPMSolverMultistepScheduler(**{**self.settings, **overrides})
-        if self.config.prediction != "flow":
-            shared = ("trained_betas", "timestep_spacing")
-            overrides = {key: self.settings[key] for key in shared if key in self.settings} | overrides
-        return super().scheduler(solver, **overrides)
 
 
 def is_official(folder: Path) -> bool:

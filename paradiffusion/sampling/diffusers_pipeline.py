@@ -28,11 +28,9 @@ from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
     LoraConfig,
-    ObjectiveConfig,
     SamplerConfig,
     TextEncoderConfig,
 )
-from paradiffusion.diffusion.objective import Objective
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.inference import InferenceModels
 from paradiffusion.models.joint import JointModel
@@ -40,10 +38,10 @@ from paradiffusion.models.layouts import LORA, load_adapter, parse, split_parts,
 from paradiffusion.models.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors, write_tensors
 from paradiffusion.sampling.pipeline import encode_prompts
 from paradiffusion.sampling.pipeline_components import (
-    PipelineObjective,
     RefinerModel,
     hub_arguments,
     local_folder,
+    pipeline_objective,
     plain,
     remember_adapter,
     same_tensors,
@@ -118,9 +116,8 @@ class ParaDiffusionPipeline(_Base):
                 model.requires_grad_(False).eval()
         self._read_text()
         self._codec = Codec(vae, parse(CodecConfig, description["codec"]), {"hash": description["codec"].get("hash")})
-        objective: Objective = PipelineObjective(parse(ObjectiveConfig, description["objective"]), self)
         inner = None if refiner is None else refiner.refiner
-        self._joint = JointModel(unet, inner, objective, description["coordinates"])
+        self._joint = JointModel(unet, inner, pipeline_objective(self), description["coordinates"])
         self._interrupt = False
         self.image_processor = VaeImageProcessor(vae_scale_factor=self._codec.config.factor)
 

@@ -11,8 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from paradiffusion.config import ObjectiveConfig
-from paradiffusion.diffusion.objective import Objective
-from paradiffusion.models.official import ScheduledObjective
+from paradiffusion.diffusion.objective import OBJECTIVES, Objective
+from paradiffusion.models.layouts import parse
 from paradiffusion.text.refiner import Refiner
 
 
@@ -38,21 +38,20 @@ class RefinerModel(ModelMixin, ConfigMixin):
         return refined
 
 
-class PipelineObjective(ScheduledObjective):
-    """The checkpoint's objective, sampled by whatever scheduler the pipeline has now."""
+def pipeline_objective(pipeline: Any) -> Objective:
+    """The objective of a pipeline's description, sampled by whatever scheduler the pipeline has now."""
+    description = pipeline.config["description"]
+    config = parse(ObjectiveConfig, description["objective"])
+    objective = OBJECTIVES[config.prediction](config)
 
-    def __init__(self, config: ObjectiveConfig, pipeline: Any) -> None:
-        self.config = config
-        self.pipeline = pipeline
-        if "scheduler" not in pipeline.config["description"]:
-            self.guided_from = Objective.guided_from  # a checkpoint of ours
-        if config.prediction != "flow":
-            self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.float()
-
-    def scheduler(self, solver: str = "dpm", **overrides: Any) -> Any:
+    def schedulers(solver: str, **overrides: Any) -> Any:
         """A fresh one of the pipeline's kind, so that none of its state is left over from the image before."""
-        own = self.pipeline.scheduler
+        own = pipeline.scheduler
         return type(own).from_config(own.config, **overrides)
+
+    objective.schedulers = schedulers
+    objective.guided_from = 1.0 if "scheduler" in description else 0.0  # 1 for published weights, as there
+    return objective
 
 
 ADAPTED = "_paradiffusion_adapted"

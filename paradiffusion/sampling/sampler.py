@@ -84,7 +84,7 @@ def sample_latents(
     for step, timestep in enumerate(scheduler.timesteps):
         inputs = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
         inputs = inputs.to(dtype)
-        times = _model_time(objective, scheduler, step, timestep).to(device).expand(len(seeds))
+        times = objective.model_time(scheduler, step, timestep).to(device).expand(len(seeds))
         if is_guided(settings, step):
             both = denoise(torch.cat([inputs, inputs]), torch.cat([times, times]), guided_features, guided_mask)
             null, prompt = both.float().chunk(2)
@@ -103,14 +103,3 @@ def against(conditioning: Conditioning, negative: Conditioning) -> Conditioning:
     if len(negative) not in (1, len(conditioning)):
         raise ValueError(f"{len(negative)} negative prompts for {len(conditioning)} prompts")
     return Conditioning(conditioning.features, conditioning.mask, negative.features, negative.mask)
-
-
-def _model_time(objective: Objective, scheduler: object, step: int, timestep: Tensor) -> Tensor:
-    """The time that the denoiser is given, float32, no axes.
-
-    For the flow it comes from sigma, since diffusers' DPM-Solver rounds its flow timesteps to whole numbers.
-    """
-    if objective.config.prediction == "flow":
-        sigmas: Tensor = scheduler.sigmas  # type: ignore[attr-defined]
-        return sigmas[step].float() * objective.config.train_timesteps
-    return timestep.float()
