@@ -341,6 +341,14 @@ def test_paragraphs_written_by_hand_hold_their_scenes() -> None:
         assert set(re.findall(rf"\b({'|'.join(COLOURS)})\b", text)) == {item.colour for item in scene.objects}
 
 
+def test_the_large_prompts_are_held_out_paragraphs() -> None:
+    rows = [json.loads(line) for line in (ROOT / "data" / "prompts_large.jsonl").read_text().splitlines()]
+    found = [(number, make_scene("val", 0, number, "large")) for number in range(40)]
+    large = [(number, scene) for number, scene in found if len(scene.objects) >= 6][: len(rows)]
+    told = [captions(scene, 0, number)["varied"] for number, scene in large]
+    assert rows == [{"prompt": text, "height": 96, "width": 96} for text in told] and len(rows) == 8
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made in .* choose another folder"):
