@@ -1,5 +1,5 @@
 # make demo    all set-up, then the three stages on the built-in data, pictures and a table (20 minutes on 2 cores with bfloat16, an hour without)
-# make sample  all set-up, then a grid from the shipped checkpoint (about a minute)
+# make sample  all set-up, then two grids from the shipped checkpoint (about a minute)
 # make test    all set-up, then lint, types and tests
 # make lint    ruff and mypy alone
 # The environment is .venv, made here when it is missing and brought up to date when a requirements file changes.
@@ -42,6 +42,7 @@ demo: .venv/.ready
 
 sample: .venv/.ready
 	$(BIN)/python sample.py ckpt=data/nano prompt_file=data/prompts.txt output_dir=samples/nano
+	$(BIN)/python sample.py ckpt=data/nano prompt_file=data/prompts_large.jsonl output_dir=samples/large
 
 lint: .venv/.ready-dev
 	$(BIN)/ruff check .
