@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from paradiffusion.config import ObjectiveConfig
 from paradiffusion.diffusion.objective import make_objective
 from paradiffusion.errors import UserError
+from paradiffusion.models.layouts import objective_of
 
 ALL = [
     ObjectiveConfig(),
@@ -167,6 +169,12 @@ def test_a_perfect_denoiser_is_sampled_back(config: ObjectiveConfig, solver: str
 def test_refused_objectives(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         make_objective(ObjectiveConfig(**changes))
+
+
+def test_a_checkpoint_whose_weights_are_refused_today_is_still_sampled() -> None:
+    config = ObjectiveConfig(prediction="v_prediction", zero_terminal_snr=True, min_snr_gamma=5.0)
+    objective = objective_of({"objective": asdict(config)})
+    assert objective.scheduler().alphas_cumprod[-1] < 1e-6 and objective.config.prediction == "v_prediction"
 
 
 def test_refused_solvers() -> None:

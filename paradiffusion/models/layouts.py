@@ -9,7 +9,7 @@ folder of the published weights is read as if it were such a checkpoint (``model
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -189,7 +189,7 @@ def objective_of(description: dict[str, Any]) -> Objective:
     config = parse(ObjectiveConfig, description["objective"])
     settings = description.get("scheduler")
     if settings is None:
-        return make_objective(config)
+        return make_objective(replace(config, min_snr_gamma=None))  # a weight of the loss plays no part here
     objective = OBJECTIVES[config.prediction](config)
 
     def schedulers(solver: str, **overrides: Any) -> Any:
