@@ -10,7 +10,7 @@ import torch
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel, LossBatch, build_joint
-from paradiffusion.models.layout import LayoutHead, position_code
+from paradiffusion.models.layout import LayoutHead, attend, position_code
 from paradiffusion.text.refiner import Refiner
 
 WIDTH = 12
@@ -56,6 +56,22 @@ def test_masked_tokens_are_not_read_and_places_differ() -> None:
 
 
 @torch.no_grad()
+def test_attention_written_out_is_torchs() -> None:
+    """What processors compute in bfloat16, and its gradient, against torch's attention in fp32."""
+    torch.manual_seed(0)
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        inputs = [torch.randn(2, 3, n, 8).to(torch.bfloat16).to(dtype).requires_grad_() for n in (5, 9, 9)]
+        given = attend(*inputs, mask)
+        given.square().sum().backward()
+        results.append([given.float(), *(tensor.grad.float() for tensor in inputs)])  # type: ignore[union-attr]
+        assert not results[-1][2][1, :, 4:].any()  # keys that are not read have no gradient
+    for exact, rounded in zip(*results, strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
+
+
 def test_the_mean_is_all_that_it_reads_where_it_is_told_so() -> None:
     model = joint("conditioning.layout_reads=mean")
     assert model.refiner is not None

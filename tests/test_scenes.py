@@ -160,6 +160,11 @@ def test_summary_counts_objects_and_scenes_with_an_interval() -> None:
     found = summarise([good] * 30 + [bad] * 30)
     assert found["colour_at_place"].share == 0.75 and found["colour_at_place"].n == 120
     assert found["all_right"].share == 0.5 and found["all_right"].n == 60
+    almost = replace(
+        good, shape=2, colour_and_shape=2, all_right=False
+    )  # counts as a picture of right colours, not as all right
+    shares = summarise([good] * 30 + [bad] * 20 + [almost] * 10)
+    assert (shares["all_colours"].share, shares["all_colours"].n, shares["all_right"].share) == (40 / 60, 60, 0.5)
     assert 0.3 < found["all_right"].low < 0.45 < 0.55 < found["all_right"].high < 0.7
     certain = summarise([good] * 10)["shape"]
     assert (certain.share, certain.low, certain.high) == (1, 1, 1)

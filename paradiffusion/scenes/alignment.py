@@ -20,7 +20,7 @@ from paradiffusion.scenes.world import Scene, scene_from_meta
 from paradiffusion.training.validation import HeldOut
 
 Shares = dict[str, dict[str, float]]
-MEASURES = ("colour_at_place", "binding", "shape", "colour_and_shape", "background", "all_right")
+MEASURES = ("colour_at_place", "binding", "shape", "colour_and_shape", "background", "all_colours", "all_right")
 HEAD = ("", "steps", "time", "loss short", "loss long", *(name.replace("_", " ") for name in MEASURES))
 
 
@@ -163,7 +163,7 @@ def _tables(numbers: dict[str, list[str]], alignments: dict[str, dict[str, Any]]
         return _markdown([list(HEAD), *rows])
     last = list(scored.values())[-1]
     rows += [
-        ["unbound (its colours at random)", *empty, f"{last['drawn']['unbound']['share']:.1%}", "0.00", *empty],
+        ["unbound (its colours at random)", *empty, f"{last['drawn']['unbound']['share']:.1%}", "0.00", *empty, ""],
         ["codec's reconstructions", *empty, *_cells(last["codec"])],
         ["true pictures", *empty, *_cells(last["true"])],
     ]

@@ -155,12 +155,13 @@ def sums_of(one: SceneScore) -> dict[str, tuple[float, float]]:
         "shape": (one.shape, one.objects),
         "colour_and_shape": (one.colour_and_shape, one.objects),
         "background": (one.background, 1),
+        "all_colours": (one.colour_at_place == one.objects, 1),
         "all_right": (one.all_right, 1),
     }
 
 
 def summarise(scores: Sequence[SceneScore], seed: int = 0, resamples: int = 1000) -> dict[str, Share]:
-    """Shares of objects (colour_at_place, unbound, shape, colour_and_shape) and scenes (background, all_right), and binding:
+    """Shares of objects (colour_at_place, unbound, shape, colour_and_shape) and scenes (background, all_colours, all_right), and binding:
     1 where every colour is in its place, 0 where the scenes' colours are at places of theirs at random. Binding is left out
     where no scene has two colours.
 
@@ -179,7 +180,7 @@ def summarise(scores: Sequence[SceneScore], seed: int = 0, resamples: int = 1000
             continue
         above, below = right[draws].sum(1), total[draws].sum(1)
         low, high = np.quantile(above[below > 0] / below[below > 0], (0.025, 0.975))
-        n = len(scores) if name in ("background", "all_right") else objects[total > 0].sum()
+        n = len(scores) if name in ("background", "all_colours", "all_right") else objects[total > 0].sum()
         result[name] = Share(float(right.sum() / total.sum()), float(low), float(high), int(n))
     return result
 

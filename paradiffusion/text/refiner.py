@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from paradiffusion.errors import UserError
-from paradiffusion.models.layout import LayoutHead
+from paradiffusion.models.layout import LayoutHead, attend
 
 
 def rotary(x: Tensor) -> Tensor:
@@ -56,9 +56,7 @@ class RefinerBlock(nn.Module):
             x = x + F.gelu(self.convolution(near.transpose(1, 2)).transpose(1, 2))
         qkv = self.qkv(self.attention_norm(x)).view(b, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, d]
-        attended = F.scaled_dot_product_attention(
-            rotary(q), rotary(k), v, attn_mask=None if mask is None else mask[:, None, None, :]
-        )
+        attended = attend(rotary(q), rotary(k), v, mask)
         x = x + self.attention_out(attended.transpose(1, 2).reshape(b, length, width))
         return x + self.mlp(self.mlp_norm(x))
 

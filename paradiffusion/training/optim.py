@@ -121,8 +121,8 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
 
 
 def takes_fused(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> bool | None:
-    """True where one kernel can update all parameters: floating point, on CUDA. None leaves the choice to torch."""
-    fits = all(p.device.type == "cuda" and p.is_floating_point() for p in parameters.values())
+    """True where one kernel can update all parameters: floating point, on CUDA or a processor. None leaves the choice to torch."""
+    fits = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters.values())
     return True if config.fused and parameters and fits else None
 
 

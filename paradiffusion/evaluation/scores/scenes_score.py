@@ -22,9 +22,10 @@ MEASURES = (
     Measure("shape", "Objects in the right shape", "share"),
     Measure("colour_and_shape", "Objects in the right colour and shape", "share"),
     Measure("background", "Backgrounds in the right colour", "share"),
+    Measure("all_colours", "Pictures in which all objects have the right colour at the right place", "share"),
     Measure("all_right", "Pictures in which all is right", "share"),
 )
-_BY_OBJECTS = ("colour_at_place", "unbound", "shape", "colour_and_shape", "all_right")
+_BY_OBJECTS = ("colour_at_place", "unbound", "shape", "colour_and_shape", "all_colours", "all_right")
 
 
 class ScenesScore:
