@@ -55,7 +55,6 @@ def test_masked_tokens_are_not_read_and_places_differ() -> None:
     assert (out[0] - out[1]).abs().max() > 1e-3, "every caption says the same"
 
 
-@torch.no_grad()
 def test_attention_written_out_is_torchs() -> None:
     """What processors compute in bfloat16, and its gradient, against torch's attention in fp32."""
     torch.manual_seed(0)
@@ -72,6 +71,7 @@ def test_attention_written_out_is_torchs() -> None:
         torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)
 
 
+@torch.no_grad()
 def test_the_mean_is_all_that_it_reads_where_it_is_told_so() -> None:
     model = joint("conditioning.layout_reads=mean")
     assert model.refiner is not None

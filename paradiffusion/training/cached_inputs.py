@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -64,10 +65,14 @@ class Memory:
 
     Args:
         gigabytes: what all entries together may take; further ones are made each time.
+        autocast: the arithmetic of training, for the language model.
     """
 
-    def __init__(self, encoder: TextEncoder, codec: Codec, gigabytes: float, device: torch.device) -> None:
-        self.encoder, self.codec, self.device = encoder, codec, device
+    def __init__(
+        self, encoder: TextEncoder, codec: Codec, gigabytes: float, device: torch.device,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:  # fmt: skip
+        self.encoder, self.codec, self.device, self.autocast = encoder, codec, device, autocast
         self._room = gigabytes * 1e9
         self._texts: dict[str, Entry] = {}
         self._latents: dict[tuple[torch.Size, bytes], Tensor] = {}
@@ -85,7 +90,8 @@ class Memory:
         encoder = on_device(self.encoder, self.device)
         tokens = encoder.tokenize([caption]).to(self.device)
         length = int(tokens.mask.sum()) if encoder.settings.mask_padding else tokens.ids.shape[1]
-        features = encoder(tokens.ids[:, :length], tokens.mask[:, :length], tokens.prefix)[0]
+        with self.autocast():
+            features = encoder(tokens.ids[:, :length], tokens.mask[:, :length], tokens.prefix)[0]
         entry = Entry(features.to("cpu", torch.bfloat16), tokens.lengths[0])
         if self._fits(entry.values):
             self._texts[caption] = entry

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -159,10 +159,8 @@ class Setup:
         ]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """For validation on a GPU: the arithmetic of training, which its engine else switches on for itself."""
-        if self.accelerator.device.type == "cpu" or self.config.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16)
+        """For what runs outside of the engine, which switches it on for itself: the arithmetic of training."""
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.config.precision != "fp32")
 
 
 def open_data(config: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
@@ -248,8 +246,9 @@ def build(
     setup = Setup(
         config, folder, accelerator, plan, encoder, codec, joint, engine, ema, state, validation=None, frozen=frozen,  # type: ignore[arg-type]
         micro_batches=micro_batches, watch=watch, cache=cache,
-        memory=Memory(encoder, codec, config.keep_gb, accelerator.device) if config.keep_gb else None,
     )  # fmt: skip
+    if config.keep_gb:
+        setup.memory = Memory(encoder, codec, config.keep_gb, accelerator.device, setup.autocast)
     # Under ZeRO-3 each layer is gathered when it is used, by all processes together: all of them then do all of the work.
     rank, processes = (accelerator.process_index, accelerator.num_processes) if engine.whole else (0, 1)
     gather = setup.gather if engine.whole else list
