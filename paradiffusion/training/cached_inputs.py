@@ -4,7 +4,7 @@ the readers brought."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,6 +19,8 @@ from paradiffusion.text.conditioning import padded_length
 from paradiffusion.text.encoder import TextEncoder
 
 Model = TypeVar("Model", bound=nn.Module)
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,22 @@ def latents_of(codec: Codec, batch: Batch, noise: Tensor | None, device: torch.d
     return on_device(codec, device).encode(scale_pixels(batch.pixels.to(device, non_blocking=True)), noise)
 
 
+# Captions, or images, that go through a frozen model at once.
+ROWS = 8
+
+
+def in_calls_of_one_size(items: Sequence[T], run: Callable[[list[T]], Iterable[R]]) -> Iterator[tuple[T, R]]:
+    """Each item with what ``run`` makes of it, ROWS at once, filled up with one that is dropped again: whatever stands beside
+    an item, it is computed in calls of the same shape, and is the same to the bit."""
+    for start in range(0, len(items), ROWS):
+        group = list(items[start : start + ROWS])
+        yield from zip(group, run(group + group[:1] * (ROWS - len(group))), strict=False)
+
+
 class Memory:
     """What frozen models made of captions and images, kept in memory while it fits: made once, not in every epoch.
 
-    Each entry is made alone, so that it is the same to the bit whatever stands beside it, and after a resume.
+    Each entry is the same to the bit whatever stands beside it, and after a resume.
 
     Args:
         gigabytes: what all entries together may take; further ones are made each time.
@@ -75,7 +89,7 @@ class Memory:
         self.encoder, self.codec, self.device, self.autocast = encoder, codec, device, autocast
         self._room = gigabytes * 1e9
         self._texts: dict[str, Entry] = {}
-        self._latents: dict[tuple[torch.Size, bytes], Tensor] = {}
+        self._latents: dict[ImageKey, Tensor] = {}
 
     def _fits(self, values: Tensor) -> bool:
         fits = values.nbytes <= self._room
@@ -83,37 +97,60 @@ class Memory:
         return fits
 
     @torch.no_grad()
-    def text(self, caption: str) -> Entry:
-        """Features [L, D] of a caption in bfloat16 on the CPU."""
-        if (found := self._texts.get(caption)) is not None:
-            return found
-        encoder = on_device(self.encoder, self.device)
-        tokens = encoder.tokenize([caption]).to(self.device)
-        length = int(tokens.mask.sum()) if encoder.settings.mask_padding else tokens.ids.shape[1]
-        with self.autocast():
-            features = encoder(tokens.ids[:, :length], tokens.mask[:, :length], tokens.prefix)[0]
-        entry = Entry(features.to("cpu", torch.bfloat16), tokens.lengths[0])
-        if self._fits(entry.values):
-            self._texts[caption] = entry
-        return entry
+    def texts(self, captions: Iterable[str]) -> dict[str, Entry]:
+        """Features [L, D] of captions, in bfloat16 on the CPU."""
+        found: dict[str, Entry] = {}
+        missing: dict[int, list[str]] = {}
+        encoder = self.encoder
+        for caption in dict.fromkeys(captions):
+            if caption in self._texts:
+                found[caption] = self._texts[caption]
+            else:
+                missing.setdefault(encoder.tokenize([caption]).ids.shape[1], []).append(caption)
+
+        def run(captions: list[str]) -> Iterable[Entry]:
+            tokens = on_device(encoder, self.device).tokenize(captions).to(self.device)
+            with self.autocast():
+                features = encoder(tokens.ids, tokens.mask, tokens.prefix).to("cpu", torch.bfloat16)
+            ends = (tokens.mask.sum(1) - tokens.prefix).tolist()
+            for row, end, length in zip(features, ends, tokens.lengths, strict=True):
+                yield Entry(row[:end].clone() if encoder.settings.mask_padding else row, length)
+
+        for alike in missing.values():
+            for caption, entry in in_calls_of_one_size(alike, run):
+                found[caption] = entry
+                if self._fits(entry.values):
+                    self._texts[caption] = entry
+        return found
 
     def latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The posterior's mean and standard deviation before scaling, [b, C, h, w] each.
 
         Found again by the pixels themselves: two sources may give their samples the same keys.
         """
-        rows = []
-        for image in batch.pixels:
-            key = image.shape, hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest()
-            stored = self._latents.get(key)
-            if stored is None:
-                pixels = scale_pixels(image[None].to(self.device))
-                stored = torch.cat(on_device(self.codec, self.device).posterior(pixels)).cpu()  # [2, C, h, w]
-                if self._fits(stored):
-                    self._latents[key] = stored
-            rows.append(stored)
-        mean, std = torch.stack(rows, dim=1).to(self.device)
+        keys = [key_of(image) for image in batch.pixels]
+        images = dict(zip(keys, batch.pixels, strict=True))
+        found = {key: self._latents[key] for key in images if key in self._latents}
+
+        def run(keys: list[ImageKey]) -> Iterable[Tensor]:
+            pixels = scale_pixels(torch.stack([images[key] for key in keys]).to(self.device))
+            mean_and_std = torch.stack(on_device(self.codec, self.device).posterior(pixels), dim=1).cpu()
+            return (row.clone() for row in mean_and_std)  # each [2, C, h, w]
+
+        for key, stored in in_calls_of_one_size([key for key in images if key not in found], run):
+            found[key] = stored
+            if self._fits(stored):
+                self._latents[key] = stored
+        mean, std = torch.stack([found[key] for key in keys], dim=1).to(self.device)
         return mean, std
+
+
+ImageKey = tuple[torch.Size, bytes]
+
+
+def key_of(image: Tensor) -> ImageKey:
+    """An image's size, and a digest of its pixels."""
+    return image.shape, hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest()
 
 
 def stored_text(

@@ -131,7 +131,8 @@ def made_text(setup: Setup, batch: Batch) -> Callable[[str, int], Entry] | None:
     if stored is not None and null is not None:
         return lambda caption, slot: stored.text(slot) if caption else null
     if memory is not None and setup.joint.text_encoder is None:
-        return lambda caption, _: memory.text(caption)
+        found = memory.texts(batch.captions)
+        return lambda caption, _: found[caption]
     return None
 
 
