@@ -150,7 +150,7 @@ ImageKey = tuple[torch.Size, bytes]
 
 def key_of(image: Tensor) -> ImageKey:
     """An image's size, and a digest of its pixels."""
-    return image.shape, hashlib.blake2b(image.contiguous().numpy(), digest_size=16).digest()
+    return image.shape, hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
 
 
 def stored_text(
