@@ -72,10 +72,11 @@ class SetRules:
     grid: int = 2
 
 
+# Where one object stands alone there is nothing to bind: most of the training scenes have several.
 SETS: dict[str, SetRules] = {
-    "web": SetRules(64, (40, 30, 20, 10), imperfect=True, held_out=False),
-    "big": SetRules(64, (25, 30, 25, 20), imperfect=True, held_out=False),
-    "small": SetRules(128, (25, 30, 25, 20), imperfect=False, held_out=False),
+    "web": SetRules(64, (20, 25, 30, 25), imperfect=True, held_out=False),
+    "big": SetRules(64, (10, 25, 30, 35), imperfect=True, held_out=False),
+    "small": SetRules(128, (10, 25, 30, 35), imperfect=False, held_out=False),
     "val": SetRules(64, (25, 25, 25, 25), imperfect=False, held_out=True),
 }
 # The same sets in the large world; cells are as large as those of the small one.
