@@ -178,7 +178,7 @@ def fetch(item: Item, options: DownloadOptions) -> Path:
 
 def convert(folder: Path) -> int:
     """Write a safetensors file beside each ``.bin`` below ``folder`` that has none; shards keep their index."""
-    from paradiffusion.models.tensors import convert_bins
+    from paradiffusion.checkpoints.tensors import convert_bins
 
     written = convert_bins(folder)
     for path in written:

@@ -71,10 +71,10 @@ def main(arguments: list[str]) -> int:
 
 def export(options: ExportOptions, output: Path) -> None:
     """Do what ``options`` ask for."""
-    from paradiffusion.models.export import check_absent, export_official, export_ours, gather
-    from paradiffusion.models.layouts import place_frozen_models
-    from paradiffusion.models.manifest import resolve_checkpoint
-    from paradiffusion.models.starting import is_our_pipeline
+    from paradiffusion.checkpoints.export import check_absent, export_official, export_ours, gather
+    from paradiffusion.checkpoints.layouts import place_frozen_models
+    from paradiffusion.checkpoints.manifest import resolve_checkpoint
+    from paradiffusion.checkpoints.starting import is_our_pipeline
 
     check_absent(output)
     source = Path(str(options.ckpt)).expanduser()

@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> int:
         "--resolution", type=int, help="pixels at which it draws by default, of several that it was trained at"
     )
     options = parser.parse_args(arguments)
-    from paradiffusion.models.export import publish
-    from paradiffusion.models.manifest import resolve_checkpoint
+    from paradiffusion.checkpoints.export import publish
+    from paradiffusion.checkpoints.manifest import resolve_checkpoint
 
     size = publish(resolve_checkpoint(options.ckpt), options.output, options.dtype, options.resolution)
     print(f"{options.output}: {size / 2**20:.1f} MiB")

@@ -27,9 +27,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--world", default=None, help="data.world: small or large")
     parser.add_argument("--guidance", type=float, default=None, help="default: the nano preset's")
     options = parser.parse_args(arguments)
+    from paradiffusion.checkpoints.manifest import resolve_checkpoint
     from paradiffusion.compose import compose_train
     from paradiffusion.models.inference import load_models
-    from paradiffusion.models.manifest import resolve_checkpoint
     from paradiffusion.scenes.alignment import SceneScorer, alignment_table
     from paradiffusion.scenes.dataset import make_wanted
     from paradiffusion.training.setup import open_data

@@ -115,11 +115,11 @@ def as_bin(folder: Path, stem: str, name: str | None = None) -> None:
 
 def make_ours(folder: Path, codec_folder: Path, **changes: Any) -> Path:
     """A checkpoint of ours with random weights, the text encoder's adapter among them; ``changes`` are TrainConfig's."""
+    from paradiffusion.checkpoints.layouts import describe, save_weights
+    from paradiffusion.checkpoints.manifest import write_manifest
     from paradiffusion.config import CodecConfig, LoraConfig, TextEncoderConfig, TrainConfig, UNetConfig
     from paradiffusion.models.codec import load_codec
     from paradiffusion.models.joint import build_joint
-    from paradiffusion.models.layouts import describe, save_weights
-    from paradiffusion.models.manifest import write_manifest
     from paradiffusion.text.encoder import attach_lora, load_text_encoder
 
     arguments = dict(make_unet().config)

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from training_runs import assert_same_bits, newest, records, sample_here, steps_saved, train_here
 
+from paradiffusion.checkpoints.manifest import find_fault, write_manifest
 from paradiffusion.compose import compose_sample, compose_train
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.models.manifest import find_fault, write_manifest
 from paradiffusion.scenes.dataset import demo_samples
 from paradiffusion.training import loop
 from paradiffusion.training.folder import find_init

@@ -21,11 +21,11 @@ from PIL import Image
 from test_export import MODERN, latents, same
 from test_tokenizer import write_llama_tokenizer
 
+from paradiffusion.checkpoints.export import export_official, export_ours
+from paradiffusion.checkpoints.layouts import read_weights
+from paradiffusion.checkpoints.manifest import resolve_checkpoint
 from paradiffusion.compose import compose_sample
 from paradiffusion.errors import UserError
-from paradiffusion.models.export import export_official, export_ours
-from paradiffusion.models.layouts import read_weights
-from paradiffusion.models.manifest import resolve_checkpoint
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
 from paradiffusion.sampling.pipeline_export import export_pipeline, gather_pipeline
 from paradiffusion.sampling.run import sample

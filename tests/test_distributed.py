@@ -16,8 +16,8 @@ from conftest import ROOT, wait_for
 from PIL import Image
 from training_runs import free_port, newest, records, sample_here, steps_saved, train_here
 
+from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.errors import UserError
-from paradiffusion.models.manifest import find_fault
 from paradiffusion.training.processes import check_gpus
 
 LENGTH = ["max_steps=8", "log_every=1", "checkpoint_every=4", "validate_every=8"]

@@ -14,10 +14,10 @@ import torch
 from conftest import ROOT
 from official_models import as_bin, make_official
 
+from paradiffusion.checkpoints.layouts import read_description, read_weights
+from paradiffusion.checkpoints.tensors import convert_bins, find_tensors, read_tensors
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
-from paradiffusion.models.layouts import read_description, read_weights
-from paradiffusion.models.tensors import convert_bins, find_tensors, read_tensors
 
 OLD = ("google/t5-v1_1-xxl",)  # has its weights as .bin alone
 
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Mon
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("paradiffusion.models.tensors.write_tensors", half)
+    monkeypatch.setattr("paradiffusion.checkpoints.tensors.write_tensors", half)
     with pytest.raises(UserError, match="No space left on device.*run the same command again"):
         convert_bins(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]

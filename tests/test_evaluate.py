@@ -135,7 +135,7 @@ def test_a_stage_that_trained_on(run: Path, capsys: pytest.CaptureFixture[str]) 
     copy_run(stage / "checkpoints" / "step_000005", stage / "checkpoints" / "step_000009")
     description = stage / "checkpoints" / "step_000009" / "checkpoint.json"
     description.write_text(description.read_text().replace('"step": 5', '"step": 9'))
-    from paradiffusion.models.manifest import write_manifest
+    from paradiffusion.checkpoints.manifest import write_manifest
 
     write_manifest(description.parent)
     before = times(stage / "evaluation" / "scenes_count6" / "images")

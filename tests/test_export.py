@@ -14,12 +14,12 @@ from official_models import make_official, make_ours, reference
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from paradiffusion.checkpoints.export import export_official, export_ours, gather, publish
+from paradiffusion.checkpoints.layouts import read_description, read_weights
+from paradiffusion.checkpoints.manifest import find_fault, resolve_checkpoint
 from paradiffusion.config import ConditioningConfig, ObjectiveConfig, UNetConfig
 from paradiffusion.errors import UserError
-from paradiffusion.models.export import export_official, export_ours, gather, publish
 from paradiffusion.models.inference import load_models
-from paradiffusion.models.layouts import read_description, read_weights
-from paradiffusion.models.manifest import find_fault, resolve_checkpoint
 from paradiffusion.sampling.pipeline_export import export_pipeline
 from paradiffusion.sampling.sampler import sample_latents
 
@@ -167,8 +167,8 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, codec_folder: Path, mon
     with pytest.raises(UserError, match=r"could not be written \(Not a directory\)"):
         export_ours(weights, tmp_path / "file" / "below")
     full = lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # noqa: E731
-    monkeypatch.setattr("paradiffusion.models.export.write_adapter_config", full)
-    monkeypatch.setattr("paradiffusion.models.layouts.write_adapter_config", full)
+    monkeypatch.setattr("paradiffusion.checkpoints.export.write_adapter_config", full)
+    monkeypatch.setattr("paradiffusion.checkpoints.layouts.write_adapter_config", full)
     monkeypatch.setattr("paradiffusion.sampling.diffusers_pipeline.write_adapter_config", full)
     for export in (
         lambda folder: export_ours(weights, folder),

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_unet import TINY_UNET
 
+from paradiffusion.checkpoints.layouts import describe, read_description, save_weights
 from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, TextEncoderConfig, TrainConfig, UNetConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
 from paradiffusion.models.inference import load_models
 from paradiffusion.models.joint import JointModel, build_joint
-from paradiffusion.models.layouts import describe, read_description, save_weights
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
 from paradiffusion.text.sources import locate
 from paradiffusion.training.folder import check_init

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from paradiffusion.checkpoints.layouts import objective_of
 from paradiffusion.config import ObjectiveConfig
 from paradiffusion.diffusion.objective import make_objective
 from paradiffusion.errors import UserError
-from paradiffusion.models.layouts import objective_of
 
 ALL = [
     ObjectiveConfig(),

@@ -12,9 +12,9 @@ from official_models import make_official
 from PIL import Image
 from training_runs import build_here, newest, records, sample_here, train_here
 
+from paradiffusion.checkpoints.export import export_official, gather
+from paradiffusion.checkpoints.layouts import read_description, read_weights
 from paradiffusion.errors import UserError
-from paradiffusion.models.export import export_official, gather
-from paradiffusion.models.layouts import read_description, read_weights
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
 

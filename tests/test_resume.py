@@ -17,8 +17,8 @@ import pytest
 from conftest import ROOT, wait_for
 from training_runs import assert_same_bits, at_step, newest, records, steps_saved, train_here
 
+from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.errors import UserError
-from paradiffusion.models.manifest import find_fault
 from paradiffusion.training import loop
 from paradiffusion.training.folder import locked
 
@@ -236,7 +236,7 @@ def test_half_written_checkpoint_is_no_checkpoint(stage: Path, stopped_run: Path
 
 
 def test_weights_without_training_state_cannot_resume(stage: Path, train: Train) -> None:
-    from paradiffusion.models.manifest import write_manifest
+    from paradiffusion.checkpoints.manifest import write_manifest
 
     for step in (4, 8, 12):
         checkpoint = stage / "checkpoints" / f"step_{step:06d}"

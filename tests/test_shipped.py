@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from paradiffusion.checkpoints.manifest import find_fault, resolve_checkpoint
 from paradiffusion.models.inference import load_models
-from paradiffusion.models.manifest import find_fault, resolve_checkpoint
 from paradiffusion.sampling.pipeline import Job, generate
 from paradiffusion.scenes.dataset import captions, make_scene
 from paradiffusion.scenes.judge import score

@@ -13,8 +13,8 @@ import pytest
 import torch
 from training_runs import assert_same_bits, newest, steps_saved, tensors
 
+from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.errors import UserError
-from paradiffusion.models.manifest import find_fault
 from paradiffusion.training import loop
 
 Train = Callable[..., int]

@@ -10,8 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from official_models import as_bin, make_official
 
+from paradiffusion.checkpoints.starting import fit, is_unet_folder, read_unet
 from paradiffusion.errors import UserError
-from paradiffusion.models.starting import fit, is_unet_folder, read_unet
 
 STEM = "diffusion_pytorch_model"
 SDXL = {

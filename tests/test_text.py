@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from paradiffusion.checkpoints.layouts import load_adapter
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
-from paradiffusion.models.layouts import load_adapter
 from paradiffusion.text.conditioning import Conditioning, pad_length, padded_length
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
 from paradiffusion.text.sources import find_gguf, locate

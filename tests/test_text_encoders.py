@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from tiny_encoders import make_tokenizer, shrink, write_encoder
 from torch import Tensor
 
+from paradiffusion.checkpoints.layouts import read_description
 from paradiffusion.compose import compose_train, options
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
-from paradiffusion.models.layouts import read_description
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
 from paradiffusion.text.families import empty_model, layers_of, text_width
 

@@ -24,9 +24,9 @@ from training_runs import (
     train_here,
 )
 
+from paradiffusion.checkpoints.layouts import read_weights
+from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.data.shards import write_shards
-from paradiffusion.models.layouts import read_weights
-from paradiffusion.models.manifest import find_fault
 from paradiffusion.scenes.dataset import demo_samples
 from paradiffusion.training import loop
 from paradiffusion.training.setup import Setup

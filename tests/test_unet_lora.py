@@ -10,10 +10,10 @@ from test_models import SIMPLE, WIDTH, a_batch
 from tiny_unet import TINY_UNET
 from torch import Tensor
 
+from paradiffusion.checkpoints.layouts import copy_tensors, merge_unet_lora
 from paradiffusion.config import ConditioningConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, UNetConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel, LossBatch, build_joint
-from paradiffusion.models.layouts import copy_tensors, merge_unet_lora
 from paradiffusion.models.unet import lora_names
 from paradiffusion.training.optim import build_optimizer, part_of
 

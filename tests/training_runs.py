@@ -14,8 +14,8 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from paradiffusion.checkpoints.manifest import checkpoints_of
 from paradiffusion.compose import compose_sample, compose_train
-from paradiffusion.models.manifest import checkpoints_of
 from paradiffusion.sampling.run import sample
 from paradiffusion.scenes.alignment import SceneScorer
 from paradiffusion.scenes.dataset import make_wanted

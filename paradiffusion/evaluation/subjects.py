@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.checkpoints.manifest import resolve_checkpoint
+from paradiffusion.checkpoints.official import is_official
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint import CheckpointSource
 from paradiffusion.evaluation.drawing.pictures import KINDS, PicturesSource
@@ -17,8 +19,6 @@ from paradiffusion.evaluation.drawing.source import Place, Source
 from paradiffusion.evaluation.options import EvaluateOptions
 from paradiffusion.evaluation.result import NAME, Evaluation, read_evaluation
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.models.manifest import resolve_checkpoint
-from paradiffusion.models.official import is_official
 from paradiffusion.sampling.run import disk_errors
 
 HUB: Final = "hub:"

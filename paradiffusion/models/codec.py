@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors
 from paradiffusion.config import CodecConfig
 from paradiffusion.errors import UserError
-from paradiffusion.models.tensors import UNET_STEM, find_tensors
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import download, hash_ends
 

@@ -11,18 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from paradiffusion.config import (
-    CodecConfig,
-    ConditioningConfig,
-    LoraConfig,
-    SamplerConfig,
-    TextEncoderConfig,
-)
-from paradiffusion.diffusion.objective import Objective
-from paradiffusion.errors import UserError
-from paradiffusion.models.codec import Codec, load_codec
-from paradiffusion.models.joint import JointModel
-from paradiffusion.models.layouts import (
+from paradiffusion.checkpoints.layouts import (
     REFINER,
     UNET,
     check_complete,
@@ -35,6 +24,17 @@ from paradiffusion.models.layouts import (
     read_description,
     read_weights,
 )
+from paradiffusion.config import (
+    CodecConfig,
+    ConditioningConfig,
+    LoraConfig,
+    SamplerConfig,
+    TextEncoderConfig,
+)
+from paradiffusion.diffusion.objective import Objective
+from paradiffusion.errors import UserError
+from paradiffusion.models.codec import Codec, load_codec
+from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import downsampling
 from paradiffusion.text.conditioning import Conditioning, pad_length
 from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder

@@ -24,6 +24,8 @@ from diffusers.utils import logging
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from paradiffusion.checkpoints.layouts import LORA, load_adapter, parse, split_parts, write_adapter_config
+from paradiffusion.checkpoints.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors, write_tensors
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
@@ -34,8 +36,6 @@ from paradiffusion.config import (
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.inference import InferenceModels
 from paradiffusion.models.joint import JointModel
-from paradiffusion.models.layouts import LORA, load_adapter, parse, split_parts, write_adapter_config
-from paradiffusion.models.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors, write_tensors
 from paradiffusion.sampling.pipeline import encode_prompts
 from paradiffusion.sampling.pipeline_components import (
     RefinerModel,

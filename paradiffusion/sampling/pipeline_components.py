@@ -10,9 +10,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from paradiffusion.checkpoints.layouts import parse
 from paradiffusion.config import ObjectiveConfig
 from paradiffusion.diffusion.objective import OBJECTIVES, Objective
-from paradiffusion.models.layouts import parse
 from paradiffusion.text.refiner import Refiner
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from paradiffusion.checkpoints.export import Weights, check_absent, place_frozen, whole_folder
+from paradiffusion.checkpoints.layouts import parse, place_frozen_models, read_description
 from paradiffusion.config import CodecConfig, TextEncoderConfig
 from paradiffusion.models.codec import locate_codec
-from paradiffusion.models.export import Weights, check_absent, place_frozen, whole_folder
 from paradiffusion.models.inference import load_models
-from paradiffusion.models.layouts import parse, place_frozen_models, read_description
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import fingerprint, hash_ends, locate

@@ -49,8 +49,8 @@ def sample(config: SampleConfig) -> int:
         )
     requests = read_prompts(prompt=config.prompt, prompt_file=config.prompt_file)
 
+    from paradiffusion.checkpoints.manifest import resolve_checkpoint
     from paradiffusion.models.inference import load_models
-    from paradiffusion.models.manifest import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(Path(str(config.ckpt)))
     with stop_on_signals() as signal, joined_processes() as processes:

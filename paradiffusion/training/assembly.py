@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, load_adapter, merge_unet_lora, read_weights
+from paradiffusion.checkpoints.starting import fit, read_unet
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import read_sample
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel, build_joint
-from paradiffusion.models.layouts import check_complete, copy_tensors, load_adapter, merge_unet_lora, read_weights
-from paradiffusion.models.starting import fit, read_unet
 from paradiffusion.models.unet import downsampling, lora_names
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora

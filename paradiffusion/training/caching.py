@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from paradiffusion.checkpoints.layouts import load_adapter, read_description, read_weights
+from paradiffusion.checkpoints.starting import is_unet_folder
 from paradiffusion.checks import choice, positive
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import KEY_FILE, NULL_FILE, file_names, find_difference, read_key, write_key
@@ -23,8 +25,6 @@ from paradiffusion.data.cache_files import DTYPES, EntryFile, EntryWriter, is_wh
 from paradiffusion.data.shards import SampleIndex
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
-from paradiffusion.models.layouts import load_adapter, read_description, read_weights
-from paradiffusion.models.starting import is_unet_folder
 from paradiffusion.sampling.processes import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
 from paradiffusion.text.encoder import load_text_encoder
 from paradiffusion.training.cache_keys import CALLED, LORA_TEXT, latent_key, refuse_streaming, text_key

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, read_weights, save_weights, write_tensors
+from paradiffusion.checkpoints.manifest import checkpoints_of, sync, write_manifest
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel
-from paradiffusion.models.layouts import check_complete, copy_tensors, read_weights, save_weights, write_tensors
-from paradiffusion.models.manifest import checkpoints_of, sync, write_manifest
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import Engine
 

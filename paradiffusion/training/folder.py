@@ -14,12 +14,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.checkpoints.layouts import UNET, parse
+from paradiffusion.checkpoints.manifest import newest_valid, resolve_checkpoint
+from paradiffusion.checkpoints.official import read_json
+from paradiffusion.checkpoints.starting import is_unet_folder
 from paradiffusion.config import LoraConfig, TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.models.layouts import UNET, parse
-from paradiffusion.models.manifest import newest_valid, resolve_checkpoint
-from paradiffusion.models.official import read_json
-from paradiffusion.models.starting import is_unet_folder
 from paradiffusion.models.unet import own_arguments
 
 CONFIG_FILE = "config.json"

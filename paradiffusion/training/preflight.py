@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import StoredBatch, collate
 from paradiffusion.data.images import decode, to_array
@@ -25,7 +26,6 @@ from paradiffusion.data.loader import Batch, slots_of
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import read_sample
 from paradiffusion.errors import UserError
-from paradiffusion.models.manifest import newest_valid
 from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.loop import save, step_gradients, validate
 from paradiffusion.training.meters import Meters, human_time, memory_gb

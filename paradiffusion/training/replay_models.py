@@ -9,15 +9,15 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, read_description
+from paradiffusion.checkpoints.manifest import checkpoints_of, find_fault, resolve_checkpoint
+from paradiffusion.checkpoints.starting import is_unet_folder
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.inference import choose_device, load_models
 from paradiffusion.models.joint import JointModel
-from paradiffusion.models.layouts import check_complete, copy_tensors, read_description
-from paradiffusion.models.manifest import checkpoints_of, find_fault, resolve_checkpoint
-from paradiffusion.models.starting import is_unet_folder
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.assembly import build_models
 from paradiffusion.training.checkpoint import STATE, TrainState

@@ -11,6 +11,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from paradiffusion.checkpoints.layouts import (
+    describe,
+    read_description,
+)
+from paradiffusion.checkpoints.starting import is_unet_folder
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import Cache
 from paradiffusion.data.loader import Batch, Loader, LoaderSettings, make_loader, slots_of
@@ -22,11 +27,6 @@ from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.inference import InferenceModels
 from paradiffusion.models.joint import JointModel
-from paradiffusion.models.layouts import (
-    describe,
-    read_description,
-)
-from paradiffusion.models.starting import is_unet_folder
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.assembly import build_models
 from paradiffusion.training.cache_keys import check_cache, describe_cache, open_cache, spares_models

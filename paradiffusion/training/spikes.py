@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.errors import UserError
-from paradiffusion.models.manifest import newest_valid
 from paradiffusion.training.checkpoint import restore_checkpoint
 from paradiffusion.training.replay_record import (
     PAGE,

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.checkpoints.manifest import MANIFEST
 from paradiffusion.config import SampleConfig
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.source import Place, file_stem, image_name, size_for
 from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.models.inference import InferenceModels, load_models
-from paradiffusion.models.manifest import MANIFEST
 from paradiffusion.sampling.manifest import is_whole, read_manifests
 from paradiffusion.sampling.pipeline import Job, Models, generate, make_jobs, sampler_settings
 from paradiffusion.sampling.processes import Stopped

@@ -3,7 +3,7 @@
 A checkpoint folder describes itself: ``checkpoint.json`` records text encoder and codec by id, revision and hash, the
 whole conditioning, the objective and the sampler's defaults. ``unet/``, ``refiner/`` and ``text_encoder_lora/`` hold the
 EMA weights; where a U-Net was trained through LoRA, ``unet/`` holds its frozen base and ``unet_lora/`` the adapter. A
-folder of the published weights is read as if it were such a checkpoint (``models/official.py``).
+folder of the published weights is read as if it were such a checkpoint (``checkpoints/official.py``).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
+from paradiffusion.checkpoints.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors, write_tensors
 from paradiffusion.config import CodecConfig, LoraConfig, ObjectiveConfig, TextEncoderConfig, TrainConfig
 from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_objective
 from paradiffusion.errors import UserError
 from paradiffusion.models import official
 from paradiffusion.models.codec import locate_codec
 from paradiffusion.models.joint import JointModel
-from paradiffusion.models.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors, write_tensors
 from paradiffusion.text.encoder import TextEncoder, attach_lora
 from paradiffusion.text.sources import locate
 

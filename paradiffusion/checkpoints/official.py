@@ -18,6 +18,7 @@ from typing import Any
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
+from paradiffusion.checkpoints.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
@@ -27,7 +28,6 @@ from paradiffusion.config import (
     TextEncoderConfig,
 )
 from paradiffusion.errors import UserError
-from paradiffusion.models.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors
 from paradiffusion.text.encoder import TextEncoder
 
 UNET, LORA, SCHEDULER = "unet", "text_encoder_lora", "scheduler"
@@ -55,7 +55,7 @@ def denoisers(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.glob(f"{UNET}*/config.json")):
         config = read_json(path)
-        # SDXL's and others' have none: they are starting points (models/starting.py), not whole weights.
+        # SDXL's and others' have none: they are starting points (checkpoints/starting.py), not whole weights.
         if config.get("encoder_hid_dim") and config.get("encoder_hid_dim_type") in (None, "text_proj"):
             found.append(path.parent.name)
     return found

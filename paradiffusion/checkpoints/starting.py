@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from paradiffusion.checkpoints.official import UNET, is_official
+from paradiffusion.checkpoints.tensors import UNET_STEM, read_tensors
 from paradiffusion.errors import UserError
-from paradiffusion.models.official import UNET, is_official
-from paradiffusion.models.tensors import UNET_STEM, read_tensors
 
 MAX_GROUPS = 24  # of a report's line
 

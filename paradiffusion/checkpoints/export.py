@@ -14,10 +14,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from torch import Tensor
 
-from paradiffusion.config import CodecConfig, TextEncoderConfig
-from paradiffusion.errors import UserError
-from paradiffusion.models.codec import REPOSITORY, locate_codec
-from paradiffusion.models.layouts import (
+from paradiffusion.checkpoints.layouts import (
     LORA,
     REFINER,
     UNET,
@@ -30,9 +27,12 @@ from paradiffusion.models.layouts import (
     write_adapter_config,
     write_parts,
 )
-from paradiffusion.models.manifest import write_manifest
-from paradiffusion.models.official import LLM_FOLDERS, SCHEDULER, SIDECAR, VAE_FOLDERS, read_json
-from paradiffusion.models.tensors import ADAPTER_STEM, UNET_STEM, write_tensors
+from paradiffusion.checkpoints.manifest import write_manifest
+from paradiffusion.checkpoints.official import LLM_FOLDERS, SCHEDULER, SIDECAR, VAE_FOLDERS, read_json
+from paradiffusion.checkpoints.tensors import ADAPTER_STEM, UNET_STEM, write_tensors
+from paradiffusion.config import CodecConfig, TextEncoderConfig
+from paradiffusion.errors import UserError
+from paradiffusion.models.codec import REPOSITORY, locate_codec
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import locate
 

@@ -7,8 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from paradiffusion.checkpoints.official import is_official
 from paradiffusion.errors import UserError
-from paradiffusion.models.official import is_official
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1  # of the manifest; one without the key is version 1
