@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
     from paradiffusion.curation.captioning.caption import check_names
     from paradiffusion.data.shards import expand_shards
-    from paradiffusion.sampling.processes import joined_processes, stop_on_signals
+    from paradiffusion.sampling.run import joined_processes, stop_on_signals
 
     shards = expand_shards(str(options.shards), "shards")
     check_names(shards, options)
@@ -100,7 +100,7 @@ def work_on(
     from paradiffusion.curation.captioning.caption import Work, caption_shard, make_bar
     from paradiffusion.curation.captioning.judge import DECODING, judge_shard
     from paradiffusion.data.shards import load_index
-    from paradiffusion.sampling.processes import Stopped
+    from paradiffusion.sampling.run import Stopped
 
     if not shards:
         return DONE

@@ -80,7 +80,7 @@ def export(options: ExportOptions, output: Path) -> None:
     source = Path(str(options.ckpt)).expanduser()
     from_pipeline = is_our_pipeline(source)
     if options.to == "pipeline":
-        from paradiffusion.sampling.pipeline_export import export_pipeline
+        from paradiffusion.checkpoints.export import export_pipeline
 
         if from_pipeline:
             raise UserError(f"ckpt={source} is a pipeline already; copy the folder, or use to=ours or to=official.")
@@ -90,7 +90,7 @@ def export(options: ExportOptions, output: Path) -> None:
         )  # fmt: skip
         return
     if from_pipeline:
-        from paradiffusion.sampling.pipeline_export import gather_pipeline
+        from paradiffusion.checkpoints.export import gather_pipeline
 
         weights = gather_pipeline(source)
     else:

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from paradiffusion.checkpoints.manifest import resolve_checkpoint
     from paradiffusion.compose import compose_train
-    from paradiffusion.models.inference import load_models
+    from paradiffusion.sampling.pipeline import load_models
     from paradiffusion.scenes.alignment import SceneScorer, alignment_table
     from paradiffusion.scenes.dataset import make_wanted
     from paradiffusion.training.setup import open_data

@@ -94,9 +94,8 @@ class TinyModels:
 def main(prompt_file: str, folder: str) -> int:
     """Draw as one of the processes of a launcher."""
     from paradiffusion.config import SampleConfig
-    from paradiffusion.sampling.processes import joined_processes, stop_on_signals
     from paradiffusion.sampling.prompts import read_prompts
-    from paradiffusion.sampling.run import draw_all
+    from paradiffusion.sampling.run import draw_all, joined_processes, stop_on_signals
 
     config = SampleConfig(ckpt="runs/tiny", prompt_file=prompt_file, batch_size=2)
     with stop_on_signals() as signal, joined_processes() as processes:

@@ -21,13 +21,12 @@ from PIL import Image
 from test_export import MODERN, latents, same
 from test_tokenizer import write_llama_tokenizer
 
-from paradiffusion.checkpoints.export import export_official, export_ours
+from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline, gather_pipeline
 from paradiffusion.checkpoints.layouts import read_weights
 from paradiffusion.checkpoints.manifest import resolve_checkpoint
 from paradiffusion.compose import compose_sample
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
-from paradiffusion.sampling.pipeline_export import export_pipeline, gather_pipeline
 from paradiffusion.sampling.run import sample
 
 PROMPT = "a red circle at the left of a blue square"

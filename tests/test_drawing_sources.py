@@ -305,11 +305,11 @@ def test_what_is_no_pipeline(pipeline: Path, prompts: Path) -> None:
 
 def test_our_own_pipeline_and_the_painters(codec_folder: Path, prompts: Path) -> None:
     """An exported pipeline is drawn through its class; both painters draw the suite's very pictures again."""
+    from paradiffusion.checkpoints.export import export_pipeline
     from paradiffusion.evaluation.drawing.checkpoint import CheckpointSource
     from paradiffusion.evaluation.drawing.pipeline import PipelineSource
     from paradiffusion.evaluation.options import EvaluateOptions
     from paradiffusion.evaluation.records import Request
-    from paradiffusion.sampling.pipeline_export import export_pipeline
 
     checkpoint = make_ours(Path("ours"), codec_folder, **MODERN)
     export_pipeline(checkpoint, Path("exported"))

@@ -14,13 +14,12 @@ from official_models import make_official, make_ours, reference
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from paradiffusion.checkpoints.export import export_official, export_ours, gather, publish
+from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline, gather, publish
 from paradiffusion.checkpoints.layouts import read_description, read_weights
 from paradiffusion.checkpoints.manifest import find_fault, resolve_checkpoint
 from paradiffusion.config import ConditioningConfig, ObjectiveConfig, UNetConfig
 from paradiffusion.errors import UserError
-from paradiffusion.models.inference import load_models
-from paradiffusion.sampling.pipeline_export import export_pipeline
+from paradiffusion.sampling.pipeline import load_models
 from paradiffusion.sampling.sampler import sample_latents
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}}

@@ -14,13 +14,15 @@ from PIL import Image
 
 from paradiffusion.errors import UserError
 from paradiffusion.sampling import gallery
-from paradiffusion.sampling.gallery import contact_sheet, save_png, write_gallery
-from paradiffusion.sampling.manifest import (
+from paradiffusion.sampling.gallery import (
     ImageRecord,
     Manifest,
+    contact_sheet,
     finished_names,
     merge_manifests,
     read_manifests,
+    save_png,
+    write_gallery,
 )
 
 PROMPT = 'a <script>alert("1")</script> & "red" circle, 日本\nnext line' + " word" * 200

@@ -14,8 +14,8 @@ from test_official import draw
 
 from paradiffusion.compose import compose_sample
 from paradiffusion.errors import UserError
-from paradiffusion.models import inference
-from paradiffusion.models.inference import InferenceModels, load_models
+from paradiffusion.sampling import pipeline as inference
+from paradiffusion.sampling.pipeline import InferenceModels, load_models
 
 PROMPTS = ["a red circle", "a blue square at the left of a dog", "", "a red circle", "a"]
 

@@ -18,8 +18,8 @@ from paradiffusion.checkpoints.layouts import describe, read_description, save_w
 from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, TextEncoderConfig, TrainConfig, UNetConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
-from paradiffusion.models.inference import load_models
 from paradiffusion.models.joint import JointModel, build_joint
+from paradiffusion.sampling.pipeline import load_models
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
 from paradiffusion.text.sources import locate
 from paradiffusion.training.folder import check_init

@@ -15,13 +15,13 @@ from official_models import as_bin, make_official, make_unet, reference
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from paradiffusion.checkpoints.export import export_pipeline
 from paradiffusion.checkpoints.layouts import read_description, read_weights
 from paradiffusion.checkpoints.manifest import resolve_checkpoint
 from paradiffusion.compose import compose_sample
 from paradiffusion.errors import UserError
-from paradiffusion.models.inference import load_models
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
-from paradiffusion.sampling.pipeline_export import export_pipeline
+from paradiffusion.sampling.pipeline import load_models
 from paradiffusion.sampling.run import sample
 from paradiffusion.sampling.sampler import sample_latents
 

@@ -18,9 +18,16 @@ from sampling_models import TinyModels
 from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.pipeline import generate, make_batches, make_jobs
-from paradiffusion.sampling.processes import Processes, StopSignal, joined_processes, stop_on_signals
 from paradiffusion.sampling.prompts import PromptRequest, read_prompts
-from paradiffusion.sampling.run import draw_all, output_folder, sample
+from paradiffusion.sampling.run import (
+    Processes,
+    StopSignal,
+    draw_all,
+    joined_processes,
+    output_folder,
+    sample,
+    stop_on_signals,
+)
 
 PROMPTS = [f"a circle {'and a square ' * number}" for number in range(5)]
 

@@ -10,8 +10,7 @@ import pytest
 from conftest import ROOT
 
 from paradiffusion.checkpoints.manifest import find_fault, resolve_checkpoint
-from paradiffusion.models.inference import load_models
-from paradiffusion.sampling.pipeline import Job, generate
+from paradiffusion.sampling.pipeline import Job, generate, load_models
 from paradiffusion.scenes.dataset import captions, make_scene
 from paradiffusion.scenes.judge import score
 

@@ -345,7 +345,7 @@ def test_train_and_sample(name: str, folder: Folder, tiny_arguments: list[str], 
     adapter = load_file(checkpoint / "text_encoder_lora" / "adapter_model.safetensors")
     assert len(adapter) == 12 and any(t.abs().sum() > 0 for n, t in adapter.items() if "lora_B" in n)
 
-    from paradiffusion.models.inference import load_models
+    from paradiffusion.sampling.pipeline import load_models
 
     models = load_models(checkpoint)
     conditioning = models.encode(["a red circle at the left " * 30, "a blue square"])

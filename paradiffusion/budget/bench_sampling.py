@@ -12,9 +12,8 @@ from paradiffusion.budget.reference import padded, plain_sample
 from paradiffusion.budget.synthetic import captions, random_models
 from paradiffusion.budget.timing import interleave, release
 from paradiffusion.config import SamplerConfig, TrainConfig
-from paradiffusion.models.inference import InferenceModels
 from paradiffusion.models.joint import build_joint
-from paradiffusion.sampling.pipeline import Job, draw
+from paradiffusion.sampling.pipeline import InferenceModels, Job, draw
 from paradiffusion.text.encoder import TextEncoder
 
 BATCHES = (1, 8)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from paradiffusion.config import SamplerConfig
 from paradiffusion.data.loader import Batch
-from paradiffusion.models.inference import InferenceModels
 from paradiffusion.models.joint import LossBatch
+from paradiffusion.sampling.pipeline import InferenceModels
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.training.setup import Setup
 

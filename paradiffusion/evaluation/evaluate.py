@@ -29,9 +29,8 @@ from paradiffusion.evaluation.subjects import (
 )
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.evaluation.summary import show_table
-from paradiffusion.models.inference import choose_device
-from paradiffusion.sampling.processes import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
-from paradiffusion.sampling.run import disk_errors
+from paradiffusion.sampling.pipeline import choose_device
+from paradiffusion.sampling.run import Processes, Stopped, StopSignal, disk_errors, joined_processes, stop_on_signals
 
 
 @dataclass

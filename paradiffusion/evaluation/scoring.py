@@ -17,8 +17,7 @@ from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.source import ANOTHER, Place, first_does
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult
-from paradiffusion.sampling.processes import Stopped, StopSignal
-from paradiffusion.sampling.run import disk_errors
+from paradiffusion.sampling.run import Stopped, StopSignal, disk_errors
 
 SETTINGS = "settings.json"
 LAST = ("counterfactual",)  # it draws, so that the model that is judged must be in memory beside the judge

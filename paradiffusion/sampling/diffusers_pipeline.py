@@ -13,12 +13,22 @@ model that PEFT has wrapped. What our ``checkpoint.json`` says is the ``descript
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ConfigMixin,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
+from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from torch import Tensor
@@ -30,36 +40,99 @@ from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
     LoraConfig,
+    ObjectiveConfig,
     SamplerConfig,
     TextEncoderConfig,
 )
+from paradiffusion.diffusion.objective import OBJECTIVES, Objective
+from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
-from paradiffusion.models.inference import InferenceModels
 from paradiffusion.models.joint import JointModel
-from paradiffusion.sampling.pipeline import encode_prompts
-from paradiffusion.sampling.pipeline_components import (
-    RefinerModel,
-    hub_arguments,
-    local_folder,
-    pipeline_objective,
-    plain,
-    remember_adapter,
-    same_tensors,
-    with_adapter,
-)
-from paradiffusion.sampling.pipeline_inputs import (
-    Prompts,
-    check_request,
-    generators_of,
-    negatives_of,
-    portable,
-    prompts_of,
-    repeated,
-)
+from paradiffusion.sampling.pipeline import InferenceModels, encode_prompts
 from paradiffusion.sampling.sampler import sample_latents
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.families import cut_layers
+from paradiffusion.text.refiner import Refiner
 from paradiffusion.text.tokenizer import load_tokenizer
+
+
+class RefinerModel(ModelMixin, ConfigMixin):
+    """The refiner as a component that a pipeline saves and loads; see ``paradiffusion.text.refiner.Refiner``."""
+
+    @register_to_config
+    def __init__(
+        self,
+        input_width: int,
+        width: int,
+        layers: int,
+        heads: int,
+        kernel: int = 0,
+        layout: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.refiner = Refiner(input_width, width, layers, heads, kernel, layout)
+
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """As ``Refiner.forward``."""
+        refined: Tensor = self.refiner(features, mask)
+        return refined
+
+
+def pipeline_objective(pipeline: Any) -> Objective:
+    """The objective of a pipeline's description, sampled by whatever scheduler the pipeline has now."""
+    description = pipeline.config["description"]
+    config = parse(ObjectiveConfig, description["objective"])
+    objective = OBJECTIVES[config.prediction](config)
+
+    def schedulers(solver: str, **overrides: Any) -> Any:
+        """A fresh one of the pipeline's kind, so that none of its state is left over from the image before."""
+        own = pipeline.scheduler
+        return type(own).from_config(own.config, **overrides)
+
+    objective.schedulers = schedulers
+    objective.guided_from = 1.0 if "scheduler" in description else 0.0  # 1 for published weights, as there
+    return objective
+
+
+ADAPTED = "_paradiffusion_adapted"
+
+
+def remember_adapter(model: Any, adapted: Any) -> None:
+    """Note on a language model the PEFT model that has put an adapter into its layers, so that another pipeline that is
+    given the same component finds it; outside of torch's own bookkeeping, where it would be a part of its own part."""
+    vars(plain(model))[ADAPTED] = adapted
+
+
+def with_adapter(model: Any) -> Any:
+    """The PEFT model noted by ``remember_adapter`` while its adapter is in place, else ``model`` itself."""
+    inside = any(".lora_" in name for name, _ in model.named_parameters())
+    return vars(plain(model)).get(ADAPTED, model) if inside else model
+
+
+def plain(model: Any) -> Any:
+    """The module that torch.compile has wrapped, or ``model`` itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether both hold the same names and, in the first one's dtypes, the same values."""
+    return first.keys() == second.keys() and all(t.equal(second[n].to(t)) for n, t in first.items())
+
+
+def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of ``from_pretrained``'s arguments those that say which files of the hub are meant."""
+    keys = ("revision", "cache_dir", "token", "local_files_only")
+    return {key: arguments[key] for key in keys if key in arguments}
+
+
+def local_folder(source: str, patterns: list[str], arguments: dict[str, Any]) -> Path:
+    """A pipeline's folder on this machine, with the files of ``patterns`` at least; from the hub where it is no path."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=patterns, **hub_arguments(arguments)))
+
 
 logger = logging.get_logger(__name__)
 
@@ -351,3 +424,66 @@ class ParaDiffusionPipeline(_Base):
             return self.image_processor.numpy_to_pil(models.decode(latents).numpy().astype("float32") / 255)
         images = (models.codec.decode(latents) + 1) / 2
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().float().numpy()
+
+
+Prompts = str | list[str]
+
+
+def portable(description: dict[str, Any]) -> dict[str, Any]:
+    """A description without what is true of this machine alone, as plain JSON."""
+    values: dict[str, Any] = json.loads(json.dumps({**description, "unet_lora": None}))
+    for part in ("text_encoder", "codec"):
+        values[part]["path"] = None
+    values["provenance"]["init_from"] = None
+    return values
+
+
+def check_request(models: InferenceModels, height: int, width: int, output_type: str, tensors: Sequence[str]) -> None:
+    """UserError for a size that the model cannot take, ValueError for an output or a callback's tensor that is unknown."""
+    for key, value in (("height", height), ("width", width)):
+        if value < 1 or value % models.multiple:
+            raise UserError(f"{key}={value} cannot be drawn by this model; expected a multiple of {models.multiple}.")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type={output_type} is unknown; choose one of pil, np, pt, latent")
+    if set(tensors) - {"latents"}:
+        raise ValueError(f"callback_on_step_end_tensor_inputs={list(tensors)} names more than latents")
+
+
+def prompts_of(prompt: Prompts) -> list[str]:
+    """One or more prompts as a list; ValueError for anything else."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
+        raise ValueError(f"prompt={prompt!r} is neither a text nor a list of texts")
+    return list(prompts)
+
+
+def repeated(values: list[str], times: int) -> list[str]:
+    """Each value ``times`` times in a row; ValueError for fewer than one."""
+    if times < 1:
+        raise ValueError(f"num_images_per_prompt={times} is out of range; expected a number above 0")
+    return [value for value in values for _ in range(times)]
+
+
+def negatives_of(negative: Prompts | None, count: int, times: int) -> list[str]:
+    """One negative prompt for each of ``count`` images, or none at all."""
+    if not negative:
+        return []
+    values = [negative] * (count // times) if isinstance(negative, str) else list(negative)
+    if len(values) * times != count:
+        raise ValueError(f"{len(values)} negative prompts for {count // times} prompts")
+    return repeated(values, times)
+
+
+def generators_of(
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> list[int | torch.Generator]:
+    """One source of noise for each image."""
+    if generator is None:
+        return [torch.Generator().manual_seed(int(seed)) for seed in torch.randint(2**62, (count,))]
+    single = isinstance(generator, torch.Generator)
+    generators: list[Any] = [generator] * count if single else list(generator)  # type: ignore[arg-type]
+    if len(generators) != count:
+        raise ValueError(f"{len(generators)} generators for {count} images")
+    if any(one.device.type != "cpu" for one in generators):
+        raise ValueError("noise is drawn on the CPU, so that it is the same everywhere: use torch.Generator()")
+    return generators

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
-from paradiffusion.sampling.gallery import save_png, write_gallery, write_grid
-from paradiffusion.sampling.manifest import NAME, ImageRecord, Manifest, finished_names, merge_manifests, record_of
+from paradiffusion.machine import cores
+from paradiffusion.sampling.gallery import (
+    NAME,
+    ImageRecord,
+    Manifest,
+    finished_names,
+    merge_manifests,
+    save_png,
+    write_gallery,
+    write_grid,
+)
 from paradiffusion.sampling.pipeline import (
+    InferenceModels,
     Job,
-    Models,
     draw,
     make_batches,
     make_jobs,
     ordered,
     sampler_settings,
 )
-from paradiffusion.sampling.processes import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
 from paradiffusion.sampling.prompts import PromptRequest, read_prompts
 
 DONE, STOPPED, FAILED = 0, 1, 2
@@ -50,7 +65,7 @@ def sample(config: SampleConfig) -> int:
     requests = read_prompts(prompt=config.prompt, prompt_file=config.prompt_file)
 
     from paradiffusion.checkpoints.manifest import resolve_checkpoint
-    from paradiffusion.models.inference import load_models
+    from paradiffusion.sampling.pipeline import load_models
 
     checkpoint = resolve_checkpoint(Path(str(config.ckpt)))
     with stop_on_signals() as signal, joined_processes() as processes:
@@ -83,7 +98,7 @@ def output_folder(config: SampleConfig) -> Path:
 
 
 def draw_all(
-    models: Models,
+    models: InferenceModels,
     requests: Sequence[PromptRequest],
     config: SampleConfig,
     folder: Path,
@@ -134,7 +149,7 @@ def draw_all(
 
 
 def _draw_share(
-    models: Models,
+    models: InferenceModels,
     share: list[Job],
     records: dict[str, ImageRecord],
     config: SampleConfig,
@@ -182,7 +197,7 @@ def _draw_share(
         manifest.close()
 
 
-def metadata_of(record: ImageRecord, models: Models) -> dict[str, object]:
+def metadata_of(record: ImageRecord, models: InferenceModels) -> dict[str, object]:
     """What a PNG says about itself."""
     keys = ("prompt", "negative_prompt", "seed", "height", "width", "settings", "checkpoint", "step", "dtype")
     values = asdict(record)
@@ -194,7 +209,7 @@ def _print(text: str) -> None:
     print(text, flush=True)
 
 
-def _announce(say: Say, models: Models, requests: Sequence[PromptRequest], images: int, finished: int) -> None:
+def _announce(say: Say, models: InferenceModels, requests: Sequence[PromptRequest], images: int, finished: int) -> None:
     say(f"{models.checkpoint}, step {models.step}: {images} images of {len(requests)} prompts on {models.device}.")
     if finished:
         say(f"{finished} of them are there already and are not drawn again.")
@@ -228,3 +243,128 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 f"output_dir={folder} cannot be written ({error.strerror}: {error.filename}); choose a folder that can be."
             ) from None
         raise
+
+
+def record_of(job: Job, models: InferenceModels) -> ImageRecord:
+    """The record of an image before it is drawn."""
+    return ImageRecord(
+        name=job.name,
+        prompt=job.prompt,
+        negative_prompt=job.negative_prompt,
+        seed=job.seed,
+        height=job.height,
+        width=job.width,
+        settings=asdict(job.settings),
+        checkpoint=models.checkpoint,
+        step=models.step,
+        dtype=str(models.dtype).removeprefix("torch."),
+    )
+
+
+REPEAT_SECONDS = 2.0  # launchers pass Ctrl-C on to processes that the terminal has told already
+
+
+class Stopped(Exception):
+    """A signal asked the process to stop."""
+
+
+@dataclass
+class StopSignal:
+    """Whether SIGINT or SIGTERM came."""
+
+    came_at: float | None = None
+
+    def check(self) -> None:
+        """Raise Stopped once a signal has come."""
+        if self.came_at is not None:
+            raise Stopped
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.came_at is not None and number == signal.SIGINT and now - self.came_at > REPEAT_SECONDS:
+            raise KeyboardInterrupt
+        self.came_at = self.came_at or now
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopSignal]:
+    """Note SIGINT and SIGTERM instead of dying of them; a second Ctrl-C after two seconds does kill."""
+    stop = StopSignal()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun or accelerate started; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def count() -> int:
+        """How many processes the launcher started."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    def agree(self, status: int) -> int:
+        """Wait for all processes and return the largest of their statuses."""
+        if self.size == 1:
+            return status
+        largest = torch.tensor([status])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest.item())
+
+    def tell(self, error: UserError | OSError) -> None:
+        """Print what stopped this process, where there are others: they may work for hours, and once the first has left
+        the launcher ends the rest before they have spoken."""
+        if self.size > 1:
+            print(f"error: process {self.rank}: {error}", file=sys.stderr, flush=True)
+            if isinstance(error, UserError):
+                error.told = True
+
+    def device(self) -> str | None:
+        """The accelerator of this process, or None where there is nothing to divide."""
+        if self.size == 1 or not torch.cuda.is_available():
+            return None
+        local = int(os.environ.get("LOCAL_RANK", self.rank))
+        return f"cuda:{local % torch.cuda.device_count()}"
+
+    def set_threads(self, threads: int | None) -> None:
+        """CPU threads: as asked, else all cores shared by the machine's processes, where a launcher set only one."""
+        launched = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+        if threads is None and launched:
+            threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        if threads is not None:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def joined_processes() -> Iterator[Processes]:
+    """Meet the other processes of the launcher, if any.
+
+    Raises:
+        UserError: where RANK and WORLD_SIZE are set, but not what torch needs to find the others.
+    """
+    size = Processes.count()
+    if size == 1:
+        yield Processes()
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={size} asks for several processes, but {', '.join(missing)} is not set; start them with torchrun "
+            "or accelerate launch, or unset WORLD_SIZE."
+        )
+    # The only meeting is at the end, and the slowest process may be hours behind.
+    dist.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

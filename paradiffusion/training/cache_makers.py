@@ -20,7 +20,7 @@ from paradiffusion.data.loader import scale_pixels
 from paradiffusion.data.shards import RemotePath, SampleIndex, Span, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
-from paradiffusion.sampling.processes import StopSignal
+from paradiffusion.sampling.run import StopSignal
 from paradiffusion.text.encoder import TextEncoder
 
 T = TypeVar("T")

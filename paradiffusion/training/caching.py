@@ -25,7 +25,7 @@ from paradiffusion.data.cache_files import DTYPES, EntryFile, EntryWriter, is_wh
 from paradiffusion.data.shards import SampleIndex
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
-from paradiffusion.sampling.processes import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
+from paradiffusion.sampling.run import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
 from paradiffusion.text.encoder import load_text_encoder
 from paradiffusion.training.cache_keys import CALLED, LORA_TEXT, latent_key, refuse_streaming, text_key
 from paradiffusion.training.cache_makers import LatentMaker, Reading, TextMaker

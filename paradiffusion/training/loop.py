@@ -24,7 +24,7 @@ from paradiffusion.data.loader import Batch, Loader
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import LossBatch
 from paradiffusion.randomness import permutation, seed_from, uniform
-from paradiffusion.sampling.processes import REPEAT_SECONDS
+from paradiffusion.sampling.run import REPEAT_SECONDS
 from paradiffusion.training.cached_inputs import latent_shape, latents_of, on_device, stored_text
 from paradiffusion.training.checkpoint import prune, save_checkpoint
 from paradiffusion.training.folder import locked, stage_folder

@@ -16,8 +16,8 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
-from paradiffusion.models.inference import choose_device, load_models
 from paradiffusion.models.joint import JointModel
+from paradiffusion.sampling.pipeline import choose_device, load_models
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.assembly import build_models
 from paradiffusion.training.checkpoint import STATE, TrainState

@@ -25,8 +25,8 @@ from paradiffusion.data.sources import describe_plan, make_plan, open_index, ope
 from paradiffusion.data.streaming import NOT_RESUMABLE, open_stream
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
-from paradiffusion.models.inference import InferenceModels
 from paradiffusion.models.joint import JointModel
+from paradiffusion.sampling.pipeline import InferenceModels
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.assembly import build_models
 from paradiffusion.training.cache_keys import check_cache, describe_cache, open_cache, spares_models

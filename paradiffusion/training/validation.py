@@ -16,11 +16,10 @@ from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode
 from paradiffusion.data.shards import SampleIndex, read_sample
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
-from paradiffusion.models.inference import InferenceModels
 from paradiffusion.models.joint import JointModel, LossBatch
 from paradiffusion.randomness import seed_from
 from paradiffusion.sampling.gallery import contact_sheet
-from paradiffusion.sampling.pipeline import Job, generate
+from paradiffusion.sampling.pipeline import InferenceModels, Job, generate
 from paradiffusion.text.encoder import TextEncoder
 
 # Validation draws and scores the same things whatever the run's seed is, so that runs can be compared.

@@ -20,12 +20,17 @@ from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.source import Place, file_stem, image_name, size_for
 from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.models.inference import InferenceModels, load_models
-from paradiffusion.sampling.manifest import is_whole, read_manifests
-from paradiffusion.sampling.pipeline import Job, Models, generate, make_jobs, sampler_settings
-from paradiffusion.sampling.processes import Stopped
+from paradiffusion.sampling.gallery import is_whole, read_manifests
+from paradiffusion.sampling.pipeline import (
+    InferenceModels,
+    Job,
+    generate,
+    load_models,
+    make_jobs,
+    sampler_settings,
+)
 from paradiffusion.sampling.prompts import PromptRequest
-from paradiffusion.sampling.run import disk_errors, draw_all
+from paradiffusion.sampling.run import Stopped, disk_errors, draw_all
 from paradiffusion.text.sources import hash_ends
 
 DRAWN = "drawn.json"
@@ -177,7 +182,9 @@ class CheckpointPainter:
         return [drawn[job.name] for job in jobs]
 
 
-def requests_of(suite: Suite, config: SampleConfig, models: Models) -> tuple[list[PromptRequest], dict[str, str]]:
+def requests_of(
+    suite: Suite, config: SampleConfig, models: InferenceModels
+) -> tuple[list[PromptRequest], dict[str, str]]:
     """The suite's prompts as the sampler takes them, and by id why others cannot be drawn.
 
     Raises:
@@ -201,7 +208,7 @@ def requests_of(suite: Suite, config: SampleConfig, models: Models) -> tuple[lis
 
 
 def _size(
-    suite: Suite, height: int | None, width: int | None, config: SampleConfig, models: Models
+    suite: Suite, height: int | None, width: int | None, config: SampleConfig, models: InferenceModels
 ) -> tuple[int | None, int | None]:
     """Height and width of a picture; what the command line says goes before what the suite says."""
     own = size_for(suite, height, width, models.resolution, models.multiple)

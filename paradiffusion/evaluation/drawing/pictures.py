@@ -20,7 +20,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.source import Place, file_stem, first_does, image_name
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.sampling.manifest import NAME, read_manifests
+from paradiffusion.sampling.gallery import NAME, read_manifests
 from paradiffusion.sampling.run import disk_errors
 
 KINDS: Final = (".png", ".jpg", ".jpeg", ".webp")

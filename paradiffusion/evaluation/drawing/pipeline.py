@@ -20,11 +20,16 @@ from paradiffusion.evaluation.drawing.source import ANOTHER, Place, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.models.inference import choose_device
-from paradiffusion.sampling.gallery import save_png
-from paradiffusion.sampling.manifest import ImageRecord, Manifest, finished_names, merge_manifests, read_manifests
-from paradiffusion.sampling.processes import Stopped
-from paradiffusion.sampling.run import disk_errors
+from paradiffusion.sampling.gallery import (
+    ImageRecord,
+    Manifest,
+    finished_names,
+    merge_manifests,
+    read_manifests,
+    save_png,
+)
+from paradiffusion.sampling.pipeline import choose_device
+from paradiffusion.sampling.run import Stopped, disk_errors
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import hash_ends
 

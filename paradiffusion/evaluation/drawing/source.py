@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, Painter
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.sampling.processes import Processes, Stopped, StopSignal
+from paradiffusion.sampling.run import Processes, Stopped, StopSignal
 
 SCENE_BASE = 64  # pixels: the resolution that the sizes of the built-in scenes are for
 ANOTHER = "another process could not go on; its own message says why, and the same command continues."

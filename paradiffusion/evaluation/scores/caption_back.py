@@ -19,7 +19,7 @@ from paradiffusion.evaluation.scores.vlm_answers import CAPTIONERS, Ask, Asker
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
 from paradiffusion.judges.choose import VlmOptions
 from paradiffusion.judges.text_embedding import EmbeddingOptions, TextEmbedder
-from paradiffusion.sampling.processes import Processes
+from paradiffusion.sampling.run import Processes
 from paradiffusion.text.sources import fingerprint
 
 TOKENS: Final = 768

@@ -22,7 +22,7 @@ from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Run
 from paradiffusion.judges.choose import VlmOptions, open_engine, settings_of
 from paradiffusion.judges.engine import Answer, Decoding, Engine, Question, fit
-from paradiffusion.sampling.processes import Processes
+from paradiffusion.sampling.run import Processes
 from paradiffusion.text.sources import fingerprint
 
 CAPTIONERS: Final = Path(__file__).resolve().parents[3] / "configs" / "captioners.yaml"
