@@ -63,43 +63,17 @@ def main(arguments: list[str]) -> int:
     options = compose_options(ExportOptions, arguments)
     options.check()
     output = Path(str(options.output)).expanduser()
-    export(options, output)
+    from paradiffusion.checkpoints.export import check_absent, export_official, export_ours, export_pipeline
+    from paradiffusion.checkpoints.layouts import find_checkpoint
+
+    check_absent(output)
+    checkpoint = find_checkpoint(str(options.ckpt), unet=options.unet)
+    checkpoint.place(options.text_encoder.path, options.codec.path)
+    write = {"official": export_official, "pipeline": export_pipeline, "ours": export_ours}[str(options.to)]
+    write(checkpoint, output, options.dtype, options.frozen or ("link" if options.to == "ours" else "copy"))
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 2**20:.1f} MiB in the layout {options.to}")
     return 0
-
-
-def export(options: ExportOptions, output: Path) -> None:
-    """Do what ``options`` ask for."""
-    from paradiffusion.checkpoints.export import check_absent, export_official, export_ours, gather
-    from paradiffusion.checkpoints.layouts import place_frozen_models
-    from paradiffusion.checkpoints.manifest import resolve_checkpoint
-    from paradiffusion.checkpoints.starting import is_our_pipeline
-
-    check_absent(output)
-    source = Path(str(options.ckpt)).expanduser()
-    from_pipeline = is_our_pipeline(source)
-    if options.to == "pipeline":
-        from paradiffusion.checkpoints.export import export_pipeline
-
-        if from_pipeline:
-            raise UserError(f"ckpt={source} is a pipeline already; copy the folder, or use to=ours or to=official.")
-        export_pipeline(
-            resolve_checkpoint(source), output, options.dtype, options.frozen or "copy", options.text_encoder.path,
-            options.codec.path, options.unet,
-        )  # fmt: skip
-        return
-    if from_pipeline:
-        from paradiffusion.checkpoints.export import gather_pipeline
-
-        weights = gather_pipeline(source)
-    else:
-        weights = gather(resolve_checkpoint(source), options.unet)
-    place_frozen_models(weights.description, source, options.text_encoder.path, options.codec.path)
-    if options.to == "official":
-        export_official(weights, output, options.dtype, options.frozen or "copy")
-    else:
-        export_ours(weights, output, options.dtype, options.frozen or "link")
 
 
 if __name__ == "__main__":

@@ -26,10 +26,14 @@ def main(arguments: list[str]) -> int:
         "--resolution", type=int, help="pixels at which it draws by default, of several that it was trained at"
     )
     options = parser.parse_args(arguments)
-    from paradiffusion.checkpoints.export import publish
-    from paradiffusion.checkpoints.manifest import resolve_checkpoint
+    from paradiffusion.checkpoints.export import export_ours
+    from paradiffusion.checkpoints.layouts import find_checkpoint
 
-    size = publish(resolve_checkpoint(options.ckpt), options.output, options.dtype, options.resolution)
+    checkpoint = find_checkpoint(options.ckpt)
+    if options.resolution is not None:
+        checkpoint.description["resolution"] = options.resolution
+    export_ours(checkpoint, options.output, options.dtype, frozen="none")
+    size = sum(path.stat().st_size for path in options.output.rglob("*") if path.is_file())
     print(f"{options.output}: {size / 2**20:.1f} MiB")
     return 0
 

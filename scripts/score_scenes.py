@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--world", default=None, help="data.world: small or large")
     parser.add_argument("--guidance", type=float, default=None, help="default: the nano preset's")
     options = parser.parse_args(arguments)
-    from paradiffusion.checkpoints.manifest import resolve_checkpoint
+    from paradiffusion.checkpoints.layouts import find_checkpoint
     from paradiffusion.compose import compose_train
     from paradiffusion.sampling.pipeline import load_models
     from paradiffusion.scenes.alignment import SceneScorer, alignment_table
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
             f"--scenes {options.scenes} is out of range; expected 1 to {most}, the size of the held-out set."
         )
     config.sampler.guidance = config.sampler.guidance if options.guidance is None else options.guidance
-    models = load_models(resolve_checkpoint(options.ckpt))
+    models = load_models(find_checkpoint(options.ckpt))
     make_wanted(config.data)
     _, held_out = open_data(config)
     validation = Validation(held_out, config, 0, 1, gather=lambda items: items, scorer=SceneScorer())

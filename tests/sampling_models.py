@@ -37,7 +37,7 @@ def tiny_unet() -> UNet2DConditionModel:
 
 @dataclass
 class TinyModels:
-    """Implements paradiffusion.sampling.pipeline.Models; 4 pixels a latent."""
+    """Stands in for InferenceModels; 4 pixels a latent."""
 
     prediction: str = "v_prediction"
     mask_padding: bool = True

@@ -21,9 +21,8 @@ from PIL import Image
 from test_export import MODERN, latents, same
 from test_tokenizer import write_llama_tokenizer
 
-from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline, gather_pipeline
-from paradiffusion.checkpoints.layouts import read_weights
-from paradiffusion.checkpoints.manifest import resolve_checkpoint
+from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline
+from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
 from paradiffusion.compose import compose_sample
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
@@ -60,7 +59,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, codec_folder: Path) ->
 def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pipelines")
     for name, checkpoint in checkpoints.items():
-        export_pipeline(checkpoint, folder / name)
+        export_pipeline(open_layout(checkpoint), folder / name)
     return {name: folder / name for name in checkpoints}
 
 
@@ -87,11 +86,10 @@ def test_a_fresh_process_draws_what_sample_py_draws(
 
 @pytest.mark.parametrize("name", ["modern", "official"])
 def test_back_to_checkpoints(checkpoints: dict[str, Path], folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="is a diffusers pipeline.*to=ours"):
-        resolve_checkpoint(folders[name])
-    weights = gather_pipeline(folders[name])
+    weights = find_checkpoint(folders[name])
+    assert torch.equal(latents(folders[name]), latents(checkpoints[name]))
     export_ours(weights, tmp_path / "ours")
-    assert same(read_weights(tmp_path / "ours"), read_weights(checkpoints[name]))
+    assert same(open_layout(tmp_path / "ours").weights(), open_layout(checkpoints[name]).weights())
     assert torch.equal(latents(tmp_path / "ours"), latents(checkpoints[name]))
     if name == "official":
         export_official(weights, tmp_path / "official", frozen="link")
@@ -108,11 +106,14 @@ def test_saving_changes_nothing_and_links_stay_links(
     assert np.array_equal(again(PROMPT, generator=seeded(), output_type="np").images, before)
     assert str(tmp_path) not in (tmp_path / "again" / "model_index.json").read_text()
 
-    export_pipeline(checkpoints["modern"], tmp_path / "linked", frozen="link")
+    export_pipeline(open_layout(checkpoints["modern"]), tmp_path / "linked", frozen="link")
     assert (tmp_path / "linked" / "text_encoder").is_symlink() and (tmp_path / "linked" / "vae").is_symlink()
     linked = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "linked"))
     assert np.array_equal(linked(PROMPT, generator=seeded(), output_type="np").images, before)
-    export_pipeline(checkpoints["modern"], tmp_path / "bare", frozen="none")
+    export_pipeline(open_layout(checkpoints["modern"]), tmp_path / "bare", frozen="none")
+    index = json.loads((tmp_path / "bare" / "model_index.json").read_text())
+    index["refiner"][0] = "paradiffusion.sampling.pipeline_components"  # as exported before November 2026
+    (tmp_path / "bare" / "model_index.json").write_text(json.dumps(index))
     parts = {"text_encoder": again.text_encoder, "vae": again.vae}
     again._encoder.model = again._encoder.model.unload()
     bare = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "bare"), **parts)

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from official_models import as_bin, make_official
 
-from paradiffusion.checkpoints.layouts import read_description, read_weights
+from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.tensors import convert_bins, find_tensors, read_tensors
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
@@ -122,7 +122,7 @@ def test_a_hub_that_fails(download: ModuleType, monkeypatch: pytest.MonkeyPatch,
 
 def test_old_files_become_safetensors(download: ModuleType, tmp_path: Path, codec_folder: Path) -> None:
     folder = make_official(tmp_path / "w", codec_folder, {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
-    before, codec = read_weights(folder), read_description(folder)["codec"]
+    before, codec = open_layout(folder).weights(), open_layout(folder).description["codec"]
     as_bin(folder / "unet", "diffusion_pytorch_model")
     as_bin(folder / "text_encoder_lora", "adapter_model")
     as_bin(folder / "Llama-2-7b-hf", "model", "pytorch_model")
@@ -130,7 +130,7 @@ def test_old_files_become_safetensors(download: ModuleType, tmp_path: Path, code
     assert download.main([f"convert={folder}"]) == 0
     for path in folder.rglob("*.bin"):
         path.unlink()
-    after = read_weights(folder)
+    after = open_layout(folder).weights()
     assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert (folder / "Llama-2-7b-hf" / "model.safetensors").is_file() and codec["path"] is not None
     from paradiffusion.config import CodecConfig

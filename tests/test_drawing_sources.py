@@ -306,13 +306,14 @@ def test_what_is_no_pipeline(pipeline: Path, prompts: Path) -> None:
 def test_our_own_pipeline_and_the_painters(codec_folder: Path, prompts: Path) -> None:
     """An exported pipeline is drawn through its class; both painters draw the suite's very pictures again."""
     from paradiffusion.checkpoints.export import export_pipeline
+    from paradiffusion.checkpoints.layouts import open_layout
     from paradiffusion.evaluation.drawing.checkpoint import CheckpointSource
     from paradiffusion.evaluation.drawing.pipeline import PipelineSource
     from paradiffusion.evaluation.options import EvaluateOptions
     from paradiffusion.evaluation.records import Request
 
     checkpoint = make_ours(Path("ours"), codec_folder, **MODERN)
-    export_pipeline(checkpoint, Path("exported"))
+    export_pipeline(open_layout(checkpoint), Path("exported"))
     suite = ("suite=scenes", "count=2", "scores=[]")
     assert evaluate_here(f"pipeline={Path('exported')}", *suite, "output_dir=a", "steps=3", "guidance=4") == 0
     assert evaluate_here(f"ckpt={checkpoint}", *suite, "output_dir=b") == 0

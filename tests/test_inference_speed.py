@@ -12,9 +12,11 @@ from official_models import make_official, make_ours
 from test_export import MODERN
 from test_official import draw
 
+from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.compose import compose_sample
+from paradiffusion.config import SampleConfig
 from paradiffusion.errors import UserError
-from paradiffusion.sampling import pipeline as inference
+from paradiffusion.sampling import pipeline
 from paradiffusion.sampling.pipeline import InferenceModels, load_models
 
 PROMPTS = ["a red circle", "a blue square at the left of a dog", "", "a red circle", "a"]
@@ -37,20 +39,20 @@ class Counted:
 
 
 def test_repeated_prompts_and_the_null_prompt_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = load_models(folder, device="cpu")
+    models = load_models(open_layout(folder), device="cpu")
     counted = Counted(models)
     first = models.encode(PROMPTS)
     assert counted.rows == 4  # three prompts and the null prompt
     again = models.encode(PROMPTS)
     assert counted.rows == 4 and torch.equal(first.features, again.features)
-    alone = load_models(folder, device="cpu").encode([PROMPTS[1]])
+    alone = load_models(open_layout(folder), device="cpu").encode([PROMPTS[1]])
     length = alone.features.shape[1]
     assert torch.equal(alone.features[0], again.features[1, :length]) and torch.equal(
         alone.mask[0], again.mask[1, :length]
     )
     assert torch.equal(again.null_features, alone.null_features) and len(again.null_features) == 1
 
-    monkeypatch.setattr(inference, "KEPT_PROMPTS", 2)
+    monkeypatch.setattr(pipeline, "KEPT_PROMPTS", 2)
     many = [f"{number} dogs" for number in range(5)]
     assert torch.equal(models.encode([*many, PROMPTS[1]]).features[5, :length], alone.features[0])
     assert set(models.kept) == {"", *many, PROMPTS[1]}
@@ -65,9 +67,9 @@ def test_offloading_encodes_ahead_and_changes_nothing(
     cases = [{"prompt": f"{number} dogs", "steps": 2, "negative_prompt": "cats"} for number in range(5)]
     plain = draw(folder, cases, tmp_path / "a", "batch_size=2")
     moved: list[str] = []
-    move = inference.TextEncoder.to
+    move = pipeline.TextEncoder.to
     monkeypatch.setattr(
-        inference.TextEncoder, "to", lambda self, device: (moved.append(str(device)), move(self, device))[1]
+        pipeline.TextEncoder, "to", lambda self, device: (moved.append(str(device)), move(self, device))[1]
     )
     offloaded = draw(folder, cases, tmp_path / "b", "batch_size=2", "offload_text_encoder=true")
     assert moved == ["cpu", "cpu", "cpu"]  # from the disk, to the device (here the CPU too), and off it for good
@@ -85,12 +87,11 @@ def test_switches_change_rounding_only(folder: Path, tmp_path: Path, switch: str
 
 
 def test_compile_asks_for_a_compiled_unet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    models = load_models(folder, device="cpu")
     asked: list[bool] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: asked.append(True))
-    models.tune()
+    load_models(open_layout(folder), device="cpu")
     assert not asked
-    models.tune(compile_unet=True)
+    load_models(open_layout(folder), SampleConfig(compile=True), device="cpu")
     assert asked == [True]
 
 
@@ -100,7 +101,7 @@ def official(tmp_path: Path, codec_folder: Path) -> Path:
 
 
 def test_every_attention_is_fused(official: Path) -> None:
-    unet = load_models(official, device="cpu").joint.unet
+    unet = load_models(open_layout(official), device="cpu").joint.unet
     kinds = {type(processor).__name__ for processor in unet.attn_processors.values()}
     assert kinds == {"AttnAddedKVProcessor2_0"}
 

@@ -14,8 +14,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_unet import TINY_UNET
 
-from paradiffusion.checkpoints.layouts import describe, read_description, save_weights
-from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, TextEncoderConfig, TrainConfig, UNetConfig
+from paradiffusion.checkpoints.layouts import describe, open_layout, save_weights
+from paradiffusion.config import (
+    CodecConfig,
+    ConditioningConfig,
+    FrozenConfig,
+    LoraConfig,
+    SampleConfig,
+    TextEncoderConfig,
+    TrainConfig,
+    UNetConfig,
+)  # fmt: skip
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
 from paradiffusion.models.joint import JointModel, build_joint
@@ -81,7 +90,7 @@ def predict(joint: JointModel, encoder: TextEncoder) -> torch.Tensor:
 def test_round_trip_is_bit_identical(make: Callable[..., Made], arm: str, lora: bool) -> None:
     folder, joint, encoder = make(arm, lora)
     expected = predict(joint, encoder)
-    models = load_models(folder, device="cpu")
+    models = load_models(open_layout(folder), device="cpu")
     assert torch.equal(predict(models.joint, models.text_encoder), expected)
     assert models.text_encoder.settings == ARMS[arm] and models.step == 5 and models.multiple == 8
     assert not any(p.requires_grad for p in [*models.joint.parameters(), *models.text_encoder.parameters()])
@@ -134,23 +143,23 @@ def test_files_written_twice_are_equal_and_say_one_thing(make: Callable[..., Mad
 @pytest.mark.parametrize("part", ["text_encoder", "codec"])
 def test_another_frozen_model_is_refused(make: Callable[..., Made], part: str) -> None:
     folder = make("paper", False)[0]
-    description = read_description(folder)
+    description = open_layout(folder).description
     description[part]["hash"] = "0123456789abcdef"
     (folder / "checkpoint.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match=f"trained with 0123456789abcdef.*{part}.path=<folder>"):
-        load_models(folder, device="cpu")
+        load_models(open_layout(folder), device="cpu")
 
 
 def test_a_moved_codec_is_found_by_its_new_path(make: Callable[..., Made], codec_folder: Path, tmp_path: Path) -> None:
     folder, joint, encoder = make("paper", False)
-    description = read_description(folder)
+    description = open_layout(folder).description
     description["codec"]["path"] = "/no/longer/here"
     (folder / "checkpoint.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="/no/longer/here"):
-        load_models(folder, device="cpu")
+        load_models(open_layout(folder), device="cpu")
     moved = tmp_path / "moved"
     shutil.copytree(codec_folder, moved)
-    models = load_models(folder, device="cpu", codec_path=str(moved))
+    models = load_models(open_layout(folder), SampleConfig(codec=FrozenConfig(path=str(moved))), device="cpu")
     assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
 
 
@@ -161,18 +170,18 @@ def test_damaged_checkpoints_are_refused(make: Callable[..., Made]) -> None:
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(UserError, match=f"{path.name} could not be read"):
-            load_models(folder, device="cpu")
+            load_models(open_layout(folder), device="cpu")
         path.unlink()
         with pytest.raises(UserError, match=r"lacks .* of the model's tensors"):
-            load_models(folder, device="cpu")
+            load_models(open_layout(folder), device="cpu")
         path.write_bytes(whole)
-    load_models(folder, device="cpu")
+    load_models(open_layout(folder), device="cpu")
     wrong = {**dict(joint.trained()), "unet.conv_in.bias": torch.zeros(3)}
-    save_weights(folder, joint, wrong, read_description(folder))
+    save_weights(folder, joint, wrong, open_layout(folder).description)
     with pytest.raises(UserError, match=r"unet\.conv_in\.bias of shape \(3,\) does not fit"):
-        load_models(folder, device="cpu")
+        load_models(open_layout(folder), device="cpu")
     with pytest.raises(UserError, match="device=gpu is unknown"):
-        load_models(folder, device="gpu")
+        load_models(open_layout(folder), device="gpu")
 
 
 def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
@@ -186,22 +195,22 @@ def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
-            load_models(folder, device="cpu")
+            load_models(open_layout(folder), device="cpu")
     unet = folder / "unet" / "config.json"
     config = unet.read_text()
     unet.write_text(json.dumps({**json.loads(config), "class_embed_type": "simple_projection"}))
     path.write_text(json.dumps(good))
     with pytest.raises(UserError, match=r"which this version no longer has; train it anew .*data/nano"):
-        load_models(folder, device="cpu")
+        load_models(open_layout(folder), device="cpu")
     unet.write_text(config)
     good["conditioning"]["a_key_of_the_future"] = 1
     path.write_text(json.dumps(good))
-    assert load_models(folder, device="cpu").text_encoder.settings == replace(ARMS["paper"])
+    assert load_models(open_layout(folder), device="cpu").text_encoder.settings == replace(ARMS["paper"])
 
 
 def test_a_checkpoint_from_before_a_key_is_one_with_its_default(make: Callable[..., Made], codec_folder: Path) -> None:
     folder = make("paper", False)[0]
-    description = read_description(folder)
+    description = open_layout(folder).description
     for key in ("layout_patch", "layout_layers", "layout_reads"):
         del description["conditioning"][key]
     config = TrainConfig(
@@ -213,7 +222,7 @@ def test_a_checkpoint_from_before_a_key_is_one_with_its_default(make: Callable[.
 
 
 def test_the_description_says_what_made_it(make: Callable[..., Made]) -> None:
-    description = read_description(make("modern", True)[0])
+    description = open_layout(make("modern", True)[0]).description
     assert description["lora"]["rank"] == 2 and description["coordinates"] == 2
     assert len(description["text_encoder"]["hash"]) == len(description["codec"]["hash"]) == 16
     assert description["conditioning"]["layer_tap"] == "mean" and description["conditioning"]["max_tokens"] == 32

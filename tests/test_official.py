@@ -16,8 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from paradiffusion.checkpoints.export import export_pipeline
-from paradiffusion.checkpoints.layouts import read_description, read_weights
-from paradiffusion.checkpoints.manifest import resolve_checkpoint
+from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
 from paradiffusion.compose import compose_sample
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
@@ -62,7 +61,7 @@ def test_parity_with_the_released_code(tmp_path: Path) -> None:
     cases = json.loads((PARITY / "cases.json").read_text())
     expected = np.load(PARITY / "reference.npz")
     images = draw(PARITY / "weights", cases, tmp_path)
-    models = load_models(resolve_checkpoint(PARITY / "weights"), device="cpu")
+    models = load_models(find_checkpoint(PARITY / "weights"), device="cpu")
     for number, (case, image) in enumerate(zip(cases, images, strict=True)):
         assert np.abs(image - expected[f"image_{number}"][0]).max() < 0.002
         assert np.array_equal(models.text_encoder.tokenize([case["prompt"]]).ids.numpy(), expected[f"ids_{number}"])
@@ -126,7 +125,9 @@ def test_an_autoencoder_elsewhere_has_its_own_scaling_factor(
     shutil.copytree(other, folder / "sdxl-vae-fp16-fix")
     assert np.abs(image - reference(folder, **CASE).numpy()).max() < ROUNDING
     shutil.copytree(codec_folder, folder / "sdxl-vae-fp16-fix", dirs_exist_ok=True)
-    export_pipeline(folder, tmp_path / "pipe", frozen="link", codec_path=str(other))
+    layout = find_checkpoint(folder)
+    layout.place(None, str(other))
+    export_pipeline(layout, tmp_path / "pipe", frozen="link")
     pipe = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "pipe"))
     settings = {"num_inference_steps": CASE["steps"], "guidance_scale": CASE["guidance"]}
     sizes = {key: CASE[key] for key in ("height", "width")}
@@ -227,7 +228,7 @@ def test_sizes_that_only_the_codec_limits(make: Callable[..., Path], tmp_path: P
 
 
 def test_what_the_folder_is_described_as(make: Callable[..., Path]) -> None:
-    description = read_description(resolve_checkpoint(make()))
+    description = find_checkpoint(make()).description
     assert description["lora"] == {"rank": 3, "alpha": 6, "target_modules": ["o_proj", "q_proj", "up_proj"]}
     assert (description["sampler"]["steps"], description["sampler"]["guidance"], description["resolution"]) == (
         100,
@@ -241,27 +242,28 @@ def test_what_the_folder_is_described_as(make: Callable[..., Path]) -> None:
 
 def test_damaged_folders_are_refused(make: Callable[..., Path], tmp_path: Path) -> None:
     folder = make()
+    describe = lambda: open_layout(folder).description  # noqa: E731
     config = folder / "text_encoder_lora" / "adapter_config.json"
     whole = config.read_text()
     for change, words in (({"bias": "all"}, "bias=all"), ({"peft_type": "IA3"}, "peft_type=IA3")):
         config.write_text(json.dumps({**json.loads(whole), **change}))
         with pytest.raises(UserError, match=words):
-            read_description(folder)
+            describe()
     config.write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json could not be read"):
-        read_description(folder)
+        describe()
     config.write_text(whole)
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     save_file({name: tensor for name, tensor in tensors.items() if name != "conv_in.bias"}, path)
     with pytest.raises(UserError, match=r"lacks 1 of the model's tensors, unet\.conv_in\.bias"):
-        load_models(folder, device="cpu")
+        load_models(open_layout(folder), device="cpu")
     path.unlink()
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"conv_in.bias": "../../secret.safetensors"}})
     )
     with pytest.raises(UserError, match=r"secret\.safetensors"):
-        read_weights(folder)
+        open_layout(folder).weights()
 
 
 def test_a_pickle_that_runs_code_is_not_run(make: Callable[..., Path], tmp_path: Path) -> None:
@@ -275,5 +277,5 @@ def test_a_pickle_that_runs_code_is_not_run(make: Callable[..., Path], tmp_path:
     (folder / "text_encoder_lora" / "adapter_model.safetensors").unlink()
     torch.save({"a": Trap()}, folder / "text_encoder_lora" / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model\.bin could not be read"):
-        read_weights(folder)
+        open_layout(folder).weights()
     assert not ran.exists()

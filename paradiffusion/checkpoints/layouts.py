@@ -1,15 +1,18 @@
-"""Read and write checkpoints: weights in diffusers and PEFT layouts, everything else as JSON beside them.
+"""Checkpoint layouts: ours, the published weights', a ParaDiffusionPipeline's, and a diffusers U-Net alone.
 
-A checkpoint folder describes itself: ``checkpoint.json`` records text encoder and codec by id, revision and hash, the
-whole conditioning, the objective and the sampler's defaults. ``unet/``, ``refiner/`` and ``text_encoder_lora/`` hold the
-EMA weights; where a U-Net was trained through LoRA, ``unet/`` holds its frozen base and ``unet_lora/`` the adapter. A
-folder of the published weights is read as if it were such a checkpoint (``checkpoints/official.py``).
+The layout of a folder is found once, by ``find_checkpoint`` or ``open_layout``. It is an object with the ``description`` (what
+``checkpoint.json`` says: text encoder and codec by id, revision and hash, the whole conditioning, objective, sampler defaults)
+and the ``weights`` by the joint module's names. In all layouts ``unet/`` and ``text_encoder_lora/`` hold the EMA weights under
+the names of diffusers and PEFT; ours has ``refiner/`` too and, where a U-Net was trained through LoRA, its adapter in ``unet_lora/``.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 from dataclasses import asdict, fields, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,15 +21,23 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
+from paradiffusion.checkpoints.manifest import find_fault, newest_valid
 from paradiffusion.checkpoints.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors, write_tensors
-from paradiffusion.config import CodecConfig, LoraConfig, ObjectiveConfig, TextEncoderConfig, TrainConfig
+from paradiffusion.config import (
+    CodecConfig,
+    ConditioningConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    SamplerConfig,
+    TextEncoderConfig,
+    TrainConfig,
+)
 from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_objective
 from paradiffusion.errors import UserError
-from paradiffusion.models import official
 from paradiffusion.models.codec import locate_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.text.encoder import TextEncoder, attach_lora
-from paradiffusion.text.sources import locate
+from paradiffusion.text.sources import fingerprint, hash_ends, locate
 
 FORMAT = "paradiffusion"
 FORMAT_VERSION = 1
@@ -34,7 +45,313 @@ FORMAT_VERSION = 1
 UNET, REFINER, LORA, UNET_LORA = "unet", "refiner", "text_encoder_lora", "unet_lora"
 # PEFT's own prefix: by it PEFT loads unet_lora/ by itself.
 PEFT_PREFIX = "base_model.model."
+# Of the published weights.
+SCHEDULER = "scheduler"
+LLM_FOLDERS = ("Llama-2-7b-hf", "text_encoder")
+VAE_FOLDERS = ("sdxl-vae-fp16-fix", "vae")
+SIDECAR = "paradiffusion.json"  # of an export of ours: what that layout itself has no place for
+DEFAULT_RESOLUTION = 512  # where the U-Net's config gives no sample_size
+# Keys of adapter_config.json that change what the adapter computes, beyond rank, alpha and a list of targets.
+ADAPTER_KEYS = (
+    "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+    "exclude_modules",
+)  # fmt: skip
+ADAPTER_REFUSED = ("modules_to_save", "layer_replication")
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "flow_prediction": "flow", "sample": "sample"}
 T = TypeVar("T")
+
+
+class Layout:
+    """A folder of weights. A subclass says how its layout is recognised and described.
+
+    Args:
+        unet: which U-Net, where a folder of the published weights holds several.
+    """
+
+    def __init__(self, folder: Path, unet: str = UNET) -> None:
+        self.folder, self.unet = folder, folder / unet
+
+    @property
+    def name(self) -> str:
+        """What images are recorded as drawn by."""
+        return str(self.folder if self.unet.name == UNET else self.unet)
+
+    @staticmethod
+    def fits(folder: Path) -> bool:
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What ``checkpoint.json`` says, or would say; empty for a U-Net alone.
+
+        Raises:
+            UserError: for a file that cannot be read, and for settings that cannot be honoured.
+        """
+        if self.unet.name not in (names := self.unets()):
+            raise UserError(
+                f"{self.folder} holds no U-Net called {self.unet.name}; choose one of unet={', '.join(names) or '(none found)'}."
+            )
+        return self.describe()
+
+    def unets(self) -> list[str]:
+        """Names of the subfolders that hold a U-Net, ``unet`` and its like."""
+        return [path.parent.name for path in sorted(self.folder.glob(f"{UNET}*/config.json"))]
+
+    @property
+    def unet_config(self) -> dict[str, Any]:
+        return read_json(self.unet / "config.json")
+
+    @property
+    def refiner_config(self) -> dict[str, Any] | None:
+        """The arguments of ``Refiner``; None where there is none."""
+        path = self.folder / REFINER / "config.json"
+        return {k: v for k, v in read_json(path).items() if not k.startswith("_")} if path.is_file() else None
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the text encoder's adapter: the published weights hold text_encoder_lora_1 beside unet_1."""
+        paired = self.folder / f"{LORA}{self.unet.name.removeprefix(UNET)}"
+        return paired if (paired / "adapter_config.json").is_file() else self.folder / LORA
+
+    def weights(self, merge: bool = True) -> dict[str, Tensor]:
+        """All weights by the joint module's names (adapters and refiner buffers included), fp32, on the CPU.
+
+        Args:
+            merge: add a U-Net's LoRA to its base; else the layers that have it are named as PEFT does, ``...base_layer.weight``.
+        """
+        state = {f"{UNET}.{name}": tensor.float() for name, tensor in read_tensors(self.unet, UNET_STEM).items()}
+        for stem in ("model", UNET_STEM):  # ours, and a pipeline's, whose names have the prefix already
+            for name, tensor in read_tensors(self.folder / REFINER, stem).items():
+                state[f"{REFINER}.{name.removeprefix(f'{REFINER}.')}"] = tensor.float()
+        for name, tensor in read_tensors(self.adapter, ADAPTER_STEM).items():
+            # An adapter of a model with its language head has one more "model." than one of the bare model, which we read.
+            bare = re.sub(r"^base_model\.model\.model\.(?=layers\.|embed_tokens\.)", PEFT_PREFIX, name)
+            state[joint_adapter_name(bare)] = tensor.float()
+        adapter = {
+            joint_adapter_name(name.removeprefix(PEFT_PREFIX)).replace(
+                "text_encoder.model.", f"{UNET}."
+            ): tensor.float()
+            for name, tensor in read_tensors(self.folder / UNET_LORA, ADAPTER_STEM).items()
+        }
+        adapted = {name.partition(".lora_")[0] for name in adapter}
+        state = {(under_lora(name) if name.rpartition(".")[0] in adapted else name): t for name, t in state.items()}
+        state |= adapter
+        return merge_unet_lora(state, self.description["unet_lora"]) if adapter and merge else state
+
+    def place(self, text_encoder_path: str | None, codec_path: str | None) -> None:
+        """Note in ``description`` where the frozen models lie on this machine. Raises UserError where there is no model."""
+        if text_encoder_path is not None:
+            locate(TextEncoderConfig(path=text_encoder_path))
+            self.description["text_encoder"]["path"] = text_encoder_path
+        if codec_path is not None:
+            locate_codec(CodecConfig(path=codec_path))
+            self.description["codec"]["path"] = codec_path
+
+
+class Ours(Layout):
+    """A checkpoint as training writes it, or its export."""
+
+    @staticmethod
+    def fits(folder: Path) -> bool:
+        return (folder / "checkpoint.json").is_file()
+
+    def describe(self) -> dict[str, Any]:
+        try:
+            description: dict[str, Any] = json.loads((self.folder / "checkpoint.json").read_text())
+            found = (description["format"], description["version"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.folder}/checkpoint.json could not be read ({error}); use another checkpoint."
+            ) from None
+        if found[0] != FORMAT or found[1] > FORMAT_VERSION:
+            raise UserError(
+                f"{self.folder}/checkpoint.json has the format {found[0]} {found[1]}, expected {FORMAT} up to {FORMAT_VERSION}; "
+                "update this repository."
+            )
+        if self.unet_config.get("class_embed_type") == "simple_projection":
+            raise UserError(
+                f"{self.folder} has a summary of the text in its time embedding, which this version no longer has; train it anew "
+                "(make demo), or use data/nano."
+            )
+        return description
+
+
+class Pipeline(Layout):
+    """An exported ParaDiffusionPipeline, which describes itself in ``model_index.json``."""
+
+    @staticmethod
+    def fits(folder: Path) -> bool:
+        path = folder / "model_index.json"
+        return path.is_file() and read_json(path).get("_class_name") == "ParaDiffusionPipeline"
+
+    def describe(self) -> dict[str, Any]:
+        description: dict[str, Any] = read_json(self.folder / "model_index.json")["description"]
+        # Saved anew, the frozen models have other bytes than those that the checkpoint was trained with.
+        for part, folder in (("text_encoder", self.folder / "text_encoder"), ("codec", self.folder / "vae")):
+            if (folder / "config.json").is_file():
+                found = (
+                    fingerprint(folder) if part == "text_encoder" else hash_ends(sorted(folder.glob("*.safetensors")))
+                )
+                description[part] |= {"path": str(folder.resolve()), "hash": found}
+        description["codec"]["subfolder"] = None
+        return description
+
+
+class UNetAlone(Layout):
+    """A UNet2DConditionModel in the diffusers layout, in ``folder`` or its ``unet/``: a point to start from."""
+
+    def __init__(self, folder: Path, unet: str = UNET) -> None:
+        super().__init__(folder, unet)
+        self.unet = next(found for found in (folder, folder / UNET) if is_unet(found))
+
+    @staticmethod
+    def fits(folder: Path) -> bool:
+        return is_unet(folder) or is_unet(folder / UNET)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        return {}
+
+    def weights(self, merge: bool = True) -> dict[str, Tensor]:
+        tensors = read_tensors(self.unet, UNET_STEM)
+        if not tensors:
+            raise UserError(
+                f"init_from={self.folder} holds no weights of a UNet2DConditionModel; expected {UNET_STEM}.safetensors (or its "
+                "shards, an fp16 variant or a .bin) beside config.json, in that folder or in its unet/."
+            )
+        return {f"{UNET}.{name}": tensor.float() for name, tensor in tensors.items()}
+
+
+class Official(Layout):
+    """The published weights: ``unet`` (or several, such as ``unet_384``), ``scheduler``, and where they are at hand
+    ``text_encoder_lora``, ``Llama-2-7b-hf`` and ``sdxl-vae-fp16-fix``.
+
+    The description is put together from the configuration files and from what the released inference code does: 256 tokens
+    padded to the maximum and padding attended to, DPM-Solver multistep with 100 steps, guidance 7.5. Frozen models have no
+    hash there, so any are accepted.
+    """
+
+    @staticmethod
+    def fits(folder: Path) -> bool:
+        others = (folder / "model_index.json").exists()
+        return (
+            not others and (folder / SCHEDULER / "scheduler_config.json").is_file() and bool(Official(folder).unets())
+        )
+
+    def unets(self) -> list[str]:
+        """Those with a text projection of their own: SDXL's and others' have none, and are points to start from."""
+        configs = {name: read_json(self.folder / name / "config.json") for name in super().unets()}
+        return [
+            name
+            for name, config in configs.items()
+            if config.get("encoder_hid_dim") and config.get("encoder_hid_dim_type") in (None, "text_proj")
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        adapter = describe_adapter(self.adapter)
+        codec = describe_codec(first_model(self.folder, VAE_FOLDERS))
+        settings = scheduler_settings(read_json(self.folder / SCHEDULER / "scheduler_config.json"))
+        base = Path(str(adapter.pop("base", None) or "")).name if adapter else ""
+        language_model = first_model(self.folder, (base, *LLM_FOLDERS) if base else LLM_FOLDERS)
+        encoder = TextEncoderConfig(
+            name="llama2_7b", hub="meta-llama/Llama-2-7b-hf", path=language_model and str(language_model)
+        )
+        size = self.unet_config.get("sample_size")
+        sides = size if isinstance(size, list) else [size]
+        resolution = max(sides) * codec["factor"] if all(isinstance(side, int) and side > 0 for side in sides) else None
+        description: dict[str, Any] = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "preset": "official",
+            "stage": 3,
+            "step": 0,
+            "seed": 0,
+            "resolution": resolution or DEFAULT_RESOLUTION,
+            "text_encoder": {**asdict(encoder), "hash": None},
+            "lora": adapter,
+            "conditioning": asdict(ConditioningConfig()),
+            "coordinates": 0,
+            "codec": codec,
+            "objective": asdict(describe_objective(settings)),
+            "scheduler": settings,
+            "sampler": asdict(SamplerConfig()),
+            "provenance": {"layout": "official", "unet": self.unet.name, "init_from": None},
+        }
+        if not (self.folder / SIDECAR).is_file():
+            return description
+        ours = read_json(self.folder / SIDECAR)
+        ours["lora"] = adapter and ours.get("lora", adapter)
+        for part in ("text_encoder", "codec"):
+            ours[part] = {**ours[part], "path": description[part]["path"], "hash": None}
+        return {**description, **ours}
+
+    def place(self, text_encoder_path: str | None, codec_path: str | None) -> None:
+        super().place(text_encoder_path, codec_path)
+        if codec_path is not None:  # it has a scaling factor of its own, which only its configuration tells
+            self.description["codec"] = {
+                **describe_codec(locate_codec(CodecConfig(path=codec_path))),
+                "path": codec_path,
+            }
+
+
+def layout_of(folder: Path, unet: str = UNET) -> Layout | None:
+    """The folder's layout; None where it is no checkpoint and holds no U-Net."""
+    kinds = (Ours, Pipeline, Official, UNetAlone)
+    return next((kind(folder, unet) for kind in kinds if kind.fits(folder)), None)
+
+
+def open_layout(folder: Path, unet: str = UNET) -> Layout:
+    """As ``layout_of``. Raises UserError where it is none."""
+    layout = layout_of(folder, unet)
+    if layout is None:
+        raise UserError(f"{folder} holds no checkpoint; use another one.")
+    return layout
+
+
+def find_checkpoint(path: str | Path, key: str = "ckpt", unet: str = UNET) -> Layout:
+    """The checkpoint that ``ckpt=`` means: a run, a stage, or a checkpoint or weights folder itself, in any layout.
+
+    Args:
+        key: under which the user gave it, for messages; init_from= takes a U-Net alone too.
+    Raises:
+        UserError: when there is none, or none that passes its manifest.
+    """
+    folder = Path(path).expanduser()
+    layout = layout_of(folder, unet)
+    if isinstance(layout, Ours) and (fault := find_fault(folder)) is not None:
+        raise UserError(f"the checkpoint {folder} is damaged: {fault}; use another checkpoint, or copy it again.")
+    if layout is not None and (key == "init_from" or not isinstance(layout, UNetAlone)):
+        return layout
+    stages = sorted(folder.glob("stage[0-9]"), reverse=True) if not (folder / "checkpoints").is_dir() else [folder]
+    faults: list[str] = []
+    for stage in stages:
+        found, passed_over = newest_valid(stage)
+        faults += passed_over
+        for sentence in passed_over:
+            print(f"warning: {sentence}")
+        if found is not None:
+            return Ours(found, unet)
+    if faults:
+        raise UserError(f"no whole checkpoint is left in {folder}: {faults[0]}")
+    raise UserError(
+        f"{key}={path} holds no checkpoint; expected a run (runs/NAME), a stage (runs/NAME/stage1), a checkpoint "
+        "(.../checkpoints/step_000060), a pipeline of ours or a weights folder (ours, or in the official layout: unet, scheduler, ...)"
+        f"{', or a diffusers folder with a UNet2DConditionModel' if key == 'init_from' else ''}."
+    )
+
+
+def is_unet(folder: Path) -> bool:
+    """Whether a UNet2DConditionModel lies in ``folder`` itself."""
+    path = folder / "config.json"
+    return path.is_file() and read_json(path).get("_class_name") == "UNet2DConditionModel"
+
+
+def is_unet_folder(folder: Path) -> bool:
+    """Whether all that a folder holds is a U-Net to start from."""
+    return isinstance(layout_of(folder), UNetAlone)
 
 
 def describe(
@@ -108,70 +425,21 @@ def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]], description: 
         write_tensors(folder / REFINER / "model.safetensors", parts[REFINER])
     for part, key in ((LORA, "lora"), (UNET_LORA, "unet_lora")):
         if parts[part]:
-            write_tensors(folder / part / f"{ADAPTER_STEM}.safetensors", parts[part])
-            write_adapter_config(folder / part, description[key])
+            write_adapter(folder / part, parts[part], description[key])
     (folder / "checkpoint.json").write_text(json.dumps(description, indent=1))
 
 
-def write_adapter_config(folder: Path, lora: dict[str, Any]) -> None:
-    """The adapter_config.json by which PEFT itself can load the adapter."""
+def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: dict[str, Any]) -> None:
+    """An adapter as PEFT itself can load it."""
     from peft import LoraConfig as PeftLoraConfig
 
+    write_tensors(folder / f"{ADAPTER_STEM}.safetensors", tensors)
     targets = {"target_modules": sorted(lora["target_modules"]), **lora.get("settings", {})}
     PeftLoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=0.0, **targets).save_pretrained(str(folder))
     # PEFT writes a set in the order of this process's string hashes.
     path = folder / "adapter_config.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "target_modules": targets["target_modules"]}, indent=1))
-
-
-def read_description(checkpoint: Path, unet: str = UNET) -> dict[str, Any]:
-    """``checkpoint.json``, checked for format and version; of a folder in the official layout, what it would say.
-
-    Args:
-        unet: which U-Net, where a folder in the official layout holds several.
-    Raises:
-        UserError: for a checkpoint that cannot be read, or has parts that this version no longer has.
-    """
-    if official.is_official(checkpoint):
-        return official.describe_official(checkpoint, unet)
-    official.choose_unet(checkpoint, unet)
-    try:
-        description = json.loads((checkpoint / "checkpoint.json").read_text())
-        found = (description["format"], description["version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint}/checkpoint.json could not be read ({error}); use another checkpoint.") from None
-    if found[0] != FORMAT or found[1] > FORMAT_VERSION:
-        raise UserError(
-            f"{checkpoint}/checkpoint.json has the format {found[0]} {found[1]}, expected {FORMAT} up to {FORMAT_VERSION}; "
-            "update this repository."
-        )
-    if official.read_json(checkpoint / UNET / "config.json").get("class_embed_type") == "simple_projection":
-        raise UserError(
-            f"{checkpoint} has a summary of the text in its time embedding, which this version no longer has; train it anew "
-            "(make demo), or use data/nano."
-        )
-    return description
-
-
-def place_frozen_models(
-    description: dict[str, Any], checkpoint: Path, text_encoder_path: str | None, codec_path: str | None
-) -> None:
-    """Note in ``description`` where the frozen models lie on this machine, if not where it says.
-
-    The autoencoder of a folder in the official layout has a scaling factor of its own, which only its configuration tells.
-
-    Raises:
-        UserError: where there is no model.
-    """
-    if text_encoder_path is not None:
-        locate(TextEncoderConfig(path=text_encoder_path))
-        description["text_encoder"]["path"] = text_encoder_path
-    if codec_path is not None:
-        folder = locate_codec(CodecConfig(path=codec_path))
-        if official.is_official(checkpoint):
-            description["codec"] = official.describe_codec(folder)
-        description["codec"]["path"] = codec_path
 
 
 def parse(cls: type[T], values: dict[str, Any]) -> T:
@@ -204,30 +472,10 @@ def objective_of(description: dict[str, Any]) -> Objective:
     return objective
 
 
-def read_weights(checkpoint: Path, unet: str = UNET) -> dict[str, Tensor]:
-    """All weights of a checkpoint by the joint module's names (adapters and refiner buffers included), fp32, on the CPU.
-
-    Under a U-Net's LoRA the layers that have it are named as PEFT names them, ``...base_layer.weight``.
-    """
-    if official.is_official(checkpoint):
-        return official.read_official(checkpoint, unet)
-    state = {
-        f"{part}.{name}": tensor.float()
-        for part, stem in ((UNET, UNET_STEM), (REFINER, "model"))
-        for name, tensor in read_tensors(checkpoint / part, stem).items()
-    }
-    for name, tensor in read_tensors(checkpoint / LORA, ADAPTER_STEM).items():
-        state[joint_adapter_name(name)] = tensor.float()
-    adapter = {
-        joint_adapter_name(name.removeprefix(PEFT_PREFIX)).replace("text_encoder.model.", f"{UNET}."): tensor.float()
-        for name, tensor in read_tensors(checkpoint / UNET_LORA, ADAPTER_STEM).items()
-    }
-    adapted = {name.partition(".lora_")[0] for name in adapter}
-    named = {}
-    for name, tensor in state.items():
-        module, _, kind = name.rpartition(".")
-        named[f"{module}.base_layer.{kind}" if module in adapted else name] = tensor
-    return {**named, **adapter}
+def under_lora(name: str) -> str:
+    """The name that a layer's tensor has beside a LoRA adapter."""
+    module, _, kind = name.rpartition(".")
+    return f"{module}.base_layer.{kind}"
 
 
 def merge_unet_lora(state: dict[str, Tensor], unet_lora: dict[str, Any] | None) -> dict[str, Tensor]:
@@ -261,10 +509,20 @@ def load_adapter(
     """Attach the adapter in ``state`` to a frozen text encoder, and freeze it too (stage 3, sampling).
 
     Args:
-        settings: what else PEFT must be told of a published adapter (``official.describe_adapter``).
+        settings: what else PEFT must be told of a published adapter (``describe_adapter``).
     """
     if settings:
-        official.attach_adapter(encoder, lora, settings)
+        from peft import LoraConfig as PeftLoraConfig
+        from peft import get_peft_model
+
+        arguments = {"target_modules": list(lora.target_modules), **settings}
+        try:
+            config = PeftLoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, **arguments)
+            encoder.model = get_peft_model(encoder.model, config)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{LORA}/adapter_config.json does not fit the text encoder ({error}); copy both again."
+            ) from None
     else:
         attach_lora(encoder, lora)
     adapter = {name.removeprefix("text_encoder."): t for name, t in state.items() if name.startswith("text_encoder.")}
@@ -295,3 +553,98 @@ def copy_tensors(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
                     "use the configuration that it was trained with."
                 )
             own[name].copy_(tensor)
+
+
+def describe_adapter(folder: Path) -> dict[str, Any] | None:
+    """Rank, alpha and targets of a PEFT adapter and its ``base`` model; ``settings`` holds what else PEFT must be told.
+
+    None where the folder has no adapter.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    config = read_json(folder / "adapter_config.json")
+    kind, bias = config.get("peft_type", "LORA"), config.get("bias", "none")
+    refused = [key for key in ADAPTER_REFUSED if config.get(key)]
+    if kind != "LORA" or bias != "none" or refused or "r" not in config:
+        found = refused[0] if refused else f"peft_type={kind}, bias={bias}"
+        raise UserError(f"{folder} is an adapter with {found}; expected a plain LoRA adapter (peft_type=LORA).")
+    targets = config.get("target_modules") or []
+    described = {
+        "rank": config["r"],
+        "alpha": config.get("lora_alpha", 8),
+        "target_modules": sorted(targets) if isinstance(targets, list) else [targets],
+        "base": config.get("base_model_name_or_path"),
+    }
+    settings = {key: config[key] for key in ADAPTER_KEYS if config.get(key)}
+    if isinstance(targets, str):  # a regular expression, which is not the same as a list of one name
+        settings["target_modules"] = targets
+    return {**described, "settings": settings} if settings else described
+
+
+def describe_codec(folder: Path | None) -> dict[str, Any]:
+    """CodecConfig as a dictionary for the autoencoder in ``folder``, or for SDXL's where that is None."""
+    config = CodecConfig(name="sdxl", hub="madebyollin/sdxl-vae-fp16-fix")
+    if folder is not None:
+        vae = read_json(folder / "config.json")
+        config.path = str(folder)
+        config.latent_channels = int(vae.get("latent_channels", 4))
+        config.factor = 2 ** (len(vae.get("block_out_channels", [64])) - 1)
+        config.scaling_factor = float(vae.get("scaling_factor") or 0.18215)  # diffusers' default
+    return {**asdict(config), "hash": None}
+
+
+def scheduler_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of DPMSolverMultistepScheduler from a ``scheduler_config.json``, whatever scheduler's it is.
+
+    The libraries that the weights were published with ended a trajectory at the schedule's lowest noise; later ones end
+    at zero, and write down that they do. A file that does not say is an old one. The released pipeline sets steps_offset to
+    1 whatever the file says.
+
+    Raises:
+        UserError: for settings that the solver does not take.
+    """
+    known = inspect.signature(DPMSolverMultistepScheduler.__init__).parameters
+    settings = {key: value for key, value in config.items() if key in known and value is not None}
+    settings.setdefault("final_sigmas_type", "sigma_min")
+    settings["steps_offset"] = 1
+    if settings.get("lambda_min_clipped") == float("-inf"):
+        del settings["lambda_min_clipped"]  # the default, which JSON cannot say
+    try:
+        DPMSolverMultistepScheduler(**settings)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f"scheduler/scheduler_config.json is not one for DPM-Solver multistep ({error}); expected that of the weights."
+        ) from None
+    return settings
+
+
+def describe_objective(settings: dict[str, Any]) -> ObjectiveConfig:
+    """The noise schedule and the prediction type that the solver's settings imply."""
+    scheduler: Any = DPMSolverMultistepScheduler(**settings)
+    config = scheduler.config
+    return ObjectiveConfig(
+        name="official",
+        prediction=PREDICTIONS[config["prediction_type"]],
+        beta_schedule=config["beta_schedule"],
+        beta_start=config["beta_start"],
+        beta_end=config["beta_end"],
+        train_timesteps=config["num_train_timesteps"],
+        zero_terminal_snr=config["rescale_betas_zero_snr"],
+        flow_shift=config["flow_shift"],
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; UserError when it is missing or is none."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} could not be read ({error}); copy the folder again.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no JSON object; copy the folder again.")
+    return values
+
+
+def first_model(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of the subfolders that holds a model."""
+    return next((folder / name for name in names if (folder / name / "config.json").is_file()), None)

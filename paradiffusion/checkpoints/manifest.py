@@ -7,9 +7,6 @@ import json
 import os
 from pathlib import Path
 
-from paradiffusion.checkpoints.official import is_official
-from paradiffusion.errors import UserError
-
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1  # of the manifest; one without the key is version 1
 
@@ -78,43 +75,3 @@ def newest_valid(stage_folder: Path) -> tuple[Path | None, list[str]]:
             return folder, faults
         faults.append(f"the checkpoint {folder} is passed over: {fault}.")
     return None, faults
-
-
-def resolve_checkpoint(path: str | Path, key: str = "ckpt") -> Path:
-    """The checkpoint folder that ``ckpt=`` means: a run, a stage, or a checkpoint or weights folder itself (ours, or in the
-    official layout).
-
-    Args:
-        key: under which the user gave it, for messages.
-    Raises:
-        UserError: when there is none, or none that passes its manifest.
-    """
-    folder = Path(path).expanduser()
-    if (folder / "checkpoint.json").is_file():
-        fault = find_fault(folder)
-        if fault is not None:
-            raise UserError(f"the checkpoint {folder} is damaged: {fault}; use another checkpoint, or copy it again.")
-        return folder
-    if is_official(folder):
-        return folder
-    stages = sorted(folder.glob("stage[0-9]"), reverse=True) if not (folder / "checkpoints").is_dir() else [folder]
-    faults: list[str] = []
-    for stage in stages:
-        found, passed_over = newest_valid(stage)
-        faults += passed_over
-        for sentence in passed_over:
-            print(f"warning: {sentence}")
-        if found is not None:
-            return found
-    if faults:
-        raise UserError(f"no whole checkpoint is left in {folder}: {faults[0]}")
-    if (folder / "model_index.json").is_file():
-        raise UserError(
-            f"{key}={path} is a diffusers pipeline; for one of ours, `python scripts/export.py ckpt={path} to=ours "
-            "output=<folder>` makes a checkpoint of it."
-        )
-    raise UserError(
-        f"{key}={path} holds no checkpoint; expected a run (runs/NAME), a stage (runs/NAME/stage1), a checkpoint "
-        "(.../checkpoints/step_000060) or a weights folder (ours, or in the official layout: unet, scheduler, ...)"
-        f"{', or a diffusers folder with a UNet2DConditionModel' if key == 'init_from' else ''}."
-    )

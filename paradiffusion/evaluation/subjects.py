@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.checkpoints.manifest import resolve_checkpoint
-from paradiffusion.checkpoints.official import is_official
+from paradiffusion.checkpoints.layouts import Official, find_checkpoint
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint import CheckpointSource
 from paradiffusion.evaluation.drawing.pictures import KINDS, PicturesSource
@@ -80,7 +79,7 @@ def _compared(options: EvaluateOptions, label: str | None, path: str, device: st
     trained = (
         (folder / "checkpoint.json").is_file() or (folder / "checkpoints").is_dir() or any(folder.glob("stage[0-9]"))
     )
-    if not trained and not is_official(folder):
+    if not trained and not Official.fits(folder):
         if any(file.suffix.lower() in KINDS for file in folder.rglob("*")):
             return Subject(label, PicturesSource(folder, label))
         raise UserError(
@@ -94,7 +93,7 @@ def _checkpoint(
     options: EvaluateOptions, path: str, key: str, device: str | None, label: str | None
 ) -> CheckpointSource:
     given = Path(path).expanduser()
-    checkpoint = resolve_checkpoint(given, key)
+    checkpoint = find_checkpoint(given, key).folder
     return CheckpointSource(checkpoint, given, options.sampling(str(checkpoint)), device, label)
 
 

@@ -12,9 +12,9 @@ model that PEFT has wrapped. What our ``checkpoint.json`` says is the ``descript
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,8 @@ from diffusers.utils import logging
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paradiffusion.checkpoints.layouts import LORA, load_adapter, parse, split_parts, write_adapter_config
-from paradiffusion.checkpoints.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors, write_tensors
+from paradiffusion.checkpoints.layouts import LORA, load_adapter, parse, split_parts, write_adapter
+from paradiffusion.checkpoints.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
@@ -45,15 +45,18 @@ from paradiffusion.config import (
     TextEncoderConfig,
 )
 from paradiffusion.diffusion.objective import OBJECTIVES, Objective
-from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel
-from paradiffusion.sampling.pipeline import InferenceModels, encode_prompts
+from paradiffusion.sampling.pipeline import InferenceModels, checked_side, encode_prompts
 from paradiffusion.sampling.sampler import sample_latents
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.families import cut_layers
 from paradiffusion.text.refiner import Refiner
 from paradiffusion.text.tokenizer import load_tokenizer
+
+logger = logging.get_logger(__name__)
+Prompts = str | list[str]
+ADAPTED = "_paradiffusion_adapted"
 
 
 class RefinerModel(ModelMixin, ConfigMixin):
@@ -72,10 +75,8 @@ class RefinerModel(ModelMixin, ConfigMixin):
         super().__init__()
         self.refiner = Refiner(input_width, width, layers, heads, kernel, layout)
 
-    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
-        """As ``Refiner.forward``."""
-        refined: Tensor = self.refiner(features, mask)
-        return refined
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Any:
+        return self.refiner(features, mask)
 
 
 def pipeline_objective(pipeline: Any) -> Objective:
@@ -92,9 +93,6 @@ def pipeline_objective(pipeline: Any) -> Objective:
     objective.schedulers = schedulers
     objective.guided_from = 1.0 if "scheduler" in description else 0.0  # 1 for published weights, as there
     return objective
-
-
-ADAPTED = "_paradiffusion_adapted"
 
 
 def remember_adapter(model: Any, adapted: Any) -> None:
@@ -132,9 +130,6 @@ def local_folder(source: str, patterns: list[str], arguments: dict[str, Any]) ->
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(source, allow_patterns=patterns, **hub_arguments(arguments)))
-
-
-logger = logging.get_logger(__name__)
 
 
 class _Interrupted(Exception):
@@ -279,8 +274,7 @@ class ParaDiffusionPipeline(_Base):
         adapter = self.adapter()
         if adapter:
             named = split_parts({f"text_encoder.{name}": tensor for name, tensor in adapter.items()})[LORA]
-            write_tensors(folder / LORA / f"{ADAPTER_STEM}.safetensors", named)
-            write_adapter_config(folder / LORA, self.config["description"]["lora"])
+            write_adapter(folder / LORA, named, self.config["description"]["lora"])
 
     def adapter(self) -> dict[str, Tensor]:
         """The text encoder's adapter by our names for it, without ``text_encoder.``; empty where there is none."""
@@ -298,7 +292,6 @@ class ParaDiffusionPipeline(_Base):
         self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
-        """Decode in one pass."""
         self.vae.disable_tiling()
 
     def enable_vae_slicing(self) -> None:
@@ -306,7 +299,6 @@ class ParaDiffusionPipeline(_Base):
         self.vae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
-        """Decode a batch at once."""
         self.vae.disable_slicing()
 
     @property
@@ -368,15 +360,28 @@ class ParaDiffusionPipeline(_Base):
         models = self.models
         given = {"steps": num_inference_steps, "guidance": guidance_scale, "guidance_rescale": guidance_rescale}
         given |= {"guidance_start": guidance_start, "guidance_stop": guidance_stop}
-        settings = copy.copy(models.sampler)
-        for key, value in given.items():
-            if value is not None:
-                setattr(settings, key, value)
+        settings = replace(models.sampler, **{key: value for key, value in given.items() if value is not None})
         settings.check()
-        height, width = height or models.resolution, width or models.resolution
-        check_request(models, height, width, output_type, callback_on_step_end_tensor_inputs)
-        prompts = repeated(prompts_of(prompt), num_images_per_prompt)
-        negatives = negatives_of(negative_prompt, len(prompts), num_images_per_prompt)
+        height = checked_side("height", height or models.resolution, models.multiple)
+        width = checked_side("width", width or models.resolution, models.multiple)
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type} is unknown; choose one of pil, np, pt, latent")
+        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs names more than latents: {callback_on_step_end_tensor_inputs}"
+            )
+        if num_images_per_prompt < 1:
+            raise ValueError(
+                f"num_images_per_prompt={num_images_per_prompt} is out of range; expected a number above 0"
+            )
+        asked = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(asked, (list, tuple)) or not asked or not all(isinstance(one, str) for one in asked):
+            raise ValueError(f"prompt={prompt!r} is neither a text nor a list of texts")
+        prompts = [one for one in asked for _ in range(num_images_per_prompt)]
+        negatives = [negative_prompt] * len(asked) if isinstance(negative_prompt, str) else list(negative_prompt or [])
+        if len(negatives) not in (0, len(asked)):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(asked)} prompts")
+        negatives = [one for one in negatives for _ in range(num_images_per_prompt)] if any(negatives) else []
         cut = models.count_truncated(prompts)
         if cut:
             logger.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut")
@@ -426,9 +431,6 @@ class ParaDiffusionPipeline(_Base):
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().float().numpy()
 
 
-Prompts = str | list[str]
-
-
 def portable(description: dict[str, Any]) -> dict[str, Any]:
     """A description without what is true of this machine alone, as plain JSON."""
     values: dict[str, Any] = json.loads(json.dumps({**description, "unet_lora": None}))
@@ -436,42 +438,6 @@ def portable(description: dict[str, Any]) -> dict[str, Any]:
         values[part]["path"] = None
     values["provenance"]["init_from"] = None
     return values
-
-
-def check_request(models: InferenceModels, height: int, width: int, output_type: str, tensors: Sequence[str]) -> None:
-    """UserError for a size that the model cannot take, ValueError for an output or a callback's tensor that is unknown."""
-    for key, value in (("height", height), ("width", width)):
-        if value < 1 or value % models.multiple:
-            raise UserError(f"{key}={value} cannot be drawn by this model; expected a multiple of {models.multiple}.")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type={output_type} is unknown; choose one of pil, np, pt, latent")
-    if set(tensors) - {"latents"}:
-        raise ValueError(f"callback_on_step_end_tensor_inputs={list(tensors)} names more than latents")
-
-
-def prompts_of(prompt: Prompts) -> list[str]:
-    """One or more prompts as a list; ValueError for anything else."""
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
-        raise ValueError(f"prompt={prompt!r} is neither a text nor a list of texts")
-    return list(prompts)
-
-
-def repeated(values: list[str], times: int) -> list[str]:
-    """Each value ``times`` times in a row; ValueError for fewer than one."""
-    if times < 1:
-        raise ValueError(f"num_images_per_prompt={times} is out of range; expected a number above 0")
-    return [value for value in values for _ in range(times)]
-
-
-def negatives_of(negative: Prompts | None, count: int, times: int) -> list[str]:
-    """One negative prompt for each of ``count`` images, or none at all."""
-    if not negative:
-        return []
-    values = [negative] * (count // times) if isinstance(negative, str) else list(negative)
-    if len(values) * times != count:
-        raise ValueError(f"{len(values)} negative prompts for {count // times} prompts")
-    return repeated(values, times)
 
 
 def generators_of(

@@ -130,7 +130,12 @@ def finished_names(folder: Path, wanted: Sequence[ImageRecord]) -> set[str]:
                     f"{path} was not drawn by sample.py and would be overwritten; choose another output_dir=."
                 )
             continue  # the process ended between the image and its line
-        changes = _changes(found[record.name], record)
+        before, now = found[record.name].identity(), record.identity()
+        changes = [
+            f"{key}={_shown(before.get(key))} (now {_shown(now.get(key))})"
+            for key in {**now, **before}
+            if before.get(key) != now.get(key)
+        ]
         if changes:
             raise UserError(
                 f"{path} was drawn with {'; '.join(changes)}; choose another output_dir=, or the same values to continue."
@@ -164,17 +169,8 @@ def _drop_cut_line(path: Path) -> None:
             os.truncate(path, whole)
 
 
-def _changes(old: ImageRecord, new: ImageRecord) -> list[str]:
-    before, now = old.identity(), new.identity()
-
-    def shown(value: Any) -> str:
-        return str(value) if len(str(value)) < 60 else f"{str(value)[:57]}..."
-
-    return [
-        f"{key}={shown(before.get(key))} (now {shown(now.get(key))})"
-        for key in dict.fromkeys([*now, *before])
-        if before.get(key) != now.get(key)
-    ]
+def _shown(value: Any) -> str:
+    return str(value) if len(str(value)) < 60 else f"{str(value)[:57]}..."
 
 
 def _is_ours(path: Path) -> bool:
@@ -234,33 +230,26 @@ def write_gallery(folder: Path, rows: Sequence[ImageRecord], title: str) -> Path
         for _, group in groupby(rows, key=lambda row: (row.order[0], row.prompt, row.negative_prompt))
     ]
     counts = f"{len(rows)} image{'s' * (len(rows) != 1)}, {len(cards)} prompt{'s' * (len(cards) != 1)}"
-    page = "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>",
-            f"<header><h1>{_text(title)}</h1><p>{counts}. A click on an image opens its file.</p></header>",
-            "<main>",
-            *cards,
-            "</main></body></html>",
-            "",
-        ]
-    )
-    write_atomic(folder / "index.html", page)
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_text(title)}</title><style>{STYLE}</style></head><body>
+<header><h1>{_text(title)}</h1><p>{counts}. A click on an image opens its file.</p></header>
+<main>
+"""
+    write_atomic(folder / "index.html", page + "\n".join([*cards, "</main></body></html>", ""]))
     return folder / "index.html"
 
 
-def write_grid(folder: Path, rows: Sequence[ImageRecord]) -> Path | None:
-    """Write ``grid.png``, the images of ``folder`` with their prompts in one picture; None beyond MAX_GRID images."""
+def write_grid(folder: Path, rows: Sequence[ImageRecord]) -> None:
+    """Write ``grid.png``, the images of ``folder`` with their prompts in one picture, unless they are more than MAX_GRID."""
     if not 0 < len(rows) <= MAX_GRID:
-        return None
+        return
     pictures = [Image.open(folder / row.file).convert("RGB") for row in rows]
     scale = max(1, GRID_CELL // max(max(picture.size) for picture in pictures))
     sheet = contact_sheet(pictures, columns=4, labels=[row.prompt for row in rows], scale=scale)
     with atomic_file(folder / "grid.png") as partial:
         sheet.save(partial, format="PNG", optimize=True)
-    return folder / "grid.png"
 
 
 def _card(folder: Path, rows: list[ImageRecord], embed: bool) -> str:
@@ -325,23 +314,22 @@ def contact_sheet(
     pictures = [_enlarged(image, scale) for image in images]
     width = max(picture.width for picture in pictures)
     font = ImageFont.load_default(font_size)
-    texts = ["\n".join(_wrapped(label, width, font)) for label in labels] if labels else [""] * len(pictures)
+    texts = [_wrapped(label, width, font) for label in labels or [""] * len(pictures)]
     line = round(font_size * 1.35)
     columns = min(columns, len(pictures))
-    starts = range(0, len(pictures), columns)
-    heights = [max(picture.height for picture in pictures[start : start + columns]) for start in starts]
-    notes = [max(_lines(text) for text in texts[start : start + columns]) * line for start in starts]
+    rows = [range(len(pictures))[start : start + columns] for start in range(0, len(pictures), columns)]
+    heights = [max(pictures[i].height for i in row) for row in rows]
+    notes = [max(len(texts[i]) for i in row) * line for row in rows]
 
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) + gap, sum(heights) + sum(notes) + gap * (len(heights) + 1)), "white"
-    )
+    size = (columns * (width + gap) + gap, sum(heights) + sum(notes) + gap * (len(rows) + 1))
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
     top = gap
-    for start, height, note in zip(starts, heights, notes, strict=True):
-        for column in range(min(columns, len(pictures) - start)):
-            picture, left = pictures[start + column], gap + column * (width + gap)
+    for row, height, note in zip(rows, heights, notes, strict=True):
+        for column, i in enumerate(row):
+            picture, left = pictures[i], gap + column * (width + gap)
             sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
-            for number, text in enumerate(texts[start + column].split("\n")):
+            for number, text in enumerate(texts[i]):
                 pen.text((left, top + height + 2 + number * line), text, fill="black", font=font)
         top += height + note + gap
     return sheet
@@ -352,13 +340,9 @@ def _enlarged(image: np.ndarray | Image.Image, scale: int) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def _lines(text: str) -> int:
-    return text.count("\n") + 1 if text else 0
-
-
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines no wider than ``width`` pixels; a word that is wider is cut."""
-    lines = [""]
+    """Lines no wider than ``width`` pixels, none for no text; a word that is wider is cut."""
+    lines: list[str] = [""] if text.split() else []
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= width:

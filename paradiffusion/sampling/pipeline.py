@@ -1,11 +1,9 @@
-"""From prompts to pixels: jobs, batches of equal size and settings, text -> latents -> images."""
+"""From prompts to pixels: the models that a checkpoint describes, jobs, batches of one size, text -> latents -> images."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from paradiffusion.checkpoints.layouts import (
-    REFINER,
-    UNET,
-    check_complete,
-    copy_tensors,
-    load_adapter,
-    merge_unet_lora,
-    objective_of,
-    parse,
-    place_frozen_models,
-    read_description,
-    read_weights,
-)
+from paradiffusion.checkpoints.layouts import Layout, check_complete, copy_tensors, load_adapter, objective_of, parse
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
@@ -50,26 +36,18 @@ from paradiffusion.text.refiner import Refiner
 KEPT_PROMPTS = 64
 
 
-def takes_any_size(unet: Any) -> bool:
-    """Whether the U-Net draws latents of any size: its upsampling blocks are told the size that they must come to.
-
-    The blocks of the paper's U-Net (SimpleCrossAttn, ResnetUpsample) double what they get, whatever it was before.
-    """
-    return set(unet.config["up_block_types"]) <= {"CrossAttnUpBlock2D", "UpBlock2D"}
-
-
 @dataclass
 class InferenceModels:
-    """Everything that a prompt passes on its way to an image; what the sampler works with.
+    """Everything that a prompt passes on its way to an image, loaded from a checkpoint or lent by the training loop.
 
     What a prompt is encoded to depends on the prompt and the weights alone, so it is kept: of the null prompt as long as
     this object lives, of the latest ``KEPT_PROMPTS`` others until newer ones come. Weights that change need a new object.
 
     Attributes:
-        estimated: the features that the layout head read last, the size that it was asked for, and its estimate.
+        sampler, resolution: the checkpoint's default settings, height and width.
+        checkpoint, step, provenance: what the images are recorded as made by.
         offload: keep the text encoder on the CPU but while prompts are encoded.
-        multiple: an image's sides must be multiples of this many pixels.
-        resolution: default height and width.
+        estimated: the features that the layout head read last, the size that it was asked for, and its estimate.
     """
 
     joint: JointModel
@@ -93,11 +71,18 @@ class InferenceModels:
 
     @property
     def factor(self) -> int:
+        """Pixels per latent."""
         return self.codec.config.factor
 
     @property
     def multiple(self) -> int:
-        return self.factor * (1 if takes_any_size(self.joint.unet) else downsampling(self.joint.unet))
+        """An image's sides must be multiples of this many pixels.
+
+        Ordinary upsampling blocks are told the size that they must come to. Those of the paper's U-Net (SimpleCrossAttn,
+        ResnetUpsample) double what they get, whatever it was before.
+        """
+        takes_any_size = set(self.joint.unet.config["up_block_types"]) <= {"CrossAttnUpBlock2D", "UpBlock2D"}
+        return self.factor * (1 if takes_any_size else downsampling(self.joint.unet))
 
     def count_truncated(self, prompts: list[str]) -> int:
         """How many prompts lose text at the encoder's maximum."""
@@ -156,25 +141,10 @@ class InferenceModels:
     def denoise(self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
         """The denoiser's prediction, [B, C, h, w]."""
         size = latents.shape[-2:]
-        if (
-            self.estimated is None or self.estimated[0] is not features or self.estimated[1] != size
-        ):  # once for all steps
+        # The estimate is made once for all steps.
+        if self.estimated is None or self.estimated[0] is not features or self.estimated[1] != size:
             self.estimated = features, size, self.joint.estimate(features, mask, *size)
         return self.joint.denoise(latents, times, features, mask, self.estimated[2])
-
-    def tune(
-        self,
-        compile_unet: bool = False,
-        channels_last: bool = False,
-        vae_tiling: bool = False,
-    ) -> None:
-        """Switches of speed and memory; an image changes by rounding only (by more with tiles, where it has several)."""
-        if channels_last:
-            self.joint.unet.to(memory_format=torch.channels_last)
-        if compile_unet:
-            self.joint.unet.compile()
-        if vae_tiling:
-            self.codec.vae.enable_tiling()
 
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] on the CPU."""
@@ -195,55 +165,46 @@ def choose_device(name: str | None) -> torch.device:
     return target
 
 
-def load_models(
-    checkpoint: Path,
-    device: str | None = None,
-    dtype: str = "float32",
-    text_encoder_path: str | None = None,
-    codec_path: str | None = None,
-    unet: str = UNET,
-    text_encoder_dtype: str | None = None,
-    codec_dtype: str | None = None,
-    offload_text_encoder: bool = False,
-) -> InferenceModels:
+def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: str | None = None) -> InferenceModels:
     """Build everything that a checkpoint describes, ready to sample.
 
     Args:
-        device: None for CUDA where there is one, else the CPU.
-        dtype: of U-Net and refiner.
-        text_encoder_path, codec_path: where the frozen models lie on this machine, if not where the checkpoint says.
-        unet: which U-Net, where a folder in the official layout holds several.
-        text_encoder_dtype, codec_dtype: of the frozen models, if not the checkpoint's.
-        offload_text_encoder: keep it on the CPU but while prompts are encoded.
+        config: dtypes, paths of the frozen models, and switches of speed and memory.
+        device: where ``config`` names none; None for CUDA where there is one, else the CPU.
     Raises:
         UserError: when a part is missing, damaged, or not the one that the checkpoint was trained with.
     """
-    description = read_description(checkpoint, unet)
-    place_frozen_models(description, checkpoint, text_encoder_path, codec_path)
+    config = config or SampleConfig()
+    checkpoint.place(config.text_encoder.path, config.codec.path)
+    description = checkpoint.description
     encoder_config = parse(TextEncoderConfig, description["text_encoder"])
     codec_config = parse(CodecConfig, description["codec"])
-    encoder_config.dtype = text_encoder_dtype or encoder_config.dtype
+    encoder_config.dtype = config.text_encoder.dtype or encoder_config.dtype
+    codec_config.dtype = config.codec.dtype or codec_config.dtype
     if lacks_bitsandbytes() is not None:
         encoder_config.quantization = None  # trained with 4 bits, but whole weights draw as well
-    codec_config.dtype = codec_dtype or codec_config.dtype
-    conditioning = parse(ConditioningConfig, description["conditioning"])
-    target = choose_device(device)
+    target, dtype = choose_device(config.device or device), DTYPES[config.dtype]
 
     codec = load_codec(codec_config, description["codec"]["hash"])
+    conditioning = parse(ConditioningConfig, description["conditioning"])
     encoder = load_text_encoder(encoder_config, conditioning, description["text_encoder"]["hash"])
-    state = merge_unet_lora(read_weights(checkpoint, unet), description.get("unet_lora"))
-    if description["lora"] is not None:
-        load_adapter(encoder, state, parse(LoraConfig, description["lora"]), description["lora"].get("settings"))
-    denoiser = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(checkpoint / unet))
-    refiner = None
-    if conditioning.projection == "refiner":
-        refiner = Refiner(**json.loads((checkpoint / REFINER / "config.json").read_text()))
-    joint = JointModel(denoiser, refiner, objective_of(description), description["coordinates"])
+    state, lora = checkpoint.weights(), description["lora"]
+    if lora is not None:
+        load_adapter(encoder, state, parse(LoraConfig, lora), lora.get("settings"))
+    unet: Any = UNet2DConditionModel.from_config(checkpoint.unet_config)
+    refiner = None if checkpoint.refiner_config is None else Refiner(**checkpoint.refiner_config)
+    joint = JointModel(unet, refiner, objective_of(description), description["coordinates"])
     check_complete(set(joint.state_dict()), state)
     copy_tensors(joint, {name: tensor for name, tensor in state.items() if not name.startswith("text_encoder.")})
-    joint.requires_grad_(False).eval().to(target, DTYPES[dtype])
-    encoder.to("cpu" if offload_text_encoder else target)
+    joint.requires_grad_(False).eval().to(target, dtype)
+    encoder.to("cpu" if config.offload_text_encoder else target)
     codec.to(target)
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if config.compile:
+        unet.compile()
+    if config.vae_tiling:
+        codec.vae.enable_tiling()
     return InferenceModels(
         joint=joint,
         text_encoder=encoder,
@@ -252,11 +213,11 @@ def load_models(
         sampler=parse(SamplerConfig, description["sampler"]),
         resolution=description["resolution"],
         device=target,
-        dtype=DTYPES[dtype],
-        checkpoint=str(checkpoint if unet == UNET else checkpoint / unet),
+        dtype=dtype,
+        checkpoint=checkpoint.name,
         step=description["step"],
         provenance=description["provenance"],
-        offload=offload_text_encoder,
+        offload=config.offload_text_encoder,
     )
 
 
@@ -271,6 +232,11 @@ class Job:
     width: int
     settings: SamplerConfig
     negative_prompt: str | None = None
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Jobs of one kind can be drawn in one batch."""
+        return (self.height, self.width, self.negative_prompt is None, *astuple(self.settings))
 
 
 def sampler_settings(
@@ -297,12 +263,14 @@ def make_jobs(requests: Sequence[PromptRequest], config: SampleConfig, models: I
         UserError: for a size, solver or number of steps that the models cannot take; it names the prompt's line.
     """
     jobs = []
-    checked: set[tuple[str, int]] = set()
+    objective = models.objective
     for request in requests:
         settings = sampler_settings(config, models.sampler, request)
-        if (settings.solver, settings.steps) not in checked:
-            _check_settings(settings, request, models)
-            checked.add((settings.solver, settings.steps))
+        if settings.steps > objective.config.train_timesteps:
+            raise UserError(
+                f"{request.source}: steps={settings.steps} is more than the {objective.config.train_timesteps} steps of the "
+                "noise schedule; expected fewer, such as steps=50."
+            )
         height, width = (_side(key, request, config, models) for key in ("height", "width"))
         seed = config.seed if request.seed is None else request.seed
         if not 0 <= seed <= MAX_SEED - config.images_per_prompt:
@@ -314,17 +282,9 @@ def make_jobs(requests: Sequence[PromptRequest], config: SampleConfig, models: I
             name = f"{request.index:05d}" + (f"_{image}" if image else "")
             # An empty negative prompt is the null prompt, so a line can switch the command line's off.
             jobs.append(Job(name, request.prompt, seed + image, height, width, settings, negative or None))
+    for solver in {job.settings.solver for job in jobs}:
+        objective.scheduler(solver)  # refuses one that the objective does not have
     return jobs
-
-
-def _check_settings(settings: SamplerConfig, request: PromptRequest, models: InferenceModels) -> None:
-    objective = models.objective
-    objective.scheduler(settings.solver)  # refuses a solver that the objective does not have
-    if settings.steps > objective.config.train_timesteps:
-        raise UserError(
-            f"{request.source}: steps={settings.steps} is more than the {objective.config.train_timesteps} steps of the "
-            "noise schedule; expected fewer, such as steps=50."
-        )
 
 
 def _side(key: str, request: PromptRequest, config: SampleConfig, models: InferenceModels) -> int:
@@ -332,14 +292,17 @@ def _side(key: str, request: PromptRequest, config: SampleConfig, models: Infere
     value, source = getattr(request, key), request.source
     if value is None:
         value, source = getattr(config, key), "the command line"
-    if value is None:
-        return models.resolution
-    if value < 1 or value % models.multiple:
-        below = value // models.multiple * models.multiple
-        nearest = [str(size) for size in (below, below + models.multiple) if size > 0]
+    return models.resolution if value is None else checked_side(key, value, models.multiple, f" ({source})")
+
+
+def checked_side(key: str, value: int, multiple: int, source: str = "") -> int:
+    """``value``, a height or width in pixels. Raises UserError where it is no multiple of ``multiple``."""
+    if value < 1 or value % multiple:
+        below = value // multiple * multiple
+        nearest = [str(size) for size in (below, below + multiple) if size > 0]
         raise UserError(
-            f"{key}={value} ({source}) cannot be drawn by this model; expected a multiple of {models.multiple}, "
-            f"the nearest being {' and '.join(nearest)}."
+            f"{key}={value}{source} cannot be drawn by this model; expected a multiple of {multiple}, the nearest being "
+            f"{' and '.join(nearest)}."
         )
     return int(value)
 
@@ -348,19 +311,15 @@ def ordered(jobs: Sequence[Job]) -> list[Job]:
     """Jobs of equal size and settings side by side, kinds in order of first appearance, and in order within a kind."""
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for job in jobs:
-        groups.setdefault(_kind(job), []).append(job)
+        groups.setdefault(job.kind, []).append(job)
     return [job for group in groups.values() for job in group]
-
-
-def _kind(job: Job) -> tuple[Any, ...]:
-    return (job.height, job.width, job.negative_prompt is None, *astuple(job.settings))
 
 
 def make_batches(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
     """Batches of at most ``batch_size`` jobs that share size and settings."""
     batches: list[list[Job]] = []
     for job in ordered(jobs):
-        if not batches or len(batches[-1]) == batch_size or _kind(batches[-1][0]) != _kind(job):
+        if not batches or len(batches[-1]) == batch_size or batches[-1][0].kind != job.kind:
             batches.append([])
         batches[-1].append(job)
     return batches
@@ -377,13 +336,12 @@ def draw(
     """
     first = batch[0]
     shape = (models.latent_channels, first.height // models.factor, first.width // models.factor)
+    negatives = [job.negative_prompt for job in batch if job.negative_prompt is not None]
     try:
-        conditioning = encode_prompts(models, [job.prompt for job in batch])
-        negatives = [job.negative_prompt for job in batch if job.negative_prompt is not None]
         latents = sample_latents(
             models.denoise,
             models.objective,
-            conditioning,
+            encode_prompts(models, [job.prompt for job in batch]),
             [job.seed for job in batch],
             shape,
             first.settings,

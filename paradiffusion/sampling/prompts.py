@@ -8,13 +8,13 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from paradiffusion.errors import UserError
 
-KINDS = (".txt", ".csv", ".jsonl")
 MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes on every platform
 
 
@@ -72,11 +72,12 @@ def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = Non
 
 
 def _rows_of_file(path: Path) -> Iterator[Row]:
+    readers = {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl}
     kind = path.suffix.lower()
-    if kind not in KINDS:
+    if kind not in readers:
         found = f"a name that ends in {kind}" if kind else "a name without an ending"
         raise UserError(
-            f"prompt_file={path} has {found}; expected {', '.join(KINDS)}, or prompt_file=- for standard input."
+            f"prompt_file={path} has {found}; expected {', '.join(readers)}, or prompt_file=- for standard input."
         )
     try:
         data = path.read_bytes()
@@ -85,8 +86,7 @@ def _rows_of_file(path: Path) -> Iterator[Row]:
     except OSError as error:
         raise UserError(f"prompt_file={path} cannot be read ({error.strerror}); expected a readable file.") from None
     text = _decode(data, f"prompt_file={path}")
-    reader = {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl}[kind]
-    return reader(text, path.name)
+    return readers[kind](text, path.name)
 
 
 def _decode(data: bytes, source: str) -> str:
@@ -153,14 +153,10 @@ def _names(cells: list[str]) -> list[str]:
 def _number(name: str, cell: str, where: str) -> Any:
     if name not in LOWEST:
         return cell
-    try:
-        return int(cell)
-    except ValueError:
-        pass
-    try:
-        return float(cell)
-    except ValueError:
-        raise UserError(f"{where}: {name} is {cell!r}; expected a number or an empty cell.") from None
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(cell)
+    raise UserError(f"{where}: {name} is {cell!r}; expected a number or an empty cell.")
 
 
 def _jsonl(text: str, source: str) -> Iterator[Row]:
@@ -171,11 +167,8 @@ def _jsonl(text: str, source: str) -> Iterator[Row]:
         where = f"{source} line {number}"
         try:
             row = json.loads(line)
-        except RecursionError:
-            raise UserError(f"{where} is not valid JSON (too deep); expected an object such as {example}.") from None
-        except ValueError as error:  # the number of digits of an integer is limited, too
-            reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise UserError(f"{where} is not valid JSON ({reason}); expected an object such as {example}.") from None
+        except (ValueError, RecursionError) as error:  # the number of digits of an integer is limited, too
+            raise UserError(f"{where} is not valid JSON ({error}); expected an object such as {example}.") from None
         if not isinstance(row, dict):
             raise UserError(f"{where} holds {_shown(row)}; expected an object such as {example}.")
         for key in row:

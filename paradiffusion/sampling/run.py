@@ -1,4 +1,5 @@
-"""What ``sample.py`` does: prompts of a file -> images, a manifest and a page in a folder; stoppable and resumable."""
+"""What ``sample.py`` does: prompts of a file -> images, their records and a page in a folder; stoppable and resumable, by one
+process or by several under a launcher."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from paradiffusion.checkpoints.layouts import find_checkpoint
 from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
@@ -37,6 +39,7 @@ from paradiffusion.sampling.pipeline import (
     InferenceModels,
     Job,
     draw,
+    load_models,
     make_batches,
     make_jobs,
     ordered,
@@ -46,8 +49,7 @@ from paradiffusion.sampling.prompts import PromptRequest, read_prompts
 
 DONE, STOPPED, FAILED = 0, 1, 2
 BATCHES_AHEAD = 8  # batches whose prompts are encoded at once where the text encoder leaves the GPU
-
-Say = Callable[[str], None]
+REPEAT_SECONDS = 2.0  # launchers pass Ctrl-C on to processes that the terminal has told already
 
 
 def sample(config: SampleConfig) -> int:
@@ -63,26 +65,11 @@ def sample(config: SampleConfig) -> int:
             "prompts from standard input reach one process only, found several; use prompt_file=prompts.txt."
         )
     requests = read_prompts(prompt=config.prompt, prompt_file=config.prompt_file)
-
-    from paradiffusion.checkpoints.manifest import resolve_checkpoint
-    from paradiffusion.sampling.pipeline import load_models
-
-    checkpoint = resolve_checkpoint(Path(str(config.ckpt)))
-    with stop_on_signals() as signal, joined_processes() as processes:
+    checkpoint = find_checkpoint(str(config.ckpt), unet=config.unet)
+    with stop_on_signals() as stop, joined_processes() as processes:
         processes.set_threads(config.threads)
-        models = load_models(
-            checkpoint,
-            device=config.device or processes.device(),
-            dtype=config.dtype,
-            text_encoder_path=config.text_encoder.path,
-            codec_path=config.codec.path,
-            unet=config.unet,
-            text_encoder_dtype=config.text_encoder.dtype,
-            codec_dtype=config.codec.dtype,
-            offload_text_encoder=config.offload_text_encoder,
-        )
-        models.tune(config.compile, config.channels_last, config.vae_tiling)
-        return draw_all(models, requests, config, output_folder(config), processes, signal)
+        models = load_models(checkpoint, config, processes.device())
+        return draw_all(models, requests, config, output_folder(config), processes, stop)
 
 
 def output_folder(config: SampleConfig) -> Path:
@@ -103,7 +90,7 @@ def draw_all(
     config: SampleConfig,
     folder: Path,
     processes: Processes,
-    signal: StopSignal,
+    stop: StopSignal,
 ) -> int:
     """Draw this process's share of the images that ``folder`` does not hold yet; the first process joins all of it.
 
@@ -117,13 +104,19 @@ def draw_all(
         finished = finished_names(folder, list(records.values()))
     # Dealt by place among all jobs, not among those left: processes that start a moment later see more of them finished.
     share = [job for job in ordered(jobs)[processes.rank :: processes.size] if job.name not in finished]
-    say: Say = _print if processes.rank == 0 else lambda _: None
-    _announce(say, models, requests, len(jobs), len(finished))
+    made_by = f"{models.checkpoint}, step {models.step}"
+    if processes.rank == 0:
+        print(f"{made_by}: {len(jobs)} images of {len(requests)} prompts on {models.device}.", flush=True)
+        if finished:
+            print(f"{len(finished)} of them are there already and are not drawn again.", flush=True)
+        prompts = list({request.prompt: None for request in requests})
+        cut = models.count_truncated(prompts)
+        print(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut.", flush=True)
 
     status, failure, start = DONE, None, time.monotonic()
     try:
         with disk_errors(folder):
-            _draw_share(models, share, records, config, folder, processes, signal)
+            _draw_share(models, share, records, config, folder, processes, stop)
     except Stopped:
         status = STOPPED
     except UserError as error:
@@ -134,13 +127,22 @@ def draw_all(
         try:
             with disk_errors(folder):
                 merged = merge_manifests(folder)
-                page = write_gallery(folder, merged, f"{models.checkpoint}, step {models.step}")
+                page = write_gallery(folder, merged, made_by)
                 write_grid(folder, merged)
         except UserError as error:
             status, failure = FAILED, failure or error
         else:
-            made = sum(record.name in records for record in merged)
-            _conclude(say, status, made, len(jobs), made - len(finished), time.monotonic() - start, page)
+            made, seconds = sum(record.name in records for record in merged), time.monotonic() - start
+            new = made - len(finished)
+            rate = f"{new} new in {seconds:.0f} s, {seconds / new:.2g} s each" if new else "none new"
+            if status == DONE:
+                print(f"{made} images ({rate}). Look at {page}", flush=True)
+            else:
+                print(
+                    f"{'Stopped' if status == STOPPED else 'Ended early'} with {made} of {len(jobs)} images ({rate}); the same "
+                    f"command goes on from here. Look at {page}",
+                    flush=True,
+                )
     if failure is not None:
         raise failure
     if status == FAILED:
@@ -155,13 +157,12 @@ def _draw_share(
     config: SampleConfig,
     folder: Path,
     processes: Processes,
-    signal: StopSignal,
+    stop: StopSignal,
 ) -> None:
     """Draw and store jobs; Stopped after a signal, which leaves the batch that is being drawn."""
     if not share:
         return
-    name = NAME if processes.size == 1 else f"manifest.rank{processes.rank}.jsonl"
-    manifest = Manifest(folder / name)
+    manifest = Manifest(folder / (NAME if processes.size == 1 else f"manifest.rank{processes.rank}.jsonl"))
     bar = tqdm(
         total=len(share),
         desc="drawing" if processes.size == 1 else f"drawing (process 0 of {processes.size})",
@@ -181,13 +182,12 @@ def _draw_share(
 
             def on_step(step: int, _: Tensor, steps: int = steps) -> None:
                 if step < steps:  # after the last step the images are there, and are kept
-                    signal.check()
+                    stop.check()
                 bar.set_postfix_str(f"step {step}/{steps}", refresh=False)
                 bar.update(0)
 
-            signal.check()
-            images = draw(models, batch, on_step)
-            for job, image in zip(batch, images, strict=True):
+            stop.check()
+            for job, image in zip(batch, draw(models, batch, on_step), strict=True):
                 record = records[job.name]
                 size = save_png(folder / record.file, image, metadata_of(record, models))
                 manifest.append(replace(record, bytes=size))
@@ -197,34 +197,22 @@ def _draw_share(
         manifest.close()
 
 
+def record_of(job: Job, models: InferenceModels) -> ImageRecord:
+    """The record of an image before it is drawn."""
+    return ImageRecord(
+        **{**vars(job), "settings": asdict(job.settings)},
+        checkpoint=models.checkpoint,
+        step=models.step,
+        dtype=str(models.dtype).removeprefix("torch."),
+    )
+
+
 def metadata_of(record: ImageRecord, models: InferenceModels) -> dict[str, object]:
     """What a PNG says about itself."""
     keys = ("prompt", "negative_prompt", "seed", "height", "width", "settings", "checkpoint", "step", "dtype")
     values = asdict(record)
     described = {key: values[key] for key in keys if values[key] is not None}
     return {**described, "provenance": models.provenance, "Software": "ParaDiffusion"}
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
-
-
-def _announce(say: Say, models: InferenceModels, requests: Sequence[PromptRequest], images: int, finished: int) -> None:
-    say(f"{models.checkpoint}, step {models.step}: {images} images of {len(requests)} prompts on {models.device}.")
-    if finished:
-        say(f"{finished} of them are there already and are not drawn again.")
-    prompts = list(dict.fromkeys(request.prompt for request in requests))
-    cut = models.count_truncated(prompts)
-    say(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut.")
-
-
-def _conclude(say: Say, status: int, made: int, wanted: int, new: int, seconds: float, page: Path) -> None:
-    rate = f"{new} new in {seconds:.0f} s, {seconds / new:.2g} s each" if new else "none new"
-    if status == DONE:
-        say(f"{made} images ({rate}). Look at {page}")
-    else:
-        why = "Stopped" if status == STOPPED else "Ended early"
-        say(f"{why} with {made} of {wanted} images ({rate}); the same command goes on from here. Look at {page}")
 
 
 @contextmanager
@@ -243,25 +231,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 f"output_dir={folder} cannot be written ({error.strerror}: {error.filename}); choose a folder that can be."
             ) from None
         raise
-
-
-def record_of(job: Job, models: InferenceModels) -> ImageRecord:
-    """The record of an image before it is drawn."""
-    return ImageRecord(
-        name=job.name,
-        prompt=job.prompt,
-        negative_prompt=job.negative_prompt,
-        seed=job.seed,
-        height=job.height,
-        width=job.width,
-        settings=asdict(job.settings),
-        checkpoint=models.checkpoint,
-        step=models.step,
-        dtype=str(models.dtype).removeprefix("torch."),
-    )
-
-
-REPEAT_SECONDS = 2.0  # launchers pass Ctrl-C on to processes that the terminal has told already
 
 
 class Stopped(Exception):

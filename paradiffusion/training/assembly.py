@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, load_adapter, merge_unet_lora, read_weights
-from paradiffusion.checkpoints.starting import fit, read_unet
+from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, load_adapter, open_layout
+from paradiffusion.checkpoints.starting import fit
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import read_sample
@@ -39,7 +39,7 @@ def build_models(
     is_start = source is not None and description is None
     stored: dict[str, Tensor] = {}
     if source is not None:
-        stored = read_unet(source) if description is None else read_weights(source)
+        stored = open_layout(source).weights(merge=not config.unet.lora_rank)
     if config.train_text == "adapter":
         load_adapter(encoder, stored, config.lora)
     elif config.train_text == "lora":
@@ -48,8 +48,6 @@ def build_models(
             checkpoint_activations(encoder)
     joint = build_joint(config, encoder.width, encoder if config.train_text == "lora" else None)
     check_sizes(config, joint)
-    if description is not None and not config.unet.lora_rank:
-        stored = merge_unet_lora(stored, description.get("unet_lora"))
     own = {**dict(joint.named_parameters()), **dict(joint.named_buffers())}
     if is_start:
         found = fit({name: tensor for name, tensor in own.items() if name.startswith("unet.")}, stored)

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from paradiffusion.checkpoints.layouts import load_adapter, read_description, read_weights
-from paradiffusion.checkpoints.starting import is_unet_folder
+from paradiffusion.checkpoints.layouts import is_unet_folder, load_adapter, open_layout
 from paradiffusion.checks import choice, positive
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import KEY_FILE, NULL_FILE, file_names, find_difference, read_key, write_key
@@ -137,7 +136,7 @@ def starting_point(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
             return config, None  # the stage before has not run yet: only where models lie would be taken from it
         if source is None or is_unet_folder(source):
             return config, None
-    description = read_description(source)
+    description = open_layout(source).description
     config = adopt(config, description, source)
     check_init(config, source, description)
     return config, source if config.train_text == "adapter" else None
@@ -160,7 +159,7 @@ def make_kind(
         else:
             encoder = load_text_encoder(config.text_encoder, config.conditioning)
             if source is not None:
-                load_adapter(encoder, read_weights(source), config.lora)
+                load_adapter(encoder, open_layout(source).weights(), config.lora)
             key = text_key(config, encoder)
             encoder.to(device)
             # The mean over layers is taken in fp32, whatever the model computes in.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, read_weights, save_weights, write_tensors
+from paradiffusion.checkpoints.layouts import Ours, check_complete, copy_tensors, save_weights, write_tensors
 from paradiffusion.checkpoints.manifest import checkpoints_of, sync, write_manifest
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel
@@ -125,7 +125,7 @@ def restore_checkpoint(checkpoint: Path, joint: JointModel, engine: Engine, ema:
             f"{checkpoint} holds weights but no {STATE}, so a run cannot resume from it; set init_from={checkpoint} and another "
             "run_dir to start from its weights."
         )
-    averages = read_weights(checkpoint)
+    averages = Ours(checkpoint).weights(merge=False)
     copy_tensors(joint, {name: averages[name] for name, _ in joint.named_buffers() if name in averages})
     weights = load_file(folder / "model.safetensors")
     for stored in (averages, weights):

@@ -14,10 +14,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.checkpoints.layouts import UNET, parse
-from paradiffusion.checkpoints.manifest import newest_valid, resolve_checkpoint
-from paradiffusion.checkpoints.official import read_json
-from paradiffusion.checkpoints.starting import is_unet_folder
+from paradiffusion.checkpoints.layouts import UNET, find_checkpoint, parse, read_json
+from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.config import LoraConfig, TrainConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.unet import own_arguments
@@ -163,8 +161,7 @@ def find_init(config: TrainConfig) -> Path | None:
     if config.init_from == "scratch" or (config.init_from is None and config.stage == 1):
         return None
     if config.init_from is not None:
-        folder = Path(config.init_from).expanduser()
-        return folder if is_unet_folder(folder) else resolve_checkpoint(folder, "init_from")
+        return find_checkpoint(config.init_from, "init_from").folder
     previous = Path(config.run_dir) / f"stage{config.stage - 1}"
     found, faults = newest_valid(previous)
     for sentence in faults:

@@ -9,9 +9,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, read_description
-from paradiffusion.checkpoints.manifest import checkpoints_of, find_fault, resolve_checkpoint
-from paradiffusion.checkpoints.starting import is_unet_folder
+from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, find_checkpoint, is_unet_folder, open_layout
+from paradiffusion.checkpoints.manifest import checkpoints_of, find_fault
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.errors import UserError
@@ -45,7 +44,7 @@ def choose_weights(folder: Path, step: int, wanted: str | None) -> Weights:
     """The weights of ``step`` itself where its checkpoint is there to resume from; else the average of the newest checkpoint
     that is whole and not after ``step``, or of the oldest after it; where there is none yet, the stage's first weights."""
     if wanted is not None:
-        path = resolve_checkpoint(wanted)
+        path = find_checkpoint(wanted).folder
         return Weights(path, False, f"with the EMA weights of {path.name}, as asked for")
     found = checkpoints_of(folder)
     before = [path for path in found if int(path.name[5:]) <= step]
@@ -80,9 +79,9 @@ def open_models(
         encoder, codec, joint = training_models(config, folder, plan, weights.checkpoint)
     else:
         assert weights.checkpoint is not None
-        models = load_models(
-            weights.checkpoint, device, text_encoder_path=config.text_encoder.path, codec_path=config.codec.path
-        )
+        checkpoint = open_layout(weights.checkpoint)
+        checkpoint.place(config.text_encoder.path, config.codec.path)
+        models = load_models(checkpoint, device=device)
         if models.objective.config != config.objective:
             raise UserError(
                 f"ckpt={weights.checkpoint} was trained with another objective than {folder}, so its losses would say "
@@ -110,7 +109,7 @@ def training_models(
     """
     config = replace(config, run_dir=str(folder.parent))  # wherever the run lies now
     source = checkpoint or find_init(config)
-    description = None if source is None or is_unet_folder(source) else read_description(source)
+    description = None if source is None or is_unet_folder(source) else open_layout(source).description
     encoder = load_text_encoder(config.text_encoder, config.conditioning)
     codec = load_codec(config.codec)
     joint, _ = build_models(config, encoder, plan, source, description, main=False)

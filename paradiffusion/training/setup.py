@@ -11,11 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from paradiffusion.checkpoints.layouts import (
-    describe,
-    read_description,
-)
-from paradiffusion.checkpoints.starting import is_unet_folder
+from paradiffusion.checkpoints.layouts import describe, is_unet_folder, open_layout
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import Cache
 from paradiffusion.data.loader import Batch, Loader, LoaderSettings, make_loader, slots_of
@@ -207,7 +203,7 @@ def build(
     init = None if resume else find_init(config)
     description = None
     if (source := resume or init) is not None and not is_unet_folder(source):
-        description = read_description(source)
+        description = open_layout(source).description
         before, config = config.unet, adopt(config, description, source)
         if config.unet != before and accelerator.is_main_process:
             print(f"the U-Net takes its shape from {source}, not from unet={before.name}", flush=True)

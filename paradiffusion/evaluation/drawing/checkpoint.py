@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.manifest import MANIFEST
 from paradiffusion.config import SampleConfig
 from paradiffusion.errors import UserError
@@ -41,7 +42,7 @@ class CheckpointSource:
     """A checkpoint, whose models are loaded when the first picture is asked for.
 
     Args:
-        checkpoint: as ``resolve_checkpoint`` finds it; ``given`` what the user wrote, which says whether a step was meant.
+        checkpoint: as ``find_checkpoint`` finds it; ``given`` what the user wrote, which says whether a step was meant.
         device: of this process, where the user names none.
     """
 
@@ -81,18 +82,7 @@ class CheckpointSource:
         """The loaded models. Raises UserError as ``load_models``."""
         if self._models is None:
             config = self.config
-            self._models = load_models(
-                self.checkpoint,
-                device=config.device or self.device,
-                dtype=config.dtype,
-                text_encoder_path=config.text_encoder.path,
-                codec_path=config.codec.path,
-                unet=config.unet,
-                text_encoder_dtype=config.text_encoder.dtype,
-                codec_dtype=config.codec.dtype,
-                offload_text_encoder=config.offload_text_encoder,
-            )
-            self._models.tune(config.compile, config.channels_last, config.vae_tiling)
+            self._models = load_models(open_layout(self.checkpoint, config.unet), config, self.device)
             # By its weights, not its path or name: a run that was moved or renamed is still the same one.
             self._models.checkpoint = f"weights {self.weights}"
         return self._models
