@@ -158,7 +158,8 @@ class CodecConfig:
     Attributes:
         path: a local diffusers folder; ``hub`` with ``revision`` and ``subfolder`` is the second place looked at.
         factor: pixels per latent along each side.
-        scaling_factor: multiplies latents so that their standard deviation is about 1.
+        scaling_factor: multiplies latents so that their standard deviation is about 1; None for the autoencoder's own, from
+            its config.json, where a shift and per-channel statistics are read too. Another one than its own is refused.
         sample: draw latents from the posterior (as diffusers' trainers do), rather than take its mean.
     """
 
@@ -169,14 +170,15 @@ class CodecConfig:
     subfolder: str | None = None
     factor: int = 8
     latent_channels: int = 4
-    scaling_factor: float = 0.13025
+    scaling_factor: float | None = None
     dtype: str = "float32"
     sample: bool = True
 
     def check(self) -> None:
         choice("codec.dtype", self.dtype, ("float32", "bfloat16", "float16"))
         for key in ("factor", "latent_channels", "scaling_factor"):
-            positive(f"codec.{key}", getattr(self, key))
+            if (value := getattr(self, key)) is not None:
+                positive(f"codec.{key}", value)
 
 
 @dataclass

@@ -30,7 +30,8 @@ def small(codec_folder: Path) -> list[str]:
     """The paper's arm with tiny models."""
     AcceleratorState._reset_state(reset_partial_state=True)
     return [
-        "preset=paper", "unet=tiny", "text_encoder=tiny", f"codec.path={codec_folder}", "data.bucket_multiple=16",
+        "preset=paper", "unet=tiny", "text_encoder=tiny", f"codec.path={codec_folder}", "codec.scaling_factor=null",
+        "data.bucket_multiple=16",
         "batch_size=2", "micro_batch_size=2", "conditioning.max_tokens=64", "threads=1", "gradient_checkpointing=false",
     ]  # fmt: skip
 

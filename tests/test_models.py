@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from tiny_unet import TINY_UNET
 from torch import Tensor
 
+from paradiffusion.compose import compose_train
 from paradiffusion.config import CodecConfig, ConditioningConfig, ObjectiveConfig, TrainConfig, UNetConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
@@ -220,7 +222,15 @@ def test_arguments_that_make_no_unet(wrong: dict[str, Any]) -> None:
 
 
 def codec_config(folder: Path, **changes: Any) -> CodecConfig:
-    return CodecConfig(**{"path": str(folder), "scaling_factor": 0.5, **changes})
+    return CodecConfig(**{"path": str(folder), **changes})
+
+
+def described(folder: Path, target: Path, **changes: Any) -> Path:
+    """A copy of the autoencoder with other values in its config.json; None takes one out."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text()) | changes
+    (target / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return target
 
 
 def test_codec_shapes_and_posterior(codec_folder: Path) -> None:
@@ -231,16 +241,50 @@ def test_codec_shapes_and_posterior(codec_folder: Path) -> None:
     zero, one, two = (codec.encode(images, torch.full_like(mean, value)) for value in (0.0, 1.0, 2.0))
     assert torch.equal(zero, mean)
     with torch.no_grad():
-        deviation = codec.vae.encode(images).latent_dist.std * 0.5
-    assert (deviation - 0.5).abs().max() > 1e-3, "this codec cannot tell a deviation from 1"
-    torch.testing.assert_close(one - mean, deviation)
-    torch.testing.assert_close(two - mean, 2 * deviation)
-    raw = load_codec(codec_config(codec_folder, scaling_factor=1.0))
-    torch.testing.assert_close(raw.encode(images) * 0.5, mean)
-    pictures = codec.decode(mean * 100)
-    assert pictures.shape == images.shape and pictures.abs().max() <= 1
-    torch.testing.assert_close(codec.decode(mean), raw.decode(mean * 2))
+        posterior = codec.vae.encode(images).latent_dist
+        pictures = codec.vae.decode(posterior.mean).sample.clamp(-1, 1)
+    assert codec.config.scaling_factor == codec.source["scaling_factor"] == 0.6348
+    torch.testing.assert_close(mean, posterior.mean * 0.6348)
+    torch.testing.assert_close(one - mean, posterior.std * 0.6348)
+    torch.testing.assert_close(two - mean, 2 * posterior.std * 0.6348)
+    torch.testing.assert_close(codec.decode(mean), pictures)
+    assert codec.decode(mean * 100).abs().max() <= 1
     assert not any(p.requires_grad for p in codec.parameters())
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"scaling_factor": 0.3611, "shift_factor": 0.1159},  # as FLUX.1's
+        {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+    ],
+)
+def test_the_vae_brings_its_own_scale(codec_folder: Path, tmp_path: Path, own: dict[str, Any]) -> None:
+    codec = load_codec(codec_config(described(codec_folder, tmp_path / "codec", **own)))
+    plain = load_codec(codec_config(described(codec_folder, tmp_path / "plain", scaling_factor=1.0)))
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    raw, shift = plain.encode(images), torch.tensor(own.get("latents_mean", own.get("shift_factor"))).view(-1, 1, 1)
+    expected = (raw - shift) * own["scaling_factor"] / torch.tensor(own.get("latents_std", 1.0)).view(-1, 1, 1)
+    torch.testing.assert_close(codec.encode(images), expected)
+    torch.testing.assert_close(codec.decode(expected), plain.decode(raw))
+
+
+def test_another_scale_than_the_vaes_own_is_refused(codec_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has the scaling_factor 0\.6348 .*codec\.scaling_factor=0\.13025"):
+        load_codec(codec_config(codec_folder, scaling_factor=0.13025))
+    assert load_codec(codec_config(codec_folder, scaling_factor=0.6348)).scale == 0.6348
+    silent = described(codec_folder, tmp_path / "silent", scaling_factor=None)
+    assert load_codec(codec_config(silent, scaling_factor=0.13025)).scale == 0.13025
+    assert load_codec(codec_config(silent)).scale == 0.18215  # diffusers' default
+    trained = load_codec(codec_config(codec_folder)).source["hash"]  # a checkpoint from when any factor was taken
+    assert load_codec(codec_config(codec_folder, scaling_factor=0.13025), trained).scale == 0.13025
+    with pytest.raises(UserError, match=r"codec\.scaling_factor"):
+        CodecConfig(scaling_factor=0.0).check()
+
+
+def test_the_shipped_codec_is_as_configured() -> None:
+    config = compose_train(["preset=nano"]).codec
+    assert load_codec(config).config == config
 
 
 def test_codecs_that_are_refused(codec_folder: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def official(tmp_path_factory: pytest.TempPathFactory, codec_folder: Path) -> Pa
 def arguments(official: Path, demo_folder: Path, tmp_path: Path) -> list[str]:
     """The paper's preset as a user would fine-tune with it; only sizes of the run are small."""
     return [
-        "preset=paper", "stage=3", f"init_from={official}", f"run_dir={tmp_path / 'run'}", "codec.scaling_factor=0.18215",
+        "preset=paper", "stage=3", f"init_from={official}", f"run_dir={tmp_path / 'run'}", "codec.scaling_factor=null",
         f"data.shards={demo_folder / 'small'}", "data.captions={clean: 1.0}", "data.resolution=32", "data.bucket_multiple=16",
         "data.max_aspect=1", "data.workers=0", "conditioning.max_tokens=64", "batch_size=2", "micro_batch_size=2",
         "max_steps=2", "checkpoint_every=2", "log_every=1", "validation.images=0", "validation.samples=0", "precision=fp32",

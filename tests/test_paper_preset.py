@@ -140,6 +140,7 @@ def stage_arguments(tiny_arguments: list[str], demo_folder: Path, codec_folder: 
     kept = [a for a in tiny_arguments if a.startswith(("data.workers", "threads", "validation"))]
     return [
         "preset=paper", "text_encoder=tiny", *SMALL, *kept, f"codec.path={codec_folder}", "codec.dtype=float32",
+        "codec.scaling_factor=null",
         f"data.shards={demo_folder}/web", "data.resolution=64", "batch_size=4", "micro_batch_size=2", "max_steps=3",
         "log_every=1", "lora.rank=2", f"run_dir={run}",
     ]  # fmt: skip

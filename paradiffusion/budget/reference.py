@@ -58,7 +58,7 @@ class PlainTrainer:
         encoder, codec, joint = setup.encoder, setup.codec, setup.joint
         with torch.no_grad():
             images = batch.images.to(device, codec.vae.dtype)
-            latents = codec.vae.encode(images).latent_dist.sample().float() * codec.config.scaling_factor
+            latents = codec.to_unit(codec.vae.encode(images).latent_dist.sample())
         noise = torch.randn_like(latents)
         times = joint.objective.times(torch.rand(len(latents), device=device))
         ids, id_mask = padded(encoder, batch.captions, device)

@@ -377,7 +377,7 @@ def describe(
         "conditioning": asdict(config.conditioning),
         "coordinates": config.unet.coordinates,
         "unet_lora": unet_lora if config.unet.lora_rank else None,
-        "codec": {**asdict(config.codec), "hash": codec_source["hash"]},
+        "codec": {**asdict(config.codec), **{key: codec_source[key] for key in ("hash", "scaling_factor")}},
         "objective": asdict(config.objective),
         "sampler": asdict(config.sampler),
         "provenance": {"libraries": libraries, "images_seen": step * config.batch_size, "init_from": config.init_from},
@@ -583,7 +583,7 @@ def describe_adapter(folder: Path) -> dict[str, Any] | None:
 
 def describe_codec(folder: Path | None) -> dict[str, Any]:
     """CodecConfig as a dictionary for the autoencoder in ``folder``, or for SDXL's where that is None."""
-    config = CodecConfig(name="sdxl", hub="madebyollin/sdxl-vae-fp16-fix")
+    config = CodecConfig(name="sdxl", hub="madebyollin/sdxl-vae-fp16-fix", scaling_factor=0.13025)
     if folder is not None:
         vae = read_json(folder / "config.json")
         config.path = str(folder)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,19 +24,26 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Codec(nn.Module):
-    """Encodes images to latents of unit scale, and back.
+    """Encodes images to latents of unit scale, and back: (z - shift) * scale, by the VAE's own statistics.
 
     Args:
-        vae: a diffusers AutoencoderKL.
-        config: scaling and how the posterior is used.
-        source: id, revision and hash, for the checkpoint.
+        vae: a diffusers AutoencoderKL. Its config gives ``shift_factor``, or per-channel ``latents_mean`` and ``latents_std``,
+            and ``scaling_factor`` where ``config`` has none.
+        source: id, revision and hash, for the checkpoint; the scaling factor in use is added.
     """
+
+    shift: float | Tensor  # [C, 1, 1] where it is per channel
+    scale: float | Tensor
 
     def __init__(self, vae: Any, config: CodecConfig, source: dict[str, Any]) -> None:
         super().__init__()
         self.vae = vae
-        self.config = config
-        self.source = source
+        factor = float(config.scaling_factor or vae.config["scaling_factor"])
+        self.config = replace(config, scaling_factor=factor)
+        self.source = {**source, "scaling_factor": factor}
+        mean, std = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
+        self.shift = (vae.config.get("shift_factor") or 0.0) + (0.0 if mean is None else per_channel(mean))
+        self.scale = factor if std is None else factor / per_channel(std)
 
     @torch.no_grad()
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -52,17 +62,30 @@ class Codec(nn.Module):
 
     def draw(self, mean: Tensor, std: Tensor, noise: Tensor | None) -> Tensor:
         """Latents of unit scale, fp32, from what ``posterior`` gave; without ``noise`` the mean."""
-        latents = mean if noise is None else mean + std * noise.to(mean)
-        return latents.float() * self.config.scaling_factor
+        return self.to_unit(mean if noise is None else mean + std * noise.to(mean))
+
+    def to_unit(self, latents: Tensor) -> Tensor:
+        """The VAE's own latents to ours, fp32."""
+        return (latents.float() - beside(self.shift, latents)) * beside(self.scale, latents)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in -1..1, fp32, of latents [B, C, H/f, W/f]."""
-        return self.vae.decode((latents / self.config.scaling_factor).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        own = latents / beside(self.scale, latents) + beside(self.shift, latents)
+        return self.vae.decode(own.to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H/f, W/f) for an image of ``height`` by ``width`` pixels."""
         return self.config.latent_channels, height // self.config.factor, width // self.config.factor
+
+
+def per_channel(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1)
+
+
+def beside(value: float | Tensor, latents: Tensor) -> float | Tensor:
+    """``value`` on the device of ``latents``."""
+    return value.to(latents.device) if isinstance(value, Tensor) else value
 
 
 def find_folder(path: str) -> Path | None:
@@ -96,11 +119,17 @@ def locate_codec(config: CodecConfig) -> Path:
     )
 
 
+def own_scaling_factor(folder: Path) -> float | None:
+    """What the autoencoder's config.json says; None where it does not."""
+    found = json.loads((folder / "config.json").read_text()).get("scaling_factor")
+    return None if found is None else float(found)
+
+
 def load_codec(config: CodecConfig, expected_hash: str | None = None) -> Codec:
     """Load the autoencoder, frozen, in evaluation mode, on the CPU.
 
     Raises:
-        UserError: when it is not to be had, unreadable, of another shape than configured, or not the checkpoint's.
+        UserError: when it is not to be had, unreadable, of another shape or scale than configured, or not the checkpoint's.
     """
     folder = locate_codec(config)
     files = find_tensors(folder, UNET_STEM)
@@ -129,6 +158,13 @@ def load_codec(config: CodecConfig, expected_hash: str | None = None) -> Codec:
         raise UserError(
             f"the codec in {folder} has {channels} latent channels and factor {factor}, but the configuration says "
             f"codec.latent_channels={config.latent_channels} and codec.factor={config.factor}; make them equal."
+        )
+    own = own_scaling_factor(folder)
+    # A checkpoint that was trained with another one draws as it was trained.
+    if expected_hash is None and None not in (own, config.scaling_factor) and own != config.scaling_factor:
+        raise UserError(
+            f"the codec in {folder} has the scaling_factor {own} in its config.json, and codec.scaling_factor={config.scaling_factor} "
+            "says otherwise; set codec.scaling_factor=null, which takes the codec's own."
         )
     vae.requires_grad_(False)
     source = {"name": config.name, "hub": config.hub, "revision": config.revision, "hash": found}

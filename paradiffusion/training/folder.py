@@ -18,6 +18,7 @@ from paradiffusion.checkpoints.layouts import UNET, find_checkpoint, parse, read
 from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.config import LoraConfig, TrainConfig
 from paradiffusion.errors import UserError
+from paradiffusion.models.codec import locate_codec, own_scaling_factor
 from paradiffusion.models.unet import own_arguments
 
 CONFIG_FILE = "config.json"
@@ -221,7 +222,10 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
     for part in ("conditioning", "text_encoder", "codec"):
         mine = getattr(config, part)
         theirs = asdict(parse(type(mine), description[part]))  # a key that was not there yet has its default
-        for key, value in asdict(mine).items():
+        ours = asdict(mine)
+        if part == "codec" and config.codec.scaling_factor is None:
+            ours["scaling_factor"] = own_scaling_factor(locate_codec(config.codec))
+        for key, value in ours.items():
             if key not in FREE_AT_START and (before := theirs[key]) != value:
                 raise UserError(
                     f"{init} was trained with {part}.{key}={before}, and this command says {value}; use the same {part} "
