@@ -23,8 +23,11 @@ SCHEDULER = {
 }  # fmt: skip
 
 
-def make_unet(seed: int = 0, width: int = 48, blocks: str = "Simple") -> UNet2DConditionModel:
-    """The paper's kind of U-Net, or with ``blocks=""`` one of ordinary cross-attention blocks."""
+def make_unet(seed: int = 0, width: int = 48, blocks: str = "Simple", projection: bool = True) -> UNet2DConditionModel:
+    """The paper's kind of U-Net, or with ``blocks=""`` one of ordinary cross-attention blocks.
+
+    Without a ``projection`` of its own, its cross-attention is as wide as the text.
+    """
     outer = {"": ("DownBlock2D", "UpBlock2D"), "Simple": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")}[blocks]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -35,11 +38,11 @@ def make_unet(seed: int = 0, width: int = 48, blocks: str = "Simple") -> UNet2DC
             mid_block_type=f"UNetMidBlock2D{blocks}CrossAttn",
             up_block_types=(f"{blocks}CrossAttnUpBlock2D", outer[1]),
             layers_per_block=1,
-            cross_attention_dim=24,
+            cross_attention_dim=24 if projection else width,
             attention_head_dim=8 if blocks else 2,
             norm_num_groups=8,
-            encoder_hid_dim=width,
-            encoder_hid_dim_type="text_proj",
+            encoder_hid_dim=width if projection else None,
+            encoder_hid_dim_type="text_proj" if projection else None,
             resnet_time_scale_shift="scale_shift" if blocks else "default",
         )
         for parameter in unet.parameters():  # away from zeros and from attention that is the same everywhere

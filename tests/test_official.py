@@ -15,7 +15,7 @@ from official_models import as_bin, make_official, make_unet, reference
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from paradiffusion.checkpoints.export import export_pipeline
+from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline
 from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
 from paradiffusion.compose import compose_sample
 from paradiffusion.errors import UserError
@@ -225,6 +225,29 @@ def test_sizes_that_only_the_codec_limits(make: Callable[..., Path], tmp_path: P
     shutil.rmtree(folder / "unet")
     make_unet(width=width, blocks="").save_pretrained(folder / "unet")
     check(folder, tmp_path / "b", height=72, width=40)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_unet_as_wide_as_the_language_model(
+    make: Callable[..., Path], tmp_path: Path, lora: dict[str, Any] | None
+) -> None:
+    """It has no projection of its own; also as a checkpoint of ours, a pipeline, and the official layout again."""
+    folder = make(lora)
+    width = json.loads((folder / "Llama-2-7b-hf" / "config.json").read_text())["hidden_size"]
+    shutil.rmtree(folder / "unet")
+    make_unet(width=width, projection=False).save_pretrained(folder / "unet")
+    check(folder, tmp_path / "out")
+    layout = find_checkpoint(folder)
+    for write in (export_ours, export_official, export_pipeline):
+        write(layout, tmp_path / write.__name__, frozen="link")
+        assert np.array_equal(
+            *(draw(f, [CASE], tmp_path / f.name / "drawn")[0] for f in (folder, tmp_path / write.__name__))
+        )
+    other = tmp_path / "narrow"
+    make_unet(width=width + 8, projection=False).save_pretrained(other)
+    shutil.copytree(other, folder / "unet", dirs_exist_ok=True)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_checkpoint(folder)
 
 
 def test_what_the_folder_is_described_as(make: Callable[..., Path]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from official_models import make_official
+from official_models import make_official, make_unet
 from PIL import Image
 from training_runs import build_here, newest, records, sample_here, train_here
 
@@ -70,6 +71,19 @@ def test_fine_tune_resume_sample_and_export(
 def test_what_contradicts_the_weights_is_refused(arguments: list[str], change: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         build_here([*arguments, change])
+
+
+def test_weights_without_a_text_projection(official: Path, arguments: list[str], tmp_path: Path) -> None:
+    """Their cross-attention is as wide as the language model; resumed, too."""
+    shutil.copytree(official, tmp_path / "wide")
+    width = json.loads((official / "Llama-2-7b-hf" / "config.json").read_text())["hidden_size"]
+    make_unet(width=width, projection=False).save_pretrained(tmp_path / "wide" / "unet")
+    arguments = [*arguments, f"init_from={tmp_path / 'wide'}"]
+    assert train_here([*arguments, "max_steps=1", "checkpoint_every=1"]) == 0
+    assert train_here([*arguments, "max_steps=2"]) == 0
+    run = tmp_path / "run" / "stage3"
+    assert [row["step"] for row in records(run)] == [1, 2]
+    assert not any("encoder_hid_proj" in name for name in open_layout(newest(run)).weights())
 
 
 def test_our_own_checkpoints_give_their_shape_too(tiny_arguments: list[str], tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ LLM_FOLDERS = ("Llama-2-7b-hf", "text_encoder")
 VAE_FOLDERS = ("sdxl-vae-fp16-fix", "vae")
 SIDECAR = "paradiffusion.json"  # of an export of ours: what that layout itself has no place for
 DEFAULT_RESOLUTION = 512  # where the U-Net's config gives no sample_size
+LLAMA_WIDTH = 4096  # of the features of Llama-2-7B, which the published weights read
 # Keys of adapter_config.json that change what the adapter computes, beyond rank, alpha and a list of targets.
 ADAPTER_KEYS = (
     "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
@@ -242,23 +243,32 @@ class Official(Layout):
         )
 
     def unets(self) -> list[str]:
-        """Those with a text projection of their own: SDXL's and others' have none, and are points to start from."""
-        configs = {name: read_json(self.folder / name / "config.json") for name in super().unets()}
-        return [
-            name
-            for name, config in configs.items()
-            if config.get("encoder_hid_dim") and config.get("encoder_hid_dim_type") in (None, "text_proj")
-        ]
+        """Those that take the language model's features: through a text projection of their own, or because their
+        cross-attention is as wide as it. SDXL's and others' do not, and are points to start from."""
+        return [name for name in super().unets() if self.takes_text(read_json(self.folder / name / "config.json"))]
+
+    def takes_text(self, unet: dict[str, Any]) -> bool:
+        if unet.get("encoder_hid_dim"):
+            return unet.get("encoder_hid_dim_type") in (None, "text_proj")
+        if unet.get("addition_embed_type"):
+            return False
+        if self.language_model is not None:
+            return read_width(unet) == read_json(self.language_model / "config.json").get("hidden_size")
+        ours = (self.folder / SIDECAR).is_file() or adapter_config(self.adapter)
+        return bool(ours) or read_width(unet) == LLAMA_WIDTH
+
+    @property
+    def language_model(self) -> Path | None:
+        """Its folder, where it lies beside the U-Net: the adapter's base by name, else by the published names."""
+        base = Path(str(adapter_config(self.adapter).get("base_model_name_or_path") or "")).name
+        return first_model(self.folder, (base, *LLM_FOLDERS) if base else LLM_FOLDERS)
 
     def describe(self) -> dict[str, Any]:
         adapter = describe_adapter(self.adapter)
         codec = describe_codec(first_model(self.folder, VAE_FOLDERS))
         settings = scheduler_settings(read_json(self.folder / SCHEDULER / "scheduler_config.json"))
-        base = Path(str(adapter.pop("base", None) or "")).name if adapter else ""
-        language_model = first_model(self.folder, (base, *LLM_FOLDERS) if base else LLM_FOLDERS)
-        encoder = TextEncoderConfig(
-            name="llama2_7b", hub="meta-llama/Llama-2-7b-hf", path=language_model and str(language_model)
-        )
+        path = self.language_model and str(self.language_model)
+        encoder = TextEncoderConfig(name="llama2_7b", hub="meta-llama/Llama-2-7b-hf", path=path)
         size = self.unet_config.get("sample_size")
         sides = size if isinstance(size, list) else [size]
         resolution = max(sides) * codec["factor"] if all(isinstance(side, int) and side > 0 for side in sides) else None
@@ -555,14 +565,17 @@ def copy_tensors(module: torch.nn.Module, state: dict[str, Tensor]) -> None:
             own[name].copy_(tensor)
 
 
-def describe_adapter(folder: Path) -> dict[str, Any] | None:
-    """Rank, alpha and targets of a PEFT adapter and its ``base`` model; ``settings`` holds what else PEFT must be told.
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of an adapter; empty where the folder has none."""
+    path = folder / "adapter_config.json"
+    return read_json(path) if path.is_file() else {}
 
-    None where the folder has no adapter.
-    """
-    if not (folder / "adapter_config.json").is_file():
+
+def describe_adapter(folder: Path) -> dict[str, Any] | None:
+    """Rank, alpha and targets of a PEFT adapter; ``settings`` holds what else PEFT must be told. None where there is none."""
+    config = adapter_config(folder)
+    if not config:
         return None
-    config = read_json(folder / "adapter_config.json")
     kind, bias = config.get("peft_type", "LORA"), config.get("bias", "none")
     refused = [key for key in ADAPTER_REFUSED if config.get(key)]
     if kind != "LORA" or bias != "none" or refused or "r" not in config:
@@ -573,7 +586,6 @@ def describe_adapter(folder: Path) -> dict[str, Any] | None:
         "rank": config["r"],
         "alpha": config.get("lora_alpha", 8),
         "target_modules": sorted(targets) if isinstance(targets, list) else [targets],
-        "base": config.get("base_model_name_or_path"),
     }
     settings = {key: config[key] for key in ADAPTER_KEYS if config.get(key)}
     if isinstance(targets, str):  # a regular expression, which is not the same as a list of one name
@@ -643,6 +655,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object; copy the folder again.")
     return values
+
+
+def read_width(unet: dict[str, Any]) -> int:
+    """Width of the text features that a U-Net of this configuration reads."""
+    width = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim") or 0
+    return max(width) if isinstance(width, (list, tuple)) else width
 
 
 def first_model(folder: Path, names: tuple[str, ...]) -> Path | None:

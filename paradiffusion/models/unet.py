@@ -38,15 +38,19 @@ def layout_arguments(conditioning: ConditioningConfig, latent_channels: int) -> 
 def unet_arguments(
     config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int
 ) -> dict[str, Any]:
-    """All arguments of UNet2DConditionModel: the configured ones, and those that codec and conditioning decide."""
+    """All arguments of UNet2DConditionModel: the configured ones, and those that codec and conditioning decide.
+
+    A configured ``encoder_hid_dim`` of None makes one without a text projection, for weights that have none.
+    """
+    width = config.arguments.get("encoder_hid_dim", text_width(conditioning, encoder_width))
     return {
         **config.arguments,
         "in_channels": codec.latent_channels
         + coordinate_channels(config.coordinates)
         + codec.latent_channels * bool(conditioning.layout_patch),
         "out_channels": codec.latent_channels,
-        "encoder_hid_dim": text_width(conditioning, encoder_width),
-        "encoder_hid_dim_type": "text_proj",
+        "encoder_hid_dim": width,
+        "encoder_hid_dim_type": "text_proj" if width else None,
     }
 
 

@@ -11,7 +11,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from paradiffusion.checkpoints.layouts import Layout, check_complete, copy_tensors, load_adapter, objective_of, parse
+from paradiffusion.checkpoints.layouts import (
+    Layout,
+    check_complete,
+    copy_tensors,
+    load_adapter,
+    objective_of,
+    parse,
+    read_width,
+)
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
@@ -194,6 +202,12 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     unet: Any = UNet2DConditionModel.from_config(checkpoint.unet_config)
     refiner = None if checkpoint.refiner_config is None else Refiner(**checkpoint.refiner_config)
     joint = JointModel(unet, refiner, objective_of(description), description["coordinates"])
+    takes = read_width(checkpoint.unet_config)
+    if (width := conditioning.refiner_width if refiner else encoder.width) != takes:
+        raise UserError(
+            f"the U-Net of {checkpoint.folder} reads features of width {takes}, and the text encoder in use gives {width}; set "
+            "text_encoder.path=<folder> to the language model that it was trained with."
+        )
     check_complete(set(joint.state_dict()), state)
     copy_tensors(joint, {name: tensor for name, tensor in state.items() if not name.startswith("text_encoder.")})
     joint.requires_grad_(False).eval().to(target, dtype)

@@ -189,10 +189,15 @@ def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> Tra
         mine, path = getattr(config, part), description[part].get("path")
         if mine.path is None and path is not None and Path(path).is_dir():
             config = replace(config, **{part: replace(mine, path=path)})
-    arguments, stored = config.unet.arguments, own_arguments(read_json(source / UNET / "config.json"))
+    unet = read_json(source / UNET / "config.json")
+    arguments, stored = config.unet.arguments, own_arguments(unet)
     if own_arguments(arguments) != stored and arguments == configured_arguments(config.unet.name):
         size = {key: value for key, value in arguments.items() if key == "sample_size"}
         config = replace(config, unet=replace(config.unet, arguments={**size, **stored}))
+    if not unet.get("encoder_hid_dim"):  # its cross-attention is as wide as the language model, without a projection
+        config = replace(
+            config, unet=replace(config.unet, arguments={**config.unet.arguments, "encoder_hid_dim": None})
+        )
     lora = description["lora"]
     if config.train_text == "adapter" and lora is not None:
         if lora.get("settings"):
