@@ -637,12 +637,9 @@ def describe_objective(settings: dict[str, Any]) -> ObjectiveConfig:
     return ObjectiveConfig(
         name="official",
         prediction=PREDICTIONS[config["prediction_type"]],
-        beta_schedule=config["beta_schedule"],
-        beta_start=config["beta_start"],
-        beta_end=config["beta_end"],
         train_timesteps=config["num_train_timesteps"],
         zero_terminal_snr=config["rescale_betas_zero_snr"],
-        flow_shift=config["flow_shift"],
+        **{key: config[key] for key in ("beta_schedule", "beta_start", "beta_end", "flow_shift")},
     )
 
 

@@ -42,7 +42,8 @@ def unet_arguments(
 
     A configured ``encoder_hid_dim`` of None makes one without a text projection, for weights that have none.
     """
-    width = config.arguments.get("encoder_hid_dim", text_width(conditioning, encoder_width))
+    projected = config.arguments.get("encoder_hid_dim", encoder_width) is not None
+    width = text_width(conditioning, encoder_width) if projected else None
     return {
         **config.arguments,
         "in_channels": codec.latent_channels

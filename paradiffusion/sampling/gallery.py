@@ -8,13 +8,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -22,6 +21,17 @@ from paradiffusion.atomic import atomic_file, write_atomic
 from paradiffusion.errors import UserError
 
 NAME = "manifest.jsonl"
+MAX_EMBEDDED = 400  # images; a page with more refers to the files, or no browser opens it
+THUMBNAIL = 512  # pixels of the longer side; embedded images are not larger, the file is one click away
+MAX_BYTES = 100_000  # of a file that is embedded as it is: a page of MAX_EMBEDDED stays below 50 MB
+MAX_GRID = 32  # images; a picture with more is too large to look at
+GRID_CELL = 256  # pixels that a tiny image is enlarged to in the grid
+TINY = 192  # pixels of the longer side; smaller images are shown enlarged with hard edges
+
+DEFAULTS = {"guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_stop": 1.0}  # not worth a reader's time
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, trim_blocks=True
+)
 
 
 @dataclass(frozen=True)
@@ -181,30 +191,6 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-MAX_EMBEDDED = 400  # images; a page with more refers to the files, or no browser opens it
-THUMBNAIL = 512  # pixels of the longer side; embedded images are not larger, the file is one click away
-MAX_BYTES = 100_000  # of a file that is embedded as it is: a page of MAX_EMBEDDED stays below 50 MB
-MAX_GRID = 32  # images; a picture with more is too large to look at
-GRID_CELL = 256  # pixels that a tiny image is enlarged to in the grid
-TINY = 192  # pixels of the longer side; smaller images are shown enlarged with hard edges
-
-DEFAULTS = {"guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_stop": 1.0}  # not worth a reader's time
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #888; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 110rem; }
-main { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
-article { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; min-width: 0; }
-.images { display: grid; gap: .5rem; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
-figure { margin: 0; }
-img { display: block; width: 100%; height: auto; border-radius: .25rem; }
-img.tiny { image-rendering: pixelated; }
-figcaption, .negative, header p { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; }
-.prompt { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto; margin: .75rem 0 0; }
-h1 { font-size: 1.3rem; margin: 0; }
-"""
-
-
 def save_png(path: Path, image: np.ndarray, metadata: Mapping[str, Any]) -> int:
     """Write ``image``, uint8 [H, W, 3], with ``metadata`` as PNG text, and return the file's size in bytes.
 
@@ -224,20 +210,17 @@ def write_gallery(folder: Path, rows: Sequence[ImageRecord], title: str) -> Path
 
     Up to MAX_EMBEDDED images the page is self-contained. Images of one prompt share a card.
     """
-    embed = len(rows) <= MAX_EMBEDDED
-    cards = [
-        _card(folder, list(group), embed)
-        for _, group in groupby(rows, key=lambda row: (row.order[0], row.prompt, row.negative_prompt))
-    ]
-    counts = f"{len(rows)} image{'s' * (len(rows) != 1)}, {len(cards)} prompt{'s' * (len(cards) != 1)}"
-    page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(title)}</title><style>{STYLE}</style></head><body>
-<header><h1>{_text(title)}</h1><p>{counts}. A click on an image opens its file.</p></header>
-<main>
-"""
-    write_atomic(folder / "index.html", page + "\n".join([*cards, "</main></body></html>", ""]))
+    cards = [list(g) for _, g in groupby(rows, key=lambda row: (row.order[0], row.prompt, row.negative_prompt))]
+    page = TEMPLATES.get_template("gallery.html").render(
+        title=_text(title),
+        images=len(rows),
+        cards=cards,
+        tiny=TINY,
+        text=_text,
+        source=lambda row: _data_uri(folder / row.file) if len(rows) <= MAX_EMBEDDED else row.file,
+        settings=lambda row: ", ".join(f"{k} {v}" for k, v in row.settings.items() if v != DEFAULTS.get(k)),
+    )
+    write_atomic(folder / "index.html", page)
     return folder / "index.html"
 
 
@@ -250,27 +233,6 @@ def write_grid(folder: Path, rows: Sequence[ImageRecord]) -> None:
     sheet = contact_sheet(pictures, columns=4, labels=[row.prompt for row in rows], scale=scale)
     with atomic_file(folder / "grid.png") as partial:
         sheet.save(partial, format="PNG", optimize=True)
-
-
-def _card(folder: Path, rows: list[ImageRecord], embed: bool) -> str:
-    figures = "".join(_figure(folder, row, embed) for row in rows)
-    negative = rows[0].negative_prompt
-    below = f'<p class="negative">negative prompt: {_text(negative)}</p>' if negative else ""
-    return f'<article><div class="images">{figures}</div><p class="prompt">{_text(rows[0].prompt)}</p>{below}</article>'
-
-
-def _figure(folder: Path, row: ImageRecord, embed: bool) -> str:
-    settings = ", ".join(f"{key} {value}" for key, value in row.settings.items() if value != DEFAULTS.get(key))
-    caption = (
-        f"{row.name} · seed {row.seed} · {row.height}x{row.width} · {settings} · {row.checkpoint}, step {row.step}"
-    )
-    link = escape(quote(row.file))
-    source = _data_uri(folder / row.file) if embed else link
-    tiny = ' class="tiny"' if max(row.height, row.width) <= TINY else ""
-    return (
-        f'<figure><a href="{link}"><img src="{source}" width="{row.width}" height="{row.height}"{tiny} loading="lazy" '
-        f'alt="{_text(row.prompt[:200])}"></a><figcaption>{_text(caption)}</figcaption></figure>'
-    )
 
 
 def _data_uri(path: Path) -> str:
@@ -287,8 +249,8 @@ def _data_uri(path: Path) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped for a page: markup as text, and control characters, which HTML does not allow, as a replacement."""
-    return escape("".join(c if c.isprintable() or c in "\n\t" or ord(c) >= 160 else "\ufffd" for c in text))
+    """Control characters, which HTML does not allow, as a replacement."""
+    return "".join(c if c.isprintable() or c in "\n\t" or ord(c) >= 160 else "\ufffd" for c in text)
 
 
 def contact_sheet(
