@@ -267,7 +267,7 @@ class Official(Layout):
         adapter = describe_adapter(self.adapter)
         codec = describe_codec(first_model(self.folder, VAE_FOLDERS))
         settings = scheduler_settings(read_json(self.folder / SCHEDULER / "scheduler_config.json"))
-        path = self.language_model and str(self.language_model)
+        path = None if self.language_model is None else str(self.language_model)
         encoder = TextEncoderConfig(name="llama2_7b", hub="meta-llama/Llama-2-7b-hf", path=path)
         size = self.unet_config.get("sample_size")
         sides = size if isinstance(size, list) else [size]

@@ -13,6 +13,7 @@ model that PEFT has wrapped. What our ``checkpoint.json`` says is the ``descript
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,8 @@ from paradiffusion.text.refiner import Refiner
 from paradiffusion.text.tokenizer import load_tokenizer
 
 logger = logging.get_logger(__name__)
+# Where model_index.json of pipelines exported before looks for the refiner: diffusers takes modules that are imported already.
+sys.modules["paradiffusion.sampling.pipeline_components"] = sys.modules[__name__]
 Prompts = str | list[str]
 ADAPTED = "_paradiffusion_adapted"
 
@@ -358,9 +361,14 @@ class ParaDiffusionPipeline(_Base):
             ValueError: for arguments that do not go together; UserError for a size or setting that the model cannot take.
         """
         models = self.models
-        given = {"steps": num_inference_steps, "guidance": guidance_scale, "guidance_rescale": guidance_rescale}
+        given: dict[str, Any] = {
+            "steps": num_inference_steps,
+            "guidance": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+        }
         given |= {"guidance_start": guidance_start, "guidance_stop": guidance_stop}
-        settings = replace(models.sampler, **{key: value for key, value in given.items() if value is not None})
+        chosen = {key: value for key, value in given.items() if value is not None}
+        settings = replace(models.sampler, **chosen)
         settings.check()
         height = checked_side("height", height or models.resolution, models.multiple)
         width = checked_side("width", width or models.resolution, models.multiple)
