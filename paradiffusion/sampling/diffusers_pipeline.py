@@ -115,26 +115,6 @@ def plain(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    """Whether both hold the same names and, in the first one's dtypes, the same values."""
-    return first.keys() == second.keys() and all(t.equal(second[n].to(t)) for n, t in first.items())
-
-
-def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of ``from_pretrained``'s arguments those that say which files of the hub are meant."""
-    keys = ("revision", "cache_dir", "token", "local_files_only")
-    return {key: arguments[key] for key in keys if key in arguments}
-
-
-def local_folder(source: str, patterns: list[str], arguments: dict[str, Any]) -> Path:
-    """A pipeline's folder on this machine, with the files of ``patterns`` at least; from the hub where it is no path."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, allow_patterns=patterns, **hub_arguments(arguments)))
-
-
 class _Interrupted(Exception):
     """``pipe._interrupt`` was set within a callback."""
 
@@ -235,8 +215,13 @@ class ParaDiffusionPipeline(_Base):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> ParaDiffusionPipeline:
         """As ``DiffusionPipeline.from_pretrained``; without ``torch_dtype`` each model keeps the dtype it was trained with."""
         source = str(pretrained_model_name_or_path)
-        described = cls.load_config(source, **hub_arguments(kwargs)).get("description") or {}
-        beside = local_folder(source, ["tokenizer/*", f"{LORA}/*"], kwargs)
+        hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+        described = cls.load_config(source, **hub).get("description") or {}
+        beside = Path(source)
+        if not beside.is_dir():
+            from huggingface_hub import snapshot_download
+
+            beside = Path(snapshot_download(source, allow_patterns=["tokenizer/*", f"{LORA}/*"], **hub))
         if "tokenizer" not in kwargs and (beside / "tokenizer").is_dir():
             kwargs["tokenizer"] = load_tokenizer(beside / "tokenizer")  # by its files' own rules
         if not {"torch_dtype", "dtype"} & kwargs.keys():
@@ -249,9 +234,10 @@ class ParaDiffusionPipeline(_Base):
         if pipe.config["description"]["lora"] is not None:
             stored = read_tensors(beside / LORA, ADAPTER_STEM)
             named = {joint_adapter_name(name): tensor.float() for name, tensor in stored.items()}
-            if not pipe.adapter():
+            carried = {f"text_encoder.{name}": tensor for name, tensor in pipe.adapter().items()}
+            if not carried:
                 pipe._attach(named)
-            elif not same_tensors(pipe.adapter(), {n.removeprefix("text_encoder."): t for n, t in named.items()}):
+            elif carried.keys() != named.keys() or not all(t.equal(named[n].to(t)) for n, t in carried.items()):
                 raise ValueError(
                     "text_encoder= carries another adapter than this pipeline's; pass one without an adapter"
                 )
