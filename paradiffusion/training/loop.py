@@ -31,9 +31,9 @@ from paradiffusion.training.folder import locked, stage_folder
 from paradiffusion.training.meters import Log, Meters, human_time, log_line, mixture_line
 from paradiffusion.training.optim import schedule, set_learning_rate
 from paradiffusion.training.processes import make_accelerator
-from paradiffusion.training.seen import line_of
 from paradiffusion.training.setup import Setup, build
 from paradiffusion.training.spikes import find_spike, follow_loss, handle_spike
+from paradiffusion.training.step_record import line_of
 from paradiffusion.training.together import together
 from paradiffusion.training.validation import Scorer
 from paradiffusion.training.watch import Watch
