@@ -7,15 +7,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
-from paradiffusion.training.places import Place
-from paradiffusion.training.watch import FAILED, STALLED, Watch, describe_stall
+from paradiffusion.training.watch import FAILED, STALLED
 
 # Pairs of processes, each pair in a scenario, forked from one that has imported everything. "asleep" stands for a wait
 # that nothing ends from within, as in a collective operation of NCCL.
@@ -25,8 +23,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from paradiffusion import entry
 from paradiffusion.errors import UserError
-from paradiffusion.training.together import together
-from paradiffusion.training.watch import Watch
+from paradiffusion.training.watch import Watch, together
 
 def work(name, rank, watch):
     if name == "all": raise UserError("the same everywhere")
@@ -175,19 +172,3 @@ def test_no_false_alarm(name: str, endings: Endings) -> None:
     for ending in endings[name]:
         # torch's own store may write that its peer has gone.
         assert ending.status == 0 and "error: " not in ending.text and "Traceback" not in ending.text, ending.text
-
-
-def test_a_save_comes_before_the_data_of_the_next_step() -> None:
-    saving = Place(0, "host0", 8, "save", [], 10.0, 99.0)
-    reading = Place(1, "host1", 8, "data", [], 10.0, 99.0)
-    sentence = describe_stall([saving, reading], 100.0, 30.0)
-    assert sentence is not None and sentence.startswith("process 0 ") and "process 1" not in sentence
-
-
-def test_a_long_save_of_one_process_is_no_stall() -> None:
-    said: list[str] = []
-    watch = Watch(0, 1, 0.2, said.append)
-    watch.beat("save", 3)
-    time.sleep(1.2)
-    watch.close()
-    assert said == []

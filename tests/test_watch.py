@@ -15,8 +15,7 @@ import pytest
 from conftest import ROOT, wait_for
 from training_runs import free_port
 
-from paradiffusion.training.places import Place
-from paradiffusion.training.watch import STALLED, Watch, describe_stall
+from paradiffusion.training.watch import STALLED, Place, Watch, describe_stall
 
 
 def place(rank: int, step: int, phase: str, at: float, alive: float = 100.0, keys: tuple[str, ...] = ()) -> Place:
@@ -70,6 +69,20 @@ def test_one_process_is_only_warned() -> None:
     assert re.search(
         r"warning: no step for a while: process 0 .* 'data' of step 4 for \d+ s, samples 000000.tar/dog", said[0]
     )
+
+
+def test_a_save_comes_before_the_data_of_the_next_step() -> None:
+    sentence = describe_stall([place(0, 8, "save", 10), place(1, 8, "data", 10)], 100.0, 30.0)
+    assert sentence is not None and sentence.startswith("process 0 ") and "process 1" not in sentence
+
+
+def test_a_long_save_of_one_process_is_no_stall() -> None:
+    said: list[str] = []
+    watch = Watch(0, 1, 0.2, said.append)
+    watch.beat("save", 3)
+    time.sleep(1.2)
+    watch.close()
+    assert said == []
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGSTOP, STALLED), (signal.SIGKILL, 2)])

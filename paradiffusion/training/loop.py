@@ -34,9 +34,8 @@ from paradiffusion.training.processes import make_accelerator
 from paradiffusion.training.setup import Setup, build
 from paradiffusion.training.spikes import find_spike, follow_loss, handle_spike
 from paradiffusion.training.step_record import line_of
-from paradiffusion.training.together import together
 from paradiffusion.training.validation import Scorer
-from paradiffusion.training.watch import Watch
+from paradiffusion.training.watch import Watch, together
 
 SUMMARY = "summary.json"
 
