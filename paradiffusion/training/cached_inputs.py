@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from paradiffusion.data.cache_files import Entry
+from paradiffusion.data.cache import Entry
 from paradiffusion.data.loader import Batch, scale_pixels
 from paradiffusion.models.codec import Codec
 from paradiffusion.text.conditioning import padded_length

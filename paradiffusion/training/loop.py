@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.config import TrainConfig
-from paradiffusion.data.cache_files import Entry
+from paradiffusion.data.cache import Entry
 from paradiffusion.data.loader import Batch, Loader
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import LossBatch
