@@ -93,11 +93,11 @@ class Watch:
 
     Attributes:
         on_leave: called before the watch ends the process, which no other clean-up survives.
+        failing: whether any process has said that it ends with an error, as far as is known.
     """
 
-    def __init__(self, rank: int, world_size: int, seconds: float, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, rank: int, world_size: int, seconds: float) -> None:
         self.world_size, self.seconds = world_size, seconds
-        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self.on_leave: Callable[[], None] = lambda: None
         self.interval = min(max(seconds / 10, 0.2), 2.0)
         self._silence = 3 * self.interval  # after which a process counts as dead, where a connection broke
@@ -107,7 +107,7 @@ class Watch:
         now = self._heard = self._told = self.now()
         self.place = Place(rank, socket.gethostname(), at=now, alive=now)
         self.known = [Place(other, at=now, alive=now) for other in range(world_size)]
-        self._lock, self._ended, self._failing = threading.Lock(), threading.Event(), threading.Event()
+        self._lock, self._ended, self.failing = threading.Lock(), threading.Event(), threading.Event()
         work = [self._judge, self._talk] if world_size > 1 else [self._judge]
         self._threads = [threading.Thread(target=target, name="watch", daemon=True) for target in work]
         for thread in self._threads:
@@ -128,15 +128,11 @@ class Watch:
 
     def fail(self) -> bool:
         """Say that this process ends with an error, so that no other waits for it; whether it is the first to say so."""
-        if self._failing.is_set():
+        if self.failing.is_set():
             return False
         first = (self._ask("add", "failures", 1) or 0) <= 1
         self._notice()
         return first
-
-    def others_failed(self) -> bool:
-        """Whether any process has said that it ends with an error, as far as is known."""
-        return self._failing.is_set()
 
     def close(self) -> None:
         """The end of the watch; the other processes are told that this one is done."""
@@ -148,11 +144,11 @@ class Watch:
             self._post()
             self._linger()
 
-    def who_is_lost(self, patience: float = 10.0) -> str | None:
+    def who_is_lost(self) -> str | None:
         """After a connection broke: who no longer gives signs of life, in one sentence, or None when all do, or when one
         has said itself that it ends."""
-        deadline = time.monotonic() + max(patience, 2 * self._silence)
-        while time.monotonic() < deadline and not self._failing.wait(min(self.interval / 2, 0.25)):
+        deadline = time.monotonic() + max(10.0, 2 * self._silence)
+        while time.monotonic() < deadline and not self.failing.wait(min(self.interval / 2, 0.25)):
             self._read(range(self.world_size))
             now = self.now()
             lost = [place for place in self._places() if now - place.alive > self._silence and place.phase != "done"]
@@ -180,7 +176,7 @@ class Watch:
 
     def _post(self) -> None:
         self.place.alive = self.now()
-        if not self._failing.is_set():  # the store may go at any moment once a process has failed
+        if not self.failing.is_set():  # the store may go at any moment once a process has failed
             self._ask("set", f"place/{self.place.rank}", json.dumps(asdict(self.place)))
 
     def _read(self, ranks: range) -> None:
@@ -212,7 +208,7 @@ class Watch:
             before = now
             if self.world_size == 1:
                 self.place.alive = now
-            if self._failing.is_set():
+            if self.failing.is_set():
                 if not self._ended.wait(GRACE):
                     self._leave(FAILED)
             elif self._lost_at is not None and now - self._lost_at > ORPHANED:
@@ -227,14 +223,15 @@ class Watch:
         if self.world_size == 1:
             if self.now() - self._told >= self.seconds:
                 self._told = self.now()
-                self.say(f"warning: no step for a while: {sentence}.")
+                print(f"warning: no step for a while: {sentence}.", file=sys.stderr, flush=True)
             return
         if self._answers() and not self.fail():
             return  # another has told it
-        self.say(
+        print(
             f"error: {sentence}; process {self.place.rank} ends here. The last checkpoint is whole: look at that process "
-            "or its data, then run the same command again (a slow machine: raise stall_seconds=)."
-        )
+            "or its data, then run the same command again (a slow machine: raise stall_seconds=).",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         self._linger()
         self._leave(STALLED)
 
@@ -248,14 +245,14 @@ class Watch:
 
     def _notice(self) -> None:
         with self._lock:  # the main thread and the one that talks may both come here
-            if not self._failing.is_set():
-                self._failing.set()
+            if not self.failing.is_set():
+                self.failing.set()
                 self._ask("add", "noticed", 1)
 
     def _linger(self) -> None:
         """The store goes with the main process: where one has failed, all must have looked before."""
         deadline = time.monotonic() + 2 * self.interval + 1
-        while self._failing.is_set() and self.place.rank == 0 and time.monotonic() < deadline:
+        while self.failing.is_set() and self.place.rank == 0 and time.monotonic() < deadline:
             if (self._ask("add", "noticed", 0) or 0) >= self.world_size:
                 return
             time.sleep(0.05)
@@ -296,7 +293,7 @@ def together(watch: Watch) -> Iterator[None]:
             isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
         )
         lost = watch.who_is_lost() if broken else None
-        if not broken or (lost is None and not watch.others_failed()):
+        if not broken or (lost is None and not watch.failing.is_set()):
             watch.fail()
             raise
         _leave_unless_first(watch)
