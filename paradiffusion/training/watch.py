@@ -168,8 +168,9 @@ class Watch:
 
     def _ask(self, request: str, *values: Any) -> Any:
         """The store's answer; None once it has gone, and where there is none."""
+        store = self._store  # which the other thread may find gone meanwhile
         try:
-            return getattr(self._store, request)(*values) if self._store is not None else None
+            return getattr(store, request)(*values) if store is not None else None
         except (RuntimeError, OSError):
             self._store, self._lost_at = None, self._lost_at or self.now()
             return None
