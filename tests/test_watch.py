@@ -158,7 +158,11 @@ def work(name, rank, watch):
     if name == "first" and rank == 0: raise UserError("only the main process")
     if name == "other" and rank == 1: raise UserError("only the other one")
     if name == "meeting" and rank == 1: raise UserError("while they meet")
-    if name == "meeting": dist.barrier()
+    if name == "killed" and rank == 0:
+        watch.beat("data", 3, ["000000.tar/bird"])
+        time.sleep(5)  # the other looks every two seconds
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name in ("meeting", "killed"): dist.barrier()
     watch.beat("backward", 7)
     if name == "late" and rank == 1: watch.beat("data", 7, ["000000.tar/dog"])
     if name == "stopped" and rank == 0:
@@ -218,7 +222,7 @@ for pid, name in running.items():
     if name not in ended: os.kill(pid, signal.SIGKILL)
 print(json.dumps(ended))
 """
-SCENARIOS = ("all", "bug", "first", "other", "meeting", "late", "stopped", "fine", "paused")
+SCENARIOS = ("all", "bug", "first", "other", "meeting", "late", "stopped", "killed", "fine", "paused")
 
 
 @dataclass
@@ -289,6 +293,15 @@ def test_a_main_process_that_is_stopped_is_named(endings: Endings) -> None:
     assert stopped.status is None and other.status == STALLED
     # Whether it counts as late or as dead already is a matter of a second.
     assert re.search(r"error: process 0 \(.*\) .* phase 'encode' of step 7.*, samples 000000.tar/cat", other.text)
+
+
+def test_a_main_process_that_is_killed_is_named(endings: Endings) -> None:
+    """The store goes with it."""
+    killed, other = endings["killed"]
+    assert (killed.status, other.status) == (-9, FAILED), other.text
+    assert re.search(
+        r"error: process 0 \(.*\) gave its last sign of life .* 'data' of step 3, samples 000000.tar/bird;", other.text
+    )
 
 
 @pytest.mark.parametrize("name", ["fine", "paused"])
