@@ -8,8 +8,9 @@ before any model is loaded.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 from paradiffusion.checks import choice, fraction, positive
@@ -22,6 +23,54 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow")
 DENSITIES = ("uniform", "logit_normal")
 SOLVERS = ("dpm", "ddim", "euler")
 WORLDS = ("small", "large")  # of the built-in scenes
+
+
+def option(default: Any, *, typed: str = "", free: str = "", of: str = "") -> Any:
+    """A field with what else must be known of its key. No other list says it.
+
+    Args:
+        default: the value, or what makes it (list, dict, a dataclass).
+        typed: reaches the configuration as typed, whatever Hydra's grammar makes of its characters: a "path" (quotes around
+            it come off, a list stays a list), or "text", to the letter.
+        free: why a resumed run may have another value. "always": nothing that is trained depends on it. "resume": it says how
+            the run goes on, or where a model lies whose hash is compared. "data": where the data lies whose fingerprint is.
+        of: what is a function of it, by spaces: "latents" and "text" features, as caches hold them; "weights", of which a
+            stage starts only from those that were trained with the same; "noise", the same of the U-Net by itself.
+    """
+    metadata = {"typed": typed, "free": free, "of": of.split()}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def keys_of(cls: Any, prefix: str = "", free: str = "") -> dict[str, dict[str, Any]]:
+    """All keys of a schema, dotted, with what ``option`` says of each; ``free`` holds for a group's keys, too.
+
+    "open" are dictionaries, which take keys of the user's own. Fields that no user gives are left out
+    (``metadata={"internal": True}``).
+    """
+    keys: dict[str, dict[str, Any]] = {}
+    for one in fields(cls):
+        if one.metadata.get("internal"):
+            continue
+        default = one.default_factory() if callable(one.default_factory) else one.default
+        known = {"typed": "", "of": [], **one.metadata, "free": one.metadata.get("free") or free}
+        keys[prefix + one.name] = {**known, "open": isinstance(default, dict)}
+        if is_dataclass(default):
+            keys |= keys_of(type(default), f"{prefix}{one.name}.", known["free"])
+    return keys
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """The values of all dotted keys that are no groups."""
+    values = {key: attrgetter(key)(config) for key in keys_of(type(config))}
+    return {key: value for key, value in values.items() if not is_dataclass(value)}
+
+
+def identity(config: Any, of: str) -> dict[str, Any]:
+    """Of ``config`` what ``of`` ("latents", "text", "weights" or "noise") is a function of."""
+    keys = keys_of(type(config))
+    return {key: value for key, value in values_of(config).items() if of in keys[key]["of"]}
 
 
 @dataclass
@@ -41,15 +90,15 @@ class TextEncoderConfig:
             scripts/describe.py counts parameters, memory and compute without the weights.
     """
 
-    name: str = "tiny"
-    path: str | None = None
-    package: str | None = None
-    hub: str | None = None
-    revision: str | None = None
-    layers: int | None = None
-    dtype: str = "float32"
-    quantization: str | None = None
-    architecture: dict[str, Any] = field(default_factory=dict)
+    name: str = option("tiny", of="weights")
+    path: str | None = option(None, typed="path", free="resume")
+    package: str | None = option(None, free="resume")
+    hub: str | None = option(None, free="resume")
+    revision: str | None = option(None, free="resume")
+    layers: int | None = option(None, of="text weights")
+    dtype: str = option("float32", of="text")
+    quantization: str | None = option(None, of="text")
+    architecture: dict[str, Any] = option(dict, free="resume")
 
     def check(self) -> None:
         choice("text_encoder.dtype", self.dtype, DTYPES)
@@ -82,19 +131,19 @@ class ConditioningConfig:
     """
 
     name: str = "paper"
-    layer_tap: str = "last"
-    projection: str = "linear"
-    refiner_width: int = 256
-    refiner_layers: int = 2
-    refiner_heads: int = 4
-    refiner_kernel: int = 0
-    layout_patch: int = 0
-    layout_layers: int = 2
-    layout_reads: str = "tokens"
-    prefix: str = ""
-    mask_padding: bool = False
-    pad_multiple: int = 8
-    max_tokens: int = 256
+    layer_tap: str = option("last", of="text weights")
+    projection: str = option("linear", of="weights")
+    refiner_width: int = option(256, of="weights")
+    refiner_layers: int = option(2, of="weights")
+    refiner_heads: int = option(4, of="weights")
+    refiner_kernel: int = option(0, of="weights")
+    layout_patch: int = option(0, of="weights")
+    layout_layers: int = option(2, of="weights")
+    layout_reads: str = option("tokens", of="weights")
+    prefix: str = option("", typed="path", of="text weights")
+    mask_padding: bool = option(False, of="text weights")
+    pad_multiple: int = option(8, free="always")
+    max_tokens: int = option(256, of="text")
 
     def check(self) -> None:
         choice("conditioning.layer_tap", self.layer_tap, ("last", "mean"))
@@ -149,10 +198,10 @@ class UNetConfig:
         lora_alpha, lora_target_modules: of that adapter.
     """
 
-    name: str = "nano"
+    name: str = option("nano", of="weights")
     arguments: dict[str, Any] = field(default_factory=dict)
-    coordinates: int = 0
-    plain_attention: bool = False
+    coordinates: int = option(0, of="weights")
+    plain_attention: bool = option(False, free="always")
     lora_rank: int = 0
     lora_alpha: int = 16
     lora_target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
@@ -173,15 +222,15 @@ class CodecConfig:
         sample: draw latents from the posterior (as diffusers' trainers do), rather than take its mean.
     """
 
-    name: str = "nano"
-    path: str | None = None
-    hub: str | None = None
-    revision: str | None = None
-    subfolder: str | None = None
-    factor: int = 8
-    latent_channels: int = 4
-    scaling_factor: float = 0.13025
-    dtype: str = "float32"
+    name: str = option("nano", of="weights")
+    path: str | None = option(None, typed="path", free="resume")
+    hub: str | None = option(None, free="resume")
+    revision: str | None = option(None, free="resume")
+    subfolder: str | None = option(None, free="resume")
+    factor: int = option(8, of="latents weights")
+    latent_channels: int = option(4, of="latents weights")
+    scaling_factor: float = option(0.13025, of="weights")
+    dtype: str = option("float32", of="latents")
     sample: bool = True
 
     def check(self) -> None:
@@ -206,12 +255,12 @@ class ObjectiveConfig:
     """
 
     name: str = "paper"
-    prediction: str = "epsilon"
-    beta_schedule: str = "scaled_linear"
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    train_timesteps: int = 1000
-    zero_terminal_snr: bool = False
+    prediction: str = option("epsilon", of="noise")
+    beta_schedule: str = option("scaled_linear", of="noise")
+    beta_start: float = option(0.00085, of="noise")
+    beta_end: float = option(0.012, of="noise")
+    train_timesteps: int = option(1000, of="noise")
+    zero_terminal_snr: bool = option(False, of="noise")
     density: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
@@ -289,9 +338,9 @@ class SourceConfig:
         captions: weights of caption kinds of its own; empty for those of DataConfig.
     """
 
-    name: str | None = None
-    shards: Any = None
-    folder: str | None = None
+    name: str | None = option(None, free="data")
+    shards: Any = option(None, free="data")
+    folder: str | None = option(None, free="data")
     weight: float = 1.0
     captions: dict[str, float] = field(default_factory=dict)
 
@@ -352,31 +401,31 @@ class DataConfig:
         cache: a folder of latents and text features made beforehand by scripts/cache.py, which must fit; None for none.
     """
 
-    shards: Any = None
-    folder: str | None = None
+    shards: Any = option(None, typed="path", free="data")
+    folder: str | None = option(None, typed="path", free="data")
     sources: list[SourceConfig] = field(default_factory=list)
-    val_shards: Any = None
-    demo: bool = False
-    world: str = "small"
-    demo_folder: str = "data/demo"
-    demo_set: str = "web"
-    demo_sizes: dict[str, int] = field(default_factory=dict)
-    resolution: int = 64
-    lower_resolutions: list[int] = field(default_factory=list)
-    bucket_multiple: int = 16
-    max_aspect: float = 2.0
-    captions: dict[str, float] = field(default_factory=dict)
+    val_shards: Any = option(None, typed="path", free="resume")
+    demo: bool = option(False, free="always")
+    world: str = option("small", free="data")
+    demo_folder: str = option("data/demo", typed="path", free="data")
+    demo_set: str = option("web", free="data")
+    demo_sizes: dict[str, int] = option(dict, free="data")
+    resolution: int = option(64, of="latents")
+    lower_resolutions: list[int] = option(list, of="latents")
+    bucket_multiple: int = option(16, of="latents")
+    max_aspect: float = option(2.0, of="latents")
+    captions: dict[str, float] = option(dict, of="text")
     caption_dropout: float = 0.1
     window_shards: int = 16
-    workers: int | None = None
-    retries: int = 5
-    cache_dir: str | None = None
-    cache_gb: float = 100.0
-    index_dir: str | None = None
+    workers: int | None = option(None, free="always")
+    retries: int = option(5, free="always")
+    cache_dir: str | None = option(None, typed="path", free="always")
+    cache_gb: float = option(100.0, free="always")
+    index_dir: str | None = option(None, typed="path", free="data")
     streaming: bool = False
-    max_bad_fraction: float = 0.01
-    allow_truncated: bool = False
-    cache: str | None = None
+    max_bad_fraction: float = option(0.01, free="resume")
+    allow_truncated: bool = option(False, free="data")
+    cache: str | None = option(None, typed="path", free="always")
 
     def check(self) -> None:
         choice("data.world", self.world, WORLDS)
@@ -421,7 +470,7 @@ class OptimizerConfig:
     """
 
     name: str = "adamw"
-    fused: bool = True
+    fused: bool = option(True, free="always")
     lr: float = 1e-4
     lr_conditioning: float = 1e-4
     lr_lora: float = 1e-4
@@ -512,37 +561,37 @@ class TrainConfig:
         stall_seconds: after so long without a step a process is named with its rank, phase and samples.
     """
 
-    preset: str = "nano"
+    preset: str = option("nano", free="always")
     stage: int = 1
-    recipe: str = "none"
-    run_dir: str = "runs/nano"
-    init_from: str | None = None
-    resume: bool = True
+    recipe: str = option("none", free="always")
+    run_dir: str = option("runs/nano", typed="path", free="always")
+    init_from: str | None = option(None, typed="path", free="resume")
+    resume: bool = option(True, free="always")
     seed: int = 0
 
     train_text: str = "frozen"
-    max_steps: int = 1000
+    max_steps: int = option(1000, free="resume")
     batch_size: int = 32
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = option(None, free="always")
     repeats: int = 1
-    keep_gb: float = 0.0
+    keep_gb: float = option(0.0, free="resume")
     precision: str = "fp32"
-    gradient_checkpointing: bool = False
-    threads: int | None = None
-    log_every: int = 10
-    validate_every: int = 500
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    keep_every: int | None = None
+    gradient_checkpointing: bool = option(False, free="always")
+    threads: int | None = option(None, free="always")
+    log_every: int = option(10, free="always")
+    validate_every: int = option(500, free="always")
+    checkpoint_every: int = option(500, free="always")
+    keep_last: int = option(2, free="always")
+    keep_every: int | None = option(None, free="always")
     ema_decay: float = 0.9999
-    ema_device: str | None = None
-    compile: bool = False
-    channels_last: bool = False
-    preflight: bool = False
-    log_samples: bool = False
-    stall_seconds: float = 600.0
-    on_spike: str = "stop"
-    spike_factor: float = 10.0
+    ema_device: str | None = option(None, free="always")
+    compile: bool = option(False, free="always")
+    channels_last: bool = option(False, free="always")
+    preflight: bool = option(False, free="always")
+    log_samples: bool = option(False, free="always")
+    stall_seconds: float = option(600.0, free="always")
+    on_spike: str = option("stop", free="resume")
+    spike_factor: float = option(10.0, free="resume")
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
@@ -552,9 +601,9 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sampler: SamplerConfig = option(SamplerConfig, free="resume")
+    validation: ValidationConfig = option(ValidationConfig, free="resume")
+    tracker: TrackerConfig = option(TrackerConfig, free="always")
 
     def check(self) -> None:
         """Raise UserError for values out of range and for combinations that cannot work."""
@@ -590,7 +639,7 @@ class TrainConfig:
 class FrozenConfig:
     """Where a frozen model lies on this machine, and in which dtype it runs; None: as the checkpoint says."""
 
-    path: str | None = None
+    path: str | None = option(None, typed="path")
     dtype: str | None = None
 
     def check(self, key: str) -> None:
@@ -611,11 +660,11 @@ class SampleConfig:
         vae_tiling: decode large images in overlapping tiles, in less memory.
     """
 
-    ckpt: str | None = None
-    unet: str = "unet"
-    prompt: str | None = None
-    prompt_file: str | None = None
-    output_dir: str | None = None
+    ckpt: str | None = option(None, typed="path")
+    unet: str = option("unet", typed="text")
+    prompt: str | None = option(None, typed="text")
+    prompt_file: str | None = option(None, typed="path")
+    output_dir: str | None = option(None, typed="path")
     seed: int = 0
     steps: int | None = None
     guidance: float | None = None
@@ -623,8 +672,8 @@ class SampleConfig:
     width: int | None = None
     images_per_prompt: int = 1
     batch_size: int = 8
-    negative_prompt: str | None = None
-    sampler: str | None = None
+    negative_prompt: str | None = option(None, typed="text")
+    sampler: str | None = option(None, typed="text")
     solver: str | None = None
     guidance_rescale: float | None = None
     guidance_start: float | None = None
