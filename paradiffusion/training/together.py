@@ -66,6 +66,6 @@ def out_of_memory(error: BaseException) -> UserError:
     """What to do about a GPU that is too small."""
     return UserError(
         f"a batch does not fit into this GPU's memory ({str(error).splitlines()[0]}); lower micro_batch_size= first, then set "
-        "gradient_checkpointing=true, ema_device=cpu, text_encoder.quantization=4bit, or launch with "
-        "configs/launch/zero2.yaml or zero2_offload.yaml; scripts/describe.py says what each saves."
+        "gradient_checkpointing=true, ema_device=cpu, or launch with configs/launch/zero2.yaml or zero2_offload.yaml (and for a "
+        "run that has not begun, text_encoder.quantization=4bit); scripts/describe.py says what each saves."
     )
