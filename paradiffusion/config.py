@@ -31,7 +31,7 @@ def option(default: Any, *, typed: str = "", free: str = "", of: str = "") -> An
     Args:
         default: the value, or what makes it (list, dict, a dataclass).
         typed: reaches the configuration as typed, whatever Hydra's grammar makes of its characters: a "path" (quotes around
-            it come off, a list stays a list), or "text", to the letter.
+            it come off, a list stays a list), "text", to the letter, or "yaml", which holds paths.
         free: why a resumed run may have another value. "always": nothing that is trained depends on it. "resume": it says how
             the run goes on, or where a model lies whose hash is compared. "data": where the data lies whose fingerprint is.
         of: what is a function of it, by spaces: "latents" and "text" features, as caches hold them; "weights", of which a
@@ -403,7 +403,7 @@ class DataConfig:
 
     shards: Any = option(None, typed="path", free="data")
     folder: str | None = option(None, typed="path", free="data")
-    sources: list[SourceConfig] = field(default_factory=list)
+    sources: list[SourceConfig] = option(list, typed="yaml")
     val_shards: Any = option(None, typed="path", free="resume")
     demo: bool = option(False, free="always")
     world: str = option("small", free="data")

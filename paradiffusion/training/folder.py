@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.compose import CONFIGS
 from paradiffusion.config import LoraConfig, SourceConfig, TrainConfig, identity, keys_of
 from paradiffusion.errors import UserError
 from paradiffusion.models.layouts import UNET, parse
@@ -24,7 +25,6 @@ from paradiffusion.models.starting import is_unet_folder
 from paradiffusion.models.unet import own_arguments
 
 CONFIG_FILE = "config.json"
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # With those of a list's entries, whose places are left out of their names.
 KEYS = {**keys_of(TrainConfig), **keys_of(SourceConfig, "data.sources.")}
 # Keys of earlier versions, with the value by which a run did without what this version no longer has.
