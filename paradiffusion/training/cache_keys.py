@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from paradiffusion.config import DataConfig, TrainConfig
+from paradiffusion.config import DataConfig, TrainConfig, identity
 from paradiffusion.data.cache import (
     NULL_FILE,
     PIXELS_VERSION,
@@ -41,17 +41,8 @@ _PROBE: Final = "Two RED kites, 3.5 m above the caf\u00e9's  roof -- (sunset); \
 
 def latent_key(config: TrainConfig, codec: Codec | None) -> dict[str, Any]:
     """Everything that cached latents are functions of; without ``codec`` what can be told before it is loaded."""
-    data = config.data
-    key: dict[str, Any] = {
-        "codec.dtype": config.codec.dtype,
-        "codec.factor": config.codec.factor,
-        "codec.latent_channels": config.codec.latent_channels,
-        "data.resolution": data.resolution,
-        "data.lower_resolutions": sorted(data.lower_resolutions),
-        "data.bucket_multiple": data.bucket_multiple,
-        "data.max_aspect": data.max_aspect,
-        "pixels": PIXELS_VERSION,
-    }
+    key = {**identity(config, "latents"), "pixels": PIXELS_VERSION}
+    key["data.lower_resolutions"] = sorted(config.data.lower_resolutions)
     if codec is not None:
         key |= {
             "codec.hash": codec.source["hash"],
@@ -63,17 +54,7 @@ def latent_key(config: TrainConfig, codec: Codec | None) -> dict[str, Any]:
 
 def text_key(config: TrainConfig, encoder: TextEncoder | None) -> dict[str, Any]:
     """Everything that cached features are functions of; without ``encoder`` what can be told before it is loaded."""
-    text, conditioning = config.text_encoder, config.conditioning
-    key: dict[str, Any] = {
-        "text_encoder.layers": text.layers,
-        "text_encoder.dtype": text.dtype,
-        "text_encoder.quantization": text.quantization,
-        "conditioning.layer_tap": conditioning.layer_tap,
-        "conditioning.prefix": conditioning.prefix,
-        "conditioning.max_tokens": conditioning.max_tokens,
-        "conditioning.mask_padding": conditioning.mask_padding,
-        "data.captions": weighted_kinds(config.data),
-    }
+    key = {**identity(config, "text"), "data.captions": weighted_kinds(config.data)}
     if encoder is not None:
         key |= {
             "text_encoder.hash": encoder.source["hash"],

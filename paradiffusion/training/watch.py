@@ -285,8 +285,8 @@ def together(watch: Watch) -> Iterator[None]:
         _leave_unless_first(watch)
         raise UserError(
             f"a batch does not fit into this GPU's memory ({str(error).splitlines()[0]}); lower micro_batch_size= first, then "
-            "set gradient_checkpointing=true, ema_device=cpu, text_encoder.quantization=4bit, or launch with "
-            "configs/launch/zero2.yaml or zero2_offload.yaml; scripts/describe.py says what each saves."
+            "set gradient_checkpointing=true, ema_device=cpu, or launch with configs/launch/zero2.yaml or zero2_offload.yaml (and "
+            "for a run that has not begun, text_encoder.quantization=4bit); scripts/describe.py says what each saves."
         ) from None
     except BaseException as error:
         # A collective operation fails where another process has died.
