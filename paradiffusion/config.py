@@ -1,53 +1,376 @@
-"""The schema: what can be configured, and what goes together.
+"""The schema: what can be configured, what is known of each key, and what goes together.
 
-Every other room takes its part of these dataclasses as an argument; ``compose.py`` fills them from ``configs/`` and the
-command line. A check here runs before any model is loaded. What a checkpoint records lies in ``model_config.py``.
+``compose.py`` fills these dataclasses from ``configs/`` and the command line; every other room takes its part of them as an
+argument. A checkpoint records text encoder, conditioning, adapter, U-Net, codec, objective and sampler. A check here runs
+before any model is loaded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 from paradiffusion.checks import choice, fraction, positive
-from paradiffusion.data_config import WORLDS, SourceConfig, check_captions
 from paradiffusion.errors import UserError
-from paradiffusion.model_config import (
-    PREDICTIONS,
-    SOLVERS,
-    CodecConfig,
-    ConditioningConfig,
-    LoraConfig,
-    ObjectiveConfig,
-    SamplerConfig,
-    TextEncoderConfig,
-    UNetConfig,
-)
-
-__all__ = [
-    "PREDICTIONS",
-    "SOLVERS",
-    "CodecConfig",
-    "ConditioningConfig",
-    "DataConfig",
-    "FrozenConfig",
-    "LoraConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "SampleConfig",
-    "SamplerConfig",
-    "SourceConfig",
-    "TextEncoderConfig",
-    "TrackerConfig",
-    "TrainConfig",
-    "UNetConfig",
-    "ValidationConfig",
-]
 
 DTYPES = ("float32", "bfloat16", "float16")
 TRAIN_TEXT = ("frozen", "lora", "adapter")
 PRECISIONS = ("fp32", "bf16", "auto")  # fp16 would need its loss scale in every checkpoint
+PREDICTIONS = ("epsilon", "v_prediction", "flow")
+DENSITIES = ("uniform", "logit_normal")
+SOLVERS = ("dpm", "ddim", "euler")
+WORLDS = ("small", "large")  # of the built-in scenes
+
+
+def option(default: Any, *, typed: str = "", free: str = "", of: str = "") -> Any:
+    """A field with what else must be known of its key. No other list says it.
+
+    Args:
+        default: the value, or what makes it (list, dict, a dataclass).
+        typed: reaches the configuration as typed, whatever Hydra's grammar makes of its characters: a "path" (quotes around
+            it come off, a list stays a list), "text", to the letter, or "yaml", which holds paths.
+        free: why a resumed run may have another value. "always": nothing that is trained depends on it. "resume": it says how
+            the run goes on, or where a model lies whose hash is compared. "data": where the data lies whose fingerprint is.
+        of: what is a function of it, by spaces: "latents" and "text" features, as caches hold them; "weights", of which a
+            stage starts only from those that were trained with the same; "noise", the same of the U-Net by itself.
+    """
+    metadata = {"typed": typed, "free": free, "of": of.split()}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def keys_of(cls: Any, prefix: str = "", free: str = "") -> dict[str, dict[str, Any]]:
+    """All keys of a schema, dotted, with what ``option`` says of each; ``free`` holds for a group's keys, too.
+
+    "open" are dictionaries, which take keys of the user's own. Fields that no user gives are left out
+    (``metadata={"internal": True}``).
+    """
+    keys: dict[str, dict[str, Any]] = {}
+    for one in fields(cls):
+        if one.metadata.get("internal"):
+            continue
+        default = one.default_factory() if callable(one.default_factory) else one.default
+        known = {"typed": "", "of": [], **one.metadata, "free": one.metadata.get("free") or free}
+        keys[prefix + one.name] = {**known, "open": isinstance(default, dict)}
+        if is_dataclass(default):
+            keys |= keys_of(type(default), f"{prefix}{one.name}.", known["free"])
+    return keys
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """The values of all dotted keys that are no groups."""
+    values = {key: attrgetter(key)(config) for key in keys_of(type(config))}
+    return {key: value for key, value in values.items() if not is_dataclass(value)}
+
+
+def identity(config: Any, of: str) -> dict[str, Any]:
+    """Of ``config`` what ``of`` ("latents", "text", "weights" or "noise") is a function of."""
+    keys = keys_of(type(config))
+    return {key: value for key, value in values_of(config).items() if of in keys[key]["of"]}
+
+
+@dataclass
+class TextEncoderConfig:
+    """A language model that reads prompts.
+
+    Attributes:
+        name: what people call it; the checkpoint records it.
+        path: a local folder with config, tokenizer and safetensors; the first place looked at.
+        package: a Python package that carries the model as one GGUF file; the second place.
+        hub: a model id on the hub, with ``revision``; the third place.
+        layers: run only the first layers (None for all): early layers already hold what colour and place words mean,
+            and a quarter of the layers is four times as fast.
+        dtype: of its frozen weights: "float32", "bfloat16" or "float16".
+        quantization: "4bit" keeps the frozen linear layers in NF4 (bitsandbytes, GPU only), under LoRA too; None for none.
+        architecture: arguments of its transformers configuration, ``model_type`` first among them; from these alone
+            scripts/describe.py counts parameters, memory and compute without the weights.
+    """
+
+    name: str = option("tiny", of="weights")
+    path: str | None = option(None, typed="path", free="resume")
+    package: str | None = option(None, free="resume")
+    hub: str | None = option(None, free="resume")
+    revision: str | None = option(None, free="resume")
+    layers: int | None = option(None, of="text weights")
+    dtype: str = option("float32", of="text")
+    quantization: str | None = option(None, of="text")
+    architecture: dict[str, Any] = option(dict, free="resume")
+
+    def check(self) -> None:
+        choice("text_encoder.dtype", self.dtype, DTYPES)
+        if self.quantization is not None:
+            choice("text_encoder.quantization", self.quantization, ("4bit",))
+        if self.layers is not None:
+            positive("text_encoder.layers", self.layers)
+
+
+@dataclass
+class ConditioningConfig:
+    """How text becomes conditioning. A checkpoint records it whole; stages of one run must agree on it.
+
+    Attributes:
+        layer_tap: "last" hidden state (the paper), or "mean" of all layers' layer-normalised states (arXiv 2506.08210).
+        projection: "linear" (the paper: the U-Net's own encoder_hid_proj) or "refiner": a small bidirectional transformer
+            before it (LI-DiT, arXiv 2406.11831).
+        refiner_width, refiner_layers, refiner_heads: its shape.
+        refiner_kernel: tokens that the convolution in each of its blocks spans (odd; 0 for no convolution).
+        layout_patch: latents along each side of the square that each query of the layout head estimates from the refined text
+            (models/layout.py); the U-Net takes the estimate as further input channels. 0 for no such head (the paper).
+        layout_layers: blocks of the layout head.
+        layout_reads: what it reads of the refined text: its "tokens", or their "mean" alone (for an ablation: the mean does
+            not hold which word belongs to which place).
+        prefix: an instruction put before each prompt; its own tokens are not given to the denoiser.
+        mask_padding: False: padding is attended to and always goes to ``max_tokens`` (the paper); True: masked.
+        pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens: 8 is what
+            tensor cores are aligned to; more makes fewer shapes, for compile=true, and more padding (docs/data.md).
+        max_tokens: longer prompts are cut, and counted. A stage may set its own (256 / 512 / 512 in the paper).
+    """
+
+    name: str = "paper"
+    layer_tap: str = option("last", of="text weights")
+    projection: str = option("linear", of="weights")
+    refiner_width: int = option(256, of="weights")
+    refiner_layers: int = option(2, of="weights")
+    refiner_heads: int = option(4, of="weights")
+    refiner_kernel: int = option(0, of="weights")
+    layout_patch: int = option(0, of="weights")
+    layout_layers: int = option(2, of="weights")
+    layout_reads: str = option("tokens", of="weights")
+    prefix: str = option("", typed="path", of="text weights")
+    mask_padding: bool = option(False, of="text weights")
+    pad_multiple: int = option(8, free="always")
+    max_tokens: int = option(256, of="text")
+
+    def check(self) -> None:
+        choice("conditioning.layer_tap", self.layer_tap, ("last", "mean"))
+        choice("conditioning.projection", self.projection, ("linear", "refiner"))
+        positive("conditioning.max_tokens", self.max_tokens)
+        positive("conditioning.pad_multiple", self.pad_multiple)
+        positive("conditioning.layout_patch", self.layout_patch, zero=True)
+        positive("conditioning.layout_layers", self.layout_layers)
+        choice("conditioning.layout_reads", self.layout_reads, ("tokens", "mean"))
+        if self.layout_patch and self.projection != "refiner":
+            raise UserError(
+                "conditioning.layout_patch needs the refiner's tokens; set conditioning.projection=refiner, or 0."
+            )
+        if self.projection == "refiner":
+            positive("conditioning.refiner_layers", self.refiner_layers)
+            if self.refiner_kernel < 0 or (self.refiner_kernel and self.refiner_kernel % 2 == 0):
+                raise UserError(f"conditioning.refiner_kernel={self.refiner_kernel} must be odd, or 0 for none.")
+            if self.refiner_heads < 1 or self.refiner_width % (2 * self.refiner_heads):
+                raise UserError(
+                    f"conditioning.refiner_width={self.refiner_width} must be a multiple of twice "
+                    f"conditioning.refiner_heads={self.refiner_heads}, since the heads use rotary positions."
+                )
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adaptation of the text encoder (stage 2), through PEFT."""
+
+    rank: int = 8
+    alpha: int = 8
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+    def check(self) -> None:
+        positive("lora.rank", self.rank)
+        if not self.target_modules:
+            raise UserError("lora.target_modules is empty; name at least one linear layer, such as [q_proj,v_proj].")
+
+
+@dataclass
+class UNetConfig:
+    """The denoiser: arguments of diffusers' UNet2DConditionModel.
+
+    Attributes:
+        arguments: passed on as they are; in/out channels, text width and projection come from codec and conditioning.
+        coordinates: tell the U-Net where each latent lies, so that place words have something to bind to: 0 for not at
+            all (the paper; the official layout takes nothing else), 1 for two input channels with x and y in -1..1, n
+            for those and n - 1 octaves of their sines and cosines (4 more channels each).
+        plain_attention: use matrix products and a softmax instead of torch's fused attention. On processors, at a few
+            dozen latents, its backward pass is a quarter faster; on GPUs leave it off.
+        lora_rank: train a LoRA adapter of this rank on the U-Net's attention instead of all its weights; 0 for none. The
+            text projection (and refiner) are trained whole in either case.
+        lora_alpha, lora_target_modules: of that adapter.
+    """
+
+    name: str = option("nano", of="weights")
+    arguments: dict[str, Any] = field(default_factory=dict)
+    coordinates: int = option(0, of="weights")
+    plain_attention: bool = option(False, free="always")
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    lora_target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+    def check(self) -> None:
+        positive("unet.lora_rank", self.lora_rank, zero=True)
+        positive("unet.lora_alpha", self.lora_alpha)
+
+
+@dataclass
+class CodecConfig:
+    """The KL autoencoder, frozen in every stage.
+
+    Attributes:
+        path: a local diffusers folder; ``hub`` with ``revision`` and ``subfolder`` is the second place looked at.
+        factor: pixels per latent along each side.
+        scaling_factor: multiplies latents so that their standard deviation is about 1; None for the autoencoder's own, from
+            its config.json, where a shift and per-channel statistics are read too. Another one than its own is refused.
+        sample: draw latents from the posterior (as diffusers' trainers do), rather than take its mean.
+    """
+
+    name: str = option("nano", of="weights")
+    path: str | None = option(None, typed="path", free="resume")
+    hub: str | None = option(None, free="resume")
+    revision: str | None = option(None, free="resume")
+    subfolder: str | None = option(None, free="resume")
+    factor: int = option(8, of="latents weights")
+    latent_channels: int = option(4, of="latents weights")
+    scaling_factor: float | None = option(None, of="weights")
+    dtype: str = option("float32", of="latents")
+    sample: bool = True
+
+    def check(self) -> None:
+        choice("codec.dtype", self.dtype, DTYPES)
+        for key in ("factor", "latent_channels", "scaling_factor"):
+            if (value := getattr(self, key)) is not None:
+                positive(f"codec.{key}", value)
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the denoiser is trained to predict, and at which noise levels.
+
+    Attributes:
+        prediction: "epsilon" (Ho et al. 2020), "v_prediction" (Salimans & Ho 2022) or "flow" (rectified flow, 2403.03206).
+        beta_schedule, beta_start, beta_end, train_timesteps: the variance-preserving schedule; unused by "flow".
+        zero_terminal_snr: rescale the schedule so that the last step is pure noise (arXiv 2305.08891, algorithm 1).
+        density: how timesteps are drawn: "uniform", or "logit_normal" (arXiv 2403.03206, section 3.1).
+        logit_mean, logit_std: of the logit-normal density; a positive mean favours high noise.
+        min_snr_gamma: clip of the min-SNR loss weight (arXiv 2303.09556), or None for none.
+        flow_shift: shift of the flow's sampling times towards high noise for large images (2403.03206, eq. 23).
+        layout_weight: of the layout head's squared error beside the diffusion loss.
+    """
+
+    name: str = "paper"
+    prediction: str = option("epsilon", of="noise")
+    beta_schedule: str = option("scaled_linear", of="noise")
+    beta_start: float = option(0.00085, of="noise")
+    beta_end: float = option(0.012, of="noise")
+    train_timesteps: int = option(1000, of="noise")
+    zero_terminal_snr: bool = option(False, of="noise")
+    density: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    min_snr_gamma: float | None = None
+    flow_shift: float = 1.0
+    layout_weight: float = 3.0
+
+    def check(self) -> None:
+        choice("objective.prediction", self.prediction, PREDICTIONS)
+        choice("objective.density", self.density, DENSITIES)
+        choice("objective.beta_schedule", self.beta_schedule, ("scaled_linear", "linear", "squaredcos_cap_v2"))
+        positive("objective.train_timesteps", self.train_timesteps)
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise UserError(
+                f"objective.beta_start={self.beta_start} and objective.beta_end={self.beta_end} must lie between 0 and 1, start first."
+            )
+        positive("objective.logit_std", self.logit_std)
+        positive("objective.flow_shift", self.flow_shift)
+        positive("objective.layout_weight", self.layout_weight, zero=True)
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise UserError(
+                "objective.zero_terminal_snr=true cannot be trained with objective.prediction=epsilon, since at pure noise "
+                "the target says nothing about the image; use objective.prediction=v_prediction."
+            )
+        if self.min_snr_gamma is not None and self.zero_terminal_snr:
+            raise UserError(
+                f"objective.min_snr_gamma={self.min_snr_gamma} gives no weight to the noise at which sampling begins where "
+                "objective.zero_terminal_snr=true; leave one of them out."
+            )
+        if self.min_snr_gamma is not None and (self.prediction == "flow" or self.min_snr_gamma <= 0):
+            raise UserError(
+                f"objective.min_snr_gamma={self.min_snr_gamma} needs a positive number and objective.prediction=epsilon or "
+                f"v_prediction (found {self.prediction}); set objective.min_snr_gamma=null."
+            )
+
+
+@dataclass
+class SamplerConfig:
+    """How images are drawn, and how much the prompt is amplified.
+
+    Attributes:
+        solver: "dpm" (DPM-Solver++ multistep), "ddim" or "euler".
+        guidance: scale w of null + w (prompt - null) (Ho & Salimans 2022); 1 runs no null prompt at all.
+        guidance_rescale: share of the guided prediction brought back to the prompt's standard deviation (2305.08891, eq. 16).
+        guidance_start, guidance_stop: guide only while the share of steps done lies between them (arXiv 2404.07724).
+    """
+
+    solver: str = "dpm"
+    steps: int = 100
+    guidance: float = 7.5
+    guidance_rescale: float = 0.0
+    guidance_start: float = 0.0
+    guidance_stop: float = 1.0
+
+    def check(self) -> None:
+        choice("sampler.solver", self.solver, SOLVERS)
+        positive("steps", self.steps)
+        if not 0 <= self.guidance <= 100:
+            raise UserError(f"guidance={self.guidance} is out of range; expected 0 to 100, 1 for none.")
+        fraction("guidance_rescale", self.guidance_rescale)
+        if not 0 <= self.guidance_start <= self.guidance_stop <= 1:
+            raise UserError(
+                f"guidance_start={self.guidance_start} and guidance_stop={self.guidance_stop} must lie within 0 to 1, start first."
+            )
+
+
+@dataclass
+class SourceConfig:
+    """One of several sets of samples that are mixed.
+
+    Attributes:
+        name: in the log and in messages; None for the end of its path.
+        shards, folder: one of them, as in DataConfig.
+        weight: its share of the samples, against the other sources' weights.
+        captions: weights of caption kinds of its own; empty for those of DataConfig.
+    """
+
+    name: str | None = option(None, free="data")
+    shards: Any = option(None, free="data")
+    folder: str | None = option(None, free="data")
+    weight: float = 1.0
+    captions: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """``name``, or what is fixed of the last part of the path: "web" for "web/{000..099}.tar" and "web-{0..9}.tar"."""
+        if self.name:
+            return self.name
+        path = self.folder or (self.shards if isinstance(self.shards, str) else next(iter(self.shards or ()), ""))
+        parts = [re.split(r"[{*?\[]", part)[0].removesuffix(".tar").strip("-_. ") for part in str(path).split("/")]
+        return next((part for part in reversed(parts) if part), "data")
+
+    def check(self, key: str) -> None:
+        if (self.shards is None) == (self.folder is None):
+            found = "neither" if self.shards is None else "both"
+            raise UserError(f"{key} has {found} of shards and folder; expected one of them.")
+        positive(f"{key}.weight", self.weight)
+        check_captions(f"{key}.captions", self.captions, optional=True)
+
+
+def check_captions(key: str, weights: dict[str, float], *, optional: bool = False) -> None:
+    """Raise UserError unless some caption kind has a weight, and none a negative one."""
+    if optional and not weights:
+        return
+    if not weights or any(not weight >= 0 for weight in weights.values()) or not sum(weights.values()):
+        raise UserError(
+            f"{key}={weights} gives no caption kind a weight; expected for example {{short: 0.5, long: 0.5}}."
+        )
 
 
 @dataclass
@@ -80,31 +403,31 @@ class DataConfig:
         cache: a folder of latents and text features made beforehand by scripts/cache.py, which must fit; None for none.
     """
 
-    shards: Any = None
-    folder: str | None = None
-    sources: list[SourceConfig] = field(default_factory=list)
-    val_shards: Any = None
-    demo: bool = False
-    world: str = "small"
-    demo_folder: str = "data/demo"
-    demo_set: str = "web"
-    demo_sizes: dict[str, int] = field(default_factory=dict)
-    resolution: int = 64
-    lower_resolutions: list[int] = field(default_factory=list)
-    bucket_multiple: int = 16
-    max_aspect: float = 2.0
-    captions: dict[str, float] = field(default_factory=dict)
+    shards: Any = option(None, typed="path", free="data")
+    folder: str | None = option(None, typed="path", free="data")
+    sources: list[SourceConfig] = option(list, typed="yaml")
+    val_shards: Any = option(None, typed="path", free="resume")
+    demo: bool = option(False, free="always")
+    world: str = option("small", free="data")
+    demo_folder: str = option("data/demo", typed="path", free="data")
+    demo_set: str = option("web", free="data")
+    demo_sizes: dict[str, int] = option(dict, free="data")
+    resolution: int = option(64, of="latents")
+    lower_resolutions: list[int] = option(list, of="latents")
+    bucket_multiple: int = option(16, of="latents")
+    max_aspect: float = option(2.0, of="latents")
+    captions: dict[str, float] = option(dict, of="text")
     caption_dropout: float = 0.1
     window_shards: int = 16
-    workers: int | None = None
-    retries: int = 5
-    cache_dir: str | None = None
-    cache_gb: float = 100.0
-    index_dir: str | None = None
+    workers: int | None = option(None, free="always")
+    retries: int = option(5, free="always")
+    cache_dir: str | None = option(None, typed="path", free="always")
+    cache_gb: float = option(100.0, free="always")
+    index_dir: str | None = option(None, typed="path", free="data")
     streaming: bool = False
-    max_bad_fraction: float = 0.01
-    allow_truncated: bool = False
-    cache: str | None = None
+    max_bad_fraction: float = option(0.01, free="resume")
+    allow_truncated: bool = option(False, free="data")
+    cache: str | None = option(None, typed="path", free="always")
 
     def check(self) -> None:
         choice("data.world", self.world, WORLDS)
@@ -149,7 +472,7 @@ class OptimizerConfig:
     """
 
     name: str = "adamw"
-    fused: bool = True
+    fused: bool = option(True, free="always")
     lr: float = 1e-4
     lr_conditioning: float = 1e-4
     lr_lora: float = 1e-4
@@ -240,37 +563,37 @@ class TrainConfig:
         stall_seconds: after so long without a step a process is named with its rank, phase and samples.
     """
 
-    preset: str = "nano"
+    preset: str = option("nano", free="always")
     stage: int = 1
-    recipe: str = "none"
-    run_dir: str = "runs/nano"
-    init_from: str | None = None
-    resume: bool = True
+    recipe: str = option("none", free="always")
+    run_dir: str = option("runs/nano", typed="path", free="always")
+    init_from: str | None = option(None, typed="path", free="resume")
+    resume: bool = option(True, free="always")
     seed: int = 0
 
     train_text: str = "frozen"
-    max_steps: int = 1000
+    max_steps: int = option(1000, free="resume")
     batch_size: int = 32
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = option(None, free="always")
     repeats: int = 1
-    keep_gb: float = 0.0
+    keep_gb: float = option(0.0, free="resume")
     precision: str = "fp32"
-    gradient_checkpointing: bool = False
-    threads: int | None = None
-    log_every: int = 10
-    validate_every: int = 500
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    keep_every: int | None = None
+    gradient_checkpointing: bool = option(False, free="always")
+    threads: int | None = option(None, free="always")
+    log_every: int = option(10, free="always")
+    validate_every: int = option(500, free="always")
+    checkpoint_every: int = option(500, free="always")
+    keep_last: int = option(2, free="always")
+    keep_every: int | None = option(None, free="always")
     ema_decay: float = 0.9999
-    ema_device: str | None = None
-    compile: bool = False
-    channels_last: bool = False
-    preflight: bool = False
-    log_samples: bool = False
-    stall_seconds: float = 600.0
-    on_spike: str = "stop"
-    spike_factor: float = 10.0
+    ema_device: str | None = option(None, free="always")
+    compile: bool = option(False, free="always")
+    channels_last: bool = option(False, free="always")
+    preflight: bool = option(False, free="always")
+    log_samples: bool = option(False, free="always")
+    stall_seconds: float = option(600.0, free="always")
+    on_spike: str = option("stop", free="resume")
+    spike_factor: float = option(10.0, free="resume")
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
@@ -280,9 +603,9 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    sampler: SamplerConfig = option(SamplerConfig, free="resume")
+    validation: ValidationConfig = option(ValidationConfig, free="resume")
+    tracker: TrackerConfig = option(TrackerConfig, free="always")
 
     def check(self) -> None:
         """Raise UserError for values out of range and for combinations that cannot work."""
@@ -318,7 +641,7 @@ class TrainConfig:
 class FrozenConfig:
     """Where a frozen model lies on this machine, and in which dtype it runs; None: as the checkpoint says."""
 
-    path: str | None = None
+    path: str | None = option(None, typed="path")
     dtype: str | None = None
 
     def check(self, key: str) -> None:
@@ -339,11 +662,11 @@ class SampleConfig:
         vae_tiling: decode large images in overlapping tiles, in less memory.
     """
 
-    ckpt: str | None = None
-    unet: str = "unet"
-    prompt: str | None = None
-    prompt_file: str | None = None
-    output_dir: str | None = None
+    ckpt: str | None = option(None, typed="path")
+    unet: str = option("unet", typed="text")
+    prompt: str | None = option(None, typed="text")
+    prompt_file: str | None = option(None, typed="path")
+    output_dir: str | None = option(None, typed="path")
     seed: int = 0
     steps: int | None = None
     guidance: float | None = None
@@ -351,8 +674,8 @@ class SampleConfig:
     width: int | None = None
     images_per_prompt: int = 1
     batch_size: int = 8
-    negative_prompt: str | None = None
-    sampler: str | None = None
+    negative_prompt: str | None = option(None, typed="text")
+    sampler: str | None = option(None, typed="text")
     solver: str | None = None
     guidance_rescale: float | None = None
     guidance_start: float | None = None

@@ -230,7 +230,7 @@ def test_a_shard_that_was_never_cached(
     cache = tmp_path / "cache"
     shutil.copytree(caches["modern"], cache)
     assert make([*arguments, f"data.shards={more}"], cache) == 0
-    assert len(list((cache / "latents").glob("*.safetensors"))) == 4
+    assert len(list((cache / "latents").glob("*.tar"))) == 4
     build_here([*here, f"data.cache={cache}"])
 
 
@@ -270,7 +270,7 @@ def test_several_sources_and_a_folder(tiny_arguments: list[str], tmp_path: Path)
     sources.append(f"{{folder: {pictures}, weight: 0.3}}")
     here = [*tiny_arguments, "stage=1", f"data.sources=[{', '.join(sources)}]", f"run_dir={tmp_path / 'run'}"]
     assert make(here, tmp_path / "cache") == 0
-    assert len(list((tmp_path / "cache" / "latents").glob("*.safetensors"))) == 3
+    assert len(list((tmp_path / "cache" / "latents").glob("*.tar"))) == 3
     plain, _ = inputs(build_here(here), 8)
     cached, meters = inputs(build_here([*here, f"data.cache={tmp_path / 'cache'}"]), 8)
     assert meters.bad == 0
@@ -285,7 +285,7 @@ def test_remote_shards(arguments: list[str], data: Path, caches: dict[str, Path]
         here.append(f"data.shards={server.url}{{000000..000002}}.tar")
         assert make(here, tmp_path / "cache") == 0
         for kind in ("latents", "text"):
-            files = sorted((tmp_path / "cache" / kind).glob("*.safetensors"))
+            files = sorted((tmp_path / "cache" / kind).glob("*.tar"))
             assert len(files) == 3 + (kind == "text")
             for file in files:
                 assert file.read_bytes() == (caches["modern"] / kind / file.name).read_bytes()
@@ -336,7 +336,7 @@ def test_a_damaged_file_is_one_sentence_and_is_made_again(
 ) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(caches["modern"], cache)
-    first, second, third = sorted((cache / "latents").glob("*.safetensors"))
+    first, second, third = sorted((cache / "latents").glob("*.tar"))
     whole, times = second.read_bytes(), [path.stat().st_mtime_ns for path in (first, third)]
     second.write_bytes(whole[:-100])
     here = [*arguments, f"run_dir={tmp_path / 'run'}", f"data.cache={cache}"]
@@ -351,6 +351,22 @@ def test_a_damaged_file_is_one_sentence_and_is_made_again(
         build_here(here)
 
 
+def test_a_cache_of_an_earlier_format_is_refused_with_the_command_that_makes_it_anew(
+    arguments: list[str], caches: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache" / "latents"
+    folder.mkdir(parents=True)
+    key = json.loads((caches["modern"] / "latents" / KEY_FILE).read_text())
+    (folder / KEY_FILE).write_text(json.dumps({**key, "format_version": 1}))
+    for here in (folder, folder.parent):
+        with pytest.raises(
+            UserError, match=f"format_version 1.*scripts/cache.py what=latents output={tmp_path / 'cache'}`"
+        ):
+            build_here([*arguments, f"data.cache={here}", f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(UserError, match="format_version 1"):
+        make(arguments, tmp_path / "cache", what="latents")
+
+
 def test_what_is_made_is_not_mixed(arguments: list[str], caches: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="conditioning.prefix='Describe it:', and this command says 'Say:'; choose another output="
@@ -360,7 +376,7 @@ def test_what_is_made_is_not_mixed(arguments: list[str], caches: dict[str, Path]
         make(arguments, caches["modern"], what="latents", dtype="bfloat16")
     assert make(arguments, tmp_path / "half", dtype="bfloat16") == 0
     sizes = {
-        name: sum(path.stat().st_size for path in (root / "text").glob("0*"))
+        name: sum(path.stat().st_size for path in (root / "text").glob("0*.tar"))
         for name, root in (("half", tmp_path / "half"), ("whole", caches["modern"]))
     }
     assert sizes["half"] < 0.6 * sizes["whole"]

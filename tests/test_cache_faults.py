@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import webdataset
 from data_fixtures import encoded, picture, sample
+from safetensors.torch import load
 from training_runs import build_here, records, train_here
 
 from paradiffusion.compose import compose_train
-from paradiffusion.data.cache_files import EntryFile, EntryWriter
+from paradiffusion.data.cache import Members, writing
 from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
 from paradiffusion.text.encoder import TextEncoder
-from paradiffusion.training import cache_makers
+from paradiffusion.training import caching
 from paradiffusion.training.cache_keys import tokenizer_hash, weights_hash
 from paradiffusion.training.caching import CacheOptions, make_cache
 
@@ -37,37 +40,45 @@ def make(arguments: list[str], output: Path, **options: Any) -> int:
     return make_cache(compose_train(arguments), CacheOptions(output=str(output), **options))
 
 
-def flip(path: Path, table: str, at: int = 0) -> None:
-    """Change a bit of the first byte of a table, or of the byte ``at``."""
+def flip(path: Path, part: str) -> None:
+    """Change a bit of the first member: in one of its tensors, or in its "header"."""
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[0].offset_data
     data = bytearray(path.read_bytes())
-    size = int.from_bytes(data[:8], "little")
-    data[8 + size + json.loads(data[8 : 8 + size])[table]["data_offsets"][0] + at] ^= 0x40
+    size = int.from_bytes(data[start : start + 8], "little")
+    tensors = json.loads(data[start + 8 : start + 8 + size])
+    data[start + 8 + (0 if part == "header" else size + tensors[part]["data_offsets"][0])] ^= 1
     path.write_bytes(data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("table", ["values", "lengths", "shapes", "checksums", "offsets"])
-def test_a_flipped_bit_is_noticed(tmp_path: Path, table: str, dtype: torch.dtype) -> None:
-    path = tmp_path / "one.safetensors"
-    values = [torch.randn(2, 3, 5), torch.randn(2, 4, 4)]
-    with EntryWriter(path, dtype) as writer:
+@pytest.mark.parametrize("part", ["values", "length", "checksum", "header"])
+def test_a_flipped_bit_is_noticed(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+    path, values = tmp_path / "one.tar", [torch.randn(2, 3, 5), torch.randn(2, 4, 4)]
+    with writing(path, dtype) as add:
         for name, value in enumerate(values):
-            writer.add(name, value, length=7)
-        writer.close()
+            add(name, value, length=7)
     for name, value in enumerate(values):
-        found = EntryFile(path).get(name)
+        found = Members(path).get(name)
         assert found is not None and torch.equal(found.values, value.to(dtype)) and found.length == 7
-    flip(path, table)
-    with pytest.raises(ValueError, match=r"damaged entry in the cache: delete one.safetensors and run"):
-        EntryFile(path).get(0)
-    assert table == "offsets" or EntryFile(path).get(1) is not None
+    flip(path, part)
+    with pytest.raises(ValueError, match=r"damaged entry in the cache: delete one.tar and run"):
+        Members(path).get(0)
+    assert Members(path).get(1) is not None and Members(path).get(2) is None
+
+
+def test_a_cache_is_made_of_ordinary_shards(arguments: list[str], tmp_path: Path) -> None:
+    assert make(arguments, tmp_path / "cache", what="latents") == 0
+    tars = sorted(str(path) for path in (tmp_path / "cache" / "latents").glob("*.tar"))
+    samples = [load(sample["safetensors"]) for sample in webdataset.WebDataset(tars, shardshuffle=False)]
+    assert len(samples) == 24 and all(sample["values"].shape[:2] == (2, 4) for sample in samples)
 
 
 def test_training_replaces_what_is_damaged(arguments: list[str], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert make(arguments, cache, what="latents") == 0
-    damaged = sorted((cache / "latents").glob("*.safetensors"))[0]
-    flip(damaged, "shapes")
+    damaged = sorted((cache / "latents").glob("*.tar"))[0]
+    flip(damaged, "values")
     assert train_here([*arguments, f"data.cache={cache}", f"run_dir={tmp_path / 'run'}", "max_steps=6"]) == 0
     assert sum(row["bad_samples"] for row in records(tmp_path / "run" / "stage1")) == 1  # of 24 samples, all seen once
     damaged.unlink()
@@ -93,7 +104,7 @@ def test_folders_whose_files_are_numbered_alike(tiny_arguments: list[str], tmp_p
         "data.max_bad_fraction=1",
     ]
     assert make(here, tmp_path / "cache") == 0
-    assert len(list((tmp_path / "cache" / "latents").glob("*.safetensors"))) == 2
+    assert len(list((tmp_path / "cache" / "latents").glob("*.tar"))) == 2
     losses = []
     for name, more in (("plain", []), ("cached", [f"data.cache={tmp_path / 'cache'}"])):
         assert train_here([*here, *more, f"run_dir={tmp_path / name}", "max_steps=4"]) == 0
@@ -136,7 +147,7 @@ def test_what_is_not_finite_is_never_cached(
         cache = tmp_path / str(factor)
         with pytest.raises(UserError, match=rf"the latents of 000000.tar/\d+ .*not all finite numbers; {more}"):
             make(arguments, cache, what="latents", dtype="float16")
-        assert not list(cache.rglob("*.safetensors")) and not list(cache.rglob(".*"))
+        assert not list(cache.rglob("*.tar")) and not list(cache.rglob(".*"))
     monkeypatch.setattr(TextEncoder, "forward", lambda *a, **k: encode(*a, **k) * float("inf"))
     with pytest.raises(UserError, match=r"the features of '.*not all finite numbers; set text_encoder.dtype=float32"):
         make(arguments, tmp_path / "text", what="text")
@@ -183,14 +194,14 @@ def test_how_far_batches_are_padded_is_no_part_of_a_cache(arguments: list[str], 
 def test_captions_are_read_without_their_images(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, sizes = cache_makers.read_place, []
+    read, sizes = caching.read_place, []
 
     def counted(place: Any) -> Any:
         raw = read(place)
         sizes.append(len(raw.image))
         return raw
 
-    monkeypatch.setattr(cache_makers, "read_place", counted)
+    monkeypatch.setattr(caching, "read_place", counted)
     assert make(arguments, tmp_path / "cache", what="text") == 0
     assert sizes == [0] * 24
     shutil.rmtree(tmp_path / "cache")

@@ -16,7 +16,7 @@ from data_fixtures import sample
 from training_runs import free_port
 
 from paradiffusion.compose import compose_train
-from paradiffusion.data.cache_files import EntryFile, EntryWriter, remove_abandoned
+from paradiffusion.data.cache import Members, remove_abandoned, writing
 from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.training.caching import CacheOptions, make_cache
@@ -46,7 +46,7 @@ def test_two_processes_make_what_one_makes(arguments: list[str], tmp_path: Path)
     assert done.stdout.count("48 samples in 12 files") == 2  # latents and text, each told once
     assert make_cache(compose_train(arguments), CacheOptions(output=str(tmp_path / "one"))) == 0
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
-    assert len(one) == 2 * (12 + 1) + 1 and one == two
+    assert len(one) == 2 * (2 * 12 + 1) + 2 and one == two  # each tar with its index, and a key
 
 
 def test_a_stopped_run_goes_on_after_its_last_whole_shard(arguments: list[str], tmp_path: Path) -> None:
@@ -57,16 +57,16 @@ def test_a_stopped_run_goes_on_after_its_last_whole_shard(arguments: list[str], 
         [sys.executable, "scripts/cache.py", *slow, "what=latents", "at_once=1", "readers=1", f"output={tmp_path / 'cache'}"],
         cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_for(lambda: len(list(folder.glob("0*"))) >= 2 or started.poll() is not None, interval=0.01)
+    wait_for(lambda: len(list(folder.glob("0*.tar"))) >= 2 or started.poll() is not None, interval=0.01)
     started.send_signal(signal.SIGTERM)
     output, errors = started.communicate(timeout=120)
     assert started.returncode == 130 and "Traceback" not in errors, errors
     assert "stopped; finished shards are kept: run the same command again" in output
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("0*")}
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("0*.tar")}
     assert 2 <= len(before) < 12 and not list(folder.glob(".*"))
     options = {"what": "latents", "at_once": 1}
     assert make_cache(compose_train(slow), CacheOptions(output=str(tmp_path / "cache"), **options)) == 0  # type: ignore[arg-type]
-    assert len(list(folder.glob("0*"))) == 12
+    assert len(list(folder.glob("0*.tar"))) == 12
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert make_cache(compose_train(slow), CacheOptions(output=str(tmp_path / "whole"), **options)) == 0  # type: ignore[arg-type]
     assert files(folder) == files(tmp_path / "whole" / "latents")
@@ -79,13 +79,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -
     )  # stands for a disk: a larger file is refused by the system
     try:
         with (
-            pytest.raises(
-                UserError, match=r"one.safetensors could not be written \(.*\); make room, then run the same"
-            ),
-            EntryWriter(tmp_path / "one.safetensors", torch.float32) as writer,
+            pytest.raises(UserError, match=r"one.tar could not be written \(.*\); make room, then run the same"),
+            writing(tmp_path / "one.tar", torch.float32) as add,
         ):
-            writer.add(1, torch.zeros(1 << 16))
-            writer.close()
+            add(1, torch.zeros(1 << 16))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
@@ -93,17 +90,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -
 
 def test_two_commands_at_work_on_one_shard(tmp_path: Path) -> None:
     """What the first has finished is whole, even where the second, which began later, is killed before its end."""
-    path, values = tmp_path / "one.safetensors", [torch.full((64, 64), float(n)) for n in range(1, 20)]
-    with EntryWriter(path, torch.float32) as first, EntryWriter(path, torch.float32) as second:
-        for name, value in enumerate(values):
-            first.add(name, value)
-        second.add(0, values[0])
-        first.close()
-        kept = EntryFile(path)
+    path, values = tmp_path / "one.tar", [torch.full((64, 64), float(n)) for n in range(1, 20)]
+    with pytest.raises(KeyboardInterrupt), writing(path, torch.float32) as second:
+        second(0, values[0])
+        with writing(path, torch.float32) as first:
+            for name, value in enumerate(values):
+                first(name, value)
+        kept = Members(path)
         assert all(torch.equal(kept.get(name).values, value) for name, value in enumerate(values))  # type: ignore[union-attr]
-        (left,) = tmp_path.glob(".*.partial")
+        (left,) = tmp_path.glob(".*.part")
         remove_abandoned(tmp_path)
         assert left.exists()
         os.utime(left, (1.0, 1.0))
         remove_abandoned(tmp_path)
-        assert [found.name for found in tmp_path.iterdir()] == ["one.safetensors"]
+        assert sorted(found.name for found in tmp_path.iterdir()) == ["one.npy", "one.tar"]
+        raise KeyboardInterrupt

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from paradiffusion.compose import CONFIGS, compose_sample, compose_train, groups, keys_of, options
-from paradiffusion.config import TrainConfig
+from paradiffusion.compose import CONFIGS, compose_sample, compose_train, groups, options
+from paradiffusion.config import TrainConfig, keys_of
 from paradiffusion.errors import UserError
 from paradiffusion.scenes.dataset import DEFAULT_SIZES
 
@@ -115,6 +115,13 @@ def test_the_command_line_wins_over_everything() -> None:
     assert compose_train(["max_steps=5", "stage=2", "max_steps=9"]).max_steps == 9
 
 
+def test_the_last_of_two_values_wins_however_it_is_written() -> None:
+    assert compose_train(["data.shards=[a.tar]", "data.shards=b"]).data.shards == "b"
+    assert compose_train(["data.shards=b", "data.shards=[a.tar]"]).data.shards == ["a.tar"]
+    assert compose_train(["data.captions={clean: 1}", "data.captions.web=2"]).data.captions == {"clean": 1, "web": 2}
+    assert compose_train(["data.world=large", "data.demo_sizes.web=8"]).data.demo_sizes["web"] == 8
+
+
 def test_a_dictionary_given_whole_replaces_and_a_key_adds() -> None:
     assert compose_train(["stage=2", "data.captions={clean: 1.0}"]).data.captions == {"clean": 1.0}
     before = compose_train(["stage=3"]).data.captions
@@ -153,6 +160,10 @@ def test_lists_of_shards_and_references() -> None:
         (["stage"], "expected key=value"),
         (["--stage=1"], "expected key=value"),
         (["-m", "stage=1,2"], "multirun"),
+        (["launch=ddp"], "is for the launcher; write `accelerate launch --config_file"),
+        (["--config_file"], "is for the launcher"),
+        (["lora=8"], r"lora=8 is not understood, since lora has keys of its own; set lora\.rank or"),
+        (["lora.target_modules=q_proj"], r"lora\.target_modules: expected a list, such as \[a,b\]"),
         (["seed=abc"], "seed: Value 'abc' .* Integer"),
         (["max_steps=1.5"], "max_steps: Value '1.5'"),
         (["resume=perhaps"], "resume: Value 'perhaps'"),

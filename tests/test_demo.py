@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paradiffusion.data_config import WORLDS
+from paradiffusion.config import WORLDS
 from paradiffusion.errors import UserError
 from paradiffusion.scenes.captions import (
     PLACE_WORDS,

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from paradiffusion.data_config import WORLDS
+from paradiffusion.config import WORLDS
 from paradiffusion.scenes.captions import LARGE_WORDS, WORDS
 from paradiffusion.scenes.dataset import captions, make_scene
 from paradiffusion.scenes.grammar import (

@@ -30,7 +30,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.training import spikes
 from paradiffusion.training.caching import CacheOptions, make_cache
 from paradiffusion.training.replay import Replay, ReplayOptions, replay
-from paradiffusion.training.seen import digest, line_of, read_seen
+from paradiffusion.training.step_record import digest, line_of, read_seen
 
 Train = Callable[..., int]
 RECORDED = ["log_samples=true", "log_every=1", "validate_every=100", "data.caption_dropout=0.4"]

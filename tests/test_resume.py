@@ -14,13 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, wait_for
 from training_runs import assert_same_bits, at_step, newest, records, steps_saved, train_here
 
 from paradiffusion.checkpoints.manifest import find_fault
+from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
 from paradiffusion.training import loop
-from paradiffusion.training.folder import locked
+from paradiffusion.training.folder import check_unchanged, locked, record_config
 
 Train = Callable[..., int]
 # The command of the issue, at a size of two seconds; every step is logged, so that a test can see where it stands.
@@ -265,6 +267,8 @@ def test_second_writer_is_refused(stage: Path, train: Train) -> None:
         ("ema_decay=0.5", "ema_decay"),
         ("precision=bf16", "precision"),
         ("data.caption_dropout=0.2", "data.caption_dropout"),
+        ("text_encoder.dtype=bfloat16", "text_encoder.dtype"),
+        ("unet.coordinates=2", "unet.coordinates"),
     ],
 )
 def test_resume_refuses_another_run_by_name(argument: str, key: str, stage: Path, train: Train) -> None:
@@ -285,13 +289,67 @@ def test_a_run_goes_on_though_keys_that_it_did_without_are_gone(stage: Path, tra
     assert steps_saved(stage)[-1] == 13
 
 
-def test_resume_refuses_other_data(stage: Path, demo_folder: Path, train: Train, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.shards.*choose another run_dir="):
-        train("max_steps=16", f"data.shards={demo_folder / 'small'}")
-    # The same shards at another place are the same data only under the same key.
-    moved = shutil.copytree(demo_folder / "web", tmp_path / "moved")
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "gradient_checkpointing=true",  # recomputed activations, and the same attention otherwise written
+        "unet.plain_attention=true",
+        "optimizer.fused=false",
+        "compile=true",
+        "ema_device=cpu",  # memory, and the dtype in which features are kept
+        "keep_gb=1",
+        "micro_batch_size=2",
+        "conditioning.pad_multiple=64",  # where padding is masked
+        "data.cache=<another folder, in another dtype>",  # what else made the same latents and features
+        "data.cache_dir=elsewhere",
+        "text_encoder.path=elsewhere",  # a model with the same hash, and data with the same fingerprint
+        "codec.hub=elsewhere",
+        "data.shards=elsewhere",
+        "data.index_dir=elsewhere",
+        "validation.images=3",  # how the run goes on
+        "sampler.steps=3",
+        "on_spike=skip",
+        "preset=paper",  # a label: what it stands for is compared
+    ],
+)
+def test_what_changes_no_mathematics_is_free_on_resume(argument: str, stage: Path, tiny_arguments: list[str]) -> None:
+    key, _, value = argument.partition("=")
+    config = compose_train([*tiny_arguments, f"run_dir={stage.parent}"])
+    part, _, name = key.rpartition(".")
+    holder = getattr(config, part) if part else config
+    assert str(getattr(holder, name)) != value
+    setattr(holder, name, yaml.safe_load(value))
+    check_unchanged(config, stage, json.loads((stage / "config.json").read_text())["facts"])
+
+
+def test_paths_of_streamed_data_are_not_free_since_nothing_tells_that_it_is_the_same(
+    stage: Path, tiny_arguments: list[str]
+) -> None:
+    config = compose_train([*tiny_arguments, f"run_dir={stage.parent}", "data.streaming=true"])
+    record_config(config, stage, {})
+    check_unchanged(config, stage)
+    config.data.shards = "elsewhere"
     with pytest.raises(UserError, match=r"begun with data\.shards="):
-        train("max_steps=16", f"data.shards={moved}")
+        check_unchanged(config, stage)
+
+
+def test_the_advice_for_a_full_memory_goes_on_with_the_same_losses(stage: Path, train: Train, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "run", tmp_path / "saving")
+    assert train("max_steps=16", "log_every=1") == 0
+    saving = ["gradient_checkpointing=true", "unet.plain_attention=true", "micro_batch_size=2", "ema_device=cpu"]
+    assert train("max_steps=16", "log_every=1", *saving, "optimizer.fused=false", f"run_dir={tmp_path / 'saving'}") == 0
+    losses = [[row["loss"] for row in records(tmp_path / run / "stage1")[-4:]] for run in ("run", "saving")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_data_may_move_and_not_change(stage: Path, demo_folder: Path, train: Train, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the data has changed since"):
+        train("max_steps=16", f"data.shards={demo_folder / 'small'}")
+    shutil.copytree(tmp_path / "run", tmp_path / "unmoved")
+    moved = shutil.copytree(demo_folder / "web", tmp_path / "moved")
+    assert train("max_steps=14", f"data.shards={moved}") == 0
+    assert train("max_steps=14", f"run_dir={tmp_path / 'unmoved'}") == 0
+    assert_same_bits(newest(stage), newest(tmp_path / "unmoved" / "stage1"))
 
 
 def test_resume_false_refuses_a_folder_that_is_in_use(stage: Path, train: Train) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from paradiffusion.data_config import WORLDS
+from paradiffusion.config import WORLDS
 from paradiffusion.scenes.dataset import draw, make_scene
 from paradiffusion.scenes.judge import SceneScore, by_objects, score, summarise, unbound
 from paradiffusion.scenes.world import (

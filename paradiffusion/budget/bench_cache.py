@@ -134,7 +134,7 @@ def measure(arm: str, config: TrainConfig, settings: CacheBenchSettings) -> Cach
     for name, setup in setups.items():
         loaders[name].close()
         setup.close()
-    size = sum(path.stat().st_size for path in cache.rglob("*.safetensors"))
+    size = sum(path.stat().st_size for path in cache.rglob("*.tar"))
     plain, cached = (steps[name][settings.warmup :] for name in ("uncached", "cached"))
     ratios = sorted(one.seconds / other.seconds for one, other in zip(plain, cached, strict=True))
     every = zip(steps["uncached"], steps["cached"], strict=True)

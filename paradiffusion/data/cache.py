@@ -1,40 +1,180 @@
-"""Latents and text features computed beforehand: where they lie, whether they fit, and how the readers take them.
+"""Cache of latents and text features: WebDataset tars that are written once, checked, and read in the place of the models.
 
 A cache folder holds ``latents/`` and ``text/``, or is one of the two: ``key.json``, which says everything that made the
-values, and one file for each shard (see cache_files.py). A shard's file is named after its content, not its path, so
-that shards may move, and equally named ones of several sources do not meet.
+values, and a tar for each shard, with an index beside it. A tar is named after its shard's content, not its path, so that
+shards may move, and equally named ones of several sources do not meet. Its members are ``ID.safetensors``, ID 16 hexadecimal
+digits: of a sample's id (latents) or of a hash of the caption (features). Each holds ``values`` ([2, C, h, w], mean and
+standard deviation, or [L, D], unpadded), ``length`` (of text: tokens before any cut) and ``checksum``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
+import tarfile
+import time
+import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from paradiffusion.atomic import write_atomic
-from paradiffusion.data.cache_files import Entry, EntryFile, caption_name, sample_name
+from paradiffusion.atomic import atomic_file, write_atomic
 from paradiffusion.data.images import Bucket
 from paradiffusion.data.shards import Place, RemotePath, SampleIndex, ShardPath, Span
 from paradiffusion.errors import UserError
+from paradiffusion.randomness import seed_from
 
 KINDS: Final = ("latents", "text")
 KEY_FILE: Final = "key.json"
-NULL_FILE: Final = "null.safetensors"
-FORMAT_VERSION: Final = 1
+NULL_FILE: Final = "null.tar"
+FORMAT_VERSION: Final = 2
 # How an encoded image becomes the codec's input (see images.py): another number for another crop, filter or colour.
 PIXELS_VERSION: Final = "crop 1, lanczos, JPEG reduced, on white, profiles to sRGB"
-# A window of shards of each of several sources, latents and text: to open one of 10,000 samples takes 0.7 ms.
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A window of shards of each of several sources, latents and text.
 _OPEN_FILES: Final = 64
+_ABANDONED_SECONDS: Final = 86400.0
+# Of each member where its bytes lie, by name; size 0 for a sample that could not be read. The last row is the tar itself.
+_INDEX: Final = np.dtype([("name", "<u8"), ("offset", "<u8"), ("size", "<u8")])
+_WHOLE: Final = 2**64 - 1
+
+
+def caption_name(caption: str) -> int:
+    """The name of a caption's member: a hash of its text, so that one that has changed since is not found."""
+    return seed_from("caption", caption)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """``values`` in the shape and dtype that they were stored in; ``length`` as stored beside them."""
+
+    values: Tensor
+    length: int
+
+
+class Add(Protocol):
+    """Appends a member to a tar; ``values`` None for a sample that could not be read."""
+
+    def __call__(self, name: int, values: Tensor | None, length: int = 0) -> None: ...
+
+
+@contextmanager
+def writing(path: Path, dtype: torch.dtype) -> Iterator[Add]:
+    """Write one tar of a cache and its index, whole or not at all: several commands may be at work on it.
+
+    Raises:
+        UserError: when the disk is full or refuses.
+    """
+    rows: list[tuple[int, int, int]] = []
+    try:
+        with atomic_file(path, shared=True) as partial:
+            with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+
+                def add(name: int, values: Tensor | None, length: int = 0) -> None:
+                    data = b""
+                    if values is not None:
+                        values = values.detach().to("cpu", dtype).contiguous()
+                        facts = {"length": length, "checksum": checksum(name, length, values)}
+                        data = save({"values": values, **{key: torch.tensor(fact) for key, fact in facts.items()}})
+                        member = tarfile.TarInfo(f"{name:016x}.safetensors")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+                    # The member's data end where the next one begins, but for filling up its last block.
+                    rows.append((name, tar.offset - -(-len(data) // 512) * 512, len(data)))
+
+                yield add
+                tar.close()
+                file.flush()
+                os.fsync(file.fileno())
+            rows.append((_WHOLE, partial.stat().st_size, 0))
+        with atomic_file(_index_of(path), shared=True) as partial, open(partial, "wb") as file:
+            np.save(file, np.array(sorted(rows), _INDEX))
+    except OSError as error:
+        raise UserError(
+            f"the cache's {path} could not be written ({error.strerror or error}); make room, then run the same command "
+            "again: finished shards are kept."
+        ) from None
+
+
+def checksum(name: int, length: int, values: Tensor) -> int:
+    """CRC-32 of an entry, by which a reader notices that a disk or a copy has changed it."""
+    facts = f"{name} {length} {values.dtype} {list(values.shape)}".encode()
+    return zlib.crc32(values.reshape(-1).view(torch.uint8).numpy().data, zlib.crc32(facts))
+
+
+def _index_of(path: Path) -> Path:
+    return path.with_suffix(".npy")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the tar is there as it was written; only one row of its index is read."""
+    try:
+        last = np.load(_index_of(path), mmap_mode="r")[-1]
+        return bool(last["name"] == _WHOLE and last["offset"] == path.stat().st_size)
+    except (OSError, ValueError, EOFError):
+        return False
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed writers have left in ``folder``: partial files that nobody has written to for a day."""
+    for partial in folder.glob(".*.part"):
+        with suppress(OSError):  # Another process may do the same.
+            if time.time() - partial.stat().st_mtime > _ABANDONED_SECONDS:
+                partial.unlink()
+
+
+class Members:
+    """Reads single members of one tar. Raises OSError for one that is gone, ValueError for an index that is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._index = np.load(_index_of(path))[:-1]
+        self._names = np.ascontiguousarray(self._index["name"])
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the object
+
+    def _row(self, name: int) -> Any:
+        at = int(np.searchsorted(self._names, np.uint64(name)))
+        return self._index[at] if at < len(self._names) and self._names[at] == name else None
+
+    def __contains__(self, name: int) -> bool:
+        return self._row(name) is not None
+
+    @property
+    def bad(self) -> int:
+        """How many samples could not be read."""
+        return int((self._index["size"] == 0).sum())
+
+    def get(self, name: int) -> Entry | None:
+        """The entry of that name; None where there is none.
+
+        Raises:
+            ValueError: for a sample that could not be read, and for an entry that is not as it was written.
+        """
+        row = self._row(name)
+        if row is None:
+            return None
+        if row["size"] == 0:
+            raise ValueError("did not decode when its latents were cached")
+        try:
+            tensors = load(os.pread(self._file.fileno(), int(row["size"]), int(row["offset"])))
+            entry = Entry(tensors["values"], int(tensors["length"]))
+            if int(tensors["checksum"]) == checksum(name, entry.length, entry.values):
+                return entry
+        except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError):
+            pass
+        raise ValueError(f"has a damaged entry in the cache: delete {self.path.name} and run scripts/cache.py again")
 
 
 @dataclass(frozen=True)
@@ -78,7 +218,7 @@ class Cache:
     """What the readers take in the place of images and captions. Pickles, and opens files where it is used.
 
     Attributes:
-        latents, text: the file of each shard; None for what is not cached.
+        latents, text: the tar of each shard; None for what is not cached.
         factor: of the codec, to see that latents fit their bucket.
         null: the null prompt's features [L, D], where text is cached.
     """
@@ -87,7 +227,7 @@ class Cache:
     text: dict[ShardPath, Path] | None = None
     factor: int = 8
     null: Entry | None = None
-    _open: OrderedDict[Path, EntryFile] = field(default_factory=OrderedDict, repr=False)
+    _open: OrderedDict[Path, Members] = field(default_factory=OrderedDict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": OrderedDict()}
@@ -104,30 +244,28 @@ class Cache:
         """
         latents = text = None
         if self.latents is not None:
-            file = self._file(self.latents[place.shard])
-            found = file.get(sample_name(place.id))
+            found = self._members(self.latents[place.shard]).get(place.id)
             if found is None:
-                is_bad = sample_name(place.id) in file.bad
-                raise ValueError("did not decode when its latents were cached" if is_bad else "is not in the cache")
+                raise ValueError("is not in the cache")
             latents, size = found.values, (bucket[0] // self.factor, bucket[1] // self.factor)
             if tuple(latents.shape[-2:]) != size:
                 raise ValueError(f"has cached latents of {tuple(latents.shape[-2:])}, and its bucket needs {size}")
         if self.text is not None:
-            file = self._file(self.text[place.shard])
-            text = file.get(caption_name(caption))
+            members = self._members(self.text[place.shard])
+            text = members.get(caption_name(caption))
             if text is None:
                 # Captions of a remote shard cannot be compared with the cache at a bearable price.
-                first = f"delete {file.path.name} and " if isinstance(place.shard, RemotePath) else ""
+                first = f"delete {members.path.name} and " if isinstance(place.shard, RemotePath) else ""
                 raise ValueError(
                     f"has a caption that is not in the cache, changed since: {first}run scripts/cache.py again"
                 )
         return Stored(latents, text)
 
-    def _file(self, path: Path) -> EntryFile:
+    def _members(self, path: Path) -> Members:
         if path in self._open:
             self._open.move_to_end(path)
         else:
-            self._open[path] = EntryFile(path)
+            self._open[path] = Members(path)
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         return self._open[path]
@@ -154,7 +292,8 @@ def folders_of(folder: Path) -> dict[str, Path]:
 
 
 def read_key(folder: Path) -> dict[str, Any]:
-    """``key.json``: "what" it holds, "key" (everything that made it), and "about". Raises UserError for a damaged one."""
+    """``key.json``: "what" it holds, "key" (everything that made it), and "about". Raises UserError for a damaged one, and for
+    that of a cache in an earlier format."""
     path = folder / KEY_FILE
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -164,7 +303,10 @@ def read_key(folder: Path) -> dict[str, Any]:
         reason = f"format_version {version}, and this repository reads {FORMAT_VERSION}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-    raise UserError(f"{path} is no key of a cache ({reason}); delete that folder and make the cache again.")
+    raise UserError(
+        f"{path} is no key of a cache ({reason}); delete {folder} and make it again: `python scripts/cache.py what={folder.name} "
+        f"output={folder.parent}` with the other arguments of the training."
+    )
 
 
 def write_key(folder: Path, what: str, key: dict[str, Any], about: dict[str, Any]) -> None:
@@ -209,7 +351,7 @@ def file_names(index: SampleIndex, what: str) -> list[str]:
     for stem, shard in zip(stems, index.shards, strict=True):
         shards_of.setdefault(stem, set()).add(shard)
     pairs = zip(stems, index.shards, strict=True)
-    return [f"{stem}{_path_mark(shard) if len(shards_of[stem]) > 1 else ''}.safetensors" for stem, shard in pairs]
+    return [f"{stem}{_path_mark(shard) if len(shards_of[stem]) > 1 else ''}.tar" for stem, shard in pairs]
 
 
 def _path_mark(shard: ShardPath) -> str:

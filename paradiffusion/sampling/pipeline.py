@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -261,7 +261,7 @@ def sampler_settings(
     Raises:
         UserError: for a value out of range.
     """
-    keys = ("solver", "steps", "guidance", "guidance_rescale", "guidance_start", "guidance_stop")
+    keys = [one.name for one in fields(SamplerConfig)]
     chosen = {key: value for key in keys if (value := getattr(config, key)) is not None}
     if request is not None:
         chosen |= {key: value for key in ("steps", "guidance") if (value := getattr(request, key)) is not None}

@@ -22,9 +22,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from paradiffusion.config import DataConfig
+from paradiffusion.config import WORLDS, DataConfig
 from paradiffusion.data.shards import RawSample, write_shards
-from paradiffusion.data_config import WORLDS
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 from paradiffusion.scenes.captions import KINDS, captions

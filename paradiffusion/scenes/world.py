@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
-from paradiffusion.data_config import WORLDS
+from paradiffusion.config import WORLDS
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 

@@ -1,25 +1,29 @@
-"""What makes cached latents and features fit a stage: everything that they are functions of, compared before they are used."""
+"""Cache keys: everything that cached latents and text features are functions of, compared before they are used."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from paradiffusion.config import DataConfig, TrainConfig
+from paradiffusion.config import DataConfig, TrainConfig, identity
 from paradiffusion.data.cache import (
     NULL_FILE,
     PIXELS_VERSION,
     Cache,
+    Entry,
+    Members,
+    caption_name,
     file_names,
     find_difference,
     folders_of,
+    is_whole,
     read_key,
 )
-from paradiffusion.data.cache_files import Entry, EntryFile, caption_name, is_whole
 from paradiffusion.data.shards import SampleIndex, ShardPath
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
@@ -37,17 +41,8 @@ _PROBE: Final = "Two RED kites, 3.5 m above the caf\u00e9's  roof -- (sunset); \
 
 def latent_key(config: TrainConfig, codec: Codec | None) -> dict[str, Any]:
     """Everything that cached latents are functions of; without ``codec`` what can be told before it is loaded."""
-    data = config.data
-    key: dict[str, Any] = {
-        "codec.dtype": config.codec.dtype,
-        "codec.factor": config.codec.factor,
-        "codec.latent_channels": config.codec.latent_channels,
-        "data.resolution": data.resolution,
-        "data.lower_resolutions": sorted(data.lower_resolutions),
-        "data.bucket_multiple": data.bucket_multiple,
-        "data.max_aspect": data.max_aspect,
-        "pixels": PIXELS_VERSION,
-    }
+    key = {**identity(config, "latents"), "pixels": PIXELS_VERSION}
+    key["data.lower_resolutions"] = sorted(config.data.lower_resolutions)
     if codec is not None:
         key |= {
             "codec.hash": codec.source["hash"],
@@ -59,17 +54,7 @@ def latent_key(config: TrainConfig, codec: Codec | None) -> dict[str, Any]:
 
 def text_key(config: TrainConfig, encoder: TextEncoder | None) -> dict[str, Any]:
     """Everything that cached features are functions of; without ``encoder`` what can be told before it is loaded."""
-    text, conditioning = config.text_encoder, config.conditioning
-    key: dict[str, Any] = {
-        "text_encoder.layers": text.layers,
-        "text_encoder.dtype": text.dtype,
-        "text_encoder.quantization": text.quantization,
-        "conditioning.layer_tap": conditioning.layer_tap,
-        "conditioning.prefix": conditioning.prefix,
-        "conditioning.max_tokens": conditioning.max_tokens,
-        "conditioning.mask_padding": conditioning.mask_padding,
-        "data.captions": weighted_kinds(config.data),
-    }
+    key = {**identity(config, "text"), "data.captions": weighted_kinds(config.data)}
     if encoder is not None:
         key |= {
             "text_encoder.hash": encoder.source["hash"],
@@ -78,6 +63,9 @@ def text_key(config: TrainConfig, encoder: TextEncoder | None) -> dict[str, Any]
             "lora.hash": adapter_hash(config, encoder),
         }
     return key
+
+
+KEYS: Final[dict[str, Callable[..., dict[str, Any]]]] = {"latents": latent_key, "text": text_key}
 
 
 def weighted_kinds(data: DataConfig) -> list[str]:
@@ -129,11 +117,7 @@ def command(what: str, config: TrainConfig, output: Path | str = "<folder>") -> 
 
 def check_cache(config: TrainConfig) -> dict[str, Path]:
     """The folders of ``data.cache`` by what they hold, none where it is not set; a part of their keys that contradicts the
-    configuration is refused before any model is loaded.
-
-    Raises:
-        UserError: naming the part, with both values and what makes a fitting cache.
-    """
+    configuration is refused by name before any model is loaded."""
     if config.data.cache is None:
         return {}
     refuse_streaming(config)
@@ -141,17 +125,15 @@ def check_cache(config: TrainConfig) -> dict[str, Path]:
     found = folders_of(folder)
     if not found:
         raise UserError(
-            f"data.cache={folder} holds no cache; expected a folder with latents/ or text/; make it with {command('both', config)}."
+            f"data.cache={folder} holds no cache (latents/ or text/); make it with {command('both', config)}."
         )
     if "text" in found and config.train_text == "lora":
         advice = (
             f"set data.cache={found['latents']} for the latents alone" if "latents" in found else "leave data.cache out"
         )
         raise UserError(f"data.cache={folder} holds text features, and {LORA_TEXT}; {advice}.")
-    if "latents" in found:
-        compare(config, "latents", found["latents"], latent_key(config, None))
-    if "text" in found:
-        compare(config, "text", found["text"], text_key(config, None))
+    for what, held in found.items():
+        compare(config, what, held, KEYS[what](config, None))
     return found
 
 
@@ -177,23 +159,14 @@ def compare(config: TrainConfig, what: str, folder: Path, wanted: dict[str, Any]
 
 def open_cache(config: TrainConfig, index: SampleIndex, encoder: TextEncoder, codec: Codec) -> Cache | None:
     """The cache that ``data.cache`` names, checked whole against the loaded models (the adapter of stage 3 among them) and
-    the data; None where it is not set.
-
-    Raises:
-        UserError: for a key that does not fit, for shards that are missing or damaged.
-    """
+    the data; None where it is not set."""
     found = check_cache(config)
-    if not found:
-        return None
-    cache = Cache(factor=config.codec.factor)
-    if "latents" in found:
-        compare(config, "latents", found["latents"], latent_key(config, codec))
-        cache.latents = files_of(config, "latents", found["latents"], index)
-    if "text" in found:
-        compare(config, "text", found["text"], text_key(config, encoder))
-        cache.text = files_of(config, "text", found["text"], index)
-        cache.null = read_null(config, found["text"])
-    return cache
+    files: dict[str, dict[ShardPath, Path]] = {}
+    for what, folder in found.items():
+        compare(config, what, folder, KEYS[what](config, encoder if what == "text" else codec))
+        files[what] = files_of(config, what, folder, index)
+    null = read_null(config, found["text"]) if "text" in found else None
+    return Cache(files.get("latents"), files.get("text"), config.codec.factor, null) if found else None
 
 
 def files_of(config: TrainConfig, what: str, folder: Path, index: SampleIndex) -> dict[ShardPath, Path]:
@@ -216,7 +189,7 @@ def files_of(config: TrainConfig, what: str, folder: Path, index: SampleIndex) -
 def read_null(config: TrainConfig, folder: Path) -> Entry:
     """The null prompt's features."""
     try:
-        found = EntryFile(folder / NULL_FILE).get(caption_name(""))
+        found = Members(folder / NULL_FILE).get(caption_name(""))
     except (OSError, ValueError):
         found = None
     if found is None:

@@ -1,5 +1,5 @@
-"""A batch's latents and text features: computed by the frozen models, kept from an epoch before, or taken from the cache that
-the readers brought."""
+"""Latents and text features of a batch: computed by the frozen models, kept in memory from an epoch before, or read from the
+cache."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from paradiffusion.data.cache_files import Entry
+from paradiffusion.data.cache import Entry
 from paradiffusion.data.loader import Batch, scale_pixels
 from paradiffusion.models.codec import Codec
 from paradiffusion.text.conditioning import padded_length
 from paradiffusion.text.encoder import TextEncoder
 
 Model = TypeVar("Model", bound=nn.Module)
+ImageKey = tuple[torch.Size, bytes]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -52,11 +53,11 @@ def latent_shape(codec: Codec, batch: Batch) -> tuple[int, int, int]:
 def latents_of(codec: Codec, batch: Batch, noise: Tensor | None, device: torch.device, memory: Memory | None) -> Tensor:
     """Latents [b, C, h, w], fp32; ``noise`` draws from the posterior, from a cached one too."""
     noise = None if noise is None else noise.to(device)
-    if memory is not None and (batch.stored is None or batch.stored.latents is None):
-        return codec.draw(*memory.latents(batch), noise)
     if batch.stored is not None and batch.stored.latents is not None:
         mean, std = batch.stored.latents.to(device, non_blocking=True)
         return codec.draw(mean, std, noise)
+    if memory is not None:
+        return codec.draw(*memory.latents(batch), noise)
     return on_device(codec, device).encode(scale_pixels(batch.pixels.to(device, non_blocking=True)), noise)
 
 
@@ -128,7 +129,9 @@ class Memory:
 
         Found again by the pixels themselves: two sources may give their samples the same keys.
         """
-        keys = [key_of(image) for image in batch.pixels]
+        keys = [
+            (image.shape, hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()) for image in batch.pixels
+        ]
         images = dict(zip(keys, batch.pixels, strict=True))
         found = {key: self._latents[key] for key in images if key in self._latents}
 
@@ -143,14 +146,6 @@ class Memory:
                 self._latents[key] = stored
         mean, std = torch.stack([found[key] for key in keys], dim=1).to(self.device)
         return mean, std
-
-
-ImageKey = tuple[torch.Size, bytes]
-
-
-def key_of(image: Tensor) -> ImageKey:
-    """An image's size, and a digest of its pixels."""
-    return image.shape, hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()
 
 
 def stored_text(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -16,34 +17,17 @@ from omegaconf import OmegaConf
 from paradiffusion.atomic import write_atomic
 from paradiffusion.checkpoints.layouts import UNET, find_checkpoint, parse, read_json
 from paradiffusion.checkpoints.manifest import newest_valid
-from paradiffusion.config import LoraConfig, TrainConfig
+from paradiffusion.compose import CONFIGS
+from paradiffusion.config import LoraConfig, SourceConfig, TrainConfig, identity, keys_of
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import locate_codec, own_scaling_factor
 from paradiffusion.models.unet import own_arguments
 
 CONFIG_FILE = "config.json"
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# What may differ between stop and resume. Anything else would make one run out of two.
-FREE_ON_RESUME = (
-    "run_dir", "max_steps", "log_every", "validate_every", "checkpoint_every", "keep_last", "keep_every", "resume",
-    "on_spike", "spike_factor", "threads", "init_from", "tracker", "validation", "sampler", "micro_batch_size",
-    "compile", "channels_last", "ema_device", "preflight", "log_samples", "stall_seconds", "recipe",
-    "text_encoder.architecture", "optimizer.fused", "data.workers", "data.max_bad_fraction", "data.val_shards", "data.demo",
-    # Where it counts, padding is masked and seen by nothing.
-    "conditioning.pad_multiple",
-    # How the same bytes are reached: where caches and indexes lie, and how often a store is asked.
-    "data.cache", "data.cache_dir", "data.cache_gb", "data.index_dir", "data.retries", "text_encoder.path", "codec.path",
-)  # fmt: skip
-# What may differ between a checkpoint and the stage that starts from it.
-FREE_AT_START = {
-    "max_tokens", "pad_multiple", "path", "dtype", "sample", "hash", "package", "hub", "revision", "architecture", "quantization",
-}  # fmt: skip
-
+# With those of a list's entries, whose places are left out of their names.
+KEYS = {**keys_of(TrainConfig), **keys_of(SourceConfig, "data.sources.")}
 # Keys of earlier versions, with the value by which a run did without what this version no longer has.
 GONE = {"conditioning.layout": False, "unet.pooled_text": False, "unet.attention_gain": 1.0}
-
-# Of the objective: what the weights have learned to predict. How training draws and weighs it may change.
-NOISE_KEYS = ("prediction", "beta_schedule", "beta_start", "beta_end", "train_timesteps", "zero_terminal_snr")
 
 
 def stage_folder(config: TrainConfig) -> Path:
@@ -101,14 +85,26 @@ def find_resume(config: TrainConfig, folder: Path) -> Path | None:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries with dotted keys."""
+    """Nested dictionaries, and lists of them, with dotted keys such as "data.sources[0].weight"."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            flat |= flatten({f"{key}[{number}]": one for number, one in enumerate(value)}, prefix)
         else:
             flat[prefix + key] = value
     return flat
+
+
+def may_differ(key: str, streaming: bool) -> bool:
+    """Whether a resumed run may have another value of this key (see ``config.option``). Of streamed data there is no
+    fingerprint that could say whether other paths hold the same."""
+    name = re.sub(r"\[\d+\]", "", key)
+    while name and name not in KEYS:  # a key of the user's own, in a dictionary
+        name = name.rpartition(".")[0]
+    free = KEYS[name]["free"] if name else ""
+    return bool(free) and not (free == "data" and streaming)
 
 
 def check_unchanged(config: TrainConfig, folder: Path, facts: dict[str, Any] | None = None) -> None:
@@ -125,9 +121,7 @@ def check_unchanged(config: TrainConfig, folder: Path, facts: dict[str, Any] | N
     before, after = flatten(json.loads(path.read_text())), {**flatten(recorded(config, facts or {})), **GONE}
     defaults = {**flatten(recorded(TrainConfig(), {})), **GONE}  # of a key that was not there yet when the stage began
     for key in sorted({*before, *after}):
-        if any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME):
-            continue
-        if key.partition(".")[0] == "facts" and facts is None:
+        if may_differ(key, config.data.streaming) or (facts is None and key.startswith("facts.")):
             continue
         if (old := before.get(key, defaults.get(key))) != after.get(key):
             if key == "facts.data":
@@ -218,24 +212,29 @@ def configured_arguments(name: str) -> dict[str, Any] | None:
     return dict(values.get("arguments") or {})
 
 
+def described(config: TrainConfig, description: dict[str, Any]) -> TrainConfig:
+    """``config`` as a checkpoint describes it; a key that was not there yet has its default."""
+    parts = ("text_encoder", "conditioning", "codec", "objective")
+    return replace(config, **{part: parse(type(getattr(config, part)), description[part]) for part in parts})
+
+
 def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> None:
     """Refuse a start from a checkpoint whose conditioning, text encoder, codec, noise, U-Net or adapter is another.
 
     Raises:
         UserError: naming the key that differs, with both values.
     """
-    for part in ("conditioning", "text_encoder", "codec"):
-        mine = getattr(config, part)
-        theirs = asdict(parse(type(mine), description[part]))  # a key that was not there yet has its default
-        ours = asdict(mine)
-        if part == "codec" and config.codec.scaling_factor is None:
-            ours["scaling_factor"] = own_scaling_factor(locate_codec(config.codec))
-        for key, value in ours.items():
-            if key not in FREE_AT_START and (before := theirs[key]) != value:
-                raise UserError(
-                    f"{init} was trained with {part}.{key}={before}, and this command says {value}; use the same {part} "
-                    "(for a run with other settings, start from stage 1 in another run_dir=)."
-                )
+    own = config
+    if config.codec.scaling_factor is None:
+        factor = own_scaling_factor(locate_codec(config.codec))
+        own = replace(config, codec=replace(config.codec, scaling_factor=factor))
+    theirs, ours = identity(described(config, description), "weights"), identity(own, "weights")
+    for key, value in ours.items():
+        if theirs[key] != value:
+            raise UserError(
+                f"{init} was trained with {key}={theirs[key]}, and this command says {value}; use the same "
+                f"{key.partition('.')[0]} (for a run with other settings, start from stage 1 in another run_dir=)."
+            )
     check_denoiser(config, init, description)
     lora = description["lora"]
     if config.train_text == "adapter" and lora is None:
@@ -261,12 +260,12 @@ def check_denoiser(config: TrainConfig, init: Path, description: dict[str, Any])
     Raises:
         UserError: naming the key that differs, with both values.
     """
-    theirs, ours = description["objective"], asdict(config.objective)
-    for key in NOISE_KEYS:
-        if theirs[key] != ours[key]:
+    theirs, ours = identity(described(config, description), "noise"), identity(config, "noise")
+    for key, value in ours.items():
+        if theirs[key] != value:
             raise UserError(
-                f"{init} learned with objective.{key}={theirs[key]}, and this command says {ours[key]}; set objective.{key} to "
-                "the checkpoint's, or start from its U-Net alone with init_from=<checkpoint>/unet."
+                f"{init} learned with {key}={theirs[key]}, and this command says {value}; set {key} to the checkpoint's, or "
+                "start from its U-Net alone with init_from=<checkpoint>/unet."
             )
     stored, mine = own_arguments(read_json(init / UNET / "config.json")), own_arguments(config.unet.arguments)
     differing = [

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.config import TrainConfig
-from paradiffusion.data.cache_files import Entry
+from paradiffusion.data.cache import Entry
 from paradiffusion.data.loader import Batch, Loader
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import LossBatch
@@ -31,12 +31,11 @@ from paradiffusion.training.folder import locked, stage_folder
 from paradiffusion.training.meters import Log, Meters, human_time, log_line, mixture_line
 from paradiffusion.training.optim import schedule, set_learning_rate
 from paradiffusion.training.processes import make_accelerator
-from paradiffusion.training.seen import line_of
 from paradiffusion.training.setup import Setup, build
 from paradiffusion.training.spikes import find_spike, follow_loss, handle_spike
-from paradiffusion.training.together import together
+from paradiffusion.training.step_record import line_of
 from paradiffusion.training.validation import Scorer
-from paradiffusion.training.watch import Watch
+from paradiffusion.training.watch import Watch, together
 
 SUMMARY = "summary.json"
 

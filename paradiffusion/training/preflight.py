@@ -30,8 +30,7 @@ from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.loop import save, step_gradients, validate
 from paradiffusion.training.meters import Meters, human_time, memory_gb
 from paradiffusion.training.setup import Setup, build
-from paradiffusion.training.together import together
-from paradiffusion.training.watch import Watch
+from paradiffusion.training.watch import Watch, together
 
 TIMED_STEPS = 3
 

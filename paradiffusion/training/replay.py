@@ -1,4 +1,4 @@
-"""The exact batch of a step again, outside the run: it reads the stage's folder and takes no lock.
+"""Replay: the exact batch of a step again, outside the run; it reads the stage's folder and takes no lock.
 
 What a step saw is a function of the configuration, the data and the step, so nothing needs to have been kept. Where
 ``log_samples`` was on, the digests that the step wrote show that the replay's bytes are the same.
@@ -12,32 +12,43 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import load_file
 from tqdm import tqdm
 
+from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, find_checkpoint, is_unet_folder, open_layout
+from paradiffusion.checkpoints.manifest import checkpoints_of, find_fault
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.sources import make_plan
 from paradiffusion.errors import UserError
-from paradiffusion.training.folder import CONFIG_FILE
+from paradiffusion.models.codec import Codec, load_codec
+from paradiffusion.models.joint import JointModel
+from paradiffusion.sampling.pipeline import choose_device, load_models
+from paradiffusion.text.encoder import TextEncoder, load_text_encoder
+from paradiffusion.training.assembly import build_models
+from paradiffusion.training.checkpoint import STATE, TrainState
+from paradiffusion.training.folder import CONFIG_FILE, find_init
 from paradiffusion.training.loop import prepare
 from paradiffusion.training.meters import Meters
-from paradiffusion.training.processes import count_micro_batches
-from paradiffusion.training.replay_models import Weights, choose_weights, open_models
-from paradiffusion.training.replay_record import (
+from paradiffusion.training.processes import count_micro_batches, set_threads
+from paradiffusion.training.setup import Setup, open_data
+from paradiffusion.training.step_record import (
     Replay,
     ReplayedSample,
+    Seen,
+    SeenStep,
+    differences,
     mean_loss,
+    read_seen,
     samples_of,
+    seen_in,
     write_images,
     write_replay,
 )
-from paradiffusion.training.seen import Seen, SeenStep, differences, read_seen, seen_in
-from paradiffusion.training.setup import Setup, open_data
-
-FOLDER = "replay"
 
 
 @dataclass
@@ -54,7 +65,6 @@ class ReplayOptions:
     force: bool = False
 
     def check(self) -> None:
-        """Raise UserError for what is missing or out of range."""
         if not self.run or self.step is None:
             missing = "run" if not self.run else "step"
             raise UserError(f"{missing}= is missing; expected run=runs/NAME/stage1 step=<a step, counted from 0>.")
@@ -74,11 +84,7 @@ class Recorded:
 
 
 def read_recorded(run: str) -> Recorded:
-    """The stage that ``run=`` means: a stage's folder, or a run with one stage in it.
-
-    Raises:
-        UserError: when there is none, or its config.json is not readable or of another version.
-    """
+    """The stage that ``run=`` means: a stage's folder, or a run with one stage in it."""
     folder = Path(run).expanduser()
     if not (folder / CONFIG_FILE).is_file():
         stages = sorted(path.parent for path in folder.glob(f"stage[0-9]/{CONFIG_FILE}"))
@@ -106,7 +112,7 @@ def replay(options: ReplayOptions) -> tuple[Replay, Path]:
     """Read the step again, take its losses, and write page, pictures and JSON lines; returns it and the page's path.
 
     Raises:
-        UserError: for a step that the run does not have, data that has changed, and whatever else a user can mend.
+        UserError: for a run, step or checkpoint that is not there, and for data that has changed.
     """
     options.check()
     assert options.run is not None and options.step is not None
@@ -123,13 +129,26 @@ def replay(options: ReplayOptions) -> tuple[Replay, Path]:
     micro_batches = seen.micro_batches if seen and seen.world_size == world else count_micro_batches(config, world)
     weights = choose_weights(recorded.folder, step, options.ckpt)
     setup = open_models(config, recorded.folder, plan, weights, step, micro_batches, options.device)
-    output = Path(options.output).expanduser() if options.output else recorded.folder / FOLDER / f"step_{step:06d}"
+    output = Path(options.output).expanduser() if options.output else recorded.folder / "replay" / f"step_{step:06d}"
     if file := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
         raise UserError(f"output={output}: {file} is a file; name a folder.")
 
     samples, digests, weighted = replay_batches(setup, world, output)
     certain, verdict = judge(seen, digests, changed, config.log_samples)
-    facts = facts_of(recorded, setup, step, world, weights, samples, weighted)
+    batch = plan.batch(step)
+    facts: dict[str, Any] = {
+        "epoch": batch.epoch,
+        "bucket": f"{batch.bucket[1]}x{batch.bucket[0]} pixels",
+        "samples": f"{len(samples)}, over {world} process(es) x {micro_batches} micro-batch(es)",
+        "losses": weights.note,
+        "mean loss": mean_loss(samples),
+        "mean loss, weighted as trained": weighted,
+        "captions dropped": sum(sample.dropped for sample in samples),
+        "captions cut": sum(sample.truncated for sample in samples),
+        "unreadable": sum(not sample.weight for sample in samples),
+    }
+    if (logged := logged_loss(recorded, step)) is not None:
+        facts["mean loss in log.jsonl"] = logged
     title = f"step {step} of {recorded.folder.parent.name}/{recorded.folder.name}"
     found = Replay(title, step, facts, verdict, certain, samples)
     return found, write_replay(output, found)
@@ -140,8 +159,6 @@ def open_plan(recorded: Recorded, shards: str | None, force: bool) -> tuple[Batc
 
     Args:
         shards: where the shards lie now; None for where they lay.
-    Raises:
-        UserError: when it has changed and ``force`` is not set, or cannot be read.
     """
     config = recorded.config
     data = replace(config.data, val_shards=None)  # which a step does not see
@@ -171,6 +188,89 @@ def open_plan(recorded: Recorded, shards: str | None, force: bool) -> tuple[Batc
             "would not be the same: put the old shards back, or look at what the step would be now with force=true."
         )
     return make_plan(index, data, config.batch_size, config.seed), was != now
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the losses are taken with: ``checkpoint``, None for what the stage starts from; ``trained`` weights as training has
+    them, else their EMA; a ``note`` on it for the page."""
+
+    checkpoint: Path | None
+    trained: bool
+    note: str
+
+
+def choose_weights(folder: Path, step: int, wanted: str | None) -> Weights:
+    """The weights of ``step`` itself where its checkpoint is there to resume from; else the average of the newest checkpoint
+    that is whole and not after ``step``, or of the oldest after it; where there is none yet, the stage's first weights."""
+    if wanted is not None:
+        path = find_checkpoint(wanted).folder
+        return Weights(path, False, f"with the EMA weights of {path.name}, as asked for")
+    found = checkpoints_of(folder)
+    before = [path for path in found if int(path.name[5:]) <= step]
+    after = [path for path in found if int(path.name[5:]) > step][::-1]
+    for path in (*before, *after):
+        if find_fault(path) is not None:
+            continue
+        if int(path.name[5:]) == step and (path / STATE).is_dir():
+            return Weights(path, True, f"with the weights that the step had, those of {path.name}")
+        which = "the newest before the step" if path in before else "the oldest there is, after the step"
+        return Weights(path, False, f"with the EMA weights of {path.name}, {which}")
+    return Weights(None, True, "with the weights that the stage would start from now, since there is no checkpoint")
+
+
+def open_models(
+    config: TrainConfig,
+    folder: Path,
+    plan: BatchPlan,
+    weights: Weights,
+    step: int,
+    micro_batches: int,
+    device: str | None,
+) -> Setup:
+    """What ``prepare`` and the forward pass need of a Setup; nothing of it writes, or trains."""
+    target = choose_device(device)
+    set_threads(config, 1)
+    if weights.trained:
+        encoder, codec, joint = training_models(config, folder, plan, weights.checkpoint)
+    else:
+        assert weights.checkpoint is not None
+        checkpoint = open_layout(weights.checkpoint)
+        checkpoint.place(config.text_encoder.path, config.codec.path)
+        models = load_models(checkpoint, device=device)
+        if models.objective.config != config.objective:
+            raise UserError(
+                f"ckpt={weights.checkpoint} was trained with another objective than {folder}, so its losses would say "
+                "nothing of this step; choose a checkpoint of the run."
+            )
+        encoder, codec, joint = models.text_encoder, models.codec, models.joint
+    for model in (encoder, codec, joint):
+        model.to(target)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    return Setup(
+        config, folder, Accelerator(cpu=target.type == "cpu"), plan, encoder, codec,
+        joint, engine=None, ema=None, state=TrainState(step), validation=None, frozen={},  # type: ignore[arg-type]
+        micro_batches=micro_batches, watch=None,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def training_models(
+    config: TrainConfig, folder: Path, plan: BatchPlan, checkpoint: Path | None
+) -> tuple[TextEncoder, Codec, JointModel]:
+    """The models as a step of training has them, with the weights that are trained rather than their average: those of
+    ``checkpoint``, else those that the stage starts from."""
+    config = replace(config, run_dir=str(folder.parent))  # wherever the run lies now
+    source = checkpoint or find_init(config)
+    description = None if source is None or is_unet_folder(source) else open_layout(source).description
+    encoder = load_text_encoder(config.text_encoder, config.conditioning)
+    codec = load_codec(config.codec)
+    joint, _ = build_models(config, encoder, plan, source, description, main=False)
+    if checkpoint is not None:
+        stored = load_file(checkpoint / STATE / "model.safetensors")
+        check_complete(set(joint.trained()), stored)
+        copy_tensors(joint, stored)
+    return encoder, codec, joint
 
 
 def batches_of(setup: Setup, rank: int, world: int) -> list[Batch]:
@@ -241,29 +341,6 @@ def judge(seen: SeenStep | None, digests: dict[int, Seen], changed: bool, logged
         f"Identical to what the step saw: samples, pixels, captions and weights of all {len(digests)} slots have the "
         "recorded digests."
     )
-
-
-def facts_of(
-    recorded: Recorded, setup: Setup, step: int, world: int, weights: Weights, samples: list[ReplayedSample],
-    weighted: float,
-) -> dict[str, Any]:  # fmt: skip
-    """What is told of the step beside its samples."""
-    batch = setup.plan.batch(step)
-    facts: dict[str, Any] = {
-        "epoch": batch.epoch,
-        "bucket": f"{batch.bucket[1]}x{batch.bucket[0]} pixels",
-        "samples": f"{len(samples)}, over {world} process(es) x {setup.micro_batches} micro-batch(es)",
-        "losses": weights.note,
-        "mean loss": mean_loss(samples),
-        "mean loss, weighted as trained": weighted,
-        "captions dropped": sum(sample.dropped for sample in samples),
-        "captions cut": sum(sample.truncated for sample in samples),
-        "unreadable": sum(not sample.weight for sample in samples),
-    }
-    logged = logged_loss(recorded, step)
-    if logged is not None:
-        facts["mean loss in log.jsonl"] = logged
-    return facts
 
 
 def logged_loss(recorded: Recorded, step: int) -> float | None:

@@ -10,7 +10,8 @@ from typing import Any
 from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.errors import UserError
 from paradiffusion.training.checkpoint import restore_checkpoint
-from paradiffusion.training.replay_record import (
+from paradiffusion.training.setup import Setup
+from paradiffusion.training.step_record import (
     PAGE,
     Replay,
     mean_loss,
@@ -19,7 +20,6 @@ from paradiffusion.training.replay_record import (
     write_images,
     write_replay,
 )
-from paradiffusion.training.setup import Setup
 
 # A loss is compared with its running average only after so many steps, and the average moves by this share a step.
 SPIKE_WARMUP, SPIKE_SHARE = 50, 0.02

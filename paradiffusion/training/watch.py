@@ -1,21 +1,29 @@
-"""Who is late: every process says where it is, and after a set time without a step the last one is named.
+"""Watch over a run's processes: one that hangs or dies is named with its last place, and an error of any of them ends all.
 
-A collective operation that waits for a process which hangs or has died ends, after long minutes, in a time-out that
-names neither. Here each process posts its step, phase and samples on a board, and a thread in each compares them. A
-process that ends with an error says so there too: the others, which may wait for it inside a collective operation that
-nothing else ends, go as well.
+A collective operation that waits for a process which hangs or has died ends, after long minutes, in a time-out that names
+neither. Here each process posts its step, phase and samples in a key-value store (torch's TCPStore, which the main process
+keeps), and compares them once it has waited long. Whoever asks the store may wait without end for a main process that is
+stopped: torch has no time limit there, so one thread talks to the store, and another, which never does first, judges.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from typing import Any
 
-from paradiffusion.training.places import FAILURES, NOTICED, Board, Place
+import torch
+import torch.distributed as dist
+
+from paradiffusion.errors import UserError
 
 # In the order in which a step goes through them; of two processes in one step the one in the earlier phase is behind.
 # What follows the n-th step, a save and a validation, comes before the data of step n, counted from 0.
@@ -26,13 +34,25 @@ STALLED, FAILED = 3, 2  # exit statuses
 SHOWN = 8
 # Seconds that a process has for leaving by itself once another has failed, or once the main process has gone.
 GRACE, ORPHANED = 5.0, 20.0
-# Seconds between two messages to the board from the steps themselves; the thread sends its own besides.
+# Seconds between two messages to the store from the steps themselves; the thread sends its own besides.
 PROMPT = 0.05
 
 
-def progress(place: Place) -> tuple[int, int]:
-    """How far a process is, in an order that can be compared."""
-    return place.step, PHASES.index(place.phase)
+@dataclass
+class Place:
+    """Where a process is; it came there ``at``, and its thread last said so ``alive`` (seconds since the epoch)."""
+
+    rank: int = 0
+    host: str = "unknown machine"
+    step: int = 0
+    phase: str = "setup"
+    keys: list[str] = field(default_factory=list)
+    at: float = 0.0
+    alive: float = 0.0
+
+    def progress(self) -> tuple[int, int]:
+        """How far it is, in an order that can be compared."""
+        return self.step, PHASES.index(self.phase)
 
 
 def describe_stall(places: list[Place], now: float, seconds: float, silence: float | None = None) -> str | None:
@@ -44,8 +64,8 @@ def describe_stall(places: list[Place], now: float, seconds: float, silence: flo
     waiting = [place for place in places if place.phase != "done"]
     if not waiting:
         return None
-    last = min(map(progress, waiting))
-    behind = [place for place in waiting if progress(place) == last]
+    last = min(place.progress() for place in waiting)
+    behind = [place for place in waiting if place.progress() == last]
     dead = [place for place in waiting if now - place.alive > (seconds if silence is None else silence)]
     if not dead and len(behind) == len(waiting) and behind[0].phase in LONG:
         return None
@@ -54,54 +74,53 @@ def describe_stall(places: list[Place], now: float, seconds: float, silence: flo
         return None
     parts = []
     for place in named[:SHOWN]:
-        keys = ", ".join(place.keys[:SHOWN]) + (
-            f" and {len(place.keys) - SHOWN} more" if len(place.keys) > SHOWN else ""
-        )
-        state = f"gave its last sign of life {now - place.alive:.0f} s ago, in" if place in dead else "has been in"
+        more = f" and {len(place.keys) - SHOWN} more" if len(place.keys) > SHOWN else ""
+        where = f"phase {place.phase!r} of step {place.step}"
         parts.append(
-            f"process {place.rank} ({place.host}) {state} phase {place.phase!r} of step {place.step}"
-            + ("" if place in dead else f" for {now - place.at:.0f} s")
-            + (f", samples {keys}" if keys else "")
-        )
-    more = f", and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
-    return "; ".join(parts) + more
+            f"process {place.rank} ({place.host}) "
+            + (f"gave its last sign of life {now - place.alive:.0f} s ago, in {where}" if place in dead
+               else f"has been in {where} for {now - place.at:.0f} s")
+            + (f", samples {', '.join(place.keys[:SHOWN])}{more}" if place.keys else "")
+        )  # fmt: skip
+    return "; ".join(parts) + (f", and {len(named) - SHOWN} more" if len(named) > SHOWN else "")
 
 
 class Watch:
-    """This process's place, a thread that posts it and reads the others', and one that judges what is known of them.
-
-    They are two since the board's main process may be the one that does not answer.
+    """This process's place, and what it knows of the others'.
 
     Args:
-        seconds: how long a process may stay in one place.
-        say: how the sentence is told.
+        seconds: how long a process may stay in one place; of a single process that is only told.
 
     Attributes:
-        on_leave: called before the thread ends the process, which no other clean-up survives.
+        on_leave: called before the watch ends the process, which no other clean-up survives.
+        failing: whether any process has said that it ends with an error, as far as is known.
     """
 
-    def __init__(self, rank: int, world_size: int, seconds: float, say: Callable[[str], None] | None = None) -> None:
-        self.board = Board(rank, world_size)
-        now = self.board.now()
-        self.place = Place(rank, socket.gethostname(), at=now, alive=now)
+    def __init__(self, rank: int, world_size: int, seconds: float) -> None:
         self.world_size, self.seconds = world_size, seconds
-        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self.on_leave: Callable[[], None] = lambda: None
         self.interval = min(max(seconds / 10, 0.2), 2.0)
-        self._lock = threading.Lock()
         self._silence = 3 * self.interval  # after which a process counts as dead, where a connection broke
-        self._ended, self._failing, self._asked = threading.Event(), threading.Event(), threading.Event()
-        self._told, self._heard, self._curious = 0.0, now, False
-        self._threads = [threading.Thread(target=self._judge, name="watch", daemon=True)]
-        if world_size > 1:
-            self._threads.append(threading.Thread(target=self._talk, name="watch-board", daemon=True))
+        self._ahead = 0.0  # this machine's clock before the main process's
+        self._store = self._open_store(rank) if world_size > 1 else None
+        self._lost_at: float | None = None  # when the store went, and the main process with it
+        now = self._heard = self._told = self.now()
+        self.place = Place(rank, socket.gethostname(), at=now, alive=now)
+        self.known = [Place(other, at=now, alive=now) for other in range(world_size)]
+        self._lock, self._ended, self.failing = threading.Lock(), threading.Event(), threading.Event()
+        work = [self._judge, self._talk] if world_size > 1 else [self._judge]
+        self._threads = [threading.Thread(target=target, name="watch", daemon=True) for target in work]
         for thread in self._threads:
             thread.start()
+
+    def now(self) -> float:
+        """Seconds since the epoch by the main process's clock, since those of several machines may differ."""
+        return time.time() - self._ahead
 
     def beat(self, phase: str, step: int, keys: list[str] | None = None) -> None:
         """Come to ``phase`` of ``step`` with the samples ``keys`` (None: the same as before)."""
         place = self.place
-        place.phase, place.step, place.at = phase, step, self.board.now()
+        place.phase, place.step, place.at = phase, step, self.now()
         if keys is not None:
             place.keys = keys
         if place.at - place.alive > PROMPT:  # a process that is killed right here cannot say so later
@@ -109,15 +128,11 @@ class Watch:
 
     def fail(self) -> bool:
         """Say that this process ends with an error, so that no other waits for it; whether it is the first to say so."""
-        if self._failing.is_set():
+        if self.failing.is_set():
             return False
-        first = self.board.count(FAILURES) <= 1
+        first = (self._ask("add", "failures", 1) or 0) <= 1
         self._notice()
         return first
-
-    def others_failed(self) -> bool:
-        """Whether any process has said that it ends with an error, as far as is known."""
-        return self._failing.is_set()
 
     def close(self) -> None:
         """The end of the watch; the other processes are told that this one is done."""
@@ -125,105 +140,121 @@ class Watch:
         self._ended.set()
         for thread in self._threads:
             thread.join(timeout=5)
-        if not any(thread.is_alive() for thread in self._threads):  # else the board does not answer
+        if not any(thread.is_alive() for thread in self._threads):  # else the store does not answer
             self._post()
             self._linger()
 
-    def who_is_lost(self, patience: float = 10.0) -> str | None:
+    def who_is_lost(self) -> str | None:
         """After a connection broke: who no longer gives signs of life, in one sentence, or None when all do, or when one
         has said itself that it ends."""
-        self._asked.clear()  # what was read before says nothing of now
-        self._curious = True
-        deadline = time.monotonic() + max(patience, 2 * self._silence)
-        while time.monotonic() < deadline and not self._failing.is_set():
-            if self._answers() and not self._asked.wait(min(self.interval / 2, 0.25)):
-                continue
-            now = self.board.now()
+        deadline = time.monotonic() + max(10.0, 2 * self._silence)
+        while time.monotonic() < deadline and not self.failing.wait(min(self.interval / 2, 0.25)):
+            self._read(range(self.world_size))
+            now = self.now()
             lost = [place for place in self._places() if now - place.alive > self._silence and place.phase != "done"]
             if lost:
                 return describe_stall(lost, now, 0.0, self._silence)
-            self._failing.wait(min(self.interval / 2, 0.25))
         return None
+
+    def _open_store(self, rank: int) -> dist.TCPStore:
+        """A store of our own: the process group's is not public, and goes with it."""
+        host, patience = os.environ.get("MASTER_ADDR", "localhost"), timedelta(seconds=60)
+        store = dist.TCPStore(host, 0, None, True, patience, wait_for_workers=False) if rank == 0 else None
+        dist.barrier()  # so that all of them look at their clocks at the same time
+        found: list[tuple[float, int]] = [(0.0, 0)] * self.world_size
+        dist.all_gather_object(found, (time.time(), store.port if store else 0))
+        self._ahead = found[rank][0] - found[0][0]
+        return store or dist.TCPStore(host, found[0][1], None, False, patience, wait_for_workers=False)
+
+    def _ask(self, request: str, *values: Any) -> Any:
+        """The store's answer; None once it has gone, and where there is none."""
+        store = self._store  # which the other thread may find gone meanwhile
+        try:
+            return getattr(store, request)(*values) if store is not None else None
+        except (RuntimeError, OSError):
+            self._store, self._lost_at = None, self._lost_at or self.now()
+            return None
+
+    def _post(self) -> None:
+        self.place.alive = self.now()
+        if not self.failing.is_set():  # the store may go at any moment once a process has failed
+            self._ask("set", f"place/{self.place.rank}", json.dumps(asdict(self.place)))
+
+    def _read(self, ranks: range) -> None:
+        for rank in ranks:
+            if self._ask("check", [f"place/{rank}"]) and (found := self._ask("get", f"place/{rank}")):
+                self.known[rank] = Place(**json.loads(found))
 
     def _talk(self) -> None:
         """Post and read, until this process or any other ends."""
-        while self.board.open:
+        while self._store is not None:
             self._post()
-            now = self.board.now()
-            late = self._curious or now - self.place.at > self.seconds / 2
-            for rank in range(self.world_size if late else 1):
-                self.board.read(rank)
-            if self.board.failed():
+            # To read them all is much work where they are thousands: only once this one waits.
+            self._read(range(self.world_size if self.now() - self.place.at > self.seconds / 2 else 1))
+            if self._ask("check", ["failures"]):
                 self._notice()
                 return
-            if self.board.open:
-                self._heard = self.board.now()
-            if late:
-                self._asked.set()
+            if self._store is not None:
+                self._heard = self.now()
             if self._ended.wait(self.interval):
                 return
 
     def _judge(self) -> None:
         """End this process where it would wait without end."""
-        before = self.board.now()
+        before = self.now()
         while not self._ended.wait(self.interval):
-            now = self.board.now()
+            now = self.now()
             if now - before > max(4 * self.interval, 5.0):
                 self.place.at = self._heard = now  # this process itself stood still, as on a machine that was suspended
             before = now
             if self.world_size == 1:
                 self.place.alive = now
-            lost_at = self.board.lost_at
-            if self._failing.is_set():
+            if self.failing.is_set():
                 if not self._ended.wait(GRACE):
                     self._leave(FAILED)
-            elif lost_at is not None and now - lost_at > ORPHANED:
-                self._accuse(describe_stall([self.board.known[0]], now, 0.0, 0.0))
+            elif self._lost_at is not None and now - self._lost_at > ORPHANED:
+                self._accuse(describe_stall([self.known[0]], now, 0.0, 0.0))
             elif now - self.place.at > self.seconds:
                 self._accuse(describe_stall(self._places(), now, self.seconds))
 
     def _accuse(self, sentence: str | None) -> None:
         """Tell who is behind, and leave; a single process is only told."""
-        now = self.board.now()
-        if sentence is None or (self.world_size == 1 and now - self._told < self.seconds):
+        if sentence is None:
             return
         if self.world_size == 1:
-            self._told = now
-            self.say(f"warning: no step for a while: {sentence}.")
+            if self.now() - self._told >= self.seconds:
+                self._told = self.now()
+                print(f"warning: no step for a while: {sentence}.", file=sys.stderr, flush=True)
             return
         if self._answers() and not self.fail():
             return  # another has told it
-        self.say(
+        print(
             f"error: {sentence}; process {self.place.rank} ends here. The last checkpoint is whole: look at that process "
-            "or its data, then run the same command again (a slow machine: raise stall_seconds=)."
-        )
+            "or its data, then run the same command again (a slow machine: raise stall_seconds=).",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
         self._linger()
         self._leave(STALLED)
 
     def _answers(self) -> bool:
-        return self.board.open and self.board.now() - self._heard < self._silence
+        return self._store is not None and self.now() - self._heard < self._silence
 
     def _places(self) -> list[Place]:
-        """Everybody's place. While the board does not answer only the main process is known to be silent."""
+        """Everybody's place. While the store does not answer only the main process is known to be silent."""
         ranks = range(self.world_size) if self._answers() else sorted({0, self.place.rank})
-        return [self.place if rank == self.place.rank else self.board.known[rank] for rank in ranks]
-
-    def _post(self) -> None:
-        self.place.alive = self.board.now()
-        if not self._failing.is_set():  # the board may end at any moment once a process has failed
-            self.board.post(self.place)
+        return [self.place if rank == self.place.rank else self.known[rank] for rank in ranks]
 
     def _notice(self) -> None:
-        with self._lock:  # the main thread and the one that reads may both come here
-            if not self._failing.is_set():
-                self._failing.set()
-                self.board.count(NOTICED)
+        with self._lock:  # the main thread and the one that talks may both come here
+            if not self.failing.is_set():
+                self.failing.set()
+                self._ask("add", "noticed", 1)
 
     def _linger(self) -> None:
-        """The board ends with the main process: where one has failed, all must have looked before."""
+        """The store goes with the main process: where one has failed, all must have looked before."""
         deadline = time.monotonic() + 2 * self.interval + 1
-        while self._failing.is_set() and self.place.rank == 0 and time.monotonic() < deadline:
-            if self.board.count(NOTICED, 0) >= self.world_size:
+        while self.failing.is_set() and self.place.rank == 0 and time.monotonic() < deadline:
+            if (self._ask("add", "noticed", 0) or 0) >= self.world_size:
                 return
             time.sleep(0.05)
 
@@ -233,3 +264,49 @@ class Watch:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+@contextmanager
+def together(watch: Watch) -> Iterator[None]:
+    """Around all of a run's work: an error of any process ends all, promptly, and is told once. Closes ``watch``.
+
+    Raises:
+        UserError: in the process that failed first, or in the first to notice that another has died.
+        SystemExit: in the others, without a word of their own.
+    """
+    try:
+        yield
+    except SystemExit:  # all of them leave, and have agreed on it
+        raise
+    except UserError:
+        _leave_unless_first(watch)
+        raise
+    except torch.OutOfMemoryError as error:
+        _leave_unless_first(watch)
+        raise UserError(
+            f"a batch does not fit into this GPU's memory ({str(error).splitlines()[0]}); lower micro_batch_size= first, then "
+            "set gradient_checkpointing=true, ema_device=cpu, or launch with configs/launch/zero2.yaml or zero2_offload.yaml (and "
+            "for a run that has not begun, text_encoder.quantization=4bit); scripts/describe.py says what each saves."
+        ) from None
+    except BaseException as error:
+        # A collective operation fails where another process has died.
+        broken = isinstance(error, RuntimeError) and (
+            isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+        )
+        lost = watch.who_is_lost() if broken else None
+        if not broken or (lost is None and not watch.failing.is_set()):
+            watch.fail()
+            raise
+        _leave_unless_first(watch)
+        raise UserError(
+            f"{lost}; the others cannot go on without it. The last checkpoint is whole: look at that process's log, then "
+            "run the same command again."
+        ) from None
+    finally:
+        watch.close()
+
+
+def _leave_unless_first(watch: Watch) -> None:
+    """The first process that fails tells why; what the others would say is the same, or a consequence."""
+    if not watch.fail():
+        raise SystemExit(FAILED) from None

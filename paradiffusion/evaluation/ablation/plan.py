@@ -9,41 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from paradiffusion.config import TrainConfig
+from paradiffusion.config import TrainConfig, identity, keys_of, values_of
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation.study import Setting, Study, key_of
 
-# How a training is run, and how closely it is watched: none of it changes the weights that come out.
-FREE: Final = (
-    "run_dir", "resume", "preset", "recipe", "preflight", "log_every", "validate_every", "checkpoint_every", "keep_last",
-    "keep_every", "threads", "micro_batch_size", "compile", "channels_last", "ema_device", "log_samples", "stall_seconds",
-    "tracker", "gradient_checkpointing",
-)  # fmt: skip
-FREE_DATA: Final = ("workers", "retries", "cache_dir", "cache_gb", "cache", "demo")
-# What weights mean: training refuses a stage that says otherwise than the one it starts from, but only hours later.
-_KEPT: Final = (
-    (
-        "conditioning",
-        (
-            "layer_tap",
-            "projection",
-            "mask_padding",
-            "prefix",
-            "layout_patch",
-            "layout_reads",
-            "refiner_width",
-            "refiner_layers",
-        ),
-    ),
-    ("text_encoder", ("name", "layers")),
-    ("unet", ("name", "coordinates")),
-    ("codec", ("name", "scaling_factor")),
-    ("objective", ("prediction", "zero_terminal_snr")),
-)
 Compose = Callable[[list[str]], TrainConfig]
 
 
@@ -215,22 +188,22 @@ def _check_start(config: TrainConfig, before: TrainConfig | None, adapted: bool,
         )
     if config.train_text == "frozen" and (adapted or before.train_text == "adapter"):
         raise UserError(f"{where} would drop the LoRA adapter of the stage before; write {fix}adapter]}}}}.")
-    for part, names in _KEPT:
-        for name in names:
-            old, new = getattr(getattr(before, part), name), getattr(getattr(config, part), name)
-            if old != new:
-                raise UserError(
-                    f"{where} says {part}.{name}={new}, and the stage that it starts from {old}; set it for all stages of the "
-                    "setting alike."
-                )
+    # Training refuses it too, but only hours later.
+    old, new = (identity(one, "weights") | identity(one, "noise") for one in (before, config))
+    for key, value in new.items():
+        if old[key] != value:
+            raise UserError(
+                f"{where} says {key}={value}, and the stage that it starts from {old[key]}; set it for all stages of the "
+                "setting alike."
+            )
 
 
 def _identity(config: TrainConfig, parent: str | None) -> str:
     """A hash of what decides the weights that come out."""
-    values: dict[str, Any] = {key: value for key, value in asdict(config).items() if key not in FREE}
-    values["data"] = {key: value for key, value in values["data"].items() if key not in FREE_DATA}
+    keys = keys_of(TrainConfig)
+    values = {key: value for key, value in values_of(config).items() if keys[key]["free"] != "always"}
     if config.train_text != "lora":
-        del values["lora"]
+        values = {key: value for key, value in values.items() if not key.startswith("lora.")}
     if parent is not None:
         values["init_from"] = parent
     return _hash(values)

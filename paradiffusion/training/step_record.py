@@ -1,0 +1,327 @@
+"""Record of a training step: digests of what it saw (samples_seen/), its samples with their losses, and the page of them.
+
+A line of ``samples_seen/rankN_fromSTEP.jsonl`` is one step of one process, samples in the order in which it took them. By the
+digests a replay is known to be the same to the byte; they cost about a millisecond per megabyte of pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from jinja2 import Environment
+from markupsafe import Markup
+from PIL import Image
+
+from paradiffusion.atomic import write_atomic
+from paradiffusion.data.captions import is_dropped
+from paradiffusion.data.images import decode, to_array
+from paradiffusion.data.loader import Batch
+from paradiffusion.data.pages import page, page_text, thumbnail_uri
+from paradiffusion.data.plan import BatchPlan
+from paradiffusion.data.reader import join_pixels
+from paradiffusion.data.shards import read_place, read_sample
+from paradiffusion.sampling.gallery import save_png
+from paradiffusion.text.encoder import TextEncoder
+
+SEEN_FOLDER: Final = "samples_seen"
+PAGE, LINES, FACTS, IMAGES = "index.html", "samples.jsonl", "replay.json", "images"
+TEMPLATE: Final = Path(__file__).with_name("step_record.html")
+MAX_EMBEDDED: Final = 600  # pictures; a page with more shows those with the smaller losses by their files
+PARTS: Final = {"pixels": "other pixels", "caption": "another caption", "weight": "another loss weight"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One sample as a step saw it.
+
+    Attributes:
+        pixels: digest of the cropped pixels with their size; "" where no image was decoded, since its latents came from a
+            cache, whose key names everything that made them.
+        caption: digest of the caption as it went to the tokenizer, "" where it was dropped.
+        weight: 0 where another sample stands in for one that could not be read.
+    """
+
+    slot: int
+    key: str
+    pixels: str
+    caption: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class SeenStep:
+    """A step over all processes, samples by slot; ``world_size`` and ``micro_batches`` as they were then."""
+
+    world_size: int
+    micro_batches: int
+    samples: dict[int, Seen]
+
+
+def has_pixels(batch: Batch) -> bool:
+    """Whether the images were decoded: cached latents come without them."""
+    return batch.pixels.numel() > 0
+
+
+def digest(data: bytes, shape: tuple[int, ...] = ()) -> str:
+    """BLAKE2b of ``data`` and its shape, 16 hexadecimal digits."""
+    return hashlib.blake2b(repr(shape).encode() + data, digest_size=8).hexdigest()
+
+
+def seen_in(batch: Batch) -> list[Seen]:
+    """What a micro-batch holds."""
+    pixels = [""] * len(batch.keys)
+    if has_pixels(batch):
+        pixels = [digest(row.numpy().tobytes(), tuple(row.shape)) for row in batch.pixels]
+    captions = [digest(caption.encode("utf-8", "surrogatepass")) for caption in batch.captions]
+    columns = (batch.slots.tolist(), batch.keys, pixels, captions, batch.weights.tolist())
+    return [Seen(*row) for row in zip(*columns, strict=True)]
+
+
+def line_of(step: int, rank: int, world_size: int, batches: Sequence[Batch]) -> str:
+    """One process's line for a step, with its end."""
+    seen = [sample for batch in batches for sample in seen_in(batch)]
+    row = {
+        "step": step,
+        "rank": rank,
+        "world_size": world_size,
+        "micro_batches": len(batches),
+        "keys": [sample.key for sample in seen],
+        "slots": [sample.slot for sample in seen],
+        "pixels": [sample.pixels for sample in seen],
+        "captions": [sample.caption for sample in seen],
+        "weights": [sample.weight for sample in seen],
+    }
+    return json.dumps(row) + "\n"
+
+
+def read_seen(folder: Path, step: int) -> SeenStep | None:
+    """What ``step`` saw in the stage ``folder``; None where that was not written, or not by all of its processes.
+
+    A step that was done again after a stop counts as it was done last.
+    """
+    starts = (folder / SEEN_FOLDER).glob("rank0_from*.jsonl")
+    for main_file in sorted(starts, key=lambda path: int(path.stem.partition("_from")[2]), reverse=True):
+        main = _find(main_file, step)
+        if main is None:
+            continue
+        # Files of ranks beyond are of an earlier start with more processes.
+        others = [
+            main_file.with_name(main_file.name.replace("rank0", f"rank{r}", 1)) for r in range(1, main["world_size"])
+        ]
+        rows = [main, *(_find(path, step) for path in others)]
+        samples: dict[int, Seen] = {}
+        for row in rows:
+            if row is None:
+                return None
+            columns = (row["slots"], row["keys"], row["pixels"], row["captions"], row["weights"])
+            samples.update({values[0]: Seen(*values) for values in zip(*columns, strict=True)})
+        return SeenStep(main["world_size"], main["micro_batches"], samples)
+    return None
+
+
+def _find(path: Path, step: int) -> dict[str, Any] | None:
+    """The row of ``step``; None where there is none."""
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            # The last line of a run that is killed may be a part.
+            if line.startswith(f'{{"step": {step}, ') and line.endswith("\n"):
+                row: dict[str, Any] = json.loads(line)
+                return row if "pixels" in row else None  # written before digests were
+    return None
+
+
+def differences(recorded: SeenStep, replayed: dict[int, Seen]) -> list[str]:
+    """A few words for each slot in which a replay differs from what was recorded; empty where it is identical."""
+    found = []
+    for slot in sorted({*recorded.samples, *replayed}):
+        was, now = recorded.samples.get(slot), replayed.get(slot)
+        if was is None or now is None:
+            found.append(f"slot {slot} is {'new' if was is None else 'missing'}")
+        elif was.key != now.key:
+            found.append(f"slot {slot} was {was.key} and is now {now.key}")
+        else:
+            # Where pixels came from a cache there is nothing to compare them with.
+            compared = [part for part in PARTS if part != "pixels" or (was.pixels and now.pixels)]
+            parts = [PARTS[part] for part in compared if getattr(was, part) != getattr(now, part)]
+            found += [f"slot {slot} ({now.key}) has {' and '.join(parts)}"] if parts else []
+    return found
+
+
+@dataclass
+class ReplayedSample:
+    """One sample of a step, as a person looks at it.
+
+    Attributes:
+        rank, micro: which process had it, in which of its micro-batches.
+        caption: as chosen, whole; ``kept`` is what the text encoder read of it, decoded from the tokens, "" where the
+            caption was dropped; ``tokens`` counts all, ``limit`` what is kept at most.
+        time: in the objective's own units; ``noise_share`` the same from 0 (clean) to 1 (noise).
+        loss: unweighted.
+        weight: 0 where the sample stands in for one that could not be read.
+        image: its file beside the page, pixels as they are given to the VAE; None where its latents came from a cache and
+            it could not be read.
+        thumbnail: a data URI.
+    """
+
+    slot: int
+    rank: int
+    micro: int
+    key: str
+    kind: str
+    caption: str
+    dropped: bool
+    kept: str
+    tokens: int
+    limit: int
+    time: float
+    noise_share: float
+    weight: float
+    loss: float
+    image: str | None
+    height: int
+    width: int
+    thumbnail: str = field(default="", repr=False)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the text encoder did not read all of the caption."""
+        return self.tokens > self.limit and not self.dropped
+
+
+@dataclass
+class Replay:
+    """A step, whole.
+
+    Attributes:
+        facts: name and value of what is told of the step, in order.
+        verdict: one sentence on how sure it is that this is what the step saw; ``certain`` says so in a word:
+            "identical", "different" or "unknown".
+    """
+
+    title: str
+    step: int
+    facts: dict[str, Any]
+    verdict: str
+    certain: str
+    samples: list[ReplayedSample]
+
+
+def samples_of(
+    batch: Batch, rank: int, times: torch.Tensor, errors: torch.Tensor, encoder: TextEncoder, plan: BatchPlan,
+    train_timesteps: int, dropout: float,
+) -> list[ReplayedSample]:  # fmt: skip
+    """What there is to say of a micro-batch's samples; pictures are named, not written.
+
+    Args:
+        times, errors: [b], of the objective and of the model.
+        dropout: the share of captions that are dropped, which tells dropped ones from empty ones.
+    """
+    texts = encoder.tokenize(batch.captions)
+    rows = plan.batch(batch.step).rows
+    pictured = has_pixels(batch)
+    height, width = batch.pixels.shape[-2:] if pictured else (0, 0)
+    samples = []
+    for i, slot in enumerate(batch.slots.tolist()):
+        weight, caption, kept = float(batch.weights[i]), batch.captions[i], ""
+        dropped = is_dropped(plan.seed, batch.step, slot, dropout)
+        if dropped and weight:  # The batch has only the empty text; what was dropped lies in the shard.
+            row = int(rows[slot])
+            # A stream has another sample in its place.
+            same = _key(plan, row) == batch.keys[i]
+            caption = read_sample(plan.index, row).meta["captions"].get(batch.kinds[i], "") if same else ""
+        if not dropped:
+            real = texts.ids[i, texts.prefix :][texts.mask[i, texts.prefix :]]
+            kept = encoder.tokenizer.decode(real.tolist(), skip_special_tokens=True).strip()
+        samples.append(
+            ReplayedSample(
+                slot=slot, rank=rank, micro=batch.micro, key=batch.keys[i], kind=batch.kinds[i], caption=caption,
+                dropped=dropped, kept=kept, tokens=texts.lengths[i], limit=encoder.limit, time=float(times[i]),
+                noise_share=float(times[i]) / train_timesteps, weight=weight, loss=float(errors[i]),
+                image=f"{IMAGES}/{slot:05d}.png" if pictured else None, height=height, width=width,
+                thumbnail=thumbnail_uri(Image.fromarray(_array(batch.pixels[i]))) if pictured else "",
+            )
+        )  # fmt: skip
+    return samples
+
+
+def _key(plan: BatchPlan, row: int) -> str:
+    """The sample's name as batches have it."""
+    return f"{plan.index.shards[plan.index.shard[row]].name}/{plan.index.key(row)}"
+
+
+def _array(pixels: torch.Tensor) -> Any:
+    return pixels.permute(1, 2, 0).contiguous().numpy()
+
+
+def with_pictures(batch: Batch, plan: BatchPlan) -> Batch:
+    """``batch`` with the pictures that its cached latents were made of, from the shards; as it is where one cannot be read."""
+    if has_pixels(batch):
+        return batch
+    planned = plan.batch(batch.step)
+    by_key = {_key(plan, row): row for row in planned.rows.tolist()}
+    pictures = []
+    try:
+        for slot, key in zip(batch.slots.tolist(), batch.keys, strict=True):
+            row = int(planned.rows[slot])
+            # In a slot of weight 0 stands another sample of the step.
+            place = plan.index.place(row if _key(plan, row) == key else by_key[key])
+            image = decode(read_place(place).image, cover=planned.bucket)
+            pictures.append(to_array(image, planned.bucket, place.id))
+    except (OSError, ValueError, KeyError):
+        return batch
+    return replace(batch, pixels=join_pixels(pictures))
+
+
+def mean_loss(samples: Sequence[ReplayedSample]) -> float | None:
+    """The mean unweighted loss of the samples that could be read, as log.jsonl reports it."""
+    losses = [sample.loss for sample in samples if sample.weight]
+    return sum(losses) / len(losses) if losses else None
+
+
+def write_images(folder: Path, batch: Batch) -> None:
+    """The crops of a micro-batch as PNG, which keeps every pixel, named by slot."""
+    if not has_pixels(batch):
+        return
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    for slot, pixels, key in zip(batch.slots.tolist(), batch.pixels, batch.keys, strict=True):
+        save_png(folder / IMAGES / f"{slot:05d}.png", _array(pixels), {"key": key, "step": batch.step, "slot": slot})
+
+
+def write_replay(folder: Path, replay: Replay) -> Path:
+    """Write the page, the JSON lines and the facts; returns the page's path. Samples whose loss is no number come first, then
+    from the largest loss down."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ordered = sorted(replay.samples, key=lambda s: (-s.loss if math.isfinite(s.loss) else -math.inf, s.slot))
+    rows = [_finite(asdict(sample) | {"truncated": sample.truncated}) for sample in ordered]
+    lines = [json.dumps({k: v for k, v in row.items() if k != "thumbnail"}, ensure_ascii=False) for row in rows]
+    write_atomic(folder / LINES, "".join(f"{line}\n" for line in lines))
+    facts = {"step": replay.step, "certain": replay.certain, "verdict": replay.verdict, **replay.facts}
+    write_atomic(folder / FACTS, json.dumps(_finite(facts), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(folder / PAGE, page_of(replay, ordered))
+    return folder / PAGE
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no word for what is not a number: such values become texts ("nan", "inf")."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def page_of(replay: Replay, samples: Sequence[ReplayedSample]) -> str:
+    """The HTML of a step, one file: its facts, a picture of losses over noise levels, and a card for each sample in order."""
+    # Every text that is not marked as HTML is escaped, control characters too.
+    environment = Environment(finalize=lambda value: Markup(page_text(value)) if type(value) is str else value)
+    dots = [sample for sample in samples if math.isfinite(sample.loss)]
+    highest = max((sample.loss for sample in dots), default=0.0) or 1.0
+    body = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        replay=replay, samples=samples, dots=dots, highest=highest, embedded=MAX_EMBEDDED
+    )
+    return page(replay.title, "", body)
