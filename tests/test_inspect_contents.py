@@ -20,16 +20,10 @@ from paradiffusion.curation.inspecting.pictures import check_pictures
 from paradiffusion.curation.inspecting.report import Inspection, InspectSettings, figures_json, inspect
 from paradiffusion.curation.inspecting.schedule import kind_weights, run_of
 from paradiffusion.data.images import make_buckets
+from paradiffusion.data.index import SampleIndex, TokenCounter, join_indexes, load_index
 from paradiffusion.data.plan import BatchPlan, Share
-from paradiffusion.data.shards import (
-    SampleIndex,
-    TokenCounter,
-    expand_shards,
-    join_indexes,
-    load_index,
-    write_shards,
-)
-from paradiffusion.data.storage import Storage
+from paradiffusion.data.remote import Storage
+from paradiffusion.data.shards import expand_shards, write_shards
 
 LETTERS = TokenCounter("letters", lambda texts: [len(text) for text in texts])
 FAMILY = "👩\u200d👩\u200d👧 a family"

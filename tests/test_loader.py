@@ -21,9 +21,10 @@ from PIL import Image
 
 from paradiffusion.data.captions import is_dropped
 from paradiffusion.data.images import decode, make_buckets, to_array
+from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.loader import Batch, LoaderSettings, default_workers, make_loader, slots_of
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import RawSample, SampleIndex, load_index, read_sample, write_shards
+from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 
 BUCKETS = make_buckets(64, 16, 2.0)

@@ -14,8 +14,9 @@ from data_fixtures import sample, shards_of, synthetic_index
 from paradiffusion.budget.bench_plan import PlanBench, index_bytes, make, make_index
 from paradiffusion.data.captions import choose_kinds, clean, draw_kinds, drawable_kinds, expected_shares, is_dropped
 from paradiffusion.data.images import assign_buckets, make_buckets
+from paradiffusion.data.index import SampleIndex, load_index
 from paradiffusion.data.plan import BatchPlan, GlobalBatch
-from paradiffusion.data.shards import SampleIndex, load_index, write_shards
+from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
 
 BUCKETS = make_buckets(512, 64, 2.0)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from paradiffusion.data.captions import choose_kinds, draw_kinds, drawable_kinds
 from paradiffusion.data.images import assign_buckets
+from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.plan import BatchPlan, GlobalBatch, Share
-from paradiffusion.data.shards import SampleIndex
 from paradiffusion.randomness import permutation, uniforms
 
 BUCKETS = [(96, 48), (64, 64), (48, 96)]

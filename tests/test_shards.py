@@ -15,7 +15,8 @@ import pytest
 from data_fixtures import as_json, encoded, picture, sample, shards_of, write_tar
 from PIL import Image
 
-from paradiffusion.data.shards import RawSample, expand_shards, index_shard, load_index, read_sample, write_shards
+from paradiffusion.data.index import index_shard, load_index, read_sample
+from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
 
 IMAGE = encoded(picture(1, 40, 30), "JPEG")

@@ -15,11 +15,10 @@ from data_fixtures import sample
 
 from paradiffusion.compose import compose_train, parse_sources
 from paradiffusion.config import DataConfig, SourceConfig
+from paradiffusion.data.index import SampleIndex, join_indexes, load_index
 from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
-from paradiffusion.data.mixing import Share
-from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import SampleIndex, expand_shards, join_indexes, load_index, write_shards
-from paradiffusion.data.sources import describe_plan, make_plan, open_index
+from paradiffusion.data.plan import BatchPlan, Share, describe_plan, make_plan, open_index
+from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.training.meters import mixture, mixture_line
 

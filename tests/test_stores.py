@@ -25,13 +25,20 @@ from data_fixtures import shards_of
 from test_loader import assert_same, plan_of
 from training_runs import records, train_here
 
-from paradiffusion.data import storage, stores
+from paradiffusion.data import remote as remote_module
+from paradiffusion.data.index import SampleIndex, build_indexes, load_index
 from paradiffusion.data.loader import LoaderSettings, make_loader
-from paradiffusion.data.remote_cache import cached_copy
-from paradiffusion.data.sample_index import build_indexes
-from paradiffusion.data.shards import SampleIndex, expand_shards, load_index
-from paradiffusion.data.storage import RemotePath, Storage, list_remote, read_range, read_whole, with_state
-from paradiffusion.data.store_errors import RemoteError
+from paradiffusion.data.remote import (
+    RemoteError,
+    RemotePath,
+    Storage,
+    cached_copy,
+    list_remote,
+    read_range,
+    read_whole,
+    with_state,
+)
+from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
 
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (requirements-dev.txt)")
@@ -146,13 +153,13 @@ def set_environment(patch: pytest.MonkeyPatch, url: str) -> None:
 
 
 def connect_anew() -> None:
-    stores._systems.clear()
+    remote_module._systems.clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(autouse=True)
 def fresh(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(storage, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr("paradiffusion.data.remote._FIRST_WAIT", 0.001)
     relay.restore()
     connect_anew()
     yield
@@ -309,7 +316,7 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_users_own_settings_are_kept(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"anon": True, "config_kwargs": {"max_pool_connections": 3}}
     monkeypatch.setitem(fsspec.config.conf, "s3", own)
-    system = stores.system_of("s3://bucket/x")
+    system = remote_module.system_of("s3://bucket/x")
     assert system.anon and system.config_kwargs["max_pool_connections"] == 3
     assert system.config_kwargs["retries"] == {"total_max_attempts": 1}
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from paradiffusion.atomic import write_atomic
 from paradiffusion.data.cache_files import Entry, EntryFile, caption_name, sample_name
 from paradiffusion.data.images import Bucket
-from paradiffusion.data.shards import Place, RemotePath, SampleIndex, ShardPath, Span
+from paradiffusion.data.index import SampleIndex
+from paradiffusion.data.remote import RemotePath
+from paradiffusion.data.shards import Place, ShardPath, Span
 from paradiffusion.errors import UserError
 
 KINDS: Final = ("latents", "text")

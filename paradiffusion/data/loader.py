@@ -9,29 +9,33 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import pickle
+import queue
 import signal
+import sys
 import threading
+import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from paradiffusion.data.cache import Cache, StoredBatch
+from paradiffusion.data.cache import Cache, Stored, StoredBatch, collate
 from paradiffusion.data.captions import is_dropped
-from paradiffusion.data.hand_over import HandOver
-from paradiffusion.data.images import MAX_PIXELS
+from paradiffusion.data.images import MAX_PIXELS, Bucket, decode, to_array
+from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.reader import Delivery, Order, Reader, guard_worker
-from paradiffusion.data.shards import Place, RemotePath, SampleIndex
-from paradiffusion.data.shared_memory import Unpack, pass_on
+from paradiffusion.data.remote import RemotePath
+from paradiffusion.data.shards import Place, RawSample, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 
@@ -342,3 +346,315 @@ class _Orders:
                     spares=[places[slot] for slot in others] if self.size < _SMALL_SLICE else [],
                 )
             step += 1
+
+
+# What the worker processes of the loader do: read the samples of an order and make the pixels of one batch.
+
+
+@dataclass
+class Order:
+    """What a worker is to read: the samples of one batch, and stand-ins.
+
+    ``ahead`` is what the same worker is going to read next, where that is worth fetching beforehand.
+    """
+
+    step: int
+    micro: int
+    bucket: Bucket
+    places: list[Place]
+    kinds: list[str]
+    slots: range
+    dropped: list[bool]
+    spares: list[tuple[Place, str]]
+    ahead: Order | None = None
+
+
+@dataclass
+class Failure:
+    """A sample that could not be read, and why."""
+
+    shard: str
+    key: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.key}: {self.error}"
+
+
+@dataclass
+class Delivery:
+    """What a worker has read. Pixels stay uint8 [b, 3, H, W] on the way between processes; none where latents are cached."""
+
+    pixels: torch.Tensor
+    captions: list[str]
+    kinds: list[str]
+    keys: list[str]
+    weights: list[float]
+    failures: list[Failure]
+    stored: StoredBatch | None = None
+
+    def pin_memory(self) -> Delivery:
+        """For the DataLoader: from pinned memory the pixels travel to a GPU while it computes."""
+        self.pixels = self.pixels.pin_memory()
+        self.stored = self.stored and self.stored.pin_memory()
+        return self
+
+
+@dataclass
+class _Sample:
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    caption: str
+    kind: str
+    key: str
+    stored: Stored | None = None
+
+
+class Reader(Dataset[tuple[Order, Delivery]]):
+    """Reads one order at a time. Holds no index, so that workers stay small."""
+
+    def __init__(self, max_pixels: int, cache: Cache | None = None) -> None:
+        self.max_pixels = max_pixels
+        self.cache = cache
+        self._read_ahead = ReadAhead(self._fetch)
+
+    def __getitem__(self, order: Order) -> tuple[Order, Delivery]:
+        ahead, order.ahead = order.ahead, None
+        then = (ahead.step, ahead.micro) if ahead else None
+        raws = self._read_ahead.take((order.step, order.micro), order.places, then, ahead.places if ahead else [])
+        read = [
+            self._read(place, kind, order.bucket, raw)
+            for place, kind, raw in zip(order.places, order.kinds, raws, strict=True)
+        ]
+        failures = [sample for sample in read if isinstance(sample, Failure)]
+        good = [sample for sample in read if not isinstance(sample, Failure)]
+        spares = iter(order.spares)
+        while not good and (spare := next(spares, None)):
+            sample = self._read(*spare, order.bucket, partial(self._fetch, spare[0]))
+            good += [] if isinstance(sample, Failure) else [sample]
+        if not good:
+            return order, Delivery(torch.empty(0), [], [], [], [], failures)
+        filled = []
+        for slot, sample in enumerate(read):
+            filled.append(good[slot % len(good)] if isinstance(sample, Failure) else sample)
+        return order, Delivery(
+            pixels=join_pixels([sample.pixels for sample in filled]),
+            captions=[sample.caption for sample in filled],
+            kinds=[sample.kind for sample in filled],
+            keys=[sample.key for sample in filled],
+            weights=[float(not isinstance(sample, Failure)) for sample in read],
+            failures=failures,
+            stored=None if self.cache is None else collate([sample.stored for sample in filled if sample.stored]),
+        )
+
+    def _fetch(self, place: Place) -> RawSample:
+        return read_place(place if self.cache is None else self.cache.slim(place))
+
+    def _read(self, place: Place, kind: str, bucket: Bucket, get: Callable[[], RawSample]) -> _Sample | Failure:
+        try:
+            raw = get()
+            if self.cache is None or self.cache.latents is None:
+                pixels = to_array(decode(raw.image, self.max_pixels, cover=bucket), bucket, place.id)
+            else:
+                pixels = np.zeros((0, 0, 3), np.uint8)
+            caption = raw.meta["captions"].get(kind)
+            if not caption:
+                raise ValueError(f"no caption of kind {kind}: the shard has changed since it was indexed")
+            stored = None if self.cache is None else self.cache.read(place, caption, bucket)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            return Failure(place.shard.name, place.key, reason)
+        return _Sample(pixels, caption, kind, f"{place.shard.name}/{place.key}", stored)
+
+
+def join_pixels(pictures: list[np.ndarray]) -> torch.Tensor:
+    """uint8 [b, 3, H, W] of b pictures [H, W, 3], written once: to turn the whole batch around takes twice as long."""
+    tall, wide, _ = pictures[0].shape
+    joined = np.empty((len(pictures), 3, tall, wide), np.uint8)
+    for place, picture in zip(joined, pictures, strict=True):
+        place[:] = picture.transpose(2, 0, 1)
+    return torch.from_numpy(joined)
+
+
+def guard_worker(number: int, ended: Connection) -> None:
+    """Let the parent decide when a worker ends, and end with it. ``ended`` has something to read once it decides so.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the parent still needs batches while it saves
+    and leaves. When the parent is killed outright, a worker that is blocked in a full pipe would live on for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(), ended), daemon=True).start()
+
+
+def _end_with(parent: int, ended: Connection) -> None:
+    """Poll, and leave the word unread, since the other workers wait for it too."""
+    while os.getppid() == parent:
+        if ended.poll(1.0):
+            # DataLoader's own way of ending is quicker and tidier, but it is lost where the garbage collector frees a
+            # loader (its queues close before its __del__ runs), and its last means is the SIGTERM that is ignored here.
+            time.sleep(1.0)
+            break
+    os._exit(0)
+
+
+# While a worker decodes one batch, threads of it fetch what the next one needs from where reading is slow.
+
+# Requests of one worker at a time: each waits for its store, and half of a batch on the way is enough to stay ahead.
+_THREADS: Final = 16
+
+
+class ReadAhead:
+    """Fetches samples of remote shards in threads. Local ones are read when they are asked for: the disk's cache is faster.
+
+    Args:
+        read: reads the sample at a place; called in the threads.
+    """
+
+    def __init__(self, read: Callable[[Place], RawSample]) -> None:
+        self.read = read
+        self._pool: ThreadPoolExecutor | None = None
+        self._owner = 0
+        self._coming: dict[tuple[int, int], list[Future[RawSample]]] = {}
+
+    def take(
+        self, name: tuple[int, int], places: list[Place], next_name: tuple[int, int] | None, next_places: list[Place]
+    ) -> list[Callable[[], RawSample]]:
+        """Functions that give the samples at ``places`` (or raise what reading them raised), the batch called ``name``;
+        and begin to fetch ``next_places``."""
+        if not any(isinstance(place.shard, RemotePath) for place in [*places, *next_places]):
+            return [lambda place=place: self.read(place) for place in places]  # type: ignore[misc]
+        futures = self._coming.pop(name, None) or self._fetch(places)
+        # What was fetched for a batch that went to another worker would else stay for ever.
+        self._coming = {} if next_name is None else {next_name: self._fetch(next_places)}
+        return [future.result for future in futures]
+
+    def _fetch(self, places: list[Place]) -> list[Future[RawSample]]:
+        if self._pool is None or self._owner != os.getpid():  # Threads do not survive a fork.
+            self._pool, self._owner, self._coming = ThreadPoolExecutor(_THREADS, "fetch"), os.getpid(), {}
+        return [self._pool.submit(self.read, place) for place in places]
+
+    def close(self) -> None:
+        """End the threads, once they have what they are fetching."""
+        if self._pool is not None and self._owner == os.getpid():
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool, self._coming = None, {}
+
+
+# A batch on its way from a worker process: in shared memory, or copied through the pipe where that has no room.
+#
+# A DataLoader moves tensors into shared memory in a thread of the worker, and there an error is only printed: the batch
+# never comes, and the parent waits for ever. That is what a container does with its 64 MB of /dev/shm.
+
+Item = tuple[Order, Delivery]
+
+
+@dataclass
+class Copied:
+    """A batch as bytes, between processes of one program, and why it had to be."""
+
+    content: bytes
+    reason: str
+
+
+def pass_on(item: Any) -> Any:
+    """In a worker: ``item`` (an Item) with its tensors in shared memory, else Copied. Elsewhere ``item`` itself.
+
+    For the DataLoader's ``collate_fn``: what is raised there reaches the parent.
+    """
+    if get_worker_info() is None:
+        return item
+    delivery: Delivery = item[1]
+    tensors = [delivery.pixels]
+    if delivery.stored is not None:
+        tensors += [one for one in (delivery.stored.latents, delivery.stored.features) if one is not None]
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        return Copied(pickle.dumps(item, pickle.HIGHEST_PROTOCOL), str(error).rpartition(": ")[2])
+    return item
+
+
+class Unpack:
+    """In the parent: what ``pass_on`` has passed on. The first copy is told, on one process of each machine."""
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def __call__(self, item: Item | Copied) -> Item:
+        if not isinstance(item, Copied):
+            return item
+        if not self.told and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(
+                f"a batch cannot be put into shared memory ({item.reason}), so batches are copied between processes, which is "
+                "slower: enlarge /dev/shm (docker run --shm-size=16g, or --ipc=host), raise the limit of open files (ulimit "
+                "-n), or set data.workers lower.",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        self.told = True
+        unpacked: Item = pickle.loads(item.content)
+        return unpacked
+
+
+# Take finished batches from the worker processes in a thread, so that a step finds its batch in this process.
+#
+# A tensor's memory changes hands over a socket that the worker has to answer on: about 5 ms a batch, which a training step would
+# spend waiting although the batch was made long ago.
+
+T = TypeVar("T")
+_LOOK = 0.2  # seconds between looks at whether anybody still wants more
+_JOIN = 10.0
+
+
+@dataclass
+class _End:
+    """What the source ended with; None: it was simply at its end."""
+
+    error: BaseException | None
+
+
+class HandOver(Iterator[T], Generic[T]):
+    """``source``, one item ahead; what it raises is raised here, in its place. ``close`` ends the thread."""
+
+    def __init__(self, source: Iterator[T]) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(1)
+        stopped = threading.Event()
+        self._ended = False
+        # The thread knows nothing of this object, which can therefore be freed while it works.
+        self._stop = weakref.finalize(self, stopped.set)
+        self._thread = threading.Thread(target=_carry, args=(source, self._queue, stopped), daemon=True, name="batches")
+        self._thread.start()
+
+    def __next__(self) -> T:
+        if self._ended:
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, _End):
+            self._ended = True
+            raise StopIteration if item.error is None else item.error
+        found: T = item
+        return found
+
+    def close(self) -> None:
+        """End the thread; nothing more comes. Waits while the source makes its next item, but not for ever."""
+        self._ended = True
+        self._stop()
+        self._thread.join(_JOIN)
+
+
+def _carry(source: Iterator[Any], found: queue.Queue[Any], stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        try:
+            item: Any = next(source)
+        except StopIteration:
+            item = _End(None)
+        except BaseException as error:
+            item = _End(error)
+        while not stopped.is_set():
+            try:
+                found.put(item, timeout=_LOOK)
+                break
+            except queue.Full:
+                continue
+        if isinstance(item, _End):
+            return

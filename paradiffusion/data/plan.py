@@ -2,7 +2,7 @@
 
 An epoch permutes a source's shards by (seed, epoch) and walks over them in windows. Inside a window the samples are
 ordered by a hash of (seed, epoch, sample id), so each source is one endless *stream* of samples: epoch after epoch,
-window after window (``source_stream.py``). Several sources are mixed by weight, window by window (``mixing.py``). Samples
+window after window. Several sources are mixed by weight, window by window. Samples
 fall into their aspect buckets, so every bucket sees an endless stream too, and batches are cut from those without a gap.
 What does not fill a batch waits for the next window, and over the end of an epoch for the next epoch: nothing is dropped
 or repeated. The place of any batch in its stream follows from counts alone.
@@ -10,23 +10,34 @@ or repeated. The place of any batch in its stream follows from counts alone.
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from paradiffusion.data.captions import KindShares, check_weights, drawable_kinds, expected_shares
-from paradiffusion.data.images import Bucket, assign_buckets
-from paradiffusion.data.mixing import MixedWindows, OwnWindows, Schedule, Share, check_shares
-from paradiffusion.data.sample_index import SampleIndex
-from paradiffusion.data.source_stream import Grouped, Samples, SourceStream, group_rows, join_samples, remembered
+from paradiffusion.config import DataConfig
+from paradiffusion.data.captions import (
+    KindShares,
+    check_weights,
+    draw_kinds,
+    drawable_kinds,
+    expected_shares,
+    settle_kinds,
+)
+from paradiffusion.data.folder import load_folder
+from paradiffusion.data.images import Bucket, assign_buckets, buckets_of
+from paradiffusion.data.index import SampleIndex, TokenCounter, index_head, join_indexes, load_index
+from paradiffusion.data.remote import storage_of
+from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
-from paradiffusion.randomness import permutation
-
-__all__ = ["BatchPlan", "GlobalBatch", "Share"]
+from paradiffusion.randomness import Part, permutation, uniforms
 
 # Batches are asked for twice: ahead of time by who reads, and in time by who trains.
 _KEPT_WINDOWS, _KEPT_BATCHES, _KEPT_COUNTS = 4, 64, 4096
@@ -295,3 +306,336 @@ def _group_usable(index: SampleIndex, buckets: list[Bucket]) -> Grouped:
             usable |= words[part, column] > 0
         bucket[part] = np.where(usable, assign_buckets(width[part], height[part], buckets), len(buckets))
     return group_rows(index.shard, bucket, len(index.shards), len(buckets))
+
+
+# One source's windows are its own. Several are mixed: a *mixed window* takes the next samples of each stream, as many as
+# its weight says, rounded cumulatively, so that over any number of windows a source is less than one sample off its share.
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is drawn from one source: its share of the samples (a weight against the other sources') and, where it has
+    weights of caption kinds of its own, those."""
+
+    weight: float = 1.0
+    captions: dict[str, float] | None = None
+
+
+class Schedule(Protocol):
+    """Where the windows of a plan begin."""
+
+    def positions(self, window: int) -> list[int]:
+        """The position of each source's stream where ``window`` begins."""
+
+    def window_range(self, low: int, high: int) -> tuple[int, int]:
+        """A window by whose start at most ``low`` samples have come, and one by whose start at least ``high`` have."""
+
+    def first_window(self, epoch: int) -> int:
+        """The first window by whose start every source has been walked through ``epoch`` times."""
+
+    def label(self, window: int) -> tuple[Part, ...]:
+        """What names the window where randomness is drawn for it."""
+
+
+class OwnWindows:
+    """The windows of the only source."""
+
+    def __init__(self, stream: SourceStream) -> None:
+        self.stream = stream
+
+    def positions(self, window: int) -> list[int]:
+        return [self.stream.window_start(window)]
+
+    def window_range(self, low: int, high: int) -> tuple[int, int]:
+        windows, size = self.stream.windows, self.stream.size
+        return low // size * windows, -(-high // size) * windows
+
+    def first_window(self, epoch: int) -> int:
+        return epoch * self.stream.windows
+
+    def label(self, window: int) -> tuple[Part, ...]:
+        return divmod(window, self.stream.windows)
+
+
+class MixedWindows:
+    """Windows of about ``size`` samples, of several sources by their ``weights``.
+
+    ``size`` is the most by which no source gives more than one of its own windows at once. That is never more than its
+    epoch, so a mixed window holds a sample twice only where an epoch of its source ends inside. But it is ``least`` (a
+    batch) at the least: of a source that is smaller than its share of a batch every batch holds samples twice anyway, and
+    finding what waits in a rare bucket would mean to look back over very many windows.
+    """
+
+    def __init__(self, streams: Sequence[SourceStream], weights: Sequence[float], least: int = 1) -> None:
+        # As they were typed: 0.7 and 0.3 are 7 and 3 tenths, not the nearest binary fractions.
+        exact = [Fraction(repr(float(weight))) for weight in weights]
+        scale = math.lcm(*(weight.denominator for weight in exact))
+        parts = [int(weight * scale) for weight in exact]
+        self.streams, self.parts, self.whole = streams, parts, sum(parts)
+        own = [max(1, stream.size // stream.windows) for stream in streams]
+        self.size = max(least, min(most * self.whole // part for most, part in zip(own, parts, strict=True)))
+
+    def positions(self, window: int) -> list[int]:
+        return [window * self.size * part // self.whole for part in self.parts]
+
+    def window_range(self, low: int, high: int) -> tuple[int, int]:
+        return low // self.size, -(-(high + len(self.parts)) // self.size)
+
+    def first_window(self, epoch: int) -> int:
+        needed = (
+            -(-epoch * stream.size * self.whole // (self.size * part))
+            for stream, part in zip(self.streams, self.parts, strict=True)
+        )
+        return max(needed)
+
+    def label(self, window: int) -> tuple[Part, ...]:
+        return "mixed", window
+
+
+def check_shares(names: Sequence[str], shares: Sequence[Share]) -> None:
+    """Raise UserError unless every source has a share above 0."""
+    if len(names) != len(shares):
+        raise UserError(f"There are {len(names)} sources and weights for {len(shares)}: give each source one.")
+    for name, share in zip(names, shares, strict=True):
+        if not 0 < share.weight < math.inf:
+            raise UserError(
+                f"The source {name} in data.sources has weight={share.weight}: give a number above 0, or leave the source out."
+            )
+
+
+# One source's stream. Positions count from 0 on over all epochs. Every epoch brings each bucket the same number of rows, so how many rows of a
+# bucket come before a position follows from counts, and from the order inside the one window that the position cuts.
+
+_KEPT_EPOCHS, _KEPT_ORDERS, _KEPT_ARRIVALS = 16, 8, 128
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+@dataclass(eq=False)
+class Grouped:
+    """The usable rows of an index, sorted by (shard, bucket).
+
+    ``rows`` is uint32 [N] (int64 above four billion); ``starts`` int64 [shards, buckets + 1], where each bucket of each
+    shard starts in it.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [shards, buckets]."""
+        return np.diff(self.starts, axis=1)
+
+
+def group_rows(shard: np.ndarray, bucket: np.ndarray, shards: int, buckets: int) -> Grouped:
+    """Sort rows by (shard, bucket); ``shard`` [N] ascends, and rows whose ``bucket`` [N] is ``buckets`` are left out."""
+    rows = np.empty(len(shard), np.uint32 if len(shard) < 1 << 32 else np.int64)
+    starts = np.empty((shards, buckets + 1), np.int64)
+    bounds = np.searchsorted(shard, np.arange(shards + 1))
+    for number, (low, high) in enumerate(itertools.pairwise(bounds)):
+        inside = bucket[low:high].astype(np.int16)
+        order = np.argsort(inside, kind="stable")  # A radix sort, on 16-bit integers.
+        rows[low:high] = low + order
+        starts[number] = low + np.searchsorted(inside[order], np.arange(buckets + 1))
+    return Grouped(rows, starts)
+
+
+@dataclass(eq=False)
+class Samples:
+    """Rows of the index (int64 [n]), the kind each is read with, and the kind that was drawn for it (int8 [n])."""
+
+    rows: np.ndarray
+    kinds: np.ndarray
+    drawn: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which: int | slice | np.ndarray) -> Samples:
+        return Samples(self.rows[which], self.kinds[which], self.drawn[which])
+
+    def split(self, size: int) -> Samples:
+        """As [n / size, size] each."""
+        return Samples(*(part.reshape(-1, size) for part in (self.rows, self.kinds, self.drawn)))
+
+
+def join_samples(parts: list[Samples]) -> Samples:
+    """The parts one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts:
+        return Samples(np.empty(0, np.int64), np.empty(0, np.int8), np.empty(0, np.int8))
+    columns = zip(*((part.rows, part.kinds, part.drawn) for part in parts), strict=True)
+    return Samples(*map(np.concatenate, columns))
+
+
+@dataclass(eq=False)
+class _Epoch:
+    """What each of the W windows of one epoch brings."""
+
+    shards: list[np.ndarray]
+    counts: np.ndarray  # int64 [W + 1, buckets], rows that have come before each window
+    totals: np.ndarray  # int64 [W + 1], the same over all buckets
+
+
+class SourceStream:
+    """One source: ``shards`` (numbers, ascending) of ``index``, ``window_shards`` of them shuffled together.
+
+    An epoch permutes the shards by (seed, epoch, salt); a window's samples are ordered by a hash of (seed, epoch, id).
+    """
+
+    def __init__(
+        self,
+        index: SampleIndex,
+        grouped: Grouped,
+        shards: np.ndarray,
+        captions: dict[str, float],
+        seed: int,
+        window_shards: int,
+        salt: tuple[Part, ...] = (),
+    ) -> None:
+        self.index, self.grouped, self.shards, self.captions = index, grouped, shards, captions
+        self.seed, self.window_shards, self.salt = seed, window_shards, salt
+        self._counts = grouped.counts[shards]
+        self.per_bucket = self._counts.sum(axis=0)  # int64 [buckets], rows that an epoch brings
+        self.size = int(self.per_bucket.sum())
+        self.windows = -(-len(shards) // window_shards)  # of an epoch
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._pieces: OrderedDict[tuple[int, int, int], Samples] = OrderedDict()
+
+    def window_start(self, window: int) -> int:
+        """The position where a window begins; windows are counted over all epochs."""
+        epoch, number = divmod(window, self.windows)
+        return epoch * self.size + int(self._epoch(epoch).totals[number])
+
+    def count_before(self, position: int) -> np.ndarray:
+        """Rows of each bucket that come before ``position``: int64 [buckets], over all epochs."""
+        epoch, inside = divmod(position, self.size)
+        if not inside:
+            return epoch * self.per_bucket
+        counts = self._epoch(epoch)
+        window = int(np.searchsorted(counts.totals, inside, side="right")) - 1
+        arrived = epoch * self.per_bucket + counts.counts[window]
+        if rest := inside - int(counts.totals[window]):
+            arrived += np.bincount(self._order(epoch, window)[:rest], minlength=len(arrived))
+        return arrived
+
+    def take(self, bucket: int, low: int, high: int) -> Samples:
+        """The rows that come to ``bucket`` as number ``low`` to ``high`` (exclusive) over all epochs, in their order."""
+        parts = []
+        while low < high:
+            epoch, inside = divmod(low, int(self.per_bucket[bucket]))
+            arrived = self._epoch(epoch).counts[:, bucket]
+            window = int(np.searchsorted(arrived, inside, side="right")) - 1
+            start = inside - int(arrived[window])
+            parts.append(self._arrivals(epoch, window, bucket)[start : start + high - low])
+            low += len(parts[-1])
+        return join_samples(parts)
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        def plan() -> _Epoch:
+            order = permutation(len(self.shards), "shards", self.seed, epoch, *self.salt)
+            starts = np.arange(0, len(order), self.window_shards)
+            per_window = np.add.reduceat(self._counts[order], starts, axis=0)
+            counts = np.concatenate([np.zeros_like(per_window[:1]), np.cumsum(per_window, axis=0)])
+            windows = [self.shards[order[start : start + self.window_shards]] for start in starts]
+            return _Epoch(windows, counts, counts.sum(axis=1))
+
+        return remembered(self._epochs, epoch, plan, _KEPT_EPOCHS)
+
+    def _order(self, epoch: int, window: int) -> np.ndarray:
+        """The bucket of each sample that a window brings, in the order of the stream: int16 [n]."""
+
+        def sort() -> np.ndarray:
+            shards = np.sort(self._epoch(epoch).shards[window])
+            starts = self.grouped.starts[shards]
+            rows = np.concatenate(
+                [self.grouped.rows[low:high] for low, high in zip(starts[:, 0], starts[:, -1], strict=True)]
+            )
+            numbers = np.tile(np.arange(starts.shape[1] - 1, dtype=np.int16), len(shards))
+            buckets = np.repeat(numbers, np.diff(starts, axis=1).ravel())
+            return buckets[np.argsort(uniforms(self.index.ids[rows], "order", self.seed, epoch), kind="stable")]
+
+        return remembered(self._orders, (epoch, window), sort, _KEPT_ORDERS)
+
+    def _arrivals(self, epoch: int, window: int, bucket: int) -> Samples:
+        """The rows that a window brings to a bucket, in the order of the stream, and their caption kinds."""
+
+        def sort() -> Samples:
+            index, seed = self.index, self.seed
+            spans = self.grouped.starts[np.sort(self._epoch(epoch).shards[window]), bucket : bucket + 2]
+            rows = np.concatenate([self.grouped.rows[low:high] for low, high in spans]).astype(np.int64)
+            ids = index.ids[rows]
+            order = np.argsort(uniforms(ids, "order", seed, epoch), kind="stable")
+            rows, ids = rows[order], ids[order]
+            drawn = draw_kinds(index.kinds, self.captions, seed, epoch, ids)
+            return Samples(rows, settle_kinds(index.words[rows], index.kinds, self.captions, drawn), drawn)
+
+        return remembered(self._pieces, (epoch, window, bucket), sort, _KEPT_ARRIVALS)
+
+
+def remembered(kept: OrderedDict[K, V], key: K, make: Callable[[], V], size: int) -> V:
+    """``kept[key]``, made when it is not there; what was used longest ago goes."""
+    if key in kept:
+        kept.move_to_end(key)
+    else:
+        kept[key] = make()
+        while len(kept) > size:
+            kept.popitem(last=False)
+    return kept[key]
+
+
+def open_index(data: DataConfig, counter: TokenCounter | None = None) -> SampleIndex:
+    """The index of all samples that are trained on. Raises UserError for what is missing or cannot be read."""
+    if not data.sources:
+        return open_shards(data, data.shards, "data.shards", counter)
+    indexes = []
+    for number, source in enumerate(data.sources):
+        key = f"data.sources[{number}]"
+        if source.folder is not None:
+            typed = "data.folder" if data.folder is not None else f"{key}.folder"  # the short form of one source
+            indexes.append(load_folder(source.folder, counter, typed))
+        else:
+            indexes.append(open_shards(data, source.shards, f"{key}.shards", counter))
+    return join_indexes(indexes, [source.title for source in data.sources])
+
+
+def open_shards(data: DataConfig, spec: Any, key: str, counter: TokenCounter | None = None) -> SampleIndex:
+    """The index of the shards that ``spec`` names (the value of ``key``)."""
+    if not spec:
+        raise UserError(f"{key} is not set; name WebDataset shards, such as {key}='shards/{{00000..00099}}.tar'.")
+    shards = expand_shards(spec, key, storage_of(data))
+    if data.streaming and key == "data.shards":
+        return index_head(shards)
+    return load_index(shards, data.allow_truncated, counter, key, data.index_dir)
+
+
+def describe_plan(plan: BatchPlan) -> str:
+    """What is mixed, a line each: the sources with their shares, where there are several, and the caption kinds, where
+    there are several or samples lack the one that is asked for."""
+    lines = []
+    names, total = plan.index.sources, sum(share.weight for share in plan.shares)
+    if len(names) > 1:
+        parts = []
+        for name, stream, share in zip(names, plan.streams, plan.shares, strict=True):
+            steps = stream.size * total / share.weight / plan.batch_size
+            parts.append(
+                f"{name} {share.weight / total:.1%} ({stream.size} samples, once in {steps:.{0 if steps >= 10 else 2}f} steps)"
+            )
+        lines.append("sources: " + ", ".join(parts))
+    for name, shares in plan.expected_kinds().items():
+        if len(shares.read) > 1 or any(shares.fell_back.values()):
+            read = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.read.items())
+            lacking = [f"{share:.1%} lack {kind}" for kind, share in shares.fell_back.items() if share]
+            of = f" of {name}" if len(names) > 1 else ""
+            lines.append(f"captions{of}: {read}" + (f" ({', '.join(lacking)}, and another is read)" if lacking else ""))
+    return "".join(f"\n  {line}" for line in lines)
+
+
+def make_plan(index: SampleIndex, data: DataConfig, batch_size: int, seed: int) -> BatchPlan:
+    """The plan of batches of ``index`` (see ``open_index``) as configured. Raises UserError as BatchPlan does."""
+    buckets = buckets_of(data)
+    shares = [Share(source.weight, dict(source.captions) or None) for source in data.sources] or None
+    return BatchPlan(index, batch_size, seed, buckets, dict(data.captions), data.window_shards, shares)

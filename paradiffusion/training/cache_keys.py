@@ -10,17 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from paradiffusion.config import DataConfig, TrainConfig
-from paradiffusion.data.cache import (
-    NULL_FILE,
-    PIXELS_VERSION,
-    Cache,
-    file_names,
-    find_difference,
-    folders_of,
-    read_key,
-)
+from paradiffusion.data.cache import NULL_FILE, PIXELS_VERSION, Cache, file_names, find_difference, folders_of, read_key
 from paradiffusion.data.cache_files import Entry, EntryFile, caption_name, is_whole
-from paradiffusion.data.shards import SampleIndex, ShardPath
+from paradiffusion.data.index import SampleIndex
+from paradiffusion.data.shards import ShardPath
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
 from paradiffusion.text.encoder import TextEncoder

@@ -16,8 +16,10 @@ from torch import Tensor
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache_files import EntryFile, EntryWriter, caption_name, is_whole, sample_name
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, to_array
+from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.loader import scale_pixels
-from paradiffusion.data.shards import RemotePath, SampleIndex, Span, read_place
+from paradiffusion.data.remote import RemotePath
+from paradiffusion.data.shards import Span, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
 from paradiffusion.sampling.processes import StopSignal

@@ -20,7 +20,7 @@ from paradiffusion.checks import choice, positive
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import KEY_FILE, NULL_FILE, file_names, find_difference, read_key, write_key
 from paradiffusion.data.cache_files import DTYPES, EntryFile, EntryWriter, is_whole, remove_abandoned
-from paradiffusion.data.shards import SampleIndex
+from paradiffusion.data.index import SampleIndex
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
 from paradiffusion.models.layouts import load_adapter, read_description, read_weights

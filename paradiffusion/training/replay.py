@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
-from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.sources import make_plan
+from paradiffusion.data.plan import BatchPlan, make_plan
 from paradiffusion.errors import UserError
 from paradiffusion.training.folder import CONFIG_FILE
 from paradiffusion.training.loop import prepare

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from paradiffusion.data.pages import page, page_text
+from paradiffusion.pages import page, page_text
 
 if TYPE_CHECKING:
     from paradiffusion.training.replay_record import ReplayedSample

@@ -23,14 +23,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from paradiffusion.config import DataConfig
 from paradiffusion.data.captions import captions_of, choose_kinds, is_dropped, parse_meta
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, probe_size, to_array
-from paradiffusion.data.loader import Loader, LoaderSettings, slots_of
-from paradiffusion.data.reader import Delivery, Failure, Order, join_pixels
-from paradiffusion.data.sample_index import SampleIndex, assemble
-from paradiffusion.data.shard_index import index_shard_head
-from paradiffusion.data.shards import expand_shards
-from paradiffusion.data.storage import RemotePath, open_shard, storage_of
-from paradiffusion.data.store_errors import RemoteError, explain
-from paradiffusion.data.tars import IMAGE_EXTENSIONS
+from paradiffusion.data.loader import Delivery, Failure, Loader, LoaderSettings, Order, join_pixels, slots_of
+from paradiffusion.data.remote import RemoteError, RemotePath, explain, open_shard, storage_of
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, expand_shards
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 
@@ -223,9 +218,3 @@ def open_stream(data: DataConfig, batch_size: int, settings: LoaderSettings) -> 
     buckets = buckets_of(data)
     shards = expand_shards(data.shards, "data.shards", storage_of(data))
     return StreamLoader(StreamSettings(shards, batch_size, buckets, dict(data.captions), settings))
-
-
-def index_head(shards: Sequence[Path | RemotePath], samples: int = 256) -> SampleIndex:
-    """An index of the first samples of the first shard: what a run asks its plan for at the start (kinds, sizes and some
-    captions) where the whole of the data is streamed. Raises UserError when the shard cannot be read or holds none."""
-    return assemble([index_shard_head(shards[0], samples)], "data.shards")
