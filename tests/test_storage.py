@@ -154,7 +154,7 @@ def test_a_shard_that_is_replaced_is_noticed(tmp_path: Path) -> None:
 
 def test_a_store_whose_library_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.setattr("paradiffusion.data.remote._systems", {})
+    remote._connect.cache_clear()
     monkeypatch.delitem(
         sys.modules["fsspec.registry"]._registry, "s3", raising=False
     )  # Classes that were imported before.
@@ -233,28 +233,6 @@ def test_names_of_remote_shards() -> None:
     assert (path.name, path.stem) == ("b-{1}.tar", "b-{1}")
     assert str(path.sibling("b.index.npz")) == "https://host/a/b.index.npz?sig=x%2Fy"
     assert str(RemotePath("s3://bucket/x.tar").sibling("y")) == "s3://bucket/y"
-
-
-@pytest.mark.parametrize(
-    ("spec", "said"),
-    [
-        ("pipe:cat x.tar", "command"), ("simplecache::https://host/x.tar", "chain"), ("sftp://host/x.tar", "library"),
-        ("nowhere://host/*.tar", "does not know"), ("memory://empty/", "matches no .tar"),
-        ("https://host/{0..99999999}.tar", "over 1000000"), ("https://host/{0..9.tar", "brace"),
-    ],
-)  # fmt: skip
-def test_expand_refuses(spec: str, said: str) -> None:
-    if said == "library":
-        pytest.importorskip("sys")
-        try:
-            import paramiko  # noqa: F401
-        except ImportError:
-            pass
-        else:
-            pytest.skip("the library of sftp:// is installed")
-    with pytest.raises(UserError, match=said) as error:
-        load_index(expand_shards(spec))
-    assert "\n" not in str(error.value)
 
 
 def test_files_as_urls(local: SampleIndex, folder: Path) -> None:

@@ -6,7 +6,6 @@ Between us and the server sits a relay that counts the requests and, on demand, 
 from __future__ import annotations
 
 import http.client
-import multiprocessing
 import os
 import re
 import socket
@@ -153,7 +152,7 @@ def set_environment(patch: pytest.MonkeyPatch, url: str) -> None:
 
 
 def connect_anew() -> None:
-    remote_module._systems.clear()
+    remote_module._connect.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
@@ -192,29 +191,6 @@ def test_the_same_batches_as_from_disk(local: SampleIndex, indexes: Path, relay:
     assert not loader.report.bad
     assert len(relay.gets()) == 12 * 8 and all("bytes=" in line for line in relay.gets())
     assert len(relay.lines) == 12 * 8 + 4
-
-
-def test_a_shard_is_fetched_once_for_all(local: SampleIndex, indexes: Path, relay: Relay, tmp_path: Path) -> None:
-    """For all workers of two processes that run side by side, and not again for a third."""
-    index = remote(indexes, cache_dir=str(tmp_path), cache_bytes=1 << 30)
-
-    def load(rank: int) -> None:
-        settings = replace(SETTINGS, workers=1, rank=rank, world_size=2)
-        assert_same(
-            list(make_loader(local, plan_of(local), replace(settings, workers=0))),
-            list(make_loader(index, plan_of(index), settings)),
-        )
-
-    ranks = [multiprocessing.get_context("fork").Process(target=load, args=(rank,)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    for process in ranks:
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
-    load(0)
-    assert len(relay.gets()) == 4
 
 
 def test_folders_and_patterns(relay: Relay) -> None:
