@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> int:
     asked.check()
     signal.signal(signal.SIGTERM, interrupt)
 
-    from paradiffusion.data.index import IndexReport, build_indexes, check_names
+    from paradiffusion.data.index import build_indexes, check_names, describe_indexes
     from paradiffusion.data.remote import RemotePath, Storage
     from paradiffusion.data.shards import expand_shards
 
@@ -71,13 +71,11 @@ def main(arguments: list[str]) -> int:
 
         encoder = text_encoder_named(asked.tokenizer, "tokenizer")
         counter = TokenCounter(encoder.name, count_tokens_with(encoder))
-    report = IndexReport()
-    for index in build_indexes(shards, counter, output, asked.processes):
-        report.add(index)
-    print("\n".join(report.lines()))
+    lines, failed = describe_indexes(build_indexes(shards, counter, output, asked.processes))
+    print("\n".join(lines))
     if output is not None:
         print(f"train with data.index_dir={output}")
-    return 1 if report.errors else 0
+    return 1 if failed else 0
 
 
 def interrupt(number: int, frame: object) -> None:

@@ -40,7 +40,7 @@ def many(folder: Path, count: int = 12) -> list[Path]:
 
 def test_several_processes_make_the_same(tmp_path: Path) -> None:
     one, other = many(tmp_path / "a"), many(tmp_path / "b")
-    assert [type(index).__name__ for index in build_indexes(other, LETTERS, processes=3)] == ["ShardIndex"] * 12
+    assert [type(index).__name__ for index in build_indexes(other, LETTERS, processes=3)] == ["SampleIndex"] * 12
     assert (
         load_index(one, counter=LETTERS).fingerprint() == load_index(other).fingerprint()
     )  # What is stored has tokens.

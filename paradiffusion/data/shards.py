@@ -1,8 +1,8 @@
 """WebDataset shards: write them, find them, list what a tar holds, read one sample by its place.
 
 A shard is a plain tar of ``key.png`` (or jpg, jpeg, webp) beside ``key.json`` (captions by kind and whatever else is
-known) or ``key.txt`` (one caption, as img2dataset writes it). Nothing in a shard is ever executed or unpacked to disk:
-members of any other kind, pickles among them, are passed over.
+known) or ``key.txt`` (one caption, as img2dataset writes it); the key is the path up to the first dot of the file name.
+Nothing in a shard is ever executed or unpacked to disk: members of any other kind, pickles among them, are passed over.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
@@ -24,25 +24,18 @@ from typing import Any, BinaryIO, Final, TypeAlias
 from braceexpand import braceexpand
 from webdataset.writer import TarWriter
 
+from paradiffusion.atomic import atomic_file
 from paradiffusion.data.captions import captions_of, parse_meta
 from paradiffusion.data.remote import RemotePath, Storage, cached_copy, is_remote, list_remote, read_range
 from paradiffusion.errors import UserError
 
+IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp")
 _MAX_SHARDS: Final = 1_000_000
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_BLOCK = 512
-_MAX_MEMBER = 1 << 30  # Larger files are no images; sizes are stored in 32 bits.
+_BLOCK: Final = 512
+_MAX_MEMBER: Final = 1 << 30  # Larger files are no images; sizes are stored in 32 bits.
 _OPEN_FILES: Final = 64
 # Members of a sample that lie further apart are read one by one: what is between them would be read for nothing.
 _MOST_BETWEEN: Final = 1 << 16
-
-
-@dataclass
-class Span:
-    """A piece of a shard: ``size`` bytes from byte ``offset``; size 0 where there is none."""
-
-    offset: int = 0
-    size: int = 0
 
 
 @dataclass
@@ -61,8 +54,7 @@ class RawSample:
 
 @dataclass(frozen=True, order=True)
 class FolderPart:
-    """Some of a folder's pictures, which stand for a shard: ``name`` is for people. A sample's key is its path in
-    ``root``, with the suffix."""
+    """Some of a folder's pictures, which stand for a shard. A sample's key is its path in ``root``, with the suffix."""
 
     root: Path
     number: int
@@ -72,16 +64,21 @@ class FolderPart:
 
     @property
     def name(self) -> str:
-        """The folder's name; the key says the rest."""
+        """The folder's name, for people; the key says the rest."""
         return self.root.name
 
-    @property
-    def stem(self) -> str:
-        """As ``name``."""
-        return self.root.name
+    stem = name
 
 
 ShardPath: TypeAlias = Path | RemotePath | FolderPart
+
+
+@dataclass
+class Span:
+    """A piece of a shard: ``size`` bytes from byte ``offset``; size 0 where there is none."""
+
+    offset: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,7 @@ def write_shards(samples: Iterable[RawSample], folder: Path, samples_per_shard: 
 
 def _write_shard(samples: Iterable[RawSample], path: Path) -> None:
     seen: set[str] = set()
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with atomic_file(path) as partial:
         with open(partial, "wb") as file, TarWriter(file, mtime=0.0, encoder=False) as tar:
             for sample in samples:
                 base = sample.key.rpartition("/")[2]
@@ -130,9 +126,6 @@ def _write_shard(samples: Iterable[RawSample], path: Path) -> None:
                 tar.write({"__key__": sample.key, sample.extension: sample.image, "json": meta})
         # A rewrite within the clock's resolution would leave an index that looks fresh.
         path.with_suffix(".index.npz").unlink(missing_ok=True)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def expand_shards(
@@ -156,41 +149,38 @@ def _expand_part(part: str, key: str, storage: Storage) -> Sequence[Path | Remot
         raise UserError(f"{key}={part} is a command to run, which is refused: give the path of .tar files.")
     if "::" in part:
         raise UserError(f"{key}={part} is a chain of stores, which is refused: give the plain URL of .tar files.")
-    if is_remote(part):
-        return _expand_remote(part, key, storage)
-    part = os.path.expanduser(part.removeprefix("file://"))
-    names = [part] if os.path.exists(part) else _expand_braces(part, key)
-    shards: list[Path] = []
+    shards: list[Path | RemotePath] = []
     missing: list[str] = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            shards += path.glob("*.tar")
-        elif path.exists():
-            shards.append(path)
-        elif glob.has_magic(name):
-            shards += [Path(match) for match in glob.glob(name, recursive=True) if match.endswith(".tar")]
-        else:
-            missing.append(name)
+    if is_remote(part):
+        names = _expand_braces(part, key)
+        for url in names:
+            named = not any(mark in url for mark in "*[") and RemotePath(url).name.endswith(".tar")
+            shards += [RemotePath(url, storage)] if named else list_remote(url, storage)
+    else:
+        part = os.path.expanduser(part.removeprefix("file://"))
+        names = [part] if os.path.exists(part) else _expand_braces(part, key)
+        for name in names:
+            path = Path(name)
+            if path.is_dir():
+                shards += path.glob("*.tar")
+            elif path.exists():
+                shards.append(path)
+            elif glob.has_magic(name):
+                shards += [Path(match) for match in glob.glob(name, recursive=True) if match.endswith(".tar")]
+            else:
+                missing.append(name)
     if not shards:
-        raise UserError(f"{key}={part} matches no .tar file: check the path (from {Path.cwd()}) and the range.")
+        where = (
+            "check the URL, or name the shards by a range"
+            if is_remote(part)
+            else f"check the path (from {Path.cwd()}) and the range"
+        )
+        raise UserError(f"{key}={part} matches no .tar file: {where}.")
     if missing:
         raise UserError(
             f"{key}={part} names {len(names)} shards, of which {len(missing)} are missing, "
             f"the first one {missing[0]}: correct the range or fetch what is missing."
         )
-    return shards
-
-
-def _expand_remote(part: str, key: str, storage: Storage) -> list[RemotePath]:
-    shards: list[RemotePath] = []
-    for url in _expand_braces(part, key):
-        if not any(mark in url for mark in "*[") and RemotePath(url).name.endswith(".tar"):
-            shards.append(RemotePath(url, storage))
-        else:
-            shards += list_remote(url, storage)
-    if not shards:
-        raise UserError(f"{key}={part} matches no .tar file: check the URL, or name the shards by a range.")
     return shards
 
 
@@ -206,13 +196,13 @@ def _expand_braces(part: str, key: str) -> list[str]:
 
 @dataclass
 class TarEntry:
-    """Where one sample lies. ``extension`` is "" while no image was found."""
+    """Where one sample lies in its tar. ``extension`` is "" while no image was found."""
 
     key: str
-    extension: str
-    image: Span
-    json: Span
-    text: Span
+    extension: str = ""
+    image: Span = field(default_factory=Span)
+    json: Span = field(default_factory=Span)
+    text: Span = field(default_factory=Span)
 
 
 @dataclass
@@ -270,8 +260,10 @@ def list_tar(file: BinaryIO, name: str, at_most: int | None = None) -> Listing:
             f"The shard {name} cannot be read as an uncompressed tar ({error}): unpack it if it is compressed, "
             "or leave it out of data.shards."
         ) from error
-    if truncated and last and not _is_whole(found[last]):
-        del found[last]
+    if truncated and last:  # The last sample may lack what came after the cut.
+        entry = found[last]
+        if not (entry.extension and (entry.json.size or entry.text.size)):
+            del found[last]
     entries = [entry for entry in found.values() if entry.extension]
     return Listing(entries, len(found) - len(entries), stray, truncated)
 
@@ -282,14 +274,13 @@ def _add(found: dict[str, TarEntry], member: tarfile.TarInfo) -> str:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     extension = extension.lower()
-    wanted = stem and (extension in IMAGE_EXTENSIONS or extension in ("json", "txt"))
+    wanted = stem and extension in (*IMAGE_EXTENSIONS, "json", "txt")
     plain = member.isreg() and not member.issparse() and member.size < _MAX_MEMBER
-    outside = name.startswith("/") or ".." in folder.split("/")
-    if not wanted or not plain or outside:
+    if not wanted or not plain or name.startswith("/") or ".." in folder.split("/"):
         return ""
     key = folder + slash + stem
     span = Span(member.offset_data, member.size)
-    entry = found.setdefault(key, TarEntry(key, "", Span(), Span(), Span()))
+    entry = found.setdefault(key, TarEntry(key))
     if extension == "json" and not entry.json.size:
         entry.json = span
     elif extension == "txt" and not entry.text.size:
@@ -301,29 +292,25 @@ def _add(found: dict[str, TarEntry], member: tarfile.TarInfo) -> str:
     return key
 
 
-def _is_whole(entry: TarEntry) -> bool:
-    return bool(entry.extension and (entry.json.size or entry.text.size))
-
-
 def read_place(place: Place) -> RawSample:
-    """As ``shards.read_sample``; the captions in ``meta`` are cleaned, and those of a text file are of kind "short"."""
-    if isinstance(place.shard, FolderPart):
-        image, meta_bytes, text = _read_files(place.shard, place)
-    elif isinstance(place.shard, RemotePath):
-        image, meta_bytes, text = _read_remote(place.shard, place)
+    """The sample that lies there; the captions in ``meta`` are cleaned, and those of a text file are of kind "short".
+
+    Raises OSError when the shard is gone or shorter than its index says.
+    """
+    shard = place.shard
+    if isinstance(shard, FolderPart):
+        path = shard.root / place.key
+        meta_bytes, text = read_beside(path, place.json.size > 0, place.text.size > 0)
+        image = path.read_bytes() if place.image.size else b""
+    elif not isinstance(shard, RemotePath):
+        image, meta_bytes, text = _read_spans(place, lambda offset, size: _files.read(str(shard), offset, size))
+    elif (copy := cached_copy(shard)) is None:
+        image, meta_bytes, text = _read_spans(place, lambda offset, size: read_range(shard, offset, size))
     else:
-        shard = str(place.shard)
-        image, meta_bytes, text = _read_spans(place, lambda offset, size: _files.read(shard, offset, size))
+        with copy:  # Not kept open: what leaves the cache must free its room.
+            image, meta_bytes, text = _read_spans(place, lambda offset, size: os.pread(copy.fileno(), size, offset))
     meta = parse_meta(meta_bytes) or {}
     return RawSample(place.key, image, place.extension, {**meta, "captions": captions_of(meta, text)})
-
-
-def _read_remote(shard: RemotePath, place: Place) -> tuple[bytes, bytes, bytes]:
-    copy = cached_copy(shard)
-    if copy is None:
-        return _read_spans(place, lambda offset, size: read_range(shard, offset, size))
-    with copy:  # Not kept open: what leaves the cache must free its room.
-        return _read_spans(place, lambda offset, size: os.pread(copy.fileno(), size, offset))
 
 
 def _read_spans(place: Place, read: Callable[[int, int], bytes]) -> tuple[bytes, bytes, bytes]:
@@ -336,40 +323,21 @@ def _read_spans(place: Place, read: Callable[[int, int], bytes]) -> tuple[bytes,
         pieces = [read(span.offset, span.size) if span.size else b"" for span in spans]
     else:
         whole = memoryview(read(start, end - start))
-        pieces = [bytes(whole[span.offset - start : span.offset - start + span.size]) for span in spans]
-        pieces = [piece if span.size else b"" for piece, span in zip(pieces, spans, strict=True)]
+        pieces = [bytes(whole[span.offset - start :][: span.size]) if span.size else b"" for span in spans]
     if any(len(piece) < span.size for piece, span in zip(pieces, spans, strict=True)):
         raise OSError("the shard is shorter than when it was indexed")
     return pieces[0], pieces[1], pieces[2]
 
 
-def _read_files(part: FolderPart, place: Place) -> tuple[bytes, bytes, bytes]:
-    path = part.root / place.key
-    meta_bytes, text = read_beside(path, place.json.size > 0, place.text.size > 0)
-    return path.read_bytes() if place.image.size else b"", meta_bytes, text
-
-
 def read_beside(path: Path, json: bool, text: bool) -> tuple[bytes, bytes]:
     """The JSON and the text beside a picture, those that are asked for. Raises OSError when one is not there."""
-    pairs = zip(beside(path.stem), (json, text), strict=True)
-    meta, caption = (
-        _read_first([path.with_name(name) for name in names]) if wanted else b"" for names, wanted in pairs
-    )
-    return meta, caption
-
-
-def _read_first(paths: list[Path]) -> bytes:
-    for path in paths[:-1]:
-        try:
-            return path.read_bytes()
-        except FileNotFoundError:
-            continue
-    return paths[-1].read_bytes()
-
-
-def beside(stem: str) -> tuple[tuple[str], tuple[str, str]]:
-    """What the files with a picture's captions may be called: its JSON, and its text; the first that is there is read."""
-    return (f"{stem}.json",), (f"{stem}.txt", f"{stem}.caption")  # The latter is the habit of kohya's scripts.
+    meta = path.with_name(f"{path.stem}.json").read_bytes() if json else b""
+    if not text:
+        return meta, b""
+    try:
+        return meta, path.with_name(f"{path.stem}.txt").read_bytes()
+    except FileNotFoundError:
+        return meta, path.with_name(f"{path.stem}.caption").read_bytes()  # The habit of kohya's scripts.
 
 
 class _OpenFiles:
@@ -384,11 +352,9 @@ class _OpenFiles:
         with self.lock:  # Also while reading, so that no other thread closes the file.
             now = os.stat(path)
             number = self.files.pop(path, None)
-            if number is not None:
-                then = os.fstat(number)
-                if (then.st_ino, then.st_dev) != (now.st_ino, now.st_dev):
-                    os.close(number)
-                    number = None
+            if number is not None and not os.path.samestat(os.fstat(number), now):
+                os.close(number)
+                number = None
             if number is None:
                 number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.files[path] = number
