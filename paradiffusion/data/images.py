@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
@@ -194,9 +194,8 @@ def to_array(image: Image.Image, bucket: Bucket, crop_seed: int) -> np.ndarray:
     return np.asarray(image.resize((wide, tall), Image.Resampling.LANCZOS, box=box), dtype=np.uint8)
 
 
-# Colour profiles: telephones write Display P3, cameras Adobe RGB, printers' files inks; training sees sRGB.
-#
-# A reader that passes over an embedded ICC profile shows such pictures dull. The conversion is LittleCMS's, through Pillow.
+# Colour profiles: telephones write Display P3, cameras Adobe RGB, printers' files inks; training sees sRGB. A reader that
+# passes over an embedded ICC profile shows such pictures dull. The conversion is LittleCMS's, through Pillow.
 
 _MAX_PROFILE: Final = 1 << 23  # bytes; those of inks, the largest, have about 3 MB. Our choice.
 _MAX_NAME: Final = 40
@@ -222,15 +221,13 @@ class ColourProfile:
 def profile_of(image: Image.Image) -> ColourProfile | None:
     """The colour profile that ``image`` carries; None for none and for sRGB."""
     data = image.info.get("icc_profile")
-    if not data:
+    found = _read(bytes(data)) if data else None
+    if found is None:
         return None
-    found = _read(bytes(data))
     # Of a grey picture the profile may be that of the RGB it was made from; else the two must be about the same.
-    if found is not None and (found.mode == "CMYK") != (image.mode == "CMYK"):
-        return ColourProfile(found.name, found.mode, None)
-    if found is not None and found.mode == "L" and not _is_grey(image):
-        return ColourProfile(found.name, found.mode, None)
-    return found
+    is_grey = image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
+    fits = (found.mode == "CMYK") == (image.mode == "CMYK") and (is_grey or found.mode != "L")
+    return found if fits else replace(found, transform=None)
 
 
 def has_alpha(image: Image.Image) -> bool:
@@ -252,10 +249,6 @@ def to_srgb(image: Image.Image, profile: ColourProfile) -> Image.Image:
     return converted
 
 
-def _is_grey(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I")
-
-
 @lru_cache(maxsize=16)
 def _read(data: bytes) -> ColourProfile | None:
     """None for sRGB, by what the profile does to colours and not by its name."""
@@ -264,15 +257,10 @@ def _read(data: bytes) -> ColourProfile | None:
             raise ValueError("too large")
         profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
         mode = _MODES[str(profile.profile.xcolor_space).strip()]
-        transform = ImageCms.buildTransform(profile, _srgb(), mode, "RGB", _INTENT, _FLAGS)
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), mode, "RGB", _INTENT, _FLAGS)
     except Exception:  # a profile is somebody else's file: LittleCMS and Pillow raise several kinds
         return ColourProfile("", "RGB", None)
     return None if _is_srgb(mode, transform) else ColourProfile(_name(profile), mode, transform)
-
-
-@lru_cache(maxsize=1)
-def _srgb() -> ImageCms.ImageCmsProfile:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def _is_srgb(mode: str, transform: ImageCms.ImageCmsTransform) -> bool:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -23,7 +22,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from paradiffusion.config import DataConfig
 from paradiffusion.data.captions import captions_of, choose_kinds, is_dropped, parse_meta
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, probe_size, to_array
-from paradiffusion.data.loader import Delivery, Failure, Loader, LoaderSettings, Order, join_pixels, slots_of
+from paradiffusion.data.loader import Delivery, Failure, Loader, LoaderSettings, Order, Sample, deliver, slots_of
 from paradiffusion.data.remote import RemoteError, RemotePath, explain, open_shard, storage_of
 from paradiffusion.data.shards import IMAGE_EXTENSIONS, expand_shards
 from paradiffusion.errors import UserError
@@ -75,16 +74,16 @@ class StreamLoader(Loader):
 
 
 def _in_steps(
-    deliveries: Iterator[tuple[Order, Delivery]], settings: LoaderSettings, size: int
+    deliveries: Iterator[tuple[Bucket, Delivery]], settings: LoaderSettings, size: int
 ) -> Iterator[tuple[Order, Delivery]]:
     """Give what comes a step and slots. Knows no loader: the thread that draws on this would keep it alive for ever."""
     step = settings.first_step
     while settings.last_step is None or step < settings.last_step:
         for micro in range(settings.accumulation):
-            order, delivery = next(deliveries)
+            bucket, delivery = next(deliveries)
             slots = slots_of(settings.rank, settings.world_size, size, micro)
             dropped = [is_dropped(settings.seed, step, slot, settings.caption_dropout) for slot in slots]
-            yield Order(step, micro, order.bucket, [], delivery.kinds, slots, dropped, []), delivery
+            yield Order(step, micro, bucket, [], delivery.kinds, slots, dropped, []), delivery
         step += 1
 
 
@@ -92,30 +91,22 @@ class _NothingGood(Exception):
     """Shard after shard cannot be opened."""
 
 
-@dataclass
-class _Sample:
-    pixels: np.ndarray  # uint8 [H, W, 3]
-    caption: str
-    kind: str
-    key: str
-
-
-class _Batches(IterableDataset[tuple[Order, Delivery]]):
+class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
     """What one worker makes of its own stream."""
 
     def __init__(self, settings: StreamSettings, size: int) -> None:
         self.settings, self.size = settings, size
 
-    def __iter__(self) -> Iterator[tuple[Order, Delivery]]:
+    def __iter__(self) -> Iterator[tuple[Bucket, Delivery]]:
         failures: list[Failure] = []
         try:
             yield from self._batches(failures)
         except _NothingGood:
-            yield self._deliver(self.settings.buckets[0], [], failures)
+            yield self.settings.buckets[0], deliver([], [], failures)
 
-    def _batches(self, failures: list[Failure]) -> Iterator[tuple[Order, Delivery]]:
+    def _batches(self, failures: list[Failure]) -> Iterator[tuple[Bucket, Delivery]]:
         buckets = self.settings.buckets
-        waiting: list[list[_Sample]] = [[] for _ in buckets]
+        waiting: list[list[Sample]] = [[] for _ in buckets]
         good = 0
         for number, sample in self._samples(failures):
             if sample is not None:
@@ -123,10 +114,10 @@ class _Batches(IterableDataset[tuple[Order, Delivery]]):
                 good += 1
             if len(waiting[number]) == self.size or (not good and len(failures) >= _TOLD_AFTER):
                 full = waiting[number] if len(waiting[number]) == self.size else []
-                yield self._deliver(buckets[number], full, failures)
+                yield buckets[number], deliver(full, [1.0] * len(full), list(failures))
                 waiting[number], failures[:], good = [], [], 0
 
-    def _samples(self, failures: list[Failure]) -> Iterator[tuple[int, _Sample | None]]:
+    def _samples(self, failures: list[Failure]) -> Iterator[tuple[int, Sample | None]]:
         """Samples without end, each with its bucket's number; None where there is only a failure to tell."""
         loader, info = self.settings.loader, get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
@@ -164,7 +155,7 @@ class _Batches(IterableDataset[tuple[Order, Delivery]]):
 
     def _make(
         self, sample: dict[str, Any], shard: str, epoch: int, failures: list[Failure]
-    ) -> tuple[int, _Sample | None]:
+    ) -> tuple[int, Sample | None]:
         settings, key = self.settings, str(sample["__key__"])
         extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
         meta = parse_meta(sample["json"]) if "json" in sample else {}
@@ -180,22 +171,11 @@ class _Batches(IterableDataset[tuple[Order, Delivery]]):
             width, height = probe_size(sample[extension])
             number = int(assign_buckets(np.array([width]), np.array([height]), settings.buckets)[0])
             bucket = settings.buckets[number]
-            pixels = to_array(decode(sample[extension], settings.loader.max_pixels, cover=bucket), bucket, int(ids[0]))
+            pixels = to_array(decode(sample[extension], cover=bucket), bucket, int(ids[0]))
         except ValueError as error:
             failures.append(Failure(shard, key, str(error)))
             return 0, None
-        return number, _Sample(pixels, captions[kind], kind, f"{shard}/{key}")
-
-    def _deliver(self, bucket: Bucket, samples: list[_Sample], failures: list[Failure]) -> tuple[Order, Delivery]:
-        delivery = Delivery(
-            pixels=join_pixels([sample.pixels for sample in samples]) if samples else torch.empty(0),
-            captions=[sample.caption for sample in samples],
-            kinds=[sample.kind for sample in samples],
-            keys=[sample.key for sample in samples],
-            weights=[1.0] * len(samples),
-            failures=list(failures),
-        )
-        return Order(0, 0, bucket, [], [], range(0), [], []), delivery
+        return number, Sample(pixels, captions[kind], kind, f"{shard}/{key}")
 
 
 def _failure(shard: str, error: BaseException) -> Failure:
