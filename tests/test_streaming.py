@@ -24,7 +24,7 @@ from paradiffusion.data.index import index_head, load_index, read_sample
 from paradiffusion.data.loader import Batch, LoaderSettings
 from paradiffusion.data.remote import Storage
 from paradiffusion.data.shards import expand_shards, write_shards
-from paradiffusion.data.stream import StreamLoader, StreamSettings
+from paradiffusion.data.stream import StreamLoader
 from paradiffusion.errors import UserError
 
 BUCKETS = make_buckets(64, 16, 2.0)
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stream(url: str, settings: LoaderSettings = SETTINGS, weights: dict[str, float] | None = None) -> StreamLoader:
     shards = expand_shards(f"{url}{{000000..000003}}.tar", storage=Storage(retries=2))
-    return StreamLoader(StreamSettings(shards, 8, BUCKETS, weights or BOTH, settings))
+    return StreamLoader(shards, 8, BUCKETS, weights or BOTH, settings)
 
 
 def check(batches: list[Batch], folder: Path) -> None:
