@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from paradiffusion.config import TrainConfig
+from paradiffusion.data.index import read_sample
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import read_sample
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel, build_joint
 from paradiffusion.models.layouts import check_complete, copy_tensors, load_adapter, merge_unet_lora, read_weights

@@ -37,9 +37,11 @@ from paradiffusion.data.cache import (
     writing,
 )
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, to_array
+from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.loader import scale_pixels
-from paradiffusion.data.shards import RemotePath, SampleIndex, Span, read_place
-from paradiffusion.data.sources import open_index
+from paradiffusion.data.plan import open_index
+from paradiffusion.data.remote import RemotePath
+from paradiffusion.data.shards import Span, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.layouts import load_adapter, read_description, read_weights

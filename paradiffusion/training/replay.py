@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
-from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.sources import make_plan
+from paradiffusion.data.plan import BatchPlan, make_plan
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.inference import choose_device, load_models
