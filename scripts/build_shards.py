@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     from paradiffusion.curation.building.build import build
     from paradiffusion.curation.building.options import BuildOptions
     from paradiffusion.curation.building.report import as_markdown
-    from paradiffusion.data.shard_index import TokenCounter
+    from paradiffusion.data.index import TokenCounter
 
     options = compose_options(BuildOptions, arguments)
     options.check()

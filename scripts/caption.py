@@ -99,7 +99,7 @@ def work_on(
     """This process's shards, with one model after the other."""
     from paradiffusion.curation.captioning.caption import Work, caption_shard, make_bar
     from paradiffusion.curation.captioning.judge import DECODING, judge_shard
-    from paradiffusion.data.shards import load_index
+    from paradiffusion.data.index import load_index
     from paradiffusion.sampling.run import Stopped
 
     if not shards:

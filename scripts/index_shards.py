@@ -53,9 +53,9 @@ def main(arguments: list[str]) -> int:
     asked.check()
     signal.signal(signal.SIGTERM, interrupt)
 
-    from paradiffusion.data.index_report import IndexReport, check_names
-    from paradiffusion.data.sample_index import build_indexes
-    from paradiffusion.data.shards import RemotePath, Storage, expand_shards
+    from paradiffusion.data.index import build_indexes, check_names, describe_indexes
+    from paradiffusion.data.remote import RemotePath, Storage
+    from paradiffusion.data.shards import expand_shards
 
     output = Path(asked.output).expanduser() if asked.output else None
     storage = Storage(retries=asked.retries, index_dir=asked.output)
@@ -66,18 +66,16 @@ def main(arguments: list[str]) -> int:
         check_names(shards)
     counter = None
     if asked.tokenizer:
-        from paradiffusion.data.shard_index import TokenCounter
+        from paradiffusion.data.index import TokenCounter
         from paradiffusion.text.counting import count_tokens_with
 
         encoder = text_encoder_named(asked.tokenizer, "tokenizer")
         counter = TokenCounter(encoder.name, count_tokens_with(encoder))
-    report = IndexReport()
-    for index in build_indexes(shards, counter, output, asked.processes):
-        report.add(index)
-    print("\n".join(report.lines()))
+    lines, failed = describe_indexes(build_indexes(shards, counter, output, asked.processes))
+    print("\n".join(lines))
     if output is not None:
         print(f"train with data.index_dir={output}")
-    return 1 if report.errors else 0
+    return 1 if failed else 0
 
 
 def interrupt(number: int, frame: object) -> None:

@@ -105,8 +105,8 @@ def main(arguments: list[str]) -> int:
     from paradiffusion.curation.inspecting.padding import TextLimits
     from paradiffusion.curation.inspecting.page import inspection_page
     from paradiffusion.curation.inspecting.report import InspectSettings, figures_json, inspect
-    from paradiffusion.data.shard_index import TokenCounter
-    from paradiffusion.data.sources import make_plan
+    from paradiffusion.data.index import TokenCounter
+    from paradiffusion.data.plan import make_plan
     from paradiffusion.scenes.dataset import make_wanted
     from paradiffusion.text.counting import count_tokens_with
     from paradiffusion.training.setup import open_data

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from paradiffusion.data.shards import RawSample, SampleIndex, expand_shards, load_index, write_shards
+from paradiffusion.data.index import SampleIndex, load_index
+from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.randomness import seed_from
 
 SIZES = ((64, 64), (96, 56), (56, 96), (80, 64))

@@ -124,7 +124,7 @@ def test_captions_have_the_papers_lengths() -> None:
 
 def test_made_up_pictures_can_be_read(tmp_path: Path) -> None:
     from paradiffusion.data.images import decode
-    from paradiffusion.data.shards import load_index, read_sample
+    from paradiffusion.data.index import load_index, read_sample
 
     write_samples(tmp_path / "shards", 5, 48)
     index = load_index(sorted((tmp_path / "shards").glob("*.tar")))

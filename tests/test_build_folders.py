@@ -16,7 +16,8 @@ from data_fixtures import encoded, picture, write_tar
 from paradiffusion.curation.building.build import build
 from paradiffusion.curation.building.options import BuildOptions
 from paradiffusion.curation.building.report import Report
-from paradiffusion.data.shards import expand_shards, load_index, read_sample
+from paradiffusion.data.index import load_index, read_sample
+from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
 
 

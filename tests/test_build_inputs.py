@@ -25,7 +25,8 @@ from paradiffusion.curation.building.build import build
 from paradiffusion.curation.building.options import BuildOptions
 from paradiffusion.curation.building.places import Dropped, FetchLimits, fetch
 from paradiffusion.curation.building.report import Report
-from paradiffusion.data.shards import RawSample, expand_shards, load_index, read_sample
+from paradiffusion.data.index import load_index, read_sample
+from paradiffusion.data.shards import RawSample, expand_shards
 from paradiffusion.errors import UserError
 
 

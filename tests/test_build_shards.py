@@ -26,7 +26,8 @@ from paradiffusion.curation.building.build import build
 from paradiffusion.curation.building.options import BuildOptions
 from paradiffusion.curation.building.report import Report
 from paradiffusion.data.images import decode
-from paradiffusion.data.shards import RawSample, expand_shards, load_index, read_sample
+from paradiffusion.data.index import load_index, read_sample
+from paradiffusion.data.shards import RawSample, expand_shards
 from paradiffusion.errors import UserError
 
 EMOJI = ROOT.parent / "shared" / "assets" / "emoji"

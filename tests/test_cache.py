@@ -126,7 +126,7 @@ def test_no_image_is_decoded_and_no_caption_encoded(
 ) -> None:
     setup = build_here([*arguments, f"data.cache={caches['modern']}", f"run_dir={tmp_path / 'run'}"])
     called: list[str] = []
-    monkeypatch.setattr("paradiffusion.data.reader.decode", lambda *_: called.append("decode"))
+    monkeypatch.setattr("paradiffusion.data.loader.decode", lambda *_: called.append("decode"))
     setup.encoder.register_forward_pre_hook(lambda *_: called.append("encoder"))
     setup.codec.vae.encoder.register_forward_pre_hook(lambda *_: called.append("codec"))
     found, _ = inputs(setup, 4)

@@ -19,7 +19,8 @@ from data_fixtures import encoded, picture, sample, shards_of
 from tiny_vlm import write_vlm
 from training_runs import free_port
 
-from paradiffusion.data.shards import expand_shards, load_index, read_sample, write_shards
+from paradiffusion.data.index import load_index, read_sample
+from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.judges.engine import Answer, Decoding, Question
 

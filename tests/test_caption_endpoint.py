@@ -23,7 +23,8 @@ from data_fixtures import shards_of
 from test_caption import lines, same, script  # noqa: F401  # a fixture
 from training_runs import free_port
 
-from paradiffusion.data.shards import expand_shards, load_index, read_sample, write_shards
+from paradiffusion.data.index import load_index, read_sample
+from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.judges.endpoint import Address, _pause, _read, headers_of
 

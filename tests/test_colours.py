@@ -14,7 +14,8 @@ from PIL import Image, ImageCms
 from paradiffusion.curation.building.build import build
 from paradiffusion.curation.building.options import BuildOptions
 from paradiffusion.data.images import decode, to_array
-from paradiffusion.data.shards import RawSample, expand_shards, load_index, read_sample
+from paradiffusion.data.index import load_index, read_sample
+from paradiffusion.data.shards import RawSample, expand_shards
 
 P3, ADOBE = rgb_profile(*DISPLAY_P3), rgb_profile(*ADOBE_RGB)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -9,7 +9,8 @@ import pytest
 from remote_fixtures import serving
 from training_runs import build_here, newest, records, tensors, train_here
 
-from paradiffusion.data.shards import load_index, write_shards
+from paradiffusion.data.index import load_index
+from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.scenes.dataset import demo_samples
 

@@ -11,10 +11,10 @@ from browser import chromium, in_browser
 from PIL import Image
 from report_fixtures import COSINE, HOSTILE, SHARE, Page, evaluation, suite, written
 
-from paradiffusion.data.pages import page as shell
 from paradiffusion.evaluation.estimates import mean
 from paradiffusion.evaluation.records import Drawn, ImageScore, ScoreResult, Table
 from paradiffusion.evaluation.reporting.report import write_report
+from paradiffusion.pages import page as shell
 
 
 def test_hostile_text_is_text(tmp_path: Path) -> None:

@@ -15,11 +15,9 @@ from PIL import Image
 from test_loader import assert_same, load
 
 from paradiffusion.compose import compose_train
-from paradiffusion.data import folder_files, folders
-from paradiffusion.data.folder_files import FoundPicture, LookedAt
-from paradiffusion.data.folders import INDEX_NAME, load_folder
+from paradiffusion.data.folder import INDEX_NAME, FoundPicture, LookedAt, load_folder, look
+from paradiffusion.data.index import SampleIndex, TokenCounter, read_sample
 from paradiffusion.data.loader import LoaderSettings
-from paradiffusion.data.shards import SampleIndex, TokenCounter, read_sample
 from paradiffusion.errors import UserError
 
 SETTINGS = LoaderSettings(seed=1, workers=0, last_step=6)
@@ -140,13 +138,12 @@ def test_links_are_followed(pictures: Path, tmp_path: Path) -> None:
 
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     looked: list[str] = []
-    look = folder_files.look
 
     def watched(root: Path, found: FoundPicture) -> LookedAt:
         looked.append(found.key)
         return look(root, found)
 
-    monkeypatch.setattr(folder_files, "look", watched)
+    monkeypatch.setattr("paradiffusion.data.folder.look", watched)
     return looked
 
 
@@ -205,7 +202,7 @@ def test_tokens(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_large_folder_has_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_PER_PART", 10)
+    monkeypatch.setattr("paradiffusion.data.folder._PER_PART", 10)
     for number in range(25):
         put(tmp_path, f"{number:03d}.png", text="x", size=(16, 16))
     index = load_folder(tmp_path)

@@ -20,9 +20,9 @@ import pytest
 from data_fixtures import as_json, encoded, picture, sample, shards_of, write_tar
 from remote_fixtures import serving
 
-from paradiffusion.data import sample_index
-from paradiffusion.data.sample_index import build_indexes
-from paradiffusion.data.shards import TokenCounter, expand_shards, index_shard, join_indexes, load_index, write_shards
+from paradiffusion.data.index import TokenCounter, build_indexes, index_shard, join_indexes, load_index
+from paradiffusion.data.index import _index_one as build_one
+from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ def many(folder: Path, count: int = 12) -> list[Path]:
 
 def test_several_processes_make_the_same(tmp_path: Path) -> None:
     one, other = many(tmp_path / "a"), many(tmp_path / "b")
-    assert [type(index).__name__ for index in build_indexes(other, LETTERS, processes=3)] == ["ShardIndex"] * 12
+    assert [type(index).__name__ for index in build_indexes(other, LETTERS, processes=3)] == ["SampleIndex"] * 12
     assert (
         load_index(one, counter=LETTERS).fingerprint() == load_index(other).fingerprint()
     )  # What is stored has tokens.
@@ -58,13 +58,13 @@ def test_the_first_process_of_a_machine_makes_them(tmp_path: Path, monkeypatch: 
     paths = many(tmp_path)
     monkeypatch.setenv("LOCAL_RANK", "1")
     by: list[str] = []
-    build = sample_index._index_one
+    build = build_one
 
     def watched(*arguments: Any) -> Any:
         by.append(threading.current_thread().name)
         return build(*arguments)
 
-    monkeypatch.setattr(sample_index, "_index_one", watched)
+    monkeypatch.setattr("paradiffusion.data.index._index_one", watched)
     first = threading.Thread(target=lambda: list(build_indexes(paths, processes=1)), name="first")
     threading.Timer(0.7, first.start).start()
     assert len(load_index(paths)) == 24
@@ -74,7 +74,7 @@ def test_the_first_process_of_a_machine_makes_them(tmp_path: Path, monkeypatch: 
 
 def test_who_waits_in_vain_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(sample_index, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("paradiffusion.data.index.PATIENCE_SECONDS", 0.2)
     assert len(load_index(many(tmp_path))) == 24
 
 

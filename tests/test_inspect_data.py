@@ -21,8 +21,9 @@ from paradiffusion.curation.inspecting.padding import TextLimits
 from paradiffusion.curation.inspecting.page import inspection_page
 from paradiffusion.curation.inspecting.report import Inspection, InspectSettings, inspect
 from paradiffusion.data.images import make_buckets
+from paradiffusion.data.index import TokenCounter, load_index, read_sample
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import TokenCounter, expand_shards, load_index, read_sample, write_shards
+from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
 
 NASTY = "<script>document.title='broken'</script> & \x07 <img src=x onerror=alert(1)>"

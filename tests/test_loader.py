@@ -21,9 +21,10 @@ from PIL import Image
 
 from paradiffusion.data.captions import is_dropped
 from paradiffusion.data.images import decode, make_buckets, to_array
+from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.loader import Batch, LoaderSettings, default_workers, make_loader, slots_of
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import RawSample, SampleIndex, load_index, read_sample, write_shards
+from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 
 BUCKETS = make_buckets(64, 16, 2.0)
@@ -205,13 +206,6 @@ def test_a_shard_that_goes_away(tmp_path: Path) -> None:
         list(make_loader(index, plan_of(index, 4), replace(SETTINGS, workers=1)))
 
 
-def test_a_caption_of_five_thousand_words(tmp_path: Path) -> None:
-    captions = {"short": "word " * 5000}
-    index = load_index(write_shards((sample(n, captions) for n in (0, 4, 8, 12)), tmp_path, 9))
-    (batch,) = make_loader(index, BatchPlan(index, 4, 1, BUCKETS, {"short": 1.0}), replace(SETTINGS, last_step=1))
-    assert batch.words == [5000] * 4 and batch.captions[0] == captions["short"].strip()
-
-
 def children() -> list[int]:
     """Living processes started by this one (zombies apart)."""
     found = []
@@ -238,11 +232,7 @@ def test_workers_ignore_signals_and_end_with_the_loader(index: SampleIndex) -> N
     assert [next(loader).step for _ in range(20)] == list(range(1, 21))
     assert workers <= set(children())
     loader.close()
-    deadline = time.monotonic() + 60
-    while workers & set(children()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not workers & set(children())
-    assert list(loader) == []
+    assert ended(workers) and list(loader) == []
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
@@ -255,10 +245,7 @@ def test_workers_end_with_a_loader_that_only_the_garbage_collector_finds(index: 
     workers = set(children()) - before
     del loader, cycle
     gc.collect()
-    deadline = time.monotonic() + 60
-    while workers & set(children()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(workers) == 2 and not workers & set(children())
+    assert len(workers) == 2 and ended(workers)
 
 
 def test_a_worker_that_dies_is_told_in_one_sentence(index: SampleIndex) -> None:
@@ -272,50 +259,46 @@ def test_a_worker_that_dies_is_told_in_one_sentence(index: SampleIndex) -> None:
             next(loader)
 
 
-LEAVING = """
-import sys
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from test_loader import LoaderSettings, load_index, make_loader, plan_of
-from paradiffusion.data.shards import expand_shards
-index = load_index(expand_shards({folder!r}))
-loader = make_loader(index, plan_of(index), LoaderSettings(workers=2))
-next(loader)
-sys.exit(3)
-"""
-
-
-def test_a_program_may_end_without_closing(index: SampleIndex) -> None:
-    program = LEAVING.format(paths=PATHS, folder=str(Path(str(index.shards[0])).parent))
-    assert subprocess.run([sys.executable, "-c", program], timeout=240, check=False).returncode == 3
-
-
-ORPHANS = """
+PROGRAM = """
 import sys, time
 sys.path[:0] = {paths!r}
-from pathlib import Path
 from test_loader import LoaderSettings, children, load_index, make_loader, plan_of
 from paradiffusion.data.shards import expand_shards
 index = load_index(expand_shards({folder!r}))
 loader = make_loader(index, plan_of(index), LoaderSettings(workers=2))
 next(loader)
 print(*children(), flush=True)
-time.sleep(60)
+{last}
 """
+
+
+def start(index: SampleIndex, last: str) -> subprocess.Popen[str]:
+    """A program that has begun to read, and what it does then."""
+    program = PROGRAM.format(paths=PATHS, folder=str(Path(str(index.shards[0])).parent), last=last)
+    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_program_may_end_without_closing(index: SampleIndex) -> None:
+    with start(index, "sys.exit(3)") as program:
+        assert program.wait(240) == 3
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_workers_end_when_the_parent_is_killed(index: SampleIndex) -> None:
-    program = ORPHANS.format(paths=PATHS, folder=str(Path(str(index.shards[0])).parent))
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+    with start(index, "time.sleep(60)") as parent:
         assert parent.stdout is not None
         workers = [int(word) for word in parent.stdout.readline().split()]
         assert len(workers) == 2
         parent.kill()
+    assert ended(workers)
+
+
+def ended(processes: Iterable[int]) -> bool:
+    """Whether they end within a minute."""
     deadline = time.monotonic() + 60
-    while (left := [w for w in workers if is_alive(w)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
+    while (alive := any(map(is_alive, processes))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive
 
 
 def is_alive(process: int) -> bool:

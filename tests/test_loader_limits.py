@@ -18,10 +18,9 @@ import torch
 from data_fixtures import shards_of
 from test_loader import SETTINGS, assert_same, damaged, load, plan_of
 
-from paradiffusion.data.loader import Batch, Loader, make_loader
+from paradiffusion.data.index import SampleIndex
+from paradiffusion.data.loader import Batch, Delivery, Failure, Loader, make_loader
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.reader import Delivery, Failure
-from paradiffusion.data.shards import SampleIndex
 from paradiffusion.errors import UserError
 
 

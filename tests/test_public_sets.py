@@ -23,7 +23,8 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from paradiffusion.data.shards import expand_shards, load_index, read_sample
+from paradiffusion.data.index import load_index, read_sample
+from paradiffusion.data.shards import expand_shards
 
 SENTENCE = "a long wooden table by the window with two cups and a bowl of ripe oranges in the morning light"
 WORDS = SENTENCE.split()

@@ -24,8 +24,9 @@ from test_spikes import spoil_latents
 from training_runs import build_here, free_port, records, train_here
 
 from paradiffusion.compose import compose_options, compose_train
+from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.loader import LoaderSettings, make_loader
-from paradiffusion.data.shards import expand_shards, load_index, read_sample, write_shards
+from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.training import spikes
 from paradiffusion.training.caching import CacheOptions, make_cache

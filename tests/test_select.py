@@ -31,7 +31,8 @@ from paradiffusion.curation.choosing.score_files import load_scores, score_file
 from paradiffusion.curation.choosing.scores import Scoring, score_shards
 from paradiffusion.curation.choosing.selection import Choosing, choose, weighted_rank
 from paradiffusion.data.images import decode
-from paradiffusion.data.shards import RawSample, expand_shards, load_index, read_sample, write_shards
+from paradiffusion.data.index import load_index, read_sample
+from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.judges.clip import load_clip, load_head
 

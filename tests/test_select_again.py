@@ -25,7 +25,8 @@ from paradiffusion.curation.choosing.scores import Scoring, score_shards
 from paradiffusion.curation.choosing.selection import Choosing, choose
 from paradiffusion.curation.choosing.shard_root import move_root, name_of, settle_settings
 from paradiffusion.curation.choosing.steps import run_step
-from paradiffusion.data.shards import RawSample, expand_shards, load_index, read_sample, write_shards
+from paradiffusion.data.index import load_index, read_sample
+from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.judges.clip import Clip, load_clip
 

@@ -15,7 +15,8 @@ import pytest
 from data_fixtures import as_json, encoded, picture, sample, shards_of, write_tar
 from PIL import Image
 
-from paradiffusion.data.shards import RawSample, expand_shards, index_shard, load_index, read_sample, write_shards
+from paradiffusion.data.index import index_shard, load_index, read_sample
+from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
 
 IMAGE = encoded(picture(1, 40, 30), "JPEG")
@@ -288,6 +289,8 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("pipe:cat x.tar", "command"), ("nowhere://host/x", "does not know"), ("nowhere/*.tar", "matches no .tar"),
         ("nowhere/{000..009}.tar", "matches no .tar"), ("a/{00000..00004}.tar", "missing, the first one a/00001.tar"),
         ("a/{00000..", "brace"), ([], "empty"), ("{0..99999999999}.tar", "over 1000000"), ("empty", "matches no .tar"),
+        ("simplecache::https://host/x.tar", "chain"), ("memory://empty/", "matches no .tar"),
+        ("https://host/{0..99999999}.tar", "over 1000000"), ("https://host/{0..9.tar", "brace"),
     ],
 )  # fmt: skip
 def test_expand_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str | list[str], said: str) -> None:

@@ -19,14 +19,11 @@ from data_fixtures import sample, shards_of
 from remote_fixtures import Behaviour, serving
 from test_loader import assert_same, plan_of
 
-from paradiffusion.data import storage, stores
+from paradiffusion.data import remote
+from paradiffusion.data.index import SampleIndex, build_indexes, index_shard, load_index, read_sample
 from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
-from paradiffusion.data.remote_cache import cached_copy
-from paradiffusion.data.sample_index import build_indexes
-from paradiffusion.data.shard_index import index_shard
-from paradiffusion.data.shards import SampleIndex, expand_shards, load_index, read_sample, write_shards
-from paradiffusion.data.storage import RemotePath, Storage, open_shard, read_range, with_state
-from paradiffusion.data.store_errors import RemoteError
+from paradiffusion.data.remote import RemoteError, RemotePath, Storage, cached_copy, open_shard, read_range, with_state
+from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
 
 SETTINGS = LoaderSettings(seed=1, workers=0, last_step=14)
@@ -45,7 +42,7 @@ def folder(local: SampleIndex) -> Path:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr("paradiffusion.data.remote._FIRST_WAIT", 0.001)
 
 
 def remote_index(url: str, access: Storage = FEW) -> SampleIndex:
@@ -127,15 +124,15 @@ def test_a_server_without_ranges(folder: Path) -> None:
 
 def test_the_waits_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(storage, "_FIRST_WAIT", 1.0)
+    monkeypatch.setattr("paradiffusion.data.remote._FIRST_WAIT", 1.0)
     monkeypatch.setattr(time, "sleep", waits.append)
-    monkeypatch.setattr(storage.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(remote.random, "uniform", lambda low, high: high)
 
     def fail() -> None:
         raise TimeoutError
 
     with pytest.raises(RemoteError, match="TimeoutError"):
-        storage.with_retries(fail, 7)
+        remote.with_retries(fail, 7)
     assert waits == [1, 2, 4, 8, 16, 30, 30]
 
 
@@ -157,7 +154,7 @@ def test_a_shard_that_is_replaced_is_noticed(tmp_path: Path) -> None:
 
 def test_a_store_whose_library_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.setattr(stores, "_systems", {})
+    remote._connect.cache_clear()
     monkeypatch.delitem(
         sys.modules["fsspec.registry"]._registry, "s3", raising=False
     )  # Classes that were imported before.
@@ -236,28 +233,6 @@ def test_names_of_remote_shards() -> None:
     assert (path.name, path.stem) == ("b-{1}.tar", "b-{1}")
     assert str(path.sibling("b.index.npz")) == "https://host/a/b.index.npz?sig=x%2Fy"
     assert str(RemotePath("s3://bucket/x.tar").sibling("y")) == "s3://bucket/y"
-
-
-@pytest.mark.parametrize(
-    ("spec", "said"),
-    [
-        ("pipe:cat x.tar", "command"), ("simplecache::https://host/x.tar", "chain"), ("sftp://host/x.tar", "library"),
-        ("nowhere://host/*.tar", "does not know"), ("memory://empty/", "matches no .tar"),
-        ("https://host/{0..99999999}.tar", "over 1000000"), ("https://host/{0..9.tar", "brace"),
-    ],
-)  # fmt: skip
-def test_expand_refuses(spec: str, said: str) -> None:
-    if said == "library":
-        pytest.importorskip("sys")
-        try:
-            import paramiko  # noqa: F401
-        except ImportError:
-            pass
-        else:
-            pytest.skip("the library of sftp:// is installed")
-    with pytest.raises(UserError, match=said) as error:
-        load_index(expand_shards(spec))
-    assert "\n" not in str(error.value)
 
 
 def test_files_as_urls(local: SampleIndex, folder: Path) -> None:

@@ -6,7 +6,6 @@ Between us and the server sits a relay that counts the requests and, on demand, 
 from __future__ import annotations
 
 import http.client
-import multiprocessing
 import os
 import re
 import socket
@@ -25,13 +24,20 @@ from data_fixtures import shards_of
 from test_loader import assert_same, plan_of
 from training_runs import records, train_here
 
-from paradiffusion.data import storage, stores
+from paradiffusion.data import remote as remote_module
+from paradiffusion.data.index import SampleIndex, build_indexes, load_index
 from paradiffusion.data.loader import LoaderSettings, make_loader
-from paradiffusion.data.remote_cache import cached_copy
-from paradiffusion.data.sample_index import build_indexes
-from paradiffusion.data.shards import SampleIndex, expand_shards, load_index
-from paradiffusion.data.storage import RemotePath, Storage, list_remote, read_range, read_whole, with_state
-from paradiffusion.data.store_errors import RemoteError
+from paradiffusion.data.remote import (
+    RemoteError,
+    RemotePath,
+    Storage,
+    cached_copy,
+    list_remote,
+    read_range,
+    read_whole,
+    with_state,
+)
+from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
 
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed (requirements-dev.txt)")
@@ -146,13 +152,13 @@ def set_environment(patch: pytest.MonkeyPatch, url: str) -> None:
 
 
 def connect_anew() -> None:
-    stores._systems.clear()
+    remote_module._connect.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture(autouse=True)
 def fresh(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(storage, "_FIRST_WAIT", 0.001)
+    monkeypatch.setattr("paradiffusion.data.remote._FIRST_WAIT", 0.001)
     relay.restore()
     connect_anew()
     yield
@@ -185,29 +191,6 @@ def test_the_same_batches_as_from_disk(local: SampleIndex, indexes: Path, relay:
     assert not loader.report.bad
     assert len(relay.gets()) == 12 * 8 and all("bytes=" in line for line in relay.gets())
     assert len(relay.lines) == 12 * 8 + 4
-
-
-def test_a_shard_is_fetched_once_for_all(local: SampleIndex, indexes: Path, relay: Relay, tmp_path: Path) -> None:
-    """For all workers of two processes that run side by side, and not again for a third."""
-    index = remote(indexes, cache_dir=str(tmp_path), cache_bytes=1 << 30)
-
-    def load(rank: int) -> None:
-        settings = replace(SETTINGS, workers=1, rank=rank, world_size=2)
-        assert_same(
-            list(make_loader(local, plan_of(local), replace(settings, workers=0))),
-            list(make_loader(index, plan_of(index), settings)),
-        )
-
-    ranks = [multiprocessing.get_context("fork").Process(target=load, args=(rank,)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-    for process in ranks:
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
-    load(0)
-    assert len(relay.gets()) == 4
 
 
 def test_folders_and_patterns(relay: Relay) -> None:
@@ -309,7 +292,7 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_users_own_settings_are_kept(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"anon": True, "config_kwargs": {"max_pool_connections": 3}}
     monkeypatch.setitem(fsspec.config.conf, "s3", own)
-    system = stores.system_of("s3://bucket/x")
+    system = remote_module.system_of("s3://bucket/x")
     assert system.anon and system.config_kwargs["max_pool_connections"] == 3
     assert system.config_kwargs["retries"] == {"total_max_attempts": 1}
 

@@ -21,7 +21,7 @@ from browser import chromium, in_browser
 from conftest import ROOT, wait_for
 from vote_studies import HOSTILE, SECRET, pixels_of, study_of, write_picture
 
-from paradiffusion.data.local_server import MAX_BODY, LocalServer, Pace, Refused
+from paradiffusion.apps.local_server import MAX_BODY, LocalServer, Pace, Refused
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.votes.server import Voting, make_server, open_keys
 from paradiffusion.evaluation.votes.store import Store

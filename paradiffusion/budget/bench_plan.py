@@ -18,9 +18,8 @@ import numpy as np
 
 from paradiffusion.checks import choice, positive
 from paradiffusion.data.images import make_buckets
+from paradiffusion.data.index import ROW, SampleIndex
 from paradiffusion.data.plan import BatchPlan, Share
-from paradiffusion.data.sample_index import SampleIndex
-from paradiffusion.data.shard_index import ROW
 from paradiffusion.errors import UserError
 
 CAPTIONS = {"short": 0.5, "long": 0.5}

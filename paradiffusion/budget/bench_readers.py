@@ -59,9 +59,10 @@ def stack(samples: list[tuple[Any, str, str]]) -> tuple[Any, list[str], Keys]:
 
 def ours(settings: ReaderSettings) -> Iterator[Keys]:
     """The plan of batches and its loader, as training uses them."""
+    from paradiffusion.data.index import load_index
     from paradiffusion.data.loader import LoaderSettings, make_loader
     from paradiffusion.data.plan import BatchPlan
-    from paradiffusion.data.shards import expand_shards, load_index
+    from paradiffusion.data.shards import expand_shards
 
     index = load_index(expand_shards(settings.shards))
     bucket = (settings.resolution, settings.resolution)

@@ -32,7 +32,9 @@ from torch import Tensor
 
 from paradiffusion.atomic import atomic_file, write_atomic
 from paradiffusion.data.images import Bucket
-from paradiffusion.data.shards import Place, RemotePath, SampleIndex, ShardPath, Span
+from paradiffusion.data.index import SampleIndex
+from paradiffusion.data.remote import RemotePath
+from paradiffusion.data.shards import Place, ShardPath, Span
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 

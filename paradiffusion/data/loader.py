@@ -9,29 +9,33 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import pickle
+import queue
 import signal
+import sys
 import threading
+import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from paradiffusion.data.cache import Cache, StoredBatch
+from paradiffusion.data.cache import Cache, Stored, StoredBatch, collate
 from paradiffusion.data.captions import is_dropped
-from paradiffusion.data.hand_over import HandOver
-from paradiffusion.data.images import MAX_PIXELS
-from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.reader import Delivery, Order, Reader, guard_worker
-from paradiffusion.data.shards import Place, RemotePath, SampleIndex
-from paradiffusion.data.shared_memory import Unpack, pass_on
+from paradiffusion.data.images import Bucket, decode, to_array
+from paradiffusion.data.index import SampleIndex
+from paradiffusion.data.plan import BatchPlan, GlobalBatch
+from paradiffusion.data.remote import RemotePath
+from paradiffusion.data.shards import Place, RawSample, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 
@@ -41,6 +45,10 @@ from paradiffusion.machine import cores
 _JUDGED_FROM, _DEVIATIONS = 64, 3.0
 # A slice of a few slots may be wholly bad by chance; then other samples of the global batch stand in.
 _SMALL_SLICE, _SPARES = 8, 4
+# Requests of one worker at a time: each waits for its store, and half of a batch on the way is enough to stay ahead.
+_THREADS: Final = 16
+_LOOK, _JOIN = 0.2, 10.0  # seconds between looks at whether anybody still wants batches, and for a thread to end
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,8 @@ class LoaderSettings:
     """How the plan is read.
 
     Steps ``first_step`` to ``last_step`` (exclusive; None: without end). Each step's slice of this rank comes in
-    ``accumulation`` equal batches. ``workers`` are processes, each ``prefetch`` batches ahead; 0 reads in this one, and
-    None takes ``default_workers()``.
+    ``accumulation`` equal batches. ``workers`` are processes, each two batches ahead; 0 reads in this one, and None takes
+    ``default_workers()``.
     """
 
     seed: int = 0
@@ -61,8 +69,6 @@ class LoaderSettings:
     caption_dropout: float = 0.0
     max_bad_fraction: float = 0.01
     workers: int | None = 2
-    prefetch: int = 2
-    max_pixels: int = MAX_PIXELS
     cache: Cache | None = None
 
 
@@ -70,9 +76,9 @@ class LoaderSettings:
 class Batch:
     """b samples of one bucket: micro-batch ``micro`` of this process's slice of the global batch of ``step``.
 
-    ``pixels`` is uint8 [b, 3, H, W], a quarter of what the images take on their way to a GPU; ``slots`` int64 [b], places in the global batch, from which timesteps
-    and noise are drawn; ``weights`` float32 [b], 0 where a sample could not be read and another of the slice stands in.
-    ``stored`` is what a cache has in the place of pixels (then none) or captions.
+    ``pixels`` is uint8 [b, 3, H, W], a quarter of what the images take on their way to a GPU; ``slots`` int64 [b], places in
+    the global batch, from which timesteps and noise are drawn; ``weights`` float32 [b], 0 where a sample could not be read and
+    another of the slice stands in. ``stored`` is what a cache has in the place of pixels (then none) or captions.
     A dropped caption is "" with 0 ``words``. ``keys`` are ``shard.tar/key``; ``bad`` says what was not read and why.
     """
 
@@ -106,11 +112,6 @@ class LoadReport:
     read: int = 0
     bad: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    @property
-    def bad_fraction(self) -> float:
-        """The share of the samples that could not be read."""
-        return self.bad.total() / max(self.read, 1)
-
     def summary(self) -> str:
         """One line for the log: how many were bad, and the commonest reasons."""
         reasons = ", ".join(f"{shard} {error} ({count})" for (shard, error), count in self.bad.most_common(5))
@@ -118,7 +119,12 @@ class LoadReport:
 
 
 class Loader(Iterator[Batch]):
-    """The batches of this process, in the order of their steps; see ``make_loader``."""
+    """The batches of this process: of every step's slots each ``world_size``-th, in ``accumulation`` equal parts.
+
+    A sample that cannot be read is replaced in its slot by a good one of the slice with weight 0 and counted in
+    ``report``. Iterating raises UserError when a whole slice is bad, or over ``max_bad_fraction`` of what was read, by more
+    than chance explains. Raises UserError when the batch does not split evenly.
+    """
 
     _whole: float = math.inf  # how many samples there are; of a stream that is not known
 
@@ -150,22 +156,17 @@ class Loader(Iterator[Batch]):
         except UserError:
             self.close()
             raise
-        except (
-            RuntimeError,
-            EOFError,
-            ConnectionError,
-        ) as error:  # The last two: it died while handing something over.
-            if "Too many open files" in str(error):
-                self.close()
-                raise UserError(
-                    "Too many files are open to take batches from the processes that read data: raise the limit (ulimit -n), "
-                    "or set data.workers lower."
-                ) from error
-            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            # A worker that dies is a RuntimeError of the DataLoader's, or one of the others where it was handing something over.
+            crowded = "Too many open files" in str(error)
+            if isinstance(error, RuntimeError) and not crowded and "DataLoader worker (pid" not in str(error):
                 raise
             self.close()
             raise UserError(
-                f"A process that reads data has died ({type(error).__name__} {error}), probably out of memory: "
+                "Too many files are open to take batches from the processes that read data: raise the limit (ulimit -n), or "
+                "set data.workers lower."
+                if crowded
+                else f"A process that reads data has died ({type(error).__name__} {error}), probably out of memory: "
                 "set data.workers lower, or enlarge /dev/shm in a container."
             ) from error
         captions = ["" if drop else caption for drop, caption in zip(order.dropped, delivery.captions, strict=True)]
@@ -193,16 +194,18 @@ class Loader(Iterator[Batch]):
         self._deliveries = iter(())
 
     def _start(self) -> Iterator[tuple[Order, Delivery]]:
-        reader = Reader(self.settings.max_pixels, self.settings.cache)
-        return self._serve(reader, _Orders(self.index, self.plan, self.settings, self._size, max(self._workers, 1)))
+        orders = _orders(self.index, self.plan, self.settings, self._size)
+        if any(isinstance(shard, RemotePath) for shard in self.index.shards):
+            orders = _told_ahead(orders, max(self._workers, 1))
+        return self._serve(Reader(self.settings.cache), orders)
 
     @property
     def _workers(self) -> int:
         return default_workers() if self.settings.workers is None else self.settings.workers
 
-    def _serve(self, data: Dataset[Any], orders: Iterable[Order] | None) -> Iterator[tuple[Order, Delivery]]:
+    def _serve(self, data: Dataset[Any], orders: Iterable[Order] | None) -> Iterator[Any]:
         """What ``data`` makes of ``orders``, in worker processes; an iterable data set needs none."""
-        settings, workers = self.settings, self._workers
+        workers = self._workers
         on_child_exit = signal.getsignal(signal.SIGCHLD)
         try:
             ended, end = Pipe(duplex=False)
@@ -213,7 +216,6 @@ class Loader(Iterator[Batch]):
                     batch_size=None,
                     sampler=orders,
                     num_workers=workers,
-                    prefetch_factor=settings.prefetch if workers else None,
                     collate_fn=pass_on,
                     worker_init_fn=partial(guard_worker, ended=ended) if workers else None,
                     pin_memory=torch.cuda.is_available(),
@@ -233,7 +235,7 @@ class Loader(Iterator[Batch]):
         # Registered after the workers have started, so called before multiprocessing waits for them: they ignore its
         # SIGTERM, and a program that ends without close() would wait for ever.
         atexit.register(self._at_exit)
-        return map(Unpack(), deliveries)
+        return _unpack(deliveries)
 
     def _judge(self, delivery: Delivery) -> None:
         """Count what was read; raise UserError when too much of it was bad."""
@@ -270,12 +272,6 @@ def slots_of(rank: int, world_size: int, size: int, micro: int) -> range:
 
 
 def make_loader(index: SampleIndex, plan: BatchPlan, settings: LoaderSettings) -> Loader:
-    """The batches of this process: of every step's slots each ``world_size``-th, in ``accumulation`` equal parts.
-
-    A sample that cannot be read is replaced in its slot by a good one of the slice with weight 0 and counted in
-    ``loader.report``. Iterating raises UserError when a whole slice is bad, or over ``max_bad_fraction`` of what was
-    read, by more than chance explains. Raises UserError when the batch does not split evenly.
-    """
     return Loader(index, plan, settings)
 
 
@@ -290,55 +286,299 @@ def _tell_workers(ended: Connection, end: Connection, owner: int) -> None:
         end.send_bytes(b"end")
 
 
-class _Lookup:
-    """Slot of the global batch -> (place, caption kind), looked up only where asked for."""
+def _orders(index: SampleIndex, plan: BatchPlan, settings: LoaderSettings, size: int) -> Iterator[Order]:
+    """What to read, in order. Knows no loader: in a cycle of references, one that nobody needs would keep its workers alive."""
+    step = settings.first_step
+    while settings.last_step is None or step < settings.last_step:
+        batch = plan.batch(step)
 
-    def __init__(self, index: SampleIndex, rows: np.ndarray, kinds: np.ndarray) -> None:
-        self.index, self.rows, self.kinds = index, rows, kinds
+        def look_up(slots: Iterable[int], batch: GlobalBatch = batch) -> list[tuple[Place, str]]:
+            return [(index.place(int(batch.rows[slot])), index.kinds[batch.kinds[slot]]) for slot in slots]
 
-    def __getitem__(self, slot: int) -> tuple[Place, str]:
-        return self.index.place(int(self.rows[slot])), self.index.kinds[self.kinds[slot]]
+        for micro in range(settings.accumulation):
+            slots = slots_of(settings.rank, settings.world_size, size, micro)
+            others = [*range(slots.start + 1, len(batch.rows)), *range(slots.start)]
+            taken = look_up(slots)
+            yield Order(
+                step=step,
+                micro=micro,
+                bucket=batch.bucket,
+                places=[place for place, _ in taken],
+                kinds=[kind for _, kind in taken],
+                slots=slots,
+                dropped=[is_dropped(settings.seed, step, slot, settings.caption_dropout) for slot in slots],
+                spares=look_up([s for s in others if s not in slots][:_SPARES]) if size < _SMALL_SLICE else [],
+            )
+        step += 1
 
 
-class _Orders:
-    """The sampler of the DataLoader: what to read, in order.
+def _told_ahead(orders: Iterator[Order], gap: int) -> Iterator[Order]:
+    """Orders go to the workers in turn, so the one ``gap`` later goes to the same: it is told now, to be fetched meanwhile."""
+    waiting: deque[Order] = deque()
+    for order in orders:
+        waiting.append(order)
+        if len(waiting) > gap:
+            yield replace(waiting.popleft(), ahead=order)
+    yield from waiting
 
-    It knows no loader: in a cycle of references, a loader that nobody needs would keep its workers alive.
+
+# What the worker processes of the loader do: read the samples of an order and make the pixels of one batch.
+
+
+@dataclass
+class Order:
+    """What a worker is to read: the samples of one batch, and stand-ins.
+
+    ``ahead`` is what the same worker is going to read next, where that is worth fetching beforehand.
     """
 
-    def __init__(self, index: SampleIndex, plan: BatchPlan, settings: LoaderSettings, size: int, gap: int) -> None:
-        self.index, self.plan, self.settings, self.size, self.gap = index, plan, settings, size, gap
+    step: int
+    micro: int
+    bucket: Bucket
+    places: list[Place]
+    kinds: list[str]
+    slots: range
+    dropped: list[bool]
+    spares: list[tuple[Place, str]]
+    ahead: Order | None = None
 
-    def __iter__(self) -> Iterator[Order]:
-        """Orders go to the workers in turn, so the one ``gap`` later goes to the same: of remote shards it is told now."""
-        if not any(isinstance(shard, RemotePath) for shard in self.index.shards):
-            yield from self._orders()
-            return
-        waiting: deque[Order] = deque()
-        for order in self._orders():
-            waiting.append(order)
-            if len(waiting) > self.gap:
-                yield replace(waiting.popleft(), ahead=order)
-        yield from waiting
 
-    def _orders(self) -> Iterator[Order]:
-        settings, step = self.settings, self.settings.first_step
-        while settings.last_step is None or step < settings.last_step:
-            batch = self.plan.batch(step)
-            places = _Lookup(self.index, batch.rows, batch.kinds)
-            for micro in range(settings.accumulation):
-                slots = slots_of(settings.rank, settings.world_size, self.size, micro)
-                others = [*range(slots.start + 1, len(batch.rows)), *range(slots.start)]
-                others = [slot for slot in others if slot not in slots][:_SPARES]
-                taken = [places[slot] for slot in slots]
-                yield Order(
-                    step=step,
-                    micro=micro,
-                    bucket=batch.bucket,
-                    places=[place for place, _ in taken],
-                    kinds=[kind for _, kind in taken],
-                    slots=slots,
-                    dropped=[is_dropped(settings.seed, step, slot, settings.caption_dropout) for slot in slots],
-                    spares=[places[slot] for slot in others] if self.size < _SMALL_SLICE else [],
-                )
-            step += 1
+@dataclass
+class Failure:
+    """A sample that could not be read, and why."""
+
+    shard: str
+    key: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.key}: {self.error}"
+
+
+@dataclass
+class Delivery:
+    """What a worker has read. Pixels stay uint8 [b, 3, H, W] on the way between processes; none where latents are cached."""
+
+    pixels: torch.Tensor
+    captions: list[str]
+    kinds: list[str]
+    keys: list[str]
+    weights: list[float]
+    failures: list[Failure]
+    stored: StoredBatch | None = None
+
+    def pin_memory(self) -> Delivery:
+        """For the DataLoader: from pinned memory the pixels travel to a GPU while it computes."""
+        self.pixels = self.pixels.pin_memory()
+        self.stored = self.stored and self.stored.pin_memory()
+        return self
+
+
+@dataclass
+class Sample:
+    """One sample as it was read."""
+
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    caption: str
+    kind: str
+    key: str
+    stored: Stored | None = None
+
+
+class Reader(Dataset[tuple[Order, Delivery]]):
+    """Reads one order at a time. Holds no index, so that workers stay small."""
+
+    def __init__(self, cache: Cache | None = None) -> None:
+        self.cache = cache
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: dict[tuple[int, int], list[Future[RawSample]]] = {}
+
+    def __getitem__(self, order: Order) -> tuple[Order, Delivery]:
+        wanted = zip(order.places, order.kinds, self._take(order), strict=True)
+        read = [self._read(place, kind, order.bucket, raw) for place, kind, raw in wanted]
+        failures = [sample for sample in read if isinstance(sample, Failure)]
+        good = [sample for sample in read if not isinstance(sample, Failure)]
+        spares = iter(order.spares)
+        while not good and (spare := next(spares, None)):
+            sample = self._read(*spare, order.bucket, partial(self._fetch, spare[0]))
+            good += [] if isinstance(sample, Failure) else [sample]
+        filled = [good[slot % len(good)] if isinstance(one, Failure) else one for slot, one in enumerate(read) if good]
+        weights = [float(not isinstance(one, Failure)) for one in read if good]
+        return order, deliver(filled, weights, failures)
+
+    def _take(self, order: Order) -> list[Callable[[], RawSample]]:
+        """Functions that give the samples of ``order``, or raise what reading them raised. Remote ones are fetched by threads,
+        and those of the worker's next order while this one is decoded; for local ones the disk's cache is faster."""
+        ahead, order.ahead = order.ahead, None
+        then = ahead.places if ahead else []
+        if not any(isinstance(place.shard, RemotePath) for place in [*order.places, *then]):
+            return [partial(self._fetch, place) for place in order.places]
+        futures = self._coming.pop((order.step, order.micro), None) or self._submit(order.places)
+        # What was fetched for a batch that went to another worker would else stay for ever.
+        self._coming = {(ahead.step, ahead.micro): self._submit(then)} if ahead else {}
+        return [future.result for future in futures]
+
+    def _submit(self, places: list[Place]) -> list[Future[RawSample]]:
+        self._pool = self._pool or ThreadPoolExecutor(_THREADS, "fetch")  # Made in the worker: threads survive no fork.
+        return [self._pool.submit(self._fetch, place) for place in places]
+
+    def _fetch(self, place: Place) -> RawSample:
+        return read_place(place if self.cache is None else self.cache.slim(place))
+
+    def _read(self, place: Place, kind: str, bucket: Bucket, get: Callable[[], RawSample]) -> Sample | Failure:
+        try:
+            raw = get()
+            if self.cache is None or self.cache.latents is None:
+                pixels = to_array(decode(raw.image, cover=bucket), bucket, place.id)
+            else:
+                pixels = np.zeros((0, 0, 3), np.uint8)
+            caption = raw.meta["captions"].get(kind)
+            if not caption:
+                raise ValueError(f"no caption of kind {kind}: the shard has changed since it was indexed")
+            stored = None if self.cache is None else self.cache.read(place, caption, bucket)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            return Failure(place.shard.name, place.key, reason)
+        return Sample(pixels, caption, kind, f"{place.shard.name}/{place.key}", stored)
+
+
+def deliver(samples: list[Sample], weights: list[float], failures: list[Failure]) -> Delivery:
+    """One batch of ``samples``, all of one size; of none there are no pixels."""
+    stored = [sample.stored for sample in samples if sample.stored]
+    return Delivery(
+        pixels=join_pixels([sample.pixels for sample in samples]) if samples else torch.empty(0),
+        captions=[sample.caption for sample in samples],
+        kinds=[sample.kind for sample in samples],
+        keys=[sample.key for sample in samples],
+        weights=weights,
+        failures=failures,
+        stored=collate(stored) if stored else None,
+    )
+
+
+def join_pixels(pictures: list[np.ndarray]) -> torch.Tensor:
+    """uint8 [b, 3, H, W] of b pictures [H, W, 3], written once: to turn the whole batch around takes twice as long."""
+    tall, wide, _ = pictures[0].shape
+    joined = np.empty((len(pictures), 3, tall, wide), np.uint8)
+    for place, picture in zip(joined, pictures, strict=True):
+        place[:] = picture.transpose(2, 0, 1)
+    return torch.from_numpy(joined)
+
+
+def guard_worker(number: int, ended: Connection) -> None:
+    """Let the parent decide when a worker ends, and end with it. ``ended`` has something to read once it decides so.
+
+    Ctrl-C and a scheduler's SIGTERM reach the whole process group, but the parent still needs batches while it saves
+    and leaves. When the parent is killed outright, a worker that is blocked in a full pipe would live on for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(), ended), daemon=True).start()
+
+
+def _end_with(parent: int, ended: Connection) -> None:
+    """Poll, and leave the word unread, since the other workers wait for it too."""
+    while os.getppid() == parent:
+        if ended.poll(1.0):
+            # DataLoader's own way of ending is quicker and tidier, but it is lost where the garbage collector frees a
+            # loader (its queues close before its __del__ runs), and its last means is the SIGTERM that is ignored here.
+            time.sleep(1.0)
+            break
+    os._exit(0)
+
+
+# A batch on its way from a worker process: in shared memory, or copied through the pipe where that has no room. A DataLoader
+# moves tensors into shared memory in a thread of the worker, and there an error is only printed: the batch never comes, and
+# the parent waits for ever. That is what a container does with its 64 MB of /dev/shm.
+
+
+@dataclass
+class Copied:
+    """A batch as bytes, between processes of one program, and why it had to be."""
+
+    content: bytes
+    reason: str
+
+
+def pass_on(item: Any) -> Any:
+    """In a worker: ``item`` (an Order and its Delivery) with its tensors in shared memory, else Copied. Elsewhere as it is.
+
+    For the DataLoader's ``collate_fn``: what is raised there reaches the parent.
+    """
+    if get_worker_info() is None:
+        return item
+    delivery: Delivery = item[1]
+    stored = [] if delivery.stored is None else [delivery.stored.latents, delivery.stored.features]
+    try:
+        for tensor in (delivery.pixels, *stored):
+            if tensor is not None:
+                tensor.share_memory_()
+    except (RuntimeError, OSError) as error:
+        return Copied(pickle.dumps(item, pickle.HIGHEST_PROTOCOL), str(error).rpartition(": ")[2])
+    return item
+
+
+def _unpack(items: Iterator[Any]) -> Iterator[Any]:
+    """In the parent: what ``pass_on`` has passed on. The first copy is told, on one process of each machine."""
+    told = os.environ.get("LOCAL_RANK", "0") != "0"
+    for item in items:
+        if isinstance(item, Copied):
+            if not told:
+                print(
+                    f"a batch cannot be put into shared memory ({item.reason}), so batches are copied between processes, which "
+                    "is slower: enlarge /dev/shm (docker run --shm-size=16g, or --ipc=host), raise the limit of open files "
+                    "(ulimit -n), or set data.workers lower.",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+            told = True
+            item = pickle.loads(item.content)
+        yield item
+
+
+class HandOver(Iterator[T], Generic[T]):
+    """``source``, one item ahead, taken in a thread; what it raises is raised here, in its place. ``close`` ends the thread.
+
+    A tensor's memory changes hands over a socket that the worker has to answer on: about 5 ms a batch, which a training step
+    would spend waiting although the batch was made long ago.
+    """
+
+    def __init__(self, source: Iterator[T]) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(1)
+        stopped = threading.Event()
+        self._ended = False
+        # The thread knows nothing of this object, which can therefore be freed while it works.
+        self._stop = weakref.finalize(self, stopped.set)
+        self._thread = threading.Thread(target=_carry, args=(source, self._queue, stopped), daemon=True, name="batches")
+        self._thread.start()
+
+    def __next__(self) -> T:
+        if self._ended:
+            raise StopIteration
+        item: T
+        item, error = self._queue.get()
+        if error is not None:
+            self._ended = True
+            raise error
+        return item
+
+    def close(self) -> None:
+        """End the thread; nothing more comes. Waits while the source makes its next item, but not for ever."""
+        self._ended = True
+        self._stop()
+        self._thread.join(_JOIN)
+
+
+def _carry(source: Iterator[Any], found: queue.Queue[Any], stopped: threading.Event) -> None:
+    error: BaseException | None = None
+    while error is None and not stopped.is_set():
+        item = None
+        try:
+            item = next(source)
+        except BaseException as raised:  # The StopIteration of its end, too.
+            error = raised
+        while not stopped.is_set():
+            try:
+                found.put((item, error), timeout=_LOOK)
+                break
+            except queue.Full:
+                continue

@@ -1,36 +1,113 @@
-"""Which samples form which batch: pure integers, the same on any number of processes, found for any step directly.
+"""Batch plan: which samples form which batch. Pure integers, the same on any number of processes, found for any step directly.
 
 An epoch permutes a source's shards by (seed, epoch) and walks over them in windows. Inside a window the samples are
 ordered by a hash of (seed, epoch, sample id), so each source is one endless *stream* of samples: epoch after epoch,
-window after window (``source_stream.py``). Several sources are mixed by weight, window by window (``mixing.py``). Samples
-fall into their aspect buckets, so every bucket sees an endless stream too, and batches are cut from those without a gap.
-What does not fill a batch waits for the next window, and over the end of an epoch for the next epoch: nothing is dropped
-or repeated. The place of any batch in its stream follows from counts alone.
+window after window. Several sources are mixed by weight, window by window. Samples fall into their aspect buckets, so
+every bucket sees an endless stream too, and batches are cut from those without a gap. What does not fill a batch waits for
+the next window, and over the end of an epoch for the next epoch: nothing is dropped or repeated. The place of any batch in
+its stream follows from counts alone.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from bisect import bisect_right
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any, Final
 
 import numpy as np
 
-from paradiffusion.data.captions import KindShares, check_weights, drawable_kinds, expected_shares
-from paradiffusion.data.images import Bucket, assign_buckets
-from paradiffusion.data.mixing import MixedWindows, OwnWindows, Schedule, Share, check_shares
-from paradiffusion.data.sample_index import SampleIndex
-from paradiffusion.data.source_stream import Grouped, Samples, SourceStream, group_rows, join_samples, remembered
+from paradiffusion.config import DataConfig
+from paradiffusion.data.captions import (
+    KindShares,
+    check_weights,
+    draw_kinds,
+    drawable_kinds,
+    expected_shares,
+    settle_kinds,
+)
+from paradiffusion.data.folder import load_folder
+from paradiffusion.data.images import Bucket, assign_buckets, buckets_of
+from paradiffusion.data.index import SampleIndex, TokenCounter, index_head, join_indexes, load_index
+from paradiffusion.data.remote import storage_of
+from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
-from paradiffusion.randomness import permutation
-
-__all__ = ["BatchPlan", "GlobalBatch", "Share"]
+from paradiffusion.randomness import Part, permutation, uniforms
 
 # Batches are asked for twice: ahead of time by who reads, and in time by who trains.
 _KEPT_WINDOWS, _KEPT_BATCHES, _KEPT_COUNTS = 4, 64, 4096
-_ROWS_AT_ONCE = 1 << 20
+_KEPT_EPOCHS, _KEPT_ORDERS, _KEPT_ARRIVALS = 16, 8, 128
+_ROWS_AT_ONCE: Final = 1 << 20
+# A row of the index, the caption kind that it is read with, and the kind that was drawn for it.
+_SAMPLE: Final = np.dtype([("row", np.int64), ("kind", np.int8), ("drawn", np.int8)])
+
+
+def open_index(data: DataConfig, counter: TokenCounter | None = None) -> SampleIndex:
+    """The index of all samples that are trained on. Raises UserError for what is missing or cannot be read."""
+    if not data.sources:
+        return open_shards(data, data.shards, "data.shards", counter)
+    indexes = []
+    for number, source in enumerate(data.sources):
+        key = f"data.sources[{number}]"
+        if source.folder is not None:
+            typed = "data.folder" if data.folder is not None else f"{key}.folder"  # the short form of one source
+            indexes.append(load_folder(source.folder, counter, typed))
+        else:
+            indexes.append(open_shards(data, source.shards, f"{key}.shards", counter))
+    return join_indexes(indexes, [source.title for source in data.sources])
+
+
+def open_shards(data: DataConfig, spec: Any, key: str, counter: TokenCounter | None = None) -> SampleIndex:
+    """The index of the shards that ``spec`` names (the value of ``key``)."""
+    if not spec:
+        raise UserError(f"{key} is not set; name WebDataset shards, such as {key}='shards/{{00000..00099}}.tar'.")
+    shards = expand_shards(spec, key, storage_of(data))
+    if data.streaming and key == "data.shards":
+        return index_head(shards)
+    return load_index(shards, data.allow_truncated, counter, key, data.index_dir)
+
+
+def make_plan(index: SampleIndex, data: DataConfig, batch_size: int, seed: int) -> BatchPlan:
+    """The plan of batches of ``index`` (see ``open_index``) as configured. Raises UserError as BatchPlan does."""
+    shares = [Share(source.weight, dict(source.captions) or None) for source in data.sources] or None
+    return BatchPlan(index, batch_size, seed, buckets_of(data), dict(data.captions), data.window_shards, shares)
+
+
+def describe_plan(plan: BatchPlan) -> str:
+    """What is mixed, a line each: the sources with their shares, where there are several, and the caption kinds, where
+    there are several or samples lack the one that is asked for."""
+    lines = []
+    names, total = plan.index.sources, sum(share.weight for share in plan.shares)
+    if len(names) > 1:
+        parts = []
+        for name, stream, share in zip(names, plan.streams, plan.shares, strict=True):
+            steps = stream.size * total / share.weight / plan.batch_size
+            parts.append(
+                f"{name} {share.weight / total:.1%} ({stream.size} samples, once in {steps:.{0 if steps >= 10 else 2}f} steps)"
+            )
+        lines.append("sources: " + ", ".join(parts))
+    for name, shares in plan.expected_kinds().items():
+        if len(shares.read) > 1 or any(shares.fell_back.values()):
+            read = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.read.items())
+            lacking = [f"{share:.1%} lack {kind}" for kind, share in shares.fell_back.items() if share]
+            of = f" of {name}" if len(names) > 1 else ""
+            lines.append(f"captions{of}: {read}" + (f" ({', '.join(lacking)}, and another is read)" if lacking else ""))
+    return "".join(f"\n  {line}" for line in lines)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What is drawn from one source: its share of the samples (a weight against the other sources') and, where it has
+    weights of caption kinds of its own, those."""
+
+    weight: float = 1.0
+    captions: dict[str, float] | None = None
 
 
 @dataclass(eq=False)
@@ -59,11 +136,11 @@ class GlobalBatch:
 
 @dataclass(eq=False)
 class _Window:
-    """The batches cut in one window, in the order of their steps: ``samples`` [batches, B], ``buckets`` [batches]."""
+    """The batches cut in one window, in the order of their steps: ``samples`` _SAMPLE [batches, B], ``buckets`` [batches]."""
 
     first_step: int
     epochs: tuple[int, ...]
-    samples: Samples
+    samples: np.ndarray
     buckets: np.ndarray
 
 
@@ -91,45 +168,43 @@ class BatchPlan:
         if batch_size < 1 or window_shards < 1:
             raise UserError(f"batch_size={batch_size} and window_shards={window_shards} must both be at least 1.")
         self.shares = list(shares) if shares is not None else [Share() for _ in index.sources]
-        check_shares(index.sources, self.shares)
+        for name, share in zip(index.sources, self.shares, strict=True):
+            if not 0 < share.weight < math.inf:
+                raise UserError(
+                    f"The source {name} in data.sources has weight={share.weight}: give a number above 0, or leave the source out."
+                )
         self.captions = [dict(share.captions or caption_weights) for share in self.shares]  # of each source
         for weights in (caption_weights, *self.captions):
             check_weights(index.kinds, weights)
         self.index, self.batch_size, self.seed = index, batch_size, seed
         self.buckets = list(buckets)
-        self.caption_weights = dict(caption_weights)
-        self.window_shards = window_shards
         self.drawable = drawable_kinds(index.kinds)
         self._grouped = _group_usable(index, self.buckets)
         several = len(index.sources) > 1
-        self.streams = [
-            SourceStream(
-                index, self._grouped, np.flatnonzero(index.shard_source == number), self.captions[number], seed,
-                window_shards, (name,) if several else (),
-            )
-            for number, name in enumerate(index.sources)
-        ]  # fmt: skip
-        self.samples = sum(stream.size for stream in self.streams)
-        self.left_out = len(index) - self.samples
-        self._refuse_empty()
-        weights_of = [share.weight for share in self.shares]
-        self.schedule: Schedule = (
-            MixedWindows(self.streams, weights_of, batch_size) if several else OwnWindows(self.streams[0])
-        )  # What one source brings is then what it brought before there could be several.
-        self._lock = threading.RLock()  # The loader plans in a thread of its own.
-        self._counts: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._windows: OrderedDict[int, _Window] = OrderedDict()
-        self._batches: OrderedDict[int, GlobalBatch] = OrderedDict()
-
-    def _refuse_empty(self) -> None:
-        for name, stream in zip(self.index.sources, self.streams, strict=True):
+        self.streams = []
+        for number, name in enumerate(index.sources):
+            shards = np.flatnonzero(index.shard_source == number)
+            salt = (
+                (name,) if several else ()
+            )  # What one source brings is what it brought before there could be several.
+            stream = SourceStream(index, self._grouped, shards, self.captions[number], seed, window_shards, salt)
+            self.streams.append(stream)
             if not stream.size:
-                where = f"the source {name}" if len(self.streams) > 1 else "data.shards"
-                found = int(np.isin(self.index.shard, stream.shards).sum())
+                where = f"the source {name}" if several else "data.shards"
                 raise UserError(
-                    f"None of the {found} samples in {where} has a caption: expected "
+                    f"None of the {int(np.isin(index.shard, shards).sum())} samples in {where} has a caption: expected "
                     '"captions": {"short": text} or "caption": text in key.json, or a key.txt.'
                 )
+        self.samples = sum(stream.size for stream in self.streams)
+        self.left_out = len(index) - self.samples
+        weights_of = [share.weight for share in self.shares]
+        self.schedule: OwnWindows | MixedWindows = (
+            MixedWindows(self.streams, weights_of, batch_size) if several else OwnWindows(self.streams[0])
+        )
+        self._lock = threading.Lock()  # The loader plans in a thread of its own.
+        self._arrived = lru_cache(_KEPT_COUNTS)(self._count_arrived)
+        self._window = lru_cache(_KEPT_WINDOWS)(self._cut)
+        self._batch = lru_cache(_KEPT_BATCHES)(self._take_batch)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -147,9 +222,7 @@ class BatchPlan:
 
     def rows_of(self, bucket: Bucket) -> np.ndarray:
         """All rows of a bucket, int64, in the order of the index."""
-        number = self.buckets.index(bucket)
-        spans = self._grouped.starts[:, number : number + 2]
-        return np.concatenate([self._grouped.rows[low:high] for low, high in spans]).astype(np.int64)
+        return self._grouped.take(np.arange(len(self._grouped.starts)), self.buckets.index(bucket))
 
     def source_of(self, rows: np.ndarray) -> np.ndarray:
         """The source of each row, as an index into ``index.sources``: int16 with the shape of ``rows``."""
@@ -165,99 +238,57 @@ class BatchPlan:
 
     def first_step(self, epoch: int) -> int:
         """The first step cut after every source has been walked through ``epoch`` times."""
-        with self._lock:
-            return self._first_step(self.schedule.first_window(epoch))
-
-    def epoch_of(self, step: int) -> int:
-        """``GlobalBatch.epoch`` of ``step``."""
-        with self._lock:
-            return min(self._epochs(self._window_of(step)))
+        return self._first_step(self.schedule.first_window(epoch))
 
     def batch(self, step: int) -> GlobalBatch:
         """The batch of ``step``: a function of the index, the arguments of this plan and ``step`` alone."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         with self._lock:
-            return remembered(self._batches, step, lambda: self._batch(step), _KEPT_BATCHES)
+            return self._batch(step)
 
     def choices(self, step: int, slots: np.ndarray) -> Counter[tuple[str, str, str]]:
         """The samples in ``slots`` (int [n]) of a step, counted by source, drawn caption kind, and the kind read."""
         batch = self.batch(step)
         columns = (self.source_of(batch.rows[slots]).tolist(), batch.drawn[slots].tolist(), batch.kinds[slots].tolist())
-        names = (self.index.sources, self.drawable, self.index.kinds)
-        counts = Counter(zip(*columns, strict=True))
-        return Counter({(names[0][s], names[1][d], names[2][k]): count for (s, d, k), count in counts.items()})
+        sources, drawable, kinds = self.index.sources, self.drawable, self.index.kinds
+        return Counter((sources[s], drawable[d], kinds[k]) for s, d, k in zip(*columns, strict=True))
 
-    def served(self, step: int) -> dict[str, int]:
-        """How many samples of each source the steps before ``step`` have had."""
-        with self._lock:
-            return self._served(step)
-
-    def _served(self, step: int) -> dict[str, int]:
-        number = self._window_of(step)
-        window, size = self._window(number), self.batch_size
-        gone = [window.samples.rows[: step - window.first_step].ravel()]
-        waiting = [np.empty(0, np.int64)]
-        for bucket, before in enumerate(self._arrived(number).sum(axis=0).tolist()):
-            if before % size:
-                waiting.append(self._pool(number - 1, bucket, before // size * size, before).rows)
-        counts = np.array(self.schedule.positions(number))
-        for rows, sign in ((gone, 1), (waiting, -1)):
-            counts += sign * np.bincount(self.source_of(np.concatenate(rows)), minlength=len(counts))
-        return dict(zip(self.index.sources, counts.tolist(), strict=True))
-
-    def proportions(self, step: int) -> dict[str, float]:
-        """Each source's realised share of the samples before ``step``; 0 before the first one."""
-        return {name: count / max(step * self.batch_size, 1) for name, count in self.served(step).items()}
-
-    def _batch(self, step: int) -> GlobalBatch:
-        window = self._window(self._window_of(step))
+    def _take_batch(self, step: int) -> GlobalBatch:
+        # At least step * B rows have come by the end of the batch's window, and at most B - 1 wait in each bucket.
+        low, high = self.schedule.window_range(step * self.batch_size, (step + 1 + len(self.buckets)) * self.batch_size)
+        window = self._window(low + bisect_right(range(low, high + 1), step, key=self._first_step) - 1)
         place = step - window.first_step
         at = window.samples[place]
         bucket = self.buckets[window.buckets[place]]
         # Copies: a view would keep the whole window in memory.
-        return GlobalBatch(step, bucket, at.rows.copy(), at.kinds.copy(), at.drawn.copy(), window.epochs)
+        return GlobalBatch(step, bucket, at["row"].copy(), at["kind"].copy(), at["drawn"].copy(), window.epochs)
 
-    def _window_of(self, step: int) -> int:
-        """The window in which the batch of ``step`` is cut."""
-        # At least step * B rows have come by the end of that window, and at most B - 1 wait in each bucket.
-        low, high = self.schedule.window_range(step * self.batch_size, (step + 1 + len(self.buckets)) * self.batch_size)
-        return low + bisect_right(range(low, high + 1), step, key=self._first_step) - 1
-
-    def _epochs(self, window: int) -> tuple[int, ...]:
-        positions = self.schedule.positions(window)
-        return tuple(position // stream.size for position, stream in zip(positions, self.streams, strict=True))
-
-    def _arrived(self, window: int) -> np.ndarray:
+    def _count_arrived(self, window: int) -> np.ndarray:
         """Rows that have come before ``window``: int64 [sources, buckets]."""
-
-        def count() -> np.ndarray:
-            positions = self.schedule.positions(window)
-            return np.stack([s.count_before(position) for s, position in zip(self.streams, positions, strict=True)])
-
-        return remembered(self._counts, window, count, _KEPT_COUNTS)
+        positions = self.schedule.positions(window)
+        return np.stack([s.count_before(position) for s, position in zip(self.streams, positions, strict=True)])
 
     def _first_step(self, window: int) -> int:
         """The first step cut in ``window`` or later."""
         return int((self._arrived(window).sum(axis=0) // self.batch_size).sum())
 
-    def _window(self, number: int) -> _Window:
-        return remembered(self._windows, number, lambda: self._cut(number), _KEPT_WINDOWS)
-
     def _cut(self, number: int) -> _Window:
         """Cut the batches of a window: for each bucket, what waited and what comes, as far as it fills batches."""
         size = self.batch_size
         before, after = (self._arrived(window).sum(axis=0) // size for window in (number, number + 1))
-        parts = []
+        parts = [np.empty(0, _SAMPLE)]
         for bucket in np.flatnonzero(after > before).tolist():
             pool = self._pool(number, bucket, int(before[bucket]) * size, int(after[bucket]) * size)
-            parts.append(pool[np.argsort(self.index.lengths[pool.rows, pool.kinds], kind="stable")])
+            parts.append(pool[np.argsort(self.index.lengths[pool["row"], pool["kind"]], kind="stable")])
         buckets = np.repeat(np.arange(len(before)), after - before)
         order = permutation(len(buckets), "batches", self.seed, *self.schedule.label(number))
-        samples = join_samples(parts).split(size)[order]
-        return _Window(int(before.sum()), self._epochs(number), samples, buckets[order])
+        samples = np.concatenate(parts).reshape(-1, size)[order]
+        positions = self.schedule.positions(number)
+        epochs = tuple(position // stream.size for position, stream in zip(positions, self.streams, strict=True))
+        return _Window(int(before.sum()), epochs, samples, buckets[order])
 
-    def _pool(self, number: int, bucket: int, low: int, high: int) -> Samples:
+    def _pool(self, number: int, bucket: int, low: int, high: int) -> np.ndarray:
         """The rows that come to ``bucket`` as number ``low`` to ``high`` (exclusive), ``high`` by the end of window
         ``number``. Inside a window the sources take turns in even measure, so that those that wait are of all."""
         if len(self.streams) == 1:
@@ -281,17 +312,192 @@ class BatchPlan:
             turns.append(windows + (place + 0.5) / brought[windows])
         order = np.argsort(np.concatenate(turns), kind="stable")
         start = int(borders[0].sum())
-        return join_samples(taken)[order[low - start : high - start]]
+        return np.concatenate(taken)[order[low - start : high - start]]
+
+
+class OwnWindows:
+    """Where the windows of a plan begin that has one source: its own windows."""
+
+    def __init__(self, stream: SourceStream) -> None:
+        self.stream = stream
+
+    def positions(self, window: int) -> list[int]:
+        """The position of each source's stream where ``window`` begins."""
+        return [self.stream.window_start(window)]
+
+    def window_range(self, low: int, high: int) -> tuple[int, int]:
+        """A window by whose start at most ``low`` samples have come, and one by whose start at least ``high`` have."""
+        windows, size = self.stream.windows, self.stream.size
+        return low // size * windows, -(-high // size) * windows
+
+    def first_window(self, epoch: int) -> int:
+        """The first window by whose start every source has been walked through ``epoch`` times."""
+        return epoch * self.stream.windows
+
+    def label(self, window: int) -> tuple[Part, ...]:
+        """What names the window where randomness is drawn for it."""
+        return divmod(window, self.stream.windows)
+
+
+class MixedWindows:
+    """Windows of about ``size`` samples, of several sources by their ``weights``: each takes the next samples of each
+    stream, as many as its weight says, rounded cumulatively, so that over any number of windows a source is less than one
+    sample off its share. Methods as of ``OwnWindows``.
+
+    ``size`` is the most by which no source gives more than one of its own windows at once. That is never more than its
+    epoch, so a mixed window holds a sample twice only where an epoch of its source ends inside. But it is ``least`` (a
+    batch) at the least: of a source that is smaller than its share of a batch every batch holds samples twice anyway, and
+    finding what waits in a rare bucket would mean to look back over very many windows.
+    """
+
+    def __init__(self, streams: Sequence[SourceStream], weights: Sequence[float], least: int) -> None:
+        # As they were typed: 0.7 and 0.3 are 7 and 3 tenths, not the nearest binary fractions.
+        exact = [Fraction(repr(float(weight))) for weight in weights]
+        scale = math.lcm(*(weight.denominator for weight in exact))
+        self.parts = [int(weight * scale) for weight in exact]
+        self.streams, self.whole = streams, sum(self.parts)
+        own = [max(1, stream.size // stream.windows) for stream in streams]
+        self.size = max(least, min(most * self.whole // part for most, part in zip(own, self.parts, strict=True)))
+
+    def positions(self, window: int) -> list[int]:
+        return [window * self.size * part // self.whole for part in self.parts]
+
+    def window_range(self, low: int, high: int) -> tuple[int, int]:
+        return low // self.size, -(-(high + len(self.parts)) // self.size)
+
+    def first_window(self, epoch: int) -> int:
+        sizes = zip(self.streams, self.parts, strict=True)
+        return max(-(-epoch * stream.size * self.whole // (self.size * part)) for stream, part in sizes)
+
+    def label(self, window: int) -> tuple[Part, ...]:
+        return "mixed", window
+
+
+@dataclass(eq=False)
+class Grouped:
+    """The usable rows of an index, sorted by (shard, bucket).
+
+    ``rows`` is uint32 [N] (int64 above four billion); ``starts`` int64 [shards, buckets + 1], where each bucket of each
+    shard starts in it.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+
+    def take(self, shards: np.ndarray, bucket: int) -> np.ndarray:
+        """The rows of a bucket in ``shards``, int64."""
+        spans = self.starts[shards, bucket : bucket + 2]
+        return np.concatenate([self.rows[low:high] for low, high in spans]).astype(np.int64)
 
 
 def _group_usable(index: SampleIndex, buckets: list[Bucket]) -> Grouped:
     """The rows that have a caption, by shard and bucket. In parts, since the logarithms take 100 bytes a sample."""
     bucket = np.empty(len(index), np.int8 if len(buckets) < 128 else np.int16)
-    width, height, words = index.width, index.height, index.words
     for start in range(0, len(index), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
-        usable = np.zeros(len(bucket[part]), bool)
-        for column in range(words.shape[1]):
-            usable |= words[part, column] > 0
-        bucket[part] = np.where(usable, assign_buckets(width[part], height[part], buckets), len(buckets))
-    return group_rows(index.shard, bucket, len(index.shards), len(buckets))
+        usable = index.words[part].any(axis=1)
+        bucket[part] = np.where(usable, assign_buckets(index.width[part], index.height[part], buckets), len(buckets))
+    rows = np.empty(len(index), np.uint32 if len(index) < 1 << 32 else np.int64)
+    starts = np.empty((len(index.shards), len(buckets) + 1), np.int64)
+    bounds = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
+    for number, (low, high) in enumerate(itertools.pairwise(bounds)):
+        inside = bucket[low:high].astype(np.int16)
+        order = np.argsort(inside, kind="stable")  # A radix sort, on 16-bit integers.
+        rows[low:high] = low + order
+        starts[number] = low + np.searchsorted(inside[order], np.arange(len(buckets) + 1))
+    return Grouped(rows, starts)
+
+
+@dataclass(eq=False)
+class _Epoch:
+    """What each of the W windows of one epoch brings."""
+
+    shards: list[np.ndarray]  # ascending
+    counts: np.ndarray  # int64 [W + 1, buckets], rows that have come before each window
+    totals: np.ndarray  # int64 [W + 1], the same over all buckets
+
+
+class SourceStream:
+    """One source, endless: ``shards`` (numbers, ascending) of ``index``, ``window_shards`` of them shuffled together.
+
+    An epoch permutes the shards by (seed, epoch, salt); a window's samples are ordered by a hash of (seed, epoch, id).
+    Positions count from 0 on over all epochs. Every epoch brings each bucket the same number of rows, so how many rows of a
+    bucket come before a position follows from counts, and from the order inside the one window that the position cuts.
+    """
+
+    def __init__(
+        self,
+        index: SampleIndex,
+        grouped: Grouped,
+        shards: np.ndarray,
+        captions: dict[str, float],
+        seed: int,
+        window_shards: int,
+        salt: tuple[Part, ...],
+    ) -> None:
+        self.index, self.grouped, self.shards, self.captions = index, grouped, shards, captions
+        self.seed, self.window_shards, self.salt = seed, window_shards, salt
+        self._counts = np.diff(grouped.starts[shards], axis=1)  # int64 [shards, buckets]
+        self.per_bucket = self._counts.sum(axis=0)  # int64 [buckets], rows that an epoch brings
+        self.size = int(self.per_bucket.sum())
+        self.windows = -(-len(shards) // window_shards)  # of an epoch
+        self._epoch = lru_cache(_KEPT_EPOCHS)(self._plan_epoch)
+        self._order = lru_cache(_KEPT_ORDERS)(self._sort_buckets)
+        self._arrivals = lru_cache(_KEPT_ARRIVALS)(self._sort_arrivals)
+
+    def window_start(self, window: int) -> int:
+        """The position where a window begins; windows are counted over all epochs."""
+        epoch, number = divmod(window, self.windows)
+        return epoch * self.size + int(self._epoch(epoch).totals[number])
+
+    def count_before(self, position: int) -> np.ndarray:
+        """Rows of each bucket that come before ``position``: int64 [buckets], over all epochs."""
+        epoch, inside = divmod(position, self.size)
+        if not inside:
+            return epoch * self.per_bucket
+        counts = self._epoch(epoch)
+        window = int(np.searchsorted(counts.totals, inside, side="right")) - 1
+        arrived = epoch * self.per_bucket + counts.counts[window]
+        if rest := inside - int(counts.totals[window]):
+            arrived += np.bincount(self._order(epoch, window)[:rest], minlength=len(arrived))
+        return arrived
+
+    def take(self, bucket: int, low: int, high: int) -> np.ndarray:
+        """The rows that come to ``bucket`` as number ``low`` to ``high`` (exclusive) over all epochs, in their order: _SAMPLE."""
+        parts = [np.empty(0, _SAMPLE)]
+        while low < high:
+            epoch, inside = divmod(low, int(self.per_bucket[bucket]))
+            arrived = self._epoch(epoch).counts[:, bucket]
+            window = int(np.searchsorted(arrived, inside, side="right")) - 1
+            start = inside - int(arrived[window])
+            parts.append(self._arrivals(epoch, window, bucket)[start : start + high - low])
+            low += len(parts[-1])
+        return np.concatenate(parts)
+
+    def _plan_epoch(self, epoch: int) -> _Epoch:
+        order = permutation(len(self.shards), "shards", self.seed, epoch, *self.salt)
+        starts = np.arange(0, len(order), self.window_shards)
+        per_window = np.add.reduceat(self._counts[order], starts, axis=0)
+        counts = np.concatenate([np.zeros_like(per_window[:1]), np.cumsum(per_window, axis=0)])
+        windows = [np.sort(self.shards[order[start : start + self.window_shards]]) for start in starts]
+        return _Epoch(windows, counts, counts.sum(axis=1))
+
+    def _sort_buckets(self, epoch: int, window: int) -> np.ndarray:
+        """The bucket of each sample that a window brings, in the order of the stream: int16 [n]."""
+        starts = self.grouped.starts[self._epoch(epoch).shards[window]]
+        rows = np.concatenate([self.grouped.rows[low:high] for low, high in starts[:, [0, -1]]])
+        numbers = np.tile(np.arange(starts.shape[1] - 1, dtype=np.int16), len(starts))
+        buckets = np.repeat(numbers, np.diff(starts, axis=1).ravel())
+        return buckets[np.argsort(uniforms(self.index.ids[rows], "order", self.seed, epoch), kind="stable")]
+
+    def _sort_arrivals(self, epoch: int, window: int, bucket: int) -> np.ndarray:
+        """The rows that a window brings to a bucket, in the order of the stream, and their caption kinds: _SAMPLE [n]."""
+        rows = self.grouped.take(self._epoch(epoch).shards[window], bucket)
+        ids = self.index.ids[rows]
+        order = np.argsort(uniforms(ids, "order", self.seed, epoch), kind="stable")
+        samples = np.empty(len(rows), _SAMPLE)
+        samples["row"] = rows[order]
+        samples["drawn"] = draw_kinds(self.index.kinds, self.captions, self.seed, epoch, ids[order])
+        words = self.index.words[samples["row"]]
+        samples["kind"] = settle_kinds(words, self.index.kinds, self.captions, samples["drawn"])
+        return samples

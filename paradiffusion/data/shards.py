@@ -1,8 +1,8 @@
-"""WebDataset shards: write them, find them, index them, read one sample by its place.
+"""WebDataset shards: write them, find them, list what a tar holds, read one sample by its place.
 
 A shard is a plain tar of ``key.png`` (or jpg, jpeg, webp) beside ``key.json`` (captions by kind and whatever else is
-known) or ``key.txt`` (one caption, as img2dataset writes it). Nothing in a shard is ever executed or unpacked to disk:
-members of any other kind, pickles among them, are passed over.
+known) or ``key.txt`` (one caption, as img2dataset writes it); the key is the path up to the first dot of the file name.
+Nothing in a shard is ever executed or unpacked to disk: members of any other kind, pickles among them, are passed over.
 """
 
 from __future__ import annotations
@@ -12,28 +12,86 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Final
+from typing import Any, BinaryIO, Final, TypeAlias
 
 from braceexpand import braceexpand
 from webdataset.writer import TarWriter
 
-from paradiffusion.data.places import FolderPart, Place, RawSample, ShardPath, read_place
-from paradiffusion.data.sample_index import SampleIndex, join_indexes, load_index
-from paradiffusion.data.shard_index import ShardIndex, TokenCounter, index_shard
-from paradiffusion.data.storage import RemotePath, Storage, is_remote, list_remote
-from paradiffusion.data.tars import IMAGE_EXTENSIONS, Span
+from paradiffusion.atomic import atomic_file
+from paradiffusion.data.captions import captions_of, parse_meta
+from paradiffusion.data.remote import RemotePath, Storage, cached_copy, is_remote, list_remote, read_range
 from paradiffusion.errors import UserError
 
-__all__ = [
-    "IMAGE_EXTENSIONS", "FolderPart", "Place", "RawSample", "RemotePath", "SampleIndex", "ShardIndex", "ShardPath", "Span",
-    "Storage", "TokenCounter", "expand_shards", "index_shard", "join_indexes", "load_index", "read_place", "read_sample",
-    "write_shards",
-]  # fmt: skip
-
+IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp")
 _MAX_SHARDS: Final = 1_000_000
+_BLOCK: Final = 512
+_MAX_MEMBER: Final = 1 << 30  # Larger files are no images; sizes are stored in 32 bits.
+_OPEN_FILES: Final = 64
+# Members of a sample that lie further apart are read one by one: what is between them would be read for nothing.
+_MOST_BETWEEN: Final = 1 << 16
+
+
+@dataclass
+class RawSample:
+    """One sample as it lies in a shard.
+
+    ``key`` names it within its shard; ``image`` is the encoded file, ``extension`` one of ``IMAGE_EXTENSIONS``;
+    ``meta`` is the content of ``key.json``, where ``meta["captions"]`` maps a kind ("short", "long", "clean") to text.
+    """
+
+    key: str
+    image: bytes
+    extension: str
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True, order=True)
+class FolderPart:
+    """Some of a folder's pictures, which stand for a shard. A sample's key is its path in ``root``, with the suffix."""
+
+    root: Path
+    number: int
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    @property
+    def name(self) -> str:
+        """The folder's name, for people; the key says the rest."""
+        return self.root.name
+
+    stem = name
+
+
+ShardPath: TypeAlias = Path | RemotePath | FolderPart
+
+
+@dataclass
+class Span:
+    """A piece of a shard: ``size`` bytes from byte ``offset``; size 0 where there is none."""
+
+    offset: int = 0
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one sample lies, enough to read it without an index. ``id`` is stable: of its key and shard's name."""
+
+    shard: ShardPath
+    key: str
+    id: int
+    extension: str
+    image: Span
+    json: Span
+    text: Span
 
 
 def write_shards(samples: Iterable[RawSample], folder: Path, samples_per_shard: int) -> list[Path]:
@@ -55,8 +113,7 @@ def write_shards(samples: Iterable[RawSample], folder: Path, samples_per_shard: 
 
 def _write_shard(samples: Iterable[RawSample], path: Path) -> None:
     seen: set[str] = set()
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with atomic_file(path) as partial:
         with open(partial, "wb") as file, TarWriter(file, mtime=0.0, encoder=False) as tar:
             for sample in samples:
                 base = sample.key.rpartition("/")[2]
@@ -69,9 +126,6 @@ def _write_shard(samples: Iterable[RawSample], path: Path) -> None:
                 tar.write({"__key__": sample.key, sample.extension: sample.image, "json": meta})
         # A rewrite within the clock's resolution would leave an index that looks fresh.
         path.with_suffix(".index.npz").unlink(missing_ok=True)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def expand_shards(
@@ -95,41 +149,38 @@ def _expand_part(part: str, key: str, storage: Storage) -> Sequence[Path | Remot
         raise UserError(f"{key}={part} is a command to run, which is refused: give the path of .tar files.")
     if "::" in part:
         raise UserError(f"{key}={part} is a chain of stores, which is refused: give the plain URL of .tar files.")
-    if is_remote(part):
-        return _expand_remote(part, key, storage)
-    part = os.path.expanduser(part.removeprefix("file://"))
-    names = [part] if os.path.exists(part) else _expand_braces(part, key)
-    shards: list[Path] = []
+    shards: list[Path | RemotePath] = []
     missing: list[str] = []
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            shards += path.glob("*.tar")
-        elif path.exists():
-            shards.append(path)
-        elif glob.has_magic(name):
-            shards += [Path(match) for match in glob.glob(name, recursive=True) if match.endswith(".tar")]
-        else:
-            missing.append(name)
+    if is_remote(part):
+        names = _expand_braces(part, key)
+        for url in names:
+            named = not any(mark in url for mark in "*[") and RemotePath(url).name.endswith(".tar")
+            shards += [RemotePath(url, storage)] if named else list_remote(url, storage)
+    else:
+        part = os.path.expanduser(part.removeprefix("file://"))
+        names = [part] if os.path.exists(part) else _expand_braces(part, key)
+        for name in names:
+            path = Path(name)
+            if path.is_dir():
+                shards += path.glob("*.tar")
+            elif path.exists():
+                shards.append(path)
+            elif glob.has_magic(name):
+                shards += [Path(match) for match in glob.glob(name, recursive=True) if match.endswith(".tar")]
+            else:
+                missing.append(name)
     if not shards:
-        raise UserError(f"{key}={part} matches no .tar file: check the path (from {Path.cwd()}) and the range.")
+        where = (
+            "check the URL, or name the shards by a range"
+            if is_remote(part)
+            else f"check the path (from {Path.cwd()}) and the range"
+        )
+        raise UserError(f"{key}={part} matches no .tar file: {where}.")
     if missing:
         raise UserError(
             f"{key}={part} names {len(names)} shards, of which {len(missing)} are missing, "
             f"the first one {missing[0]}: correct the range or fetch what is missing."
         )
-    return shards
-
-
-def _expand_remote(part: str, key: str, storage: Storage) -> list[RemotePath]:
-    shards: list[RemotePath] = []
-    for url in _expand_braces(part, key):
-        if not any(mark in url for mark in "*[") and RemotePath(url).name.endswith(".tar"):
-            shards.append(RemotePath(url, storage))
-        else:
-            shards += list_remote(url, storage)
-    if not shards:
-        raise UserError(f"{key}={part} matches no .tar file: check the URL, or name the shards by a range.")
     return shards
 
 
@@ -143,6 +194,178 @@ def _expand_braces(part: str, key: str) -> list[str]:
         raise UserError(f"{key}={part} has a brace without its partner: write {{00000..00099}}.tar.") from error
 
 
-def read_sample(index: SampleIndex, row: int) -> RawSample:
-    """Read one sample by its offsets. Raises OSError when the shard is gone or shorter than its index says."""
-    return read_place(index.place(row))
+@dataclass
+class TarEntry:
+    """Where one sample lies in its tar. ``extension`` is "" while no image was found."""
+
+    key: str
+    extension: str = ""
+    image: Span = field(default_factory=Span)
+    json: Span = field(default_factory=Span)
+    text: Span = field(default_factory=Span)
+
+
+@dataclass
+class Listing:
+    """What one tar holds.
+
+    ``entries`` are the samples with an image, in the order of the tar; ``without_image`` counts keys with only a JSON
+    or text, ``stray`` files that are no part of a sample (other kinds, paths that leave the folder, repeated names).
+    """
+
+    entries: list[TarEntry]
+    without_image: int
+    stray: int
+    truncated: bool
+
+
+def list_tar(file: BinaryIO, name: str, at_most: int | None = None) -> Listing:
+    """List the samples of a plain (uncompressed) tar, open as ``file``, without reading their contents.
+
+    A tar that is cut short is listed up to the cut, with ``truncated`` set. Raises UserError, which calls it ``name``,
+    when it is no plain tar. With ``at_most``, only so many samples from the start are listed.
+    """
+    found: dict[str, TarEntry] = {}
+    stray, last = 0, ""
+    truncated = False
+    try:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        if size < _BLOCK:
+            return Listing([], 0, 0, truncated=True)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            try:
+                for member in tar:
+                    # A negative size, which a header can claim, would lead back to where reading was.
+                    if member.size < 0 or member.offset_data + member.size > size:
+                        truncated = True
+                        break
+                    if member.isdir():
+                        continue
+                    if at_most is not None and len(found) > at_most:
+                        break
+                    key = _add(found, member)
+                    stray, last = stray + (not key), key or last
+            except tarfile.ReadError:
+                truncated = True
+            # tarfile ends quietly at a header that it cannot read; a whole tar ends in a block of zeros.
+            end = tar.offset
+        if at_most is not None and len(found) > at_most:
+            del found[last]  # The first that is over, of which only one member was seen.
+        elif not truncated:
+            file.seek(end)
+            truncated = file.read(_BLOCK) != bytes(_BLOCK)
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise UserError(
+            f"The shard {name} cannot be read as an uncompressed tar ({error}): unpack it if it is compressed, "
+            "or leave it out of data.shards."
+        ) from error
+    if truncated and last:  # The last sample may lack what came after the cut.
+        entry = found[last]
+        if not (entry.extension and (entry.json.size or entry.text.size)):
+            del found[last]
+    entries = [entry for entry in found.values() if entry.extension]
+    return Listing(entries, len(found) - len(entries), stray, truncated)
+
+
+def _add(found: dict[str, TarEntry], member: tarfile.TarInfo) -> str:
+    """Put a member into its sample; its key, or "" for a stray file."""
+    name = member.name.removeprefix("./")
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    extension = extension.lower()
+    wanted = stem and extension in (*IMAGE_EXTENSIONS, "json", "txt")
+    plain = member.isreg() and not member.issparse() and member.size < _MAX_MEMBER
+    if not wanted or not plain or name.startswith("/") or ".." in folder.split("/"):
+        return ""
+    key = folder + slash + stem
+    span = Span(member.offset_data, member.size)
+    entry = found.setdefault(key, TarEntry(key))
+    if extension == "json" and not entry.json.size:
+        entry.json = span
+    elif extension == "txt" and not entry.text.size:
+        entry.text = span
+    elif extension in IMAGE_EXTENSIONS and not entry.extension:
+        entry.image, entry.extension = span, extension
+    else:
+        return ""
+    return key
+
+
+def read_place(place: Place) -> RawSample:
+    """The sample that lies there; the captions in ``meta`` are cleaned, and those of a text file are of kind "short".
+
+    Raises OSError when the shard is gone or shorter than its index says.
+    """
+    shard = place.shard
+    if isinstance(shard, FolderPart):
+        path = shard.root / place.key
+        meta_bytes, text = read_beside(path, place.json.size > 0, place.text.size > 0)
+        image = path.read_bytes() if place.image.size else b""
+    elif not isinstance(shard, RemotePath):
+        image, meta_bytes, text = _read_spans(place, lambda offset, size: _files.read(str(shard), offset, size))
+    elif (copy := cached_copy(shard)) is None:
+        image, meta_bytes, text = _read_spans(place, lambda offset, size: read_range(shard, offset, size))
+    else:
+        with copy:  # Not kept open: what leaves the cache must free its room.
+            image, meta_bytes, text = _read_spans(place, lambda offset, size: os.pread(copy.fileno(), size, offset))
+    meta = parse_meta(meta_bytes) or {}
+    return RawSample(place.key, image, place.extension, {**meta, "captions": captions_of(meta, text)})
+
+
+def _read_spans(place: Place, read: Callable[[int, int], bytes]) -> tuple[bytes, bytes, bytes]:
+    """Image, JSON and text of a tar: one read where they lie side by side, as they do unless somebody sorted by kind."""
+    spans = (place.image, place.json, place.text)
+    present = [span for span in spans if span.size]
+    start = min((span.offset for span in present), default=0)
+    end = max((span.offset + span.size for span in present), default=0)
+    if end - start > sum(span.size for span in present) + _MOST_BETWEEN:
+        pieces = [read(span.offset, span.size) if span.size else b"" for span in spans]
+    else:
+        whole = memoryview(read(start, end - start))
+        pieces = [bytes(whole[span.offset - start :][: span.size]) if span.size else b"" for span in spans]
+    if any(len(piece) < span.size for piece, span in zip(pieces, spans, strict=True)):
+        raise OSError("the shard is shorter than when it was indexed")
+    return pieces[0], pieces[1], pieces[2]
+
+
+def read_beside(path: Path, json: bool, text: bool) -> tuple[bytes, bytes]:
+    """The JSON and the text beside a picture, those that are asked for. Raises OSError when one is not there."""
+    meta = path.with_name(f"{path.stem}.json").read_bytes() if json else b""
+    if not text:
+        return meta, b""
+    try:
+        return meta, path.with_name(f"{path.stem}.txt").read_bytes()
+    except FileNotFoundError:
+        return meta, path.with_name(f"{path.stem}.caption").read_bytes()  # The habit of kohya's scripts.
+
+
+class _OpenFiles:
+    """The local files read last stay open: on network disks opening one costs as much as reading a sample of it."""
+
+    def __init__(self) -> None:
+        self.files: OrderedDict[str, int] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """Raises OSError. A file that was replaced is opened anew, and one that is gone is missed at once."""
+        with self.lock:  # Also while reading, so that no other thread closes the file.
+            now = os.stat(path)
+            number = self.files.pop(path, None)
+            if number is not None and not os.path.samestat(os.fstat(number), now):
+                os.close(number)
+                number = None
+            if number is None:
+                number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.files[path] = number
+            while len(self.files) > _OPEN_FILES:
+                os.close(self.files.popitem(last=False)[1])
+            return os.pread(number, size, offset)
+
+    def after_fork(self) -> None:
+        """A lock that was held elsewhere at the fork would stay so; the files may be shared, since pread has no place."""
+        self.lock = threading.Lock()
+
+
+_files = _OpenFiles()
+os.register_at_fork(after_in_child=_files.after_fork)

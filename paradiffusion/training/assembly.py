@@ -11,8 +11,8 @@ from torch import Tensor
 from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, load_adapter, open_layout
 from paradiffusion.checkpoints.starting import fit
 from paradiffusion.config import TrainConfig
+from paradiffusion.data.index import read_sample
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import read_sample
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel, build_joint
 from paradiffusion.models.unet import downsampling, lora_names

@@ -24,7 +24,8 @@ from paradiffusion.data.cache import (
     is_whole,
     read_key,
 )
-from paradiffusion.data.shards import SampleIndex, ShardPath
+from paradiffusion.data.index import SampleIndex
+from paradiffusion.data.shards import ShardPath
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
 from paradiffusion.text.encoder import TextEncoder

@@ -38,9 +38,11 @@ from paradiffusion.data.cache import (
     writing,
 )
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, to_array
+from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.loader import scale_pixels
-from paradiffusion.data.shards import RemotePath, SampleIndex, Span, read_place
-from paradiffusion.data.sources import open_index
+from paradiffusion.data.plan import open_index
+from paradiffusion.data.remote import RemotePath
+from paradiffusion.data.shards import Span, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.sampling.run import Processes, Stopped, StopSignal, joined_processes, stop_on_signals

@@ -22,9 +22,9 @@ from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import StoredBatch, collate
 from paradiffusion.data.images import decode, to_array
+from paradiffusion.data.index import read_sample
 from paradiffusion.data.loader import Batch, slots_of
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import read_sample
 from paradiffusion.errors import UserError
 from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.loop import save, step_gradients, validate

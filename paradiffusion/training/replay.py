@@ -22,8 +22,7 @@ from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, find
 from paradiffusion.checkpoints.manifest import checkpoints_of, find_fault
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
-from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.sources import make_plan
+from paradiffusion.data.plan import BatchPlan, make_plan
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import JointModel

@@ -14,11 +14,10 @@ from torch import Tensor
 from paradiffusion.checkpoints.layouts import describe, is_unet_folder, open_layout
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import Cache
+from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.loader import Batch, Loader, LoaderSettings, make_loader, slots_of
-from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import SampleIndex
-from paradiffusion.data.sources import describe_plan, make_plan, open_index, open_shards
-from paradiffusion.data.streaming import NOT_RESUMABLE, open_stream
+from paradiffusion.data.plan import BatchPlan, describe_plan, make_plan, open_index, open_shards
+from paradiffusion.data.stream import NOT_RESUMABLE, open_stream
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import JointModel

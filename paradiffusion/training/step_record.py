@@ -22,11 +22,11 @@ from PIL import Image
 from paradiffusion.atomic import write_atomic
 from paradiffusion.data.captions import is_dropped
 from paradiffusion.data.images import decode, to_array
-from paradiffusion.data.loader import Batch
-from paradiffusion.data.pages import page, page_text, thumbnail_uri
+from paradiffusion.data.index import read_sample
+from paradiffusion.data.loader import Batch, join_pixels
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.reader import join_pixels
-from paradiffusion.data.shards import read_place, read_sample
+from paradiffusion.data.shards import read_place
+from paradiffusion.pages import page, page_text, thumbnail_uri
 from paradiffusion.sampling.gallery import save_png
 from paradiffusion.text.encoder import TextEncoder
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, to_array
-from paradiffusion.data.shards import SampleIndex, read_sample
+from paradiffusion.data.index import SampleIndex, read_sample
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel, LossBatch

@@ -33,7 +33,7 @@ from paradiffusion.curation.building.select import Selection, select
 from paradiffusion.curation.building.shard import ShardTask, make_shard
 from paradiffusion.curation.building.work import EndedFromOutside, ended_like_interrupted, progress, run_tasks
 from paradiffusion.curation.building.work import Report as Tell
-from paradiffusion.data.shard_index import TokenCounter
+from paradiffusion.data.index import TokenCounter
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 

@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image, features
 
 from paradiffusion.curation.building.places import Dropped
-from paradiffusion.data.colours import ColourProfile, has_alpha, profile_of
-from paradiffusion.data.images import FORMATS, BadImage, decode
+from paradiffusion.data.images import FORMATS, BadImage, ColourProfile, decode, has_alpha, profile_of
 
 # Beyond what shards may hold: read here, and encoded anew.
 READABLE: Final = (*FORMATS, "GIF", "BMP", "TIFF") + (("AVIF",) if features.check("avif") else ())

@@ -14,7 +14,8 @@ from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.building.chunk import Tally
 from paradiffusion.curation.building.options import BuildOptions
 from paradiffusion.curation.building.pictures import PROFILE_NOTES
-from paradiffusion.data.shards import expand_shards, load_index
+from paradiffusion.data.index import load_index
+from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from paradiffusion.curation.building.places import Dropped, FetchLimits, Place, Reader
 from paradiffusion.curation.building.select import Lines
 from paradiffusion.curation.building.work import Report
-from paradiffusion.data.shard_index import TokenCounter, index_shard
+from paradiffusion.data.index import TokenCounter, index_shard
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 

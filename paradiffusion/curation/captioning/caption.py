@@ -20,7 +20,8 @@ from paradiffusion.curation.captioning.journal import Entry, Journal, read_lines
 from paradiffusion.curation.captioning.options import CaptionOptions
 from paradiffusion.curation.captioning.prompts import Template, draw
 from paradiffusion.data.images import BadImage, decode
-from paradiffusion.data.shards import RawSample, SampleIndex, read_sample, write_shards
+from paradiffusion.data.index import SampleIndex, read_sample
+from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.judges.engine import Answer, Engine, Question, fit
 from paradiffusion.randomness import seed_from

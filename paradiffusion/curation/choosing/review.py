@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from paradiffusion.apps.local_server import MAX_BODY, NUMBER, LocalHandler, LocalServer, Query, Refused, listen, whole
 from paradiffusion.curation.choosing.candidates import Candidate, Candidates
 from paradiffusion.curation.choosing.decisions import DECISIONS, FIELDS, VERDICTS, DecisionLog
 from paradiffusion.curation.choosing.review_page import page
-from paradiffusion.data.local_server import MAX_BODY, NUMBER, LocalHandler, LocalServer, Query, Refused, listen, whole
 from paradiffusion.errors import UserError
 
 __all__ = ["MAX_BODY", "Review", "make_server", "open_review"]

@@ -31,7 +31,8 @@ from paradiffusion.curation.choosing.score_files import is_scored, scored_names,
 from paradiffusion.curation.choosing.shard_root import name_of, settle_settings
 from paradiffusion.curation.choosing.technical import measure
 from paradiffusion.data.images import BadImage, decode
-from paradiffusion.data.shards import RemotePath, SampleIndex, load_index, read_sample
+from paradiffusion.data.index import SampleIndex, load_index, read_sample
+from paradiffusion.data.remote import RemotePath
 from paradiffusion.errors import UserError
 from paradiffusion.judges.clip import Clip, Head, load_clip, load_head
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.data.shards import RemotePath
+from paradiffusion.data.remote import RemotePath
 from paradiffusion.errors import UserError
 
 SCORING: Final = "scoring.json"

@@ -7,9 +7,9 @@ import signal
 import threading
 from pathlib import Path
 
+from paradiffusion.apps.local_server import address_of
 from paradiffusion.curation.choosing.options import SelectOptions, names, numbers, parts
 from paradiffusion.curation.choosing.shard_root import move_root
-from paradiffusion.data.local_server import address_of
 from paradiffusion.errors import UserError
 
 

@@ -16,11 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from paradiffusion.curation.inspecting.histograms import Distribution, distribution
-from paradiffusion.data.places import read_place
-from paradiffusion.data.shard_index import TokenCounter
-from paradiffusion.data.shards import SampleIndex
-from paradiffusion.data.storage import RemotePath
-from paradiffusion.data.tars import Span
+from paradiffusion.data.index import SampleIndex, TokenCounter
+from paradiffusion.data.remote import RemotePath
+from paradiffusion.data.shards import Span, read_place
 
 CUTS = (77, 256, 512)  # where CLIP, the paper's stage 1 and its stages 2 and 3 end a text
 OPENING_WORDS: Final = 4  # our choice: two say little ("the image"), and six hardly repeat

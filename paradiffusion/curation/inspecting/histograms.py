@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paradiffusion.data.pages import page_text
+from paradiffusion.pages import page_text
 
 BINS, FEWEST = 24, 10
 

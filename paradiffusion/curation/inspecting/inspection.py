@@ -9,8 +9,9 @@ import numpy as np
 
 from paradiffusion.curation.inspecting.histograms import Distribution, distribution, usual_most
 from paradiffusion.data.images import assign_buckets
+from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shards import IMAGE_EXTENSIONS, SampleIndex
+from paradiffusion.data.shards import IMAGE_EXTENSIONS
 
 # Words, as the paper's table has them.
 BANDS = {"50-100": (50, 100), "100-150": (100, 150), "150-200": (150, 200), "over 200": (200, 1 << 16)}

@@ -9,8 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from paradiffusion.curation.inspecting.captions import read_texts
+from paradiffusion.data.index import TokenCounter
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shard_index import TokenCounter
 
 # Captions that are tokenised for it at most; where an epoch has more, batches all over it are taken.
 MOST_CAPTIONS = 8192

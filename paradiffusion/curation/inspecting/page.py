@@ -7,7 +7,7 @@ from paradiffusion.curation.inspecting.histograms import histogram_svg
 from paradiffusion.curation.inspecting.inspection import ASPECTS, BANDS
 from paradiffusion.curation.inspecting.page_parts import card, figure, plots, size, table
 from paradiffusion.curation.inspecting.report import Inspection
-from paradiffusion.data.pages import page, page_text
+from paradiffusion.pages import page, page_text
 
 STYLE = """
 body { max-width: 84rem; }

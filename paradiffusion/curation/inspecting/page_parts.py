@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from paradiffusion.curation.inspecting.report import ShownSample
-from paradiffusion.data.pages import page_text
+from paradiffusion.pages import page_text
 
 # Characters of a caption on the page: twice what 512 tokens hold. A caption may be a whole book.
 LONGEST_SHOWN: Final = 5000

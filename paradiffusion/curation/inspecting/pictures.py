@@ -10,7 +10,7 @@ from PIL import ImageStat
 from tqdm import tqdm
 
 from paradiffusion.data.images import MAX_PIXELS, decode
-from paradiffusion.data.shards import SampleIndex, read_sample
+from paradiffusion.data.index import SampleIndex, read_sample
 
 # Our choices, of 255: below such a mean hardly anything is seen; a mild gradient over a picture deviates by more.
 DARK, FLAT = 16.0, 6.0

@@ -31,10 +31,9 @@ from paradiffusion.curation.inspecting.padding import PaddingFigures, TextLimits
 from paradiffusion.curation.inspecting.pictures import check_pictures
 from paradiffusion.curation.inspecting.schedule import RunFigures, kind_weights, run_of
 from paradiffusion.data.images import assign_buckets, decode
-from paradiffusion.data.pages import thumbnail_uri
+from paradiffusion.data.index import SampleIndex, TokenCounter, read_sample
 from paradiffusion.data.plan import BatchPlan
-from paradiffusion.data.shard_index import TokenCounter
-from paradiffusion.data.shards import SampleIndex, read_sample
+from paradiffusion.pages import thumbnail_uri
 
 
 @dataclass(frozen=True)

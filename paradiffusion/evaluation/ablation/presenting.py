@@ -11,7 +11,6 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.data.pages import page
 from paradiffusion.evaluation.ablation.collecting import Column, Comparison, Row
 from paradiffusion.evaluation.ablation.running import Outcome
 from paradiffusion.evaluation.estimates import Estimate
@@ -25,6 +24,7 @@ from paradiffusion.evaluation.reporting.texts import (
     markdown,
     value_text,
 )
+from paradiffusion.pages import page
 
 FORMAT_VERSION: Final = 1
 _MOST_FIGURES: Final = 12

@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from paradiffusion.data.pages import page_text
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.reporting.texts import estimate_text, excerpt, html, plain
+from paradiffusion.pages import page_text
 
 # Stand-ins that the page's own colours replace, so that one figure serves light and dark: ink, lines, and the models'.
 INK: Final = "#0f0e01"

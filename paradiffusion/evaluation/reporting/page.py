@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from paradiffusion.data.pages import page
 from paradiffusion.evaluation.reporting import tables
 from paradiffusion.evaluation.reporting.cards import picture_cards
 from paradiffusion.evaluation.reporting.grids import grid_html
@@ -17,6 +16,7 @@ from paradiffusion.evaluation.reporting.plots import measure_figures, table_figu
 from paradiffusion.evaluation.reporting.style import SCRIPT, STYLE
 from paradiffusion.evaluation.reporting.texts import html
 from paradiffusion.evaluation.reporting.votes import vote_tables, vote_warnings
+from paradiffusion.pages import page
 
 PICTURE_BYTES: Final = 5_500_000  # of a page, so that it stays below 8 MB with 400 prompts and three models
 

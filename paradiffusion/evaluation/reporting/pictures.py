@@ -11,9 +11,9 @@ from urllib.parse import quote
 from PIL import Image
 
 from paradiffusion.data.images import BadImage, decode
-from paradiffusion.data.pages import thumbnail_uri
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.reporting.texts import excerpt, html
+from paradiffusion.pages import thumbnail_uri
 
 SIDE: Final = 320  # pixels
 TINY: Final = 128  # pixels of the longer side; smaller pictures are shown enlarged with hard edges

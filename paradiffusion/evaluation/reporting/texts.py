@@ -7,8 +7,8 @@ import re
 from html import escape
 from typing import Any, Final
 
-from paradiffusion.data.pages import page_text
 from paradiffusion.evaluation.estimates import Estimate
+from paradiffusion.pages import page_text
 
 MISSING: Final = "–"
 MINUS: Final = "−"

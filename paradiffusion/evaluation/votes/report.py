@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.data.pages import page, page_text
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.reporting.texts import plain
 from paradiffusion.evaluation.votes.results import Answers, Rates, Results
+from paradiffusion.pages import page, page_text
 
 FORMAT_VERSION: Final = 1
 STEM: Final = "results"

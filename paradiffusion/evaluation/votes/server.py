@@ -16,8 +16,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar, Final
 
+from paradiffusion.apps.local_server import LocalHandler, LocalServer, Pace, Query, Refused, listen, whole
 from paradiffusion.data.images import BadImage, decode
-from paradiffusion.data.local_server import LocalHandler, LocalServer, Pace, Query, Refused, listen, whole
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.votes.page import page
 from paradiffusion.evaluation.votes.sets import read_picture

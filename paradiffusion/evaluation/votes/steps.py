@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from urllib.parse import quote
 
-from paradiffusion.data.local_server import address_of
+from paradiffusion.apps.local_server import address_of
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.evaluation.votes.begin import open_study

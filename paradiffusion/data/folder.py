@@ -7,29 +7,32 @@ import json
 import os
 import re
 import shlex
+import stat
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import numpy as np
+from tqdm import tqdm
 
-from paradiffusion.data.folder_files import FoundPicture, LookedAt, look_at, walk_pictures
-from paradiffusion.data.places import FolderPart
-from paradiffusion.data.sample_index import SampleIndex
-from paradiffusion.data.shard_index import (
+from paradiffusion.data.captions import captions_of, parse_meta
+from paradiffusion.data.images import probe_size
+from paradiffusion.data.index import (
     DAMAGED,
     ROW,
+    SampleIndex,
     TokenCounter,
-    cache_folder,
+    cached_index,
     count_captions,
-    hidden_name,
     save_arrays,
+    spread_kinds,
 )
-from paradiffusion.data.tars import IMAGE_EXTENSIONS
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, read_beside
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 
@@ -38,6 +41,15 @@ _VERSION: Final = 1
 _PER_PART: Final = 1000
 _REPEATS: Final = re.compile(r"([1-9]\d{0,5})_.")
 _TOLD_FOLDERS: Final = 8
+_HEAD_BYTES: Final = 1 << 16
+_BUILD, _CONVERT = "scripts/build_shards.py reads them", "convert them first"
+_OTHER_PICTURES: Final = {
+    "avif": _BUILD, "bmp": _BUILD, "gif": _BUILD, "tif": _BUILD, "tiff": _BUILD, "heic": _CONVERT, "heif": _CONVERT,
+    "jxl": _CONVERT,
+}  # fmt: skip
+_LARGEST: Final = 1 << 30  # As of a member of a shard.
+_SHOWN_FROM: Final = 500
+_READERS: Final = 16
 
 
 def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: str = "data.folder") -> SampleIndex:
@@ -60,16 +72,33 @@ def _load(root: Path, counter: TokenCounter | None, name: str) -> SampleIndex:
     passed_over: Counter[str] = Counter()
     found = sorted(walk_pictures(root, passed_over), key=lambda one: one.key)
     stored = _read_stored(root, counter)
-    known = stored.rows if stored else {}
+    states = zip(stored.keys, map(tuple, stored.stamps.tolist()), strict=True) if stored else ()
+    known = {state: row for row, state in enumerate(states)}
     rows = [known.get((one.key, one.stamps), -1) for one in found]
     fresh = [one for one, row in zip(found, rows, strict=True) if row < 0]
-    looked = look_at(root, fresh)
-    kinds, words, tokens = count_captions([one.captions for one in looked], counter, root)
-    made = _Stored.of(fresh, looked, kinds, words, tokens, counter)
+    made = _look_at(root, fresh, counter)
     whole = made if stored is None else _merge(stored, made, found, rows)
     if fresh or stored is None or len(stored.table) != len(found):
         _write_stored(root, whole)
     return _to_index(root, whole, passed_over, name)
+
+
+@dataclass
+class FoundPicture:
+    """A picture's files as the folder lists them: (size in bytes, time in ns) of image, JSON and text; -1: none."""
+
+    key: str
+    stamps: tuple[int, int, int, int, int, int]
+
+
+@dataclass
+class LookedAt:
+    """What the files of a picture hold; ``width`` 0 where it is no picture."""
+
+    width: int = 0
+    height: int = 0
+    captions: dict[str, str] = field(default_factory=dict)
+    bad_json: bool = False
 
 
 @dataclass(eq=False)
@@ -85,35 +114,109 @@ class _Stored:
     tokens: np.ndarray | None
     tokenizer: str | None
 
-    @classmethod
-    def of(
-        cls, found: list[FoundPicture], looked: list[LookedAt], kinds: list[str], words: np.ndarray,
-        tokens: np.ndarray | None, counter: TokenCounter | None,
-    ) -> _Stored:  # fmt: skip
-        """What was just looked at."""
-        table = np.zeros(len(found), ROW)
-        for row, one, saw in zip(table, found, looked, strict=True):
-            for name, size in zip(("image", "json", "text"), one.stamps[::2], strict=True):
-                row[f"{name}_size"] = max(size, 0)
-            row["width"], row["height"] = saw.width, saw.height
-            row["extension"] = IMAGE_EXTENSIONS.index(one.key.rpartition(".")[2].lower())
-            row["key_hash"] = seed_from("folder", one.key)
-        return cls(
-            keys=[one.key for one in found],
-            stamps=np.array([one.stamps for one in found], np.int64).reshape(len(found), 6),
-            table=table,
-            words=words,
-            kinds=kinds,
-            bad_json=np.array([saw.bad_json for saw in looked], bool),
-            tokens=tokens,
-            tokenizer=counter.name if counter else None,
-        )
 
-    @property
-    def rows(self) -> dict[tuple[str, tuple[int, ...]], int]:
-        """Where a picture in this state stands."""
-        states = map(tuple, self.stamps.tolist())
-        return {state: row for row, state in enumerate(zip(self.keys, states, strict=True))}
+def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPicture]:
+    """Every picture below ``root``, links followed; a folder that was seen before is not walked again."""
+
+    def complain(error: OSError) -> None:
+        passed_over["folders that cannot be opened"] += 1
+
+    seen = {_identity(root)}
+    for folder, below, files in os.walk(root, onerror=complain, followlinks=True):
+        kept = []
+        for name in sorted(below):
+            if name.startswith("."):
+                continue
+            try:
+                identity = _identity(Path(folder, name))
+            except OSError as error:
+                complain(error)
+                continue
+            if identity in seen:
+                passed_over["links to a folder seen already"] += 1
+                continue
+            seen.add(identity)
+            kept.append(name)
+        below[:] = kept
+        present = set(files)
+        for name in files:
+            stem, _, extension = name.rpartition(".")
+            extension = extension.lower()
+            if not stem or name.startswith("."):
+                continue
+            if extension not in IMAGE_EXTENSIONS:
+                if advice := _OTHER_PICTURES.get(extension):
+                    passed_over[f"{extension} pictures ({advice})"] += 1
+                continue
+            key = PurePosixPath(Path(folder, name).relative_to(root)).as_posix()
+            text = "txt" if f"{stem}.txt" in present else "caption"  # In the order in which they are read.
+            try:
+                key.encode("utf-8")
+                image = _stamp(Path(folder, name))
+                beside = [f"{stem}.json", f"{stem}.{text}"]
+                stamps = [_stamp(Path(folder, side)) if side in present else (-1, -1) for side in beside]
+            except UnicodeEncodeError:
+                passed_over["names that are not UTF-8"] += 1
+            except OSError:
+                passed_over["files that cannot be opened"] += 1
+            else:
+                if image[0] < _LARGEST:
+                    yield FoundPicture(key, (*image, *stamps[0], *stamps[1]))
+                else:
+                    passed_over["files over 1 GiB"] += 1
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # A pipe of that name would be waited for, and never end.
+        raise OSError("no regular file")
+    return found.st_size, found.st_mtime_ns
+
+
+def _look_at(root: Path, found: list[FoundPicture], counter: TokenCounter | None) -> _Stored:
+    """Read the head of each picture, and its captions. Threads, since most of it is waiting for the disk."""
+    shown = None if len(found) > _SHOWN_FROM else True
+    with ThreadPoolExecutor(_READERS) as pool:
+        looking = pool.map(lambda one: look(root, one), found)
+        looked = list(tqdm(looking, "indexing pictures", len(found), unit="file", disable=shown))
+    kinds, words, tokens = count_captions([one.captions for one in looked], counter, root)
+    table = np.zeros(len(found), ROW)
+    for row, one, saw in zip(table, found, looked, strict=True):
+        for name, size in zip(("image", "json", "text"), one.stamps[::2], strict=True):
+            row[f"{name}_size"] = max(size, 0)
+        row["width"], row["height"] = saw.width, saw.height
+        row["extension"] = IMAGE_EXTENSIONS.index(one.key.rpartition(".")[2].lower())
+        row["key_hash"] = seed_from("folder", one.key)
+    return _Stored(
+        keys=[one.key for one in found],
+        stamps=np.array([one.stamps for one in found], np.int64).reshape(len(found), 6),
+        table=table,
+        words=words,
+        kinds=kinds,
+        bad_json=np.array([saw.bad_json for saw in looked], bool),
+        tokens=tokens,
+        tokenizer=counter.name if counter else None,
+    )
+
+
+def look(root: Path, found: FoundPicture) -> LookedAt:
+    path = root / found.key
+    try:
+        with open(path, "rb") as file:
+            width, height = probe_size(file.read(_HEAD_BYTES))
+            if not width and found.stamps[0] > _HEAD_BYTES:
+                file.seek(0)
+                width, height = probe_size(file.read())
+        meta_bytes, text = read_beside(path, found.stamps[2] >= 0, found.stamps[4] >= 0)
+    except OSError:
+        return LookedAt()
+    meta = parse_meta(meta_bytes) if meta_bytes else {}
+    return LookedAt(width, height, captions_of(meta or {}, text), meta is None)
 
 
 def _merge(old: _Stored, new: _Stored, found: list[FoundPicture], rows: list[int]) -> _Stored:
@@ -124,24 +227,17 @@ def _merge(old: _Stored, new: _Stored, found: list[FoundPicture], rows: list[int
     tokens = None
     new_tokens = new.words if not len(new.table) else new.tokens
     if old.tokens is not None and new_tokens is not None:
-        tokens = _join(old.kinds, old.tokens, new.kinds, new_tokens, kinds)[order]
+        tokens = spread_kinds([(old.kinds, old.tokens), (new.kinds, new_tokens)], kinds)[order]
     return _Stored(
         keys=[one.key for one in found],
         stamps=np.concatenate([old.stamps, new.stamps])[order],
         table=np.concatenate([old.table, new.table])[order],
-        words=_join(old.kinds, old.words, new.kinds, new.words, kinds)[order],
+        words=spread_kinds([(old.kinds, old.words), (new.kinds, new.words)], kinds)[order],
         kinds=kinds,
         bad_json=np.concatenate([old.bad_json, new.bad_json])[order],
         tokens=tokens,
         tokenizer=old.tokenizer if tokens is not None else None,
     )
-
-
-def _join(old_kinds: list[str], old: np.ndarray, new_kinds: list[str], new: np.ndarray, kinds: list[str]) -> np.ndarray:
-    joined = np.zeros((len(old) + len(new), len(kinds)), np.uint16)
-    joined[: len(old), [kinds.index(kind) for kind in old_kinds]] = old
-    joined[len(old) :, [kinds.index(kind) for kind in new_kinds]] = new
-    return joined
 
 
 def _to_index(root: Path, stored: _Stored, passed_over: Counter[str], name: str) -> SampleIndex:
@@ -202,7 +298,7 @@ def _tell_repeats(root: Path, keys: list[str], name: str) -> None:
 
 
 def _places(root: Path) -> list[Path]:
-    return [root / INDEX_NAME, cache_folder() / "index" / f"{hidden_name(root.resolve())}.folder.npz"]
+    return [root / INDEX_NAME, cached_index(root.resolve(), ".folder.npz")]
 
 
 def _write_stored(root: Path, stored: _Stored) -> None:
@@ -240,7 +336,7 @@ def _read_stored(root: Path, counter: TokenCounter | None) -> _Stored | None:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    path = cache_folder() / "index" / f"{hidden_name(root.resolve())}.lock"
+    path = cached_index(root.resolve(), ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path, "a")  # noqa: SIM115, closed below

@@ -10,12 +10,11 @@ from __future__ import annotations
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
@@ -23,14 +22,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from paradiffusion.config import DataConfig
 from paradiffusion.data.captions import captions_of, choose_kinds, is_dropped, parse_meta
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, probe_size, to_array
-from paradiffusion.data.loader import Loader, LoaderSettings, slots_of
-from paradiffusion.data.reader import Delivery, Failure, Order, join_pixels
-from paradiffusion.data.sample_index import SampleIndex, assemble
-from paradiffusion.data.shard_index import index_shard_head
-from paradiffusion.data.shards import expand_shards
-from paradiffusion.data.storage import RemotePath, open_shard, storage_of
-from paradiffusion.data.store_errors import RemoteError, explain
-from paradiffusion.data.tars import IMAGE_EXTENSIONS
+from paradiffusion.data.loader import Delivery, Failure, Loader, LoaderSettings, Order, Sample, deliver, slots_of
+from paradiffusion.data.remote import RemoteError, RemotePath, explain, open_shard, storage_of
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, expand_shards
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 
@@ -44,17 +38,6 @@ _PIECE: Final = 1 << 23
 _TOLD_AFTER, _IN_VAIN = 64, 8
 
 
-@dataclass(frozen=True)
-class StreamSettings:
-    """What is streamed, and what batches are made of it; as of ``BatchPlan`` and ``DataConfig``."""
-
-    shards: Sequence[Path | RemotePath]
-    batch_size: int
-    buckets: list[Bucket]
-    caption_weights: dict[str, float]
-    loader: LoaderSettings = field(default_factory=LoaderSettings)
-
-
 class StreamLoader(Loader):
     """Batches of a stream, for as many steps as ``LoaderSettings`` say, so that all processes take the same number.
 
@@ -62,17 +45,24 @@ class StreamLoader(Loader):
     and counted in ``report``; iterating raises UserError beyond ``max_bad_fraction``, and when nothing good comes at all.
     """
 
-    def __init__(self, settings: StreamSettings) -> None:
-        if settings.loader.cache is not None:
+    def __init__(
+        self,
+        shards: Sequence[Path | RemotePath],
+        batch_size: int,
+        buckets: list[Bucket],
+        caption_weights: dict[str, float],
+        settings: LoaderSettings,
+    ) -> None:
+        if settings.cache is not None:
             raise UserError(
                 "data.streaming=true cannot use a cache, since which sample comes is not known: index the shards with "
                 "scripts/index_shards.py, or leave the cache out."
             )
-        self._prepare(settings.loader, settings.batch_size)
-        self.stream = settings
+        self._prepare(settings, batch_size)
+        self._batches = _Batches(shards, buckets, caption_weights, settings, self._size)
 
     def _start(self) -> Iterator[tuple[Order, Delivery]]:
-        return _in_steps(self._serve(_Batches(self.stream, self._size), None), self.settings, self._size)
+        return _in_steps(self._serve(self._batches, None), self.settings, self._size)
 
     def _judge(self, delivery: Delivery) -> None:
         self.report.read += len(delivery.failures)  # Beside the batch, not in its slots.
@@ -80,16 +70,16 @@ class StreamLoader(Loader):
 
 
 def _in_steps(
-    deliveries: Iterator[tuple[Order, Delivery]], settings: LoaderSettings, size: int
+    deliveries: Iterator[tuple[Bucket, Delivery]], settings: LoaderSettings, size: int
 ) -> Iterator[tuple[Order, Delivery]]:
     """Give what comes a step and slots. Knows no loader: the thread that draws on this would keep it alive for ever."""
     step = settings.first_step
     while settings.last_step is None or step < settings.last_step:
         for micro in range(settings.accumulation):
-            order, delivery = next(deliveries)
+            bucket, delivery = next(deliveries)
             slots = slots_of(settings.rank, settings.world_size, size, micro)
             dropped = [is_dropped(settings.seed, step, slot, settings.caption_dropout) for slot in slots]
-            yield Order(step, micro, order.bucket, [], delivery.kinds, slots, dropped, []), delivery
+            yield Order(step, micro, bucket, [], delivery.kinds, slots, dropped, []), delivery
         step += 1
 
 
@@ -97,30 +87,25 @@ class _NothingGood(Exception):
     """Shard after shard cannot be opened."""
 
 
-@dataclass
-class _Sample:
-    pixels: np.ndarray  # uint8 [H, W, 3]
-    caption: str
-    kind: str
-    key: str
-
-
-class _Batches(IterableDataset[tuple[Order, Delivery]]):
+@dataclass(eq=False)
+class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
     """What one worker makes of its own stream."""
 
-    def __init__(self, settings: StreamSettings, size: int) -> None:
-        self.settings, self.size = settings, size
+    shards: Sequence[Path | RemotePath]
+    buckets: list[Bucket]
+    caption_weights: dict[str, float]
+    settings: LoaderSettings
+    size: int
 
-    def __iter__(self) -> Iterator[tuple[Order, Delivery]]:
+    def __iter__(self) -> Iterator[tuple[Bucket, Delivery]]:
         failures: list[Failure] = []
         try:
             yield from self._batches(failures)
         except _NothingGood:
-            yield self._deliver(self.settings.buckets[0], [], failures)
+            yield self.buckets[0], deliver([], [], failures)
 
-    def _batches(self, failures: list[Failure]) -> Iterator[tuple[Order, Delivery]]:
-        buckets = self.settings.buckets
-        waiting: list[list[_Sample]] = [[] for _ in buckets]
+    def _batches(self, failures: list[Failure]) -> Iterator[tuple[Bucket, Delivery]]:
+        waiting: list[list[Sample]] = [[] for _ in self.buckets]
         good = 0
         for number, sample in self._samples(failures):
             if sample is not None:
@@ -128,20 +113,20 @@ class _Batches(IterableDataset[tuple[Order, Delivery]]):
                 good += 1
             if len(waiting[number]) == self.size or (not good and len(failures) >= _TOLD_AFTER):
                 full = waiting[number] if len(waiting[number]) == self.size else []
-                yield self._deliver(buckets[number], full, failures)
+                yield self.buckets[number], deliver(full, [1.0] * len(full), list(failures))
                 waiting[number], failures[:], good = [], [], 0
 
-    def _samples(self, failures: list[Failure]) -> Iterator[tuple[int, _Sample | None]]:
+    def _samples(self, failures: list[Failure]) -> Iterator[tuple[int, Sample | None]]:
         """Samples without end, each with its bucket's number; None where there is only a failure to tell."""
-        loader, info = self.settings.loader, get_worker_info()
+        settings, info = self.settings, get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        number, readers = loader.rank * workers + worker, loader.world_size * workers
-        shards = {str(shard): shard for shard in self.settings.shards}
+        number, readers = settings.rank * workers + worker, settings.world_size * workers
+        shards = {str(shard): shard for shard in self.shards}
         visits: Counter[str] = Counter()
 
         def opened() -> Iterator[dict[str, Any]]:
             in_vain = 0
-            seed = seed_from("stream", loader.seed, loader.first_step)
+            seed = seed_from("stream", settings.seed, settings.first_step)
             for source in wds.ResampledShards(list(shards), seed=seed, worker_seed=lambda: number, deterministic=True):
                 url = source["url"]
                 visits[url] += 1
@@ -161,7 +146,7 @@ class _Batches(IterableDataset[tuple[Order, Delivery]]):
             return True
 
         grouped = group_by_keys(tar_file_expander(opened(), handler=note, select_files=_is_wanted), handler=note)
-        for sample in wds.shuffle(_BUFFER, initial=_BUFFER // 10, seed=loader.seed)(iter(grouped)):
+        for sample in wds.shuffle(_BUFFER, initial=_BUFFER // 10, seed=settings.seed)(iter(grouped)):
             url = sample["__url__"]
             # Shards come again and again: the number of times stands for the epoch.
             epoch = visits[url] * readers + number
@@ -169,38 +154,26 @@ class _Batches(IterableDataset[tuple[Order, Delivery]]):
 
     def _make(
         self, sample: dict[str, Any], shard: str, epoch: int, failures: list[Failure]
-    ) -> tuple[int, _Sample | None]:
-        settings, key = self.settings, str(sample["__key__"])
+    ) -> tuple[int, Sample | None]:
+        key = str(sample["__key__"])
         extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
         meta = parse_meta(sample["json"]) if "json" in sample else {}
         captions = captions_of(meta or {}, sample.get("txt", b""))
         if extension is None or not captions:
             return 0, None
-        kinds = list(dict.fromkeys([*captions, *settings.caption_weights]))
+        kinds = list(dict.fromkeys([*captions, *self.caption_weights]))
         words = np.array([[len(captions.get(kind, "").split()) for kind in kinds]])
         ids = np.array([seed_from(key) ^ seed_from("shard", shard)], np.uint64)
-        seed = settings.loader.seed
-        kind = kinds[int(choose_kinds(words, kinds, settings.caption_weights, seed, epoch, ids)[0])]
+        kind = kinds[int(choose_kinds(words, kinds, self.caption_weights, self.settings.seed, epoch, ids)[0])]
         try:
             width, height = probe_size(sample[extension])
-            number = int(assign_buckets(np.array([width]), np.array([height]), settings.buckets)[0])
-            bucket = settings.buckets[number]
-            pixels = to_array(decode(sample[extension], settings.loader.max_pixels, cover=bucket), bucket, int(ids[0]))
+            number = int(assign_buckets(np.array([width]), np.array([height]), self.buckets)[0])
+            bucket = self.buckets[number]
+            pixels = to_array(decode(sample[extension], cover=bucket), bucket, int(ids[0]))
         except ValueError as error:
             failures.append(Failure(shard, key, str(error)))
             return 0, None
-        return number, _Sample(pixels, captions[kind], kind, f"{shard}/{key}")
-
-    def _deliver(self, bucket: Bucket, samples: list[_Sample], failures: list[Failure]) -> tuple[Order, Delivery]:
-        delivery = Delivery(
-            pixels=join_pixels([sample.pixels for sample in samples]) if samples else torch.empty(0),
-            captions=[sample.caption for sample in samples],
-            kinds=[sample.kind for sample in samples],
-            keys=[sample.key for sample in samples],
-            weights=[1.0] * len(samples),
-            failures=list(failures),
-        )
-        return Order(0, 0, bucket, [], [], range(0), [], []), delivery
+        return number, Sample(pixels, captions[kind], kind, f"{shard}/{key}")
 
 
 def _failure(shard: str, error: BaseException) -> Failure:
@@ -220,12 +193,5 @@ def _is_wanted(name: str) -> bool:
 
 def open_stream(data: DataConfig, batch_size: int, settings: LoaderSettings) -> StreamLoader:
     """The stream of ``data.shards``, in batches as configured. Raises UserError for shards that make no sense."""
-    buckets = buckets_of(data)
     shards = expand_shards(data.shards, "data.shards", storage_of(data))
-    return StreamLoader(StreamSettings(shards, batch_size, buckets, dict(data.captions), settings))
-
-
-def index_head(shards: Sequence[Path | RemotePath], samples: int = 256) -> SampleIndex:
-    """An index of the first samples of the first shard: what a run asks its plan for at the start (kinds, sizes and some
-    captions) where the whole of the data is streamed. Raises UserError when the shard cannot be read or holds none."""
-    return assemble([index_shard_head(shards[0], samples)], "data.shards")
+    return StreamLoader(shards, batch_size, buckets_of(data), dict(data.captions), settings)

@@ -1,0 +1,609 @@
+"""Index of a data set: one table of all its samples, put together of the small files that are kept beside its shards."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import io
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+from tqdm import tqdm
+
+from paradiffusion.atomic import atomic_file
+from paradiffusion.data.captions import captions_of, parse_meta
+from paradiffusion.data.images import probe_size
+from paradiffusion.data.remote import RemoteError, RemotePath, open_shard, read_whole, with_state
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, Place, RawSample, ShardPath, Span, list_tar, read_place
+from paradiffusion.errors import UserError
+from paradiffusion.machine import cores
+from paradiffusion.randomness import seed_from
+
+PATIENCE_SECONDS = 120.0
+_VERSION: Final = 2
+_MAX_KINDS: Final = 16
+# So few new indexes are made faster here than a pool starts; above it, one process of each machine makes them.
+_FEW: Final = 8
+_CONNECTIONS: Final = 32
+_HEAD_BYTES: Final = 1 << 16
+# What np.load raises for files that are no .npz, or one with a flipped bit (zipfile then finds it encrypted, say).
+DAMAGED: Final = (ValueError, KeyError, EOFError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile)
+_PARSING: Final = threading.Lock()
+ROW: Final = np.dtype(
+    [
+        ("image_offset", "<i8"), ("image_size", "<u4"), ("json_offset", "<i8"), ("json_size", "<u4"), ("text_offset", "<i8"),
+        ("text_size", "<u4"), ("width", "<i4"), ("height", "<i4"), ("extension", "u1"), ("key_hash", "<u8"),
+    ]
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenCounter:
+    """``count`` gives the number of tokens of each text, without padding; ``name`` tells tokenizers apart."""
+
+    name: str
+    count: Callable[[list[str]], list[int]]
+
+
+@dataclass(eq=False)
+class SampleIndex:
+    """All samples of a list of shards, as arrays: about 75 bytes and the key per sample, so 85 MB per million.
+
+    ``shard`` is int32 [N], the number in ``shards``, ascending; ``words`` uint16 [N, K], the words of the caption of
+    each of the ``kinds`` (0: none); ``ids`` uint64 [N], stable names for randomness: functions of key and shard name.
+    ``without_image``, ``stray`` and ``bad_json`` count what was passed over, ``truncated`` lists the shards cut short.
+    ``tokens`` is uint16 [N, K], the tokens of each caption for the tokenizer called ``tokenizer``; None unless every
+    shard has them for one tokenizer. ``shard_source`` is int16 [shards], each shard's number in ``sources``.
+    """
+
+    shards: list[ShardPath]
+    shard: np.ndarray
+    table: np.ndarray  # ROW [N]
+    words: np.ndarray
+    kinds: list[str]
+    ids: np.ndarray
+    key_bytes: np.ndarray  # uint8, all keys joined
+    key_starts: np.ndarray  # int64 [N + 1]
+    without_image: int = 0
+    stray: int = 0
+    bad_json: int = 0
+    truncated: tuple[ShardPath, ...] = ()
+    tokens: np.ndarray | None = None
+    tokenizer: str | None = None
+    shard_source: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int16))
+    sources: list[str] = field(default_factory=lambda: ["data"])
+
+    def __post_init__(self) -> None:
+        if not len(self.shard_source):
+            self.shard_source = np.zeros(len(self.shards), np.int16)
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    @property
+    def width(self) -> np.ndarray:
+        """int32 [N], pixels, upright; 0 where the image's header could not be read."""
+        return self.table["width"]
+
+    @property
+    def height(self) -> np.ndarray:
+        """int32 [N], as ``width``."""
+        return self.table["height"]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """uint16 [N, K]: tokens where they are known, else words. 0 where there is no caption."""
+        return self.words if self.tokens is None else self.tokens
+
+    def key(self, row: int) -> str:
+        """The sample's key within its shard."""
+        return self.key_bytes[self.key_starts[row] : self.key_starts[row + 1]].tobytes().decode("utf-8", "replace")
+
+    def place(self, row: int) -> Place:
+        """Where the sample of ``row`` lies."""
+        at = dict(zip(self.table.dtype.names or (), self.table[row].item(), strict=True))  # Faster than field by field.
+        spans = [Span(at[f"{part}_offset"], at[f"{part}_size"]) for part in ("image", "json", "text")]
+        extension = IMAGE_EXTENSIONS[at["extension"]]
+        return Place(self.shards[self.shard[row]], self.key(row), int(self.ids[row]), extension, *spans)
+
+    def fingerprint(self) -> str:
+        """A short name of exactly these samples with these captions' lengths, to notice that data has changed.
+
+        Tokens and sources take part where there are any, since the plan follows them too.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for array in (self.ids, self.words, self.width, self.height):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        if self.tokens is not None:
+            digest.update(f"tokens {self.tokenizer}\n".encode())
+            digest.update(np.ascontiguousarray(self.tokens).tobytes())
+        if len(self.sources) > 1:
+            digest.update("\n".join(["sources", *self.sources]).encode("utf-8", "surrogateescape"))
+            digest.update(np.ascontiguousarray(self.shard_source[self.shard]).tobytes())
+        return digest.hexdigest()
+
+
+def read_sample(index: SampleIndex, row: int) -> RawSample:
+    """Read one sample by its offsets. Raises OSError when the shard is gone or shorter than its index says."""
+    return read_place(index.place(row))
+
+
+def load_index(
+    shards: Sequence[Path | RemotePath],
+    allow_truncated: bool = False,
+    counter: TokenCounter | None = None,
+    key: str = "data.shards",
+    index_dir: str | None = None,
+) -> SampleIndex:
+    """Index all ``shards`` (as ``expand_shards`` lists them); builds and stores what is not there yet.
+
+    Many new indexes are made by several processes; of the processes of one machine, the first makes them and the others
+    wait. A remote shard must have its index already. Raises UserError as ``index_shard`` does, when a remote shard has
+    no index, and when the shards hold no sample at all; it names ``key``. ``index_dir`` is where indexes may lie that are
+    not beside their shards; for remote ones their ``storage`` says it too.
+    """
+
+    def load(shard: Path | RemotePath) -> SampleIndex | None:
+        folder = (shard.storage.index_dir if isinstance(shard, RemotePath) else None) or index_dir
+        return _load_stored(shard, Path(folder).expanduser() if folder else None, counter)
+
+    if any(isinstance(shard, RemotePath) for shard in shards):
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:  # Each waits for its store, far longer than it works.
+            parts = list(pool.map(load, shards))
+    else:
+        parts = [load(shard) for shard in shards]
+    todo = [number for number, part in enumerate(parts) if part is None]
+    if lacking := [shards[number] for number in todo if isinstance(shards[number], RemotePath)]:
+        raise UserError(
+            f"{len(lacking)} of the {len(shards)} remote shards have no index, or one of an earlier state, the first one {lacking[0]}: run "
+            "`python scripts/index_shards.py shards=... output=DIR` and set data.index_dir=DIR, or set "
+            "data.streaming=true, which cannot resume exactly."
+        )
+    if len(todo) > _FEW and os.environ.get("LOCAL_RANK", "0") != "0":
+        last = time.monotonic()  # Another process makes them: wait for as long as more come.
+        while todo and time.monotonic() - last < PATIENCE_SECONDS:
+            for number in todo:
+                parts[number] = load(shards[number])
+            left = [number for number in todo if parts[number] is None]
+            last = time.monotonic() if len(left) < len(todo) else last
+            todo = left
+            time.sleep(0.5 if todo else 0)
+    for number, part in zip(todo, build_indexes([shards[number] for number in todo], counter), strict=True):
+        if isinstance(part, UserError):
+            raise part
+        parts[number] = part
+    whole = _concatenate([_refuse_truncated(part, allow_truncated) for part in parts if part is not None], key)
+    if not len(whole):
+        raise UserError(
+            f"The {len(parts)} shards from {shards[0]} on hold no sample, but {whole.stray} other files: expected "
+            f"key.json or key.txt beside an image key.{', key.'.join(IMAGE_EXTENSIONS)}."
+        )
+    # The freed indexes of many shards would stay with this process, twice what their table takes, and with its workers.
+    parts.clear()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it.
+        trim(0)
+    return whole
+
+
+def join_indexes(indexes: Sequence[SampleIndex], names: Sequence[str]) -> SampleIndex:
+    """One index of several sources, called ``names``: their shards one after the other, ``sources`` and ``shard_source``
+    saying whose they are. Ids stay as they are, so that a sample is cropped alike on its own and among others."""
+    joined = indexes[0] if len(indexes) == 1 else _concatenate(indexes, "data.sources")
+    source = np.repeat(np.arange(len(indexes), dtype=np.int16), [len(index.shards) for index in indexes])
+    return replace(joined, sources=list(names), shard_source=source)
+
+
+def _concatenate(parts: Sequence[SampleIndex], where: object) -> SampleIndex:
+    kinds = list(dict.fromkeys(kind for part in parts for kind in part.kinds))
+    _check_kinds(kinds, where)
+    tokenizers = {part.tokenizer for part in parts}
+    tokenizer = tokenizers.pop() if len(tokenizers) == 1 else None
+    first_shard = np.cumsum([0, *(len(part.shards) for part in parts)])
+    first_byte = np.cumsum([0, *(len(part.key_bytes) for part in parts)])
+    starts = [part.key_starts[:-1] + first for part, first in zip(parts, first_byte, strict=False)]
+    tokens = [(part.kinds, part.tokens) for part in parts if part.tokens is not None]
+    return SampleIndex(
+        shards=[shard for part in parts for shard in part.shards],
+        shard=np.concatenate([part.shard + np.int32(first) for part, first in zip(parts, first_shard, strict=False)]),
+        table=np.concatenate([part.table for part in parts]),
+        words=spread_kinds([(part.kinds, part.words) for part in parts], kinds),
+        kinds=kinds,
+        ids=np.concatenate([part.ids for part in parts]),
+        key_bytes=np.concatenate([part.key_bytes for part in parts]),
+        key_starts=np.concatenate([*starts, first_byte[-1:]]).astype(np.int64),
+        without_image=sum(part.without_image for part in parts),
+        stray=sum(part.stray for part in parts),
+        bad_json=sum(part.bad_json for part in parts),
+        truncated=tuple(shard for part in parts for shard in part.truncated),
+        tokens=spread_kinds(tokens, kinds) if tokenizer else None,
+        tokenizer=tokenizer,
+    )
+
+
+def spread_kinds(columns: list[tuple[list[str], np.ndarray]], kinds: list[str]) -> np.ndarray:
+    """Counts by kind of several parts, uint16 [N, K], each part's columns where ``kinds`` has them."""
+    spread = np.zeros((sum(len(counts) for _, counts in columns), len(kinds)), np.uint16)
+    start = 0
+    for names, counts in columns:
+        spread[start : start + len(counts), [kinds.index(name) for name in names]] = counts
+        start += len(counts)
+    return spread
+
+
+# Many indexes at once.
+
+_counter: TokenCounter | None = None
+
+
+def build_indexes(
+    shards: Sequence[Path | RemotePath],
+    counter: TokenCounter | None = None,
+    folder: Path | None = None,
+    processes: int | None = None,
+) -> Iterator[SampleIndex | UserError]:
+    """Yield the index of each shard, in order, made and stored by several processes where there are many.
+
+    What is stored already is taken as it is. Truncated shards are indexed as far as they go; for a shard that cannot be
+    indexed comes the error that says why.
+
+    Args:
+        folder: where the indexes go; None: beside the shards.
+        processes: None for as many as there are cores, where there is enough to do for them.
+    """
+    count = min(processes or cores(), len(shards))
+    many = len(shards) > _FEW if processes is None else count > 1
+    with tqdm(total=len(shards), desc="indexing shards", unit="shard", disable=None if many else True) as bar:
+        if not many:
+            for shard in shards:
+                yield _index_one(shard, folder, counter)
+                bar.update()
+            return
+        # Forked, so that a tokenizer needs no pickling and nothing is imported again.
+        fork = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(count, fork, _begin, (counter, os.getpid())) as pool:
+            try:
+                for index in pool.map(_index_one, shards, [folder] * len(shards)):
+                    yield index
+                    bar.update()
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(counter: TokenCounter | None, parent: int) -> None:
+    """In a process of the pool: leave Ctrl-C to the parent, which lets what is begun be finished; and end with it."""
+    global _counter
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _index_one(
+    shard: Path | RemotePath, folder: Path | None, counter: TokenCounter | None = None
+) -> SampleIndex | UserError:
+    try:
+        return index_shard(shard, True, counter or _counter, folder)
+    except UserError as error:
+        return error
+
+
+# One shard.
+
+
+def index_shard(
+    path: Path | RemotePath,
+    allow_truncated: bool = False,
+    counter: TokenCounter | None = None,
+    folder: Path | None = None,
+) -> SampleIndex:
+    """What lies where in a shard, stored beside it as ``<stem>.index.npz`` and rebuilt when its size or time differ.
+
+    Where it cannot be written, the index goes to ``$PARADIFFUSION_CACHE`` (``~/.cache/paradiffusion``). Raises UserError
+    when the shard cannot be read, or is cut short and ``allow_truncated`` is not set.
+
+    Args:
+        counter: counts tokens too; an index without them, or with another tokenizer's, is made again.
+        folder: where the index goes instead.
+    """
+    try:
+        path = _settled(path)
+        index = _load_stored(path, folder, counter)
+        if index is None:
+            stamp = _stamp(path)  # Taken first: a shard that changes meanwhile is indexed again next time.
+            index = _build(path, counter)
+            _store(path, index, stamp, folder)
+    except OSError as error:
+        advice = "correct data.shards or try again" if isinstance(error, RemoteError) else "check its permissions"
+        raise UserError(f"The shard {path} cannot be read ({error}): {advice}.") from error
+    return _refuse_truncated(index, allow_truncated)
+
+
+def index_head(shards: Sequence[Path | RemotePath], samples: int = 256) -> SampleIndex:
+    """An index of the first samples of the first shard, stored nowhere: what a run asks its plan for at the start (kinds,
+    sizes and some captions) where the data is streamed. Raises UserError when the shard cannot be read or holds none."""
+    try:
+        index = _build(shards[0], None, samples)
+    except OSError as error:
+        raise UserError(f"The shard {shards[0]} cannot be read ({error}): correct data.shards or try again.") from error
+    if not len(index):
+        raise UserError(f"The shard {shards[0]} holds no sample: expected key.json or key.txt beside an image key.jpg.")
+    return index
+
+
+def _refuse_truncated(index: SampleIndex, allow_truncated: bool) -> SampleIndex:
+    if index.truncated and not allow_truncated:
+        raise UserError(
+            f"The shard {index.truncated[0]} is cut short after {len(index)} whole samples: fetch it again, "
+            "or set data.allow_truncated=true to use the whole samples."
+        )
+    return index
+
+
+def _settled(path: Path | RemotePath) -> Path | RemotePath:
+    """``path`` with its size and version, asked of its store once. Raises RemoteError."""
+    return with_state(path) if isinstance(path, RemotePath) and not path.size else path
+
+
+def _check_kinds(kinds: list[str], where: object) -> None:
+    """Raise UserError when captions are keyed by something that is no kind, which would make ``words`` huge."""
+    if len(kinds) > _MAX_KINDS:
+        raise UserError(
+            f"{where} has over {_MAX_KINDS} kinds of captions ({', '.join(kinds[:3])}, ...): "
+            'expected "captions": {"short": text, "long": text} in each JSON.'
+        )
+
+
+def _of_one_shard(path: Path | RemotePath, table: np.ndarray, truncated: bool, **columns: Any) -> SampleIndex:
+    return SampleIndex(
+        shards=[path],
+        shard=np.zeros(len(table), np.int32),
+        table=table,
+        ids=table["key_hash"] ^ np.uint64(seed_from("shard", path.name)),
+        truncated=(path,) if truncated else (),
+        **columns,
+    )
+
+
+def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int | None = None) -> SampleIndex:
+    with open_shard(path) as file:
+        listing = list_tar(file, str(path), at_most)
+        entries = listing.entries
+        table = np.zeros(len(entries), ROW)
+        bad_json = 0
+        captions: list[dict[str, str]] = []
+        for row, entry in zip(table, entries, strict=True):
+            for name, span in (("image", entry.image), ("json", entry.json), ("text", entry.text)):
+                row[f"{name}_offset"], row[f"{name}_size"] = span.offset, span.size
+            row["extension"] = IMAGE_EXTENSIONS.index(entry.extension)
+            row["key_hash"] = seed_from(entry.key)
+            row["width"], row["height"] = _size_of(file, entry.image)
+            meta_bytes, text = _pick(file, entry.json), _pick(file, entry.text)
+            meta = parse_meta(meta_bytes) if meta_bytes else {}
+            bad_json += meta is None
+            captions.append(captions_of(meta or {}, text))
+    kinds, words, tokens = count_captions(captions, counter, path)
+    keys = [entry.key.encode("utf-8", "replace") for entry in entries]
+    return _of_one_shard(
+        path,
+        table,
+        listing.truncated,
+        words=words,
+        kinds=kinds,
+        key_bytes=np.frombuffer(b"".join(keys), np.uint8),
+        key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64),
+        without_image=listing.without_image,
+        stray=listing.stray,
+        bad_json=bad_json,
+        tokens=tokens,
+        tokenizer=counter.name if counter else None,
+    )
+
+
+def count_captions(
+    captions: list[dict[str, str]], counter: TokenCounter | None, where: object
+) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """The kinds, uint16 [n, K] words of each, and as many tokens where there is a ``counter``; 0 where there is none.
+
+    Raises UserError, which names ``where``, for keys that are no kinds.
+    """
+    kinds = list(dict.fromkeys(kind for one in captions for kind in one))
+    _check_kinds(kinds, where)
+    words = np.zeros((len(captions), len(kinds)), np.uint16)
+    tokens = np.zeros_like(words) if counter else None
+    for column, kind in enumerate(kinds):
+        rows = [number for number, one in enumerate(captions) if kind in one]
+        texts = [captions[number][kind] for number in rows]
+        words[rows, column] = np.minimum([len(text.split()) for text in texts], 65535)
+        if counter is not None and tokens is not None:
+            tokens[rows, column] = np.clip(counter.count(texts), 1, 65535)
+    return kinds, words, tokens
+
+
+def _pick(file: BinaryIO, span: Span) -> bytes:
+    file.seek(span.offset)
+    return file.read(span.size)
+
+
+def _size_of(file: BinaryIO, image: Span) -> tuple[int, int]:
+    """(width, height) from the head of the image, so that indexing does not read whole shards, else from all of it."""
+    size = probe_size(_pick(file, Span(image.offset, min(image.size, _HEAD_BYTES))))
+    return probe_size(_pick(file, image)) if size == (0, 0) and image.size > _HEAD_BYTES else size
+
+
+# Stored indexes.
+
+
+def _stamp(path: Path | RemotePath) -> np.ndarray:
+    """What tells one state of a shard from another: version, size, time; of a remote one the time is not known."""
+    if isinstance(path, RemotePath):
+        return np.array([_VERSION, path.size, 0], np.int64)
+    stat = path.stat()
+    return np.array([_VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
+
+
+def cached_index(path: object, suffix: str) -> Path:
+    """Where in the user's cache (``$PARADIFFUSION_CACHE``, else ``~/.cache/paradiffusion``) the index of ``path`` lies, when
+    it cannot lie beside it."""
+    cache = Path(os.environ.get("PARADIFFUSION_CACHE") or Path.home() / ".cache" / "paradiffusion")
+    name = hashlib.blake2b(str(path).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return cache / "index" / (name + suffix)
+
+
+def _candidates(path: Path | RemotePath, folder: Path | None) -> list[Path]:
+    """Local files where the index of a shard may lie: in ``folder``, beside the shard, else in the user's cache."""
+    places = [folder / f"{path.stem}.index.npz"] if folder else []
+    if isinstance(path, RemotePath):
+        return [*places, cached_index(path, ".npz")]
+    return [*places, path.with_suffix(".index.npz"), cached_index(path.resolve(), ".npz")]
+
+
+def _store(path: Path | RemotePath, index: SampleIndex, stamp: np.ndarray, folder: Path | None) -> None:
+    """Write the index where it can be written, and be content when that is nowhere: it is built again then."""
+    arrays: dict[str, Any] = {
+        "stamp": stamp,
+        "version": np.array(path.version if isinstance(path, RemotePath) else ""),
+        "table": index.table,
+        "words": index.words,
+        "kinds": np.array(index.kinds, dtype=np.str_),
+        "key_bytes": index.key_bytes,
+        "key_ends": index.key_starts[1:],
+        "counts": np.array([index.without_image, index.stray, index.bad_json, len(index.truncated)], np.int64),
+    }
+    if index.tokens is not None:
+        arrays |= {"tokens": index.tokens, "tokenizer": np.array(index.tokenizer)}
+    if not any(save_arrays(place, arrays) for place in _candidates(path, folder)[: 1 if folder else None]) and folder:
+        raise UserError(f"The index of {path} cannot be written to {folder}: choose another folder.")
+
+
+def save_arrays(place: Path, arrays: dict[str, Any]) -> bool:
+    """Write an .npz whole or not at all, since several processes may make one at a time; False when that cannot be."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(place, shared=True) as partial, open(partial, "xb") as file:
+            np.savez(file, **arrays)
+    except OSError:
+        return False
+    return True
+
+
+def _load_stored(path: Path | RemotePath, folder: Path | None, counter: TokenCounter | None) -> SampleIndex | None:
+    """The stored index of a shard; None where there is none, it is damaged, or the shard has changed since.
+
+    With a ``counter`` also where it has no tokens of that tokenizer. A remote shard's index may lie beside it in its
+    store; its size, and its version where both are known, must then be those of the index. Raises UserError when a remote
+    shard is not there.
+    """
+    try:
+        path = _settled(path)
+    except RemoteError as error:
+        raise UserError(f"The shard {path} cannot be read: {error}.") from error
+    places: list[Path | RemotePath] = [*_candidates(path, folder)]
+    if isinstance(path, RemotePath):
+        places.append(path.sibling(f"{path.stem}.index.npz"))
+    for place in places:
+        try:
+            index = _parse(path, io.BytesIO(read_whole(place)) if isinstance(place, RemotePath) else place)
+        except OSError:
+            continue
+        if index is not None and (counter is None or index.tokenizer == counter.name):
+            return index
+    return None
+
+
+def _parse(path: Path | RemotePath, place: Path | io.BytesIO) -> SampleIndex | None:
+    """The index in an .npz; None where it is damaged or another state's. Raises OSError where there is none."""
+    try:
+        # NumPy reads an array's header as a Python literal, and Python 3.11's parser counts its depth for all threads
+        # together: two at once now and then raise SystemError. The waiting for a store is over by now.
+        with _PARSING, np.load(place, allow_pickle=False) as stored:
+            stamp, now = stored["stamp"], _stamp(path)
+            if isinstance(path, RemotePath):
+                # Made beside a local copy it has that one's time; and not every server tells a size or a version.
+                versions = {str(stored["version"]), path.version} - {""}
+                same = stamp[0] == now[0] and stamp[1] == now[1] and len(versions) < 2
+            else:
+                same = np.array_equal(stamp, now)
+            if not same or stored["table"].dtype != ROW:
+                return None
+            without_image, stray, bad_json, truncated = (int(count) for count in stored["counts"])
+            has_tokens = "tokens" in stored.files
+            return _of_one_shard(
+                path,
+                stored["table"],
+                bool(truncated),
+                words=stored["words"],
+                kinds=[str(kind) for kind in stored["kinds"]],
+                key_bytes=stored["key_bytes"],
+                key_starts=np.concatenate([[0], stored["key_ends"]]).astype(np.int64),
+                without_image=without_image,
+                stray=stray,
+                bad_json=bad_json,
+                tokens=stored["tokens"] if has_tokens else None,
+                tokenizer=str(stored["tokenizer"]) if has_tokens else None,
+            )
+    except DAMAGED:
+        return None
+
+
+# What scripts/index_shards.py says.
+
+
+def describe_indexes(indexes: Iterable[SampleIndex | UserError]) -> tuple[list[str], int]:
+    """What indexing many shards has found, as lines for a person, and how many could not be indexed."""
+    errors, cut_short = [], []
+    counts, captions, words, tokens = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    shards = samples = uncaptioned = 0
+    for index in indexes:
+        if isinstance(index, UserError):
+            errors.append(f"  not indexed: {index}")
+            continue
+        shards += 1
+        samples += len(index)
+        uncaptioned += int((~index.words.any(axis=1)).sum())
+        cut_short += [
+            f"  cut short: {path} (data.allow_truncated=true uses its whole samples)" for path in index.truncated
+        ]
+        counts["keys without an image"] += index.without_image
+        counts["files that are no part of a sample"] += index.stray
+        counts["JSON files that cannot be read"] += index.bad_json
+        counts["images of unknown size"] += int((index.width == 0).sum())
+        for column, kind in enumerate(index.kinds):
+            captions[kind] += int((index.words[:, column] > 0).sum())
+            words[kind] += int(index.words[:, column].sum())
+            tokens[kind] += 0 if index.tokens is None else int(index.tokens[:, column].sum())
+    lines = [f"{shards} shards, {samples} samples, {uncaptioned} of them without a caption"]
+    for kind, count in captions.items():
+        mean = f"{words[kind] / max(count, 1):.1f} words"
+        mean += f", {tokens[kind] / max(count, 1):.1f} tokens" if tokens[kind] else ""
+        lines.append(f"  captions of kind {kind}: {count}, {mean} on average")
+    lines += [f"  passed over: {count} {reason}" for reason, count in counts.items() if count]
+    return lines + cut_short + errors, len(errors)
+
+
+def check_names(shards: Iterable[ShardPath]) -> None:
+    """Raise UserError where two shards would have one index in ``output``."""
+    stems: dict[str, ShardPath] = {}
+    for shard in shards:
+        if stems.setdefault(shard.stem, shard) != shard:
+            raise UserError(
+                f"{stems[shard.stem]} and {shard} have one name, and so would their indexes in output=; "
+                "index them in two runs, each with a folder of its own."
+            )
