@@ -464,7 +464,7 @@ class OptimizerConfig:
     Attributes:
         name: "adamw", "adamw8bit" (bitsandbytes' block-wise 8-bit state, GPU only), or "muon": Muon for matrices, AdamW for
             everything else (see training/optim.py).
-        fused: one kernel for all parameters; four times as fast on a processor, too.
+        fused: one kernel for all parameters, on a GPU and on a processor.
         lr, lr_conditioning, lr_lora: of the U-Net, of refiner and linear projection, of the adapter.
         schedule: after the warm-up "constant", "cosine", "linear", or "trapezoid": constant, then linear over the last
             ``decay`` of all steps; down to ``final_lr`` times the rate.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,19 @@ def test_three_stages_run_and_say_what_they_did(stages: Stages) -> None:
         assert summary["validation"] == {key: held_out[-1][key] for key in ("loss_short", "loss_long")}
     long_bands = ("loss_words/78-128", "loss_words/129-256")
     assert any(band in row for row in records(stages.run / "stage2") for band in long_bands)
+
+
+def test_a_vae_that_does_not_say_its_scale_takes_part_in_all_stages(
+    train: Callable[..., int], codec_folder: Path, tmp_path: Path
+) -> None:
+    """The next stage finds the factor, diffusers' default, that the one before was trained with."""
+    silent = tmp_path / "codec"
+    shutil.copytree(codec_folder, silent)
+    config = json.loads((silent / "config.json").read_text())
+    (silent / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "scaling_factor"}))
+    for stage in (1, 3):
+        rest = ["train_text=frozen", f"init_from={tmp_path / 'run' / 'stage1'}"] if stage == 3 else []
+        assert train(f"stage={stage}", f"codec.path={silent}", "codec.scaling_factor=null", "max_steps=2", *rest) == 0
 
 
 def test_language_model_never_changes(stages: Stages) -> None:

@@ -1,4 +1,4 @@
-"""How much memory a piece of work needs at its peak, from the meta device: shapes and dtypes without any numbers.
+"""Peak memory of a piece of work, from the meta device: shapes and dtypes without any numbers.
 
 Every tensor that an operation makes is followed from its birth to its release, through forward, backward and
 recomputation, so that temporaries and checkpointing are counted as they happen. What is estimated is the library beneath:

@@ -1,4 +1,4 @@
-"""What a cache saves: the same training steps with and without it, in turn in one process, and whether their losses agree."""
+"""Benchmark of the cache: the same training steps with and without it, in turn in one process, and whether losses agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the measurements have in common: arms, configurations, rows."""
+"""Arms, configurations and rows of the benchmarks of models."""
 
 from __future__ import annotations
 

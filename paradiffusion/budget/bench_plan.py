@@ -1,4 +1,4 @@
-"""How long it takes to find a far step of a plan over many samples, and what memory that takes."""
+"""Benchmark of the batch plan: time and memory to find a far step over many samples."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from abc import ABC, abstractmethod
 from dataclasses import asdict, fields, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -34,7 +35,7 @@ from paradiffusion.config import (
 )
 from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_objective
 from paradiffusion.errors import UserError
-from paradiffusion.models.codec import locate_codec
+from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.text.encoder import TextEncoder, attach_lora
 from paradiffusion.text.sources import fingerprint, hash_ends, locate
@@ -62,7 +63,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "flow_predi
 T = TypeVar("T")
 
 
-class Layout:
+class Layout(ABC):
     """A folder of weights. A subclass says how its layout is recognised and described.
 
     Args:
@@ -78,11 +79,13 @@ class Layout:
         return str(self.folder if self.unet.name == UNET else self.unet)
 
     @staticmethod
+    @abstractmethod
     def fits(folder: Path) -> bool:
-        raise NotImplementedError
+        """Whether the folder has this layout."""
 
     def describe(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """``description``, read anew."""
+        return {}
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -601,7 +604,7 @@ def describe_codec(folder: Path | None) -> dict[str, Any]:
         config.path = str(folder)
         config.latent_channels = int(vae.get("latent_channels", 4))
         config.factor = 2 ** (len(vae.get("block_out_channels", [64])) - 1)
-        config.scaling_factor = float(vae.get("scaling_factor") or 0.18215)  # diffusers' default
+        config.scaling_factor = float(vae.get("scaling_factor") or DIFFUSERS_SCALING_FACTOR)
     return {**asdict(config), "hash": None}
 
 

@@ -21,6 +21,7 @@ from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import download, hash_ends
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+DIFFUSERS_SCALING_FACTOR = 0.18215  # AutoencoderKL's, where a config.json has none
 
 
 class Codec(nn.Module):
@@ -38,7 +39,7 @@ class Codec(nn.Module):
     def __init__(self, vae: Any, config: CodecConfig, source: dict[str, Any]) -> None:
         super().__init__()
         self.vae = vae
-        factor = float(config.scaling_factor or vae.config["scaling_factor"])
+        factor = float(config.scaling_factor or vae.config["scaling_factor"] or DIFFUSERS_SCALING_FACTOR)
         self.config = replace(config, scaling_factor=factor)
         self.source = {**source, "scaling_factor": factor}
         mean, std = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
@@ -123,6 +124,11 @@ def own_scaling_factor(folder: Path) -> float | None:
     """What the autoencoder's config.json says; None where it does not."""
     found = json.loads((folder / "config.json").read_text()).get("scaling_factor")
     return None if found is None else float(found)
+
+
+def settled_scaling_factor(config: CodecConfig) -> float:
+    """The factor in use: the configured one, else the autoencoder's own, else diffusers' default."""
+    return config.scaling_factor or own_scaling_factor(locate_codec(config)) or DIFFUSERS_SCALING_FACTOR
 
 
 def load_codec(config: CodecConfig, expected_hash: str | None = None) -> Codec:

@@ -20,7 +20,7 @@ from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.compose import CONFIGS
 from paradiffusion.config import LoraConfig, SourceConfig, TrainConfig, identity, keys_of
 from paradiffusion.errors import UserError
-from paradiffusion.models.codec import locate_codec, own_scaling_factor
+from paradiffusion.models.codec import settled_scaling_factor
 from paradiffusion.models.unet import own_arguments
 
 CONFIG_FILE = "config.json"
@@ -224,10 +224,7 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
     Raises:
         UserError: naming the key that differs, with both values.
     """
-    own = config
-    if config.codec.scaling_factor is None:
-        factor = own_scaling_factor(locate_codec(config.codec))
-        own = replace(config, codec=replace(config.codec, scaling_factor=factor))
+    own = replace(config, codec=replace(config.codec, scaling_factor=settled_scaling_factor(config.codec)))
     theirs, ours = identity(described(config, description), "weights"), identity(own, "weights")
     for key, value in ours.items():
         if theirs[key] != value:
