@@ -476,10 +476,8 @@ def objective_of(description: dict[str, Any]) -> Objective:
     def schedulers(solver: str, **overrides: Any) -> Any:
         if solver == "dpm":
             return DPMSolverMultistepScheduler(**{**settings, **overrides})
-        if config.prediction != "flow":
-            shared = ("trained_betas", "timestep_spacing")
-            overrides = {key: settings[key] for key in shared if key in settings} | overrides
-        return objective.usual_scheduler(solver, **overrides)
+        shared = {key: settings[key] for key in objective.published if key in settings}
+        return objective.usual_scheduler(solver, **{**shared, **overrides})
 
     objective.schedulers, objective.guided_from = schedulers, 1.0
     return objective

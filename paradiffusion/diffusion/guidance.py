@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from paradiffusion.config import SamplerConfig
 
 
-def is_guided(settings: SamplerConfig, step: int) -> bool:
-    """Whether step ``step`` (0 first, at the highest noise) is guided: scale not 1, and within the interval of 2404.07724."""
-    share = step / max(settings.steps - 1, 1)
-    return settings.guidance != 1.0 and settings.guidance_start <= share <= settings.guidance_stop
+def guided_steps(settings: SamplerConfig, levels: Sequence[float]) -> list[bool]:
+    """Which steps are guided: scale not 1, within the interval of shares of the steps, and of noise levels (2404.07724).
+
+    Args:
+        levels: the noise level sigma / alpha of each step, the highest first.
+    """
+    last, lowest = max(len(levels) - 1, 1), settings.guidance_sigma_min
+    highest = math.inf if settings.guidance_sigma_max is None else settings.guidance_sigma_max
+    return [
+        settings.guidance != 1.0
+        and settings.guidance_start <= step / last <= settings.guidance_stop
+        and lowest < level <= highest
+        for step, level in enumerate(levels)
+    ]
 
 
 def guide(null: Tensor, prompt: Tensor, scale: float | Tensor, rescale: float = 0.0) -> Tensor:

@@ -6,8 +6,9 @@ Training and sampling share one definition: an objective's ``scheduler`` is buil
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -32,18 +33,20 @@ class Objective(ABC):
 
     Attributes:
         guided_from: guidance scales below this one draw without guidance.
+        published: of a published scheduler's settings, what other solvers of this objective take, too.
         schedulers: a function of (solver, **overrides) that makes the scheduler in place of the configuration.
     """
 
     guided_from: float = 0.0
+    published: tuple[str, ...] = ()
     schedulers: Callable[..., Any] | None = None
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
 
     @abstractmethod
-    def times(self, u: Tensor) -> Tensor:
-        """Map uniform draws ``u`` in [0, 1), [B], to times with the configured density."""
+    def times(self, u: Tensor, size: Sequence[int] = ()) -> Tensor:
+        """Map uniform draws ``u`` in [0, 1), [B], to times with the configured density, for latents of ``size`` (h, w)."""
 
     @abstractmethod
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,11 +64,12 @@ class Objective(ABC):
     def usual_scheduler(self, solver: str, **overrides: Any) -> Any:
         """As ``scheduler``, from the configuration alone."""
 
-    def scheduler(self, solver: str = "dpm", **overrides: Any) -> Any:
+    def scheduler(self, solver: str = "dpm", size: Sequence[int] = (), **overrides: Any) -> Any:
         """A diffusers scheduler for this objective.
 
         Args:
             solver: "dpm" (DPM-Solver++ multistep, second order), "ddim" or "euler".
+            size: (h, w) of the latents that it is to draw.
         Raises:
             UserError: for a solver that does not exist for this objective.
         """
@@ -91,6 +95,12 @@ class Objective(ABC):
         """The time that the denoiser is given at a scheduler's step, float32, no axes."""
         return timestep.float()
 
+    def levels(self, scheduler: Any) -> list[float]:
+        """The noise level sigma_t / alpha_t of each of a scheduler's steps (EDM's sigma; infinite at pure noise)."""
+        times = [self.model_time(scheduler, step, timestep) for step, timestep in enumerate(scheduler.timesteps)]
+        alpha, sigma = self.coefficients(torch.stack(times).cpu())
+        return [float(level) for level in sigma / alpha]
+
     def at(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """``coefficients``, shaped to broadcast over ``like``."""
         shape = (-1,) + (1,) * (like.ndim - 1)
@@ -115,7 +125,9 @@ class VariancePreserving(Objective):
         table: Tensor = self.scheduler("dpm" if self.schedulers else "ddim").alphas_cumprod
         return table.float()
 
-    def times(self, u: Tensor) -> Tensor:
+    published = ("trained_betas", "timestep_spacing")
+
+    def times(self, u: Tensor, size: Sequence[int] = ()) -> Tensor:
         count = self.config.train_timesteps
         return (self.density(u) * count).floor().clamp(max=count - 1).float()
 
@@ -207,8 +219,20 @@ class Sample(VariancePreserving):
 class Flow(Objective):
     """Rectified flow, eps - x_0 on the straight line x_t = (1 - t) x_0 + t eps (arXiv 2403.03206)."""
 
-    def times(self, u: Tensor) -> Tensor:
-        return (self.density(u).clamp(1e-4, 1.0) * self.config.train_timesteps).float()
+    def times(self, u: Tensor, size: Sequence[int] = ()) -> Tensor:
+        sigma, shift = self.density(u).clamp(1e-4, 1.0), self.shift(size) or 1.0
+        return (shift * sigma / (1 + (shift - 1) * sigma) * self.config.train_timesteps).float()
+
+    def shift(self, size: Sequence[int]) -> float | None:
+        """By how much the times of latents of ``size`` (h, w) are shifted towards high noise: as square root of their number, which
+        leaves as much to be seen of a large image as of a small one (arXiv 2403.03206, section 5.3.2). None: not by size."""
+        side = self.config.flow_shift_side
+        return self.config.flow_shift * math.sqrt(math.prod(size)) / side if side and size else None
+
+    def scheduler(self, solver: str = "dpm", size: Sequence[int] = (), **overrides: Any) -> Any:
+        if (shift := self.shift(size)) is not None:
+            overrides["flow_shift"] = shift
+        return super().scheduler(solver, **overrides)
 
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
         sigma = times.float() / self.config.train_timesteps
@@ -226,7 +250,7 @@ class Flow(Objective):
         return sigma.float() * self.config.train_timesteps
 
     def usual_scheduler(self, solver: str, **overrides: Any) -> Any:
-        count, shift = self.config.train_timesteps, self.config.flow_shift
+        count, shift = self.config.train_timesteps, overrides.pop("flow_shift", self.config.flow_shift)
         if solver == "euler":
             return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=shift)
         if solver == "ddim":

@@ -26,7 +26,7 @@ class LossBatch:
     Attributes:
         latents: [B, C, h, w].
         noise, times: [R * B, C, h, w] and [R * B] float (see Objective): R noise levels of each sample, the first of all first.
-        weights: [B], 0 for a sample that stands in for one that could not be read.
+        weights: [B], 0 for a sample that stands in for one that could not be read; of a global batch their mean is 1.
         told: [B] bool, False where the caption was dropped; None where none was.
         features, mask: from the frozen text encoder, [B, L, D] and [B, L]; None where the module reads ``ids`` itself.
         ids, id_mask, prefix: tokens, [U, L], of the batch's different captions, for a text encoder with LoRA inside.

@@ -91,6 +91,8 @@ def pipeline_objective(pipeline: Any) -> Objective:
     def schedulers(solver: str, **overrides: Any) -> Any:
         """A fresh one of the pipeline's kind, so that none of its state is left over from the image before."""
         own = pipeline.scheduler
+        if "flow_shift" in overrides and "shift" in own.config:  # as FlowMatchEuler and its like call it
+            overrides["shift"] = overrides.pop("flow_shift")
         return type(own).from_config(own.config, **overrides)
 
     objective.schedulers = schedulers
@@ -323,6 +325,8 @@ class ParaDiffusionPipeline(_Base):
         guidance_rescale: float | None = None,
         guidance_start: float | None = None,
         guidance_stop: float | None = None,
+        guidance_sigma_min: float | None = None,
+        guidance_sigma_max: float | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
@@ -333,8 +337,7 @@ class ParaDiffusionPipeline(_Base):
         Args:
             prompt: one or a list; longer ones than the text encoder takes are cut, with a warning.
             height, width: pixels; None for the checkpoint's own resolution.
-            num_inference_steps, guidance_scale, guidance_rescale, guidance_start, guidance_stop: as SamplerConfig has
-                them; None for the checkpoint's own.
+            num_inference_steps, guidance_scale, guidance_...: as SamplerConfig has them; None for the checkpoint's own.
             negative_prompt: takes the empty prompt's place in guidance; one, or one a prompt.
             generator: of the CPU: one, drawn from in turn, or one an image. ``torch.Generator().manual_seed(seed)`` gives
                 what ``sample.py seed=`` gives.
@@ -351,8 +354,11 @@ class ParaDiffusionPipeline(_Base):
             "steps": num_inference_steps,
             "guidance": guidance_scale,
             "guidance_rescale": guidance_rescale,
+            "guidance_start": guidance_start,
+            "guidance_stop": guidance_stop,
+            "guidance_sigma_min": guidance_sigma_min,
+            "guidance_sigma_max": guidance_sigma_max,
         }
-        given |= {"guidance_start": guidance_start, "guidance_stop": guidance_stop}
         chosen = {key: value for key, value in given.items() if value is not None}
         settings = replace(models.sampler, **chosen)
         settings.check()
@@ -379,7 +385,8 @@ class ParaDiffusionPipeline(_Base):
         cut = models.count_truncated(prompts)
         if cut:
             logger.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut")
-        scheduler = self._joint.objective.scheduler()
+        size = height // models.factor, width // models.factor
+        scheduler = self._joint.objective.scheduler(size=size)
         scheduler.set_timesteps(settings.steps)
         self._interrupt = False
         reached = torch.empty(0)
@@ -403,7 +410,7 @@ class ParaDiffusionPipeline(_Base):
                     models.objective,
                     encode_prompts(models, prompts),
                     generators_of(generator, len(prompts)),
-                    (models.latent_channels, height // models.factor, width // models.factor),
+                    (models.latent_channels, *size),
                     settings,
                     models.device,
                     models.dtype,

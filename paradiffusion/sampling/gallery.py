@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from paradiffusion.atomic import atomic_file, write_atomic
+from paradiffusion.config import SamplerConfig
 from paradiffusion.errors import UserError
 
 NAME = "manifest.jsonl"
@@ -28,7 +29,8 @@ MAX_GRID = 32  # images; a picture with more is too large to look at
 GRID_CELL = 256  # pixels that a tiny image is enlarged to in the grid
 TINY = 192  # pixels of the longer side; smaller images are shown enlarged with hard edges
 
-DEFAULTS = {"guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_stop": 1.0}  # not worth a reader's time
+# Not worth a reader's time, and what a record means that was written before there was such a setting.
+DEFAULTS = {key: value for key, value in asdict(SamplerConfig()).items() if key.startswith("guidance_")}
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, trim_blocks=True
 )
@@ -144,7 +146,7 @@ def finished_names(folder: Path, wanted: Sequence[ImageRecord]) -> set[str]:
         changes = [
             f"{key}={_shown(before.get(key))} (now {_shown(now.get(key))})"
             for key in {**now, **before}
-            if before.get(key) != now.get(key)
+            if before.get(key, DEFAULTS.get(key)) != now.get(key)
         ]
         if changes:
             raise UserError(
