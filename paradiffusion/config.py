@@ -23,6 +23,7 @@ PRECISIONS = ("fp32", "bf16", "auto")  # fp16 would need its loss scale in every
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 DENSITIES = ("uniform", "logit_normal")
 SOLVERS = ("dpm", "ddim", "euler")
+DENOISERS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 WORLDS = ("small", "large")  # of the built-in scenes
 
 
@@ -185,9 +186,10 @@ class LoraConfig:
 
 @dataclass
 class UNetConfig:
-    """The denoiser: arguments of diffusers' UNet2DConditionModel.
+    """The denoiser.
 
     Attributes:
+        class_name: its class in diffusers, one of DENOISERS.
         arguments: passed on as they are; in/out channels, text width and projection come from codec and conditioning.
         coordinates: tell the U-Net where each latent lies, so that place words have something to bind to: 0 for not at
             all (the paper; the official layout takes nothing else), 1 for two input channels with x and y in -1..1, n
@@ -200,6 +202,7 @@ class UNetConfig:
     """
 
     name: str = option("nano", of="weights")
+    class_name: str = "UNet2DConditionModel"
     arguments: dict[str, Any] = field(default_factory=dict)
     coordinates: int = option(0, of="weights")
     plain_attention: bool = option(False, free="always")
@@ -208,6 +211,7 @@ class UNetConfig:
     lora_target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
     def check(self) -> None:
+        choice("unet.class_name", self.class_name, DENOISERS)
         positive("unet.lora_rank", self.lora_rank, zero=True)
         positive("unet.lora_alpha", self.lora_alpha)
 

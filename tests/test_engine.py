@@ -122,7 +122,9 @@ def test_unreadable_samples_leave_the_mean_over_the_readable_ones(tiny_arguments
     for micro in (4, 1):
         setup = build_here([*tiny_arguments, *bad, f"run_dir={tmp_path / str(micro)}", f"micro_batch_size={micro}"])
         found.append(gradients_of(setup, steps=3))
-        errors, weights = (torch.cat(column) for column in zip(*((e, b.weights) for e, _, b in setup.measured)))
+        errors, weights = (
+            torch.cat(column) for column in zip(*((e, b.weights) for e, _, b in setup.measured), strict=True)
+        )
         assert 0 < weights.sum() < 4
         assert found[-1][0] == pytest.approx(float((errors * weights).sum() / weights.sum()), rel=1e-5)
     (loss, whole), (other, parts) = found

@@ -13,7 +13,6 @@ from paradiffusion.diffusion.guidance import guide, guided_steps
 from paradiffusion.diffusion.objective import make_objective
 from paradiffusion.errors import UserError
 
-
 ZERO_SNR = ObjectiveConfig(prediction="v_prediction", zero_terminal_snr=True)
 
 

@@ -33,6 +33,7 @@ from paradiffusion.checkpoints.tensors import UNET_STEM, write_tensors
 from paradiffusion.config import CodecConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import REPOSITORY, locate_codec
+from paradiffusion.models.unet import DENOISERS, class_of
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import locate
 
@@ -57,8 +58,9 @@ def export_ours(checkpoint: Layout, output: Path, dtype: str = "float32", frozen
             description[part]["path"] = str(Path(path).resolve()) if frozen == "link" else None
     description["provenance"]["init_from"] = None
     with whole_folder(output) as folder:
-        write_parts(folder, parts_of(checkpoint, dtype), description)
-        write_config(folder / UNET, checkpoint.unet_config)
+        unet = folder / DENOISERS[class_of(checkpoint.unet_config)].folder
+        write_parts(folder, parts_of(checkpoint, dtype), description, unet)
+        write_config(unet, checkpoint.unet_config)
         if checkpoint.refiner_config is not None:
             write_config(folder / REFINER, checkpoint.refiner_config)
         write_manifest(folder)
@@ -108,6 +110,7 @@ def check_official(checkpoint: Layout) -> None:
     conditioning, objective = description["conditioning"], description["objective"]
     layers = description["text_encoder"].get("layers")
     reasons = {
+        "a denoiser that is no U-Net": class_of(checkpoint.unet_config) != "UNet2DConditionModel",
         "a refiner before the linear projection": conditioning["projection"] == "refiner",
         "averaged layers of the language model": conditioning["layer_tap"] != "last",
         "an instruction before each prompt": conditioning["prefix"],

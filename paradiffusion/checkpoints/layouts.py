@@ -3,7 +3,7 @@
 The layout of a folder is found once, by ``find_checkpoint`` or ``open_layout``. It is an object with the ``description`` (what
 ``checkpoint.json`` says: text encoder and codec by id, revision and hash, the whole conditioning, objective, sampler defaults)
 and the ``weights`` by the joint module's names. In all layouts ``unet/`` and ``text_encoder_lora/`` hold the EMA weights under
-the names of diffusers and PEFT; ours has ``refiner/`` too and, where a U-Net was trained through LoRA, its adapter in ``unet_lora/``.
+the names of diffusers and PEFT (``transformer/`` for a denoiser that is no U-Net); ours has ``refiner/`` too and, where a U-Net was trained through LoRA, its adapter in ``unet_lora/``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_object
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec
 from paradiffusion.models.joint import JointModel
+from paradiffusion.models.unet import DENOISERS, class_of, kind_of, read_width
 from paradiffusion.text.encoder import TextEncoder, attach_lora
 from paradiffusion.text.sources import fingerprint, hash_ends, locate
 
@@ -44,6 +45,7 @@ FORMAT = "paradiffusion"
 FORMAT_VERSION = 1
 # Where each part of the joint module is stored, and the prefix of its parameters' names there.
 UNET, REFINER, LORA, UNET_LORA = "unet", "refiner", "text_encoder_lora", "unet_lora"
+DENOISER_FOLDERS = tuple(kind.folder for kind in DENOISERS.values())  # "unet", and "transformer" for one that is none
 # PEFT's own prefix: by it PEFT loads unet_lora/ by itself.
 PEFT_PREFIX = "base_model.model."
 # Of the published weights.
@@ -71,12 +73,14 @@ class Layout(ABC):
     """
 
     def __init__(self, folder: Path, unet: str = UNET) -> None:
-        self.folder, self.unet = folder, folder / unet
+        self.folder = folder
+        found = (folder / name for name in (unet, *DENOISER_FOLDERS) if (folder / name / "config.json").is_file())
+        self.unet = next(found, folder / unet) if unet == UNET else folder / unet
 
     @property
     def name(self) -> str:
         """What images are recorded as drawn by."""
-        return str(self.folder if self.unet.name == UNET else self.unet)
+        return str(self.folder if self.unet.name in DENOISER_FOLDERS else self.unet)
 
     @staticmethod
     @abstractmethod
@@ -101,8 +105,9 @@ class Layout(ABC):
         return self.describe()
 
     def unets(self) -> list[str]:
-        """Names of the subfolders that hold a U-Net, ``unet`` and its like."""
-        return [path.parent.name for path in sorted(self.folder.glob(f"{UNET}*/config.json"))]
+        """Names of the subfolders that hold a denoiser, ``unet`` and its like."""
+        names = [path.parent.name for path in sorted(self.folder.glob("*/config.json"))]
+        return [name for name in names if name.startswith(DENOISER_FOLDERS)]
 
     @property
     def unet_config(self) -> dict[str, Any]:
@@ -205,15 +210,15 @@ class Pipeline(Layout):
 
 
 class UNetAlone(Layout):
-    """A UNet2DConditionModel in the diffusers layout, in ``folder`` or its ``unet/``: a point to start from."""
+    """A denoiser in the diffusers layout, in ``folder`` or its ``unet/`` (``transformer/``): a point to start from."""
 
     def __init__(self, folder: Path, unet: str = UNET) -> None:
         super().__init__(folder, unet)
-        self.unet = next(found for found in (folder, folder / UNET) if is_unet(found))
+        self.unet = folder if is_unet(folder) else self.unet
 
     @staticmethod
     def fits(folder: Path) -> bool:
-        return is_unet(folder) or is_unet(folder / UNET)
+        return any(map(is_unet, (folder, *(folder / name for name in DENOISER_FOLDERS))))
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -223,8 +228,8 @@ class UNetAlone(Layout):
         tensors = read_tensors(self.unet, UNET_STEM)
         if not tensors:
             raise UserError(
-                f"init_from={self.folder} holds no weights of a UNet2DConditionModel; expected {UNET_STEM}.safetensors (or its "
-                "shards, an fp16 variant or a .bin) beside config.json, in that folder or in its unet/."
+                f"init_from={self.folder} holds no weights of a {class_of(self.unet_config)}; expected {UNET_STEM}.safetensors "
+                "(or its shards, an fp16 variant or a .bin) beside config.json, in that folder or in its unet/ or transformer/."
             )
         return {f"{UNET}.{name}": tensor.float() for name, tensor in tensors.items()}
 
@@ -251,6 +256,8 @@ class Official(Layout):
         return [name for name in super().unets() if self.takes_text(read_json(self.folder / name / "config.json"))]
 
     def takes_text(self, unet: dict[str, Any]) -> bool:
+        if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+            return False
         if unet.get("encoder_hid_dim"):
             return unet.get("encoder_hid_dim_type") in (None, "text_proj")
         if unet.get("addition_embed_type"):
@@ -352,14 +359,14 @@ def find_checkpoint(path: str | Path, key: str = "ckpt", unet: str = UNET) -> La
     raise UserError(
         f"{key}={path} holds no checkpoint; expected a run (runs/NAME), a stage (runs/NAME/stage1), a checkpoint "
         "(.../checkpoints/step_000060), a pipeline of ours or a weights folder (ours, or in the official layout: unet, scheduler, ...)"
-        f"{', or a diffusers folder with a UNet2DConditionModel' if key == 'init_from' else ''}."
+        f"{', or a diffusers folder with a ' + ' or '.join(DENOISERS) if key == 'init_from' else ''}."
     )
 
 
 def is_unet(folder: Path) -> bool:
-    """Whether a UNet2DConditionModel lies in ``folder`` itself."""
+    """Whether a denoiser of a class that is known here lies in ``folder`` itself."""
     path = folder / "config.json"
-    return path.is_file() and read_json(path).get("_class_name") == "UNet2DConditionModel"
+    return path.is_file() and read_json(path).get("_class_name") in DENOISERS
 
 
 def is_unet_folder(folder: Path) -> bool:
@@ -422,18 +429,21 @@ def save_weights(folder: Path, joint: JointModel, state: dict[str, Tensor], desc
     base = {}
     if description.get("unet_lora"):  # all but adapter and projection is frozen, so it is no part of the average
         base = {f"{UNET}.{n}": p for n, p in joint.unet.named_parameters() if not p.requires_grad}
-    parts = split_parts({name: tensor.detach().cpu().contiguous() for name, tensor in {**base, **state}.items()})
+    buffers = {name: tensor for name, tensor in joint.named_buffers() if name.startswith((f"{UNET}.", f"{REFINER}."))}
+    whole = {**base, **buffers, **state}
+    parts = split_parts({name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()})
     if joint.refiner is not None:
-        parts[REFINER] |= {name: tensor.detach().cpu() for name, tensor in joint.refiner.named_buffers()}
         (folder / REFINER).mkdir(parents=True, exist_ok=True)
         (folder / REFINER / "config.json").write_text(json.dumps(joint.refiner.config, indent=1))
-    joint.unet.save_config(folder / UNET)
-    write_parts(folder, parts, description)
+    unet = folder / kind_of(joint.unet).folder
+    joint.unet.save_config(unet)
+    write_parts(folder, parts, description, unet)
 
 
-def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:
-    """Write the tensors of ``split_parts`` and the description; configurations of U-Net and refiner are the caller's."""
-    write_tensors(folder / UNET / f"{UNET_STEM}.safetensors", parts[UNET])
+def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]], description: dict[str, Any], unet: Path) -> None:
+    """Write the tensors of ``split_parts`` and the description; configurations of the denoiser, which goes to ``unet``, and of
+    the refiner are the caller's."""
+    write_tensors(unet / f"{UNET_STEM}.safetensors", parts[UNET])
     if parts[REFINER]:
         write_tensors(folder / REFINER / "model.safetensors", parts[REFINER])
     for part, key in ((LORA, "lora"), (UNET_LORA, "unet_lora")):
@@ -653,12 +663,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object; copy the folder again.")
     return values
-
-
-def read_width(unet: dict[str, Any]) -> int:
-    """Width of the text features that a U-Net of this configuration reads."""
-    width = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim") or 0
-    return max(width) if isinstance(width, (list, tuple)) else width
 
 
 def first_model(folder: Path, names: tuple[str, ...]) -> Path | None:

@@ -104,7 +104,7 @@ class JointModel(nn.Module):
         Args:
             estimate: what ``estimate`` gives, where it was called before.
         """
-        dtype = self.unet.conv_in.weight.dtype
+        dtype = next(self.unet.parameters()).dtype
         latents, features = latents.to(dtype), features.to(dtype)
         if estimate is None:
             estimate = self.estimate(features, mask, *latents.shape[-2:])
@@ -116,7 +116,7 @@ class JointModel(nn.Module):
             features, mask = apart_from_image(self.unet, features, mask, *latents.shape[-2:])
         prediction = self.unet(
             sample,
-            times,
+            timestep=times,
             encoder_hidden_states=features,
             encoder_attention_mask=mask,
             return_dict=False,

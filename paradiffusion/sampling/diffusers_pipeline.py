@@ -27,7 +27,6 @@ from diffusers import (
     ImagePipelineOutput,
     ModelMixin,
     SchedulerMixin,
-    UNet2DConditionModel,
 )
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
@@ -128,8 +127,8 @@ class ParaDiffusionPipeline(_Base):
     """Draws images from paragraphs.
 
     Args:
-        vae: AutoencoderKL; ``text_encoder``, ``tokenizer``: the language model as transformers has it; ``unet``:
-            UNet2DConditionModel; ``scheduler``: the solver.
+        vae: AutoencoderKL; ``text_encoder``, ``tokenizer``: the language model as transformers has it; ``unet``: the
+            denoiser, a transformer too; ``scheduler``: the solver.
         refiner: of the modern arm; None for the paper's.
         description: what ``checkpoint.json`` says: conditioning, adapter, codec, objective, sampler defaults.
     """
@@ -145,7 +144,7 @@ class ParaDiffusionPipeline(_Base):
         vae: AutoencoderKL,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        unet: UNet2DConditionModel,
+        unet: ModelMixin,
         scheduler: SchedulerMixin,
         refiner: RefinerModel | None = None,
         description: dict[str, Any] | None = None,

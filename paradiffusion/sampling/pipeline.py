@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from paradiffusion.checkpoints.layouts import (
@@ -18,7 +17,6 @@ from paradiffusion.checkpoints.layouts import (
     load_adapter,
     objective_of,
     parse,
-    read_width,
 )
 from paradiffusion.config import (
     CodecConfig,
@@ -32,7 +30,7 @@ from paradiffusion.diffusion.objective import Objective
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import JointModel
-from paradiffusion.models.unet import downsampling
+from paradiffusion.models.unet import DENOISERS, class_of, drawn_multiple, read_width
 from paradiffusion.sampling.prompts import MAX_SEED, PromptRequest
 from paradiffusion.sampling.sampler import sample_latents
 from paradiffusion.text.conditioning import Conditioning, pad_length
@@ -84,13 +82,8 @@ class InferenceModels:
 
     @property
     def multiple(self) -> int:
-        """An image's sides must be multiples of this many pixels.
-
-        Ordinary upsampling blocks are told the size that they must come to. Those of the paper's U-Net (SimpleCrossAttn,
-        ResnetUpsample) double what they get, whatever it was before.
-        """
-        takes_any_size = set(self.joint.unet.config["up_block_types"]) <= {"CrossAttnUpBlock2D", "UpBlock2D"}
-        return self.factor * (1 if takes_any_size else downsampling(self.joint.unet))
+        """An image's sides must be multiples of this many pixels."""
+        return self.factor * drawn_multiple(self.joint.unet)
 
     def count_truncated(self, prompts: list[str]) -> int:
         """How many prompts lose text at the encoder's maximum."""
@@ -199,7 +192,7 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     state, lora = checkpoint.weights(), description["lora"]
     if lora is not None:
         load_adapter(encoder, state, parse(LoraConfig, lora), lora.get("settings"))
-    unet: Any = UNet2DConditionModel.from_config(checkpoint.unet_config)
+    unet: Any = DENOISERS[class_of(checkpoint.unet_config)].made.from_config(checkpoint.unet_config)
     refiner = None if checkpoint.refiner_config is None else Refiner(**checkpoint.refiner_config)
     joint = JointModel(unet, refiner, objective_of(description), description["coordinates"])
     takes = read_width(checkpoint.unet_config)
