@@ -35,7 +35,9 @@ def test_the_target_leads_back_to_the_latents(config: ObjectiveConfig) -> None:
     times = torch.tensor([0.0, 1.0, 250.0, 500.0, 750.0, 990.0])
     noised = objective.add_noise(latents, noise, times)
     target = objective.target(latents, noise, times)
-    torch.testing.assert_close(objective.predict_latents(noised, target, times), latents, atol=1e-4, rtol=1e-4)
+    alpha, sigma = objective.at(times, latents)
+    a, b = objective.shares(alpha, sigma)  # the target is a x_0 + b eps, and what is seen alpha x_0 + sigma eps
+    torch.testing.assert_close((b * noised - sigma * target) / (b * alpha - a * sigma), latents, atol=1e-4, rtol=1e-4)
 
 
 def test_values_by_hand() -> None:
