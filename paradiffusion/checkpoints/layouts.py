@@ -131,7 +131,13 @@ class Layout(ABC):
         Args:
             merge: add a U-Net's LoRA to its base; else the layers that have it are named as PEFT does, ``...base_layer.weight``.
         """
-        state = {f"{UNET}.{name}": tensor.float() for name, tensor in read_tensors(self.unet, UNET_STEM).items()}
+        stored = read_tensors(self.folder / UNET_LORA, ADAPTER_STEM)
+        adapter = {joint_adapter_name(n.removeprefix(PEFT_PREFIX), f"{UNET}."): t.float() for n, t in stored.items()}
+        adapted = {name.partition(".lora_")[0] for name in adapter}
+        state = dict(adapter)
+        for name, tensor in read_tensors(self.unet, UNET_STEM).items():
+            name = f"{UNET}.{name}"
+            state[under_lora(name) if name.rpartition(".")[0] in adapted else name] = tensor.float()
         for stem in ("model", UNET_STEM):  # ours, and a pipeline's, whose names have the prefix already
             for name, tensor in read_tensors(self.folder / REFINER, stem).items():
                 state[f"{REFINER}.{name.removeprefix(f'{REFINER}.')}"] = tensor.float()
@@ -139,15 +145,6 @@ class Layout(ABC):
             # An adapter of a model with its language head has one more "model." than one of the bare model, which we read.
             bare = re.sub(r"^base_model\.model\.model\.(?=layers\.|embed_tokens\.)", PEFT_PREFIX, name)
             state[joint_adapter_name(bare)] = tensor.float()
-        adapter = {
-            joint_adapter_name(name.removeprefix(PEFT_PREFIX)).replace(
-                "text_encoder.model.", f"{UNET}."
-            ): tensor.float()
-            for name, tensor in read_tensors(self.folder / UNET_LORA, ADAPTER_STEM).items()
-        }
-        adapted = {name.partition(".lora_")[0] for name in adapter}
-        state = {(under_lora(name) if name.rpartition(".")[0] in adapted else name): t for name, t in state.items()}
-        state |= adapter
         return merge_unet_lora(state, self.description["unet_lora"]) if adapter and merge else state
 
     def place(self, text_encoder_path: str | None, codec_path: str | None) -> None:
@@ -168,17 +165,12 @@ class Ours(Layout):
         return (folder / "checkpoint.json").is_file()
 
     def describe(self) -> dict[str, Any]:
-        try:
-            description: dict[str, Any] = json.loads((self.folder / "checkpoint.json").read_text())
-            found = (description["format"], description["version"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        description = read_json(self.folder / "checkpoint.json")
+        name, number = description.get("format"), description.get("version")
+        if name != FORMAT or not isinstance(number, int) or number > FORMAT_VERSION:
             raise UserError(
-                f"{self.folder}/checkpoint.json could not be read ({error}); use another checkpoint."
-            ) from None
-        if found[0] != FORMAT or found[1] > FORMAT_VERSION:
-            raise UserError(
-                f"{self.folder}/checkpoint.json has the format {found[0]} {found[1]}, expected {FORMAT} up to {FORMAT_VERSION}; "
-                "update this repository."
+                f"{self.folder}/checkpoint.json has the format {name} {number}, expected {FORMAT} up to {FORMAT_VERSION}; update "
+                "this repository."
             )
         if self.unet_config.get("class_embed_type") == "simple_projection":
             raise UserError(
@@ -499,16 +491,14 @@ def under_lora(name: str) -> str:
     return f"{module}.base_layer.{kind}"
 
 
-def merge_unet_lora(state: dict[str, Tensor], unet_lora: dict[str, Any] | None) -> dict[str, Tensor]:
+def merge_unet_lora(state: dict[str, Tensor], unet_lora: dict[str, Any]) -> dict[str, Tensor]:
     """``state`` with the U-Net's adapter added to its base, W + alpha / rank * B A, under the plain U-Net's names.
 
     Args:
-        unet_lora: rank and alpha, as the description has them; None returns ``state``.
+        unet_lora: rank and alpha, as the description has them.
     Raises:
         UserError: for a layer that lacks half of its adapter.
     """
-    if unet_lora is None:
-        return state
     scale = unet_lora["alpha"] / unet_lora["rank"]
     merged = {}
     for name, tensor in state.items():

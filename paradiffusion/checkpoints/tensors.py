@@ -82,13 +82,13 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def joint_adapter_name(name: str) -> str:
-    """The name within the joint module of a tensor of the text encoder's adapter as PEFT stores it, which is without the
-    adapter's own name ("default")."""
+def joint_adapter_name(name: str, prefix: str = "text_encoder.model.") -> str:
+    """The name within the joint module of a tensor of an adapter as PEFT stores it, which is without the adapter's own name
+    ("default"); ``prefix`` is the adapted model's."""
     name = re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name)
     name = re.sub(r"\.lora_magnitude_vector(\.weight)?$", ".lora_magnitude_vector.default.weight", name)
     name = re.sub(r"\.(lora_embedding_[AB])$", r".\1.default", name)
-    return f"text_encoder.model.{name}"
+    return prefix + name
 
 
 def convert_bins(folder: Path) -> list[Path]:

@@ -10,14 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from paradiffusion.checkpoints.layouts import (
-    Layout,
-    check_complete,
-    copy_tensors,
-    load_adapter,
-    objective_of,
-    parse,
-)
+from paradiffusion.checkpoints.layouts import Layout, check_complete, copy_tensors, load_adapter, objective_of, parse
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
@@ -213,19 +206,9 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     if config.vae_tiling:
         codec.vae.enable_tiling()
     return InferenceModels(
-        joint=joint,
-        text_encoder=encoder,
-        codec=codec,
-        objective=joint.objective,
-        sampler=parse(SamplerConfig, description["sampler"]),
-        resolution=description["resolution"],
-        device=target,
-        dtype=dtype,
-        checkpoint=checkpoint.name,
-        step=description["step"],
-        provenance=description["provenance"],
-        offload=config.offload_text_encoder,
-    )
+        joint, encoder, codec, joint.objective, parse(SamplerConfig, description["sampler"]), description["resolution"],
+        target, dtype, checkpoint.name, description["step"], description["provenance"], config.offload_text_encoder,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -342,21 +325,11 @@ def draw(
         UserError: when the model's numbers overflow, or the batch does not fit into memory.
     """
     first = batch[0]
-    shape = (models.latent_channels, first.height // models.factor, first.width // models.factor)
+    size = first.height // models.factor, first.width // models.factor
+    prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
     negatives = [job.negative_prompt for job in batch if job.negative_prompt is not None]
     try:
-        latents = sample_latents(
-            models.denoise,
-            models.objective,
-            encode_prompts(models, [job.prompt for job in batch]),
-            [job.seed for job in batch],
-            shape,
-            first.settings,
-            models.device,
-            models.dtype,
-            negative=encode_prompts(models, negatives) if negatives else None,
-            on_step=on_step,
-        )
+        latents = sample_prompts(models, prompts, negatives, seeds, size, first.settings, on_step)
         if not torch.isfinite(latents).all():
             raise UserError(
                 f"image {first.name} overflowed to NaN in {models.dtype}; try dtype=bfloat16 or dtype=float32."
@@ -367,6 +340,17 @@ def draw(
             f"{len(batch)} images of {first.height}x{first.width} did not fit into the memory of {models.device}; "
             "lower batch_size= or the size."
         ) from None
+
+
+def sample_prompts(
+    models: InferenceModels, prompts: list[str], negatives: list[str], seeds: Sequence[int | torch.Generator],
+    size: tuple[int, int], settings: SamplerConfig, on_step: Callable[[int, Tensor], Tensor | None] | None,
+) -> Tensor:  # fmt: skip
+    """``sample_latents`` of as many prompts as seeds, each with its negative prompt or none with any; ``size`` is (h, w) of latents."""
+    return sample_latents(
+        models.denoise, models.objective, encode_prompts(models, prompts), seeds, (models.latent_channels, *size), settings,
+        models.device, models.dtype, negative=encode_prompts(models, negatives) if negatives else None, on_step=on_step,
+    )  # fmt: skip
 
 
 def encode_prompts(models: InferenceModels, prompts: list[str]) -> Conditioning:
