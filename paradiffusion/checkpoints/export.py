@@ -157,12 +157,9 @@ def export_pipeline(checkpoint: Layout, output: Path, dtype: str = "float32", fr
         pipe.save_adapter(folder)
         pipe.save_config(folder)
         if frozen == "link":
-            encoder, codec = (
-                parse(TextEncoderConfig, description["text_encoder"]),
-                parse(CodecConfig, description["codec"]),
-            )
+            encoder = parse(TextEncoderConfig, description["text_encoder"])
             place_frozen(locate(encoder), folder / "text_encoder", frozen)
-            place_frozen(locate_codec(codec), folder / "vae", frozen)
+            place_frozen(locate_codec(parse(CodecConfig, description["codec"])), folder / "vae", frozen)
 
 
 def parts_of(checkpoint: Layout, dtype: str) -> dict[str, dict[str, Tensor]]:

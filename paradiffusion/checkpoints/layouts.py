@@ -3,7 +3,8 @@
 The layout of a folder is found once, by ``find_checkpoint`` or ``open_layout``. It is an object with the ``description`` (what
 ``checkpoint.json`` says: text encoder and codec by id, revision and hash, the whole conditioning, objective, sampler defaults)
 and the ``weights`` by the joint module's names. In all layouts ``unet/`` and ``text_encoder_lora/`` hold the EMA weights under
-the names of diffusers and PEFT (``transformer/`` for a denoiser that is no U-Net); ours has ``refiner/`` too and, where a U-Net was trained through LoRA, its adapter in ``unet_lora/``.
+the names of diffusers and PEFT (``transformer/`` those of a denoiser that is no U-Net); ours has ``refiner/`` too and, where a
+U-Net was trained through LoRA, its adapter in ``unet_lora/``.
 """
 
 from __future__ import annotations
@@ -193,9 +194,8 @@ class Pipeline(Layout):
         # Saved anew, the frozen models have other bytes than those that the checkpoint was trained with.
         for part, folder in (("text_encoder", self.folder / "text_encoder"), ("codec", self.folder / "vae")):
             if (folder / "config.json").is_file():
-                found = (
-                    fingerprint(folder) if part == "text_encoder" else hash_ends(sorted(folder.glob("*.safetensors")))
-                )
+                files = sorted(folder.glob("*.safetensors"))
+                found = fingerprint(folder) if part == "text_encoder" else hash_ends(files)
                 description[part] |= {"path": str(folder.resolve()), "hash": found}
         description["codec"]["subfolder"] = None
         return description
@@ -237,10 +237,9 @@ class Official(Layout):
 
     @staticmethod
     def fits(folder: Path) -> bool:
-        others = (folder / "model_index.json").exists()
-        return (
-            not others and (folder / SCHEDULER / "scheduler_config.json").is_file() and bool(Official(folder).unets())
-        )
+        if (folder / "model_index.json").exists() or not (folder / SCHEDULER / "scheduler_config.json").is_file():
+            return False
+        return bool(Official(folder).unets())
 
     def unets(self) -> list[str]:
         """Those that take the language model's features: through a text projection of their own, or because their
@@ -303,16 +302,13 @@ class Official(Layout):
     def place(self, text_encoder_path: str | None, codec_path: str | None) -> None:
         super().place(text_encoder_path, codec_path)
         if codec_path is not None:  # it has a scaling factor of its own, which only its configuration tells
-            self.description["codec"] = {
-                **describe_codec(locate_codec(CodecConfig(path=codec_path))),
-                "path": codec_path,
-            }
+            found = describe_codec(locate_codec(CodecConfig(path=codec_path)))
+            self.description["codec"] = {**found, "path": codec_path}
 
 
 def layout_of(folder: Path, unet: str = UNET) -> Layout | None:
     """The folder's layout; None where it is no checkpoint and holds no U-Net."""
-    kinds = (Ours, Pipeline, Official, UNetAlone)
-    return next((kind(folder, unet) for kind in kinds if kind.fits(folder)), None)
+    return next((kind(folder, unet) for kind in (Ours, Pipeline, Official, UNetAlone) if kind.fits(folder)), None)
 
 
 def open_layout(folder: Path, unet: str = UNET) -> Layout:
@@ -370,11 +366,8 @@ def describe(
     config: TrainConfig, step: int, text_source: dict[str, Any], codec_source: dict[str, Any]
 ) -> dict[str, Any]:
     """What ``checkpoint.json`` says."""
-    unet_lora = {
-        "rank": config.unet.lora_rank,
-        "alpha": config.unet.lora_alpha,
-        "target_modules": list(config.unet.lora_target_modules),
-    }
+    unet = config.unet
+    unet_lora = {"rank": unet.lora_rank, "alpha": unet.lora_alpha, "target_modules": list(unet.lora_target_modules)}
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "safetensors")}
     return {
         "format": FORMAT,
@@ -433,8 +426,7 @@ def save_weights(folder: Path, joint: JointModel, state: dict[str, Tensor], desc
 
 
 def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]], description: dict[str, Any], unet: Path) -> None:
-    """Write the tensors of ``split_parts`` and the description; configurations of the denoiser, which goes to ``unet``, and of
-    the refiner are the caller's."""
+    """Write the tensors of ``split_parts``, the denoiser's to ``unet``, and the description; configurations are the caller's."""
     write_tensors(unet / f"{UNET_STEM}.safetensors", parts[UNET])
     if parts[REFINER]:
         write_tensors(folder / REFINER / "model.safetensors", parts[REFINER])

@@ -85,8 +85,8 @@ class Objective(ABC):
         return a * latents + b * noise
 
     def slope(self, times: Tensor, like: Tensor) -> Any:
-        """What a first estimate of x_0 is multiplied with to enter the prediction: the share of x_0 in the target; [B, 1, 1, 1] or a
-        number."""
+        """What a first estimate of x_0 is multiplied with to enter the prediction, the share of x_0 in the target: [B, 1, 1, 1] or
+        a number."""
         return self.shares(*self.at(times, like))[0]
 
     def weight(self, times: Tensor) -> Tensor:
@@ -190,8 +190,8 @@ class Flow(Objective):
         return (shift * sigma / (1 + (shift - 1) * sigma) * self.config.train_timesteps).float()
 
     def shift(self, size: Sequence[int]) -> float | None:
-        """By how much the times of latents of ``size`` (h, w) are shifted towards high noise: as square root of their number, which
-        leaves as much to be seen of a large image as of a small one (arXiv 2403.03206, section 5.3.2). None: not by size."""
+        """By how much times are shifted towards high noise for latents of ``size`` (h, w): as the square root of their number, so
+        that as much is seen of a large image as of a small one (arXiv 2403.03206, section 5.3.2). None: not by size."""
         side = self.config.flow_shift_side
         return self.config.flow_shift * math.sqrt(math.prod(size)) / side if side and size else None
 

@@ -116,7 +116,7 @@ class JointModel(nn.Module):
         return prediction if estimate is None else prediction + self.objective.slope(times, prediction) * estimate
 
     def forward(self, batch: LossBatch) -> Losses:
-        """The losses of one micro-batch: the paragraph's features through the projection to the denoiser, beside noised latents."""
+        """The losses of one micro-batch: the text's features through the projection to the denoiser of the noised latents."""
         clean, times, levels = batch.latents, batch.times, len(batch.times) // len(batch.latents)
         text = self.refine(self.read(batch).to(clean.dtype), batch.mask)
         estimate = self.estimate(text, batch.mask, *clean.shape[-2:])
@@ -147,7 +147,7 @@ class JointModel(nn.Module):
 
 
 def at_each(levels: int, rows: Any) -> Any:
-    """A sample's text is read once for all noise levels that it is seen at: ``rows`` once for each of them, the first of all first."""
+    """``rows`` once for each of the noise levels, all samples of the first before the second: their text is read but once."""
     return rows if rows is None or levels == 1 else rows.repeat(levels, *(1,) * (rows.ndim - 1))
 
 

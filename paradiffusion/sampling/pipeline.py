@@ -346,7 +346,7 @@ def sample_prompts(
     models: InferenceModels, prompts: list[str], negatives: list[str], seeds: Sequence[int | torch.Generator],
     size: tuple[int, int], settings: SamplerConfig, on_step: Callable[[int, Tensor], Tensor | None] | None,
 ) -> Tensor:  # fmt: skip
-    """``sample_latents`` of as many prompts as seeds, each with its negative prompt or none with any; ``size`` is (h, w) of latents."""
+    """``sample_latents`` of as many prompts as seeds, all or none with a negative prompt; ``size`` is (h, w) of the latents."""
     return sample_latents(
         models.denoise, models.objective, encode_prompts(models, prompts), seeds, (models.latent_channels, *size), settings,
         models.device, models.dtype, negative=encode_prompts(models, negatives) if negatives else None, on_step=on_step,
