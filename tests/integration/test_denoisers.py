@@ -12,9 +12,11 @@ from diffusers import PixArtTransformer2DModel
 from PIL import Image
 from training_runs import assert_same_bits, newest, records, sample_here, train_here
 
+from paradiffusion import config
 from paradiffusion.checkpoints.layouts import find_checkpoint
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
+from paradiffusion.models.unet import DENOISERS
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
 from scripts.export import main as export
 
@@ -78,6 +80,7 @@ def test_it_draws_and_is_exported(run: Path, tmp_path: Path) -> None:
 
 
 def test_other_classes_are_refused_by_name(run: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
+    assert tuple(DENOISERS) == config.DENOISERS
     with pytest.raises(UserError, match=r"unet\.class_name=UNet3DConditionModel .* PixArtTransformer2DModel"):
         compose_train([*tiny_arguments, "unet.class_name=UNet3DConditionModel"])
     assert export([f"ckpt={run / 'stage1'}", "to=pipeline", f"output={tmp_path / 'pipeline'}"]) == 0
