@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from paradiffusion.config import SamplerConfig
 
 
-def guided_steps(settings: SamplerConfig, levels: Sequence[float]) -> list[bool]:
-    """Which steps are guided: scale not 1, within the interval of shares of the steps, and of noise levels (2404.07724).
+def guided_steps(settings: SamplerConfig, count: int, levels: Callable[[], Sequence[float]]) -> list[bool]:
+    """Which of ``count`` steps are guided: scale not 1, within the interval of shares of the steps, and of noise levels (2404.07724).
 
     Args:
-        levels: the noise level sigma / alpha of each step, the highest first.
+        levels: gives the noise level sigma / alpha of each step, the highest first; called where they matter.
     """
-    last, lowest = max(len(levels) - 1, 1), settings.guidance_sigma_min
-    highest = math.inf if settings.guidance_sigma_max is None else settings.guidance_sigma_max
+    lowest, highest = settings.guidance_sigma_min, settings.guidance_sigma_max
+    within = [True] * count
+    if lowest > 0 or highest is not None:
+        within = [lowest < level <= (math.inf if highest is None else highest) for level in levels()]
+    shares = [step / max(count - 1, 1) for step in range(count)]
+    start, stop = settings.guidance_start, settings.guidance_stop
     return [
-        settings.guidance != 1.0
-        and settings.guidance_start <= step / last <= settings.guidance_stop
-        and lowest < level <= highest
-        for step, level in enumerate(levels)
+        settings.guidance != 1.0 and start <= share <= stop and ok for share, ok in zip(shares, within, strict=True)
     ]
 
 

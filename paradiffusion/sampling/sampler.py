@@ -71,7 +71,7 @@ def sample_latents(
     scheduler.set_timesteps(settings.steps, device=device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # or the scheduler looks the step up, and takes the second of two equal times
-    guided = guided_steps(settings, objective.levels(scheduler))
+    guided = guided_steps(settings, len(scheduler.timesteps), lambda: objective.levels(scheduler))
     conditioning = conditioning.to(device, dtype)
     pair = conditioning if negative is None else against(conditioning, negative.to(device, dtype))
     features, mask = conditioning.features, conditioning.mask

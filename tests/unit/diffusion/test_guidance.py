@@ -23,7 +23,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def guided(settings: SamplerConfig, levels: list[float]) -> list[int]:
-    return [step for step, is_guided in enumerate(guided_steps(settings, levels)) if is_guided]
+    return [step for step, is_guided in enumerate(guided_steps(settings, len(levels), lambda: levels)) if is_guided]
 
 
 def test_scale(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
