@@ -389,6 +389,15 @@ def describe(
     }
 
 
+def portable(description: dict[str, Any]) -> dict[str, Any]:
+    """A description without what is true of this machine alone, of merged weights, as plain JSON."""
+    values: dict[str, Any] = json.loads(json.dumps({**description, "unet_lora": None}))
+    for part in ("text_encoder", "codec"):
+        values[part]["path"] = None
+    values["provenance"]["init_from"] = None
+    return values
+
+
 def split_parts(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Group a joint module's tensors by part, each named as its own library names it."""
     parts: dict[str, dict[str, Tensor]] = {UNET: {}, REFINER: {}, LORA: {}, UNET_LORA: {}}

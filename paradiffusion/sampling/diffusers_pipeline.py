@@ -12,7 +12,6 @@ model that PEFT has wrapped. What our ``checkpoint.json`` says is the ``descript
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,7 +26,15 @@ from diffusers.utils import logging
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paradiffusion.checkpoints.layouts import LORA, load_adapter, objective_of, parse, split_parts, write_adapter
+from paradiffusion.checkpoints.layouts import (
+    LORA,
+    load_adapter,
+    objective_of,
+    parse,
+    portable,
+    split_parts,
+    write_adapter,
+)
 from paradiffusion.checkpoints.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors
 from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, SamplerConfig, TextEncoderConfig
 from paradiffusion.diffusion.objective import Objective
@@ -380,15 +387,6 @@ class ParaDiffusionPipeline(_Base):
             return self.image_processor.numpy_to_pil(models.decode(latents).numpy().astype("float32") / 255)
         images = (models.codec.decode(latents) + 1) / 2
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().float().numpy()
-
-
-def portable(description: dict[str, Any]) -> dict[str, Any]:
-    """A description without what is true of this machine alone, as plain JSON."""
-    values: dict[str, Any] = json.loads(json.dumps({**description, "unet_lora": None}))
-    for part in ("text_encoder", "codec"):
-        values[part]["path"] = None
-    values["provenance"]["init_from"] = None
-    return values
 
 
 def generators_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -299,20 +300,14 @@ def checked_side(key: str, value: int, multiple: int, source: str = "") -> int:
 
 def ordered(jobs: Sequence[Job]) -> list[Job]:
     """Jobs of equal size and settings side by side, kinds in order of first appearance, and in order within a kind."""
-    groups: dict[tuple[Any, ...], list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(job.kind, []).append(job)
-    return [job for group in groups.values() for job in group]
+    places = {kind: place for place, kind in enumerate(dict.fromkeys(job.kind for job in jobs))}
+    return sorted(jobs, key=lambda job: places[job.kind])
 
 
 def make_batches(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
     """Batches of at most ``batch_size`` jobs that share size and settings."""
-    batches: list[list[Job]] = []
-    for job in ordered(jobs):
-        if not batches or len(batches[-1]) == batch_size or batches[-1][0].kind != job.kind:
-            batches.append([])
-        batches[-1].append(job)
-    return batches
+    groups = [list(group) for _, group in groupby(ordered(jobs), key=lambda job: job.kind)]
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
 
 
 @torch.no_grad()
