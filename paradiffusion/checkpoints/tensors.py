@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from paradiffusion.atomic import atomic_file
 from paradiffusion.errors import UserError
 
 UNET_STEM, ADAPTER_STEM = "diffusion_pytorch_model", "adapter_model"
@@ -120,17 +121,13 @@ def convert_bins(folder: Path) -> list[Path]:
 
 def _convert(path: Path, target: Path) -> None:
     tensors = {name: tensor.clone() for name, tensor in read_file(path).items()}
-    # Under another name until it is whole: libraries prefer safetensors, and half a file would hide a good .bin.
-    building = target.with_name(f".{target.name}.partial")
     try:
-        write_tensors(building, tensors)
-        building.replace(target)
+        with atomic_file(target) as building:  # libraries prefer safetensors, and half a file would hide a good .bin
+            write_tensors(building, tensors)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{target} could not be written ({str(error).splitlines()[0]}); make room, then run the same command again."
         ) from None
-    finally:
-        building.unlink(missing_ok=True)
 
 
 def safetensors_name(name: str) -> str:
