@@ -32,7 +32,8 @@ from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.checkpoints.tensors import UNET_STEM, write_tensors
 from paradiffusion.config import CodecConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
-from paradiffusion.models.codec import REPOSITORY, locate_codec
+from paradiffusion.models.codec import locate_codec
+from paradiffusion.repository import ROOT
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import locate
 
@@ -53,7 +54,7 @@ def export_ours(checkpoint: Layout, output: Path, dtype: str = "float32", frozen
     for part in ("text_encoder", "codec"):
         path = description[part].get("path")
         # What is shipped with the repository has a path below its root, which holds on every machine.
-        if path is not None and (Path(path).is_absolute() or not (REPOSITORY / path).exists()):
+        if path is not None and (Path(path).is_absolute() or not (ROOT / path).exists()):
             description[part]["path"] = str(Path(path).resolve()) if frozen == "link" else None
     description["provenance"]["init_from"] = None
     with whole_folder(output) as folder:

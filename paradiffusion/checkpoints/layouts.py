@@ -37,6 +37,7 @@ from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_object
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec
 from paradiffusion.models.joint import JointModel
+from paradiffusion.repository import find_shipped
 from paradiffusion.text.encoder import TextEncoder, attach_lora
 from paradiffusion.text.sources import fingerprint, hash_ends, locate
 
@@ -332,7 +333,7 @@ def find_checkpoint(path: str | Path, key: str = "ckpt", unet: str = UNET) -> La
     Raises:
         UserError: when there is none, or none that passes its manifest.
     """
-    folder = Path(path).expanduser()
+    folder = find_shipped(path)
     layout = layout_of(folder, unet)
     if isinstance(layout, Ours) and (fault := find_fault(folder)) is not None:
         raise UserError(f"the checkpoint {folder} is damaged: {fault}; use another checkpoint, or copy it again.")
