@@ -42,8 +42,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.compose import CONFIGS, compose_options
-from paradiffusion.curation.captioning.options import CaptionOptions, bind_judge, bind_output, check_output
-from paradiffusion.curation.captioning.prompts import Template, load_templates
+from paradiffusion.curation.captioning.caption_options import (
+    CaptionOptions,
+    Template,
+    bind_judge,
+    bind_output,
+    check_output,
+    load_templates,
+)
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
 from paradiffusion.judges.choose import VlmOptions, open_engine
@@ -59,7 +65,7 @@ def main(arguments: list[str]) -> int:
     prompt_file = Path(options.prompt_file or CONFIGS / "caption_prompts.yaml").expanduser()
     templates = load_templates(prompt_file, options.kind, options.prompts)
 
-    from paradiffusion.curation.captioning.caption import check_names
+    from paradiffusion.curation.captioning.captioning import check_names
     from paradiffusion.data.shards import expand_shards
     from paradiffusion.sampling.run import joined_processes, stop_on_signals
 
@@ -97,8 +103,7 @@ def work_on(
     check_stop: Callable[[], None],
 ) -> int:
     """This process's shards, with one model after the other."""
-    from paradiffusion.curation.captioning.caption import Work, caption_shard, make_bar
-    from paradiffusion.curation.captioning.judge import DECODING, judge_shard
+    from paradiffusion.curation.captioning.captioning import DECODING, Work, caption_shard, judge_shard, make_bar
     from paradiffusion.data.index import load_index
     from paradiffusion.sampling.run import Stopped
 
@@ -172,7 +177,7 @@ def fingerprint_of(folder: Path) -> str:
 
 def report(options: CaptionOptions, stems: list[str], processes: int, status: int) -> None:
     """Write the report of what is there, and say the main of it."""
-    from paradiffusion.curation.captioning.report import make_report, write_report
+    from paradiffusion.curation.captioning.caption_report import make_report, write_report
 
     output = Path(str(options.output)).expanduser()
     if not output.is_dir():

@@ -17,14 +17,11 @@ from tiny_clip import write_candidates, write_clip
 from paradiffusion.curation.choosing import diversity
 from paradiffusion.curation.choosing.candidates import Candidates
 from paradiffusion.curation.choosing.decisions import DecisionLog
-from paradiffusion.curation.choosing.diversity import choose_varied, clusters_of
 from paradiffusion.curation.choosing.kept import export
-from paradiffusion.curation.choosing.options import SelectOptions
-from paradiffusion.curation.choosing.score_files import load_scores, scored_names
-from paradiffusion.curation.choosing.scores import Scoring, score_shards
-from paradiffusion.curation.choosing.selection import Choosing, choose
-from paradiffusion.curation.choosing.shard_root import move_root, name_of, settle_settings
-from paradiffusion.curation.choosing.steps import run_step
+from paradiffusion.curation.choosing.score_files import load_scores, move_root, name_of, scored_names, settle_settings
+from paradiffusion.curation.choosing.scoring import Scoring, score_shards
+from paradiffusion.curation.choosing.select_steps import SelectOptions, run_step
+from paradiffusion.curation.choosing.selection import Choosing, choose, choose_varied, clusters_of
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError

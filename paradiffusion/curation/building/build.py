@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,17 +24,25 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.curation.building.archives import Archive, is_archive, open_archive
+from paradiffusion.curation.building.build_options import BuildOptions
+from paradiffusion.curation.building.build_report import Report, make_report, read_report, write_report
 from paradiffusion.curation.building.chunk import ChunkTask, ItemRules, Tally, make_chunk
-from paradiffusion.curation.building.ingest import Part, find_parts, items_of
+from paradiffusion.curation.building.duplicates import Lines, Selection, select
+from paradiffusion.curation.building.inputs import Part, find_parts, items_of
 from paradiffusion.curation.building.items import Columns
-from paradiffusion.curation.building.options import BuildOptions
-from paradiffusion.curation.building.report import Report, make_report, read_report, write_report
-from paradiffusion.curation.building.select import Selection, select
-from paradiffusion.curation.building.shard import ShardTask, make_shard
+from paradiffusion.curation.building.places import (
+    Archive,
+    Dropped,
+    FetchLimits,
+    Place,
+    Reader,
+    is_archive,
+    open_archive,
+)
 from paradiffusion.curation.building.work import EndedFromOutside, ended_like_interrupted, progress, run_tasks
 from paradiffusion.curation.building.work import Report as Tell
-from paradiffusion.data.index import TokenCounter
+from paradiffusion.data.index import TokenCounter, index_shard
+from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 
@@ -280,3 +289,58 @@ def _read_json(path: Path, default: Any) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return default
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """A shard to write and the lines that it is made of, in order."""
+
+    shard: Path
+    lines: list[Lines]
+
+
+def make_shard(task: ShardTask, report: Tell, counter: TokenCounter | None, limits: FetchLimits) -> None:
+    """Write and index one shard; one that is there already is left alone, since only whole ones bear their name."""
+    count = sum(len(lines.offsets) for lines in task.lines)
+    if not task.shard.exists():
+        part = task.shard.with_name(f".{task.shard.stem}.{os.getpid()}")
+        try:
+            (written,) = write_shards(_samples(task.lines, report, limits), part, count)
+            os.replace(written, task.shard)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    else:
+        report(count)
+    index_shard(task.shard, counter=counter) if counter is not None else index_shard(task.shard)
+
+
+def _samples(chosen: list[Lines], report: Tell, limits: FetchLimits) -> Iterator[RawSample]:
+    reader = Reader(limits)
+    for lines in chosen:
+        with (
+            open(lines.chunk.with_suffix(".jsonl"), "rb") as texts,
+            open(lines.chunk.with_suffix(".bin"), "rb") as staged,
+        ):
+            for offset, length in zip(lines.offsets.tolist(), lines.lengths.tolist(), strict=True):
+                texts.seek(offset)
+                line = json.loads(texts.read(length))
+                if line["at"] is not None:
+                    staged.seek(line["at"][0])
+                    image = staged.read(line["at"][1])
+                else:
+                    image = _again(reader, Place(**line["place"]), line["name"], line["crc"])
+                yield RawSample(line["key"], image, line["extension"], line["meta"])
+                report(1)
+
+
+def _again(reader: Reader, place: Place, name: str, crc: int) -> bytes:
+    try:
+        data = reader.read(place)
+        if zlib.crc32(data) != crc:  # its size, captions and duplicates were those of another picture
+            raise Dropped("other content")
+        return data
+    except Dropped as drop:
+        raise UserError(
+            f"{name} is not what it was when it was first read ({drop.reason}); leave the input alone until the build "
+            "ends, then start it anew in another folder."
+        ) from None

@@ -22,8 +22,8 @@ import numpy as np
 
 from paradiffusion.curation.building.cleaning import clean_caption
 from paradiffusion.curation.building.items import Item
-from paradiffusion.curation.building.pictures import Picture, PictureRules, prepare
 from paradiffusion.curation.building.places import Dropped, FetchLimits, Reader
+from paradiffusion.curation.building.preparing import Picture, PictureRules, prepare
 from paradiffusion.curation.building.work import Report
 from paradiffusion.randomness import seed_from, uniform
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from paradiffusion.curation.choosing.shard_root import located
+from paradiffusion.curation.choosing.score_files import located
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards
 from paradiffusion.errors import UserError

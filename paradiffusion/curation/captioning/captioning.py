@@ -1,30 +1,132 @@
-"""Long captions for the samples of shards: questions to an engine, a journal, checks, and the shards written again."""
+"""Long captions for the samples of shards: questions to a model, a journal of its answers, checks, the shards written again; and
+the claims of captions, checked by a second model.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import math
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from types import TracebackType
+from typing import Any, Final, Self
 
 import numpy as np
 from tqdm import tqdm
 
-from paradiffusion.curation.captioning.checks import UNREADABLE, Verdict, judge_text
-from paradiffusion.curation.captioning.journal import Entry, Journal, read_lines, write_lines
-from paradiffusion.curation.captioning.options import CaptionOptions
-from paradiffusion.curation.captioning.prompts import Template, draw
+from paradiffusion.atomic import write_atomic
+from paradiffusion.curation.captioning.caption_checks import UNREADABLE, Verdict, judge_text
+from paradiffusion.curation.captioning.caption_options import CaptionOptions, Template, draw
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, read_sample
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.judges.engine import Answer, Engine, Question, fit
-from paradiffusion.randomness import seed_from
+from paradiffusion.judges.engine import Answer, Decoding, Engine, Question, fit
+from paradiffusion.judges.sentences import sentences
+from paradiffusion.randomness import seed_from, uniform
+
+
+@dataclass
+class Entry:
+    """One answer as it came; what it is worth is judged anew whenever it is read.
+
+    Attributes:
+        row: the sample, counted within its shard.
+        part: the attempt, or the number of the claim.
+        key: the sample's key.
+        text, tokens, finished, error: see Answer.
+        seconds: this process's time for it; those of all entries add up to the time spent.
+        device: what computed it.
+    """
+
+    row: int
+    part: int
+    key: str
+    text: str
+    tokens: int
+    finished: bool
+    error: str
+    seconds: float
+    device: str
+
+
+class Journal:
+    """A file of entries that only grows, held by one process at a time.
+
+    Attributes:
+        entries: by (row, part).
+
+    Raises:
+        UserError: where another process writes it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[tuple[int, int], Entry] = {}
+
+    def __enter__(self) -> Self:
+        self._file = open(self.path, "a+b")  # closed in __exit__
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(
+                f"another process is at work on {self.path}; wait for it, or give each its own shards or output=."
+            ) from None
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            entry = _parse(line)
+            if entry is None:  # torn by a kill or a full disk; what follows it is asked for again
+                break
+            self.entries[entry.row, entry.part] = entry
+            whole += len(line)
+        self._file.truncate(whole)
+        return self
+
+    def add(self, entries: list[Entry]) -> None:
+        """Write entries, all in one piece, so that they are there when the process is killed next."""
+        lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in entries]
+        self._file.write("".join(line + "\n" for line in lines).encode())
+        self._file.flush()
+        self.entries.update({(entry.row, entry.part): entry for entry in entries})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _parse(line: bytes) -> Entry | None:
+    try:
+        return Entry(**json.loads(line)) if line.endswith(b"\n") else None
+    except (ValueError, TypeError):
+        return None
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """A file of JSON lines, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What ``write_lines`` wrote. Raises UserError where the file is damaged."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and run the same command again.") from None
+    if not all(isinstance(record, dict) and "key" in record for record in records):
+        raise UserError(f"{path} holds a line without key; delete it, and run the same command again.")
+    return records
+
 
 # A retry that takes the likeliest token again would only repeat itself where there is one template.
 RETRY_TEMPERATURE: Final = 0.7
@@ -362,3 +464,81 @@ def _captioned(work: Work, rows: range, records: list[dict[str, Any]]) -> Iterat
             sample.meta["captions"] = {**sample.meta["captions"], record["kind"]: record["caption"]}
             sample.meta["caption_sources"] = {**(sources if isinstance(sources, dict) else {}), record["kind"]: source}
         yield sample
+
+
+DECODING: Final = Decoding(max_new_tokens=16)
+PROMPT: Final = (
+    'Look at the picture and judge this statement about it: "{claim}" Is every part of it visibly true? Answer with one word, '
+    "yes or no."
+)
+_YES, _NO = re.compile(r"^\W*(?:yes|true|correct)\b", re.I), re.compile(r"^\W*(?:no|not|false|incorrect)\b", re.I)
+
+
+def judge_shard(work: Work, engine: Engine, number: int) -> None:
+    """Check a sample of the captions of one shard, sentence by sentence: ``<shard>.judged.jsonl``.
+
+    A caption is among those checked by a draw from its identity, so that the choice does not depend on the run.
+    """
+    shard, rows = work.index.shards[number], work.rows(number)
+    target, path = work.output / f"{shard.stem}.judged.jsonl", work.output / f"{shard.stem}.judging"
+    if not target.exists():
+        chosen, tasks = _claims(work, number)
+        work.bar.total = (work.bar.total or 0) + len(tasks)
+        with Journal(path) as journal:
+            if not target.exists():  # else another process has written it between our look and its lock
+                check_journal(work, journal, rows)
+                ask(work, engine, journal, tasks, rows.start)
+                write_lines(target, _judged(engine, journal, chosen, rows.start))
+    path.unlink(missing_ok=True)
+
+
+def _claims(work: Work, number: int) -> tuple[list[tuple[int, str, str]], list[Task]]:
+    """(row, template, claim) of the sentences to check, and the questions about them."""
+    shard, rows = work.index.shards[number], work.rows(number)
+    chosen: list[tuple[int, str, str]] = []
+    tasks = []
+    for row, record in zip(rows, read_lines(work.output / f"{shard.stem}.jsonl"), strict=True):
+        identity = int(work.index.ids[row])
+        if record["caption"] is None or uniform("judge", work.options.seed, identity) >= work.options.judge_share:
+            continue
+        for claim in sentences(record["caption"]):
+            seed = seed_from("judge", work.options.seed, identity, len(chosen))
+            tasks.append(Task(row, len(chosen), PROMPT.replace("{claim}", claim.replace('"', "'")), seed, 0.0))
+            chosen.append((row, record["template"], claim))
+    return chosen, tasks
+
+
+def _judged(engine: Engine, journal: Journal, chosen: list[tuple[int, str, str]], first: int) -> list[dict[str, Any]]:
+    """The second model's word on each claim, for ``<shard>.judged.jsonl``."""
+    records: list[dict[str, Any]] = []
+    for part, (row, template, claim) in enumerate(chosen):
+        entry = journal.entries[row - first, part]
+        verdict = "yes" if _YES.match(entry.text) else "no" if _NO.match(entry.text) else "unclear"
+        records.append(
+            {"key": entry.key, "template": template, "claim": claim, "verdict": verdict, "answer": entry.text,
+             "judge": engine.model, "revision": engine.revision, "seconds": entry.seconds}
+        )  # fmt: skip
+    return records
+
+
+def interval(clusters: list[tuple[int, int]]) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, from (confirmed, claims) of each caption.
+
+    Claims about one picture stand or fall together, so their number is divided by the design effect (at least 1): the
+    variance of the share between captions over that of as many independent claims.
+
+    Raises ValueError where there is no claim.
+    """
+    total = sum(claims for _, claims in clusters)
+    share = sum(confirmed for confirmed, _ in clusters) / total if total else math.nan
+    if not total:
+        raise ValueError("no claims")
+    effect = 1.0
+    if len(clusters) > 1 and 0 < share < 1:
+        spread = sum((confirmed - share * claims) ** 2 for confirmed, claims in clusters) / total**2
+        spread *= len(clusters) / (len(clusters) - 1)
+        effect = max(1.0, spread / (share * (1 - share) / (total - 1)))
+    n, z = total / effect, 1.959964
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,15 +1,17 @@
-"""What is in a data set, as figures: everything that the index tells of all samples, without reading one."""
+"""Figures of a data set: what its index tells of all samples, what a run makes of them, and what decoding some of them shows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+from PIL import ImageStat
+from tqdm import tqdm
 
 from paradiffusion.curation.inspecting.histograms import Distribution, distribution, usual_most
-from paradiffusion.data.images import assign_buckets
-from paradiffusion.data.index import SampleIndex
+from paradiffusion.data.images import MAX_PIXELS, assign_buckets, decode
+from paradiffusion.data.index import SampleIndex, read_sample
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import IMAGE_EXTENSIONS
 
@@ -169,3 +171,88 @@ def _top(values: np.ndarray, count: int, allowed: np.ndarray) -> list[int]:
 def draw_rows(index: SampleIndex, count: int, seed: int) -> list[int]:
     """``count`` rows drawn by seed, fewer where there are fewer."""
     return np.random.default_rng(seed).choice(len(index), min(count, len(index)), replace=False).tolist()
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """What ``steps`` steps see of one source: ``seen`` samples, which is ``epochs`` times all the ``samples`` that can be
+    used, at its ``share`` of the batches."""
+
+    source: str
+    steps: int
+    samples: int
+    share: float
+    seen: float
+    epochs: float
+
+
+def run_of(plan: BatchPlan, steps: int) -> list[RunFigures]:
+    """What a run of ``steps`` steps sees, by source."""
+    shares = source_shares(plan)
+    total = steps * plan.batch_size
+    return [
+        RunFigures(name, steps, stream.size, share, total * share, total * share / stream.size)
+        for name, stream, share in zip(plan.index.sources, plan.streams, shares, strict=True)
+    ]
+
+
+def source_shares(plan: BatchPlan) -> list[float]:
+    """Each source's share of the batches."""
+    total = sum(share.weight for share in plan.shares)
+    return [share.weight / total for share in plan.shares]
+
+
+def kind_weights(plan: BatchPlan) -> dict[str, float]:
+    """The configured share of each caption kind over all batches, as drawn, before samples that lack it fall back:
+    sources may have weights of their own."""
+    weights: dict[str, float] = {}
+    for share, own in zip(source_shares(plan), plan.captions, strict=True):
+        for kind, weight in own.items():
+            weights[kind] = weights.get(kind, 0.0) + share * weight / sum(own.values())
+    return weights
+
+
+# Our choices, of 255: below such a mean hardly anything is seen; a mild gradient over a picture deviates by more.
+DARK, FLAT = 16.0, 6.0
+_SHOWN: Final = 12
+
+
+@dataclass(frozen=True)
+class CheckedPictures:
+    """Of ``checked`` pictures, rows with the reason of those that do not decode, and rows of those whose mean brightness is
+    below ``DARK``, and of those whose brightness deviates by less than ``FLAT``, the worst first."""
+
+    checked: int
+    undecodable: list[tuple[int, str]]
+    dark: list[int]
+    flat: list[int]
+
+    def worst(self) -> dict[str, list[int]]:
+        """The rows to be shown, by what is wrong with them."""
+        return {
+            "images that do not decode": [row for row, _ in self.undecodable[:_SHOWN]],
+            "very dark images": self.dark[:_SHOWN],
+            "images of nearly one colour": self.flat[:_SHOWN],
+        }
+
+
+def check_pictures(index: SampleIndex, check: int, seed: int) -> CheckedPictures:
+    """Decode ``check`` images at most, drawn by seed, and as many of those whose header could not be read."""
+    known = np.flatnonzero(index.width > 0)
+    drawn = np.random.default_rng(seed + 1).choice(known, min(check, len(known)), replace=False)
+    rows = [*np.flatnonzero(index.width == 0)[:check].tolist(), *np.sort(drawn).tolist()]
+    bad: list[tuple[int, str]] = []
+    dark: list[tuple[float, int]] = []
+    flat: list[tuple[float, int]] = []
+    for row in tqdm(rows, desc="images", unit="image", mininterval=1, dynamic_ncols=True):
+        try:
+            brightness = ImageStat.Stat(decode(read_sample(index, row).image, MAX_PIXELS).convert("L"))
+        except (OSError, ValueError) as error:
+            bad.append((row, str(error)))
+            continue
+        (mean,), (deviation,) = brightness.mean, brightness.stddev
+        if mean < DARK:
+            dark.append((mean, row))
+        if deviation < FLAT:
+            flat.append((deviation, row))
+    return CheckedPictures(len(rows), bad, dark=[row for _, row in sorted(dark)], flat=[row for _, row in sorted(flat)])

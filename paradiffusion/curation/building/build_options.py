@@ -11,10 +11,10 @@ import yaml
 
 from paradiffusion.checks import choice, fraction, positive
 from paradiffusion.curation.building.duplicates import MAX_DISTANCE
-from paradiffusion.curation.building.ingest import FORMATS
+from paradiffusion.curation.building.inputs import FORMATS
 from paradiffusion.curation.building.items import Columns
-from paradiffusion.curation.building.pictures import PictureRules, parse_colour
 from paradiffusion.curation.building.places import FetchLimits
+from paradiffusion.curation.building.preparing import PictureRules, parse_colour
 from paradiffusion.data.images import MAX_PIXELS
 from paradiffusion.errors import UserError
 

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.curation.building.build_options import BuildOptions
 from paradiffusion.curation.building.chunk import Tally
-from paradiffusion.curation.building.options import BuildOptions
-from paradiffusion.curation.building.pictures import PROFILE_NOTES
+from paradiffusion.curation.building.preparing import PROFILE_NOTES
 from paradiffusion.data.index import load_index
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
 
 if TYPE_CHECKING:
-    from paradiffusion.curation.building.select import Selection
+    from paradiffusion.curation.building.duplicates import Selection
+
 
 _NAME: Final = "report.json"
 _MAX_PROFILES: Final = 20  # screens have profiles of their own by the thousand
