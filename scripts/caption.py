@@ -67,7 +67,8 @@ def main(arguments: list[str]) -> int:
 
     from paradiffusion.curation.captioning.captioning import check_names
     from paradiffusion.data.shards import expand_shards
-    from paradiffusion.sampling.run import joined_processes, stop_on_signals
+    from paradiffusion.sampling.run import joined_processes
+    from paradiffusion.stopping import stop_on_signals
 
     shards = expand_shards(str(options.shards), "shards")
     check_names(shards, options)
@@ -103,9 +104,10 @@ def work_on(
     check_stop: Callable[[], None],
 ) -> int:
     """This process's shards, with one model after the other."""
-    from paradiffusion.curation.captioning.captioning import DECODING, Work, caption_shard, judge_shard, make_bar
+    from paradiffusion.curation.captioning.captioning import DECODING, Work, caption_shard, judge_shard
+    from paradiffusion.curation.pool import make_bar
     from paradiffusion.data.index import load_index
-    from paradiffusion.sampling.run import Stopped
+    from paradiffusion.stopping import Stopped
 
     if not shards:
         return DONE
@@ -116,7 +118,7 @@ def work_on(
         engine, side = make_engine(options, device)
         try:
             bind_output(output, options, engine, templates, side)
-            with make_bar(len(index), "captions", shown) as bar:
+            with make_bar("captions", "img", len(index), shown=shown) as bar:
                 work = Work(options, output, index, templates, side, check_stop, bar)
                 for number in range(len(shards)):
                     check_stop()
@@ -127,7 +129,7 @@ def work_on(
             judge, side = make_judge(options, device, DECODING)
             try:
                 bind_judge(output, options, judge, side)
-                with make_bar(0, "claims", shown) as bar:
+                with make_bar("claims", "img", 0, shown=shown) as bar:
                     work = Work(options, output, index, templates, side, check_stop, bar)
                     for number in range(len(shards)):
                         check_stop()

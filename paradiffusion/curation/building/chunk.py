@@ -24,7 +24,7 @@ from paradiffusion.curation.building.cleaning import clean_caption
 from paradiffusion.curation.building.items import Item
 from paradiffusion.curation.building.places import Dropped, FetchLimits, Reader
 from paradiffusion.curation.building.preparing import Picture, PictureRules, prepare
-from paradiffusion.curation.building.work import Report
+from paradiffusion.curation.pool import Tell
 from paradiffusion.randomness import seed_from, uniform
 
 EXAMPLES: Final = 5
@@ -89,7 +89,7 @@ class Tally:
             self.examples[name] = (self.examples.get(name, []) + shown)[:EXAMPLES]
 
 
-def make_chunk(task: ChunkTask, report: Report) -> None:
+def make_chunk(task: ChunkTask, tell: Tell) -> None:
     """Do the first pass over one chunk; a chunk that is done already is left alone."""
     if task.result.with_suffix(".json").exists():
         return
@@ -101,7 +101,7 @@ def make_chunk(task: ChunkTask, report: Report) -> None:
         with open(names[".bin"], "wb") as staged, open(names[".jsonl"], "wb") as lines:
             for item, captions, found in _fetched(task, tally):
                 tally.items += 1
-                report(1)
+                tell(1)
                 try:
                     if isinstance(found, Dropped):
                         raise found

@@ -18,7 +18,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.message import Message
@@ -28,7 +28,7 @@ from time import monotonic, sleep
 from typing import IO, Any, Final
 
 from paradiffusion.atomic import atomic_file
-from paradiffusion.curation.building.work import progress
+from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 
 _AGENT: Final = "paradiffusion-build-shards"
@@ -327,7 +327,7 @@ def is_archive(path: Path) -> bool:
     return path.is_file() and path.name.lower().endswith((".zip", ".tar", ".tgz", ".tar.gz"))
 
 
-def open_archive(path: Path, work: Path, max_gigabytes: float) -> Archive:
+def open_archive(path: Path, work: Path, max_gigabytes: float, check: Callable[[], None]) -> Archive:
     """List an archive. A gzipped tar has no beginning but its own, so it is first unzipped (not unpacked) into ``work``.
 
     Raises UserError when it is damaged, or comes to more than ``max_gigabytes`` unzipped.
@@ -340,7 +340,7 @@ def open_archive(path: Path, work: Path, max_gigabytes: float) -> Archive:
         if path.name.lower().endswith("gz"):
             plain = work / "archive.tar"
             if not plain.exists():
-                _unzip(path, plain, max_gigabytes)
+                _unzip(path, plain, max_gigabytes, check)
         return _list_tar(plain)
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"root={path} is a damaged archive ({error}); fetch it again.") from None
@@ -351,14 +351,14 @@ def _plain(name: str) -> str:
     return PurePosixPath(name.replace("\\", "/")).as_posix()
 
 
-def _unzip(path: Path, plain: Path, max_gigabytes: float) -> None:
+def _unzip(path: Path, plain: Path, max_gigabytes: float, check: Callable[[], None]) -> None:
     """Counted as it comes out, since a small file may hold terabytes of zeros."""
     written = 0
     with (
         gzip.open(path) as source,
         atomic_file(plain) as partial,
         open(partial, "wb") as target,
-        progress(f"unzipping {path.name}", "MiB", None) as report,
+        make_bar(f"unzipping {path.name}", "MiB", None) as bar,
     ):
         while piece := source.read(_UNZIPPED):
             written += len(piece)
@@ -368,7 +368,8 @@ def _unzip(path: Path, plain: Path, max_gigabytes: float) -> None:
                     "is right, or unpack it and give the folder as root=."
                 )
             target.write(piece)
-            report(1)
+            bar.update(1)
+            check()
 
 
 def _list_tar(path: Path) -> Archive:

@@ -4,20 +4,17 @@ the claims of captions, checked by a second model.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import numpy as np
 from tqdm import tqdm
@@ -25,6 +22,7 @@ from tqdm import tqdm
 from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.captioning.caption_checks import UNREADABLE, Verdict, judge_text
 from paradiffusion.curation.captioning.caption_options import CaptionOptions, Template, draw
+from paradiffusion.curation.journal import Journal, read_journal
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, read_sample
 from paradiffusion.data.shards import RawSample, write_shards
@@ -32,6 +30,16 @@ from paradiffusion.errors import UserError
 from paradiffusion.judges.engine import Answer, Decoding, Engine, Question, fit
 from paradiffusion.judges.sentences import sentences
 from paradiffusion.randomness import seed_from, uniform
+
+# A retry that takes the likeliest token again would only repeat itself where there is one template.
+RETRY_TEMPERATURE: Final = 0.7
+DECODING: Final = Decoding(max_new_tokens=16)  # of the second model
+PROMPT: Final = (
+    'Look at the picture and judge this statement about it: "{claim}" Is every part of it visibly true? Answer with one word, '
+    "yes or no."
+)
+_REFUSED_AT_START: Final = 16
+_YES, _NO = re.compile(r"^\W*(?:yes|true|correct)\b", re.I), re.compile(r"^\W*(?:no|not|false|incorrect)\b", re.I)
 
 
 @dataclass
@@ -56,81 +64,6 @@ class Entry:
     error: str
     seconds: float
     device: str
-
-
-class Journal:
-    """A file of entries that only grows, held by one process at a time.
-
-    Attributes:
-        entries: by (row, part).
-
-    Raises:
-        UserError: where another process writes it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[tuple[int, int], Entry] = {}
-
-    def __enter__(self) -> Self:
-        self._file = open(self.path, "a+b")  # closed in __exit__
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(
-                f"another process is at work on {self.path}; wait for it, or give each its own shards or output=."
-            ) from None
-        self._file.seek(0)
-        whole = 0
-        for line in self._file:
-            entry = _parse(line)
-            if entry is None:  # torn by a kill or a full disk; what follows it is asked for again
-                break
-            self.entries[entry.row, entry.part] = entry
-            whole += len(line)
-        self._file.truncate(whole)
-        return self
-
-    def add(self, entries: list[Entry]) -> None:
-        """Write entries, all in one piece, so that they are there when the process is killed next."""
-        lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in entries]
-        self._file.write("".join(line + "\n" for line in lines).encode())
-        self._file.flush()
-        self.entries.update({(entry.row, entry.part): entry for entry in entries})
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-
-def _parse(line: bytes) -> Entry | None:
-    try:
-        return Entry(**json.loads(line)) if line.endswith(b"\n") else None
-    except (ValueError, TypeError):
-        return None
-
-
-def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """A file of JSON lines, whole or not at all."""
-    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What ``write_lines`` wrote. Raises UserError where the file is damaged."""
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and run the same command again.") from None
-    if not all(isinstance(record, dict) and "key" in record for record in records):
-        raise UserError(f"{path} holds a line without key; delete it, and run the same command again.")
-    return records
-
-
-# A retry that takes the likeliest token again would only repeat itself where there is one template.
-RETRY_TEMPERATURE: Final = 0.7
-_REFUSED_AT_START: Final = 16
 
 
 @dataclass
@@ -165,7 +98,7 @@ class Work:
     check_stop: Callable[[], None]
     bar: tqdm[Any]
     refused: int = 0
-    answered: bool = field(default=False)
+    answered: bool = False
     noted: int = 0
     rejected: int = 0
 
@@ -175,13 +108,138 @@ class Work:
         return range(int(first), int(last))
 
 
-def make_bar(total: int, what: str, shown: bool) -> tqdm[Any]:
-    """A bar with rate and time left; in a log file, a line every half minute."""
-    slow = not sys.stderr.isatty()
-    return tqdm(
-        total=total, desc=what, unit="img", disable=not shown, smoothing=0.05, dynamic_ncols=not slow,
-        mininterval=30 if slow else 0.2, maxinterval=60 if slow else 10,
-    )  # fmt: skip
+class Answers:
+    """The answers about one shard, in a journal that one process holds until ``close``: a killed captioner goes on after its last
+    line. ``entries`` are by (row in the shard, part). Raises UserError where another process is at it."""
+
+    def __init__(self, work: Work, engine: Engine, number: int, path: Path) -> None:
+        self.work, self.engine, self.rows, self.path = work, engine, work.rows(number), path
+        self._journal = Journal(
+            path, f"another process is at work on {path}; wait for it, or give each its own shards or output=."
+        )
+        self.close = self._journal.close
+        self.entries: dict[tuple[int, int], Entry] = {}
+        for record in read_journal(path)[0]:
+            with suppress(TypeError):  # damaged: it is asked for again
+                entry = Entry(**record)
+                self.entries[entry.row, entry.part] = entry
+        self._unread: list[tuple[Question | Task, Answer]] = []
+
+    def has(self, task: Task | Question) -> bool:
+        """Whether a question is answered."""
+        return (task.row - self.rows.start, task.part) in self.entries
+
+    def tries(self, row: int) -> list[Entry]:
+        """The answers about the sample of ``row`` in the index, by attempt."""
+        found = (self.entries.get((row - self.rows.start, part)) for part in range(self.work.options.retries + 1))
+        return [entry for entry in found if entry is not None]
+
+    def check(self) -> None:
+        """Raise UserError where answers would go to other pictures than they were given for."""
+        for (row, _), entry in self.entries.items():
+            if row >= len(self.rows) or entry.key != self.work.index.key(self.rows[row]):
+                raise UserError(
+                    f"a shard has changed since its captions were begun; delete {self.path}, or restore the shard."
+                )
+
+    def ask(self, tasks: list[Task], rejects: Callable[[Entry], bool] | None = None) -> None:
+        """Put the questions that have no answer, pictures of like size together.
+
+        The bar shows the share of the answers that ``rejects``, so that nobody learns after days that the model does not suit.
+
+        Whole batches are asked again where one answer of them is missing: an answer may depend on its neighbours by rounding,
+        and a resumed run is to write what an uninterrupted one does.
+        """
+        width, height = self.work.index.width, self.work.index.height
+
+        def size(task: Task) -> tuple[float, float, int, int]:
+            wide, tall = max(1, int(width[task.row])), max(1, int(height[task.row]))
+            scale = min(1.0, self.work.side / max(wide, tall))
+            return wide * tall * scale * scale, wide / tall, task.row, task.part
+
+        ordered, at_once = sorted(tasks, key=size), self.engine.batch_size
+        batches = [ordered[at : at + at_once] for at in range(0, len(ordered), at_once)]
+        missing = [batch for batch in batches if not all(map(self.has, batch))]
+        last = time.monotonic()
+        with closing(self.engine.answers(self._questions(missing))) as answers:  # type: ignore[type-var]
+            for group in answers:
+                now = time.monotonic()
+                if self._note(group, now - last, rejects):
+                    last = now
+                self._watch_refusals([answer for _, answer in group])
+                self.work.check_stop()
+        self._note([], time.monotonic() - last, rejects)
+
+    def _questions(self, batches: list[list[Task]]) -> Iterator[list[Question]]:
+        """Batches with their pictures; what does not decode is answered by its error."""
+        known: tuple[int, Any] = (-1, None)  # the claims about one picture follow each other
+        for batch in batches:
+            questions = []
+            for task in batch:
+                if task.row != known[0]:
+                    try:
+                        known = task.row, fit(decode(read_sample(self.work.index, task.row).image), self.work.side)
+                    except (BadImage, OSError) as error:
+                        self._unread.append((task, Answer(error=str(error)[:200] or type(error).__name__)))
+                        continue
+                questions.append(Question(task.row, task.part, known[1], task.prompt, task.seed, task.temperature))
+            yield questions
+
+    def _note(
+        self, group: Sequence[tuple[Question | Task, Answer]], seconds: float, rejects: Callable[[Entry], bool] | None
+    ) -> bool:
+        """Write answers to the journal, but those that it holds already, and move the bar; whether there were any."""
+        pairs, self._unread = [*group, *self._unread[::-1]], []
+        entries = [
+            Entry(
+                row=asked.row - self.rows.start,
+                part=asked.part,
+                key=self.work.index.key(asked.row),
+                # Surrogates, which a server's JSON can hold, have no UTF-8.
+                text=answer.text.encode("utf-8", "replace").decode(),
+                tokens=answer.tokens,
+                finished=answer.finished,
+                error=answer.error.encode("utf-8", "replace").decode(),
+                seconds=round(seconds / len(pairs), 4),
+                device=self.engine.device,
+            )
+            for asked, answer in pairs
+            if not self.has(asked)
+        ]
+        if entries:
+            self._journal.add(map(asdict, entries))
+            self.entries.update({(entry.row, entry.part): entry for entry in entries})
+        work = self.work
+        if entries and rejects is not None:
+            work.noted += len(entries)
+            work.rejected += sum(map(rejects, entries))
+            work.bar.set_postfix_str(f"rejected {work.rejected / work.noted:.0%}", refresh=False)
+        work.bar.update(len(entries))
+        return bool(pairs)
+
+    def _watch_refusals(self, answers: list[Answer]) -> None:
+        """Raise UserError where no picture at all gets an answer, instead of rejecting a whole data set."""
+        work = self.work
+        work.answered = work.answered or any(not answer.error for answer in answers)
+        work.refused += sum(bool(answer.error) for answer in answers)
+        if not work.answered and work.refused >= _REFUSED_AT_START:
+            raise UserError(
+                f"{self.engine.model} refused the first {work.refused} pictures ({next(a.error for a in answers if a.error)}); check "
+                "that it takes pictures, image_side= and max_new_tokens=, and remove the output folder before you try again."
+            )
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """A file of JSON lines, whole or not at all."""
+    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What ``write_lines`` wrote. Raises UserError where the file is damaged."""
+    records, damaged = read_journal(path)
+    if damaged or not all("key" in record for record in records):
+        raise UserError(f"{path} holds a damaged line; delete it, and run the same command again.")
+    return records
 
 
 def check_names(shards: Sequence[Any], options: CaptionOptions) -> None:
@@ -216,12 +274,13 @@ def caption_shard(work: Work, engine: Engine, number: int) -> None:
         work.bar.update(len(rows))
         _read_records(work, number, lines)
     if not lines.exists() or (wanted and not target.exists()):
-        with Journal(path) as journal:  # held while the tar is written too: two would write one temporary file
+        # Held while the tar is written too: two would write one temporary file.
+        with closing(Answers(work, engine, number, path)) as answers:
             if not lines.exists():  # else another process has written them between our look and its lock
-                _ask_all(work, engine, journal, rows)
+                _ask_all(answers)
                 for old in (target, *judged):  # of lines that were deleted; a server need not say the same again
                     old.unlink(missing_ok=True)
-                write_lines(lines, [_record(work, engine, journal, rows, row) for row in rows])
+                write_lines(lines, [_record(answers, row) for row in rows])
             if wanted and not target.exists():
                 _write_captioned(work, rows, _read_records(work, number, lines), target)
     path.unlink(missing_ok=True)
@@ -237,173 +296,39 @@ def _read_records(work: Work, number: int, lines: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _ask_all(work: Work, engine: Engine, journal: Journal, rows: range) -> None:
-    """All attempts at the captions of one shard that ``journal`` has not."""
-    check_journal(work, journal, rows)
-    work.bar.update(sum(part == 0 for _, part in journal.entries))
+def _ask_all(answers: Answers) -> None:
+    """All attempts at the captions of one shard that are not answered yet."""
+    work, first = answers.work, answers.rows.start
+    answers.check()
+    work.bar.update(sum(part == 0 for _, part in answers.entries))
     for attempt in range(work.options.retries + 1):
-        tasks = _tasks(work, journal, rows, attempt)
+        tasks = _tasks(answers, attempt)
         if attempt:
             work.bar.total = (work.bar.total or 0) + len(tasks)
-            work.bar.update(sum((task.row - rows.start, attempt) in journal.entries for task in tasks))
-
-        def rejects(entry: Entry) -> bool:
-            return _verdict(work, rows.start + entry.row, entry).rejected
-
-        ask(work, engine, journal, tasks, rows.start, rejects)
-
-
-def check_journal(work: Work, journal: Journal, rows: range) -> None:
-    """Raise UserError where answers would go to other pictures than they were given for."""
-    for row, part in journal.entries:
-        if row >= len(rows) or journal.entries[row, part].key != work.index.key(rows[row]):
-            raise UserError(
-                f"a shard has changed since its captions were begun; delete {journal.path}, or restore the shard."
-            )
-
-
-def ask(
-    work: Work,
-    engine: Engine,
-    journal: Journal,
-    tasks: list[Task],
-    first: int,
-    rejects: Callable[[Entry], bool] | None = None,
-) -> None:
-    """Put the questions that ``journal`` has no answer to, pictures of like size together.
-
-    The bar shows the share of the answers that ``rejects``, so that nobody learns after days that the model does not suit.
-
-    Whole batches are asked again where one answer of them is missing: an answer may depend on its neighbours by rounding,
-    and a resumed run is to write what an uninterrupted one does.
-    """
-    width, height = work.index.width, work.index.height
-
-    def size(task: Task) -> tuple[float, float, int, int]:
-        wide, tall = max(1, int(width[task.row])), max(1, int(height[task.row]))
-        scale = min(1.0, work.side / max(wide, tall))
-        return wide * tall * scale * scale, wide / tall, task.row, task.part
-
-    ordered = sorted(tasks, key=size)
-    batches = [ordered[at : at + engine.batch_size] for at in range(0, len(ordered), engine.batch_size)]
-    missing = [batch for batch in batches if any((t.row - first, t.part) not in journal.entries for t in batch)]
-    unread: list[tuple[Question | Task, Answer]] = []
-    last = time.monotonic()
-    with closing(engine.answers(_questions(work, missing, unread))) as answers:  # type: ignore[type-var]
-        for group in answers:
-            pairs: list[tuple[Question | Task, Answer]] = [*group, *_drain(unread)]
-            now = time.monotonic()
-            _show(work, _note(work, engine, journal, pairs, first, now - last), rejects)
-            if pairs:
-                last = now
-            _watch_refusals(work, engine, [answer for _, answer in group])
-            work.check_stop()
-    _show(work, _note(work, engine, journal, _drain(unread), first, time.monotonic() - last), rejects)
-
-
-def _questions(
-    work: Work, batches: list[list[Task]], unread: list[tuple[Question | Task, Answer]]
-) -> Iterator[list[Question]]:
-    """Batches with their pictures; what does not decode goes to ``unread``."""
-    known: tuple[int, Any] = (-1, None)  # the claims about one picture follow each other
-    for batch in batches:
-        questions = []
-        for task in batch:
-            if task.row != known[0]:
-                try:
-                    known = task.row, fit(decode(read_sample(work.index, task.row).image), work.side)
-                except (BadImage, OSError) as error:
-                    unread.append((task, Answer(error=str(error)[:200] or type(error).__name__)))
-                    continue
-            questions.append(Question(task.row, task.part, known[1], task.prompt, task.seed, task.temperature))
-        yield questions
-
-
-def _drain(unread: list[tuple[Question | Task, Answer]]) -> list[tuple[Question | Task, Answer]]:
-    return [unread.pop() for _ in range(len(unread))]
-
-
-def _note(
-    work: Work,
-    engine: Engine,
-    journal: Journal,
-    pairs: list[tuple[Question | Task, Answer]],
-    first: int,
-    seconds: float,
-) -> list[Entry]:
-    """Write answers to the journal, but those that it holds already; returns the new ones."""
-    entries = []
-    for asked, answer in pairs:
-        if (asked.row - first, asked.part) in journal.entries:
-            continue
-        # Surrogates, which a server's JSON can hold, have no UTF-8.
-        text = answer.text.encode("utf-8", "replace").decode()
-        entry = Entry(
-            row=asked.row - first,
-            part=asked.part,
-            key=work.index.key(asked.row),
-            text=text,
-            tokens=answer.tokens,
-            finished=answer.finished,
-            error=answer.error.encode("utf-8", "replace").decode(),
-            seconds=round(seconds / len(pairs), 4),
-            device=engine.device,
-        )
-        entries.append(entry)
-    if entries:
-        journal.add(entries)
-    return entries
-
-
-def _show(work: Work, entries: list[Entry], rejects: Callable[[Entry], bool] | None) -> None:
-    """Move the bar."""
-    if entries and rejects is not None:
-        work.noted += len(entries)
-        work.rejected += sum(map(rejects, entries))
-        work.bar.set_postfix_str(f"rejected {work.rejected / work.noted:.0%}", refresh=False)
-    work.bar.update(len(entries))
-
-
-def _watch_refusals(work: Work, engine: Engine, answers: list[Answer]) -> None:
-    """Raise UserError where no picture at all gets an answer, instead of rejecting a whole data set."""
-    work.answered = work.answered or any(not answer.error for answer in answers)
-    work.refused += sum(bool(answer.error) for answer in answers)
-    if not work.answered and work.refused >= _REFUSED_AT_START:
-        raise UserError(
-            f"{engine.model} refused the first {work.refused} pictures ({next(a.error for a in answers if a.error)}); check that "
-            "it takes pictures, image_side= and max_new_tokens=, and remove the output folder before you try again."
-        )
+            work.bar.update(sum(map(answers.has, tasks)))
+        answers.ask(tasks, lambda entry: _verdict(work, first + entry.row, entry).rejected)
 
 
 def _template(work: Work, row: int, attempt: int) -> Template:
     """The template of an attempt; a retry takes one that the sample has not had."""
     identity = int(work.index.ids[row])
-    used: list[str] = []
+    used: frozenset[str] = frozenset()
     for number in range(attempt):
-        used.append(draw(work.templates, number, work.options.seed, identity, used=frozenset(used)).name)
-    return draw(work.templates, attempt, work.options.seed, identity, used=frozenset(used))
+        used |= {draw(work.templates, number, work.options.seed, identity, used=used).name}
+    return draw(work.templates, attempt, work.options.seed, identity, used=used)
 
 
-def _tasks(work: Work, journal: Journal, rows: range, attempt: int) -> list[Task]:
+def _tasks(answers: Answers, attempt: int) -> list[Task]:
     """The questions of one attempt: all samples first, then those whose answers were rejected so far."""
-    tasks = []
-    for row in rows:
-        before = [journal.entries[row - rows.start, number] for number in range(attempt)
-                  if (row - rows.start, number) in journal.entries]  # fmt: skip
-        if len(before) < attempt or any(entry.error for entry in before):
+    work, tasks = answers.work, []
+    temperature = work.options.temperature
+    for row in answers.rows:
+        before = answers.tries(row)[:attempt]
+        if len(before) < attempt or any(e.error or not _verdict(work, row, e).rejected for e in before):
             continue
-        if any(not _verdict(work, row, entry).rejected for entry in before):
-            continue
-        temperature = work.options.temperature
-        tasks.append(
-            Task(
-                row,
-                attempt,
-                _template(work, row, attempt).prompt(),
-                seed_from("caption", work.options.seed, int(work.index.ids[row]), attempt),
-                max(temperature, RETRY_TEMPERATURE) if attempt else temperature,
-            )
-        )
+        seed = seed_from("caption", work.options.seed, int(work.index.ids[row]), attempt)
+        warmth = max(temperature, RETRY_TEMPERATURE) if attempt else temperature
+        tasks.append(Task(row, attempt, _template(work, row, attempt).prompt(), seed, warmth))
     return tasks
 
 
@@ -413,19 +338,12 @@ def _verdict(work: Work, row: int, entry: Entry) -> Verdict:
     return judge_text(entry.text, entry.finished, work.options.limits(_template(work, row, entry.part)))
 
 
-def _record(work: Work, engine: Engine, journal: Journal, rows: range, row: int) -> dict[str, Any]:
+def _record(answers: Answers, row: int) -> dict[str, Any]:
     """What is known of a sample's caption in the end; ``caption`` is None where none passed."""
-    entries = [journal.entries[row - rows.start, part] for part in range(work.options.retries + 1)
-               if (row - rows.start, part) in journal.entries]  # fmt: skip
-    verdicts = [_verdict(work, row, entry) for entry in entries]
-    tries = list(zip(entries, verdicts, strict=True))
+    work, engine = answers.work, answers.engine
+    tries = [(entry, _verdict(work, row, entry)) for entry in answers.tries(row)]
     good = next(((entry, verdict) for entry, verdict in tries if not verdict.rejected), None)
     last, verdict = good or tries[-1]
-    rejected = [
-        {"template": _template(work, row, e.part).name, "found": v.found, "text": v.text or e.error}
-        for e, v in tries
-        if v.rejected
-    ]
     return {
         "key": work.index.key(row),
         "caption": verdict.text if good else None,
@@ -436,9 +354,13 @@ def _record(work: Work, engine: Engine, journal: Journal, rows: range, row: int)
         "words": verdict.words,
         "found": verdict.found,
         "notes": verdict.notes,
-        "rejected": rejected,
-        "tokens": sum(entry.tokens for entry in entries),
-        "seconds": round(sum(entry.seconds for entry in entries), 4),
+        "rejected": [
+            {"template": _template(work, row, e.part).name, "found": v.found, "text": v.text or e.error}
+            for e, v in tries
+            if v.rejected
+        ],
+        "tokens": sum(entry.tokens for entry, _ in tries),
+        "seconds": round(sum(entry.seconds for entry, _ in tries), 4),
         "device": last.device,
     }
 
@@ -466,14 +388,6 @@ def _captioned(work: Work, rows: range, records: list[dict[str, Any]]) -> Iterat
         yield sample
 
 
-DECODING: Final = Decoding(max_new_tokens=16)
-PROMPT: Final = (
-    'Look at the picture and judge this statement about it: "{claim}" Is every part of it visibly true? Answer with one word, '
-    "yes or no."
-)
-_YES, _NO = re.compile(r"^\W*(?:yes|true|correct)\b", re.I), re.compile(r"^\W*(?:no|not|false|incorrect)\b", re.I)
-
-
 def judge_shard(work: Work, engine: Engine, number: int) -> None:
     """Check a sample of the captions of one shard, sentence by sentence: ``<shard>.judged.jsonl``.
 
@@ -484,11 +398,19 @@ def judge_shard(work: Work, engine: Engine, number: int) -> None:
     if not target.exists():
         chosen, tasks = _claims(work, number)
         work.bar.total = (work.bar.total or 0) + len(tasks)
-        with Journal(path) as journal:
+        with closing(Answers(work, engine, number, path)) as answers:
             if not target.exists():  # else another process has written it between our look and its lock
-                check_journal(work, journal, rows)
-                ask(work, engine, journal, tasks, rows.start)
-                write_lines(target, _judged(engine, journal, chosen, rows.start))
+                answers.check()
+                answers.ask(tasks)
+                records = []
+                for part, (row, template, claim) in enumerate(chosen):
+                    entry = answers.entries[row - rows.start, part]
+                    verdict = "yes" if _YES.match(entry.text) else "no" if _NO.match(entry.text) else "unclear"
+                    records.append(
+                        {"key": entry.key, "template": template, "claim": claim, "verdict": verdict, "answer": entry.text,
+                         "judge": engine.model, "revision": engine.revision, "seconds": entry.seconds}
+                    )  # fmt: skip
+                write_lines(target, records)
     path.unlink(missing_ok=True)
 
 
@@ -506,19 +428,6 @@ def _claims(work: Work, number: int) -> tuple[list[tuple[int, str, str]], list[T
             tasks.append(Task(row, len(chosen), PROMPT.replace("{claim}", claim.replace('"', "'")), seed, 0.0))
             chosen.append((row, record["template"], claim))
     return chosen, tasks
-
-
-def _judged(engine: Engine, journal: Journal, chosen: list[tuple[int, str, str]], first: int) -> list[dict[str, Any]]:
-    """The second model's word on each claim, for ``<shard>.judged.jsonl``."""
-    records: list[dict[str, Any]] = []
-    for part, (row, template, claim) in enumerate(chosen):
-        entry = journal.entries[row - first, part]
-        verdict = "yes" if _YES.match(entry.text) else "no" if _NO.match(entry.text) else "unclear"
-        records.append(
-            {"key": entry.key, "template": template, "claim": claim, "verdict": verdict, "answer": entry.text,
-             "judge": engine.model, "revision": engine.revision, "seconds": entry.seconds}
-        )  # fmt: skip
-    return records
 
 
 def interval(clusters: list[tuple[int, int]]) -> tuple[float, float]:

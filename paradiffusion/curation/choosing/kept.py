@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from paradiffusion.curation.choosing.candidates import Candidate, Candidates, start_caption
 from paradiffusion.curation.choosing.decisions import DECISIONS, Standing, read_decisions
+from paradiffusion.curation.journal import lock
 from paradiffusion.data.captions import clean
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
@@ -122,14 +122,9 @@ def _unfinished(output: Path) -> Iterator[Path]:
     """A folder beside ``output`` to write into, gone at the end. Raises UserError while another export writes there."""
     partial = output.with_name(f".{output.name}.part")
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    folder = os.open(partial, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another export writes output={output} now; wait for it, or name another folder."
-            ) from None
+        lock(folder, f"another export writes output={output} now; wait for it, or name another folder.")
         if not partial.exists():  # it became the other's output between our look and our lock
             raise UserError(_meanwhile(output))
         try:
@@ -139,7 +134,7 @@ def _unfinished(output: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     finally:
-        os.close(lock)
+        os.close(folder)
 
 
 def verdict(standing: Standing, sample: str, votes: str) -> bool | None:

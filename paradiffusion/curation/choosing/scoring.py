@@ -8,23 +8,17 @@ from __future__ import annotations
 import hashlib
 import math
 import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from paradiffusion.curation.choosing.score_files import (
     is_scored,
@@ -35,6 +29,7 @@ from paradiffusion.curation.choosing.score_files import (
     write_scores,
 )
 from paradiffusion.curation.choosing.technical import measure
+from paradiffusion.curation.pool import Tell, interruptible, process_number, run_tasks
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.remote import RemotePath
@@ -96,10 +91,6 @@ class _Row:
     image: Image.Image | None = None
 
 
-class Stopped(Exception):
-    """Scoring was interrupted from outside."""
-
-
 def score_shards(
     shards: Sequence[Path | RemotePath], work: Path, scoring: Scoring, processes: int | None = None
 ) -> int:
@@ -116,81 +107,20 @@ def score_shards(
         return 0
     index = load_index(todo, scoring.allow_truncated)
     filled = set(np.unique(index.shard).tolist())
-    todo = [shard for number, shard in enumerate(todo) if number in filled]
+    tasks = [(shard, name_of(shard, root)) for number, shard in enumerate(todo) if number in filled]
     total = len(index)
     del index
     if processes is None:
         processes = max(1, torch.cuda.device_count()) if scoring.device == "auto" else 1
-    processes = min(processes, len(todo))
-    seconds = 0.5 if sys.stderr.isatty() else 30.0
-    with _as_interrupt():
-        # Loaded before the bar: minutes of a download would count as slow images.
-        models = _load_models(scoring, _device_of(scoring.device, 0)) if processes == 1 else None
-        with tqdm(total=total, desc="scoring", unit="image", mininterval=seconds) as bar:
-            if models is None:
-                _score_in_processes(todo, root, work, scoring, processes, bar)
-            else:
-                for shard in todo:
-                    _score_shard(shard, name_of(shard, root), work, scoring, models, bar.update)
-    return total
-
-
-def _score_in_processes(
-    todo: Sequence[Path | RemotePath], root: str | None, work: Path, scoring: Scoring, processes: int, bar: tqdm
-) -> None:
-    context = multiprocessing.get_context("spawn")
-    rank, done, stop = context.Value("i", 0), context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(processes, context, _start, (scoring, rank, done, stop))
+    if min(processes, len(tasks)) == 1:  # before the bar: minutes of a download would count as slow images
+        _load_models(scoring, _device_of(scoring.device, 0))
+    function = partial(_score_shard, work=work, scoring=scoring)
     try:
-        pending: set[Future[None]] = {pool.submit(_score_one, shard, name_of(shard, root), work) for shard in todo}
-        while pending:
-            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            bar.update(done.value - bar.n)
-            for future in finished:
-                future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a scoring process ended without a word, perhaps for want of memory; take fewer processes or a smaller "
-            "batch_size, and run the same command again: it goes on."
-        ) from None
+        with interruptible() as check:
+            run_tasks("scoring", "image", total, function, tasks, processes, check, start="spawn")
     finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-# What a process of its own was started with.
-_OWN: dict[str, Any] = {}
-
-
-def _start(scoring: Scoring, rank: Any, done: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others in order.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with rank.get_lock():
-        own = rank.value
-        rank.value += 1
-    torch.set_num_threads(max(1, scoring.threads))
-    _OWN.update(scoring=scoring, own=own, done=done, stop=stop)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _score_one(shard: Path | RemotePath, name: str, work: Path) -> None:
-    scoring: Scoring = _OWN["scoring"]
-    if "models" not in _OWN:  # Here and not at the start, so that a UserError reaches the person.
-        _OWN["models"] = _load_models(scoring, _device_of(scoring.device, _OWN["own"]))
-
-    def advance(count: int) -> None:
-        if _OWN["stop"].is_set():
-            raise Stopped
-        with _OWN["done"].get_lock():
-            _OWN["done"].value += count
-
-    _score_shard(shard, name, work, scoring, _OWN["models"], advance)
+        _load_models.cache_clear()
+    return total
 
 
 def _device_of(device: str, rank: int) -> str:
@@ -199,7 +129,11 @@ def _device_of(device: str, rank: int) -> str:
     return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
+@lru_cache(maxsize=1)
 def _load_models(scoring: Scoring, device: str) -> _Models:
+    """The models of this process: loaded at its first shard, so that a UserError reaches the person."""
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(max(1, scoring.threads))
     clip = load_clip(scoring.clip, device, scoring.precision)
     head = None if scoring.aesthetic is None else load_head(scoring.aesthetic)
     probe = clip.image_features(clip.prepare(Image.new("RGB", (32, 32)))[None])
@@ -223,9 +157,9 @@ def _name_of(clip: Clip) -> str:
     return digest.hexdigest()
 
 
-def _score_shard(
-    shard: Path | RemotePath, name: str, work: Path, scoring: Scoring, models: _Models, advance: Callable[[int], object]
-) -> None:
+def _score_shard(task: tuple[Path | RemotePath, str], tell: Tell, work: Path, scoring: Scoring) -> None:
+    shard, name = task
+    models = _load_models(scoring, _device_of(scoring.device, process_number()))
     stamp = stamp_of(str(shard))  # Taken first: a shard that changes meanwhile is scored again next time.
     index = load_index([shard], scoring.allow_truncated)
     rows: list[dict[str, Any]] = []
@@ -234,7 +168,7 @@ def _score_shard(
         for batch in _batches(index, scoring, models, threads):
             features.append(_score_batch(batch, models))
             rows += [one.values for one in batch]
-            advance(len(batch))
+            tell(len(batch))
     write_scores(work, name, stamp, rows, np.concatenate(features), models.name)
 
 
@@ -299,23 +233,6 @@ def _score_batch(batch: list[_Row], models: _Models) -> np.ndarray:
     found = np.zeros((len(batch), features.shape[1]), np.float16)
     found[[row.pixels is not None for row in batch]] = features.numpy().astype(np.float16)
     return found
-
-
-@contextmanager
-def _as_interrupt() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, where the main thread may say so."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass
