@@ -17,7 +17,6 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any, Final
 from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.building.build_options import BuildOptions
 from paradiffusion.curation.building.build_report import Report, make_report, read_report, write_report
-from paradiffusion.curation.building.chunk import ChunkTask, ItemRules, Tally, make_chunk
+from paradiffusion.curation.building.chunk import Tally, make_chunk
 from paradiffusion.curation.building.duplicates import Lines, Selection, select
 from paradiffusion.curation.building.inputs import Part, find_parts, items_of
 from paradiffusion.curation.building.items import Columns
@@ -221,14 +220,10 @@ def _list(parts: list[Part], columns: Columns, archive: Archive | None, work: Pa
 def _first_pass(chunks: dict[str, int], work: Path, options: BuildOptions, run: _Run) -> Tally:
     folder = work / "chunks"
     folder.mkdir(exist_ok=True)
-    rules = ItemRules(
-        options.picture_rules(), options.fetch_limits(), options.threads, options.min_words, options.max_words,
-        options.uncaptioned == "keep", options.val,
-    )  # fmt: skip
     names = [name for name in chunks if not (folder / f"{name}.json").exists()]
     done = sum(chunks.values()) - sum(chunks[name] for name in names)
-    tasks = [ChunkTask(work / "items" / f"{name}.jsonl", folder / name, rules) for name in names]
-    run("reading images", "image", sum(chunks.values()), make_chunk, tasks, done=done)
+    function = partial(make_chunk, work=work, options=options)
+    run("reading images", "image", sum(chunks.values()), function, names, done=done)
     total = Tally()
     for name in chunks:
         total.add(Tally(**_read_json(folder / f"{name}.json", {})))
@@ -240,7 +235,7 @@ def _write_shards(
 ) -> None:
     size = options.samples_per_shard
     tasks = [
-        ShardTask(folder / f"{start // size:06d}.tar", selection.lines(rows[start : start + size]))
+        (folder / f"{start // size:06d}.tar", selection.lines(rows[start : start + size]))
         for folder, rows in ((output, selection.train), (output / VAL, selection.val))
         for start in range(0, len(rows), size)
     ]
@@ -255,27 +250,21 @@ def _read_json(path: Path, default: Any) -> Any:
         return default
 
 
-@dataclass(frozen=True)
-class ShardTask:
-    """A shard to write and the lines that it is made of, in order."""
-
-    shard: Path
-    lines: list[Lines]
-
-
-def make_shard(task: ShardTask, tell: Tell, counter: TokenCounter | None, limits: FetchLimits) -> None:
-    """Write and index one shard; one that is there already is left alone, since only whole ones bear their name."""
-    count = sum(len(lines.offsets) for lines in task.lines)
-    if not task.shard.exists():
-        part = task.shard.with_name(f".{task.shard.stem}.{os.getpid()}")
+def make_shard(task: tuple[Path, list[Lines]], tell: Tell, counter: TokenCounter | None, limits: FetchLimits) -> None:
+    """Write and index one shard of these lines, in order; one that is there already is left alone, since only whole ones bear
+    their name."""
+    shard, chosen = task
+    count = sum(len(lines.offsets) for lines in chosen)
+    if not shard.exists():
+        part = shard.with_name(f".{shard.stem}.{os.getpid()}")
         try:
-            (written,) = write_shards(_samples(task.lines, tell, limits), part, count)
-            os.replace(written, task.shard)
+            (written,) = write_shards(_samples(chosen, tell, limits), part, count)
+            os.replace(written, shard)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     else:
         tell(count)
-    index_shard(task.shard, counter=counter) if counter is not None else index_shard(task.shard)
+    index_shard(shard, counter=counter)
 
 
 def _samples(chosen: list[Lines], tell: Tell, limits: FetchLimits) -> Iterator[RawSample]:

@@ -12,8 +12,7 @@ import numpy as np
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.building.build_options import BuildOptions
-from paradiffusion.curation.building.chunk import Tally
-from paradiffusion.curation.building.preparing import PROFILE_NOTES
+from paradiffusion.curation.building.chunk import PROFILE_NOTES, Tally
 from paradiffusion.data.index import load_index
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
@@ -116,11 +115,8 @@ def _words(folders: Sequence[Path]) -> dict[str, dict[str, float]]:
 
 def write_report(report: Report, output: Path) -> None:
     """Write report.json and report.md."""
-    for name, text in (
-        (_NAME, json.dumps(asdict(report), indent=1, ensure_ascii=False)),
-        ("report.md", as_markdown(report)),
-    ):
-        write_atomic(output / name, text + "\n")
+    write_atomic(output / _NAME, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(output / "report.md", as_markdown(report) + "\n")
 
 
 def read_report(output: Path) -> Report:

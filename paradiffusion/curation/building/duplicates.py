@@ -46,15 +46,10 @@ class Selection:
 
     def read(self, row: int) -> dict[str, Any]:
         """The line of one row."""
-        return read_line(self.chunks[self.chunk[row]], int(self.table["offset"][row]), int(self.table["length"][row]))
-
-
-def read_line(chunk: Path, offset: int, length: int) -> dict[str, Any]:
-    """One line of a chunk."""
-    with open(chunk.with_suffix(".jsonl"), "rb") as file:
-        file.seek(offset)
-        content: dict[str, Any] = json.loads(file.read(length))
-        return content
+        with open(self.chunks[self.chunk[row]].with_suffix(".jsonl"), "rb") as file:
+            file.seek(int(self.table["offset"][row]))
+            content: dict[str, Any] = json.loads(file.read(int(self.table["length"][row])))
+            return content
 
 
 def select(chunks: Sequence[Path], without_copies: bool, distance: int | None) -> Selection:

@@ -21,8 +21,7 @@ from paradiffusion.curation.building.items import (
     pick_extra,
     text_of,
 )
-from paradiffusion.curation.building.places import Archive, Place, is_archive
-from paradiffusion.curation.building.preparing import EXTENSIONS
+from paradiffusion.curation.building.places import EXTENSIONS, Archive, Place, is_archive
 from paradiffusion.curation.building.tables import SUFFIXES, Row, byte_columns, columns_of, read_rows
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
@@ -64,11 +63,11 @@ def find_parts(spec: str, kind: str, columns: Columns, root: str | None) -> tupl
     if base is not None and not (base.is_dir() or is_archive(base)):
         what = "is no folder and no .zip, .tar or .tgz" if base.exists() else "does not exist"
         raise UserError(f"root={root} {what}; expected the folder or archive that the table's paths start from.")
+    if kind in ("folder", "imagefolder") and not all(path.is_dir() for path in paths):
+        raise UserError(f"input={spec} is no folder, expected one for format={kind}.")
     if kind == "folder":
-        _expect_folders(spec, paths, kind)
         return kind, [Part(kind, path, path, path.name if len(paths) > 1 else "") for path in paths]
     if kind == "imagefolder":
-        _expect_folders(spec, paths, kind)
         parts = [part for path in paths for part in _image_folder(path)]
     elif kind == "table":
         tables = [table for path in paths for table in (_tables_in(path) if path.is_dir() else [path])]
@@ -193,20 +192,11 @@ def _split_of(name: str) -> str:
     return _SPLITS.get(name.lower().partition("-")[0], "")
 
 
-def _expect_folders(spec: str, paths: Sequence[Path], kind: str) -> None:
-    if not all(path.is_dir() for path in paths):
-        raise UserError(f"input={spec} is no folder, expected one for format={kind}.")
-
-
 # kohya's scripts write .caption; img2dataset's output format "files" writes .txt and .json.
 _SIDECARS: Final = ("txt", "caption")
 _MAX_SIDECAR: Final = 1 << 22
-_NOT_READ: Final = (
-    "heic",
-    "heif",
-    "hif",
-    "jxl",
-)  # telephones' pictures and the like: the report says how to convert them
+# Telephones' pictures and the like: the report says how to convert them.
+_NOT_READ: Final = ("heic", "heif", "hif", "jxl")
 
 
 @dataclass
@@ -322,13 +312,16 @@ def tar_items(path: Path, columns: Columns, with_table: bool) -> Iterator[Item]:
     Args:
         with_table: the tar is img2dataset's: rows of the Parquet file beside it whose download failed become items too.
     """
-    rows = _rows_beside(path) if with_table else {}
+    table = path.with_suffix(".parquet")
+    rows = read_rows(table) if with_table and table.is_file() else ()
     done: set[str] = set()
     for key, members in _samples(path).items():
         fields, notes = _fields(path, members)
         done.add(key.rpartition("/")[2])
         captions, sources = pick_captions(fields, columns, "tar")
-        image = _image_of(members, columns.image)
+        wanted = (columns.image or "").lower()
+        images = [one for one in members if (one == wanted if wanted else one.rpartition(".")[2] in EXTENSIONS)]
+        image = images[0] if images else None
         if image is None and not captions:
             continue  # a folder's readme, not a sample
         place = Place("none", "no image", member="no member with an image's extension")
@@ -338,7 +331,7 @@ def tar_items(path: Path, columns: Columns, with_table: bool) -> Iterator[Item]:
         given = text_of(fields.get(columns.key)) if columns.key else ""
         extra = pick_extra(fields, columns.keep)
         yield Item(name, key_of(given or key, is_path=False), place, captions, sources, extra, notes)
-    for key, row in rows.items():
+    for key, row in {text_of(row.fields.get("key")): row.fields for row in rows}.items():
         if key not in done and row.get("status") not in (None, "success"):
             why = text_of(row.get("error_message")) or text_of(row.get("status"))
             place = Place("none", "not downloaded", member=f"img2dataset: {why[:80]}")
@@ -373,12 +366,6 @@ def _samples(path: Path) -> dict[str, Members]:
     return found
 
 
-def _image_of(members: Members, wanted: str | None) -> str | None:
-    if wanted is not None:
-        return wanted.lower() if wanted.lower() in members else None
-    return next((extension for extension in members if extension.rpartition(".")[2] in EXTENSIONS), None)
-
-
 def _fields(path: Path, members: Members) -> tuple[dict[str, Any], list[str]]:
     fields: dict[str, Any] = {}
     notes: list[str] = []
@@ -390,11 +377,6 @@ def _fields(path: Path, members: Members) -> tuple[dict[str, Any], list[str]]:
             file.seek(offset)
             add_text(fields, notes, extension, file.read(size), kind == "json")
     return fields, notes
-
-
-def _rows_beside(path: Path) -> dict[str, dict[str, Any]]:
-    table = path.with_suffix(".parquet")
-    return fields_of_table(table, "key") if table.is_file() else {}
 
 
 # In the order in which they are looked for; a table with both has the files already.
@@ -522,8 +504,3 @@ def _place(location: str, root: Path, archive: Archive | None) -> Place:
     if "\\" in location and not os.path.exists(path):  # written on Windows
         path = path.replace("\\", "/")
     return Place("file", path)
-
-
-def fields_of_table(path: Path, key: str) -> dict[str, dict[str, Any]]:
-    """The rows of a small table by the column ``key``."""
-    return {text_of(row.fields.get(key)): row.fields for row in read_rows(path)}
