@@ -188,9 +188,9 @@ def report(options: CaptionOptions, stems: list[str], processes: int, status: in
     page = write_report(made, output)
     if status == STOPPED:
         print("stopped; run the same command again to go on after the last answer.")
-    rate = f", {made.captions_per_hour:,.0f} captions per hour" if made.captions_per_hour else ""
+    rate = f", {made['captions_per_hour']:,.0f} captions per hour" if made["captions_per_hour"] else ""
     print(
-        f"{made.shards_done} of {made.shards} shards: {made.captioned} captions, {made.rejected_samples:.1%} of the samples "
+        f"{made['shards_done']} of {made['shards']} shards: {made['captioned']} captions, {made['rejected_samples']:.1%} of the samples "
         f"rejected{rate}. See {page}."
     )
 
