@@ -8,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 import multiprocessing
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -176,14 +175,15 @@ def _batches(
     index: SampleIndex, scoring: Scoring, models: _Models, threads: ThreadPoolExecutor
 ) -> Iterator[list[_Row]]:
     """Batches in order; the next is decoded while one is scored."""
-    waiting: deque[list[Future[_Row]]] = deque()
+    before: Iterator[_Row] | None = None
     for start in range(0, len(index), scoring.batch_size):
         rows = range(start, min(start + scoring.batch_size, len(index)))
-        waiting.append([threads.submit(_read_row, index, row, scoring, models) for row in rows])
-        if len(waiting) > 1:
-            yield [future.result() for future in waiting.popleft()]
-    while waiting:
-        yield [future.result() for future in waiting.popleft()]
+        batch = threads.map(partial(_read_row, index, scoring=scoring, models=models), rows)
+        if before is not None:
+            yield list(before)
+        before = batch
+    if before is not None:
+        yield list(before)
 
 
 def _read_row(index: SampleIndex, row: int, scoring: Scoring, models: _Models) -> _Row:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import getpass
 import math
-import signal
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from paradiffusion.apps.local_server import address_of
-from paradiffusion.checks import choice, positive
-from paradiffusion.curation.choosing.score_files import move_root
+from paradiffusion.checks import choice, not_understood, parsed, positive
+from paradiffusion.curation.choosing.score_files import move_root, scored_names
 from paradiffusion.errors import UserError
+from paradiffusion.stopping import stop_on_signals
 
 # What belongs to which step: a key of another one would do nothing, and is refused.
 STEPS = {
@@ -95,53 +94,37 @@ def parts(text: str) -> list[str]:
     return names("shards", text) if text.startswith("[") else [text]
 
 
-def _yaml(key: str, text: str, example: str) -> object:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{key}={text} is not understood; expected {key}='{example}'.") from None
-
-
 def names(key: str, text: str | None) -> list[str]:
     """What ``key`` lists; one name needs no brackets. Raises UserError for anything else."""
-    if text is None:
-        return []
-    value = _yaml(key, text, "[first, second]")
+    value = parsed(key, text, "[first, second]") or []
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise UserError(f"{key}={text} is not understood; expected {key}='[first, second]'.")
+        raise not_understood(key, text, "[first, second]")
     return value
 
 
 def numbers(key: str, text: str | None) -> dict[str, float]:
     """The mapping of names to numbers that ``key`` has. Raises UserError for anything else."""
-    if text is None:
-        return {}
     example = "{aesthetic: 5.5, short_side: 768}"
-    value = _yaml(key, text, example)
+    value = parsed(key, text, example) if text is not None else {}
     if not isinstance(value, dict) or not all(
-        isinstance(name, str)
-        and isinstance(number, int | float)
-        and not isinstance(number, bool)
-        and math.isfinite(number)
+        isinstance(name, str) and type(number) in (int, float) and math.isfinite(number)
         for name, number in value.items()
     ):
-        raise UserError(f"{key}={text} is not understood; expected {key}='{example}'.")
+        raise not_understood(key, text, example)
     return {name: float(number) for name, number in value.items()}
 
 
 def run_step(options: SelectOptions) -> int:
-    """Do the step that ``options`` name, checked; the exit status."""
+    """Do the step that ``options`` name, checked; the exit status. Models are imported only by who needs them."""
     work = Path(str(options.folder)).expanduser()
     if options.shard_root is not None:
-        from paradiffusion.curation.choosing.score_files import scored_names
-
         move_root(work, options.shard_root, scored_names(work))
-    return {"score": score, "choose": choose, "review": review, "export": export}[str(options.action)](options, work)
+    {"score": _score, "choose": _choose, "review": _review, "export": _export}[str(options.action)](options, work)
+    return 0
 
 
-def score(options: SelectOptions, work: Path) -> int:
-    """Score the shards."""
+def _score(options: SelectOptions, work: Path) -> None:
     import torch
 
     from paradiffusion.curation.choosing.scoring import Scoring, score_shards
@@ -153,82 +136,52 @@ def score(options: SelectOptions, work: Path) -> int:
     if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
         raise UserError(f"device={device} is not there: torch sees {torch.cuda.device_count()} GPUs; use device=auto.")
     scoring = Scoring(
-        clip=options.clip,
-        aesthetic=Path(options.aesthetic).expanduser() if options.aesthetic else None,
-        detector=options.text_detector,
-        labels=tuple(names("text_labels", options.text_labels)),
-        threshold=options.text_threshold,
-        caption=options.caption,
-        precision=options.precision,
-        device=device,
-        batch_size=options.batch_size,
-        threads=options.threads,
-        allow_truncated=options.allow_truncated,
-    )
+        options.clip, Path(options.aesthetic).expanduser() if options.aesthetic else None, options.text_detector,
+        tuple(names("text_labels", options.text_labels)), options.text_threshold, options.caption, options.precision,
+        device, options.batch_size, options.threads, options.allow_truncated,
+    )  # fmt: skip
     shards = expand_shards(parts(str(options.shards)), "shards")
     count = score_shards(shards, work, scoring, options.processes)
     print(f"{count} samples scored now, {len(shards)} shards in all; next: action=choose folder={work}")
-    return 0
 
 
-def choose(options: SelectOptions, work: Path) -> int:
-    """Choose candidates."""
-    from paradiffusion.curation.choosing.selection import Choosing
-    from paradiffusion.curation.choosing.selection import choose as choose_candidates
+def _choose(options: SelectOptions, work: Path) -> None:
+    from paradiffusion.curation.choosing.selection import Choosing, choose
 
-    report = choose_candidates(
-        work,
-        Choosing(
-            minimum=numbers("min", options.min),
-            maximum=numbers("max", options.max),
-            weights=numbers("weights", options.weights),
-            count=options.count,
-            clusters=options.clusters,
-            per_cluster=options.per_cluster,
-            max_similarity=options.max_similarity,
-            seed=options.seed,
-        ),
-    )
-    for line in report.lines():
-        print(line)
-    print(f"next: action=review folder={work}")
-    return 0
+    choosing = Choosing(
+        numbers("min", options.min), numbers("max", options.max), numbers("weights", options.weights), options.count,
+        options.clusters, options.per_cluster, options.max_similarity, options.seed,
+    )  # fmt: skip
+    print(*choose(work, choosing).lines(), f"next: action=review folder={work}", sep="\n")
 
 
-def review(options: SelectOptions, work: Path) -> int:
+def _review(options: SelectOptions, work: Path) -> None:
     """Serve the review page until Ctrl-C or SIGTERM."""
     from paradiffusion.curation.choosing.review import make_server, open_review
 
     opened = open_review(work, options.reviewer or _account())
     server = make_server(opened, options.host, options.port)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     address = address_of(options.host, server.server_port)
     print(f"{len(opened.candidates.all)} candidates; open {address}?token={opened.token}", flush=True)
     if options.host not in ("127.0.0.1", "localhost", "::1"):
         print("other machines reach this page, unencrypted: whoever reads the address can decide too.", flush=True)
-    stop.wait()
+    with stop_on_signals() as stop:
+        while stop.came_at is None:
+            time.sleep(0.1)
     server.shutdown()
     server.server_close()
     opened.log.close()
     print(
         f"ended; every decision is in {work / 'decisions.jsonl'}. The same command goes on, action=export writes the shards."
     )
-    return 0
 
 
-def export(options: SelectOptions, work: Path) -> int:
-    """Write the kept candidates."""
-    from paradiffusion.curation.choosing.kept import export as export_kept
+def _export(options: SelectOptions, work: Path) -> None:
+    from paradiffusion.curation.choosing.kept import export
 
-    report = export_kept(work, Path(str(options.output)).expanduser(), options.samples_per_shard, options.votes)
-    for line in report.lines():
-        print(line)
-    print(f"train on it with data.shards={options.output} and stage=3")
-    return 0
+    report = export(work, Path(str(options.output)).expanduser(), options.samples_per_shard, options.votes)
+    print(*report.lines(), f"train on it with data.shards={options.output} and stage=3", sep="\n")
 
 
 def _account() -> str:

@@ -16,7 +16,6 @@ from sklearn.cluster import MiniBatchKMeans
 from tqdm import tqdm
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.checks import positive
 from paradiffusion.curation.choosing.candidates import CANDIDATES, sample_name
 from paradiffusion.curation.choosing.score_files import ScoreTable, load_scores
 from paradiffusion.errors import UserError
@@ -52,17 +51,11 @@ class Choosing:
     def check(self, columns: Mapping[str, Any]) -> None:
         """Raise UserError for what cannot be done with these ``columns``."""
         for key, given in (("min", self.minimum), ("max", self.maximum), ("weights", self.weights)):
-            for name, value in given.items():
+            for name in given:
                 if name not in columns:
                     raise UserError(
                         f"{key} names {name!r}, which was not scored; {_hint(name, columns)}the scores are {', '.join(columns)}."
                     )
-                if not math.isfinite(value):
-                    raise UserError(f"{key} gives {name} the value {value}; expected a number.")
-        positive("clusters", self.clusters)
-        for key in ("count", "per_cluster"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
         if self.max_similarity is not None and not -1 <= self.max_similarity <= 1:
             raise UserError(f"max_similarity={self.max_similarity} is out of range; expected a cosine, such as 0.95.")
 
@@ -298,38 +291,27 @@ def choose_varied(
     order = np.lexsort((np.arange(len(scores)), -scores))
     # Each cluster's rows from the best down, by one sort: thousands of clusters are no thousands of passes.
     grouped = order[np.argsort(clusters[order], kind="stable")]
-    names, starts = np.unique(clusters[grouped], return_index=True)
-    parts = dict(zip(names.tolist(), np.split(grouped, starts[1:]), strict=True))
-    _, first = np.unique(clusters[order], return_index=True)
-    queues = {name: parts[name] for name in names[np.argsort(first)].tolist()}
-    positions = dict.fromkeys(queues, 0)
-    taken = dict.fromkeys(queues, 0)
+    starts = np.unique(clusters[grouped], return_index=True)[1]
+    parts = np.split(grouped, starts[1:]) if len(grouped) else []
+    queues = [iter(part) for part in sorted(parts, key=lambda part: (-scores[part[0]], part[0]))]
     limit = len(scores) if count is None else min(count, len(scores))
     chosen: list[int] = []
     kept = np.zeros((limit if max_similarity is not None else 0, features.shape[1]), np.float32)
-    duplicates = 0
-    open_clusters = list(queues)
-    while open_clusters and len(chosen) < limit:
-        for name in list(open_clusters):
-            row = -1
-            while positions[name] < len(queues[name]):
-                candidate = int(queues[name][positions[name]])
-                positions[name] += 1
-                advance(1)
-                near = max_similarity is not None and bool(
-                    (kept[: len(chosen)] @ features[candidate].astype(np.float32) > max_similarity).any()
-                )
-                duplicates += near
-                if not near:
-                    row = candidate
+    duplicates, turn = 0, 0
+    while queues and len(chosen) < limit and turn != per_cluster:
+        open_queues, turn = [], turn + 1
+        for queue in queues:
+            for row in queue:
+                if len(chosen) == limit:
                     break
-            if row >= 0:
+                advance(1)
                 if max_similarity is not None:
+                    if (kept[: len(chosen)] @ features[row].astype(np.float32) > max_similarity).any():
+                        duplicates += 1
+                        continue
                     kept[len(chosen)] = features[row]
-                chosen.append(row)
-                taken[name] += 1
-            if row < 0 or taken[name] == per_cluster:
-                open_clusters.remove(name)
-            if len(chosen) == limit:
+                chosen.append(int(row))
+                open_queues.append(queue)
                 break
+        queues = open_queues
     return Choice(np.array(chosen, np.int64), duplicates)
