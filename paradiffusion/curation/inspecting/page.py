@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from paradiffusion.curation.inspecting.caption_figures import CUTS, OPENING_WORDS
 from paradiffusion.curation.inspecting.histograms import histogram_svg
-from paradiffusion.curation.inspecting.inspect import Inspection
+from paradiffusion.curation.inspecting.inspect import ASPECTS, BANDS, Inspection
 from paradiffusion.curation.inspecting.page_parts import card, figure, plots, size, table
-from paradiffusion.curation.inspecting.set_figures import ASPECTS, BANDS
 from paradiffusion.pages import page, page_text
 
 STYLE = """

@@ -13,10 +13,17 @@ from remote_fixtures import serving
 
 from paradiffusion.curation.inspecting.caption_figures import TextLimits, read_captions
 from paradiffusion.curation.inspecting.histograms import distribution
-from paradiffusion.curation.inspecting.inspect import Inspection, InspectSettings, figures_json, inspect
+from paradiffusion.curation.inspecting.inspect import (
+    Inspection,
+    InspectSettings,
+    check_pictures,
+    figures_json,
+    inspect,
+    kind_weights,
+    run_of,
+)
 from paradiffusion.curation.inspecting.page import inspection_page
 from paradiffusion.curation.inspecting.page_parts import LONGEST_SHOWN
-from paradiffusion.curation.inspecting.set_figures import check_pictures, kind_weights, run_of
 from paradiffusion.data.images import make_buckets
 from paradiffusion.data.index import SampleIndex, TokenCounter, join_indexes, load_index
 from paradiffusion.data.plan import BatchPlan, Share
