@@ -169,7 +169,7 @@ async def _download(url: str, limits: FetchLimits) -> bytes:
     ):
         if answer.status in _MENDABLE:
             raise _Busy(f"status {answer.status}", _pause_asked(answer.headers.get("Retry-After", "")))
-        if not answer.ok:
+        if not 200 <= answer.status < 300:
             raise Dropped("not downloaded", f"status {answer.status}")
         tags = ",".join(answer.headers.getall("X-Robots-Tag", [])).lower()
         if "noai" in tags or "noimageai" in tags:
@@ -202,8 +202,8 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
             raise Dropped("not downloaded", "redirected away from http") from None
         except aiohttp.TooManyRedirects as error:
             raise Dropped("not downloaded", f"status {error.history[-1].status}") from None
-        except ValueError as error:  # no address
-            raise Dropped("not downloaded", type(error).__name__) from None
+        except ValueError as error:  # no address, or a certificate that is not trusted
+            raise Dropped("not downloaded", type(getattr(error, "certificate_error", error)).__name__) from None
         except (OSError, aiohttp.ClientError) as error:
             cause = getattr(error, "os_error", error)
             known = {aiohttp.ClientPayloadError: "IncompleteRead", TimeoutError: "TimeoutError"}
