@@ -37,6 +37,19 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, damaged
 
 
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file, empty where there is no file. Raises UserError with ``remedy`` where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} cannot be read, or is damaged; {remedy}.")
+    return content
+
+
 class Journal:
     """A journal opened by the one process that writes it. Raises UserError with ``refusal`` when another one has it open."""
 

@@ -14,6 +14,7 @@ import yaml
 from paradiffusion.atomic import write_atomic
 from paradiffusion.checks import choice, fraction, positive
 from paradiffusion.curation.captioning.caption_checks import DEFAULT_REJECT, REASONS, Limits
+from paradiffusion.curation.journal import read_object
 from paradiffusion.errors import UserError
 from paradiffusion.judges.choose import DTYPES, ENGINES
 from paradiffusion.judges.engine import Engine
@@ -304,12 +305,7 @@ def _bind(path: Path, made_by: dict[str, Any], what: str, remedy: str) -> None:
 
 def _compare(path: Path, made_by: dict[str, Any], what: str, remedy: str) -> None:
     """Raise UserError for the first key of ``made_by`` that the file at ``path`` has otherwise."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        stored = None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} is damaged, so nobody knows how {what} beside it were made; {remedy}.")
+    stored = read_object(path, f"nobody knows how {what} beside it were made: {remedy}")
     for key, value in made_by.items():
         if stored.get(key) != value:
             was, now = ("otherwise", "") if key == "prompts" else (f"with {key}={stored.get(key)}", f"={value}")

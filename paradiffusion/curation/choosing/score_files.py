@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from paradiffusion.atomic import atomic_file, write_atomic
+from paradiffusion.curation.journal import read_object
 from paradiffusion.data.remote import RemotePath
 from paradiffusion.errors import UserError
 
@@ -176,18 +177,7 @@ _ROOT: Final = "shard_root"
 
 def read_record(work: Path) -> dict[str, Any]:
     """The content of ``work``'s scoring.json, empty where there is none. Raises UserError when it is damaged."""
-    path = work / SCORING
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); take another folder=, or delete {work} and score again."
-        ) from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path} holds no settings; take another folder=, or delete {work} and score again.")
-    return record
+    return read_object(work / SCORING, f"take another folder=, or delete {work} and score again")
 
 
 def write_record(work: Path, record: Mapping[str, Any]) -> None:
