@@ -1,4 +1,4 @@
-"""From an input to shards, in three steps that each go on where they stopped.
+"""Building of shards from an input, in three steps that each go on where they stopped.
 
 1. Every part of the input (a folder, table or tar) is listed, and its items are cut into chunks.
 2. Every chunk is read once: captions cleaned, images checked, hashed and, where need be, fetched or encoded (chunk.py).

@@ -1,4 +1,4 @@
-"""What a build made of its input: kept, dropped by reason with examples, mended, sizes and words."""
+"""Report of a build: kept, dropped by reason with examples, mended, sizes and words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which samples stay: one for each key, no picture twice, and no near-duplicate by perceptual hash."""
+"""Duplicates: of a key, of equal pixels and of near perceptual hashes the first sample stays."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an image's bytes lie (a file, a piece of a tar, a zip's member, a cell of a Parquet table, a URL), and reading them.
+"""Reader of images' bytes, wherever they lie: a file, a piece of a tar, a zip's member, a cell of a Parquet table, a URL.
 
 Nothing is unpacked to disk by its name and nothing is executed; every read stops at a size limit.
 """

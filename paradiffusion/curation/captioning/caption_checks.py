@@ -1,4 +1,4 @@
-"""What can be wrong with a caption that a model wrote, and what of it can be mended.
+"""Checks of captions that a model wrote, and what of them can be mended.
 
 Language models that describe pictures fail in a few ways again and again: they refuse, loop, run into the token limit, talk
 about "the image" instead of what it shows, or write lists. A training set made of such texts teaches them.

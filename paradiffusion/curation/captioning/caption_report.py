@@ -1,4 +1,4 @@
-"""What came out of captioning: counts, rates, reasons and examples, from the files of the finished shards alone."""
+"""Report of captioning: counts, rates, reasons and examples, from the files of the finished shards alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From decisions to a data set: who kept what with which description, as JSON lines, shards and a report."""
+"""Export of what reviewers kept, with its descriptions, as JSON lines, shards and a report."""
 
 from __future__ import annotations
 

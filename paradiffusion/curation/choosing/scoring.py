@@ -1,4 +1,4 @@
-"""Score the images of shards: CLIP features, aesthetic score, agreement of captions, technical measures.
+"""Scores of shards' images: CLIP features, aesthetic score, agreement of captions, technical measures.
 
 Shard by shard, in one process or one for each GPU; what is written is not done again.
 """

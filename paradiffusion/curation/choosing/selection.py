@@ -1,4 +1,4 @@
-"""From scores to candidates: thresholds, a weighted rank, a varied choice, and a report of what each step removed."""
+"""Choice of candidates from scores: thresholds, a weighted rank, a varied choice, and a report of what each step removed."""
 
 from __future__ import annotations
 
