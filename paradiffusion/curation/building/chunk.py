@@ -322,7 +322,8 @@ def _line(item: Item, captions: dict[str, str], picture: Picture, offset: int) -
     }
     if item.extra:
         meta["extra"] = item.extra
-    again = picture.is_original and item.place.is_lasting()
+    # What can be read again at no cost need not be staged.
+    again = picture.is_original and item.place.kind in ("file", "span")
     return {
         "name": item.name,
         "key": item.key,

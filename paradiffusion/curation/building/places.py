@@ -65,10 +65,6 @@ class Place:
     size: int = 0
     member: str = ""
 
-    def is_lasting(self) -> bool:
-        """Whether the bytes can be read again at no cost, so that no copy of them need be staged."""
-        return self.kind in ("file", "span")
-
 
 @dataclass(frozen=True)
 class FetchLimits:

@@ -89,11 +89,6 @@ class SelectOptions:
             raise UserError(f"port={self.port} is out of range; expected 0 to 65535.")
 
 
-def parts(text: str) -> list[str]:
-    """A list in brackets, or one part."""
-    return names("shards", text) if text.startswith("[") else [text]
-
-
 def names(key: str, text: str | None) -> list[str]:
     """What ``key`` lists; one name needs no brackets. Raises UserError for anything else."""
     value = parsed(key, text, "[first, second]") or []
@@ -140,7 +135,8 @@ def _score(options: SelectOptions, work: Path) -> None:
         tuple(names("text_labels", options.text_labels)), options.text_threshold, options.caption, options.precision,
         device, options.batch_size, options.threads, options.allow_truncated,
     )  # fmt: skip
-    shards = expand_shards(parts(str(options.shards)), "shards")
+    given = str(options.shards)
+    shards = expand_shards(names("shards", given) if given.startswith("[") else [given], "shards")
     count = score_shards(shards, work, scoring, options.processes)
     print(f"{count} samples scored now, {len(shards)} shards in all; next: action=choose folder={work}")
 

@@ -74,12 +74,13 @@ class ImageFigures:
 
 def count_of(index: SampleIndex) -> dict[str, Any]:
     """What there is, and what was passed over when the shards were indexed."""
+    counts = np.bincount(index.shard_source[index.shard], minlength=len(index.sources))
     size = sum(int(index.table[f"{part}_size"].sum(dtype=np.int64)) for part in ("image", "json", "text"))
     return {
         "samples": len(index),
         "shards": len(index.shards),
         "bytes": size,
-        "sources": source_counts(index),
+        "sources": {name: int(count) for name, count in zip(index.sources, counts, strict=True)},
         "without_caption": int((~index.words.any(axis=1)).sum()),
         "without_image": index.without_image,
         "stray": index.stray,
@@ -87,12 +88,6 @@ def count_of(index: SampleIndex) -> dict[str, Any]:
         "unreadable_header": int((index.width == 0).sum()),
         "truncated_shards": [str(shard) for shard in index.truncated],
     }
-
-
-def source_counts(index: SampleIndex) -> dict[str, int]:
-    """Samples of each source."""
-    counts = np.bincount(index.shard_source[index.shard], minlength=len(index.sources))
-    return {name: int(count) for name, count in zip(index.sources, counts, strict=True)}
 
 
 def kinds_of(index: SampleIndex, weights: dict[str, float], planned: dict[str, float]) -> list[KindFigures]:
@@ -115,19 +110,16 @@ def images_of(index: SampleIndex) -> ImageFigures:
     """Sizes, aspects and formats, over all samples."""
     known = (index.width > 0) & (index.height > 0)
     width, height = index.width[known].astype(np.float64), index.height[known].astype(np.float64)
+    area = width * height / 1e6
+    edges = np.linspace(0, max(usual_most(area) if len(area) else 1.0, 0.01), 25).tolist()
     formats = np.bincount(index.table["extension"], minlength=len(IMAGE_EXTENSIONS))
     return ImageFigures(
         known=int(known.sum()),
         short_side=distribution(np.minimum(width, height)),
-        megapixels=distribution(width * height / 1e6, _megapixel_edges(width * height / 1e6)),
+        megapixels=distribution(area, edges),
         aspect=distribution(width / height, ASPECTS) if len(width) else None,
         formats={name: int(count) for name, count in zip(IMAGE_EXTENSIONS, formats, strict=True) if count},
     )
-
-
-def _megapixel_edges(values: np.ndarray) -> list[float]:
-    high = usual_most(values) if len(values) else 1.0
-    return np.linspace(0, max(high, 0.01), 25).tolist()
 
 
 def buckets_of(plan: BatchPlan) -> list[BucketFigures]:
