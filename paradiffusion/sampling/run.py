@@ -83,13 +83,9 @@ def output_folder(config: SampleConfig) -> Path:
 
 
 def draw_all(
-    models: InferenceModels,
-    requests: Sequence[PromptRequest],
-    config: SampleConfig,
-    folder: Path,
-    processes: Processes,
+    models: InferenceModels, requests: Sequence[PromptRequest], config: SampleConfig, folder: Path, processes: Processes,
     stop: StopSignal,
-) -> int:
+) -> int:  # fmt: skip
     """Draw this process's share of the images that ``folder`` does not hold yet; the first process joins all of it.
 
     Raises:
@@ -133,14 +129,13 @@ def draw_all(
             made, seconds = sum(record.name in records for record in merged), time.monotonic() - start
             new = made - len(finished)
             rate = f"{new} new in {seconds:.0f} s, {seconds / new:.2g} s each" if new else "none new"
-            if status == DONE:
-                print(f"{made} images ({rate}). Look at {page}", flush=True)
-            else:
-                print(
-                    f"{'Stopped' if status == STOPPED else 'Ended early'} with {made} of {len(jobs)} images ({rate}); the same "
-                    f"command goes on from here. Look at {page}",
-                    flush=True,
+            told = f"{made} images ({rate})."
+            if status != DONE:
+                early = (
+                    f"{'Stopped' if status == STOPPED else 'Ended early'} with {made} of {len(jobs)} images ({rate})"
                 )
+                told = f"{early}; the same command goes on from here."
+            print(f"{told} Look at {page}", flush=True)
     if failure is not None:
         raise failure
     if status == FAILED:
@@ -149,27 +144,18 @@ def draw_all(
 
 
 def _draw_share(
-    models: InferenceModels,
-    share: list[Job],
-    records: dict[str, ImageRecord],
-    config: SampleConfig,
-    folder: Path,
-    processes: Processes,
-    stop: StopSignal,
-) -> None:
+    models: InferenceModels, share: list[Job], records: dict[str, ImageRecord], config: SampleConfig, folder: Path,
+    processes: Processes, stop: StopSignal,
+) -> None:  # fmt: skip
     """Draw and store jobs; Stopped after a signal, which leaves the batch that is being drawn."""
     if not share:
         return
     manifest = Manifest(folder / (NAME if processes.size == 1 else f"manifest.rank{processes.rank}.jsonl"))
     bar = tqdm(
-        total=len(share),
-        desc="drawing" if processes.size == 1 else f"drawing (process 0 of {processes.size})",
-        unit="image",
-        disable=processes.rank > 0,
-        dynamic_ncols=True,
-        miniters=0,
+        total=len(share), desc="drawing" if processes.size == 1 else f"drawing (process 0 of {processes.size})", unit="image",
+        disable=processes.rank > 0, dynamic_ncols=True, miniters=0,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
-    )
+    )  # fmt: skip
     try:
         batches = make_batches(share, config.batch_size)
         for number, batch in enumerate(batches):
