@@ -24,8 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from paradiffusion.config import SampleConfig, SourceConfig, TextEncoderConfig, TrainConfig, keys_of
 from paradiffusion.errors import UserError
 from paradiffusion.machine import settled_precision
+from paradiffusion.repository import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 FLAGS = ("--cfg",)
 T = TypeVar("T", TrainConfig, SampleConfig)
 Options = TypeVar("Options")

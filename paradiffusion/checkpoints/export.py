@@ -34,8 +34,9 @@ from paradiffusion.checkpoints.tensors import UNET_STEM, write_tensors
 from paradiffusion.config import CodecConfig, TextEncoderConfig
 from paradiffusion.diffusion.objective import Flow
 from paradiffusion.errors import UserError
-from paradiffusion.models.codec import REPOSITORY, locate_codec
+from paradiffusion.models.codec import locate_codec
 from paradiffusion.models.unet import DENOISERS, class_of
+from paradiffusion.repository import ROOT
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import locate
 
@@ -56,7 +57,7 @@ def export_ours(checkpoint: Layout, output: Path, dtype: str = "float32", frozen
     for part in ("text_encoder", "codec"):
         if (path := checkpoint.description[part].get("path")) is not None:
             # What is shipped with the repository has a path below its root, which holds on every machine.
-            shipped = not Path(path).is_absolute() and (REPOSITORY / path).exists()
+            shipped = not Path(path).is_absolute() and (ROOT / path).exists()
             description[part]["path"] = path if shipped else str(Path(path).resolve()) if frozen == "link" else None
     with whole_folder(output) as folder:
         unet = folder / DENOISERS[class_of(checkpoint.unet_config)].folder

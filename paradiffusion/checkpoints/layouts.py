@@ -39,6 +39,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import DENOISERS, class_of, kind_of, read_width
+from paradiffusion.repository import find_shipped
 from paradiffusion.text.encoder import TextEncoder, attach_lora
 from paradiffusion.text.sources import fingerprint, hash_ends, locate
 
@@ -327,7 +328,7 @@ def find_checkpoint(path: str | Path, key: str = "ckpt", unet: str = UNET) -> La
     Raises:
         UserError: when there is none, or none that passes its manifest.
     """
-    folder = Path(path).expanduser()
+    folder = find_shipped(path)
     layout = layout_of(folder, unet)
     if isinstance(layout, Ours) and (fault := find_fault(folder)) is not None:
         raise UserError(f"the checkpoint {folder} is damaged: {fault}; use another checkpoint, or copy it again.")

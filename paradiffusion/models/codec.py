@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors
 from paradiffusion.config import CodecConfig
 from paradiffusion.errors import UserError
+from paradiffusion.repository import ROOT
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import download, hash_ends
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DIFFUSERS_SCALING_FACTOR = 0.18215  # AutoencoderKL's, where a config.json has none
 
 
@@ -91,7 +91,7 @@ def beside(value: float | Tensor, latents: Tensor) -> float | Tensor:
 
 def find_folder(path: str) -> Path | None:
     """A configured folder: as given, or, for what is shipped with the repository, below its root."""
-    candidates = (Path(path).expanduser(), REPOSITORY / path)
+    candidates = (Path(path).expanduser(), ROOT / path)
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 

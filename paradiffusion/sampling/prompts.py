@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from paradiffusion.errors import UserError
+from paradiffusion.repository import find_shipped
 
 MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes on every platform
 
@@ -64,7 +65,8 @@ def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = Non
     elif prompt is not None:
         rows, source = iter([("prompt=", {"prompt": prompt})]), "prompt="
     else:
-        rows, source = _rows_of_file(Path(str(prompt_file))), f"prompt_file={prompt_file}"
+        path = find_shipped(str(prompt_file))
+        rows, source = _rows_of_file(path), f"prompt_file={path}"
     requests = [_request(index, *row) for index, row in enumerate(rows)]
     if not requests:
         raise UserError(f"{source} holds no prompts; expected at least one, as a line of text.")

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -46,10 +43,11 @@ from paradiffusion.sampling.pipeline import (
     sampler_settings,
 )
 from paradiffusion.sampling.prompts import PromptRequest, read_prompts
+from paradiffusion.stopping import REPEAT_SECONDS as REPEAT_SECONDS  # for training/loop.py
+from paradiffusion.stopping import Stopped, StopSignal, stop_on_signals
 
 DONE, STOPPED, FAILED = 0, 1, 2
 BATCHES_AHEAD = 8  # batches whose prompts are encoded at once where the text encoder leaves the GPU
-REPEAT_SECONDS = 2.0  # launchers pass Ctrl-C on to processes that the terminal has told already
 
 
 def sample(config: SampleConfig) -> int:
@@ -217,43 +215,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 f"output_dir={folder} cannot be written ({error.strerror}: {error.filename}); choose a folder that can be."
             ) from None
         raise
-
-
-class Stopped(Exception):
-    """A signal asked the process to stop."""
-
-
-@dataclass
-class StopSignal:
-    """Whether SIGINT or SIGTERM came."""
-
-    came_at: float | None = None
-
-    def check(self) -> None:
-        """Raise Stopped once a signal has come."""
-        if self.came_at is not None:
-            raise Stopped
-
-    def handle(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.came_at is not None and number == signal.SIGINT and now - self.came_at > REPEAT_SECONDS:
-            raise KeyboardInterrupt
-        self.came_at = self.came_at or now
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopSignal]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second Ctrl-C after two seconds does kill."""
-    stop = StopSignal()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield stop
-        return
-    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
