@@ -122,8 +122,9 @@ class JointModel(nn.Module):
         estimate = self.estimate(text, batch.mask, *clean.shape[-2:])
         latents = at_each(levels, clean)
         noised = self.objective.add_noise(latents, batch.noise, times)
-        conditioning = (at_each(levels, value) for value in (text, batch.mask, estimate))
-        prediction = self.denoise(noised, times, *conditioning)
+        # A copy at one level too: its gradients are summed by themselves then, in the order in which they always were.
+        given = None if estimate is None else estimate.repeat(levels, 1, 1, 1)
+        prediction = self.denoise(noised, times, at_each(levels, text), at_each(levels, batch.mask), given)
         target = self.objective.target(latents, batch.noise, times)
         errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # [R * B]
         loss = (errors * self.objective.weight(times) * at_each(levels, batch.weights)).mean()
