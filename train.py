@@ -24,8 +24,8 @@ def main(arguments: list[str]) -> int:
 
     make_wanted(config.data)
     if config.preflight:
+        from paradiffusion.training.engine import make_accelerator
         from paradiffusion.training.preflight import preflight
-        from paradiffusion.training.processes import make_accelerator
 
         preflight(config, make_accelerator(config))
         return 0

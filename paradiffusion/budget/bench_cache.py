@@ -21,9 +21,9 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
 from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training.caching import CacheOptions, make_cache
+from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.loop import step_gradients
 from paradiffusion.training.meters import Meters
-from paradiffusion.training.processes import make_accelerator
 from paradiffusion.training.setup import Setup, build
 
 SCENES = 320

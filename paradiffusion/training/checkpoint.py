@@ -63,7 +63,7 @@ def save_checkpoint(
     """
     folder = stage_folder / "checkpoints" / f"step_{state.step:06d}"
     averages = ema.full()
-    weights = dict(engine.masters.full(engine.masters.tensors()))
+    weights = engine.masters.full(engine.masters.tensors())
     moments = dict(engine.optimizer_state())
     if not main:
         return folder

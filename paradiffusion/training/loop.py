@@ -27,10 +27,10 @@ from paradiffusion.randomness import permutation, seed_from, uniform
 from paradiffusion.sampling.run import REPEAT_SECONDS
 from paradiffusion.training.cached_inputs import latent_shape, latents_of, on_device, stored_text
 from paradiffusion.training.checkpoint import prune, save_checkpoint
+from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.folder import locked, stage_folder
 from paradiffusion.training.meters import Log, Meters, human_time, log_line, mixture_line
 from paradiffusion.training.optim import schedule, set_learning_rate
-from paradiffusion.training.processes import make_accelerator
 from paradiffusion.training.setup import Setup, build
 from paradiffusion.training.spikes import find_spike, follow_loss, handle_spike
 from paradiffusion.training.step_record import line_of

@@ -30,10 +30,10 @@ from paradiffusion.sampling.pipeline import choose_device, load_models
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.assembly import build_models
 from paradiffusion.training.checkpoint import STATE, TrainState
+from paradiffusion.training.engine import count_micro_batches, set_threads
 from paradiffusion.training.folder import CONFIG_FILE, find_init
 from paradiffusion.training.loop import prepare
 from paradiffusion.training.meters import Meters
-from paradiffusion.training.processes import count_micro_batches, set_threads
 from paradiffusion.training.setup import Setup, open_data
 from paradiffusion.training.step_record import (
     Replay,

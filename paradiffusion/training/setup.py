@@ -30,10 +30,10 @@ from paradiffusion.training.checkpoint import TrainState, restore_checkpoint
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import (
     Engine,
+    count_micro_batches,
     make_engine,
 )
 from paradiffusion.training.folder import adopt, check_init, check_unchanged, find_init, find_resume, record_config
-from paradiffusion.training.processes import count_micro_batches
 from paradiffusion.training.validation import Scorer, Validation
 from paradiffusion.training.watch import Watch
 

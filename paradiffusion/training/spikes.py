@@ -64,7 +64,6 @@ def handle_spike(setup: Setup, fault: str, keys: list[str], spikes: int, say: Ca
         say(f"{where}; its update is skipped.")
         return
     assert checkpoint is not None
-    setup.engine.discard()  # before the weights come back, which under ZeRO this may change
     restored = restore_checkpoint(checkpoint, setup.joint, setup.engine, setup.ema)
     # The data between is left out as well: seen again from the same weights it would end in the same spike.
     state.skipped = [*restored.skipped, *range(restored.step, state.step + 1)]

@@ -25,10 +25,10 @@ from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import LossBatch
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.training.caching import CacheOptions, make_cache
+from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.loop import prepare
 from paradiffusion.training.meters import Meters
 from paradiffusion.training.preflight import preflight
-from paradiffusion.training.processes import make_accelerator
 from paradiffusion.training.setup import Setup
 
 # Short enough for some captions to be cut.

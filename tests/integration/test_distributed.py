@@ -18,7 +18,7 @@ from training_runs import free_port, newest, records, sample_here, steps_saved, 
 
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.errors import UserError
-from paradiffusion.training.processes import check_gpus
+from paradiffusion.training.engine import check_gpus
 
 LENGTH = ["max_steps=8", "log_every=1", "checkpoint_every=4", "validate_every=8"]
 

@@ -16,8 +16,8 @@ from training_runs import build_here, train_here
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
 from paradiffusion.training import preflight as module
+from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.preflight import Findings, hardest, preflight, report
-from paradiffusion.training.processes import make_accelerator
 
 
 def run(arguments: list[str]) -> Findings:

@@ -20,10 +20,10 @@ from paradiffusion.sampling.run import sample
 from paradiffusion.scenes.alignment import SceneScorer
 from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training import loop
+from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.folder import stage_folder
 from paradiffusion.training.loop import step_gradients
 from paradiffusion.training.meters import Meters
-from paradiffusion.training.processes import make_accelerator
 from paradiffusion.training.setup import Setup, build
 
 Weights = dict[str, torch.Tensor]

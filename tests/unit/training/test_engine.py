@@ -12,7 +12,7 @@ from training_runs import build_here, gradients_of
 
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
-from paradiffusion.training.launch import check_deepspeed_file, check_launch
+from paradiffusion.training.engine import check_deepspeed_file, check_launch
 
 NAMES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING")
 
