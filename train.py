@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
         return 0
     from paradiffusion.scenes.alignment import SceneScorer
     from paradiffusion.scenes.dataset import make_wanted
-    from paradiffusion.training.loop import train
+    from paradiffusion.training.trainer import train
 
     make_wanted(config.data)
     if config.preflight:

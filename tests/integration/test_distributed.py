@@ -125,7 +125,7 @@ sys.path[:0] = {paths!r}
 from accelerate import Accelerator
 from data_fixtures import synthetic_index
 from paradiffusion.entry import run
-from paradiffusion.training.setup import check_same_data
+from paradiffusion.training.trainer import check_same_data
 accelerator = Accelerator(cpu=True)
 check_same_data(synthetic_index(50, 2, 0), accelerator)
 print("the same", flush=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from spoiled_train import spoil
 from training_runs import build_here, free_port, newest, records, sample_here, steps_saved, train_here
 
-from paradiffusion.training import loop
+from paradiffusion.training.trainer import Trainer
 
 STEPS, HALF = 20, 12
 # Stage 1 of so many steps, and stage 2 stopped and ended after so many. A step under ZeRO-3 on processors takes half a second.
@@ -233,7 +233,7 @@ def test_nothing_of_a_spike_is_left(
 ) -> None:
     """Neither weights, moments nor gradients: offloaded ones would be added to those of the next step."""
     arguments = [*settings, "checkpoint_every=3", "max_steps=7", f"on_spike={on_spike}"]
-    monkeypatch.setattr(loop, "prepare", loop.prepare)  # put back afterwards
+    monkeypatch.setattr(Trainer, "encode", Trainer.encode)  # put back afterwards
     spoil(4)
     assert train_here([*arguments, f"run_dir={tmp_path / 'one'}"]) == 0
     result = launch(kind, "tests/support/spoiled_train.py", "4", *arguments, f"run_dir={tmp_path / 'two'}")

@@ -13,7 +13,7 @@ from torch import nn
 from paradiffusion.config import OptimizerConfig, TrackerConfig, TrainConfig
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import WholeMasters
-from paradiffusion.training.meters import Log, Meters, human_time, length_band, log_line
+from paradiffusion.training.log import Log, Meters, human_time, length_band, log_line
 from paradiffusion.training.optim import MuonAdamW, build_optimizer, part_of, schedule, set_learning_rate
 
 
@@ -168,8 +168,8 @@ def two_processes() -> dict[str, object]:
     for number, each in enumerate(meters):
         each.steps, each.samples, each.tokens, each.truncated = 2, 10, 100, number
         each.gradient, each.waited = 3.0, 1.0
-    meters[0].add_errors(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.2]), [10, 100])
-    meters[1].add_errors(torch.tensor([5.0, 7.0]), torch.tensor([0.6, 1.0]), [10, 300])
+    meters[0].errors = [(1.0, 0.1, 10), (3.0, 0.2, 100)]
+    meters[1].errors = [(5.0, 0.6, 10), (7.0, 1.0, 300)]
     parts = [{**each.export(), "seconds": 4.0} for each in meters]
     json.dumps(parts)  # they travel between processes
     return meters[0].summary(parts)
@@ -189,7 +189,7 @@ def test_summary_joins_processes_and_bins() -> None:
 
 def test_reset_forgets() -> None:
     meters = Meters()
-    meters.add_errors(torch.ones(1), torch.ones(1), [1])
+    meters.errors = [(1.0, 1.0, 1)]
     meters.samples = 4
     meters.reset()
     assert meters.errors == [] and meters.samples == 0 and meters.export()["seconds"] < 1
