@@ -58,7 +58,7 @@ class Inputs:
         common: dict[str, Any] = {
             "latents": latents_of(self.codec, batch, posterior, device, self.memory),
             "noise": noise.to(device),
-            "times": self.joint.objective.times(u).to(device),
+            "times": self.joint.objective.times(u, shape[1:]).to(device),
             "weights": batch.weights.to(device),
             "told": torch.tensor([bool(caption) for caption in batch.captions], device=device),
         }

@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from paradiffusion.checkpoints.layouts import (
-    UNET,
     check_complete,
     copy_tensors,
     find_checkpoint,
@@ -19,7 +18,6 @@ from paradiffusion.checkpoints.layouts import (
     load_adapter,
     open_layout,
     parse,
-    read_json,
 )  # fmt: skip
 from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.checkpoints.starting import fit
@@ -30,7 +28,7 @@ from paradiffusion.data.plan import BatchPlan
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import settled_scaling_factor
 from paradiffusion.models.joint import JointModel, build_joint
-from paradiffusion.models.unet import downsampling, lora_names, own_arguments
+from paradiffusion.models.unet import DENOISERS, class_of, downsampling, lora_names, own_arguments
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora
 from paradiffusion.training.folder import check_unchanged, find_resume
@@ -129,16 +127,15 @@ def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> Tra
         mine, path = getattr(config, part), description[part].get("path")
         if mine.path is None and path is not None and Path(path).is_dir():
             config = replace(config, **{part: replace(mine, path=path)})
-    unet = read_json(source / UNET / "config.json")
-    arguments, stored, own = config.unet.arguments, own_arguments(unet), CONFIGS / "unet" / f"{config.unet.name}.yaml"
+    unet, name, arguments = open_layout(source).unet_config, config.unet.class_name, config.unet.arguments
+    theirs, own = class_of(unet), CONFIGS / "unet" / f"{config.unet.name}.yaml"
+    stored = own_arguments(unet, theirs)
     left_alone = own.is_file() and arguments == (OmegaConf.to_container(OmegaConf.load(own)).get("arguments") or {})  # type: ignore[union-attr, call-overload]
-    if own_arguments(arguments) != stored and left_alone:
+    if (name, own_arguments(arguments, name)) != (theirs, stored) and left_alone:
         size = {key: value for key, value in arguments.items() if key == "sample_size"}
-        config = replace(config, unet=replace(config.unet, arguments={**size, **stored}))
-    if not unet.get("encoder_hid_dim"):  # its cross-attention is as wide as the language model, without a projection
-        config = replace(
-            config, unet=replace(config.unet, arguments={**config.unet.arguments, "encoder_hid_dim": None})
-        )
+        config = replace(config, unet=replace(config.unet, class_name=theirs, arguments={**size, **stored}))
+    if not unet.get(key := DENOISERS[theirs].text_width):  # its cross-attention is as wide as the language model
+        config = replace(config, unet=replace(config.unet, arguments={**config.unet.arguments, key: None}))
     lora = description["lora"]
     if config.train_text == "adapter" and lora is not None:
         if lora.get("settings"):
@@ -160,16 +157,13 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
     # A key that was not there yet when the checkpoint was written has its default.
     theirs = replace(config, **{part: parse(type(getattr(config, part)), description[part]) for part in parts})
     ours = replace(config, codec=replace(config.codec, scaling_factor=settled_scaling_factor(config.codec)))
-    wants, has = own_arguments(config.unet.arguments), own_arguments(read_json(init / UNET / "config.json"))
-    unset, names = "diffusers' default", sorted({*has, *wants})
-    mine = {
-        **{f"unet.arguments.{name}": wants.get(name, unset) for name in names},
-        "unet.coordinates": config.unet.coordinates,
-    }
-    its = {
-        **{f"unet.arguments.{name}": has.get(name, unset) for name in names},
-        "unet.coordinates": description["coordinates"],
-    }
+    unet, name = open_layout(init).unet_config, config.unet.class_name
+    has, wants = own_arguments(unet, class_of(unet)), own_arguments(config.unet.arguments, name)
+    its, mine = (
+        {"unet.class_name": which, **{f"unet.arguments.{key}": some.get(key, "diffusers' default") for key in sorted({*has, *wants})},
+         "unet.coordinates": coordinates}
+        for which, some, coordinates in ((class_of(unet), has, description["coordinates"]), (name, wants, config.unet.coordinates))
+    )  # fmt: skip
     for before, now, advice in (
         (identity(theirs, "weights"), identity(ours, "weights"),
          "use the same {part} (for a run with other settings, start from stage 1 in another run_dir=)"),
@@ -221,7 +215,7 @@ def build_models(
     if config.data.bucket_multiple % needed:
         raise UserError(
             f"data.bucket_multiple={config.data.bucket_multiple} must be a multiple of {needed}: codec.factor times the "
-            "U-Net's own downsampling."
+            "U-Net's own downsampling (a transformer's patch)."
         )
     own = {**dict(joint.named_parameters()), **dict(joint.named_buffers())}
     if is_unet:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import LossBatch, Losses
 from paradiffusion.sampling.pipeline import InferenceModels
-from paradiffusion.sampling.run import stop_on_signals
+from paradiffusion.stopping import stop_on_signals
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema
@@ -181,24 +182,10 @@ class Trainer:
         """
         config, engine, state, meters, began = self.config, self.engine, self.state, self.meters, time.monotonic()
         set_learning_rate(engine.optimizer, schedule(config.optimizer, state.step, config.max_steps))
-        total, taken = torch.zeros((), device=self.device), []
-        for micro in range(self.micro_batches):
-            self.enter("data", self.expected_keys(micro))
-            waiting = time.monotonic()
-            batch = next(batches)
-            meters.waited += time.monotonic() - waiting
-            self.enter("encode", batch.keys)
-            inputs = self.encode(batch)
-            self.enter("forward")
-            with engine.accumulating(last=micro == self.micro_batches - 1):
-                losses = engine.model(inputs)
-                self.enter("backward")
-                engine.backward(losses.total)
-            total += losses.diffusion / self.micro_batches
-            taken.append(MicroBatch(batch, inputs.times, losses._replace(total=losses.total.detach())))
+        share, taken = self.gradients(batches)
         norm = engine.clip()
         self.enter("wait")
-        loss, stopping = self.agree(total, stop())
+        loss, stopping = self.agree(share, stop())
         self.record(taken)
         fault = self.spikes.find(loss, norm)
         if fault is None:
@@ -247,6 +234,34 @@ class Trainer:
             if batches.report.bad:
                 print(f"process {self.rank}: {batches.report.summary()}", flush=True)
             self.close()
+
+    def gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[MicroBatch]]:
+        """Accumulate one global batch's: this process's mean loss, and what it was taken of."""
+        read: list[Batch] = []
+        for micro in range(self.micro_batches):
+            self.enter("data", self.expected_keys(micro))
+            waiting = time.monotonic()
+            read.append(next(batches))
+            self.meters.waited += time.monotonic() - waiting
+        # The mean of the weights over the global batch is 1: that of the weighted losses is then that over the readable
+        # samples, in whichever process and micro-batch the others are.
+        readable = torch.stack([batch.weights.sum() for batch in read]).sum().to(self.device)
+        if self.processes > 1:
+            torch.distributed.all_reduce(readable)
+        scale = self.config.batch_size / readable.clamp_min(1)
+        total, taken = torch.zeros((), device=self.device), []
+        for micro, batch in enumerate(read):
+            self.enter("encode", batch.keys)
+            inputs = self.encode(batch)
+            inputs = replace(inputs, weights=inputs.weights * scale)
+            self.enter("forward")
+            with self.engine.accumulating(last=micro == self.micro_batches - 1):
+                losses = self.engine.model(inputs)
+                self.enter("backward")
+                self.engine.backward(losses.total)
+            total += losses.diffusion / self.micro_batches
+            taken.append(MicroBatch(batch, inputs.times, losses._replace(total=losses.total.detach())))
+        return total, taken
 
     def encode(self, batch: Batch) -> LossBatch:
         """A micro-batch as the joint module takes it."""

@@ -48,16 +48,17 @@ def build_here(arguments: list[str]) -> Trainer:
 
 def gradients_of(trainer: Trainer, steps: int = 1) -> tuple[float, Weights]:
     """Loss and gradients of the last of ``steps`` optimiser steps, before its update."""
-    batches, engine, loss = trainer.loader(), trainer.engine, 0.0
+    batches = trainer.loader()
     for _ in range(steps - 1):
         trainer.train_step(batches)
-    for micro in range(trainer.micro_batches):
-        with engine.accumulating(last=micro == trainer.micro_batches - 1):
-            losses = engine.model(trainer.encode(next(batches)))
-            engine.backward(losses.total)
-        loss += float(losses.diffusion) / trainer.micro_batches
-    engine.clip()
-    return loss, {name: p.grad.clone() for name, p in trainer.joint.trained().items() if p.grad is not None}
+    share, _ = trainer.gradients(batches)
+    return float(share), clipped(trainer)
+
+
+def clipped(trainer: Trainer) -> Weights:
+    """The accumulated gradients as an update would take them."""
+    trainer.engine.clip()
+    return {name: p.grad.clone() for name, p in trainer.joint.trained().items() if p.grad is not None}
 
 
 def at_step(number: int, function: Callable[[], Any]) -> Callable[..., Any]:

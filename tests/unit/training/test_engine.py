@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commands import ROOT
-from training_runs import build_here, gradients_of
+from data_fixtures import half_unreadable
+from training_runs import build_here, clipped, gradients_of
 
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
@@ -112,3 +114,23 @@ def test_accumulated_micro_batches_have_the_gradient_of_the_whole_batch(
         for name, gradient in gradients.items():
             apart = float((gradient - found[0][1][name]).norm())
             assert apart <= 1e-4 * float(found[0][1][name].norm()) + 1e-7, name
+
+
+def test_unreadable_samples_leave_the_mean_over_the_readable_ones(tiny_arguments: list[str], tmp_path: Path) -> None:
+    bad = [f"data.shards={half_unreadable(tmp_path / 'bad')}", "data.max_bad_fraction=0.9"]
+    found = []
+    for micro in (4, 1):
+        trainer = build_here([*tiny_arguments, *bad, f"run_dir={tmp_path / str(micro)}", f"micro_batch_size={micro}"])
+        batches = trainer.loader()
+        for _ in range(2):
+            trainer.train_step(batches)
+        share, taken = trainer.gradients(batches)
+        found.append((float(share), clipped(trainer)))
+        errors = torch.cat([losses.errors for _, _, losses in taken])
+        weights = torch.cat([batch.weights for batch, _, _ in taken])
+        assert 0 < weights.sum() < 4
+        assert found[-1][0] == pytest.approx(float((errors * weights).sum() / weights.sum()), rel=1e-5)
+    (loss, whole), (other, parts) = found
+    assert loss == pytest.approx(other, rel=1e-5)
+    for name, gradient in parts.items():
+        assert float((gradient - whole[name]).norm()) <= 1e-4 * float(whole[name].norm()) + 1e-7, name
