@@ -202,6 +202,34 @@ class Trainer:
         meters.gradient += norm if norm is not None and math.isfinite(norm) else 0.0
         return loss, stopping
 
+    def gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[MicroBatch]]:
+        """Accumulate one global batch's: this process's mean loss, and what it was taken of."""
+        read: list[Batch] = []
+        for micro in range(self.micro_batches):
+            self.enter("data", self.expected_keys(micro))
+            waiting = time.monotonic()
+            read.append(next(batches))
+            self.meters.waited += time.monotonic() - waiting
+        # The mean of the weights over the global batch is 1: that of the weighted losses is then that over the readable
+        # samples, in whichever process and micro-batch the others are.
+        readable = torch.stack([batch.weights.sum() for batch in read]).sum().to(self.device)
+        if self.processes > 1:
+            torch.distributed.all_reduce(readable)
+        scale = self.config.batch_size / readable.clamp_min(1)
+        total, taken = torch.zeros((), device=self.device), []
+        for micro, batch in enumerate(read):
+            self.enter("encode", batch.keys)
+            inputs = self.encode(batch)
+            inputs = replace(inputs, weights=inputs.weights * scale)
+            self.enter("forward")
+            with self.engine.accumulating(last=micro == self.micro_batches - 1):
+                losses = self.engine.model(inputs)
+                self.enter("backward")
+                self.engine.backward(losses.total)
+            total += losses.diffusion / self.micro_batches
+            taken.append(MicroBatch(batch, inputs.times, losses._replace(total=losses.total.detach())))
+        return total, taken
+
     def train(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """All steps that are left, with what is due between them; False where ``stop`` ended it, which is saved then."""
         config, state = self.config, self.state
@@ -234,34 +262,6 @@ class Trainer:
             if batches.report.bad:
                 print(f"process {self.rank}: {batches.report.summary()}", flush=True)
             self.close()
-
-    def gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[MicroBatch]]:
-        """Accumulate one global batch's: this process's mean loss, and what it was taken of."""
-        read: list[Batch] = []
-        for micro in range(self.micro_batches):
-            self.enter("data", self.expected_keys(micro))
-            waiting = time.monotonic()
-            read.append(next(batches))
-            self.meters.waited += time.monotonic() - waiting
-        # The mean of the weights over the global batch is 1: that of the weighted losses is then that over the readable
-        # samples, in whichever process and micro-batch the others are.
-        readable = torch.stack([batch.weights.sum() for batch in read]).sum().to(self.device)
-        if self.processes > 1:
-            torch.distributed.all_reduce(readable)
-        scale = self.config.batch_size / readable.clamp_min(1)
-        total, taken = torch.zeros((), device=self.device), []
-        for micro, batch in enumerate(read):
-            self.enter("encode", batch.keys)
-            inputs = self.encode(batch)
-            inputs = replace(inputs, weights=inputs.weights * scale)
-            self.enter("forward")
-            with self.engine.accumulating(last=micro == self.micro_batches - 1):
-                losses = self.engine.model(inputs)
-                self.enter("backward")
-                self.engine.backward(losses.total)
-            total += losses.diffusion / self.micro_batches
-            taken.append(MicroBatch(batch, inputs.times, losses._replace(total=losses.total.detach())))
-        return total, taken
 
     def encode(self, batch: Batch) -> LossBatch:
         """A micro-batch as the joint module takes it."""
