@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -12,7 +11,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -29,6 +27,7 @@ from paradiffusion.data.index import (
     TokenCounter,
     cached_index,
     count_captions,
+    locked,
     save_arrays,
     spread_kinds,
 )
@@ -64,7 +63,9 @@ def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: st
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
         raise UserError(f"{key}={folder} {found}: expected a folder of pictures with .txt or .json beside them.")
-    with _locked(root):  # The processes of one machine: the first looks at the files, the others find its index.
+    with locked(
+        root.resolve()
+    ):  # The processes of one machine: the first looks at the files, the others find its index.
         return _load(root, counter, key)
 
 
@@ -332,18 +333,3 @@ def _read_stored(root: Path, counter: TokenCounter | None) -> _Stored | None:
         except (OSError, *DAMAGED):
             continue
     return None
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    path = cached_index(root.resolve(), ".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a")  # noqa: SIM115, closed below
-    except OSError:
-        yield
-        return
-    with lock:
-        with suppress(OSError):  # Some network disks have no locks: then each process looks at the files.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
