@@ -28,11 +28,11 @@ from paradiffusion.data.images import make_buckets
 from paradiffusion.data.index import (
     ROW,
     SampleIndex,
-    _of_one_shard,
     _stamp,
     _store,
     join_indexes,
     load_index,
+    of_one_shard,
 )
 from paradiffusion.data.plan import BatchPlan, Share
 from paradiffusion.errors import UserError
@@ -136,7 +136,7 @@ def write_set(folder: Path, settings: PlanBench) -> None:
         path.touch()
         made.table["key_hash"] = made.ids
         columns = {name: getattr(made, name) for name in ("words", "kinds", "key_bytes", "key_starts")}
-        _store(path, _of_one_shard(path, made.table, False, **columns), _stamp(path), None)
+        _store(path, of_one_shard(path, made.table, **columns), _stamp(path), None)
 
 
 def memory() -> dict[str, int]:

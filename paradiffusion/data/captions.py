@@ -106,10 +106,10 @@ def expected_shares(words: np.ndarray, kinds: list[str], weights: dict[str, floa
     """What ``weights`` come to over samples with captions of ``words`` (int [N, K]), fall-backs told, by expectation."""
     counts = np.zeros(1 << len(kinds), np.int64)
     for start in range(0, len(words), _ROWS_AT_ONCE):
-        part = words[start : start + _ROWS_AT_ONCE]
-        code = np.zeros(len(part), np.uint16)  # Which kinds a sample has, a bit each: there are few combinations.
+        rows = words[start : start + _ROWS_AT_ONCE]
+        code = np.zeros(len(rows), np.uint16)  # Which kinds a sample has, a bit each: there are few combinations.
         for column in range(len(kinds)):
-            code |= (part[:, column] > 0).astype(np.uint16) << np.uint16(column)
+            code |= (rows[:, column] > 0).astype(np.uint16) << np.uint16(column)
         counts += np.bincount(code, minlength=len(counts))
     counts[0] = 0  # Samples without a caption are not read.
     combinations = np.flatnonzero(counts)

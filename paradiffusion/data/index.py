@@ -19,7 +19,6 @@ import time
 import uuid
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -34,7 +33,16 @@ from paradiffusion.atomic import atomic_file
 from paradiffusion.data.captions import captions_of, parse_meta
 from paradiffusion.data.images import probe_size
 from paradiffusion.data.remote import RemoteError, RemotePath, open_shard, read_whole, with_state
-from paradiffusion.data.shards import IMAGE_EXTENSIONS, Place, RawSample, ShardPath, Span, list_tar, read_place
+from paradiffusion.data.shards import (
+    IMAGE_EXTENSIONS,
+    FolderPart,
+    Place,
+    RawSample,
+    ShardPath,
+    Span,
+    list_tar,
+    read_place,
+)
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 from paradiffusion.randomness import seed_from
@@ -131,6 +139,15 @@ class SampleIndex:
         spans = [Span(at[f"{part}_offset"], at[f"{part}_size"]) for part in ("image", "json", "text")]
         extension = IMAGE_EXTENSIONS[at["extension"]]
         return Place(self.shards[self.shard[row]], self.key(row), int(self.ids[row]), extension, *spans)
+
+    def take(self, rows: np.ndarray) -> SampleIndex:
+        """The samples of ``rows``, in that order."""
+        keys = [self.key_bytes[self.key_starts[row] : self.key_starts[row + 1]] for row in rows]
+        return replace(
+            self, shard=self.shard[rows], table=self.table[rows], words=self.words[rows], ids=self.ids[rows],
+            tokens=None if self.tokens is None else self.tokens[rows], key_bytes=np.concatenate([self.key_bytes[:0], *keys]),
+            key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64), columns=None,
+        )  # fmt: skip
 
     def fingerprint(self) -> str:
         """A short name of exactly these samples with these captions' lengths, to notice that data has changed.
@@ -255,13 +272,13 @@ class _Loading:
                 raise made
             keep(number, made)
         if rows <= _MAPPED_FROM:
-            return _assemble(lambda: (kept[number] for number in sorted(kept)), key)
+            return assemble(lambda: (kept[number] for number in sorted(kept)), key)
 
         def parts() -> Iterator[SampleIndex]:
             for shard, part in zip(self.shards, self.each(self._load, self.shards), strict=True):
                 yield index_shard(shard, True, self.counter) if part is None else part
 
-        return _assemble(parts, key, self.places, self._state())
+        return assemble(parts, key, self.places, self._state())
 
     def _load(self, shard: Path | RemotePath) -> SampleIndex | None:
         return _load_stored(shard, self.folder, self.counter)
@@ -293,10 +310,10 @@ def join_indexes(indexes: Sequence[SampleIndex], names: Sequence[str]) -> Sample
         places = _column_folders([shard for index in indexes for shard in index.shards], None)
         places = [index.columns.with_name(places[0].name) for index in indexes if index.columns] + places
         state = _digest(*names, *(index.state() for index in indexes))
-    return _assemble(lambda: indexes, "data.sources", places, state, {"sources": list(names), "shard_source": source})
+    return assemble(lambda: indexes, "data.sources", places, state, {"sources": list(names), "shard_source": source})
 
 
-def _assemble(
+def assemble(
     parts: Callable[[], Iterable[SampleIndex]], where: object, places: Sequence[Path] = (), state: str = "",
     sources: dict[str, Any] | None = None,
 ) -> SampleIndex:  # fmt: skip
@@ -445,16 +462,6 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def spread_kinds(columns: list[tuple[list[str], np.ndarray]], kinds: list[str]) -> np.ndarray:
-    """Counts by kind of several parts, uint16 [N, K], each part's columns where ``kinds`` has them."""
-    spread = np.zeros((sum(len(counts) for _, counts in columns), len(kinds)), np.uint16)
-    start = 0
-    for names, counts in columns:
-        spread[start : start + len(counts), [kinds.index(name) for name in names]] = counts
-        start += len(counts)
-    return spread
-
-
 # Many indexes at once.
 
 _counter: TokenCounter | None = None
@@ -589,12 +596,14 @@ def _check_kinds(kinds: list[str], where: object) -> None:
         )
 
 
-def _of_one_shard(path: Path | RemotePath, table: np.ndarray, truncated: bool, **columns: Any) -> SampleIndex:
+def of_one_shard(path: ShardPath, table: np.ndarray, truncated: bool = False, **columns: Any) -> SampleIndex:
+    """The index of one shard. A picture of a folder is named by its path alone, so that it may stand in another part."""
+    of_shard = 0 if isinstance(path, FolderPart) else seed_from("shard", path.name)
     return SampleIndex(
         shards=[path],
         shard=np.zeros(len(table), np.int32),
         table=table,
-        ids=table["key_hash"] ^ np.uint64(seed_from("shard", path.name)),
+        ids=table["key_hash"] ^ np.uint64(of_shard),
         truncated=(path,) if truncated else (),
         **columns,
     )
@@ -619,7 +628,7 @@ def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int |
             captions.append(captions_of(meta or {}, text))
     kinds, words, tokens = count_captions(captions, counter, path)
     keys = [entry.key.encode("utf-8", "replace") for entry in entries]
-    return _of_one_shard(
+    return of_one_shard(
         path,
         table,
         listing.truncated,
@@ -695,20 +704,42 @@ def _candidates(path: Path | RemotePath, folder: Path | None) -> list[Path]:
 
 def _store(path: Path | RemotePath, index: SampleIndex, stamp: np.ndarray, folder: Path | None) -> None:
     """Write the index where it can be written, and be content when that is nowhere: it is built again then."""
-    arrays: dict[str, Any] = {
-        "stamp": stamp,
-        "version": np.array(path.version if isinstance(path, RemotePath) else ""),
-        "table": index.table,
-        "words": index.words,
-        "kinds": np.array(index.kinds, dtype=np.str_),
-        "key_bytes": index.key_bytes,
-        "key_ends": index.key_starts[1:],
-        "counts": np.array([index.without_image, index.stray, index.bad_json, len(index.truncated)], np.int64),
-    }
-    if index.tokens is not None:
-        arrays |= {"tokens": index.tokens, "tokenizer": np.array(index.tokenizer)}
+    version = np.array(path.version if isinstance(path, RemotePath) else "")
+    arrays = {"stamp": stamp, "version": version, **arrays_of(index)}
     if not any(save_arrays(place, arrays) for place in _candidates(path, folder)[: 1 if folder else None]) and folder:
         raise UserError(f"The index of {path} cannot be written to {folder}: choose another folder.")
+
+
+def arrays_of(index: SampleIndex) -> dict[str, Any]:
+    """What is stored of the index of one shard; ``index_of`` reads it."""
+    counts = np.array([index.without_image, index.stray, index.bad_json, len(index.truncated)], np.int64)
+    arrays = {
+        "table": index.table, "words": index.words, "kinds": np.array(index.kinds, dtype=np.str_), "counts": counts,
+        "key_bytes": index.key_bytes, "key_ends": index.key_starts[1:],
+    }  # fmt: skip
+    return arrays | ({} if index.tokens is None else {"tokens": index.tokens, "tokenizer": np.array(index.tokenizer)})
+
+
+def index_of(shard: ShardPath, stored: Any) -> SampleIndex:
+    """The index of one shard from stored arrays. Raises KeyError, ValueError for others."""
+    if stored["table"].dtype != ROW:
+        raise ValueError("another version's")
+    without_image, stray, bad_json, truncated = (int(count) for count in stored["counts"])
+    has_tokens = "tokens" in stored
+    return of_one_shard(
+        shard,
+        stored["table"],
+        bool(truncated),
+        words=stored["words"],
+        kinds=[str(kind) for kind in stored["kinds"]],
+        key_bytes=stored["key_bytes"],
+        key_starts=np.concatenate([[0], stored["key_ends"]]).astype(np.int64),
+        without_image=without_image,
+        stray=stray,
+        bad_json=bad_json,
+        tokens=stored["tokens"] if has_tokens else None,
+        tokenizer=str(stored["tokenizer"]) if has_tokens else None,
+    )
 
 
 def save_arrays(place: Path, arrays: dict[str, Any]) -> bool:
@@ -756,69 +787,6 @@ def _parse(path: Path | RemotePath, place: Path | io.BytesIO) -> SampleIndex | N
                 same = stamp[0] == now[0] and stamp[1] == now[1] and len(versions) < 2
             else:
                 same = np.array_equal(stamp, now)
-            if not same or stored["table"].dtype != ROW:
-                return None
-            without_image, stray, bad_json, truncated = (int(count) for count in stored["counts"])
-            has_tokens = "tokens" in stored.files
-            return _of_one_shard(
-                path,
-                stored["table"],
-                bool(truncated),
-                words=stored["words"],
-                kinds=[str(kind) for kind in stored["kinds"]],
-                key_bytes=stored["key_bytes"],
-                key_starts=np.concatenate([[0], stored["key_ends"]]).astype(np.int64),
-                without_image=without_image,
-                stray=stray,
-                bad_json=bad_json,
-                tokens=stored["tokens"] if has_tokens else None,
-                tokenizer=str(stored["tokenizer"]) if has_tokens else None,
-            )
+            return index_of(path, stored) if same else None
     except DAMAGED:
         return None
-
-
-# What scripts/index_shards.py says.
-
-
-def describe_indexes(indexes: Iterable[SampleIndex | UserError]) -> tuple[list[str], int]:
-    """What indexing many shards has found, as lines for a person, and how many could not be indexed."""
-    errors, cut_short = [], []
-    counts, captions, words, tokens = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    shards = samples = uncaptioned = 0
-    for index in indexes:
-        if isinstance(index, UserError):
-            errors.append(f"  not indexed: {index}")
-            continue
-        shards += 1
-        samples += len(index)
-        uncaptioned += int((~index.words.any(axis=1)).sum())
-        cut_short += [
-            f"  cut short: {path} (data.allow_truncated=true uses its whole samples)" for path in index.truncated
-        ]
-        counts["keys without an image"] += index.without_image
-        counts["files that are no part of a sample"] += index.stray
-        counts["JSON files that cannot be read"] += index.bad_json
-        counts["images of unknown size"] += int((index.width == 0).sum())
-        for column, kind in enumerate(index.kinds):
-            captions[kind] += int((index.words[:, column] > 0).sum())
-            words[kind] += int(index.words[:, column].sum())
-            tokens[kind] += 0 if index.tokens is None else int(index.tokens[:, column].sum())
-    lines = [f"{shards} shards, {samples} samples, {uncaptioned} of them without a caption"]
-    for kind, count in captions.items():
-        mean = f"{words[kind] / max(count, 1):.1f} words"
-        mean += f", {tokens[kind] / max(count, 1):.1f} tokens" if tokens[kind] else ""
-        lines.append(f"  captions of kind {kind}: {count}, {mean} on average")
-    lines += [f"  passed over: {count} {reason}" for reason, count in counts.items() if count]
-    return lines + cut_short + errors, len(errors)
-
-
-def check_names(shards: Iterable[ShardPath]) -> None:
-    """Raise UserError where two shards would have one index in ``output``."""
-    stems: dict[str, ShardPath] = {}
-    for shard in shards:
-        if stems.setdefault(shard.stem, shard) != shard:
-            raise UserError(
-                f"{stems[shard.stem]} and {shard} have one name, and so would their indexes in output=; "
-                "index them in two runs, each with a folder of its own."
-            )
