@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -166,7 +166,7 @@ def write_mds(settings: ReaderSettings) -> None:
             writer.write({"jpg": sample["jpg"], "caption": caption, "key": sample["__key__"]})
 
 
-READERS = {
+READERS: dict[str, Callable[[ReaderSettings], Iterator[Keys]]] = {
     "ours": ours, "webdataset": webdataset, "streaming": streaming, "one at a time": partial(ours, threads=1),
     "whole shards": partial(ours, whole=True),
 }  # fmt: skip
