@@ -55,6 +55,7 @@ _FEW: Final = 8
 _MAPPED_FROM: Final = 1 << 18
 _ROWS_AT_ONCE: Final = 1 << 20
 _FACTS: Final = "facts.json"
+_ABANDONED_SECONDS: Final = 86400.0
 _CONNECTIONS: Final = 32
 _HEAD_BYTES: Final = 1 << 16
 # What np.load raises for files that are no .npz, or one with a flipped bit (zipfile then finds it encrypted, say).
@@ -335,13 +336,10 @@ def assemble(
     facts = {"kinds": names, "tokenizer": tokenizer, "truncated": truncated, "counts": counts[2:].tolist()}
 
     def fill(new: New) -> dict[str, Any]:
-        shard, table, ids = (
-            new("shard", np.int32, (rows,)),
-            new("table", dtype, (rows,)),
-            new("ids", np.uint64, (rows,)),
-        )
-        words = new("words", np.uint16, (rows, len(names)))
-        tokens = new("tokens", np.uint16, (rows, len(names))) if tokenizer else None
+        once, by_kind = (rows,), (rows, len(names))
+        shard, table, ids = new("shard", np.int32, once), new("table", dtype, once), new("ids", np.uint64, once)
+        words = new("words", np.uint16, by_kind)
+        tokens = new("tokens", np.uint16, by_kind) if tokenizer else None
         key_bytes, key_starts = new("key_bytes", np.uint8, (letters,)), new("key_starts", np.int64, (rows + 1,))
         row = letter = number = 0
         for part in parts():
@@ -403,9 +401,9 @@ def shared_columns(places: Sequence[Path], state: str, fill: Callable[[New], dic
 def map_columns(places: Sequence[Path], state: str) -> Columns | None:
     """What ``shared_columns`` has written in that state; None where there is none."""
     for place in places:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError):
             facts = json.loads((place / _FACTS).read_text(encoding="utf-8"))
-            if facts["state"] == state:
+            if facts.get("state") == state:
                 found = {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in place.glob("*.npy")}
                 return place, found, facts
     return None
@@ -422,6 +420,11 @@ def _write_columns(place: Path, state: str, fill: Callable[[New], dict[str, Any]
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return written[-1]
 
+    for old in place.parent.glob(
+        f".{place.name}.*.part"
+    ):  # What a killed process has left; another machine may be at work.
+        if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         facts = fill(new)
