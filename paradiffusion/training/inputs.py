@@ -21,6 +21,7 @@ from paradiffusion.models.joint import JointModel, LossBatch
 from paradiffusion.randomness import permutation, seed_from, uniform
 from paradiffusion.text.conditioning import padded_length
 from paradiffusion.text.encoder import TextEncoder
+from paradiffusion.text.tokenizer import tokenize_once
 from paradiffusion.training.log import Meters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,10 +71,7 @@ class Inputs:
             meters.tokens += text.tokens
             meters.truncated += text.truncated
             return LossBatch(**common, mask=text.mask, features=text.features)
-        # Equal captions, above all the dropped ones, which are empty, go through the language model once.
-        different = {caption: row for row, caption in enumerate(dict.fromkeys(batch.captions))}
-        rows = torch.tensor([different[caption] for caption in batch.captions])
-        tokens = encoder.tokenize(list(different))
+        tokens, rows = batch.tokens or tokenize_once(encoder.tokenize, batch.captions)
         meters.tokens += int(tokens.mask[rows].sum())
         meters.truncated += sum(tokens.lengths[row] > encoder.limit for row in rows.tolist())
         tokens, rows = tokens.to(device), rows.to(device)
@@ -85,6 +83,10 @@ class Inputs:
             return LossBatch(
                 **common, features=on_device(encoder, device)(tokens.ids, tokens.mask, tokens.prefix)[rows]
             )
+
+    def has_text(self) -> bool:
+        """Whether text features are stored, or kept in memory, so that captions need no tokens."""
+        return self.null is not None or (self.memory is not None and self.joint.text_encoder is None)
 
     def _made_text(self, batch: Batch) -> Callable[[str, int], Entry] | None:
         """Where the features of captions are to be had without running the language model on all of them, if anywhere."""

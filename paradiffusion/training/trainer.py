@@ -375,6 +375,7 @@ class Trainer:
         settings = LoaderSettings(
             self.config.seed, self.state.step, self.config.max_steps, self.rank, self.processes, self.micro_batches,
             data.caption_dropout, data.max_bad_fraction, data.workers, self.cache,
+            tokenize=None if self.inputs.has_text() else self.encoder.tokenize,
         )  # fmt: skip
         if data.streaming:
             return open_stream(data, self.config.batch_size, settings)
