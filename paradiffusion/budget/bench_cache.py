@@ -21,10 +21,8 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
 from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training.caching import CacheOptions, make_cache
-from paradiffusion.training.loop import step_gradients
-from paradiffusion.training.meters import Meters
-from paradiffusion.training.processes import make_accelerator
-from paradiffusion.training.setup import Setup, build
+from paradiffusion.training.engine import make_accelerator
+from paradiffusion.training.trainer import Trainer
 
 SCENES = 320
 # Nano computes in bf16, where one rounding is 0.4 %; the second arm tells what the cache itself changes.
@@ -120,20 +118,21 @@ def measure(arm: str, config: TrainConfig, settings: CacheBenchSettings) -> Cach
     making = time.perf_counter() - began
     AcceleratorState._reset_state(reset_partial_state=True)  # the arms differ in precision
     accelerator = make_accelerator(config)
-    setups: dict[str, Setup] = {}
+    trainers: dict[str, Trainer] = {}
     for name, path in (("uncached", None), ("cached", str(cache))):
         folder = Path(config.run_dir) / name
         folder.mkdir(parents=True)
-        setups[name] = build(replace(config, data=replace(config.data, cache=path)), folder, accelerator)
-    loaders = {name: setup.loader() for name, setup in setups.items()}
-    steps: dict[str, list[_Step]] = {name: [] for name in setups}
+        own = replace(config, data=replace(config.data, cache=path))
+        trainers[name] = Trainer(own, accelerator, folder=folder)
+    loaders = {name: trainer.loader() for name, trainer in trainers.items()}
+    steps: dict[str, list[_Step]] = {name: [] for name in trainers}
     for number in range(config.max_steps):
         # In turning order, so that what else the machine does meets both alike.
-        for name in sorted(setups, reverse=bool(number % 2)):
-            steps[name].append(one_step(setups[name], loaders[name]))
-    for name, setup in setups.items():
+        for name in sorted(trainers, reverse=bool(number % 2)):
+            steps[name].append(one_step(trainers[name], loaders[name]))
+    for name, trainer in trainers.items():
         loaders[name].close()
-        setup.close()
+        trainer.close()
     size = sum(path.stat().st_size for path in cache.rglob("*.tar"))
     plain, cached = (steps[name][settings.warmup :] for name in ("uncached", "cached"))
     ratios = sorted(one.seconds / other.seconds for one, other in zip(plain, cached, strict=True))
@@ -158,17 +157,14 @@ def measure(arm: str, config: TrainConfig, settings: CacheBenchSettings) -> Cach
     )
 
 
-def one_step(setup: Setup, loader: Any) -> _Step:
-    """One optimiser step through the loop's own functions."""
-    meters, began = Meters(), time.perf_counter()
-    loss, _, _, _ = step_gradients(setup, loader, meters)
-    setup.engine.update()
-    setup.ema.update(setup.state.step)
-    setup.engine.discard()
+def one_step(trainer: Trainer, loader: Any) -> _Step:
+    """One optimiser step of training."""
+    trainer.meters.reset()
+    began = time.perf_counter()
+    loss, _ = trainer.train_step(loader)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    setup.state.step += 1
-    return _Step(time.perf_counter() - began, meters.waited, loss)
+    return _Step(time.perf_counter() - began, trainer.meters.waited, loss)
 
 
 def line(row: CacheRow) -> str:

@@ -15,7 +15,7 @@ from paradiffusion.budget.devices import peak_tflops, recognise
 from paradiffusion.budget.synthetic import write_samples
 from paradiffusion.budget.timing import Timing, ratio
 from paradiffusion.config import TrainConfig
-from paradiffusion.training.processes import make_accelerator
+from paradiffusion.training.engine import make_accelerator
 
 # Pictures in the made-up shards; batches of more are drawn from several epochs.
 SAMPLES = 256
