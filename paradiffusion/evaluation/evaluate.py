@@ -255,7 +255,7 @@ def with_short_labels(results: list[Evaluation]) -> list[Evaluation]:
 
 def _said(options: EvaluateOptions) -> PeopleSaid:
     """What people said, read before anything is drawn."""
-    from paradiffusion.evaluation.reporting.votes import read_votes
+    from paradiffusion.evaluation.reporting.tables import read_votes
 
     return PeopleSaid(
         read_pairs(Path(options.agreement).expanduser()) if options.agreement else [],

@@ -13,34 +13,20 @@ from urllib.parse import quote
 from paradiffusion.atomic import write_atomic
 from paradiffusion.evaluation.ablation.collecting import Column, Comparison, Row
 from paradiffusion.evaluation.ablation.running import Outcome
-from paradiffusion.evaluation.estimates import Estimate
+from paradiffusion.evaluation.ablation.study import Setting
 from paradiffusion.evaluation.reporting.figures import Series, row_figure
 from paradiffusion.evaluation.reporting.texts import (
     MISSING,
     difference_text,
     estimate_text,
-    html,
+    finite,
     interval_text,
-    markdown,
     value_text,
 )
-from paradiffusion.pages import page
+from paradiffusion.pages import Cell, Grid, Group, cells, markdown, markdown_table, render
 
 FORMAT_VERSION: Final = 1
 _MOST_FIGURES: Final = 12
-_STYLE: Final = """
-:root { --model0: #3b7dd8; } @media (prefers-color-scheme: dark) { :root { --model0: #6ea6f0; } }
-h2 { font-size: 1.1rem; margin: 1.75rem 0 .5rem; } p, li { max-width: 60rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-thead th { vertical-align: bottom; font-weight: 600; }
-tbody th { font-weight: 600; position: sticky; left: 0; background: Canvas; }
-tr.group th { color: var(--soft); font-weight: 500; padding-top: .9rem; }
-td small { display: block; color: var(--soft); white-space: nowrap; } td small.better { color: var(--good); }
-td small.worse { color: var(--bad); }
-.figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
-"""
 
 
 def write_comparison(folder: Path, comparison: Comparison, outcome: Outcome | None, titles: dict[str, str]) -> Path:
@@ -58,9 +44,8 @@ def write_comparison(folder: Path, comparison: Comparison, outcome: Outcome | No
     )
     write_atomic(folder / "report.json", json.dumps(_record(comparison, failures), ensure_ascii=False, indent=1) + "\n")
     write_atomic(folder / "report.md", as_markdown(comparison, failures))
-    page = folder / "report.html"
-    write_atomic(page, as_page(comparison, failures))
-    return page
+    write_atomic(folder / "report.html", as_page(comparison, failures))
+    return folder / "report.html"
 
 
 def as_markdown(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
@@ -72,9 +57,7 @@ def as_markdown(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
         for row in comparison.rows
     ]
     lines = [f"# {markdown(_title(comparison))}", ""]
-    lines += [
-        "| " + " | ".join(cells) + " |" for cells in ([markdown(text) for text in head], ["---"] * len(head), *rows)
-    ]
+    lines.append(markdown_table([markdown(text) for text in head], rows))
     lines += ["", *(f"- {markdown(note)}" for note in notes(comparison))]
     lines += [f"- **{markdown(warning)}**" for warning in comparison.warnings]
     lines += [
@@ -88,19 +71,12 @@ def as_markdown(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
 
 def as_page(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
     """The page: table, a figure for each measure, single runs, settings, and what is not finished."""
-    parts = [f"<h1>{html(_title(comparison))}</h1>"]
-    if comparison.warnings:
-        items = "".join(f"<li>{html(warning)}</li>" for warning in comparison.warnings)
-        parts.append(f'<ul role="alert">{items}</ul>')
-    parts.append(_html_table(comparison))
-    parts.append(f"<ul>{''.join(f'<li>{html(note)}</li>' for note in notes(comparison))}</ul>")
-    if failures:
-        items = "".join(f"<li><b>{html(title)}</b>: {html(reason)}</li>" for title, reason in failures)
-        parts.append(f"<h2>Not finished</h2><ul>{items}</ul>")
-    if figures := _figures(comparison):
-        parts.append(f'<h2>Measures</h2><div class="figures">{"".join(figures)}</div>')
-    parts.append(f"<h2>Each run</h2>{_runs(comparison)}<h2>Settings</h2>{_settings(comparison)}")
-    return page(_title(comparison), _STYLE, "\n".join(parts))
+    return render(
+        "evaluation/templates/ablation.html", title=_title(comparison), warnings=comparison.warnings, failures=failures,
+        table=_table(comparison), notes=notes(comparison), figures=_figures(comparison), runs=_runs(comparison),
+        settings=[(row.setting, "; ".join(_said(row.setting)) or "as the base") for row in comparison.rows],
+        base="; ".join(comparison.study.base),
+    )  # fmt: skip
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -170,91 +146,67 @@ def _markdown_cell(row: Row, column: Column) -> str:
     return estimate_text(estimate, column.unit) + (f"<br>{shown}" if change else "")
 
 
-def _html_table(comparison: Comparison) -> str:
+def _table(comparison: Comparison) -> Grid:
     columns = comparison.columns
-    head = "".join(f'<th scope="col">{html(_heading(column))}</th>' for column in columns)
-    body = []
+    groups = []
     for group, members in groupby(comparison.rows, key=lambda row: row.setting.group):
-        if group:
-            body.append(f'<tr class="group"><th scope="rowgroup" colspan="{2 + len(columns)}">{html(group)}</th></tr>')
-        for row in members:
-            cells = "".join(_html_cell(row, column) for column in columns)
-            body.append(f'<tr><th scope="row">{html(row.setting.name)}</th><td>{_seeds(row)}</td>{cells}</tr>')
-    return (
-        '<div class="wide" tabindex="0" role="region" aria-label="Table of settings and measures"><table><thead><tr>'
-        f'<th scope="col">setting</th><th scope="col">seeds</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-    )
+        rows = [
+            [*cells([row.setting.name, _seeds(row)]), *(_cell(row, column) for column in columns)] for row in members
+        ]
+        groups.append(Group(group, rows))
+    return Grid(["setting", "seeds", *map(_heading, columns)], groups)
 
 
-def _html_cell(row: Row, column: Column) -> str:
+def _cell(row: Row, column: Column) -> Cell:
     estimate = row.estimates.get(column.key)
     if estimate is None:
-        return f"<td>{MISSING}</td>"
+        return Cell(MISSING)
     interval = interval_text(estimate, column.unit)
-    lines = html(value_text(estimate.mean, column.unit))
-    lines += f"<small>({html(interval)})</small>" if interval else ""
     change, kind = _change(row, column)
-    if change:
-        word = f", {kind}" if kind else ""
-        lines += f'<small class="{kind or "even"}">{html(change)}{word}</small>'
-    return f"<td>{lines}</td>"
+    small = [f"({interval})"] if interval else []
+    small += [f"{change}, {kind}" if kind else change] if change else []
+    return Cell(value_text(estimate.mean, column.unit), tuple(small), kind)
 
 
 def _figures(comparison: Comparison) -> list[str]:
     """A row for each setting, with its interval."""
     names = [row.setting.name for row in comparison.rows]
-    found = []
+    found: list[str] = []
     for number, column in enumerate([c for c in comparison.columns if c.suite][:_MOST_FIGURES]):
         estimates = [row.estimates.get(column.key) for row in comparison.rows]
         if any(value is not None for value in estimates):
             series = [Series(column.title, estimates)]
-            found.append(f"<article>{row_figure(f'f{number}', _heading(column), series, names, column.unit)}</article>")
+            found.append(row_figure(f"f{number}", _heading(column), series, names, column.unit))
     return found
 
 
-def _name_of_run(row: Row, place: int) -> str:
-    """Setting and seed, with a link to the evaluation's own report where there is one, relative to this page."""
-    name = html(f"{row.setting.name}, seed {row.seeds[place]}")
-    folder = row.folders[place] if row.folders else None
+def _report_of(folder: Path | None) -> str:
+    """The link from this page to the report of a run's evaluation, "" where there is none."""
     report = next(iter(sorted(folder.rglob("report.html"), key=lambda path: len(path.parts))), None) if folder else None
     if folder is None or report is None:
-        return name
-    link = quote("/".join([folder.parent.name, folder.name, *report.relative_to(folder).parts]))
-    return f'<a href="{html(link)}">{name}</a>'
+        return ""
+    return quote("/".join([folder.parent.name, folder.name, *report.relative_to(folder).parts]))
 
 
-def _runs(comparison: Comparison) -> str:
-    head = "".join(f'<th scope="col">{html(_heading(column))}</th>' for column in comparison.columns)
-    body = []
+def _runs(comparison: Comparison) -> Grid:
+    rows = []
     for row in comparison.rows:
-        for place in range(len(row.seeds)):
-            values = (row.values.get(c.key, (math.nan,) * len(row.seeds))[place] for c in comparison.columns)
-            shown = zip(values, comparison.columns, strict=True)
-            cells = "".join(f"<td>{html(value_text(value, column.unit))}</td>" for value, column in shown)
-            body.append(f'<tr><th scope="row">{_name_of_run(row, place)}</th>{cells}</tr>')
-    return (
-        '<div class="wide" tabindex="0" role="region" aria-label="Each run"><table><thead><tr><th scope="col">run</th>'
-        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+        for place, seed in enumerate(row.seeds):
+            link = _report_of(row.folders[place] if row.folders else None)
+            values = [row.values.get(c.key, (math.nan,) * len(row.seeds))[place] for c in comparison.columns]
+            shown = [value_text(value, c.unit) for value, c in zip(values, comparison.columns, strict=True)]
+            rows.append([Cell(f"{row.setting.name}, seed {seed}", link=link), *cells(shown)])
+    return Grid(["run", *map(_heading, comparison.columns)], [Group("", rows)])
 
 
-def _settings(comparison: Comparison) -> str:
-    items = []
-    for row in comparison.rows:
-        setting = row.setting
-        said = [*setting.overrides, *(f"stage {n}: {o}" for n, given in setting.per_stage.items() for o in given)]
-        said += [f"stages {', '.join(map(str, setting.stages))}"] if setting.stages else []
-        said += [*setting.evaluate]
-        note = f" {html(setting.note)}" if setting.note else ""
-        items.append(
-            f"<li><b>{html(setting.name)}</b>{note} <code>{html('; '.join(said) or 'as the base')}</code></li>"
-        )
-    base = "; ".join(comparison.study.base)
-    return f"<ul>{''.join(items)}</ul>" + (f"<p>In all of them: <code>{html(base)}</code></p>" if base else "")
+def _said(setting: Setting) -> list[str]:
+    said = [*setting.overrides, *(f"stage {n}: {o}" for n, given in setting.per_stage.items() for o in given)]
+    said += [f"stages {', '.join(map(str, setting.stages))}"] if setting.stages else []
+    return [*said, *setting.evaluate]
 
 
 def _record(comparison: Comparison, failures: list[tuple[str, str]]) -> dict[str, Any]:
-    return {
+    record = {
         "paradiffusion_ablation": FORMAT_VERSION,
         "study": asdict(comparison.study),
         "columns": [asdict(column) for column in comparison.columns],
@@ -264,9 +216,9 @@ def _record(comparison: Comparison, failures: list[tuple[str, str]]) -> dict[str
                 "group": row.setting.group,
                 "seeds": list(row.seeds),
                 "planned_seeds": row.planned,
-                "estimates": {key: _plain(estimate) for key, estimate in row.estimates.items()},
-                "differences": {key: _plain(estimate) for key, estimate in row.differences.items()},
-                "values": {key: [_number(value) for value in values] for key, values in row.values.items()},
+                "estimates": {key: asdict(estimate) for key, estimate in row.estimates.items()},
+                "differences": {key: asdict(estimate) for key, estimate in row.differences.items()},
+                "values": {key: list(values) for key, values in row.values.items()},
             }
             for row in comparison.rows
         ],
@@ -274,12 +226,5 @@ def _record(comparison: Comparison, failures: list[tuple[str, str]]) -> dict[str
         "warnings": list(comparison.warnings),
         "not_finished": [{"unit": title, "reason": reason} for title, reason in failures],
     }
-
-
-def _plain(estimate: Estimate) -> dict[str, Any]:
-    return {key: _number(value) for key, value in asdict(estimate).items()}
-
-
-def _number(value: float) -> float | None:
-    """JSON has no word for NaN."""
-    return value if math.isfinite(value) else None
+    found: dict[str, Any] = finite(record)
+    return found

@@ -1,15 +1,18 @@
-"""What stands in a report's tables."""
+"""Tables of a report: what was judged, scores by length and category, every prompt, failures, scores' own tables, votes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
+from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import Measure, Table
-from paradiffusion.evaluation.reporting.choice import image_values, leading, short_title
-from paradiffusion.evaluation.reporting.grids import Cell, Grid, Group, cells
+from paradiffusion.evaluation.reporting.cards import image_values, leading, short_title
 from paradiffusion.evaluation.reporting.numbers import MeasureNumbers, Row, ScoreNumbers, SuiteNumbers
 from paradiffusion.evaluation.reporting.texts import (
     MISSING,
@@ -21,6 +24,7 @@ from paradiffusion.evaluation.reporting.texts import (
     value_text,
 )
 from paradiffusion.evaluation.suites.suite import BAND_NAMES, by_id
+from paradiffusion.pages import Cell, Grid, Group, cells
 
 MOST_FAILURES: Final = 200
 MOST_PROMPTS: Final = 1000
@@ -121,7 +125,7 @@ def prompt_grid(numbers: SuiteNumbers, anchors: Mapping[str, str]) -> Grid:
     rows = []
     for prompt in numbers.suite.prompts[:MOST_PROMPTS]:
         names = images.get(prompt.id, [])
-        link = next((anchors[name] for name in names if name in anchors), "")
+        link = next((f"#{anchors[name]}" for name in names if name in anchors), "")
         row = [
             Cell(prompt.id, link=link),
             Cell(excerpt(prompt.text, 60)),
@@ -158,6 +162,17 @@ def failure_grid(numbers: SuiteNumbers) -> Grid:
     note = f"{len(rows):,} of {len(failures):,} shown; report.json has all." if len(rows) < len(failures) else ""
     head = ["image", "model", "where", "reason", "prompt"]
     return Grid(head, [Group("", rows)] if rows else [], note, words=5)
+
+
+def own_tables(numbers: SuiteNumbers, score: ScoreNumbers) -> list[list[tuple[str, Table]]]:
+    """For each title, (label, table) of every model that has it; the label is "" where only one was asked, as for what is said of
+    all models together."""
+    many = sum(result is not None for result in score.results) > 1
+    found: dict[str, list[tuple[str, Table]]] = {}
+    for label, result in zip(numbers.labels, score.results, strict=True):
+        for table in result.tables if result is not None else ():
+            found.setdefault(table.title, []).append((label if many else "", table))
+    return list(found.values())
 
 
 def skipped(numbers: SuiteNumbers) -> list[tuple[str, str]]:
@@ -252,3 +267,89 @@ def _comparison_note(numbers: SuiteNumbers) -> str:
 
 def _prompt_names(numbers: SuiteNumbers) -> dict[str, str]:
     return {drawn.name: drawn.prompt for model in numbers.models for drawn in model.images}
+
+
+def read_votes(path: Path) -> dict[str, Any]:
+    """The results of scripts/vote.py from its results.json.
+
+    Raises:
+        UserError: for a file that is missing, damaged or another one.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not whole JSON"
+        raise UserError(
+            f"{path} cannot be read ({reason}); name the results.json of a study of scripts/vote.py."
+        ) from None
+    if not isinstance(record, dict) or "paradiffusion_votes" not in record:
+        raise UserError(f"{path} holds no results of votes; name the results.json of a study of scripts/vote.py.")
+    return record
+
+
+def vote_tables(votes: Mapping[str, Any]) -> list[Table]:
+    """For each question the win, tie and loss rates of each pair of sets, over all prompts and by group, and the strengths.
+
+    Args:
+        votes: results.json of the vote command. A part that is missing, or is of another shape, is passed over.
+    """
+    return [table for answers in _maps(votes.get("answers")) for table in _vote_tables(answers)]
+
+
+def vote_warnings(votes: Mapping[str, Any]) -> list[str]:
+    """What a reader must see beside the rates."""
+    found = []
+    for answers in _maps(votes.get("answers")):
+        for said in (answers, answers.get("strengths")):
+            warnings = said.get("warnings") if isinstance(said, Mapping) else None
+            found += [f"{_question(answers)}: {one}" for one in warnings if one] if isinstance(warnings, list) else []
+    return found
+
+
+def _vote_tables(answers: Mapping[str, Any]) -> Iterator[Table]:
+    name = _question(answers)
+    groups = {"all prompts": answers.get("rates")}
+    for key in ("by_band", "by_category"):
+        by = answers.get(key)
+        groups |= {str(group): rates for group, rates in by.items()} if isinstance(by, Mapping) else {}
+    rows = [
+        [group, f"{rate.get('set_a')} against {rate.get('set_b')}", *cells, cells[0].n]
+        for group, rates in groups.items()
+        for rate in _maps(rates)
+        if (cells := [one for key in ("win", "tie", "loss") if (one := _vote_estimate(rate.get(key))) is not None])
+        and len(cells) == 3
+    ]
+    if rows:
+        yield Table(name, ["prompts", "sets", "first wins", "tie", "second wins", "votes"], rows, _asked(answers))
+    strengths = answers.get("strengths")
+    sets = strengths.get("sets") if isinstance(strengths, Mapping) else None
+    known = [(str(label), _vote_estimate(one)) for label, one in sets.items()] if isinstance(sets, Mapping) else []
+    ranked = sorted(((label, one) for label, one in known if one is not None), key=lambda pair: -pair[1].mean)
+    if ranked:
+        note = "Natural logarithm, of mean 0 over the sets: 1 above another means 2.7 votes for each one of the other's, ties aside."
+        yield Table(f"{name}: strength", ["set", "log strength"], [[a, b] for a, b in ranked], note, "number")
+
+
+def _question(answers: Mapping[str, Any]) -> str:
+    question = answers.get("question")
+    return str(question.get("name", "")) if isinstance(question, Mapping) else str(question or "")
+
+
+def _asked(answers: Mapping[str, Any]) -> str:
+    question = answers.get("question")
+    asked = f"Asked: {question.get('text')} " if isinstance(question, Mapping) and question.get("text") else ""
+    return f"{asked}With 95 % intervals by bootstrap over prompts; raters saw no names."
+
+
+def _maps(value: Any) -> list[Mapping[str, Any]]:
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
+
+
+def _vote_estimate(value: Any) -> Estimate | None:
+    if not isinstance(value, Mapping) or not Estimate.__dataclass_fields__.keys() <= value.keys():
+        return None
+    mean, low, high = (math.nan if value[key] is None else value[key] for key in ("mean", "low", "high"))
+    numbers = (mean, low, high, value["n"], value["prompts"])
+    if not all(isinstance(one, int | float) for one in numbers):
+        return None
+    return Estimate(*numbers)

@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Final
 from paradiffusion.apps.local_server import LocalHandler, LocalServer, Pace, Query, Refused, listen, whole
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.votes.page import page
 from paradiffusion.evaluation.votes.sets import read_picture
 from paradiffusion.evaluation.votes.store import SIDES, Refusal, Store, Vote
 from paradiffusion.evaluation.votes.study import Study, Task
+from paradiffusion.pages import render
 
 TOKENS: Final = ".tokens.json"
 MAX_COMMENT: Final = 2000
@@ -246,7 +246,10 @@ class _Handler(LocalHandler):
         if path == "/":
             nonce = secrets.token_urlsafe(16)
             identity = hashlib.blake2b(self.voting.keys.tokens[self.rater].encode(), digest_size=8).hexdigest()
-            text = page(nonce, self.voting.study.title, identity, self.rater, self.voting.study.ask == "together")
+            study = self.voting.study
+            # The identity keeps what waits in the browser apart from that of other raters and studies.
+            settings = {"title": study.title, "id": identity, "rater": self.rater, "together": study.ask == "together"}
+            text = render("apps/templates/vote.html", nonce=nonce, title=study.title, settings=settings)
             self.send(200, "text/html; charset=utf-8", text.encode("utf-8", "replace"), nonce=nonce)
         elif path.startswith("/picture/"):
             self.send(200, "image/png", self.voting.picture(self.rater, path.removeprefix("/picture/")))

@@ -1,12 +1,7 @@
-"""What the vote page does: shows a pair, saves each choice at the server at once, and goes on when all are saved.
-
-The last choice lies in the browser's local storage until the server has acknowledged it, so that a reload while the server
-is away does not lose it. Pictures are shown together, once both are there.
-"""
-
-from __future__ import annotations
-
-SCRIPT = r"""
+// Shows a pair, saves each choice at the server at once, and goes on when all are saved.
+//
+// The last choice lies in the browser's local storage until the server has acknowledged it, so that a reload while the server
+// is away does not lose it. Pictures are shown together, once both are there.
 'use strict';
 const $ = id => document.getElementById(id);
 const settings = JSON.parse($('settings').textContent);
@@ -257,4 +252,3 @@ addEventListener('keydown', event => {
     if (pending) say(...said);
   } catch (error) { say(`${error.message}.`, 'bad'); }
 })();
-"""
