@@ -21,9 +21,7 @@ from vlm_scoring import LoneRun, draw_scenes, look, options_for
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, ScoreResult
-from paradiffusion.evaluation.scores.checklist import Checklist
-from paradiffusion.evaluation.scores.dependencies import apply_rule, parents_first
-from paradiffusion.evaluation.scores.yes_no import verdict
+from paradiffusion.evaluation.scores.checklist import Checklist, apply_rule, parents_first, verdict
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt
 from paradiffusion.judges.choose import VlmOptions
 

@@ -13,7 +13,7 @@ from report_fixtures import COSINE, HOSTILE, SHARE, Page, evaluation, suite, wri
 
 from paradiffusion.evaluation.estimates import mean
 from paradiffusion.evaluation.records import Drawn, ImageScore, ScoreResult, Table
-from paradiffusion.evaluation.reporting.report import write_report
+from paradiffusion.evaluation.reporting.evaluation_report import write_report
 from paradiffusion.pages import render
 
 

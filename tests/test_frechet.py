@@ -7,7 +7,7 @@ import pytest
 from scipy import linalg
 
 from paradiffusion.evaluation.estimates import mean
-from paradiffusion.evaluation.scores import frechet
+from paradiffusion.evaluation.scores import set_quality as frechet
 
 
 def with_moments(rng: np.random.Generator, count: int, center: np.ndarray, covariance: np.ndarray) -> np.ndarray:

@@ -27,20 +27,21 @@ from vote_studies import (
 )  # fmt: skip
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.scores.human_pairs import read_pairs
+from paradiffusion.evaluation.scores.agreement import read_pairs
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.evaluation.votes.assign import all_pairs, assign, spread
-from paradiffusion.evaluation.votes.begin import open_study
-from paradiffusion.evaluation.votes.export import write_csv
-from paradiffusion.evaluation.votes.options import VoteOptions
-from paradiffusion.evaluation.votes.outcomes import outcomes
-from paradiffusion.evaluation.votes.raters import alpha_of
-from paradiffusion.evaluation.votes.report import summary, write_results
-from paradiffusion.evaluation.votes.results import rates_of, results_of
-from paradiffusion.evaluation.votes.steps import about, run_action
-from paradiffusion.evaluation.votes.store import Refusal, Store, Vote
-from paradiffusion.evaluation.votes.strengths import fit_davidson, strengths_of
-from paradiffusion.evaluation.votes.study import read_study
+from paradiffusion.evaluation.votes.vote_actions import about, open_study, run_action
+from paradiffusion.evaluation.votes.vote_options import VoteOptions
+from paradiffusion.evaluation.votes.vote_report import summary, write_csv, write_results
+from paradiffusion.evaluation.votes.vote_results import (
+    alpha_of,
+    fit_davidson,
+    outcomes,
+    rates_of,
+    results_of,
+    strengths_of,
+)
+from paradiffusion.evaluation.votes.vote_store import Refusal, Store, Vote
+from paradiffusion.evaluation.votes.vote_study import all_pairs, assign, read_study, spread
 
 # --- who sees what
 

@@ -17,6 +17,7 @@ from paradiffusion.curation.building.pictures import PROFILE_NOTES
 from paradiffusion.data.index import load_index
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
+from paradiffusion.pages import markdown_table
 
 if TYPE_CHECKING:
     from paradiffusion.curation.building.select import Selection
@@ -142,16 +143,16 @@ def as_markdown(report: Report) -> str:
         "",
     ]
     if report.dropped:
-        lines += ["| dropped because | items | for example |", "|---|---:|---|"]
-        for reason, count in report.dropped.items():
-            shown = "<br>".join(_cell(example) for example in report.examples.get(reason, []))
-            lines.append(f"| {reason} | {count} | {shown} |")
-        lines.append("")
+        rows = [
+            (reason, str(count), "<br>".join(_cell(example) for example in report.examples.get(reason, [])))
+            for reason, count in report.dropped.items()
+        ]
+        lines += [markdown_table(("dropped because", "items", "for example"), rows), ""]
     for title, counts in (("mended, duplicates included", report.mended),
                           ("captions left out of samples that have another", report.captions_dropped)):  # fmt: skip
         if counts:
-            lines += [f"| {title} | items |", "|---|---:|"]
-            lines += [f"| {_cell(name)} | {count} |" for name, count in counts.items()] + [""]
+            mended = ((_cell(name), str(count)) for name, count in counts.items())
+            lines += [markdown_table((title, "items"), mended, words=1), ""]
     if report.captions:
         lines += _table("words of captions", report.captions)
     if report.sizes:
@@ -161,9 +162,8 @@ def as_markdown(report: Report) -> str:
 
 def _table(title: str, rows: dict[str, Any]) -> list[str]:
     columns = list(next(iter(rows.values())))
-    lines = [f"| {title} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    lines += [f"| {name} | {' | '.join(str(row.get(c, '')) for c in columns)} |" for name, row in rows.items()]
-    return [*lines, ""]
+    shown = ([name, *(str(row.get(column, "")) for column in columns)] for name, row in rows.items())
+    return [markdown_table([title, *columns], shown, words=1), ""]
 
 
 def _cell(text: str) -> str:

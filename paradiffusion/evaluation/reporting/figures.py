@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import Table
 from paradiffusion.evaluation.reporting.numbers import MeasureNumbers, Row, ScoreNumbers, SuiteNumbers
-from paradiffusion.evaluation.reporting.tables import group_name
+from paradiffusion.evaluation.reporting.report_tables import group_name
 from paradiffusion.evaluation.reporting.texts import cell_text, estimate_text, excerpt
 from paradiffusion.evaluation.suites.suite import BAND_NAMES
 from paradiffusion.pages import page_text, plain, render

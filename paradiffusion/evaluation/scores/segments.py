@@ -10,8 +10,14 @@ import numpy as np
 
 from paradiffusion.evaluation.estimates import mean, ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, SentenceJudge
-from paradiffusion.evaluation.scores.sentence_rows import PictureRows, clip_features, prepare_rows, read_rows
+from paradiffusion.evaluation.scores.sentence_judges import (
+    ClipJudge,
+    PictureRows,
+    SentenceJudge,
+    clip_features,
+    prepare_rows,
+    read_rows,
+)
 from paradiffusion.evaluation.suites.suite import Suite, by_id
 from paradiffusion.judges.clip import Clip
 
