@@ -46,8 +46,7 @@ from paradiffusion.curation.captioning.options import CaptionOptions, bind_judge
 from paradiffusion.curation.captioning.prompts import Template, load_templates
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
-from paradiffusion.judges.choose import VlmOptions, open_engine
-from paradiffusion.judges.engine import Decoding, Engine
+from paradiffusion.metrics.vlm import Decoding, Engine, VlmOptions, open_engine
 
 DONE, STOPPED, FAILED = 0, 1, 2
 

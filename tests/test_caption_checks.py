@@ -13,7 +13,7 @@ from paradiffusion.curation.captioning.checks import Limits, is_english, judge_t
 from paradiffusion.curation.captioning.judge import interval
 from paradiffusion.curation.captioning.prompts import draw, load_templates
 from paradiffusion.errors import UserError
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 
 GOOD = (
     "A tabby cat sleeps on a green armchair by the window. Its tail hangs over the left arm, which is worn and shows the wood. "

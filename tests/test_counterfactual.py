@@ -16,7 +16,7 @@ from paradiffusion.evaluation.records import Drawn, Painter, Request, ScoreResul
 from paradiffusion.evaluation.scores.counterfactual import LIMIT, Counterfactual, removals_of
 from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, NoJudge, SceneJudge
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 from paradiffusion.sampling.pipeline import Job, generate
 from paradiffusion.scenes.sentence_truth import Claim, claims
 

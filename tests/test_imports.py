@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "paradiffusion"
-REST = {"scenes", "judges", "evaluation", "curation", "apps", "budget"}
+REST = {"scenes", "metrics", "evaluation", "curation", "apps", "budget"}
 # What is left to be handed to the trainer by train.py: nothing may be added.
 STILL: set[str] = set()
 

@@ -24,7 +24,7 @@ from paradiffusion.evaluation.scores.sentence_judges import (
 )
 from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 from paradiffusion.scenes.dataset import make_scene
 
 

@@ -24,7 +24,7 @@ from paradiffusion.evaluation.scores.segments import SegmentAlignment
 from paradiffusion.evaluation.scores.sentence_judges import SceneJudge, place, third
 from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 from paradiffusion.models.codec import load_codec
 from paradiffusion.scenes.alignment import sentence_recall, stage_table
 from paradiffusion.scenes.dataset import captions, demo_samples, draw, make_scene, scene_from_meta

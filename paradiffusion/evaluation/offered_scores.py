@@ -100,7 +100,7 @@ def make_scores(options: EvaluateOptions, found: list[Offer]) -> list[Score | Sc
         UserError: for a name that there is not, and where a score cannot take what it was given.
     """
     if options.clip:
-        from paradiffusion.judges.clip import parse_spec
+        from paradiffusion.metrics.clip import parse_spec
 
         parse_spec(options.clip)  # what names no model is answered before anything is drawn
     wanted = options.wanted_scores()
@@ -179,7 +179,7 @@ def _segments(judges: _Judges) -> Score:
 
 
 def _vlm(options: EvaluateOptions, device: str) -> Any:
-    from paradiffusion.judges.choose import VlmOptions
+    from paradiffusion.metrics.vlm import VlmOptions
 
     chosen = VlmOptions(
         engine="endpoint" if options.endpoint else "transformers",
@@ -212,7 +212,7 @@ def _dpg(options: EvaluateOptions, device: str, published: bool) -> Score:
 
 def _caption_back(options: EvaluateOptions, device: str) -> Score:
     from paradiffusion.evaluation.scores.caption_back import CaptionBack
-    from paradiffusion.judges.text_embedding import EmbeddingOptions
+    from paradiffusion.metrics.text_embedding import EmbeddingOptions
 
     embedding = EmbeddingOptions(str(options.text_embedding), device=device)
     embedding.check()

@@ -23,7 +23,7 @@ from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, read_sample
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.judges.engine import Answer, Engine, Question, fit
+from paradiffusion.metrics.vlm import Answer, Engine, Question, fit
 from paradiffusion.randomness import seed_from
 
 # A retry that takes the likeliest token again would only repeat itself where there is one template.

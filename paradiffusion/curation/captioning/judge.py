@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from paradiffusion.curation.captioning.caption import Task, Work, ask, check_journal
 from paradiffusion.curation.captioning.journal import Journal, read_lines, write_lines
-from paradiffusion.judges.engine import Decoding, Engine
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
+from paradiffusion.metrics.vlm import Decoding, Engine
 from paradiffusion.randomness import seed_from, uniform
 
 DECODING: Final = Decoding(max_new_tokens=16)

@@ -13,8 +13,7 @@ from paradiffusion.checks import choice, fraction, positive
 from paradiffusion.curation.captioning.checks import DEFAULT_REJECT, REASONS, Limits, parse_reject
 from paradiffusion.curation.captioning.prompts import Template
 from paradiffusion.errors import UserError
-from paradiffusion.judges.choose import DTYPES, ENGINES
-from paradiffusion.judges.engine import Engine
+from paradiffusion.metrics.vlm import DTYPES, ENGINES, Engine
 
 SETTINGS_FILE: Final = "settings.json"
 JUDGE_FILE: Final = "judge.json"

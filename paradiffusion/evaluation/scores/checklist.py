@@ -14,7 +14,7 @@ from paradiffusion.evaluation.estimates import ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
 from paradiffusion.evaluation.scores.vlm_answers import CAPTIONERS, Ask, Asker, Heard
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt, by_id
-from paradiffusion.judges.choose import VlmOptions
+from paradiffusion.metrics.vlm import VlmOptions
 
 TOKENS: Final = 16
 _INSTRUCTION: Final = "Look at the picture and answer this question with one word, yes or no: {question}"

@@ -19,7 +19,7 @@ from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Painter, Request, Run, ScoreResult, Table
 from paradiffusion.evaluation.scores.sentence_judges import PLACES, Box, ClipJudge, NoJudge, SentenceJudge, place
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 from paradiffusion.randomness import seed_from
 from paradiffusion.scenes.sentence_truth import KINDS
 

@@ -29,7 +29,7 @@ from paradiffusion.evaluation.scores.checklist import (
 )
 from paradiffusion.evaluation.scores.vlm_answers import CAPTIONERS, Asker
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt, by_id
-from paradiffusion.judges.choose import VlmOptions
+from paradiffusion.metrics.vlm import VlmOptions
 
 
 @dataclass(frozen=True)

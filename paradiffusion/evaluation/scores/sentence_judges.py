@@ -27,8 +27,8 @@ from paradiffusion.evaluation.scores.image_features import (
     stamp_of,
 )
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
-from paradiffusion.judges.clip import Clip, load_clip
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.clip import Clip, load_clip
+from paradiffusion.metrics.sentences import sentences
 from paradiffusion.randomness import permutation
 from paradiffusion.scenes.judge import cell_of
 from paradiffusion.scenes.sentence_truth import claims, follow, object_of
@@ -185,7 +185,7 @@ class ClipJudge(_KnowsNoScene):
     A cosine says little alone: sentences differ in how well any picture fits them. So it compares, and never says yes or no.
 
     Args:
-        spec: as ``clip=`` takes it, see ``paradiffusion.judges.clip.load_clip``; the model is loaded at the first use.
+        spec: as ``clip=`` takes it, see ``paradiffusion.metrics.clip.load_clip``; the model is loaded at the first use.
     """
 
     spec: str

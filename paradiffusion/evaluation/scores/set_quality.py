@@ -19,8 +19,8 @@ from paradiffusion.evaluation.estimates import Estimate, mean
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
 from paradiffusion.evaluation.scores.image_features import Extractor, clip_weights, image_features, read_features
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.judges import inception
-from paradiffusion.judges.clip import load_clip
+from paradiffusion.metrics import inception
+from paradiffusion.metrics.clip import load_clip
 from paradiffusion.randomness import seed_from
 
 SUBSETS: Final = 100
@@ -388,7 +388,7 @@ class _SetDistance(ABC):
 
 @dataclass
 class _OnInception(_SetDistance):
-    """On the 2,048 features of the FID's own Inception network, from a local file (see ``judges.inception``)."""
+    """On the 2,048 features of the FID's own Inception network, from a local file (see ``metrics.inception``)."""
 
     weights: Path = field(kw_only=True)
 
@@ -470,7 +470,7 @@ class FrechetClip(_SetDistance):
     """CLIP-FD: Frechet's distance on a CLIP model's image features, which ImageNet's classes do not bind.
 
     Args:
-        spec: the model, as ``judges.clip.load_clip`` takes it.
+        spec: the model, as ``metrics.clip.load_clip`` takes it.
     """
 
     spec: str = field(kw_only=True)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from paradiffusion.errors import UserError
-from paradiffusion.judges.engine import Answer, Decoding, Question
+from paradiffusion.metrics.vlm import Answer, Decoding, Question
 
 
 class LocalModel:

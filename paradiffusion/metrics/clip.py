@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from paradiffusion.errors import UserError
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 
 _SCHEMAS: Final = ("local-dir:", "hf-hub:")
 

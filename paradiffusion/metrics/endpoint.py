@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from paradiffusion.errors import UserError
-from paradiffusion.judges.engine import Answer, Decoding, Question
+from paradiffusion.metrics.vlm import Answer, Decoding, Question
 from paradiffusion.randomness import uniform
 
 T = TypeVar("T")

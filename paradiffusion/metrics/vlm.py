@@ -1,18 +1,108 @@
-"""Which vision-language model answers, and how it is reached."""
+"""Vision-language models: questions and answers, and which model answers, here or behind an endpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from PIL import Image
 
 from paradiffusion.checks import choice, positive
 from paradiffusion.errors import UserError
-from paradiffusion.judges.engine import Decoding, Engine
 
 if TYPE_CHECKING:
-    from paradiffusion.judges.endpoint import Address
+    from paradiffusion.metrics.endpoint import Address
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: the longest answer.
+        top_p: the share of the probability that is drawn from, where a question's temperature is above 0.
+    """
+
+    max_new_tokens: int
+    top_p: float = 1.0
+
+
+@dataclass
+class Question:
+    """A request about one picture.
+
+    Attributes:
+        row: which picture, by the caller's count.
+        part: tells the questions about one picture apart.
+        image: RGB, of the size that the model is to see.
+        prompt: what is asked.
+        seed: of the draws of this answer.
+        temperature: 0 takes the likeliest token always.
+    """
+
+    row: int
+    part: int
+    image: Image.Image
+    prompt: str
+    seed: int
+    temperature: float
+
+
+@dataclass
+class Answer:
+    """What came back.
+
+    Attributes:
+        text: as it came, special tokens left out.
+        tokens: how many were generated.
+        finished: False where the token limit ended it.
+        error: why this picture got no answer, "" where it did. Whatever would befall every picture is a UserError.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    finished: bool = True
+    error: str = ""
+
+
+class Engine(Protocol):
+    """Something that answers questions.
+
+    Attributes:
+        model: the model's name.
+        revision: what tells its weights from others of that name.
+        device: "cuda", "cpu", "endpoint", ...
+        batch_size: how many questions are answered together.
+    """
+
+    model: str
+    revision: str
+    device: str
+    batch_size: int
+
+    def answers(self, batches: Iterator[list[Question]]) -> Iterator[list[tuple[Question, Answer]]]:
+        """Answer all questions, in any order; an empty list now and then, so that the caller can look at signals.
+
+        Raises:
+            UserError: where it cannot go on.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory and connections."""
+        ...
+
+
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """``image`` made smaller, where its long side is over ``side`` pixels."""
+    scale = side / max(image.size)
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
 
 ENGINES: Final = ("transformers", "endpoint")
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
@@ -67,14 +157,14 @@ class VlmOptions:
         if self.engine == "transformers" and (self.endpoint or self.served):
             raise UserError("endpoint= and served= are for engine=endpoint; add that, or leave them out.")
         if self.engine == "endpoint":
-            from paradiffusion.judges.endpoint import check_address
+            from paradiffusion.metrics.endpoint import check_address
 
             check_address(self.address)
 
     @property
     def address(self) -> Address:
         """The server and how it is treated."""
-        from paradiffusion.judges.endpoint import Address
+        from paradiffusion.metrics.endpoint import Address
 
         return Address(
             str(self.endpoint),
@@ -112,7 +202,7 @@ def locate_model(options: VlmOptions, table: Path, fingerprint: Callable[[Path],
     Raises:
         UserError: where the name is neither in the table, nor a folder or a hub id.
     """
-    from paradiffusion.judges.local_vlm import find_model
+    from paradiffusion.metrics.local_vlm import find_model
 
     source, side = find_model(options.model, table, options.key)
     return Located(source, fingerprint(Path(source)) if Path(source).is_dir() else options.revision, side)
@@ -147,10 +237,10 @@ def open_engine(
         UserError: where the model cannot be had, or nobody answers at the address.
     """
     if options.engine == "endpoint":
-        from paradiffusion.judges.endpoint import EndpointModel
+        from paradiffusion.metrics.endpoint import EndpointModel
 
         return EndpointModel(options.address, decoding), options.image_side or IMAGE_SIDE
-    from paradiffusion.judges.local_vlm import LocalModel
+    from paradiffusion.metrics.local_vlm import LocalModel
 
     at = locate_model(options, table, fingerprint)
     engine = LocalModel(at.source, at.revision, options.dtype, options.device, options.batch_size, decoding)
