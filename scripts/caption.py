@@ -42,8 +42,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.compose import CONFIGS, compose_options
-from paradiffusion.curation.captioning.options import CaptionOptions, bind_judge, bind_output, check_output
-from paradiffusion.curation.captioning.prompts import Template, load_templates
+from paradiffusion.curation.captioning.caption_options import CaptionOptions, bind_judge, bind_output, check_output
+from paradiffusion.curation.captioning.caption_prompts import Template, load_templates
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.vlm import Decoding, Engine, VlmOptions, open_engine
@@ -97,7 +97,7 @@ def work_on(
 ) -> int:
     """This process's shards, with one model after the other."""
     from paradiffusion.curation.captioning.caption import Work, caption_shard, make_bar
-    from paradiffusion.curation.captioning.judge import DECODING, judge_shard
+    from paradiffusion.curation.captioning.caption_judge import DECODING, judge_shard
     from paradiffusion.data.index import load_index
     from paradiffusion.sampling.run import Stopped
 
@@ -171,7 +171,7 @@ def fingerprint_of(folder: Path) -> str:
 
 def report(options: CaptionOptions, stems: list[str], processes: int, status: int) -> None:
     """Write the report of what is there, and say the main of it."""
-    from paradiffusion.curation.captioning.report import make_report, write_report
+    from paradiffusion.curation.captioning.caption_report import make_report, write_report
 
     output = Path(str(options.output)).expanduser()
     if not output.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -200,9 +200,9 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> Path:
     """Write evaluation.json into ``folder``, under a temporary name first; its path."""
     record = asdict(evaluation)
     for row in record["images"]:
-        row["file"] = _relative(Path(row["file"]), folder)
+        row["file"] = relative_file(Path(row["file"]), folder)
     # Key order is kept: asdict follows the fields, so that two equal evaluations are equal bytes.
-    text = json.dumps({"paradiffusion_evaluation": FORMAT_VERSION, **_plain(record)}, ensure_ascii=False, indent=1)
+    text = json.dumps({"paradiffusion_evaluation": FORMAT_VERSION, **finite(record)}, ensure_ascii=False, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / NAME, text + "\n")
     return folder / NAME
@@ -276,26 +276,25 @@ def grouped(
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _relative(file: Path, folder: Path) -> str:
+def relative_file(file: Path, folder: Path) -> str:
+    """``file`` as seen from ``folder``, so that a folder that is copied whole keeps its links; absolute on another drive."""
     try:
         return Path(os.path.relpath(file, folder)).as_posix()
     except ValueError:  # another drive
         return file.absolute().as_posix()
 
 
-def _plain(value: Any) -> Any:
-    """``value`` as JSON takes it: numbers of NumPy as Python's, what is not finite as null, for which JSON has no word."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+def finite(value: Any) -> Any:
+    """``value`` with null for every number that JSON cannot write."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if hasattr(value, "item"):
-        return _plain(value.item())
+        return [finite(inner) for inner in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, int | str) or value is None:
+        return value
+    return finite(value.item()) if hasattr(value, "item") else str(value)
 
 
 def _evaluation(record: dict[str, Any], folder: Path) -> Evaluation:

@@ -24,11 +24,11 @@ from typing import IO, Any, Final
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.building.archives import Archive, is_archive, open_archive
+from paradiffusion.curation.building.build_options import BuildOptions
+from paradiffusion.curation.building.build_report import Report, make_report, read_report, write_report
 from paradiffusion.curation.building.chunk import ChunkTask, ItemRules, Tally, make_chunk
 from paradiffusion.curation.building.ingest import Part, find_parts, items_of
 from paradiffusion.curation.building.items import Columns
-from paradiffusion.curation.building.options import BuildOptions
-from paradiffusion.curation.building.report import Report, make_report, read_report, write_report
 from paradiffusion.curation.building.select import Selection, select
 from paradiffusion.curation.building.shard import ShardTask, make_shard
 from paradiffusion.curation.building.work import EndedFromOutside, ended_like_interrupted, progress, run_tasks

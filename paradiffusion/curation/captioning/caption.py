@@ -15,10 +15,10 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
-from paradiffusion.curation.captioning.checks import UNREADABLE, Verdict, judge_text
-from paradiffusion.curation.captioning.journal import Entry, Journal, read_lines, write_lines
-from paradiffusion.curation.captioning.options import CaptionOptions
-from paradiffusion.curation.captioning.prompts import Template, draw
+from paradiffusion.curation.captioning.caption_checks import UNREADABLE, Verdict, judge_text
+from paradiffusion.curation.captioning.caption_journal import Entry, Journal, read_lines, write_lines
+from paradiffusion.curation.captioning.caption_options import CaptionOptions
+from paradiffusion.curation.captioning.caption_prompts import Template, draw
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, read_sample
 from paradiffusion.data.shards import RawSample, write_shards

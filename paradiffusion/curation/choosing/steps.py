@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from paradiffusion.apps.local_server import address_of
-from paradiffusion.curation.choosing.options import SelectOptions, names, numbers, parts
+from paradiffusion.curation.choosing.choosing_options import SelectOptions, names, numbers, parts
 from paradiffusion.curation.choosing.shard_root import move_root
 from paradiffusion.errors import UserError
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from paradiffusion.curation.inspecting.captions import CaptionSample
+from paradiffusion.curation.inspecting.caption_figures import CaptionSample
 from paradiffusion.curation.inspecting.inspection import BucketFigures
 from paradiffusion.curation.inspecting.padding import PaddingFigures
-from paradiffusion.curation.inspecting.pictures import CheckedPictures
+from paradiffusion.curation.inspecting.picture_checks import CheckedPictures
 from paradiffusion.curation.inspecting.schedule import RunFigures
 from paradiffusion.data.plan import BatchPlan
 

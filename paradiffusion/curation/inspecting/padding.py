@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from paradiffusion.curation.inspecting.captions import read_texts
+from paradiffusion.curation.inspecting.caption_figures import read_texts
 from paradiffusion.data.index import TokenCounter
 from paradiffusion.data.plan import BatchPlan
 

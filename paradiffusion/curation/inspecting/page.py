@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from paradiffusion.curation.inspecting.captions import CUTS, OPENING_WORDS
+from paradiffusion.curation.inspecting.caption_figures import CUTS, OPENING_WORDS
 from paradiffusion.curation.inspecting.histograms import histogram
 from paradiffusion.curation.inspecting.inspection import ASPECTS, BANDS
 from paradiffusion.curation.inspecting.report import Inspection

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from paradiffusion.curation.inspecting.captions import (
+from paradiffusion.curation.inspecting.caption_figures import (
     OpeningFigures,
     TokenFigures,
     most_tokens,
@@ -28,7 +28,7 @@ from paradiffusion.curation.inspecting.inspection import (
 )
 from paradiffusion.curation.inspecting.notes import notes_of
 from paradiffusion.curation.inspecting.padding import PaddingFigures, TextLimits, measure_padding
-from paradiffusion.curation.inspecting.pictures import check_pictures
+from paradiffusion.curation.inspecting.picture_checks import check_pictures
 from paradiffusion.curation.inspecting.schedule import RunFigures, kind_weights, run_of
 from paradiffusion.data.images import assign_buckets, decode
 from paradiffusion.data.index import SampleIndex, TokenCounter, read_sample

@@ -19,13 +19,12 @@ from paradiffusion.evaluation.ablation.ablation_study import Setting, Study
 from paradiffusion.evaluation.ablation.running import Outcome
 from paradiffusion.evaluation.ablation.seed_intervals import Observed, difference, over_seeds, plain_mean
 from paradiffusion.evaluation.estimates import Estimate
-from paradiffusion.evaluation.records import NAME, Evaluation, Measure, ScoreResult, read_evaluation
+from paradiffusion.evaluation.records import NAME, Evaluation, Measure, ScoreResult, finite, read_evaluation
 from paradiffusion.evaluation.reporting.figures import Series, row_figure
 from paradiffusion.evaluation.reporting.texts import (
     MISSING,
     difference_text,
     estimate_text,
-    finite,
     interval_text,
     value_text,
 )

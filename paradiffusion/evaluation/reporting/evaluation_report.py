@@ -10,12 +10,12 @@ from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.evaluation.estimates import Estimate
-from paradiffusion.evaluation.records import Evaluation
+from paradiffusion.evaluation.records import Evaluation, finite
 from paradiffusion.evaluation.reporting import report_tables as tables
 from paradiffusion.evaluation.reporting.cards import MARKS, Album, picture_cards
 from paradiffusion.evaluation.reporting.figures import measure_figures, table_figures
 from paradiffusion.evaluation.reporting.numbers import MeasureNumbers, Row, ScoreNumbers, SuiteNumbers, suite_numbers
-from paradiffusion.evaluation.reporting.texts import finite, setting_text
+from paradiffusion.evaluation.reporting.texts import setting_text
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.pages import grid_markdown, markdown, render
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, Final
 
 from paradiffusion.evaluation.estimates import Estimate
@@ -95,16 +94,3 @@ def _digits(value: float, unit: str) -> str:
     if not any(digit in shown for digit in "123456789"):
         shown = shown.lstrip("-")  # no "-0.0"
     return shown.replace("-", MINUS, 1) if shown.startswith("-") else shown
-
-
-def finite(value: Any) -> Any:
-    """``value`` with null for every number that JSON cannot write."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, int | str) or value is None:
-        return value
-    return finite(value.item()) if hasattr(value, "item") else str(value)

@@ -12,7 +12,7 @@ from typing import Final
 
 from paradiffusion.atomic import atomic_file, write_atomic
 from paradiffusion.evaluation.estimates import Estimate
-from paradiffusion.evaluation.reporting.texts import finite
+from paradiffusion.evaluation.records import finite
 from paradiffusion.evaluation.votes.vote_results import Answers, Rates, Results, outcomes
 from paradiffusion.evaluation.votes.vote_store import Vote
 from paradiffusion.evaluation.votes.vote_study import Study

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
+from paradiffusion.evaluation.records import relative_file
 from paradiffusion.randomness import permutation
 
 STUDY: Final = "study.json"
@@ -161,7 +162,7 @@ def write_study(study: Study) -> Path:
         "sets": [
             {
                 "name": one.name,
-                "root": _relative(one.root, study.folder),
+                "root": relative_file(one.root, study.folder),
                 "pictures": {key: [asdict(picture) for picture in row] for key, row in one.pictures.items()},
             }
             for one in study.sets.values()
@@ -231,13 +232,6 @@ def _study_from(record: dict[str, Any], folder: Path) -> Study:
             for rater, tasks in record["tasks"].items()
         },
     )
-
-
-def _relative(path: Path, folder: Path) -> str:
-    try:
-        return Path(os.path.relpath(path.absolute(), folder.absolute())).as_posix()
-    except ValueError:  # another drive
-        return path.absolute().as_posix()
 
 
 def all_pairs(prompts: Sequence[str], sets: Sequence[str], images: int) -> list[Pair]:

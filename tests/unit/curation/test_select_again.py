@@ -16,10 +16,10 @@ from tiny_clip import write_candidates, write_clip
 
 from paradiffusion.curation.choosing import diversity
 from paradiffusion.curation.choosing.candidates import Candidates
+from paradiffusion.curation.choosing.choosing_options import SelectOptions
 from paradiffusion.curation.choosing.decisions import DecisionLog
 from paradiffusion.curation.choosing.diversity import choose_varied, clusters_of
 from paradiffusion.curation.choosing.kept import export
-from paradiffusion.curation.choosing.options import SelectOptions
 from paradiffusion.curation.choosing.score_files import load_scores, scored_names
 from paradiffusion.curation.choosing.scores import Scoring, score_shards
 from paradiffusion.curation.choosing.selection import Choosing, choose

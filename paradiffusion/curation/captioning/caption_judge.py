@@ -7,7 +7,7 @@ import re
 from typing import Any, Final
 
 from paradiffusion.curation.captioning.caption import Task, Work, ask, check_journal
-from paradiffusion.curation.captioning.journal import Journal, read_lines, write_lines
+from paradiffusion.curation.captioning.caption_journal import Journal, read_lines, write_lines
 from paradiffusion.metrics.sentences import sentences
 from paradiffusion.metrics.vlm import Decoding, Engine
 from paradiffusion.randomness import seed_from, uniform

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.curation.captioning.checks import NOTES, REASONS
-from paradiffusion.curation.captioning.journal import read_lines
-from paradiffusion.curation.captioning.judge import interval
+from paradiffusion.curation.captioning.caption_checks import NOTES, REASONS
+from paradiffusion.curation.captioning.caption_journal import read_lines
+from paradiffusion.curation.captioning.caption_judge import interval
 
 # The paper's table for ParaImage-Big: mean words and the share of each band.
 PAPER_MEAN: Final = 132.9

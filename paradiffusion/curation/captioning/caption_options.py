@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.checks import choice, fraction, positive
-from paradiffusion.curation.captioning.checks import DEFAULT_REJECT, REASONS, Limits, parse_reject
-from paradiffusion.curation.captioning.prompts import Template
+from paradiffusion.curation.captioning.caption_checks import DEFAULT_REJECT, REASONS, Limits, parse_reject
+from paradiffusion.curation.captioning.caption_prompts import Template
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.vlm import DTYPES, ENGINES, Engine
 

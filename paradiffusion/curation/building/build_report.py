@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.curation.building.build_options import BuildOptions
 from paradiffusion.curation.building.chunk import Tally
-from paradiffusion.curation.building.options import BuildOptions
 from paradiffusion.curation.building.pictures import PROFILE_NOTES
 from paradiffusion.data.index import load_index
 from paradiffusion.data.shards import expand_shards
