@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import yaml
+
 from paradiffusion.errors import UserError
 
 
@@ -25,3 +27,16 @@ def fraction(key: str, value: float) -> None:
     """Raise UserError unless ``value`` lies in 0 .. 1."""
     if not 0 <= value <= 1:
         raise UserError(f"{key}={value} is out of range; expected 0 to 1.")
+
+
+def parsed(key: str, text: str | None, example: str) -> Any:
+    """The list or mapping that ``text`` is as YAML; None for None. Raises UserError, as ``not_understood`` says it."""
+    try:
+        return None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise not_understood(key, text, example) from None
+
+
+def not_understood(key: str, text: str | None, example: str) -> UserError:
+    """The refusal of a value of another form than ``example``."""
+    return UserError(f"{key}={text} is not understood; expected {key}='{example}'.")

@@ -12,6 +12,7 @@ from paradiffusion.budget.activations import peak_bytes
 from paradiffusion.budget.empty import EmptyModels, empty_models
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.images import make_buckets
+from paradiffusion.models.unet import PROJECTIONS
 from paradiffusion.text.encoder import DTYPES
 
 GIB = 2**30
@@ -145,8 +146,8 @@ def count_parameters(models: EmptyModels) -> Counts:
     matrices = sum(p.numel() for p in trained.values() if p.dtype == torch.float32 and p.ndim > 1)
     head = 0 if joint.refiner is None else _numel(joint.refiner.layout)
     return Counts(
-        unet=sum(p.numel() for n, p in unet.items() if "lora_" not in n and not n.startswith("encoder_hid_proj.")),
-        projection=sum(p.numel() for n, p in unet.items() if n.startswith("encoder_hid_proj.")),
+        unet=sum(p.numel() for n, p in unet.items() if "lora_" not in n and not f"unet.{n}".startswith(PROJECTIONS)),
+        projection=sum(p.numel() for n, p in unet.items() if f"unet.{n}".startswith(PROJECTIONS)),
         unet_lora=sum(p.numel() for n, p in unet.items() if "lora_" in n),
         refiner=_numel(joint.refiner) - head,
         layout=head,

@@ -1,4 +1,4 @@
-"""What a build made of its input: kept, dropped by reason with examples, mended, sizes and words."""
+"""Report of a build: kept, dropped by reason with examples, mended, sizes and words."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import numpy as np
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.building.build_options import BuildOptions
-from paradiffusion.curation.building.chunk import Tally
-from paradiffusion.curation.building.pictures import PROFILE_NOTES
+from paradiffusion.curation.building.chunk import PROFILE_NOTES, Tally
 from paradiffusion.data.index import load_index
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
-from paradiffusion.pages import markdown_table
 
 if TYPE_CHECKING:
-    from paradiffusion.curation.building.select import Selection
+    from paradiffusion.curation.building.duplicates import Selection
+
 
 _NAME: Final = "report.json"
 _MAX_PROFILES: Final = 20  # screens have profiles of their own by the thousand
@@ -116,11 +115,8 @@ def _words(folders: Sequence[Path]) -> dict[str, dict[str, float]]:
 
 def write_report(report: Report, output: Path) -> None:
     """Write report.json and report.md."""
-    for name, text in (
-        (_NAME, json.dumps(asdict(report), indent=1, ensure_ascii=False)),
-        ("report.md", as_markdown(report)),
-    ):
-        write_atomic(output / name, text + "\n")
+    write_atomic(output / _NAME, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(output / "report.md", as_markdown(report) + "\n")
 
 
 def read_report(output: Path) -> Report:
@@ -143,16 +139,16 @@ def as_markdown(report: Report) -> str:
         "",
     ]
     if report.dropped:
-        rows = [
-            (reason, str(count), "<br>".join(_cell(example) for example in report.examples.get(reason, [])))
-            for reason, count in report.dropped.items()
-        ]
-        lines += [markdown_table(("dropped because", "items", "for example"), rows), ""]
+        lines += ["| dropped because | items | for example |", "|---|---:|---|"]
+        for reason, count in report.dropped.items():
+            shown = "<br>".join(_cell(example) for example in report.examples.get(reason, []))
+            lines.append(f"| {reason} | {count} | {shown} |")
+        lines.append("")
     for title, counts in (("mended, duplicates included", report.mended),
                           ("captions left out of samples that have another", report.captions_dropped)):  # fmt: skip
         if counts:
-            mended = ((_cell(name), str(count)) for name, count in counts.items())
-            lines += [markdown_table((title, "items"), mended, words=1), ""]
+            lines += [f"| {title} | items |", "|---|---:|"]
+            lines += [f"| {_cell(name)} | {count} |" for name, count in counts.items()] + [""]
     if report.captions:
         lines += _table("words of captions", report.captions)
     if report.sizes:
@@ -162,8 +158,9 @@ def as_markdown(report: Report) -> str:
 
 def _table(title: str, rows: dict[str, Any]) -> list[str]:
     columns = list(next(iter(rows.values())))
-    shown = ([name, *(str(row.get(column, "")) for column in columns)] for name, row in rows.items())
-    return [markdown_table([title, *columns], shown, words=1), ""]
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {name} | {' | '.join(str(row.get(c, '')) for c in columns)} |" for name, row in rows.items()]
+    return [*lines, ""]
 
 
 def _cell(text: str) -> str:

@@ -7,8 +7,7 @@ from typing import Any, Final
 
 from paradiffusion.curation.inspecting.caption_figures import CUTS, OPENING_WORDS
 from paradiffusion.curation.inspecting.histograms import histogram
-from paradiffusion.curation.inspecting.inspection import ASPECTS, BANDS
-from paradiffusion.curation.inspecting.report import Inspection
+from paradiffusion.curation.inspecting.inspect import ASPECTS, BANDS, Inspection
 from paradiffusion.pages import Cell, Grid, Group, cells, render, text_grid
 
 # Characters of a caption on the page: twice what 512 tokens hold. A caption may be a whole book.

@@ -28,6 +28,7 @@ from paradiffusion.evaluation.ablation.comparison import as_markdown, compare, w
 from paradiffusion.evaluation.ablation.running import Outcome, finished_units, run_plan
 from paradiffusion.evaluation.evaluate_options import split_list
 from paradiffusion.evaluation.journal import read_journals
+from paradiffusion.repository import find_shipped
 
 FORMS: Final = ("no", "shell", "json", "slurm")
 _STAGE: Final = re.compile(r"stage([123])\.(.+)", re.DOTALL)
@@ -158,7 +159,7 @@ def ablate(
 
 
 def _chosen_study(options: AblateOptions) -> Study:
-    study = read_study(Path(str(options.study)).expanduser())
+    study = read_study(find_shipped(str(options.study)))
     if options.only:
         study = study.only(split_list(options.only))
     return replace(study, seeds=options.seed_list() or study.seeds)

@@ -18,6 +18,7 @@ from typing import Any
 from paradiffusion.config import TrainConfig, identity, keys_of, values_of
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation.ablation_study import Setting, Study, key_of
+from paradiffusion.repository import ROOT, as_typed
 
 Compose = Callable[[list[str]], TrainConfig]
 
@@ -221,9 +222,6 @@ def _folder(parent: Path, name: str, key: str) -> Path:
     return next(iter(sorted(parent.glob(f"*-{digest}"))), parent / f"{name}-{digest}")
 
 
-ROOT = Path(__file__).resolve().parents[3]
-
-
 @dataclass(frozen=True)
 class Launcher:
     """How a program is started: alone, or by ``accelerate launch`` with a file of settings."""
@@ -252,7 +250,7 @@ def as_shell(plan: Plan, launcher: Launcher, finished: Sequence[str], again: Seq
     """A script for bash: every unit that is not finished, in order, and the table."""
     lines = ["#!/usr/bin/env bash", "set -euo pipefail"]
     lines += [f"\n# {heading(unit)}\n{shlex.join(launcher.typed(unit))}" for unit in _open(plan, finished)]
-    return "\n".join([*lines, f"\n# the table\n{shlex.join(_table(again))}"])
+    return as_typed("\n".join([*lines, f"\n# the table\n{shlex.join(_table(again))}"]))
 
 
 def as_json_lines(plan: Plan, launcher: Launcher, finished: Sequence[str]) -> str:

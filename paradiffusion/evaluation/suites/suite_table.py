@@ -17,8 +17,9 @@ import yaml
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite import BAND_NAMES, Suite, SuitePrompt, safe_ids
 from paradiffusion.evaluation.suites.suite_files import read_text, read_yaml
+from paradiffusion.repository import ROOT
 
-TABLE: Final = Path(__file__).resolve().parents[3] / "configs" / "suites.yaml"
+TABLE: Final = ROOT / "configs" / "suites.yaml"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import pytest
 
 from paradiffusion.compose import CONFIGS
 from paradiffusion.curation.captioning.caption_checks import Limits, is_english, judge_text, loops, remove_opening
-from paradiffusion.curation.captioning.caption_judge import interval
-from paradiffusion.curation.captioning.caption_prompts import draw, load_templates
+from paradiffusion.curation.captioning.caption_options import draw, load_templates
+from paradiffusion.curation.captioning.captioning import interval
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.sentences import sentences
 
