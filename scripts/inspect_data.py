@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
     from paradiffusion.data.index import TokenCounter
     from paradiffusion.data.plan import make_plan
     from paradiffusion.scenes.dataset import make_wanted
-    from paradiffusion.text.counting import count_tokens_with
+    from paradiffusion.text.families import count_tokens_with
     from paradiffusion.training.setup import open_data
 
     counters = {encoder.path or encoder.name: encoder for encoder in encoders}

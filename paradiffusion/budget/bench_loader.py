@@ -25,6 +25,7 @@ from paradiffusion.budget.bench_readers import ReaderSettings
 from paradiffusion.budget.benchmark import machine
 from paradiffusion.budget.synthetic import captions
 from paradiffusion.checks import positive
+from paradiffusion.data.loader import _THREADS
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.text.conditioning import padded_length
@@ -44,6 +45,8 @@ class LoaderBench:
         step_seconds: of one batch on a GPU, for the share of a step spent waiting.
         samples, width, height: of the set that is made: JPEG of quality 90.
         batches, repeats: batches of a round, and rounds.
+        delay_ms: of each request for bytes of a shard. Over 0, ours is measured beside itself with one request at a time in
+            each worker, and with whole shards fetched first, rather than beside others.
     """
 
     streaming_python: str | None = None
@@ -56,6 +59,7 @@ class LoaderBench:
     batches: int = 40
     repeats: int = 5
     step_seconds: float | None = None
+    delay_ms: float = 0.0
     output: str = "benchmarks"
     name: str = "loader_cpu"
 
@@ -63,6 +67,7 @@ class LoaderBench:
         for key in ("batch_size", "resolution", "samples", "width", "height", "batches", "repeats"):
             positive(key, getattr(self, key))
         positive("workers", self.workers, zero=True)
+        positive("delay_ms", self.delay_ms, zero=True)
         if self.streaming_python is not None and not Path(self.streaming_python).is_file():
             raise UserError(
                 f"streaming_python={self.streaming_python} is no file; expected the python of an environment with "
@@ -95,6 +100,8 @@ WAYS = {
     "ours": ("paradiffusion", "exactly, on any number of processes and workers"),
     "webdataset": ("webdataset", "no"),
     "streaming": ("mosaicml-streaming", "exactly, within its canonical nodes"),
+    "one at a time": ("paradiffusion", "exactly, on any number of processes and workers"),
+    "whole shards": ("paradiffusion", "exactly, on any number of processes and workers"),
 }
 
 
@@ -178,9 +185,13 @@ def measure(settings: LoaderBench, folder: Path, step_seconds: float, count: Any
     """All ways in turn, ``repeats`` rounds; ``count`` gives the tokens of a list of captions."""
     texts = write_set(folder, settings)
     tokens = dict(zip(texts, count(list(texts.values())), strict=True))
-    reading = ReaderSettings(str(folder), settings.resolution, settings.batch_size, settings.workers)
-    pythons = {"ours": sys.executable, "webdataset": sys.executable}
-    if settings.streaming_python is not None:
+    reading = ReaderSettings(
+        str(folder), settings.resolution, settings.batch_size, settings.workers, delay_ms=settings.delay_ms
+    )
+    pythons = dict.fromkeys(
+        ["ours", "one at a time", "whole shards"] if settings.delay_ms else ["ours", "webdataset"], sys.executable
+    )
+    if settings.streaming_python is not None and not settings.delay_ms:
         pythons["streaming"] = settings.streaming_python
         written = subprocess.run(
             command("write_mds", settings.streaming_python, reading), capture_output=True, text=True, check=False, cwd=ROOT,
@@ -282,5 +293,10 @@ def as_markdown(document: dict[str, Any], rows: list[LoaderRow]) -> str:
         lines.append(
             f"| {row.name} | {row.version} | {row.median:.0f} ({min(row.rates):.0f} to {max(row.rates):.0f}) | {ratio} | "
             f"{' | '.join(f'{share:.1%}' for share in row.padded.values())} | {row.waiting:.2%} | {row.resumable} |"
+        )
+    if s["delay_ms"]:
+        lines[2] += (
+            f" Each request for bytes of a shard waits {s['delay_ms']:g} ms; a worker has {_THREADS} of them on the way, or one at a "
+            "time, or fetches whole shards to a disk here first, 16 MB a request."
         )
     return "\n".join([*lines, ""])

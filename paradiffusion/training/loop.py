@@ -26,6 +26,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.models.joint import LossBatch
 from paradiffusion.randomness import permutation, seed_from, uniform
 from paradiffusion.sampling.run import REPEAT_SECONDS
+from paradiffusion.text.tokenizer import tokenize_once
 from paradiffusion.training.cached_inputs import latent_shape, latents_of, on_device, stored_text
 from paradiffusion.training.checkpoint import prune, save_checkpoint
 from paradiffusion.training.folder import locked, stage_folder
@@ -117,10 +118,7 @@ def prepare(setup: Setup, batch: Batch, meters: Meters) -> LossBatch:
         meters.tokens += text.tokens
         meters.truncated += text.truncated
         return LossBatch(**common, mask=text.mask, features=text.features)
-    # Equal captions, above all the dropped ones, which are empty, go through the language model once.
-    different = {caption: row for row, caption in enumerate(dict.fromkeys(batch.captions))}
-    rows = torch.tensor([different[caption] for caption in batch.captions])
-    tokens = setup.encoder.tokenize(list(different))
+    tokens, rows = batch.tokens or tokenize_once(setup.encoder.tokenize, batch.captions)
     limit = setup.encoder.limit
     meters.tokens += int(tokens.mask[rows].sum())
     meters.truncated += sum(tokens.lengths[row] > limit for row in rows.tolist())

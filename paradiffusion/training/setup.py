@@ -104,10 +104,16 @@ class Setup:
             max_bad_fraction=data.max_bad_fraction,
             workers=data.workers,
             cache=self.cache,
+            tokenize=None if self.has_text() else self.encoder.tokenize,
         )
         if data.streaming:
             return open_stream(data, self.config.batch_size, settings)
         return make_loader(self.plan.index, self.plan, settings)
+
+    def has_text(self) -> bool:
+        """Whether text features are stored, or kept in memory."""
+        kept = self.memory is not None and self.joint.text_encoder is None
+        return kept or (self.cache is not None and self.cache.null is not None)
 
     def inference(self) -> InferenceModels:
         """The models as the sampler takes them; call within ``ema.applied()``."""
