@@ -52,8 +52,7 @@ from paradiffusion.curation.captioning.caption_options import (
 )
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
-from paradiffusion.judges.choose import VlmOptions, open_engine
-from paradiffusion.judges.engine import Decoding, Engine
+from paradiffusion.metrics.vlm import Decoding, Engine, VlmOptions, open_engine
 
 DONE, STOPPED, FAILED = 0, 1, 2
 

@@ -25,9 +25,8 @@ from paradiffusion.checks import choice
 from paradiffusion.compose import CONFIGS, compose_options
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.suites.describe import suite_list, what_it_holds, where_from
-from paradiffusion.evaluation.suites.entry import Expected, read_table
 from paradiffusion.evaluation.suites.load import load_suite, suites
+from paradiffusion.evaluation.suites.suite_table import Expected, read_table, suite_list, what_it_holds, where_from
 
 
 @dataclass(frozen=True)

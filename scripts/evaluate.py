@@ -60,7 +60,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.compose import CONFIGS, compose_options, compose_sample
 from paradiffusion.entry import run
-from paradiffusion.evaluation.options import DRAWING, EvaluateOptions
+from paradiffusion.evaluation.evaluate_options import DRAWING, EvaluateOptions
 from paradiffusion.evaluation.suites.load import load_suite, suites
 
 TABLE = CONFIGS / "suites.yaml"

@@ -47,9 +47,9 @@ from paradiffusion.entry import run
 def main(arguments: list[str]) -> int:
     """Do what ``action=`` names."""
     from paradiffusion.compose import CONFIGS, compose_options
-    from paradiffusion.evaluation.votes.options import VoteOptions
-    from paradiffusion.evaluation.votes.steps import run_action
-    from paradiffusion.evaluation.votes.study import STUDY
+    from paradiffusion.evaluation.votes.vote_actions import run_action
+    from paradiffusion.evaluation.votes.vote_options import VoteOptions
+    from paradiffusion.evaluation.votes.vote_study import STUDY
 
     options = compose_options(VoteOptions, arguments)
     options.given = [argument.partition("=")[0] for argument in arguments]

@@ -19,6 +19,7 @@ from paradiffusion.budget.benchmark import machine
 from paradiffusion.checks import positive
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
+from paradiffusion.pages import markdown_table
 from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training.caching import CacheOptions, make_cache
 from paradiffusion.training.engine import make_accelerator
@@ -182,7 +183,7 @@ def as_markdown(document: dict[str, Any], rows: list[CacheRow]) -> str:
         "arm", "step", "step, cached", "speed-up (middle 80 % of steps)", "speed-up without reading", "reading, cached reading",
         "losses differ (mean, most)", "GiB per 1000 samples", "made in",
     ]  # fmt: skip
-    table = [header, ["---"] * len(header)]
+    table = []
     for row in rows:
         table.append([
             row.arm, f"{row.uncached * 1e3:.0f} ms", f"{row.cached * 1e3:.0f} ms",
@@ -190,12 +191,11 @@ def as_markdown(document: dict[str, Any], rows: list[CacheRow]) -> str:
             f"{row.reading_uncached * 1e3:.0f} ms, {row.reading_cached * 1e3:.0f} ms",
             f"{row.mean_difference:.1e}, {row.largest_difference:.1e}", f"{row.gib_per_1000:.3g}", f"{row.making:.0f} s",
         ])  # fmt: skip
-    lines = ["| " + " | ".join(cells) + " |" for cells in table]
     return (
         f"# Training from a cache, {document['date']}\n\n{facts}; load average {document['load']}.\n\n"
         f"```\n{document['command']}\n```\n\n"
         f"Stage 1 of preset=nano, batches of {rows[0].batch_size}, one thread, {rows[0].steps} steps: each is taken without and with "
         "cached latents and text features, in turn, in one process that reads its samples itself. \"Without reading\" is what is "
         "left where worker processes read ahead. Both runs start from the same weights and draw the same noise; their losses "
-        f"are compared over all steps.\n\n" + "\n".join(lines) + "\n"
+        f"are compared over all steps.\n\n" + markdown_table(header, table) + "\n"
     )  # fmt: skip

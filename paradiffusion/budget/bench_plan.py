@@ -36,6 +36,7 @@ from paradiffusion.data.index import (
 )
 from paradiffusion.data.plan import BatchPlan, Share
 from paradiffusion.errors import UserError
+from paradiffusion.pages import markdown_table
 
 CAPTIONS = {"short": 0.5, "long": 0.5}
 # Of the shards and of the samples, where there are three sources: a large one is not drawn in proportion to its size.
@@ -252,7 +253,7 @@ def as_markdown(document: dict[str, Any], settings: PlanBench, rows: list[PlanRo
         )
         for row in rows
     ]  # fmt: skip
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *cells))
+    table = markdown_table(head, cells)
     machine = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     command = " ".join(f"{key}={getattr(settings, key)}" for key in ("rows", "shards", "step", "batch_size", "repeats"))
     return (

@@ -20,6 +20,7 @@ from paradiffusion.budget.bench_step import measure_steps
 from paradiffusion.budget.benchmark_settings import BenchmarkSettings
 from paradiffusion.config import TrainConfig
 from paradiffusion.machine import cores
+from paradiffusion.pages import markdown_table
 
 MEASURES = {"step": measure_steps, "sampler": measure_sampler, "text": measure_text}
 
@@ -127,13 +128,11 @@ HEADER = ["what", "stage", "arm", "work", "median (range)", "rate", "speed-up", 
 def as_markdown(document: dict[str, Any], rows: Sequence[Row]) -> str:
     """The results for a person."""
     facts = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
-    table = [HEADER, ["---"] * len(HEADER), *(cells(row) for row in rows)]
-    lines = ["| " + " | ".join(row) + " |" for row in table]
     return (
         f"# {document['machine'].get('gpu', document['machine']['processor'])}, {document['date']}\n\n"
         f"{facts}; precision {document['precision']}.\n\n```\n{document['command']}\n```\n\n"
         "Rate, speed-up (how many times faster than the plain reference in rounds that ran in turn) and TFLOP/s (forward and "
         "backward of the models, nothing twice) are over all rounds; their batches go from short captions to long ones.\n\n"
-        + "\n".join(lines)
+        + markdown_table(HEADER, map(cells, rows))
         + "\n"
     )

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.choose import check_possible, make_scores, offers
-from paradiffusion.evaluation.drawing.source import Place, Source, first_does
-from paradiffusion.evaluation.options import EvaluateOptions
-from paradiffusion.evaluation.records import Score, ScoreResult
-from paradiffusion.evaluation.result import Evaluation, write_evaluation
-from paradiffusion.evaluation.scores.human_pairs import HumanPair, read_pairs
+from paradiffusion.evaluation.drawing.picture_source import Place, Source, first_does
+from paradiffusion.evaluation.estimates import Estimate
+from paradiffusion.evaluation.evaluate_options import EvaluateOptions
+from paradiffusion.evaluation.offered_scores import check_possible, make_scores, offers
+from paradiffusion.evaluation.records import Evaluation, Measure, Score, ScoreResult, estimate, write_evaluation
+from paradiffusion.evaluation.scores.agreement import HumanPair, read_pairs
 from paradiffusion.evaluation.scoring import score_all
 from paradiffusion.evaluation.subjects import (
     Subject,
@@ -28,7 +28,6 @@ from paradiffusion.evaluation.subjects import (
     suite_folder,
 )
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.evaluation.summary import show_table
 from paradiffusion.sampling.pipeline import choose_device
 from paradiffusion.sampling.run import Processes, Stopped, StopSignal, disk_errors, joined_processes, stop_on_signals
 
@@ -150,7 +149,7 @@ def _evaluate(
         evaluation = Evaluation(source.label, source.kind, described, suite, wanted, images, results)
 
         def write() -> None:
-            from paradiffusion.evaluation.reporting.report import write_report
+            from paradiffusion.evaluation.reporting.evaluation_report import write_report
 
             with disk_errors(task.folder):
                 write_evaluation(task.folder, evaluation)
@@ -210,7 +209,7 @@ def _report(
     said: PeopleSaid,
 ) -> None:  # fmt: skip
     """The joint reports of several models or suites, and what a person should read now."""
-    from paradiffusion.evaluation.reporting.report import write_report
+    from paradiffusion.evaluation.reporting.evaluation_report import write_report
 
     bases = [base_folder(s.source) if s.source else Path(str(s.made)).parent for s in subjects]
     names = [s.source.name if s.source else s.label or Path(str(s.made)).resolve().name for s in subjects]
@@ -255,9 +254,47 @@ def with_short_labels(results: list[Evaluation]) -> list[Evaluation]:
 
 def _said(options: EvaluateOptions) -> PeopleSaid:
     """What people said, read before anything is drawn."""
-    from paradiffusion.evaluation.reporting.votes import read_votes
+    from paradiffusion.evaluation.reporting.report_tables import read_votes
 
     return PeopleSaid(
         read_pairs(Path(options.agreement).expanduser()) if options.agreement else [],
         read_votes(Path(options.votes).expanduser()) if options.votes else None,
     )
+
+
+def show_table(suite: Suite, evaluations: Sequence[Evaluation]) -> str:
+    """One line for each measure, one column for each model, with 95 % intervals; scores that were not computed are named."""
+    measures: dict[tuple[str, str], Measure] = {}
+    titles: dict[str, str] = {}
+    for one in evaluations:
+        for score in one.scores:
+            measures |= {(score.name, measure.name): measure for measure in score.measures}
+            titles.setdefault(score.name, score.title)
+    rows = [["", *(one.label for one in evaluations)]]
+    shown_last = ""
+    for (name, _), measure in measures.items():
+        if name != shown_last:
+            rows.append([titles[name], *("" for _ in evaluations)])
+            shown_last = name
+        cells = []
+        for one in evaluations:
+            found = one.score(name)
+            value = None if found is None or found.skipped else estimate(found, measure)
+            cells.append("-" if value is None else shown(value, measure))
+        rows.append([f"  {measure.title}", *cells])
+    failed = [str(sum(bool(image.error) for image in one.images)) for one in evaluations]
+    rows.append(["images that failed", *failed])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    skipped = dict.fromkeys(score.name for one in evaluations for score in one.scores if score.skipped)
+    note = f"\nnot computed, the report says why: {', '.join(skipped)}" if skipped else ""
+    return (
+        f"\n{suite.title} ({len(suite.prompts)} prompts; mean, 95 % interval over prompts)\n" + "\n".join(lines) + note
+    )
+
+
+def shown(value: Estimate, measure: Measure) -> str:
+    """ "61.3 % [58.0, 64.4]" for a share, else three digits."""
+    if measure.unit == "share":
+        return f"{100 * value.mean:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    return f"{value.mean:.3g} [{value.low:.3g}, {value.high:.3g}]"

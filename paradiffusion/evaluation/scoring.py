@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.source import ANOTHER, Place, first_does
+from paradiffusion.evaluation.drawing.picture_source import ANOTHER, Place, first_does
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult
 from paradiffusion.sampling.run import Stopped, StopSignal, disk_errors
 

@@ -12,11 +12,11 @@ from typing import Any, Final
 from paradiffusion.atomic import write_atomic
 from paradiffusion.checkpoints.layouts import Official, find_checkpoint
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.checkpoint import CheckpointSource
-from paradiffusion.evaluation.drawing.pictures import KINDS, PicturesSource
-from paradiffusion.evaluation.drawing.source import Place, Source
-from paradiffusion.evaluation.options import EvaluateOptions
-from paradiffusion.evaluation.result import NAME, Evaluation, read_evaluation
+from paradiffusion.evaluation.drawing.checkpoint_pictures import CheckpointSource
+from paradiffusion.evaluation.drawing.picture_folder import KINDS, PicturesSource
+from paradiffusion.evaluation.drawing.picture_source import Place, Source
+from paradiffusion.evaluation.evaluate_options import EvaluateOptions
+from paradiffusion.evaluation.records import NAME, Evaluation, read_evaluation
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.run import disk_errors
 
@@ -98,7 +98,7 @@ def _checkpoint(
 
 
 def _pipeline(options: EvaluateOptions, path: str, device: str | None, label: str | None) -> Source:
-    from paradiffusion.evaluation.drawing.pipeline import PipelineSource
+    from paradiffusion.evaluation.drawing.pipeline_pictures import PipelineSource
 
     folder = Path(path).expanduser()
     if folder.exists() and not (folder / "model_index.json").is_file():

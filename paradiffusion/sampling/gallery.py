@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from paradiffusion.atomic import atomic_file, write_atomic
 from paradiffusion.config import SamplerConfig
 from paradiffusion.errors import UserError
+from paradiffusion.pages import render
 
 NAME = "manifest.jsonl"
 MAX_EMBEDDED = 400  # images; a page with more refers to the files, or no browser opens it
@@ -30,9 +30,6 @@ TINY = 192  # pixels of the longer side; smaller images are shown enlarged with 
 
 # Not worth a reader's time, and what a record means that was written before there was such a setting.
 DEFAULTS = {key: value for key, value in asdict(SamplerConfig()).items() if key.startswith("guidance_")}
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, trim_blocks=True
-)
 
 
 @dataclass(frozen=True)
@@ -198,13 +195,13 @@ def write_gallery(folder: Path, rows: Sequence[ImageRecord], title: str) -> Path
     Up to MAX_EMBEDDED images the page is self-contained. Images of one prompt share a card.
     """
     cards = [list(g) for _, g in groupby(rows, key=lambda row: (row.order[0], row.prompt, row.negative_prompt))]
-    page = TEMPLATES.get_template("gallery.html").render(
-        title=_text(title),
+    page = render(
+        "sampling/templates/gallery.html",
+        title=title,
         images=len(rows),
         cards=cards,
         tiny=TINY,
-        text=_text,
-        source=lambda row: _data_uri(folder / row.file) if len(rows) <= MAX_EMBEDDED else row.file,
+        shown=lambda row: _data_uri(folder / row.file) if len(rows) <= MAX_EMBEDDED else row.file,
         settings=lambda row: ", ".join(f"{k} {v}" for k, v in row.settings.items() if v != DEFAULTS.get(k)),
     )
     write_atomic(folder / "index.html", page)
@@ -233,11 +230,6 @@ def _data_uri(path: Path) -> str:
             image.convert("RGB").save(buffer, format="JPEG", quality=88)
             kind, data = "jpeg", buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _text(text: str) -> str:
-    """Control characters, which HTML does not allow, as a replacement."""
-    return "".join(c if c.isprintable() or c in "\n\t" or ord(c) >= 160 else "\ufffd" for c in text)
 
 
 def contact_sheet(

@@ -12,10 +12,10 @@ import numpy as np
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import mean
-from paradiffusion.evaluation.scores.positions import third
-from paradiffusion.evaluation.scores.scene_truth import follow
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.evaluation.scores.sentence_judges import third
+from paradiffusion.metrics.sentences import sentences
 from paradiffusion.scenes.judge import SceneScore, by_objects, score, summarise
+from paradiffusion.scenes.sentence_truth import follow
 from paradiffusion.scenes.world import Scene, scene_from_meta
 from paradiffusion.training.validation import HeldOut
 

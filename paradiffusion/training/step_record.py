@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from jinja2 import Environment
-from markupsafe import Markup
 from PIL import Image
 
 from paradiffusion.atomic import write_atomic
@@ -26,13 +24,12 @@ from paradiffusion.data.index import read_sample
 from paradiffusion.data.loader import Batch, join_pixels
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import read_place
-from paradiffusion.pages import page, page_text, thumbnail_uri
+from paradiffusion.pages import render, thumbnail_uri
 from paradiffusion.sampling.gallery import save_png
 from paradiffusion.text.encoder import TextEncoder
 
 SEEN_FOLDER: Final = "samples_seen"
 PAGE, LINES, FACTS, IMAGES = "index.html", "samples.jsonl", "replay.json", "images"
-TEMPLATE: Final = Path(__file__).with_name("step_record.html")
 MAX_EMBEDDED: Final = 600  # pictures; a page with more shows those with the smaller losses by their files
 PARTS: Final = {"pixels": "other pixels", "caption": "another caption", "weight": "another loss weight"}
 
@@ -335,11 +332,9 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def page_of(replay: Replay, samples: Sequence[ReplayedSample]) -> str:
     """The HTML of a step, one file: its facts, a picture of losses over noise levels, and a card for each sample in order."""
-    # Every text that is not marked as HTML is escaped, control characters too.
-    environment = Environment(finalize=lambda value: Markup(page_text(value)) if type(value) is str else value)
     dots = [sample for sample in samples if math.isfinite(sample.loss)]
     highest = max((sample.loss for sample in dots), default=0.0) or 1.0
-    body = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        replay=replay, samples=samples, dots=dots, highest=highest, embedded=MAX_EMBEDDED
-    )
-    return page(replay.title, "", body)
+    return render(
+        "training/step_record.html", title=replay.title, replay=replay, samples=samples, dots=dots, highest=highest,
+        embedded=MAX_EMBEDDED,
+    )  # fmt: skip

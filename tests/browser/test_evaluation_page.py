@@ -13,8 +13,8 @@ from report_fixtures import COSINE, HOSTILE, SHARE, Page, evaluation, suite, wri
 
 from paradiffusion.evaluation.estimates import mean
 from paradiffusion.evaluation.records import Drawn, ImageScore, ScoreResult, Table
-from paradiffusion.evaluation.reporting.report import write_report
-from paradiffusion.pages import page as shell
+from paradiffusion.evaluation.reporting.evaluation_report import write_report
+from paradiffusion.pages import render
 
 
 def test_hostile_text_is_text(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_the_worst_and_the_best_pictures_are_shown_and_how_many(tmp_path: Path) 
     groups = {
         name: re.findall(r"<h5>(p\d+) <small>", content)
         for name, content in re.findall(
-            r'<details class="group" id="suite-fruit-(\w+)".*?</summary>(.*?)</article></details>', page
+            r'<details class="group" id="suite-fruit-(\w+)".*?</summary>(.*?)</article></details>', page, re.S
         )
     }
     assert len(groups["spread"]) == 12 and groups["worst"][0] == "p077" and groups["best"][0] == "p078"
@@ -181,7 +181,7 @@ def test_every_model_is_in_the_legends_and_none_runs_over_the_edge(tmp_path: Pat
 
 def test_text_on_pages_is_readable() -> None:
     """A contrast of at least 4.5 (WCAG 2.1, 1.4.3) on the page and on cards, light and dark."""
-    light, dark = re.findall(r":root \{([^}]*)\}", shell("", "", ""))
+    light, dark = re.findall(r":root \{([^}]*)\}", render("templates/document.html", title=""))
     for block, grounds in ((light, (255, 247)), (dark, (18, 32))):  # Chromium's Canvas, alone and under --card
         colours = dict(re.findall(r"--(soft|good|bad|unsure|mark): (#[0-9a-f]{3,6});", block))
         assert len(colours) == 5

@@ -23,9 +23,9 @@ from vote_studies import HOSTILE, SECRET, pixels_of, study_of, write_picture
 
 from paradiffusion.apps.local_server import MAX_BODY, LocalServer, Pace, Refused
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.votes.server import Voting, make_server, open_keys
-from paradiffusion.evaluation.votes.store import Store
-from paradiffusion.evaluation.votes.study import Study
+from paradiffusion.evaluation.votes.vote_server import Voting, make_server, open_keys
+from paradiffusion.evaluation.votes.vote_store import Store
+from paradiffusion.evaluation.votes.vote_study import Study
 
 Answer = tuple[int, bytes, dict[str, str]]
 

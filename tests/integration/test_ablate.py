@@ -16,8 +16,7 @@ import yaml
 from commands import ROOT, wait_for
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.ablation.commands import Launcher
-from paradiffusion.evaluation.ablation.plan import Plan, Unit
+from paradiffusion.evaluation.ablation.ablation_plan import Launcher, Plan, Unit
 from paradiffusion.evaluation.ablation.running import Outcome, finished_units, run_plan
 from paradiffusion.evaluation.journal import read_journals
 
@@ -41,8 +40,8 @@ FAILING = "import sys; print('error: the data is gone; bring it back.', file=sys
 # As scripts/ablate.py does it, with the plan that the test has written down.
 DRIVER = """
 import json, pathlib, sys
-from paradiffusion.evaluation.ablation.commands import Launcher
-from paradiffusion.evaluation.ablation.plan import Plan, Unit
+from paradiffusion.evaluation.ablation.ablation_plan import Launcher
+from paradiffusion.evaluation.ablation.ablation_plan import Plan, Unit
 from paradiffusion.evaluation.ablation.running import run_plan
 rows = json.loads(sys.argv[2])
 units = {r["key"]: Unit(**{**r, "folder": pathlib.Path(r["folder"]), "arguments": tuple(r["arguments"])}) for r in rows}

@@ -22,7 +22,7 @@ from training_runs import free_port
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.judges.engine import Answer, Decoding, Question
+from paradiffusion.metrics.vlm import Answer, Decoding, Question
 
 PASSING = ("language=any", "min_words=1", "reject=empty")  # random weights write no English
 
@@ -82,7 +82,7 @@ def test_a_rejected_caption_leaves_the_sample_as_it_was(
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava", "gemma3", "internvl"])
 def test_an_answer_does_not_depend_on_its_neighbours(family: str, tmp_path: Path) -> None:
-    from paradiffusion.judges.local_vlm import LocalModel
+    from paradiffusion.metrics.local_vlm import LocalModel
 
     engine = LocalModel(str(write_vlm(tmp_path / family, family)), None, "auto", "cpu", 4, Decoding(16, 0.9))
 
@@ -109,7 +109,7 @@ def test_a_batch_that_does_not_fit_is_halved_without_keeping_its_inputs(
 
     import torch
 
-    from paradiffusion.judges.local_vlm import LocalModel
+    from paradiffusion.metrics.local_vlm import LocalModel
 
     engine = LocalModel(str(vlm), None, "bfloat16", "cpu", 4, Decoding(8))
     questions = [Question(n, 0, picture(n, 64, 64), "Say more", n, 0.7) for n in range(4)]
@@ -135,7 +135,7 @@ def test_a_batch_that_does_not_fit_is_halved_without_keeping_its_inputs(
 def test_draws_follow_the_probabilities_that_the_model_gives() -> None:
     import torch
 
-    from paradiffusion.judges.local_vlm import SeededDraw
+    from paradiffusion.metrics.local_vlm import SeededDraw
 
     scores = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
     ids = torch.zeros(4000, 1, dtype=torch.long)

@@ -26,7 +26,7 @@ from training_runs import free_port
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.judges.endpoint import Address, _pause, _read, headers_of
+from paradiffusion.metrics.endpoint import Address, _pause, _read, headers_of
 
 REFUSAL = "I'm sorry, but I can't help with that."
 

@@ -16,9 +16,9 @@ from official_models import MODERN, make_ours
 from PIL import Image
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.pictures import match_pictures
-from paradiffusion.evaluation.drawing.source import size_for
-from paradiffusion.evaluation.result import suite_from
+from paradiffusion.evaluation.drawing.picture_folder import match_pictures
+from paradiffusion.evaluation.drawing.picture_source import size_for
+from paradiffusion.evaluation.records import suite_from
 from paradiffusion.evaluation.suites.load import load_suite
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 
@@ -306,9 +306,9 @@ def test_our_own_pipeline_and_the_painters(codec_folder: Path, prompts: Path) ->
     """An exported pipeline is drawn through its class; both painters draw the suite's very pictures again."""
     from paradiffusion.checkpoints.export import export_pipeline
     from paradiffusion.checkpoints.layouts import open_layout
-    from paradiffusion.evaluation.drawing.checkpoint import CheckpointSource
-    from paradiffusion.evaluation.drawing.pipeline import PipelineSource
-    from paradiffusion.evaluation.options import EvaluateOptions
+    from paradiffusion.evaluation.drawing.checkpoint_pictures import CheckpointSource
+    from paradiffusion.evaluation.drawing.pipeline_pictures import PipelineSource
+    from paradiffusion.evaluation.evaluate_options import EvaluateOptions
     from paradiffusion.evaluation.records import Request
 
     checkpoint = make_ours(Path("ours"), codec_folder, **MODERN)

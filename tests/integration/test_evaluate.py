@@ -15,7 +15,7 @@ from evaluations import EXACT, copy_run, evaluate_here, make_run, record_in, wri
 from PIL import Image
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.result import estimate, read_evaluation
+from paradiffusion.evaluation.records import estimate, read_evaluation
 
 SIX = ("suite=scenes", "count=6", EXACT)
 DRAWN = ("suite=scenes", "count=6", "scores=[]")

@@ -72,7 +72,7 @@ def test_killed_and_started_again(made: Path, tmp_path: Path) -> None:
 
 def test_help_and_mistakes_as_a_user_sees_them(command: Command, tmp_path: Path) -> None:
     shown = command("scripts/evaluate.py", "--help").stdout
-    from paradiffusion.evaluation.options import EvaluateOptions
+    from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 
     for key in EvaluateOptions.__dataclass_fields__:
         assert f"{key}=" in shown or f"{key}." in shown, key

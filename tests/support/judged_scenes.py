@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image
 
 from paradiffusion.evaluation.records import Drawn, Request
-from paradiffusion.evaluation.scores.scene_claims import Claim, claims
-from paradiffusion.evaluation.scores.scene_truth import recoloured, without
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 from paradiffusion.scenes.dataset import captions, draw, make_scene, scene_to_meta
+from paradiffusion.scenes.sentence_truth import Claim, claims, recoloured, without
 from paradiffusion.scenes.world import (
     BACKGROUNDS,
     COLOURS,

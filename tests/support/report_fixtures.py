@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, ScoreResult
-from paradiffusion.evaluation.reporting.report import write_report
-from paradiffusion.evaluation.result import Evaluation
+from paradiffusion.evaluation.records import Drawn, Evaluation, ImageScore, Measure, ScoreResult
+from paradiffusion.evaluation.reporting.evaluation_report import write_report
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 
 HOSTILE = '<script>alert("x")</script> | `a` **b** \u202ecba\u202c \x1b[31m <img src=x onerror=alert(1)> \'"&amp; $x$ [l](http://e.org)'

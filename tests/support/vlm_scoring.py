@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt
-from paradiffusion.judges.choose import VlmOptions
+from paradiffusion.metrics.vlm import VlmOptions
 from paradiffusion.scenes.drawing import draw
 from paradiffusion.scenes.world import COLOURS, Scene, cell_box, make_scene
 

@@ -11,13 +11,12 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from paradiffusion.evaluation.records import Drawn
-from paradiffusion.evaluation.result import Evaluation, write_evaluation
+from paradiffusion.evaluation.records import Drawn, Evaluation, write_evaluation
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.evaluation.votes.begin import open_study
-from paradiffusion.evaluation.votes.options import VoteOptions
-from paradiffusion.evaluation.votes.store import Vote
-from paradiffusion.evaluation.votes.study import Pair, PictureSet, Question, Study, Task, VotedPrompt
+from paradiffusion.evaluation.votes.vote_actions import open_study
+from paradiffusion.evaluation.votes.vote_options import VoteOptions
+from paradiffusion.evaluation.votes.vote_store import Vote
+from paradiffusion.evaluation.votes.vote_study import Pair, PictureSet, Question, Study, Task, VotedPrompt
 
 SECRET = "zebrafish"  # part of every set's name, and of what the pictures' files say besides their pixels
 HOSTILE = "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'> & \u202e a lamp"
@@ -76,8 +75,7 @@ def study_of(
 
 def virtual_study(prompts: int, sets: list[str], raters: int, repeats: int = 1, seed: int = 0) -> Study:
     """A study without files, of one question, for simulations."""
-    from paradiffusion.evaluation.votes.assign import all_pairs, assign
-    from paradiffusion.evaluation.votes.study import Picture
+    from paradiffusion.evaluation.votes.vote_study import Picture, all_pairs, assign
 
     ids = [f"p{number}" for number in range(prompts)]
     pairs = all_pairs(ids, sets, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from commands import ROOT
 
 PACKAGE = ROOT / "paradiffusion"
-REST = {"scenes", "judges", "evaluation", "curation", "apps", "budget"}
+REST = {"scenes", "metrics", "evaluation", "curation", "apps", "budget"}
 # What is left to be handed to the trainer by train.py: nothing may be added.
 STILL: set[str] = set()
 

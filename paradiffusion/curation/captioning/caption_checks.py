@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from paradiffusion.data.captions import clean
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 
 EMPTY, TOO_SHORT, TOO_LONG, CUT = "empty", "too_short", "too_long", "cut"
 REPEATED, LOOP, REFUSAL, FILLER = "repeated_sentence", "loop", "refusal", "filler"

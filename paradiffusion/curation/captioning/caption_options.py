@@ -16,8 +16,7 @@ from paradiffusion.checks import choice, fraction, positive
 from paradiffusion.curation.captioning.caption_checks import DEFAULT_REJECT, REASONS, Limits
 from paradiffusion.curation.journal import read_object
 from paradiffusion.errors import UserError
-from paradiffusion.judges.choose import DTYPES, ENGINES
-from paradiffusion.judges.engine import Engine
+from paradiffusion.metrics.vlm import DTYPES, ENGINES, Engine
 from paradiffusion.randomness import uniform
 
 _KEYS = {"kind", "weight", "ask", "accept", "text"}

@@ -27,8 +27,8 @@ from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, read_sample
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.judges.engine import Answer, Decoding, Engine, Question, fit
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
+from paradiffusion.metrics.vlm import Answer, Decoding, Engine, Question, fit
 from paradiffusion.randomness import seed_from, uniform
 
 # A retry that takes the likeliest token again would only repeat itself where there is one template.

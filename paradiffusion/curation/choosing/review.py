@@ -18,13 +18,15 @@ from typing import Any, ClassVar, Final
 from paradiffusion.apps.local_server import MAX_BODY, NUMBER, LocalHandler, LocalServer, Query, Refused, listen, whole
 from paradiffusion.curation.choosing.candidates import Candidate, Candidates
 from paradiffusion.curation.choosing.decisions import DECISIONS, FIELDS, VERDICTS, DecisionLog
-from paradiffusion.curation.choosing.review_page import page
 from paradiffusion.errors import UserError
+from paradiffusion.pages import render
 
 __all__ = ["MAX_BODY", "Review", "make_server", "open_review"]
 
 MAX_TEXT: Final = MAX_BODY - 2048
 """Bytes of one text as JSON; what else an event holds takes the rest of a body. About 10,000 English words."""
+WORDS: Final = (50, 100)
+"""The band of words that 83 % of ParaImage-Small's descriptions lie in."""
 _TYPES: Final = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
 
@@ -102,7 +104,12 @@ class _Handler(LocalHandler):
         if path == "/":
             nonce = secrets.token_urlsafe(16)
             identity = hashlib.blake2b(self.review.token.encode(), digest_size=8).hexdigest()
-            text = page(nonce, self.review.name, identity, self.review.reviewer, MAX_TEXT)
+            # The identity keeps what waits in the browser apart from that of other reviews at the same address.
+            settings = {
+                "name": self.review.name, "id": identity, "reviewer": self.review.reviewer, "words": WORDS, "most": MAX_TEXT,
+            }  # fmt: skip
+            title = f"{self.review.name}: review"
+            text = render("apps/templates/review.html", nonce=nonce, title=title, settings=settings)
             self.send(200, "text/html; charset=utf-8", text.encode(), nonce=nonce)
         elif path == "/api/state":
             since = (query.get("since") or ["0"])[0]

@@ -33,7 +33,7 @@ from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.remote import RemotePath
 from paradiffusion.errors import UserError
-from paradiffusion.judges.clip import Clip, Head, load_clip, load_head
+from paradiffusion.metrics.clip import Clip, Head, load_clip, load_head
 
 
 @dataclass(frozen=True)

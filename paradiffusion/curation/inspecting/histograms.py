@@ -1,13 +1,12 @@
-"""Distributions: figures of a column of numbers, and their picture as inline SVG that follows the page's colours."""
+"""Distributions: figures of a column of numbers, and what a page draws of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-
-from paradiffusion.pages import page_text
 
 BINS, FEWEST = 24, 10
 
@@ -69,47 +68,32 @@ def nice_edges(low: float, high: float, bins: int = BINS) -> list[float]:
     return [float(start + number * step) for number in range(count + 1)]
 
 
-def histogram_svg(
-    found: Distribution, label: str, unit: str, marks: Sequence[float] = (), names: Sequence[str] | None = None
-) -> str:
-    """A histogram: a bar for each bin with its count as a tooltip, ``marks`` as vertical lines with their number.
+def histogram(
+    found: Distribution,
+    title: str,
+    label: str,
+    unit: str,
+    marks: Sequence[float] = (),
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """What the template draws: ``bars`` (name, count), ``marks`` (share of the axis, number), ``ticks`` (bar, text).
 
     Args:
         label: what is counted, for screen readers; ``unit`` stands below the axis.
         names: of the bins, where numbers would not do.
     """
-    width, height, left, top, low = 460, 190, 8, 14, 34
-    bars, inner = len(found.counts), width - 2 * left
-    tallest, step = max(found.counts) or 1, inner / len(found.counts)
-    base = height - low
-    drawn = []
-    for number, count in enumerate(found.counts):
-        tall = count / tallest * (base - top)
-        name = names[number] if names else _range(found, number)
-        share = f"{name}: {count:,} ({count / found.n:.1%})"
-        drawn.append(
-            f'<rect x="{left + number * step + 0.75:.2f}" y="{base - tall:.2f}" width="{max(step - 1.5, 0.5):.2f}" '
-            f'height="{max(tall, 0.75 if count else 0):.2f}" rx="1.5" fill="var(--mark)"><title>{page_text(share)}</title></rect>'
-        )
+    count = len(found.counts)
     first, last = found.edges[0], found.edges[-1]
-    for mark in marks:
-        if first < mark < last:
-            x = left + (mark - first) / (last - first) * inner
-            drawn.append(
-                f'<path d="M{x:.1f} {top - 2}V{base}" stroke="currentColor" stroke-width="1.5" stroke-dasharray="4 3"/>'
-                f'<text x="{x + 3:.1f}" y="{top + 6}">{_number(mark)}</text>'
-            )
-    every = max(1, -(-bars // 8))
-    for number in range(0, bars, every):
-        x = left + (number + (0.5 if names else 0)) * step
-        anchor = "middle" if names or number else "start"
-        text = names[number] if names else _number(found.edges[number])
-        drawn.append(f'<text x="{x:.1f}" y="{base + 14}" text-anchor="{anchor}">{page_text(text)}</text>')
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{page_text(label)}">'
-        f'<path d="M{left} {base}H{width - left}" stroke="var(--soft)"/>{"".join(drawn)}'
-        f'<text x="{width / 2}" y="{height - 4}" text-anchor="middle">{page_text(unit)}</text></svg>'
-    )
+    texts = names or [_number(edge) for edge in found.edges]
+    return {
+        "title": title,
+        "label": label,
+        "unit": unit,
+        "n": found.n,
+        "bars": [(names[i] if names else _range(found, i), number) for i, number in enumerate(found.counts)],
+        "marks": [((mark - first) / (last - first), _number(mark)) for mark in marks if first < mark < last],
+        "ticks": [(i + (0.5 if names else 0), texts[i]) for i in range(0, count, max(1, -(-count // 8)))],
+    }
 
 
 def _range(found: Distribution, number: int) -> str:

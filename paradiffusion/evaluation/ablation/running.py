@@ -19,10 +19,9 @@ from typing import IO, Any, Final
 from tqdm import tqdm
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.ablation.commands import Launcher, heading
-from paradiffusion.evaluation.ablation.plan import Plan, Unit
+from paradiffusion.evaluation.ablation.ablation_plan import Launcher, Plan, Unit, heading
 from paradiffusion.evaluation.journal import Journal, read_journals
-from paradiffusion.evaluation.result import NAME
+from paradiffusion.evaluation.records import NAME
 
 _DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG of prctl(2)
 _POLL_SECONDS: Final = 0.2

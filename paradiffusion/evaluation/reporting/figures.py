@@ -1,23 +1,30 @@
-"""Plots as inline SVG under their titles: drawn by matplotlib, in the page's own colours and letters, the same bytes for the same numbers."""
+"""Figures of a report as inline SVG: drawn by matplotlib in the page's own colours and letters, the same bytes for the same numbers."""
 
 from __future__ import annotations
 
 import io
 import logging
+import math
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Final
 
+from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from paradiffusion.evaluation.estimates import Estimate
-from paradiffusion.evaluation.reporting.texts import estimate_text, excerpt, html, plain
-from paradiffusion.pages import page_text
+from paradiffusion.evaluation.records import Table
+from paradiffusion.evaluation.reporting.numbers import MeasureNumbers, Row, ScoreNumbers, SuiteNumbers
+from paradiffusion.evaluation.reporting.report_tables import group_name
+from paradiffusion.evaluation.reporting.texts import cell_text, estimate_text, excerpt
+from paradiffusion.evaluation.suites.suite import BAND_NAMES
+from paradiffusion.pages import page_text, plain, render
 
 # Stand-ins that the page's own colours replace, so that one figure serves light and dark: ink, lines, and the models'.
 INK: Final = "#0f0e01"
@@ -26,6 +33,7 @@ MODELS: Final = tuple(f"#0f0ea{i}" for i in range(8))
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")  # no model is known by its colour alone
 DASHES: Final = ("-", "--", "-.", ":", "-", "--", "-.", ":")
 MOST_POINTS: Final = 500
+MOST_PLACES: Final = 24
 _STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "paradiffusion",
@@ -70,7 +78,7 @@ def line_figure(
     unit: str,
     axis: str,
     xs: Sequence[Sequence[float]] | None = None,
-) -> str:
+) -> Markup:
     """Estimates with their intervals joined by lines: against length, by position.
 
     Args:
@@ -99,7 +107,7 @@ def line_figure(
 
 def row_figure(
     name: str, title: str, series: Sequence[Series], places: Sequence[str], unit: str, legend: bool = True
-) -> str:
+) -> Markup:
     """Estimates with their intervals, a row for each place: categories, models."""
     # Without a legend each series has a row of its own, and stands in its middle.
     spread = len(series) if legend else 1
@@ -120,7 +128,7 @@ def row_figure(
     return _drawn(figure, name, title, _description(title, series, places, unit))
 
 
-def bar_figure(name: str, title: str, series: Sequence[Series], places: Sequence[str], unit: str) -> str:
+def bar_figure(name: str, title: str, series: Sequence[Series], places: Sequence[str], unit: str) -> Markup:
     """Bars from 0 with intervals, those of one place side by side."""
     figure, axes = _empty(4.4, 2.9)
     width = 0.8 / max(1, len(series))
@@ -222,12 +230,12 @@ def _description(title: str, series: Sequence[Series], places: Sequence[str], un
     return plain(f"{title}. {'; '.join(parts)}.")
 
 
-def _drawn(figure: Figure, name: str, title: str, description: str) -> str:
+def _drawn(figure: Figure, name: str, title: str, description: str) -> Markup:
     """The figure under its title; over the axes alone a long one would run out of the picture."""
-    return f'<figure class="plot"><figcaption>{html(title)}</figcaption>{_svg(figure, name, description)}</figure>'
+    return Markup(render("evaluation/templates/figure.html", title=title, svg=_svg(figure, name, description)))
 
 
-def _svg(figure: Figure, name: str, description: str) -> str:
+def _svg(figure: Figure, name: str, description: str) -> Markup:
     buffer = io.StringIO()
     level = logging.getLogger("matplotlib").level
     with rc_context(_STYLE), warnings.catch_warnings():
@@ -249,4 +257,93 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     text = text.replace(INK, "currentColor").replace(LINE, "var(--line)")
     for number, colour in enumerate(MODELS):
         text = text.replace(colour, f"var(--model{number})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{page_text(description)}"', 1).strip()
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{page_text(description)}"', 1).strip())
+
+
+def measure_figures(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumbers, name: str) -> list[Markup]:
+    """A measure by model, against length and by category, as far as there is something to see.
+
+    Args:
+        name: unique on the page.
+    """
+    measure, found = one.measure, []
+    if sum(value is not None for value in one.whole.estimates) > 1:
+        series = [
+            Series(label, [value if i == number else None for i, value in enumerate(one.whole.estimates)])
+            for number, label in enumerate(numbers.labels)
+        ]
+        title = f"{measure.title}, by model"
+        found.append(row_figure(f"{name}-models", title, series, numbers.labels, measure.unit, legend=False))
+    if len(one.bands) > 1:
+        words = {band: fmean([p.words for p in numbers.suite.prompts if p.band == band] or [0]) for band in BAND_NAMES}
+        places = [words[row.group] for row in one.bands]
+        series = _by_row(numbers, one.bands, _points(numbers, score, one) if len(numbers.labels) == 1 else ())
+        found.append(
+            line_figure(
+                f"{name}-length",
+                f"{measure.title}, by length",
+                series,
+                [f"{row.group} words" for row in one.bands],
+                measure.unit,
+                "words of the prompt",
+                xs=[_apart(places, number, len(series)) for number in range(len(series))],
+            )
+        )
+    if 1 < len(one.categories) <= MOST_PLACES:
+        places_named = [group_name(row.group) for row in one.categories]
+        series = _by_row(numbers, one.categories)
+        title = f"{measure.title}, by category"
+        found.append(row_figure(f"{name}-categories", title, series, places_named, measure.unit))
+    return found
+
+
+def table_figures(tables: Sequence[tuple[str, Table]], name: str) -> list[Markup]:
+    """The figure that a table of a score's own asks for: its first column against its estimates.
+
+    Of several models the first column of estimates is compared; of one, all of them are shown.
+    """
+    kind, rows = tables[0][1].plot, tables[0][1].rows
+    if kind not in ("bars", "lines") or not 1 < len(rows) <= MOST_PLACES:
+        return []
+    places = list(dict.fromkeys(cell_text(row[0], "number") for _, table in tables for row in table.rows if row))
+    series = []
+    for label, table in tables:
+        columns = [j for j in range(1, len(table.head)) if any(_plotted(row, j) is not None for row in table.rows)]
+        for j in columns[:1] if len(tables) > 1 else columns:
+            of = {cell_text(row[0], "number"): _plotted(row, j) for row in table.rows if row}
+            series.append(Series(label if len(tables) > 1 else table.head[j], [of.get(place) for place in places]))
+    if not series:
+        return []
+    title, unit = tables[0][1].title, tables[0][1].unit
+    if kind == "lines":
+        return [line_figure(name, title, series, places, unit, str(tables[0][1].head[0]))]
+    return [bar_figure(name, title, series, places, unit)]
+
+
+def _by_row(numbers: SuiteNumbers, rows: Sequence[Row], points: Sequence[tuple[float, float]] = ()) -> list[Series]:
+    return [
+        Series(label, [row.estimates[number] for row in rows], points) for number, label in enumerate(numbers.labels)
+    ]
+
+
+def _points(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumbers) -> list[tuple[float, float]]:
+    """(words, value) of each image of the only model."""
+    words = {prompt.id: prompt.words for prompt in numbers.suite.prompts}
+    result = score.results[0]
+    return [
+        (float(words[image.prompt]), image.values[one.measure.name])
+        for image in (result.images if result is not None else ())
+        if image.prompt in words and math.isfinite(image.values.get(one.measure.name, math.nan))
+    ]
+
+
+def _apart(places: Sequence[float], number: int, count: int) -> list[float]:
+    """``places`` moved a little for each series, so that intervals do not cover each other."""
+    step = (max(places) - min(places)) * 0.012
+    return [place + (number - (count - 1) / 2) * step for place in places]
+
+
+def _plotted(row: Sequence[object], column: int) -> Estimate | None:
+    """A cell as a value to plot."""
+    cell = row[column] if column < len(row) else None
+    return cell if isinstance(cell, Estimate) and math.isfinite(cell.mean) else None

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from paradiffusion.evaluation.estimates import Estimate, difference
-from paradiffusion.evaluation.records import ImageScore, Measure, ScoreResult
-from paradiffusion.evaluation.result import Evaluation, estimate
+from paradiffusion.evaluation.records import Evaluation, ImageScore, Measure, ScoreResult, estimate
 from paradiffusion.evaluation.suites.suite import BAND_NAMES, Suite, SuitePrompt
 
 FEWEST: Final = 5

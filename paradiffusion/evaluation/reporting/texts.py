@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from html import escape
 from typing import Any, Final
 
 from paradiffusion.evaluation.estimates import Estimate
-from paradiffusion.pages import page_text
+from paradiffusion.pages import plain
 
 MISSING: Final = "–"
 MINUS: Final = "−"
 MOST_ITEMS: Final = 8  # of a list among settings
-_JOINER: Final = "\u200d"  # not printable by itself; it builds emoji and ligatures
 # What a model's own key or a URL's password may stand under; a report is sent round.
 _SECRET: Final = re.compile(r"(api_?key|token|password|secret)$", re.IGNORECASE)
 
@@ -77,35 +75,10 @@ def setting_text(key: str, value: Any) -> str:
     return MISSING if value is None or value == "" else plain(str(value))
 
 
-def plain(text: str) -> str:
-    """``text`` on one line, without control characters, and without marks that turn the direction of what follows."""
-    return "".join(c if c.isprintable() or c == _JOINER else "\ufffd" for c in " ".join(text.split()))
-
-
-def html(text: str) -> str:
-    """Foreign text for a page, on one line."""
-    return _escaped(plain(text))
-
-
-def html_lines(text: str) -> str:
-    """Foreign text for a page, its line ends kept; any other white space, such as the no-break space, is a space."""
-    return _escaped("".join(" " if c.isspace() and c != "\n" else c for c in text.replace("\r\n", "\n")))
-
-
 def excerpt(text: str, length: int = 120) -> str:
     """The beginning of ``text``, on one line, at most ``length`` characters."""
     line = plain(text)
     return line if len(line) <= length else line[: length - 1].rstrip() + "…"
-
-
-def markdown(text: str) -> str:
-    """Foreign text for a cell of a Markdown table: nothing in it is markup or HTML, and it stays on its line."""
-    return re.sub(r"([\\`*_\[\]|~#!$])", r"\\\1", escape(plain(text), quote=False))
-
-
-def _escaped(text: str) -> str:
-    """page_text, which would replace the joiner inside emoji too."""
-    return _JOINER.join(page_text(part) for part in text.split(_JOINER))
 
 
 def _digits(value: float, unit: str) -> str:

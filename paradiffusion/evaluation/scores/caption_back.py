@@ -17,8 +17,8 @@ from paradiffusion.atomic import atomic_file
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult
 from paradiffusion.evaluation.scores.vlm_answers import CAPTIONERS, Ask, Asker
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
-from paradiffusion.judges.choose import VlmOptions
-from paradiffusion.judges.text_embedding import EmbeddingOptions, TextEmbedder
+from paradiffusion.metrics.text_embedding import EmbeddingOptions, TextEmbedder
+from paradiffusion.metrics.vlm import VlmOptions
 from paradiffusion.sampling.run import Processes
 from paradiffusion.text.sources import fingerprint
 

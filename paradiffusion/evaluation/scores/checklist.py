@@ -1,19 +1,99 @@
-"""The checklist score: yes/no questions about each picture, answered by a vision-language model."""
+"""The checklist score: yes/no questions about each picture, answered by a vision-language model, with the dependency rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Final
 
+from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.dependencies import apply_rule, parents_first
 from paradiffusion.evaluation.scores.vlm_answers import CAPTIONERS, Ask, Asker, Heard
-from paradiffusion.evaluation.scores.yes_no import TOKENS, asked, verdict
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt, by_id
-from paradiffusion.judges.choose import VlmOptions
+from paradiffusion.metrics.vlm import VlmOptions
+
+TOKENS: Final = 16
+_INSTRUCTION: Final = "Look at the picture and answer this question with one word, yes or no: {question}"
+
+_THOUGHT: Final = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+_YES: Final = r"(?:yes|yeah|yep|true|correct)"
+_NO: Final = r"(?:no|nope|false|incorrect)"
+# Before the word: "Answer:", "The answer is", quotes, markdown's stars.
+_LEAD: Final = r"^\W*(?:(?:(?:the|my|final)\s+)*answer(?:\s+is)?\W*)?"
+_BOTH: Final = re.compile(_LEAD + rf"(?:{_YES}|{_NO})\W*(?:/|\band\b|\bor\b|\|)\W*(?:{_YES}|{_NO})\b", re.I)
+_FIRST: Final = re.compile(_LEAD + rf"(?:(?P<yes>{_YES})|(?P<no>{_NO}))\b(?!\s+(?:idea|way|clue|answer))", re.I)
+_LAST: Final = re.compile(
+    rf"\banswer(?:\s+is)?\W*(?:(?P<yes>{_YES})|(?P<no>{_NO}))\W*$|(?:^|\n)\W*(?:(?P<yes2>{_YES})|(?P<no2>{_NO}))\W*$",
+    re.I,
+)
+
+
+def asked(question: str) -> str:
+    """What the model is told."""
+    return _INSTRUCTION.replace("{question}", " ".join(question.split()))
+
+
+def verdict(answer: str) -> str:
+    """ "yes", "no" or "unclear".
+
+    The first word counts ("No, it is blue."), or one that stands alone at the end ("... Answer: yes"); reasoning in <think>
+    tags is passed over. Whatever takes no side, or both, is unclear.
+    """
+    text = _THOUGHT.sub(" ", answer)
+    if _BOTH.search(text):
+        return "unclear"
+    match = _FIRST.search(text) or _LAST.search(text)
+    if match is None:
+        return "unclear"
+    groups = match.groupdict()
+    return "yes" if groups.get("yes") or groups.get("yes2") else "no"
+
+
+def parents_first(prompt: SuitePrompt) -> list[ChecklistQuestion]:
+    """A prompt's questions, each after all of its parents.
+
+    Raises:
+        UserError: for two questions of one id, a parent that is not among the questions, or parents in a circle.
+    """
+    by_id = {question.id: question for question in prompt.questions}
+    if len(by_id) < len(prompt.questions):
+        twice = next(q.id for n, q in enumerate(prompt.questions) if q.id in {p.id for p in prompt.questions[:n]})
+        raise UserError(f"the checklist of {prompt.id} has two questions {twice}; give each question an id of its own.")
+    for question in prompt.questions:
+        for parent in question.parents:
+            if parent not in by_id:
+                raise UserError(
+                    f"in the checklist of {prompt.id}, question {question.id} depends on {parent}, which is not there; expected the "
+                    "id of another question of the same prompt."
+                )
+    try:
+        order = TopologicalSorter({question.id: question.parents for question in prompt.questions}).static_order()
+        return [by_id[name] for name in order]
+    except CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        raise UserError(
+            f"in the checklist of {prompt.id}, questions depend on each other in a circle ({circle}); remove one dependency."
+        ) from None
+
+
+def apply_rule(ordered: Sequence[ChecklistQuestion], yes: Mapping[str, bool]) -> dict[str, bool]:
+    """Which questions count as they were answered: those whose parents all count and were answered yes.
+
+    One that does not count is no "yes", whatever the answer was; so what depends on it does not count either.
+
+    Args:
+        ordered: from ``parents_first``.
+        yes: whether each was answered yes.
+    """
+    counted: dict[str, bool] = {}
+    for question in ordered:
+        counted[question.id] = all(counted[parent] and yes[parent] for parent in question.parents)
+    return counted
+
 
 UNCLEAR_TO_MENTION: Final = 0.02  # our choice
 _SHOWN: Final = 200  # characters of an answer that reports keep

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from paradiffusion.atomic import atomic_file
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.evaluation.records import Drawn, Run
-from paradiffusion.judges.clip import Clip
+from paradiffusion.metrics.clip import Clip
 from paradiffusion.text.sources import hash_ends
 
 _SECONDS: Final = 10.0  # of work that a kill may cost

@@ -10,10 +10,16 @@ import numpy as np
 
 from paradiffusion.evaluation.estimates import mean, ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, SentenceJudge
-from paradiffusion.evaluation.scores.sentence_rows import PictureRows, clip_features, prepare_rows, read_rows
+from paradiffusion.evaluation.scores.sentence_judges import (
+    ClipJudge,
+    PictureRows,
+    SentenceJudge,
+    clip_features,
+    prepare_rows,
+    read_rows,
+)
 from paradiffusion.evaluation.suites.suite import Suite, by_id
-from paradiffusion.judges.clip import Clip
+from paradiffusion.metrics.clip import Clip
 
 OTHERS: Final = 20  # pictures that a judge other than CLIP compares with: each costs it a look
 _FORMULA: Final = (
@@ -36,7 +42,7 @@ class SegmentAlignment:
     Source: _SOURCE; formula: _FORMULA. The whole-text score reads only the tokens that fit into CLIP's context.
 
     Args:
-        clip: a CLIP model as ``paradiffusion.judges.clip.load_clip`` takes it, or a judge of sentences.
+        clip: a CLIP model as ``paradiffusion.metrics.clip.load_clip`` takes it, or a judge of sentences.
         others: with how many other pictures a judge that is no CLIP compares.
     """
 

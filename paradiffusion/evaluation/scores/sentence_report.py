@@ -11,13 +11,20 @@ import numpy as np
 
 from paradiffusion.evaluation.estimates import Estimate, mean, ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.positions import PLACES, THIRDS, place, third
-from paradiffusion.evaluation.scores.scene_claims import KINDS
-from paradiffusion.evaluation.scores.scene_truth import FACTS
 from paradiffusion.evaluation.scores.segments import sentence_details
-from paradiffusion.evaluation.scores.sentence_judges import SentenceJudge
-from paradiffusion.evaluation.scores.sentence_rows import PictureRows, SentenceRow, prepare_rows, read_rows
+from paradiffusion.evaluation.scores.sentence_judges import (
+    PLACES,
+    THIRDS,
+    PictureRows,
+    SentenceJudge,
+    SentenceRow,
+    place,
+    prepare_rows,
+    read_rows,
+    third,
+)
 from paradiffusion.evaluation.suites.suite import Suite
+from paradiffusion.scenes.sentence_truth import FACTS, KINDS
 
 OTHERS: Final = 4  # pictures of other scenes, for the recall that chance reaches
 # A judge that only compares calls a sentence followed where its own picture scores above this share of the other prompts'

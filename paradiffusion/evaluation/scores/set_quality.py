@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,12 +17,221 @@ import torch
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, mean
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores import frechet
 from paradiffusion.evaluation.scores.image_features import Extractor, clip_weights, image_features, read_features
-from paradiffusion.evaluation.scores.reference import Reference, open_reference
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.judges import inception
-from paradiffusion.judges.clip import load_clip
+from paradiffusion.metrics import inception
+from paradiffusion.metrics.clip import load_clip
+from paradiffusion.randomness import seed_from
+
+SUBSETS: Final = 100
+SUBSET_SIZE: Final = 1000
+_BLOCK: Final = 2048  # rows of a kernel matrix at once: [2048, 30000] float64 is 0.5 GB
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The normal distribution that Frechet's distance takes a set of features for.
+
+    Attributes:
+        mean: float64 [D].
+        factor: float64 [K, D] whose ``factor.T @ factor`` is the covariance.
+        count: images that it comes from; None where that is not known.
+    """
+
+    mean: np.ndarray
+    factor: np.ndarray
+    count: int | None = None
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """float64 [D, D]."""
+        return self.factor.T @ self.factor
+
+
+def gaussian(features: np.ndarray) -> Gaussian:
+    """Mean and covariance (over N - 1) of ``features`` [N, D]; ValueError for fewer than 2."""
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} features have no covariance")
+    rows = features.astype(np.float64)
+    center = rows.mean(axis=0)
+    rows = (rows - center) / np.sqrt(len(rows) - 1)
+    # [min(N, D), D]: fewer images than features leave their covariance without inverse, and as a factor it needs none.
+    factor: np.ndarray = np.asarray(np.linalg.qr(rows, mode="r")) if len(rows) > rows.shape[1] else rows
+    return Gaussian(center, factor, len(features))
+
+
+def gaussian_from_moments(mean: np.ndarray, covariance: np.ndarray, count: int | None = None) -> Gaussian:
+    """A distribution of which mean [D] and covariance [D, D] are known.
+
+    Raises:
+        ValueError: for other shapes, values that are not finite, and a matrix that is no covariance.
+    """
+    mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise ValueError(f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} do not fit together")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("mean and covariance are not finite")
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    scale = max(float(np.abs(values).max(initial=0)), np.finfo(float).tiny)
+    if np.abs(covariance - covariance.T).max(initial=0) > 1e-4 * scale or values.min(initial=0) < -1e-4 * scale:
+        raise ValueError("the covariance is not symmetric with eigenvalues of at least 0")
+    return Gaussian(mean, np.sqrt(values.clip(min=0))[:, None] * vectors.T, count)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^1/2), of at least 0 (Heusel et al., arXiv 1706.08500, eq. 6).
+
+    The trace of the root is the sum of the singular values of ``factor_a factor_b^T``, since the square of that matrix's
+    singular values are the eigenvalues of cov_a cov_b: no matrix root is taken, so none fails where a covariance is singular,
+    nothing is complex, and no offset is added to the diagonal.
+    """
+    root = np.linalg.svd(a.factor @ b.factor.T, compute_uv=False).sum()
+    found = ((a.mean - b.mean) ** 2).sum() + (a.factor**2).sum() + (b.factor**2).sum() - 2 * root
+    return max(0.0, float(found))
+
+
+def frechet_influence(features: np.ndarray, reference: Gaussian) -> np.ndarray:
+    """How the distance of ``features`` [N, D] to ``reference`` changes with more weight on each image: float64 [N], mean 0.
+
+    The distance to first order is its value plus the mean of these over other images, so that their spread over prompts is
+    its uncertainty (the infinitesimal jackknife, Efron 1981). To resample the images themselves would not do: a resample has
+    fewer distinct images, and the distance grows as their number falls, so that all of its values lie above the one found.
+    With m the mean, r that of the reference and T the optimal map between the two, image x gets
+    2 (m - r)(x - m) + (x - m)^T (1 - T) (x - m), less the mean over all.
+    """
+    rows = features.astype(np.float64)
+    center = rows.mean(axis=0)
+    rows -= center
+    cross = rows @ reference.factor.T  # [N, K]
+    left, sizes, right = np.linalg.svd(cross, full_matrices=False)
+    kept = sizes > sizes.max(initial=0) * max(cross.shape) * np.finfo(float).eps
+    polar = left[:, kept] @ right[kept]  # [N, K]: cross (cross^T cross)^-1/2
+    # (x - m)^T T (x - m), whose mean is tr (cov_a cov_b)^1/2, and |x - m|^2, whose mean is tr cov_a, both over N - 1.
+    moved = (cross * polar).sum(axis=1) * len(rows) / np.sqrt(len(rows) - 1)
+    size = (rows**2).sum(axis=1) * len(rows) / (len(rows) - 1)
+    found = 2 * rows @ (center - reference.mean) + size - moved
+    return found - found.mean()
+
+
+def kernel_distance(
+    a: np.ndarray, b: np.ndarray, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
+) -> float:
+    """KID: the unbiased squared maximum mean discrepancy of features [N, D] and [M, D], the mean over random subsets.
+
+    The kernel is (x.y / D + 1)^3; each subset takes ``size`` of either set without repeating (Binkowski et al.,
+    arXiv 1801.01401, section 4: 100 subsets of 1,000). A smaller set is taken whole. It may come out below 0, as an unbiased
+    estimate of something small must. Not multiplied by 1,000.
+
+    Raises:
+        ValueError: for fewer than 2 of either.
+    """
+    size = min(size, len(a), len(b))
+    if size < 2:
+        raise ValueError(f"{len(a)} and {len(b)} features have no unbiased discrepancy")
+    if size == len(a) == len(b):
+        subsets = 1  # each would be the whole
+    rng = np.random.Generator(np.random.PCG64(seed_from("kernel distance", seed)))
+    found = []
+    for _ in range(subsets):
+        one = a[rng.choice(len(a), size, replace=False)].astype(np.float64)
+        other = b[rng.choice(len(b), size, replace=False)].astype(np.float64)
+        within = sum((kernel(rows, rows).sum() - _own(rows).sum()) / (size * (size - 1)) for rows in (one, other))
+        found.append(within - 2 * kernel(one, other).mean())
+    return float(np.mean(found))
+
+
+def kernel_influence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """As ``frechet_influence``, of the kernel distance: float64 [N] with mean 0, for features [N, D] and [M, D].
+
+    Image x gets 2 (mean over the other images of k(x, .) - mean over the reference of k(x, .)), less the mean over all.
+    """
+    rows, others = a.astype(np.float64), b.astype(np.float64)
+    own = _own(rows)
+    found = np.empty(len(rows))
+    for start in range(0, len(rows), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        within = (kernel(rows[part], rows).sum(axis=1) - own[part]) / (len(rows) - 1)
+        found[part] = 2 * (within - kernel(rows[part], others).mean(axis=1))
+    return found - found.mean()
+
+
+def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(x.y / D + 1)^3 for rows [N, D] and [M, D]: [N, M]."""
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def _own(rows: np.ndarray) -> np.ndarray:
+    """The kernel of each row with itself."""
+    return ((rows**2).sum(axis=1) / rows.shape[1] + 1) ** 3
+
+
+PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp")
+_EXPECTED: Final = (
+    "expected a folder of at least 2 pictures (PNG, JPEG, WebP), or a .npz with mu and sigma as pytorch-fid writes it"
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What to compare with: ``images`` of a folder, or ``moments``.
+
+    Attributes:
+        settings: what it is, as JSON; it differs when the pictures do.
+    """
+
+    path: Path
+    images: list[Drawn] = field(default_factory=list)
+    moments: Gaussian | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def open_reference(path: Path) -> Reference:
+    """The reference at ``path``; pictures in folders below it count too, and are not read yet.
+
+    Raises:
+        UserError: where there is nothing, no pictures, or no such statistics.
+    """
+    if path.is_dir():
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in PICTURES and file.is_file() and not is_overview(file)
+        )
+        if len(files) < 2:
+            raise UserError(f"reference={path} holds {len(files)} pictures; {_EXPECTED}.")
+        names = [file.relative_to(path).as_posix() for file in files]
+        images = [Drawn(name, name, file) for name, file in zip(names, files, strict=True)]
+        listing = "\n".join(f"{name} {file.stat().st_size}" for name, file in zip(names, files, strict=True))
+        kept = {"kind": "folder", "path": str(path), "pictures": len(files), "listing": _hash(listing.encode())}
+        return Reference(path, images, None, kept)
+    if path.suffix != ".npz" or not path.is_file():
+        raise UserError(f"reference={path} is no such folder or file; {_EXPECTED}.")
+    moments = _moments(path)
+    kept = {"kind": "statistics", "path": str(path), "sha256": _hash(path.read_bytes())}
+    return Reference(path, [], moments, kept)
+
+
+def is_overview(file: Path) -> bool:
+    """Whether ``file`` shows all pictures of a folder that the sampler drew in one, and is no picture of its own."""
+    return file.name == "grid.png" and (file.parent / "manifest.jsonl").is_file()
+
+
+def _moments(path: Path) -> Gaussian:
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no archive of arrays")
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in ("mu", "sigma") if name not in file]
+            if missing:
+                raise ValueError(f"it has no {' and no '.join(missing)}")
+            return gaussian_from_moments(file["mu"], file["sigma"])
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, np.linalg.LinAlgError, MemoryError) as error:
+        raise UserError(f"reference={path} cannot be used ({error}); {_EXPECTED}.") from None
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
 
 FEW: Final = 2000  # images under which a distance says more about their number than about the model
 
@@ -32,7 +242,7 @@ class _SetDistance(ABC):
 
     An image that failed has no features, and a distance has no value for it: failures are listed, and counted in a warning.
     The interval is that of the distance for this many images of other prompts, against the same reference: the mean over
-    resampled prompts of what each image adds to it (see ``frechet.frechet_influence``), which in simulation covers at 97 to
+    resampled prompts of what each image adds to it (see ``frechet_influence``), which in simulation covers at 97 to
     99 %. It does not say how far the distance of infinitely many images lies.
 
     Args:
@@ -65,14 +275,14 @@ class _SetDistance(ABC):
 
     def _against(self, reference: np.ndarray) -> Any:
         """What the distance is taken to, of the reference's features [M, D]."""
-        return self._opened.moments or frechet.gaussian(reference)
+        return self._opened.moments or gaussian(reference)
 
     def _distance(self, features: np.ndarray, against: Any) -> float:
-        return frechet.frechet_distance(frechet.gaussian(features), against)
+        return frechet_distance(gaussian(features), against)
 
     def _influence(self, features: np.ndarray, against: Any) -> np.ndarray:
         """What each image adds to the distance [N], with mean 0."""
-        return frechet.frechet_influence(features, against)
+        return frechet_influence(features, against)
 
     def settings(self) -> dict[str, Any]:
         return {"features": self._identity(), "reference": self._opened.settings}
@@ -161,8 +371,8 @@ class _SetDistance(ABC):
             )
         if self._opened.images and pictures < FEW:
             found.append(f"The reference has {pictures} pictures, fewer than {FEW:,}.")
-        if not self.biased and min(count, pictures) < frechet.SUBSET_SIZE:
-            found.append(f"Its subsets are of {min(count, pictures)}, where {frechet.SUBSET_SIZE:,} are usual.")
+        if not self.biased and min(count, pictures) < SUBSET_SIZE:
+            found.append(f"Its subsets are of {min(count, pictures)}, where {SUBSET_SIZE:,} are usual.")
         if failed:
             found.append(
                 f"{failed} of {count + failed} images failed and are not in it: it has no value for a failure."
@@ -178,7 +388,7 @@ class _SetDistance(ABC):
 
 @dataclass
 class _OnInception(_SetDistance):
-    """On the 2,048 features of the FID's own Inception network, from a local file (see ``judges.inception``)."""
+    """On the 2,048 features of the FID's own Inception network, from a local file (see ``metrics.inception``)."""
 
     weights: Path = field(kw_only=True)
 
@@ -249,10 +459,10 @@ class KernelInception(_OnInception):
         return reference
 
     def _distance(self, features: np.ndarray, against: Any) -> float:
-        return frechet.kernel_distance(features, against)
+        return kernel_distance(features, against)
 
     def _influence(self, features: np.ndarray, against: Any) -> np.ndarray:
-        return frechet.kernel_influence(features, against)
+        return kernel_influence(features, against)
 
 
 @dataclass
@@ -260,7 +470,7 @@ class FrechetClip(_SetDistance):
     """CLIP-FD: Frechet's distance on a CLIP model's image features, which ImageNet's classes do not bind.
 
     Args:
-        spec: the model, as ``judges.clip.load_clip`` takes it.
+        spec: the model, as ``metrics.clip.load_clip`` takes it.
     """
 
     spec: str = field(kw_only=True)

@@ -20,8 +20,7 @@ from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Run
-from paradiffusion.judges.choose import VlmOptions, open_engine, settings_of
-from paradiffusion.judges.engine import Answer, Decoding, Engine, Question, fit
+from paradiffusion.metrics.vlm import Answer, Decoding, Engine, Question, VlmOptions, fit, open_engine, settings_of
 from paradiffusion.repository import ROOT
 from paradiffusion.sampling.run import Processes
 from paradiffusion.text.sources import fingerprint

@@ -9,18 +9,28 @@ from typing import Any, Final
 
 from paradiffusion.checks import choice
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.suites.coco import read_coco
-from paradiffusion.evaluation.suites.detailmaster import read_detailmaster
-from paradiffusion.evaluation.suites.dpg import read_dpg
-from paradiffusion.evaluation.suites.entry import TABLE, SuiteEntry, find_entry, read_table
-from paradiffusion.evaluation.suites.expected import check_checklists, check_prompts
-from paradiffusion.evaluation.suites.geneval import read_geneval
-from paradiffusion.evaluation.suites.ids import safe_ids
-from paradiffusion.evaluation.suites.paraprompts import read_paraprompts
-from paradiffusion.evaluation.suites.plain import read_folder, read_prompt_file
-from paradiffusion.evaluation.suites.scenes import read_scenes
-from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.evaluation.suites.tabular import read_rows_as_prompts
+from paradiffusion.evaluation.suites.checklist_readers import (
+    read_detailmaster,
+    read_dpg,
+    read_geneval,
+    read_paraprompts,
+)
+from paradiffusion.evaluation.suites.prompt_readers import (
+    read_coco,
+    read_folder,
+    read_prompt_file,
+    read_rows_as_prompts,
+    read_scenes,
+)
+from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, safe_ids
+from paradiffusion.evaluation.suites.suite_table import (
+    TABLE,
+    SuiteEntry,
+    check_checklists,
+    check_prompts,
+    find_entry,
+    read_table,
+)
 from paradiffusion.randomness import seed_from
 from paradiffusion.repository import find_shipped
 

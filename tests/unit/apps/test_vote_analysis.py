@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sqlite3
 import threading
 from collections import Counter
@@ -26,20 +27,21 @@ from vote_studies import (
 )  # fmt: skip
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.scores.human_pairs import read_pairs
+from paradiffusion.evaluation.scores.agreement import read_pairs
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.evaluation.votes.assign import all_pairs, assign, spread
-from paradiffusion.evaluation.votes.begin import open_study
-from paradiffusion.evaluation.votes.export import write_csv
-from paradiffusion.evaluation.votes.options import VoteOptions
-from paradiffusion.evaluation.votes.outcomes import outcomes
-from paradiffusion.evaluation.votes.raters import alpha_of
-from paradiffusion.evaluation.votes.report import summary, write_results
-from paradiffusion.evaluation.votes.results import rates_of, results_of
-from paradiffusion.evaluation.votes.steps import about, run_action
-from paradiffusion.evaluation.votes.store import Refusal, Store, Vote
-from paradiffusion.evaluation.votes.strengths import fit_davidson, strengths_of
-from paradiffusion.evaluation.votes.study import read_study
+from paradiffusion.evaluation.votes.vote_actions import about, open_study, run_action
+from paradiffusion.evaluation.votes.vote_options import VoteOptions
+from paradiffusion.evaluation.votes.vote_report import summary, write_csv, write_results
+from paradiffusion.evaluation.votes.vote_results import (
+    alpha_of,
+    fit_davidson,
+    outcomes,
+    rates_of,
+    results_of,
+    strengths_of,
+)
+from paradiffusion.evaluation.votes.vote_store import Refusal, Store, Vote
+from paradiffusion.evaluation.votes.vote_study import all_pairs, assign, read_study, spread
 
 # --- who sees what
 
@@ -380,9 +382,9 @@ def test_reports_and_the_csv_say_the_same_and_escape_what_people_wrote(tmp_path:
     counted = Counter(one.choice for one in outcomes(study, votes, {}))
     assert win["mean"] == counted["a"] / 24 and win["n"] == 24 and win["prompts"] == 12
     text = (tmp_path / "out/results.md").read_text()
-    assert f"{100 * win['mean']:.1f} % [{100 * win['low']:.1f}, {100 * win['high']:.1f}]" in text
+    assert f"{100 * win['mean']:.1f} % ({100 * win['low']:.1f} to {100 * win['high']:.1f})" in text
     widths = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
-    blocks = [line for line in text.splitlines() if line.startswith("|---")]
+    blocks = [line for line in text.splitlines() if line.startswith("| ---")]
     assert len(widths) > 12 and {line.count("|") for line in blocks} <= set(widths) and "two \\| three" in text
     assert all(a == b for (a, la), (b, lb) in pairwise(_tables(text)) if la == lb)
     assert f"faithfulness: {names[0]} {100 * win['mean']:.1f} %" in summary(results)[1]
@@ -401,7 +403,7 @@ def test_reports_and_the_csv_say_the_same_and_escape_what_people_wrote(tmp_path:
         rows = list(csv.DictReader(file))
     assert len(rows) == 24 and rows[0]["comment"].startswith("a lamp\n=1+1 ")  # no row of the rater's own making
     write_results(results_of(study, votes, comments), tmp_path / "out")
-    assert "](" not in (tmp_path / "out/results.md").read_text()
+    assert not re.search(r"(?<!\\)\]\(", (tmp_path / "out/results.md").read_text())
     empty = write_results(results_of(study, [], {}), tmp_path / "none").read_text()
     assert "No votes yet." in empty and "Not finished: 0 of 24" in empty
 

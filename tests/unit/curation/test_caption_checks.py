@@ -13,7 +13,7 @@ from paradiffusion.curation.captioning.caption_checks import Limits, is_english,
 from paradiffusion.curation.captioning.caption_options import draw, load_templates
 from paradiffusion.curation.captioning.captioning import interval
 from paradiffusion.errors import UserError
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 
 GOOD = (
     "A tabby cat sleeps on a green armchair by the window. Its tail hangs over the left arm, which is worn and shows the wood. "

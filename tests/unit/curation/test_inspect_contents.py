@@ -22,8 +22,7 @@ from paradiffusion.curation.inspecting.inspect import (
     kind_weights,
     run_of,
 )
-from paradiffusion.curation.inspecting.page import inspection_page
-from paradiffusion.curation.inspecting.page_parts import LONGEST_SHOWN
+from paradiffusion.curation.inspecting.page import LONGEST_SHOWN, inspection_page
 from paradiffusion.data.images import make_buckets
 from paradiffusion.data.index import SampleIndex, TokenCounter, join_indexes, load_index
 from paradiffusion.data.plan import BatchPlan, Share

@@ -32,7 +32,7 @@ from paradiffusion.data.images import decode
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.judges.clip import load_clip, load_head
+from paradiffusion.metrics.clip import load_clip, load_head
 
 Command = Callable[..., "CompletedProcess[str]"]
 

@@ -25,7 +25,7 @@ from paradiffusion.curation.choosing.selection import Choosing, choose, choose_v
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.judges.clip import Clip, load_clip
+from paradiffusion.metrics.clip import Clip, load_clip
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,17 @@ from commands import ROOT
 
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.ablation.commands import Launcher, as_json_lines, as_shell, as_slurm
-from paradiffusion.evaluation.ablation.options import AblateOptions, split
-from paradiffusion.evaluation.ablation.plan import Extra, Plan, make_plan
-from paradiffusion.evaluation.ablation.study import read_study
+from paradiffusion.evaluation.ablation.ablate import AblateOptions, split
+from paradiffusion.evaluation.ablation.ablation_plan import (
+    Extra,
+    Launcher,
+    Plan,
+    as_json_lines,
+    as_shell,
+    as_slurm,
+    make_plan,
+)
+from paradiffusion.evaluation.ablation.ablation_study import read_study
 
 SHIPPED = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 Write = Callable[..., Path]

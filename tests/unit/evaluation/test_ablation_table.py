@@ -11,15 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paradiffusion.evaluation.ablation.collecting import LOSS, MINUTES, Comparison, compare
-from paradiffusion.evaluation.ablation.intervals import Observed, difference, over_seeds, plain_mean
-from paradiffusion.evaluation.ablation.plan import Cell, Plan, Unit
-from paradiffusion.evaluation.ablation.presenting import as_markdown, write_comparison
+from paradiffusion.evaluation.ablation.ablation_plan import Cell, Plan, Unit
+from paradiffusion.evaluation.ablation.ablation_study import Setting, Study
+from paradiffusion.evaluation.ablation.comparison import (
+    LOSS,
+    MINUTES,
+    Comparison,
+    as_markdown,
+    compare,
+    write_comparison,
+)
 from paradiffusion.evaluation.ablation.running import Outcome
-from paradiffusion.evaluation.ablation.study import Setting, Study
+from paradiffusion.evaluation.ablation.seed_intervals import Observed, difference, over_seeds, plain_mean
 from paradiffusion.evaluation.estimates import Estimate, mean
-from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, ScoreResult
-from paradiffusion.evaluation.result import Evaluation, write_evaluation
+from paradiffusion.evaluation.records import Drawn, Evaluation, ImageScore, Measure, ScoreResult, write_evaluation
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 
 PROMPTS = 30
@@ -32,7 +37,7 @@ def observed(values: np.ndarray) -> Observed:
 
 @pytest.mark.parametrize(("seeds", "seed_deviation"), [(2, 0.0), (2, 0.03), (3, 0.05), (3, 0.15)])
 def test_intervals_cover_at_their_rate(seeds: int, seed_deviation: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paradiffusion.evaluation.ablation.intervals.RESAMPLES", 200)
+    monkeypatch.setattr("paradiffusion.evaluation.ablation.seed_intervals.RESAMPLES", 200)
     rng = np.random.default_rng(seeds)
     covered, trials = 0, 300
     for _ in range(trials):

@@ -10,10 +10,8 @@ import pytest
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
-from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, ScoreResult, Table
-from paradiffusion.evaluation.result import Evaluation
-from paradiffusion.evaluation.scores.agreement import agreement
-from paradiffusion.evaluation.scores.human_pairs import HumanPair, read_pairs
+from paradiffusion.evaluation.records import Drawn, Evaluation, ImageScore, Measure, ScoreResult, Table
+from paradiffusion.evaluation.scores.agreement import HumanPair, agreement, read_pairs
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 
 COUNT = 40

@@ -23,8 +23,8 @@ from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.caption_back import CaptionBack, Vectors
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.judges.choose import VlmOptions
-from paradiffusion.judges.text_embedding import EmbeddingOptions, TextEmbedder
+from paradiffusion.metrics.text_embedding import EmbeddingOptions, TextEmbedder
+from paradiffusion.metrics.vlm import VlmOptions
 
 TEXTS = (
     "a red barn under a wide sky", "two green boats on still water", "an old clock over the door of a shop",

@@ -21,11 +21,9 @@ from vlm_scoring import LoneRun, draw_scenes, look, options_for
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, ScoreResult
-from paradiffusion.evaluation.scores.checklist import Checklist
-from paradiffusion.evaluation.scores.dependencies import apply_rule, parents_first
-from paradiffusion.evaluation.scores.yes_no import verdict
+from paradiffusion.evaluation.scores.checklist import Checklist, apply_rule, parents_first, verdict
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt
-from paradiffusion.judges.choose import VlmOptions
+from paradiffusion.metrics.vlm import VlmOptions
 
 
 @pytest.fixture
@@ -247,7 +245,7 @@ from pathlib import Path
 sys.path.insert(0, "tests/support")
 from vlm_scoring import LoneRun, draw_scenes
 from paradiffusion.evaluation.scores.checklist import Checklist
-from paradiffusion.judges.choose import VlmOptions
+from paradiffusion.metrics.vlm import VlmOptions
 folder = Path(sys.argv[2])
 suite, images = draw_scenes(folder / "images", 10)
 options = VlmOptions(engine="endpoint", endpoint=sys.argv[1], concurrency=1)

@@ -13,13 +13,12 @@ from tiny_clip import write_clip
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, Painter, Request, ScoreResult
-from paradiffusion.evaluation.scores.counterfactual import LIMIT, Counterfactual
-from paradiffusion.evaluation.scores.counterfactual_tables import removals_of
-from paradiffusion.evaluation.scores.scene_claims import Claim, claims
+from paradiffusion.evaluation.scores.counterfactual import LIMIT, Counterfactual, removals_of
 from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, NoJudge, SceneJudge
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 from paradiffusion.sampling.pipeline import Job, generate
+from paradiffusion.scenes.sentence_truth import Claim, claims
 
 
 def drawn(suite: Suite, painter: Painter, folder: Path) -> list[Drawn]:

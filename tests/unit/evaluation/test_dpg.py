@@ -16,8 +16,17 @@ from vlm_scoring import LoneRun, options_for
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.checklist import Answered, Checklist
-from paradiffusion.evaluation.scores.dpg import DpgCorrected, DpgPublished, in_order
-from paradiffusion.evaluation.scores.dpg_rules import CORRECTED, PUBLISHED, JudgedPrompt, Quirks, judge, questions_of
+from paradiffusion.evaluation.scores.dpg_bench import (
+    CORRECTED,
+    PUBLISHED,
+    DpgCorrected,
+    DpgPublished,
+    JudgedPrompt,
+    Quirks,
+    in_order,
+    judge,
+    questions_of,
+)
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt
 
 OFF = {field.name: False for field in fields(Quirks)}

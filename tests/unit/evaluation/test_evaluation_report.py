@@ -16,8 +16,8 @@ from report_fixtures import FID, SHARE, Page, evaluation, suite, written
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, difference, mean
 from paradiffusion.evaluation.records import ImageScore, ScoreResult, Table
-from paradiffusion.evaluation.reporting.report import write_report
-from paradiffusion.evaluation.reporting.votes import read_votes, vote_tables
+from paradiffusion.evaluation.reporting.evaluation_report import write_report
+from paradiffusion.evaluation.reporting.report_tables import read_votes, vote_tables
 
 
 def test_numbers_of_one_evaluation(tmp_path: Path) -> None:

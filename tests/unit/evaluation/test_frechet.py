@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy import linalg
 
 from paradiffusion.evaluation.estimates import mean
-from paradiffusion.evaluation.scores import frechet
+from paradiffusion.evaluation.scores import set_quality as frechet
 
 
 def with_moments(rng: np.random.Generator, count: int, center: np.ndarray, covariance: np.ndarray) -> np.ndarray:
@@ -122,3 +123,16 @@ def test_kid_takes_subsets_without_repeating_and_is_unbiased() -> None:
     assert found == pytest.approx(brute_force(a[:150], b[:150]), rel=0.5) and found > 0.1
     same = [frechet.kernel_distance(*rng.normal(size=(2, 60, 4))) for _ in range(200)]
     assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(200) and min(same) < 0
+
+
+def test_both_distances_are_those_of_torchmetrics() -> None:
+    """Where torchmetrics is installed; ours also say what each image adds, which the intervals are made of."""
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    kid = pytest.importorskip("torchmetrics.image.kid")
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(120, 64)), rng.normal(0.3, 1.2, size=(120, 64))
+    one, other = frechet.gaussian(a), frechet.gaussian(b)
+    tensors = [torch.from_numpy(x) for x in (one.mean, one.covariance, other.mean, other.covariance)]
+    assert frechet.frechet_distance(one, other) == pytest.approx(float(fid._compute_fid(*tensors)), rel=1e-9)
+    theirs = float(kid.poly_mmd(torch.from_numpy(a), torch.from_numpy(b)))
+    assert frechet.kernel_distance(a, b) == pytest.approx(theirs, rel=1e-9)

@@ -14,11 +14,17 @@ from tiny_clip import CONTEXT, write_clip
 
 from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.segments import SegmentAlignment, words_read
-from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, Judgement, SceneJudge
+from paradiffusion.evaluation.scores.sentence_judges import (
+    ClipJudge,
+    Judgement,
+    SceneJudge,
+    SentenceRow,
+    prepare_rows,
+    read_rows,
+)
 from paradiffusion.evaluation.scores.sentence_report import SentenceReport
-from paradiffusion.evaluation.scores.sentence_rows import SentenceRow, prepare_rows, read_rows
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 from paradiffusion.scenes.dataset import make_scene
 
 

@@ -19,19 +19,17 @@ from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult, Table
-from paradiffusion.evaluation.scores.positions import place, third
-from paradiffusion.evaluation.scores.scene_claims import claims
-from paradiffusion.evaluation.scores.scene_truth import follow, look
 from paradiffusion.evaluation.scores.scenes_score import ScenesScore
 from paradiffusion.evaluation.scores.segments import SegmentAlignment
-from paradiffusion.evaluation.scores.sentence_judges import SceneJudge
+from paradiffusion.evaluation.scores.sentence_judges import SceneJudge, place, third
 from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.judges.sentences import sentences
+from paradiffusion.metrics.sentences import sentences
 from paradiffusion.models.codec import load_codec
 from paradiffusion.scenes.alignment import sentence_recall, stage_table
 from paradiffusion.scenes.dataset import captions, demo_samples, draw, make_scene, scene_from_meta
 from paradiffusion.scenes.judge import score, summarise
+from paradiffusion.scenes.sentence_truth import claims, follow, look
 from paradiffusion.scenes.world import Background, Scene, SceneObject
 from paradiffusion.training.trainer import open_data
 from paradiffusion.training.validation import read_held_out, reconstruct

@@ -21,10 +21,9 @@ from torch import nn
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.scores.image_features import Extractor, image_features, read_features
-from paradiffusion.evaluation.scores.reference import open_reference
-from paradiffusion.evaluation.scores.set_quality import FrechetClip, FrechetInception, KernelInception
+from paradiffusion.evaluation.scores.set_quality import FrechetClip, FrechetInception, KernelInception, open_reference
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.judges import inception
+from paradiffusion.metrics import inception
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,9 @@ import pytest
 from commands import ROOT
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.suites.describe import what_it_holds, where_from
-from paradiffusion.evaluation.suites.entry import TABLE, read_table
-from paradiffusion.evaluation.suites.ids import MAX_BYTES, safe_ids
 from paradiffusion.evaluation.suites.load import FORMATS, load_suite, suites
-from paradiffusion.evaluation.suites.suite import BAND_NAMES, SuitePrompt
+from paradiffusion.evaluation.suites.suite import BAND_NAMES, MAX_BYTES, SuitePrompt, safe_ids
+from paradiffusion.evaluation.suites.suite_table import TABLE, read_table, what_it_holds, where_from
 from paradiffusion.scenes.dataset import demo_samples
 from paradiffusion.scenes.world import scene_from_meta
 

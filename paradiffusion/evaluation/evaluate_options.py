@@ -1,0 +1,208 @@
+"""What scripts/evaluate.py was asked for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import yaml
+
+from paradiffusion.checks import choice, positive
+from paradiffusion.config import FrozenConfig, SampleConfig, SamplerConfig
+from paradiffusion.errors import UserError
+from paradiffusion.evaluation.suites.suite_files import read_yaml
+
+SOURCES = ("ckpt", "pipeline", "images", "compare")
+# What decides a picture beside the weights, the prompt, its seed and its size.
+DRAWING = (*(one.name for one in fields(SamplerConfig)), "negative_prompt")
+
+
+@dataclass
+class EvaluateOptions:
+    """The keys of the command line; scripts/evaluate.py says what each is. Numbers are our choice."""
+
+    # what is judged
+    ckpt: str | None = None
+    pipeline: str | None = None
+    images: str | None = None
+    compare: str | None = None
+    label: str | None = None
+    output_dir: str | None = None
+    # on what
+    suite: str | None = None
+    suite_path: str | None = None
+    suite_options: str | None = None
+    allow_other: bool = False
+    count: int | None = None
+    images_per_prompt: int | None = None
+    # drawing, as sample.py has it
+    unet: str = "unet"
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    solver: str | None = None
+    guidance_rescale: float | None = None
+    guidance_start: float | None = None
+    guidance_stop: float | None = None
+    guidance_sigma_min: float | None = None
+    guidance_sigma_max: float | None = None
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    batch_size: int = 16
+    device: str | None = None
+    dtype: str = "float32"
+    threads: int | None = None
+    compile: bool = False
+    channels_last: bool = False
+    offload_text_encoder: bool = False
+    vae_tiling: bool = False
+    text_encoder: FrozenConfig = field(default_factory=FrozenConfig)
+    codec: FrozenConfig = field(default_factory=FrozenConfig)
+    # scores
+    scores: str = "auto"
+    clip: str | None = None
+    clip_precision: str = "fp32"
+    inception: str | None = None
+    reference: str | None = None
+    vlm: str | None = None
+    vlm_revision: str | None = None
+    vlm_dtype: str = "auto"
+    vlm_batch_size: int = 8
+    endpoint: str | None = None
+    served: str | None = None
+    api_key_env: str | None = None
+    concurrency: int = 32
+    text_embedding: str | None = None
+    counterfactual: int | None = None
+    agreement: str | None = None
+    votes: str | None = None
+    baseline: str | None = None
+
+    def check(self) -> None:
+        """Raise UserError for missing, contradictory or impossible values."""
+        given = [key for key in SOURCES if getattr(self, key)]
+        if len(given) != 1:
+            found = " and ".join(f"{key}=" for key in given) or "none of them"
+            raise UserError(f"expected one of {', '.join(f'{key}=' for key in SOURCES)}, found {found}.")
+        if self.compare and len(self.compared()) < 2:
+            raise UserError(
+                f"compare={self.compare} names one; expected at least two, such as compare=[runs/a,runs/b]."
+            )
+        if self.compare and self.label:
+            raise UserError(
+                "label= is for one model; with compare= write the names inside, as in compare=[ours=runs/a,...]."
+            )
+        if not self.compare and not self.suites():
+            raise UserError("suite= is missing; name one, such as suite=scenes or suite=[scenes,paraprompts].")
+        self.suite_paths()
+        if self.suite_options and len(self.suites()) != 1:
+            raise UserError("suite_options= are of one suite; give them with a single suite=.")
+        if self.agreement and not self.compare:
+            raise UserError(
+                "agreement= asks which of two pictures people prefer; give the sets that they saw as compare=[a,b]."
+            )
+        if (self.votes or self.baseline) and not self.compare:
+            raise UserError(
+                "votes= and baseline= are for a comparison; name the models as compare=[a,b], or leave them out."
+            )
+        self.of_suite()
+        for key in ("batch_size", "vlm_batch_size", "concurrency"):
+            positive(key, getattr(self, key))
+        for key in ("count", "images_per_prompt"):
+            if getattr(self, key) is not None:
+                positive(key, getattr(self, key))
+        if self.counterfactual is not None:
+            positive("counterfactual", self.counterfactual, zero=True)
+        choice("clip_precision", self.clip_precision, ("fp32", "bf16", "fp16"))
+        if self.vlm and self.endpoint:
+            raise UserError("both vlm= and endpoint= are given; keep the model in this process or the server.")
+        if (self.served or self.api_key_env) and not self.endpoint:
+            raise UserError(
+                "served= and api_key_env= are for a server; add endpoint=, such as http://localhost:8000/v1."
+            )
+        if self.images:
+            for key in (*DRAWING, "height", "width", "sampler"):
+                if getattr(self, key) is not None:
+                    raise UserError(f"{key}= is for drawing, and images= draws nothing; leave it out.")
+            if self.counterfactual:
+                raise UserError(
+                    f"counterfactual={self.counterfactual} draws further pictures, and images= draws nothing; leave it out."
+                )
+        self.sampling().check()
+        SamplerConfig(**{key: value for key in DRAWING[:-1] if (value := getattr(self, key)) is not None}).check()
+
+    def suites(self) -> list[str]:
+        """The names in ``suite=``."""
+        return split_list(self.suite)
+
+    def suite_paths(self) -> dict[str, str]:
+        """Where suites lie, by name; ``suite_path=`` is a path for a single suite, or {name: path, ...}.
+
+        Raises:
+            UserError: for a path without a name where there are several suites, and for a name that is none of them.
+        """
+        text, names = (self.suite_path or "").strip(), self.suites()
+        if not text:
+            return {}
+        if not text.startswith("{"):
+            if len(names) != 1:
+                raise UserError(
+                    f"suite_path={text} does not say of which suite; write suite_path='{{{(names or ['name'])[-1]}: {text}}}'."
+                )
+            return {names[0]: text}
+        values = _mapping(text)
+        if values is None or not all(isinstance(path, str) for path in values.values()):
+            raise UserError(
+                f"suite_path={text} is not understood; expected a path, or a mapping such as {{paraprompts: path}}."
+            )
+        for name in values:
+            if name not in names:
+                raise UserError(
+                    f"suite_path={text} has a path of {name}, and suite= names {', '.join(names) or 'none'}."
+                )
+        return {str(name): str(path) for name, path in values.items()}
+
+    def of_suite(self) -> dict[str, Any]:
+        """``suite_options=`` as a mapping."""
+        values = _mapping(self.suite_options or "{}")
+        if values is None:
+            raise UserError(
+                f"suite_options={self.suite_options} is not understood; expected a mapping, such as {{language: zh}}."
+            )
+        return values
+
+    def compared(self) -> list[tuple[str | None, str]]:
+        """(label or None, path) of each in ``compare=``."""
+        found: list[tuple[str | None, str]] = []
+        for item in split_list(self.compare):
+            match = re.fullmatch(r"([^/\\=]+)=(.+)", item)
+            found.append((match[1].strip(), match[2].strip()) if match else (None, item))
+        return found
+
+    def wanted_scores(self) -> list[str] | None:
+        """The names in ``scores=``, None for all that can be computed."""
+        return None if self.scores == "auto" else split_list(self.scores)
+
+    def sampling(self, ckpt: str = "suite", images_per_prompt: int = 1) -> SampleConfig:
+        """The options of drawing as the sampler takes them; the prompts come from the suite."""
+        shared = (*DRAWING, "unet", "height", "width", "batch_size", "device", "dtype", "threads", "compile", "channels_last",
+                  "offload_text_encoder", "vae_tiling", "text_encoder", "codec")  # fmt: skip
+        values = {key: getattr(self, key) for key in shared}
+        return SampleConfig(ckpt=ckpt, prompt="suite", images_per_prompt=images_per_prompt, **values)
+
+
+def split_list(text: str | None) -> list[str]:
+    """``[a,b]``, ``a,b`` or ``a`` as a list; spaces and quotes around an item are dropped."""
+    inner = (text or "").strip()
+    inner = inner[1:-1] if inner.startswith("[") and inner.endswith("]") else inner
+    return [item for part in inner.split(",") if (item := part.strip().strip("'\""))]
+
+
+def _mapping(text: str) -> dict[str, Any] | None:
+    try:
+        values = read_yaml(text)
+    except yaml.YAMLError:
+        return None
+    return values if isinstance(values, dict) else None

@@ -1,0 +1,239 @@
+"""Results of votes for people and programs: one page, the same as Markdown and JSON, and every vote as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from paradiffusion.atomic import atomic_file, write_atomic
+from paradiffusion.evaluation.estimates import Estimate
+from paradiffusion.evaluation.records import finite
+from paradiffusion.evaluation.votes.vote_results import Answers, Rates, Results, outcomes
+from paradiffusion.evaluation.votes.vote_store import Vote
+from paradiffusion.evaluation.votes.vote_study import Study
+from paradiffusion.pages import Cell, Grid, Group, grid_markdown, markdown, render, text_grid
+
+FORMAT_VERSION: Final = 1
+STEM: Final = "results"
+MOST_LISTED: Final = 200
+
+
+@dataclass
+class _Section:
+    title: str
+    lines: list[str]
+    warnings: list[str]
+    tables: list[tuple[str, Grid]]
+
+
+def write_results(results: Results, folder: Path) -> Path:
+    """Write results.html, results.md and results.json into ``folder``; the page's path."""
+    sections = list(_sections(results))
+    heading = f"Votes: {results.study}"
+    record = {"paradiffusion_votes": FORMAT_VERSION, **finite(asdict(results))}
+    contents = {
+        ".html": render("evaluation/templates/votes.html", title=heading, sections=sections),
+        ".md": _markdown(heading, sections),
+        ".json": json.dumps(record, ensure_ascii=False, indent=1) + "\n",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, content in contents.items():
+        write_atomic(folder / f"{STEM}{suffix}", content)
+    return folder / f"{STEM}.html"
+
+
+def summary(results: Results) -> list[str]:
+    """The main of it, a line each: who is preferred to whom."""
+    lines = [f"screens voted on: {sum(r.done for r in results.raters)} of {sum(r.total for r in results.raters)}"]
+    for answers in results.answers:
+        for one in answers.rates:
+            lines.append(
+                f"{answers.question.name}: {one.set_a} {_share(one.win)}, tie {_share(one.tie)}, {one.set_b} {_share(one.loss)}, "
+                f"{one.win.n} votes on {one.win.prompts} prompts"
+            )
+        if answers.strengths is not None and len(results.sets) > 2:
+            shown = (f"{name} {_number(one)}" for name, one in answers.strengths.sets.items())
+            lines.append(f"{answers.question.name}, log strengths: {', '.join(shown)}")
+    return lines
+
+
+def _sections(results: Results) -> Iterator[_Section]:
+    done, total = sum(r.done for r in results.raters), sum(r.total for r in results.raters)
+    asked = "one after the other over all pairs" if results.ask == "separately" else "together on one screen"
+    yield _Section(
+        "",
+        [
+            f"{len(results.sets)} sets ({', '.join(results.sets)}), {results.prompts} prompts of {results.suite}, {results.pairs} "
+            f"pairs, each seen by {results.repeats} of {len(results.raters)} raters; questions were asked {asked}.",
+            "Intervals are 95 %, by bootstrap over prompts; one without width means that all prompts were alike, not that it is sure. "
+            "Raters saw no names; sides were drawn by lot, half and half.",
+        ],
+        [f"Not finished: {done} of {total} screens are voted on."] if done < total else [],
+        [],
+    )
+    for answers in results.answers:
+        yield _answers(answers)
+    yield _Section("Raters", [], [], [("", _raters(results))])
+    if results.failures:
+        rows = [[name, prompt, str(number), why] for name, prompt, number, why in results.failures[:MOST_LISTED]]
+        rest = len(results.failures) - len(rows)
+        yield _Section(
+            "Missing pictures",
+            [
+                f"Pictures that could not be shown: {len(results.failures)}. Where the other picture was there it wins, else the two tie; "
+                "such pairs count once for each rater to whom they fell."
+                + (f" {rest} more are not listed." if rest else "")
+            ],
+            [],
+            [("", text_grid(["set", "prompt", "image", "why"], rows, words=4))],
+        )
+    if results.comments:
+        rows = [list(row) for row in results.comments[:MOST_LISTED]]
+        yield _Section("Comments", [], [], [("", text_grid(["rater", "prompt", "comment"], rows, words=3))])
+
+
+def _answers(answers: Answers) -> _Section:
+    question = answers.question
+    lines = [f"“{question.text}”, asked {'beside the text' if question.shows_text else 'without the text'}."]
+    if not answers.votes and not answers.missing:
+        return _Section(question.name, [*lines, "No votes yet."], [], [])
+    missing = f", and {answers.missing} decided by a missing picture" if answers.missing else ""
+    lines.append(f"{answers.votes} votes{missing}.")
+    tables = [("", _rates_table({"": answers.rates}))]
+    warnings = list(answers.warnings)
+    if answers.strengths is not None:
+        warnings += answers.strengths.warnings
+        ordered = sorted(answers.strengths.sets.items(), key=lambda item: -item[1].mean)
+        rows = [
+            [Cell(name), _number_cell(one), _number_cell(one, 400 / math.log(10), 0), Cell(str(one.n))]
+            for name, one in ordered
+        ]
+        note = (
+            "Davidson's model (1970): Bradley and Terry's with ties. Natural logarithm, of mean 0 over the sets: a set "
+            "1 above another gets 2.7 votes for each one of the other's, ties aside."
+        )
+        tables.append(("Strengths", Grid(["set", "log strength", "in Elo points", "votes"], [Group("", rows)], note)))
+    for title, groups in (("By length of the prompt (words)", answers.by_band), ("By category", answers.by_category)):
+        if groups:
+            tables.append((title, _rates_table(groups)))
+    tables.append(("How far to trust this", _trust_table(answers)))
+    return _Section(question.name, lines, warnings, tables)
+
+
+def _rates_table(groups: dict[str, list[Rates]]) -> Grid:
+    head = ["sets", "first wins", "tie", "second wins", "first minus second", "votes", "prompts", "first, tie, second"]
+    made = []
+    for name, rates in groups.items():
+        rows = []
+        for one in rates:
+            shares = [
+                _share_cell(one.win),
+                _share_cell(one.tie),
+                _share_cell(one.loss),
+                _share_cell(one.margin, signed=True),
+            ]
+            bar = Cell("", bar=(one.win.mean, one.tie.mean, one.loss.mean))
+            sets = Cell(f"{one.set_a} against {one.set_b}")
+            rows.append([sets, *shares, Cell(str(one.win.n)), Cell(str(one.win.prompts)), bar])
+        made.append(Group(name, rows))
+    return Grid(head, made)
+
+
+def _trust_table(answers: Answers) -> Grid:
+    trust = answers.reliability
+    rows: list[tuple[str, Estimate | None, Callable[[Estimate], Cell]]] = [
+        ("raters' agreement, Krippendorff's alpha (nominal; 1 is full, 0 is chance)", trust.alpha, _number_cell),
+        ("two raters chose the same", trust.same, _share_cell),
+        ("a rater chose the same again", trust.again, _share_cell),
+        ("left among votes for a side (50 % where sides do not matter)", trust.left, _share_cell),
+    ]
+    made = [
+        [Cell(name), *([Cell("not measured"), Cell("")] if one is None else [show(one), Cell(str(one.n))])]
+        for name, one, show in rows
+    ]
+    return Grid(["", "", "n"], [Group("", made)])
+
+
+def _raters(results: Results) -> Grid:
+    rows = []
+    for rater in results.raters:
+        shares = ["" if value is None else f"{value:.0%}" for value in (rater.ties, rater.left)]
+        seconds = "" if rater.seconds is None else f"{rater.seconds:g} s"
+        rows.append([rater.name, f"{rater.done} of {rater.total}", str(rater.votes), seconds, *shares])
+    return text_grid(["rater", "screens", "votes", "median time", "ties", "left"], rows)
+
+
+def _share(one: Estimate) -> str:
+    return f"{100 * one.mean:.1f} % [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+
+
+def _number(one: Estimate) -> str:
+    return f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]"
+
+
+def _share_cell(one: Estimate, signed: bool = False) -> Cell:
+    form = "+.1f" if signed else ".1f"
+    return Cell(f"{100 * one.mean:{form}} %", (f"{100 * one.low:{form}} to {100 * one.high:{form}}",))
+
+
+def _number_cell(one: Estimate, factor: float = 1.0, digits: int = 2) -> Cell:
+    interval = f"{factor * one.low:.{digits}f} to {factor * one.high:.{digits}f}"
+    return Cell(f"{factor * one.mean:.{digits}f}", (interval,))
+
+
+def _markdown(heading: str, sections: Sequence[_Section]) -> str:
+    parts = [f"# {markdown(heading)}"]
+    for section in sections:
+        parts += [f"## {markdown(section.title)}"] if section.title else []
+        parts += ["\n".join(map(markdown, section.lines))] if section.lines else []
+        parts += [f"**{markdown(warning)}**" for warning in section.warnings]
+        for title, grid in section.tables:
+            parts += [f"### {markdown(title)}"] if title else []
+            parts.append(grid_markdown(_without_bars(grid)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _without_bars(grid: Grid) -> Grid:
+    """Bars are drawn, and have no words."""
+    if not any(cell.bar for group in grid.groups for row in group.rows for cell in row):
+        return grid
+    return Grid(
+        grid.head[:-1], [Group(group.title, [row[:-1] for row in group.rows]) for group in grid.groups], grid.note
+    )
+
+
+COLUMNS: Final = (
+    "study", "rater", "prompt", "category", "band", "set_a", "set_b", "left", "question", "choice", "seconds", "at", "image",
+    "occasion", "missing", "comment",
+)  # fmt: skip
+
+
+def write_csv(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str, str], str], path: Path) -> int:
+    """Write a row for each vote, and for each pair that a missing picture decided (``missing`` is then 1, ``left`` empty).
+
+    ``choice`` is a, b or tie; ``occasion`` 1 where a rater saw the pair for the second time; ``at`` in UTC.
+
+    Returns:
+        How many votes there were.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for one in outcomes(study, votes, comments):
+            row = {name: getattr(one, name) for name in COLUMNS if name != "study"}
+            row |= {"study": study.name, "missing": int(one.missing), "comment": _harmless(one.comment)}
+            writer.writerow(row)
+    return len(votes)
+
+
+def _harmless(text: str) -> str:
+    """What a rater wrote, so that a spreadsheet shows it and does not compute it."""
+    # A carriage return alone is not quoted by the csv module, and ends the row for most that read it.
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{text}" if text[:1] in "=+-@\t\n" and text else text

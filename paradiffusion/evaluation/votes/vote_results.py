@@ -1,0 +1,492 @@
+"""Results of a study's votes: outcomes, rates, strengths (Davidson's model) and agreement, by question, category and length.
+
+Davidson, "On extending the Bradley-Terry model to accommodate ties in paired comparison experiments" (JASA 65, 1970): with
+strengths p_i and a tie parameter v, the chances of "i", "j" and "tie" are as p_i : p_j : v sqrt(p_i p_j). Without ties it is
+Bradley and Terry's; its estimates depend on the votes through wins and half ties alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from statistics import median
+from typing import Final
+
+import numpy as np
+from scipy.sparse.csgraph import connected_components
+
+from paradiffusion.evaluation.estimates import RESAMPLES, Estimate, expanded_tails, ratio
+from paradiffusion.evaluation.suites.suite import BAND_NAMES
+from paradiffusion.evaluation.votes.vote_store import Vote
+from paradiffusion.evaluation.votes.vote_study import TIE, Question, Study, Task
+from paradiffusion.randomness import seed_from
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One comparison of two sets.
+
+    Attributes:
+        pair: its number in the study.
+        choice: "a", "b" or "tie".
+        left: the set that was on the left, "" where nothing was shown.
+        rater: who was shown it, or would have been; ``missing`` says that a missing picture decided instead.
+        occasion: 1 where the rater saw the pair for the second time; such outcomes count for nothing but that.
+    """
+
+    pair: int
+    prompt: str
+    image: int
+    category: str
+    band: str
+    set_a: str
+    set_b: str
+    left: str
+    question: str
+    choice: str
+    rater: str
+    occasion: int = 0
+    missing: bool = False
+    seconds: float | None = None
+    at: str = ""
+    comment: str = ""
+
+
+def outcomes(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str, str], str]) -> list[Outcome]:
+    """All outcomes: the votes, then the pairs that a missing picture decides.
+
+    Such a pair counts once for each rater to whom it fell, from when they have come past it: so in a study that is not
+    finished it weighs no more than a pair that is voted on.
+    """
+    tasks = {rater: {task.key: task for task in own} for rater, own in study.tasks.items()}
+    found = []
+    for vote in votes:
+        task = tasks.get(vote.rater, {}).get(vote.task)
+        if task is not None:
+            found.append(_voted(study, task, vote, comments.get((vote.rater, vote.task), "")))
+    return found + list(_settled(study, votes))
+
+
+def _voted(study: Study, task: Task, vote: Vote, comment: str) -> Outcome:
+    pair = study.pairs[task.pair]
+    sides = (pair.set_b, pair.set_a) if task.flipped else (pair.set_a, pair.set_b)
+    chosen = {"left": sides[0], "right": sides[1]}.get(vote.choice)
+    choice = TIE if chosen is None else "a" if chosen == pair.set_a else "b"
+    return _outcome(
+        study, task, vote.question, choice, vote.rater, left=sides[0], seconds=vote.seconds, at=vote.at, comment=comment
+    )
+
+
+def _settled(study: Study, votes: Sequence[Vote]) -> Iterator[Outcome]:
+    voted: dict[str, set[str]] = defaultdict(set)
+    for vote in votes:
+        voted[vote.rater].add(vote.task)
+    for rater, tasks in study.tasks.items():
+        for round_number in sorted({task.round for task in tasks}):
+            own = [task for task in tasks if task.round == round_number and task.occasion == 0]
+            decided = [study.settled(study.pairs[task.pair]) for task in own]
+            seen = [place for place, task in enumerate(own) if task.key in voted[rater]]
+            shown = sum(choice is None for choice in decided)
+            reached = len(own) if len(seen) == shown else max(seen, default=0)
+            for task, choice in list(zip(own, decided, strict=True))[:reached]:
+                if choice is not None:
+                    for question in study.asked(round_number):
+                        yield _outcome(study, task, question.name, choice, rater, missing=True)
+
+
+def _outcome(
+    study: Study,
+    task: Task,
+    question: str,
+    choice: str,
+    rater: str,
+    *,
+    left: str = "",
+    missing: bool = False,
+    seconds: float | None = None,
+    at: str = "",
+    comment: str = "",
+) -> Outcome:
+    pair = study.pairs[task.pair]
+    prompt = study.prompts[pair.prompt]
+    return Outcome(
+        task.pair, pair.prompt, pair.image, prompt.category, prompt.band, pair.set_a, pair.set_b, left, question, choice,
+        rater, task.occasion, missing, seconds, at, comment,
+    )  # fmt: skip
+
+
+CHOICES = ("a", "b", TIE)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Of one question's votes; each None where there is nothing to tell it from.
+
+    Attributes:
+        alpha: Krippendorff's, nominal over a, b and tie; n counts the votes on pairs that two or more raters saw.
+        same: the share of pairs of votes, by two raters on the same pictures, that are the same.
+        left: the share of the left among votes that chose a side; 0.5 where sides do not matter.
+        again: the share of pairs seen a second time on which the rater chose the same set again.
+    """
+
+    alpha: Estimate | None
+    same: Estimate | None
+    left: Estimate | None
+    again: Estimate | None
+
+
+def reliability(outcomes: Sequence[Outcome], seed: int = 0) -> Reliability:
+    """Agreement and leaning in the ``outcomes`` of one question."""
+    voted = [one for one in outcomes if not one.missing]
+    first = [one for one in voted if one.occasion == 0]
+    units = [((one.pair, one.image), CHOICES.index(one.choice), one.prompt) for one in first]
+    sided = [one for one in first if one.choice != TIE]
+    left = [float((one.set_a if one.choice == "a" else one.set_b) == one.left) for one in sided]
+    return Reliability(
+        alpha=alpha_of([u for u, _, _ in units], [v for _, v, _ in units], [p for _, _, p in units], 3, seed),
+        same=_same(first, seed),
+        left=ratio(left, [1.0] * len(left), [one.prompt for one in sided], seed) if sided else None,
+        again=_again(voted, seed),
+    )
+
+
+def krippendorff_alpha(coincidences: np.ndarray) -> np.ndarray:
+    """Nominal alpha of coincidence matrices [..., values, values]; nan where all votes are one value.
+
+    Krippendorff, "Content Analysis": 1 - (n - 1) (sum of o_ck over c != k) / (sum of n_c n_k over c != k).
+    """
+    totals = coincidences.sum(-1)  # [..., values]
+    n = totals.sum(-1)
+    observed = n - np.trace(coincidences, axis1=-2, axis2=-1)
+    expected = n**2 - (totals**2).sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(expected > 0, 1 - (n - 1) * observed / expected, np.nan)
+
+
+def alpha_of(
+    units: Sequence[Hashable], values: Sequence[int], prompts: Sequence[str], choices: int, seed: int = 0
+) -> Estimate | None:
+    """Krippendorff's nominal alpha, with a 95 % interval by bootstrap over prompts.
+
+    Args:
+        units: what each value was given to; those with a single value say nothing, and are left out.
+        values: numbers below ``choices``.
+        prompts: what each value's unit belongs to, which is what is resampled.
+    Returns:
+        None where no unit has two values, or all values are one: then there is nothing to tell apart.
+    """
+    given: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(choices))
+    prompt_of: dict[Hashable, str] = {}
+    for unit, value, prompt in zip(units, values, prompts, strict=True):
+        given[unit][value] += 1
+        prompt_of[unit] = prompt
+    names = {p: row for row, p in enumerate(dict.fromkeys(prompt_of[u] for u, row in given.items() if row.sum() > 1))}
+    tables = np.zeros((len(names), choices, choices))
+    for unit, row in given.items():
+        if row.sum() > 1:
+            tables[names[prompt_of[unit]]] += (np.outer(row, row) - np.diag(row)) / (row.sum() - 1)
+    found = krippendorff_alpha(tables.sum(0))
+    if np.isnan(found):
+        return None
+    rng = np.random.Generator(np.random.PCG64(seed_from("alpha", seed, len(names))))
+    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES).astype(float)
+    sampled = krippendorff_alpha(np.tensordot(weights, tables, 1))
+    low, high = np.nanquantile(sampled, expanded_tails(len(names)))
+    alpha = float(found)
+    return Estimate(alpha, min(float(low), alpha), max(float(high), alpha), round(float(tables.sum())), len(names))
+
+
+def _same(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
+    """The share of equal votes among all pairs of votes on one pair of pictures."""
+    groups: dict[int, list[Outcome]] = defaultdict(list)
+    for one in outcomes:
+        groups[one.pair].append(one)
+    equal: list[float] = []
+    all_pairs: list[float] = []
+    prompts: list[str] = []
+    for group in groups.values():
+        counts = [sum(one.choice == choice for one in group) for choice in CHOICES]
+        if len(group) > 1:
+            equal.append(sum(count * (count - 1) / 2 for count in counts))
+            all_pairs.append(len(group) * (len(group) - 1) / 2)
+            prompts.append(group[0].prompt)
+    return ratio(equal, all_pairs, prompts, seed) if prompts else None
+
+
+def _again(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
+    first = {(one.rater, one.pair): one.choice for one in outcomes if one.occasion == 0}
+    second = [one for one in outcomes if one.occasion == 1 and (one.rater, one.pair) in first]
+    same = [float(first[one.rater, one.pair] == one.choice) for one in second]
+    return ratio(same, [1.0] * len(same), [one.prompt for one in second], seed) if second else None
+
+
+# The spread of a normal prior on log strengths and on the tie parameter, natural logarithm; our choice. A set that won every
+# vote has no finite estimate without one; with 20 votes a pair it moves an estimate by less than 2 %.
+PRIOR: Final = 3.0
+_STEPS: Final = 60
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """The fit of one question's votes.
+
+    Attributes:
+        sets: log strength of each (natural logarithm), all together of mean 0, with its interval.
+        tie: log of the tie parameter: with two equal sets the share of ties is v / (2 + v).
+        warnings: what a reader must know of them.
+    """
+
+    sets: dict[str, Estimate]
+    tie: Estimate
+    warnings: list[str]
+
+
+def fit_davidson(counts: np.ndarray, pairs: Sequence[tuple[int, int]], sets: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fit many tables of votes at once, by Newton's method on the log likelihood, which is concave.
+
+    Args:
+        counts: [B, M, 3], for each of M pairs of sets the votes for the first, for the second, and ties.
+        pairs: the two sets of each pair, as numbers below ``sets``.
+    Returns:
+        log strengths [B, sets], of mean 0, and the log tie parameter [B].
+    """
+    # The logits of a pair's three answers are linear in the parameters: [M, 3, sets + 1].
+    design = np.zeros((len(pairs), 3, sets + 1))
+    for row, (first, second) in enumerate(pairs):
+        design[row, :, first] = (0.5, -0.5, 0)
+        design[row, :, second] = (-0.5, 0.5, 0)
+        design[row, 2, sets] = 1
+    parameters = np.zeros((len(counts), sets + 1))
+    votes = counts.sum(2)  # [B, M]
+    ridge = np.eye(sets + 1) / PRIOR**2
+    for _ in range(_STEPS):
+        logits = np.einsum("mck,bk->bmc", design, parameters)
+        odds = np.exp(logits - logits.max(2, keepdims=True))
+        chance = odds / odds.sum(2, keepdims=True)
+        gradient = np.einsum("mck,bmc->bk", design, counts - votes[..., None] * chance) - parameters @ ridge
+        weighted = votes[..., None] * chance  # [B, M, 3]
+        centre = np.einsum("mck,bmc->bmk", design, chance)
+        curvature = np.einsum("mck,bmc,mcl->bkl", design, weighted, design) - np.einsum(
+            "bm,bmk,bml->bkl", votes, centre, centre
+        )
+        step = np.linalg.solve(curvature + ridge, gradient[..., None])[..., 0]
+        # Far from the top a whole step can overshoot.
+        step /= np.maximum(1, np.abs(step).max(1, keepdims=True))
+        parameters = parameters + step
+        if np.abs(step).max(initial=0) < 1e-9:
+            break
+    strengths = parameters[:, :sets]
+    return strengths - strengths.mean(1, keepdims=True), parameters[:, sets]
+
+
+def strengths_of(outcomes: Sequence[Outcome], sets: Sequence[str], seed: int = 0) -> Strengths | None:
+    """Strengths with 95 % intervals by bootstrap over prompts; None where there are no votes."""
+    if not outcomes:
+        return None
+    number = {name: place for place, name in enumerate(sets)}
+    pairs = sorted({(number[one.set_a], number[one.set_b]) for one in outcomes})
+    place = {pair: row for row, pair in enumerate(pairs)}
+    prompts = {prompt: row for row, prompt in enumerate(dict.fromkeys(one.prompt for one in outcomes))}
+    counts = np.zeros((len(prompts), len(pairs), 3))
+    for one in outcomes:
+        counts[prompts[one.prompt], place[number[one.set_a], number[one.set_b]], CHOICES.index(one.choice)] += 1
+    found, tie = fit_davidson(counts.sum(0, keepdims=True), pairs, len(sets))
+    rng = np.random.Generator(np.random.PCG64(seed_from("strengths", seed, len(prompts))))
+    weights = rng.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), RESAMPLES)  # [B, prompts]
+    drawn = np.tensordot(weights.astype(float), counts, 1)
+    sampled, ties = fit_davidson(drawn, pairs, len(sets))
+    tails = expanded_tails(len(prompts))
+
+    def estimate(value: float, values: np.ndarray, votes: float) -> Estimate:
+        low, high = np.quantile(values, tails)
+        return Estimate(float(value), min(float(low), value), max(float(high), value), round(votes), len(prompts))
+
+    shown = [counts[:, [name in pair for pair in pairs]].sum() for name in range(len(sets))]
+    return Strengths(
+        {name: estimate(float(found[0, i]), sampled[:, i], float(shown[i])) for i, name in enumerate(sets)},
+        estimate(float(tie[0]), ties, float(counts.sum())),
+        _connection_warnings(counts.sum(0), pairs, sets),
+    )
+
+
+def _connection_warnings(counts: np.ndarray, pairs: Sequence[tuple[int, int]], sets: Sequence[str]) -> list[str]:
+    """What Ford's condition (American Mathematical Monthly 64, 1957) asks: from each set a way of wins to each other."""
+    beats = np.zeros((len(sets), len(sets)))
+    for (first, second), (wins, losses, ties) in zip(pairs, counts, strict=True):
+        beats[first, second] = wins + ties
+        beats[second, first] = losses + ties
+    parts, part_of = connected_components(beats, directed=True, connection="weak")
+    if parts > 1:
+        groups = [" and ".join(name for i, name in enumerate(sets) if part_of[i] == part) for part in range(parts)]
+        return [f"No votes connect {', '.join(groups)}: strengths say nothing across these groups."]
+    if connected_components(beats, directed=True, connection="strong")[0] > 1:
+        return [
+            "Some sets never lost (or never won) against the others, so that no finite strength is the likeliest; what is "
+            "shown is held back by a weak prior, and its size means little."
+        ]
+    return []
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How two sets did against each other, as shares of the votes.
+
+    Attributes:
+        margin: ``win`` minus ``loss``: how many more votes ``set_a`` got.
+    """
+
+    set_a: str
+    set_b: str
+    win: Estimate
+    tie: Estimate
+    loss: Estimate
+    margin: Estimate
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All about one question. ``by_category`` and ``by_band`` hold the rates of groups of prompts."""
+
+    question: Question
+    rates: list[Rates]
+    by_category: dict[str, list[Rates]]
+    by_band: dict[str, list[Rates]]
+    strengths: Strengths | None
+    reliability: Reliability
+    votes: int
+    missing: int
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Rater:
+    """How far a rater is, in screens; how long a vote took (median, seconds); and shares of their votes."""
+
+    name: str
+    done: int
+    total: int
+    votes: int
+    seconds: float | None
+    ties: float | None
+    left: float | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """What action=results found."""
+
+    study: str
+    title: str
+    suite: str
+    prompts: int
+    pairs: int
+    repeats: int
+    ask: str
+    sets: list[str]
+    raters: list[Rater]
+    answers: list[Answers]
+    failures: list[tuple[str, str, int, str]]
+    comments: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def results_of(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str, str], str], seed: int = 0) -> Results:
+    """Count ``votes``, as ``Store`` has them. ``seed`` is the bootstrap's."""
+    found = outcomes(study, votes, comments)
+    remarks = {(o.rater, o.prompt, o.comment): None for o in found if o.comment}
+    return Results(
+        study=study.name,
+        title=study.title,
+        suite=study.suite,
+        prompts=len(study.prompts),
+        pairs=len(study.pairs),
+        repeats=_repeats(study),
+        ask=study.ask,
+        sets=list(study.sets),
+        raters=[_rater(study, rater, votes, found) for rater in study.tasks],
+        answers=[_answers(study, q, [o for o in found if o.question == q.name], seed) for q in study.questions],
+        failures=study.failures(),
+        comments=list(remarks),
+    )
+
+
+def rates_of(found: Sequence[Outcome], sets: Sequence[str], seed: int = 0) -> list[Rates]:
+    """Rates of each two of ``sets`` that have votes."""
+    rates = []
+    for first, second in combinations(sets, 2):
+        own = [one for one in found if (one.set_a, one.set_b) == (first, second)]
+        if own:
+            prompts = [one.prompt for one in own]
+
+            def share(
+                value: Callable[[str], float], own: list[Outcome] = own, prompts: list[str] = prompts
+            ) -> Estimate:
+                return ratio([value(one.choice) for one in own], [1.0] * len(own), prompts, seed)
+
+            rates.append(
+                Rates(
+                    first,
+                    second,
+                    win=share(lambda choice: choice == "a"),
+                    tie=share(lambda choice: choice == TIE),
+                    loss=share(lambda choice: choice == "b"),
+                    margin=share(lambda choice: (choice == "a") - (choice == "b")),
+                )
+            )
+    return rates
+
+
+def _answers(study: Study, question: Question, found: Sequence[Outcome], seed: int) -> Answers:
+    counted = [one for one in found if one.occasion == 0]
+    sets = list(study.sets)
+
+    def groups(name_of: Callable[[Outcome], str], names: Sequence[str]) -> dict[str, list[Rates]]:
+        return {n: rates for n in names if (rates := rates_of([o for o in counted if name_of(o) == n], sets, seed))}
+
+    categories = sorted({one.category for one in counted if one.category})
+    trust = reliability(found, seed)
+    warnings = []
+    if trust.left is not None and not trust.left.low <= 0.5 <= trust.left.high:
+        warnings.append(
+            f"Raters leaned to the {'left' if trust.left.mean > 0.5 else 'right'}. Sides are balanced, so that this blurs "
+            "differences and favours no set."
+        )
+    prompts = len({one.prompt for one in counted})
+    if 0 < prompts < 20:
+        warnings.append(f"Votes on {prompts} prompts only: intervals of so few hold the truth less often than 95 %.")
+    return Answers(
+        question=question,
+        rates=rates_of(counted, sets, seed),
+        by_category=groups(lambda one: one.category, categories),
+        by_band=groups(lambda one: one.band, BAND_NAMES),
+        strengths=strengths_of(counted, sets, seed),
+        reliability=trust,
+        votes=sum(not one.missing for one in counted),
+        missing=sum(one.missing for one in counted),
+        warnings=warnings,
+    )
+
+
+def _rater(study: Study, rater: str, votes: Sequence[Vote], found: Sequence[Outcome]) -> Rater:
+    own = [vote for vote in votes if vote.rater == rater]
+    shown = {t.key: t.round for t in study.tasks[rater] if study.settled(study.pairs[t.pair]) is None}
+    answered = {(vote.task, vote.question) for vote in own}
+    done = sum(all((key, q.name) in answered for q in study.asked(number)) for key, number in shown.items())
+    sided = [one for one in found if one.rater == rater and not one.missing and one.choice != TIE]
+    return Rater(
+        name=rater,
+        done=done,
+        total=len(shown),
+        votes=len(own),
+        seconds=round(median(vote.seconds for vote in own), 1) if own else None,
+        ties=sum(vote.choice == TIE for vote in own) / len(own) if own else None,
+        left=sum((o.set_a if o.choice == "a" else o.set_b) == o.left for o in sided) / len(sided) if sided else None,
+    )
+
+
+def _repeats(study: Study) -> int:
+    """How many raters see a pair."""
+    if not study.pairs:
+        return 0
+    return sum(task.pair == 0 and not task.occasion and not task.round for t in study.tasks.values() for task in t)

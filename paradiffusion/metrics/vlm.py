@@ -1,0 +1,247 @@
+"""Vision-language models: questions and answers, and which model answers, here or behind an endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from PIL import Image
+
+from paradiffusion.checks import choice, positive
+from paradiffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from paradiffusion.metrics.endpoint import Address
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: the longest answer.
+        top_p: the share of the probability that is drawn from, where a question's temperature is above 0.
+    """
+
+    max_new_tokens: int
+    top_p: float = 1.0
+
+
+@dataclass
+class Question:
+    """A request about one picture.
+
+    Attributes:
+        row: which picture, by the caller's count.
+        part: tells the questions about one picture apart.
+        image: RGB, of the size that the model is to see.
+        prompt: what is asked.
+        seed: of the draws of this answer.
+        temperature: 0 takes the likeliest token always.
+    """
+
+    row: int
+    part: int
+    image: Image.Image
+    prompt: str
+    seed: int
+    temperature: float
+
+
+@dataclass
+class Answer:
+    """What came back.
+
+    Attributes:
+        text: as it came, special tokens left out.
+        tokens: how many were generated.
+        finished: False where the token limit ended it.
+        error: why this picture got no answer, "" where it did. Whatever would befall every picture is a UserError.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    finished: bool = True
+    error: str = ""
+
+
+class Engine(Protocol):
+    """Something that answers questions.
+
+    Attributes:
+        model: the model's name.
+        revision: what tells its weights from others of that name.
+        device: "cuda", "cpu", "endpoint", ...
+        batch_size: how many questions are answered together.
+    """
+
+    model: str
+    revision: str
+    device: str
+    batch_size: int
+
+    def answers(self, batches: Iterator[list[Question]]) -> Iterator[list[tuple[Question, Answer]]]:
+        """Answer all questions, in any order; an empty list now and then, so that the caller can look at signals.
+
+        Raises:
+            UserError: where it cannot go on.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory and connections."""
+        ...
+
+
+def fit(image: Image.Image, side: int) -> Image.Image:
+    """``image`` made smaller, where its long side is over ``side`` pixels."""
+    scale = side / max(image.size)
+    if scale >= 1:
+        return image
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+ENGINES: Final = ("transformers", "endpoint")
+DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
+IMAGE_SIDE: Final = 1024  # our choice, for models that the table does not know
+
+
+@dataclass(frozen=True)
+class VlmOptions:
+    """A vision-language model as a person asks for it. Numbers are our choice.
+
+    Attributes:
+        engine: "transformers", a model in this process, or "endpoint", a server of the OpenAI chat protocol.
+        model, revision: a name of configs/captioners.yaml, a hub id or a folder, and the hub's commit (transformers).
+        dtype: "auto" is bfloat16 on a GPU and float32 elsewhere; batch_size: questions answered together (transformers).
+        device: "cuda:1", "cpu", ... or None for a GPU where there is one (transformers).
+        endpoint, served, api_key_env: the server's address, its name for the model, the variable with its key (endpoint).
+        concurrency, timeout, tries, retry_wait: requests at once, seconds for an answer, tries, first wait (endpoint).
+        image_side: long side in pixels of what the model is shown; None for the model's own, else 1024.
+        max_new_tokens: the longest answer; None for what the task needs.
+        key: how the command line calls ``model``, for messages.
+    """
+
+    engine: str = "transformers"
+    model: str = "qwen3_vl_8b"
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    batch_size: int = 8
+    endpoint: str | None = None
+    served: str | None = None
+    api_key_env: str | None = None
+    concurrency: int = 32
+    timeout: float = 300.0
+    tries: int = 8
+    retry_wait: float = 1.0
+    image_side: int | None = None
+    max_new_tokens: int | None = None
+    key: str = "model"
+
+    def check(self) -> None:
+        """Raise UserError for what cannot be meant."""
+        choice("engine", self.engine, ENGINES)
+        choice("dtype", self.dtype, DTYPES)
+        for key in ("batch_size", "concurrency", "timeout", "tries"):
+            positive(key, getattr(self, key))
+        positive("retry_wait", self.retry_wait, zero=True)
+        for key in ("image_side", "max_new_tokens"):
+            if getattr(self, key) is not None:
+                positive(key, getattr(self, key))
+        if self.engine == "endpoint" and not self.endpoint:
+            raise UserError("engine=endpoint needs endpoint=, such as endpoint=http://localhost:8000/v1.")
+        if self.engine == "transformers" and (self.endpoint or self.served):
+            raise UserError("endpoint= and served= are for engine=endpoint; add that, or leave them out.")
+        if self.engine == "endpoint":
+            from paradiffusion.metrics.endpoint import check_address
+
+            check_address(self.address)
+
+    @property
+    def address(self) -> Address:
+        """The server and how it is treated."""
+        from paradiffusion.metrics.endpoint import Address
+
+        return Address(
+            str(self.endpoint),
+            self.served,
+            self.api_key_env,
+            self.concurrency,
+            self.timeout,
+            self.tries,
+            self.retry_wait,
+        )
+
+    @property
+    def name(self) -> str:
+        """The model's name for titles, without loading it; a server's only model has none yet."""
+        if self.engine == "endpoint":
+            return self.served or "the served model"
+        return Path(self.model).name if Path(self.model).expanduser().is_dir() else self.model
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model's files are: a hub id or folder, what tells its weights from others, the image side that suits it."""
+
+    source: str
+    revision: str | None
+    image_side: int | None
+
+
+def locate_model(options: VlmOptions, table: Path, fingerprint: Callable[[Path], str]) -> Located:
+    """The files of ``options.model``, which are not loaded yet.
+
+    Args:
+        table: configs/captioners.yaml.
+        fingerprint: a hash of the weights in a folder, which stands for the revision there.
+    Raises:
+        UserError: where the name is neither in the table, nor a folder or a hub id.
+    """
+    from paradiffusion.metrics.local_vlm import find_model
+
+    source, side = find_model(options.model, table, options.key)
+    return Located(source, fingerprint(Path(source)) if Path(source).is_dir() else options.revision, side)
+
+
+def settings_of(options: VlmOptions, table: Path, fingerprint: Callable[[Path], str]) -> dict[str, Any]:
+    """What answers depend on, as JSON, without loading the model; not where a server stands or how often it is asked."""
+    if options.engine == "endpoint":
+        return {"engine": "endpoint", "model": options.served, "image_side": options.image_side or IMAGE_SIDE}
+    at = locate_model(options, table, fingerprint)
+    # A folder's place on the disk does not matter, its weights do.
+    name = Path(at.source).resolve().name if Path(at.source).is_dir() else at.source
+    side = options.image_side or at.image_side or IMAGE_SIDE
+    return {
+        "engine": "transformers",
+        "model": name,
+        "revision": at.revision,
+        "dtype": options.dtype,
+        "image_side": side,
+    }
+
+
+def open_engine(
+    options: VlmOptions, table: Path, decoding: Decoding, fingerprint: Callable[[Path], str]
+) -> tuple[Engine, int]:
+    """The model, ready to answer, and the long side in pixels of what it is to be shown.
+
+    Args:
+        decoding: how answers are drawn; ``options.max_new_tokens`` is the caller's to put there.
+        table, fingerprint: as for ``locate_model``.
+    Raises:
+        UserError: where the model cannot be had, or nobody answers at the address.
+    """
+    if options.engine == "endpoint":
+        from paradiffusion.metrics.endpoint import EndpointModel
+
+        return EndpointModel(options.address, decoding), options.image_side or IMAGE_SIDE
+    from paradiffusion.metrics.local_vlm import LocalModel
+
+    at = locate_model(options, table, fingerprint)
+    engine = LocalModel(at.source, at.revision, options.dtype, options.device, options.batch_size, decoding)
+    return engine, options.image_side or at.image_side or IMAGE_SIDE
