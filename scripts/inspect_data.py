@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paradiffusion.compose import compose_options, compose_train, text_encoder_named
+from paradiffusion.compose import compose_train, split_options, text_encoder_named
 from paradiffusion.config import TrainConfig
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
@@ -85,12 +85,9 @@ def _is_ours(figures: Path) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Inspect and say where the page is."""
-    own = InspectOptions.__dataclass_fields__
-    mine = [argument for argument in arguments if argument.partition("=")[0] in own]
-    asked = compose_options(InspectOptions, mine)
+    asked, overrides = split_options(InspectOptions, arguments)
     output = asked.check_values()
-    overrides = [argument for argument in arguments if argument not in mine]
-    config = compose_train(overrides, tuple(own))
+    config = compose_train(overrides, tuple(InspectOptions.__dataclass_fields__))
     if config.data.streaming:
         raise UserError(
             "data.streaming=true reads shards without an index, which the report is made from; run scripts/index_shards.py "

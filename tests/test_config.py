@@ -165,6 +165,7 @@ def test_lists_of_shards_and_references() -> None:
         (["lora=8"], r"lora=8 is not understood, since lora has keys of its own; set lora\.rank or"),
         (["lora.target_modules=q_proj"], r"lora\.target_modules: expected a list, such as \[a,b\]"),
         (["seed=abc"], "seed: Value 'abc' .* Integer"),
+        (["seed=1,2"], "seed=1,2 names several values"),
         (["max_steps=1.5"], "max_steps: Value '1.5'"),
         (["resume=perhaps"], "resume: Value 'perhaps'"),
         (["data.captions=3"], r"data\.captions"),
