@@ -18,7 +18,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from paradiffusion.config import SampleConfig, SourceConfig, TextEncoderConfig, TrainConfig, keys_of
@@ -139,33 +139,31 @@ def help_train() -> str:
 def _compose(name: str, cls: type[T], arguments: list[str], beside: Sequence[str] = ()) -> T:
     keys, chosen = keys_of(cls), groups() if cls is TrainConfig else []
     read = [_read(argument, keys, chosen, beside) for argument in arguments if argument not in FLAGS]
+    given = dict(read)
     # Quoted, since an integer is no choice for Hydra, but "stage=2" is what people type.
-    choices = [f"{key}='{value}'" for key, value in dict(read).items() if key in chosen]
-    given = [(key, value) for key, value in read if key not in chosen]
+    choices = [f"{key}='{value}'" for key, value in given.items() if key in chosen]
+    values = [(key, value) for key, value in read if key not in chosen]
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             composed = compose(name, overrides=choices)
-        OmegaConf.set_struct(composed, False)
-        _override(composed, given, keys)
+        _override(composed, values, keys)
         if cls is TrainConfig:
-            large = composed.data.pop("large", None)
-            if composed.data.get("world") == "large" and large:
-                composed.data.update(large)
-                _override(composed, given, keys)  # which wins over these too
-            _settle_data(composed.data, {key for key, _ in given})
+            _settle_data(composed, given)
+        # Entries of dictionaries, which that may have put others in the place of.
+        _override(composed, [one for one in values if one[0] not in keys], keys)
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from None
-    for key, value in given:
+    for key, value in values:
         if keys.get(key, {}).get("typed") == "text" and value != "null":
             setattr(config, key, value)  # A prompt is data: "${...}" in it is no interpolation.
     return cast(T, config)
 
 
-def _override(composed: DictConfig, given: list[tuple[str, str]], keys: dict[str, dict[str, Any]]) -> None:
+def _override(composed: DictConfig, values: list[tuple[str, str]], keys: dict[str, dict[str, Any]]) -> None:
     """Set every key to its value, in order: by Hydra's grammar, but for what ``config.option`` says is taken as typed."""
     parser = OverridesParser.create()
-    for key, value in given:
+    for key, value in values:
         kind = keys.get(key, {}).get("typed")
         if kind == "text":
             continue
@@ -226,20 +224,26 @@ def _explain(error: Exception, argument: str | None = None) -> str:
     return f"the configuration is wrong: {cause.rstrip('.')}; correct that override or file."
 
 
-def _settle_data(data: DictConfig, given: set[str]) -> None:
-    """What follows from the choice of data, where the command line says nothing else: sources in the place of shards; no
-    validation on the built-in scenes beside data of one's own."""
-    if folder := data.get("folder"):
-        if also := {"data.sources", "data.shards"} & given:
-            raise UserError(f"both data.folder and {also.pop()} are given; keep one of them.")
-        data.sources = [{"folder": folder}]
-    if data.get("sources"):
-        if "data.shards" in given:
-            raise UserError("both data.shards and data.sources are given; name the shards in one of them.")
-        data.shards = None
-    if data.get("sources") or "data.shards" in given:
-        data.demo = False
-        data.val_shards = data.get("val_shards") if "data.val_shards" in given else None
+def _settle_data(composed: Any, given: dict[str, str]) -> None:
+    """What follows from the choice of data, where the command line says nothing else: folder, sizes and resolution of the
+    large world; sources in the place of shards; no validation on the built-in scenes beside data of one's own."""
+    data = composed.data
+    with open_dict(data):
+        large = data.pop("large", {})
+        for key, value in large.items() if data.get("world") == "large" else ():
+            if f"data.{key}" not in given:
+                data[key] = value
+        if folder := data.get("folder"):
+            if also := {"data.sources", "data.shards"} & given.keys():
+                raise UserError(f"both data.folder and {also.pop()} are given; keep one of them.")
+            data.sources = [{"folder": folder}]
+        if data.get("sources"):
+            if "data.shards" in given:
+                raise UserError("both data.shards and data.sources are given; name the shards in one of them.")
+            data.shards = None
+        if data.get("sources") or "data.shards" in given:
+            data.demo = False
+            data.val_shards = data.get("val_shards") if "data.val_shards" in given else None
 
 
 def parse_sources(text: str) -> list[dict[str, Any]]:

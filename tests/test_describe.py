@@ -13,13 +13,10 @@ import pytest
 import torch
 
 from paradiffusion.budget.activations import peak_bytes
-from paradiffusion.budget.describe import Description, Question, describe, parse_question, throughput
-from paradiffusion.budget.describe_text import as_text
-from paradiffusion.budget.devices import device_named, recognise
+from paradiffusion.budget.describe import Description, Question, as_text, describe, parse_question, throughput
 from paradiffusion.budget.empty import empty_models
-from paradiffusion.budget.fit import Fitter
-from paradiffusion.budget.flops import StageFlops, count, stage_flops
-from paradiffusion.budget.memory import GIB, LAUNCHES, measure_training
+from paradiffusion.budget.flops import StageFlops, count, device_named, recognise, stage_flops
+from paradiffusion.budget.memory import GIB, LAUNCHES, Fitter, measure_training
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
 from paradiffusion.models.unet import build_unet, empty_unet
