@@ -1,0 +1,368 @@
+"""The review page: decisions on disk, what the server refuses, and the page in a real browser, through crashes."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import chromium, in_browser
+from commands import wait_for
+from review_server import Server, at, decisions, logged, started, until
+from tiny_clip import write_candidates
+
+from paradiffusion.curation.choosing.decisions import DecisionLog, read_decisions
+from paradiffusion.curation.choosing.kept import export
+from paradiffusion.curation.choosing.review import MAX_BODY, MAX_TEXT, Review, make_server, open_review
+from paradiffusion.errors import UserError
+
+LONG = "A red barn stands at the edge of a field. " * 7  # 70 words
+
+
+def event(name: str, sample: str = "s", reviewer: str = "anna", at: int = 1, **changes: str | None) -> dict[str, Any]:
+    return {"event": name, "sample": sample, "reviewer": reviewer, "at": at, "set": changes}
+
+
+# --- the log
+
+
+def test_the_log_survives_a_torn_line_and_writes_no_event_twice(tmp_path: Path) -> None:
+    path = tmp_path / "decisions.jsonl"
+    log = DecisionLog(path)
+    log.record(event("a", decision="keep"))
+    log.record(event("b", at=2, caption="ein Bär \ud800"))
+    log.record(event("a", decision="drop"))
+    log.close()
+    with path.open("ab") as file:
+        file.write(b'{"event": "c", "sam')  # as a power cut leaves it
+    log = DecisionLog(path)
+    log.record(event("d", at=3, note="after"))
+    log.record(event("b", at=2, caption="again"))
+    log.close()
+    standing = read_decisions(path)
+    assert standing.of("s") == {"anna": {"decision": "keep", "caption": "ein Bär \ud800", "note": "after"}}
+    assert standing.events == {"a", "b", "d"} and standing.damaged == 1
+    assert path.read_bytes().count(b"\n") == 4
+
+
+def test_the_last_decision_of_each_reviewer_counts_and_a_late_one_does_not(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path / "decisions.jsonl")
+    log.record(event("1", at=100, decision="keep"))
+    log.record(event("2", at=50, decision="drop"))  # waited in the queue of a closed tab
+    log.record(event("3", at=60, reviewer="ben", decision="drop"))
+    assert log.standing.of("s") == {"anna": {"decision": "keep"}, "ben": {"decision": "drop"}}
+    assert log.conflicts("s", "anna", {"decision": "drop"}, base=0) == {"decision": "keep"}
+    assert log.conflicts("s", "anna", {"decision": "drop"}, base=1) == {}
+    # A clock that runs ahead does not make its decision the last for ever.
+    log.record(event("4", at=1 << 52, decision="drop"))
+    time.sleep(0.002)
+    log.record(event("5", at=time.time_ns() // 1_000_000, decision="keep"))
+    assert log.standing.of("s")["anna"] == {"decision": "keep"}
+    assert len(logged(tmp_path)) == 5
+    log.close()
+
+
+def test_a_second_server_on_the_same_decisions_is_refused(tmp_path: Path) -> None:
+    log = DecisionLog(tmp_path / "decisions.jsonl")
+    with pytest.raises(UserError, match="open in another review"):
+        DecisionLog(tmp_path / "decisions.jsonl")
+    log.close()
+    DecisionLog(tmp_path / "decisions.jsonl").close()
+
+
+# --- the server
+
+
+@pytest.fixture
+def review(tmp_path: Path) -> Review:
+    return open_review(
+        write_candidates(tmp_path / "work", ["<script>alert(1)</script> in a caption", LONG, LONG]), "anna"
+    )
+
+
+@pytest.fixture
+def ask(review: Review) -> Iterator[Callable[..., tuple[int, bytes, dict[str, str]]]]:
+    """``ask("GET", path, body, **headers)`` -> status, body, headers; a header given as None is left out."""
+    server = make_server(review, "127.0.0.1", 0)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+
+    def run(
+        method: str, path: str, body: bytes | None = None, **headers: str | None
+    ) -> tuple[int, bytes, dict[str, str]]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+        sent = {"X-Token": review.token, "Host": f"127.0.0.1:{server.server_port}"}
+        sent |= {"Content-Type": "application/json"} if body is not None else {}
+        given = {**sent, **{name.replace("_", "-"): value for name, value in headers.items()}}
+        connection.putrequest(method, path, skip_host=True)
+        for name, value in given.items():
+            if value is not None:
+                connection.putheader(name, value)
+        if body is not None and "Content_Length" not in headers:
+            connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        return answer.status, answer.read(), dict(answer.headers)
+
+    yield run
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    review.log.close()
+
+
+def body_of(review: Review, **changes: Any) -> bytes:
+    base = {"event": "e", "sample": review.candidates.all[0].sample, "reviewer": "anna", "at": 5, "base": 0}
+    return json.dumps({**base, "set": {"decision": "keep"}, **changes}).encode()
+
+
+def test_the_server_shows_what_it_should(review: Review, ask: Any, tmp_path: Path) -> None:
+    status, page, headers = ask("GET", f"/?token={review.token}", X_Token=None)
+    assert status == 200 and b"<title>work: review</title>" in page and review.token.encode() not in page
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and headers["X-Content-Type-Options"] == "nosniff"
+    status, image, headers = ask("GET", "/image/1")
+    assert (status, headers["Content-Type"]) == (200, "image/png") and image.startswith(b"\x89PNG")
+    about = json.loads(ask("GET", "/api/candidate/0")[1])
+    assert about["caption"] == "<script>alert(1)</script> in a caption" and about["key"] == "picture-0"
+    answer = json.loads(ask("POST", "/api/decision", body_of(review))[1])
+    assert answer == {"revision": 1, "by": {"anna": {"decision": "keep"}}, "conflicts": {}}
+    assert decisions(tmp_path / "work") == {"picture-0": {"decision": "keep"}}
+    state = json.loads(ask("GET", "/api/state?since=0")[1])
+    assert len(state["samples"]) == 3 and state["revision"] == 1
+    known = f"/api/state?since=1&listing={state['listing']}"
+    assert json.loads(ask("GET", known)[1]) == {"revision": 1, "changed": {}, "listing": state["listing"]}
+    # A picture is asked for by number and sample: a page that knows another list gets no other sample's picture.
+    assert ask("GET", f"/image/1?sample={state['samples'][1]}")[0] == 200
+    assert ask("GET", f"/image/1?sample={state['samples'][0]}")[0] == 409
+
+
+def test_requests_without_the_token_or_under_another_name_are_refused(review: Review, ask: Any, tmp_path: Path) -> None:
+    paths = ("/", "/api/state", "/api/candidate/0", "/image/0")
+    for path in paths:
+        assert ask("GET", path, X_Token=None)[0] == 403
+        assert ask("GET", path, X_Token="wrong")[0] == 403
+        assert ask("GET", path, Host="evil.example:80")[0] == 403  # a foreign name pointed at this machine
+        assert ask("GET", path, Host=None)[0] in (400, 403)
+        assert ask("GET", path, Host="localhost:1234")[0] == 200  # through a tunnel
+    assert ask("POST", "/api/decision", body_of(review), X_Token=None)[0] == 403
+    assert ask("POST", "/api/decision", body_of(review), Origin="http://evil.example")[0] == 403
+    assert logged(tmp_path / "work") == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/image/../decisions.jsonl", "/image/..%2f.review_token", "/../../etc/passwd", "/image/-1", "/image/99", "/image/0x1",
+     "/.review_token", "/api/candidate/", "/image/%30", "/image/1111111111"],
+)  # fmt: skip
+def test_nothing_but_candidates_is_served(ask: Any, path: str) -> None:
+    status, body, _ = ask("GET", path)
+    assert status == 404 and b"error" in body
+
+
+def test_bodies_that_are_no_decision_are_refused(review: Review, ask: Any, tmp_path: Path) -> None:
+    def status(body: bytes, **headers: str | None) -> int:
+        return ask("POST", "/api/decision", body, **headers)[0]
+
+    assert status(b"x", Content_Length=str(MAX_BODY + 1)) == 413
+    assert status(b"", Content_Length=None) == 411
+    assert status(b"", Content_Length="-5") == 411
+    assert status(body_of(review), Content_Type="text/plain") == 415  # what another site's form could send
+    for body in (b"", b"[", b"[]", b"[" * 20_000, b"\xff\xfe", b'{"set": {}}'):
+        assert status(body) == 400
+    for wrong in (
+        {"set": {"decision": "maybe"}}, {"set": {"path": "x"}}, {"set": {"caption": 5}}, {"set": {"note": "x" * MAX_TEXT}},
+        {"at": "5"}, {"at": True}, {"at": -1}, {"at": 1e300}, {"base": None}, {"reviewer": " "}, {"reviewer": "x" * 61},
+        {"event": ""}, {"sample": 7},
+    ):  # fmt: skip
+        assert status(body_of(review, **wrong)) == 400, wrong
+    assert status(body_of(review, sample="unknown")) == 404
+    assert logged(tmp_path / "work") == []
+
+
+def test_a_decision_that_cannot_be_written_is_not_acknowledged(
+    review: Review, ask: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask("POST", "/api/decision", body_of(review, event="first"))
+    real = os.write
+
+    def full(file: int, data: bytes) -> int:
+        if data.startswith(b'{"event"'):
+            real(file, data[:20])
+            raise OSError(28, "No space left on device")
+        return real(file, data)
+
+    monkeypatch.setattr("paradiffusion.curation.choosing.decisions.os.write", full)
+    status, body, _ = ask("POST", "/api/decision", body_of(review, event="second", at=6))
+    assert status == 507 and b"No space left" in body
+    monkeypatch.undo()
+    assert ask("POST", "/api/decision", body_of(review, event="second", at=6))[0] == 200
+    assert [one["event"] for one in logged(tmp_path / "work")] == ["first", "second"]  # and no half line between
+
+
+# --- in the browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    captions = [
+        "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>",
+        *[f"Number {n}. {LONG}" for n in range(1, 8)],
+    ]
+    with started(write_candidates(tmp_path / "work", captions)) as server:
+        yield server
+
+
+@in_browser
+def test_a_walk_with_the_keyboard_and_a_reload_in_the_middle(server: Server, browser: Any) -> None:
+    page = browser.new_page()
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.goto(server.url)
+    at(page, 0)
+    assert "<script>" in page.input_value("#caption") and page.evaluate("window.hit") is None
+    assert page.evaluate("document.getElementById('image').naturalWidth") == 96
+    page.keyboard.press("k")
+    at(page, 1)
+    assert decisions(server.work)["picture-0"] == {"decision": "keep"}  # on disk before the next picture is there
+    assert "72 words (50–100)" in page.inner_text("#words")
+    page.keyboard.press("d")
+    at(page, 2)
+    page.keyboard.press("u")  # takes the drop back
+    at(page, 1)
+    wait_for(lambda: decisions(server.work)["picture-1"] == {"decision": None})
+    page.keyboard.press("ArrowRight")
+    at(page, 2)
+    page.keyboard.press("ArrowLeft")
+    at(page, 1)  # not 0, which is decided
+
+    page.keyboard.press("e")
+    page.keyboard.press("Control+a")
+    page.keyboard.type("A kind old dog, and k d u are letters here.")
+    assert "below 50" in page.inner_text("#words")
+    wait_for(
+        lambda: decisions(server.work)["picture-1"].get("caption") == "A kind old dog, and k d u are letters here."
+    )
+    page.keyboard.type(" More.")
+    page.keyboard.press("Escape")  # leaving saves at once
+    page.keyboard.press("n")
+    page.keyboard.type("out of focus?")
+    page.reload()  # in the middle of a word
+    at(page, 1)
+    assert page.input_value("#caption") == "A kind old dog, and k d u are letters here. More."
+    assert page.input_value("#note") == "out of focus?"
+    assert page.inner_text("#counts") == "1 of 8 decided, 1 kept"
+    page.keyboard.press("k")
+    at(page, 2)
+    expected = {
+        "decision": "keep", "caption": "A kind old dog, and k d u are letters here. More.", "note": "out of focus?",
+    }  # fmt: skip
+    assert decisions(server.work)["picture-1"] == expected
+    for number in range(2, 8):
+        page.keyboard.press("d")
+        at(page, number + 1 if number < 7 else "done")
+    assert "All 8 candidates are decided: 2 kept" in page.inner_text("#done")
+    assert page.is_disabled("#caption")  # what is typed there would be no picture's
+    page.select_option("#filter", "keep")
+    at(page, 0)
+    assert wrong == []
+    names = [one["event"] for one in logged(server.work)]
+    assert len(names) == len(set(names))
+    page.close()
+    assert server.kill(signal.SIGTERM) == 0
+
+
+@in_browser
+def test_a_server_that_is_killed_loses_nothing_that_it_acknowledged_or_was_sent(server: Server, browser: Any) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(server.url)
+    at(page, 0)
+    for number in range(3):
+        page.keyboard.press("kdk"[number])
+        at(page, number + 1)
+    server.kill()
+    assert [decisions(server.work)[f"picture-{n}"]["decision"] for n in range(3)] == ["keep", "drop", "keep"]
+    page.keyboard.press("e")
+    page.keyboard.press("End")
+    page.keyboard.type(" Typed while it was away.")
+    page.keyboard.press("Escape")
+    page.keyboard.press("k")
+    page.wait_for_selector("#status.bad")
+    assert "does not answer" in page.inner_text("#status")
+    time.sleep(0.5)
+    page.keyboard.press("d")  # waits for the first: nothing is shown, and nothing decided, over it
+    assert page.evaluate("document.body.dataset.number") == "3"
+    server.start()
+    at(page, 4)
+    stored = decisions(server.work)["picture-3"]
+    assert stored["decision"] == "keep" and str(stored["caption"]).endswith("Typed while it was away.")
+
+    server.kill()  # and now the tab is closed before the server is back
+    page.keyboard.press("d")
+    page.wait_for_selector("#status.bad")
+    page.close()
+    server.start()
+    page = context.new_page()
+    page.goto(server.url)
+    wait_for(lambda: decisions(server.work).get("picture-4") == {"decision": "drop"}, timeout=20)
+    names = [one["event"] for one in logged(server.work)]
+    assert len(names) == len(set(names)) and "picture-5" not in decisions(server.work)
+    assert [decisions(server.work)[f"picture-{n}"]["decision"] for n in range(3)] == ["keep", "drop", "keep"]
+    context.close()
+
+
+@in_browser
+def test_two_tabs_and_two_reviewers_see_each_other(server: Server, browser: Any) -> None:
+    context = browser.new_context()
+    first, second = context.new_page(), context.new_page()
+    for page in (first, second):
+        page.goto(server.url)
+        at(page, 0)
+    second.evaluate("poll = async () => {}")  # hears nothing of the others, as within a second and a half
+    first.fill("#caption", "text of the first tab")
+    first.keyboard.press("Escape")
+    wait_for(lambda: decisions(server.work).get("picture-0") == {"caption": "text of the first tab"})
+    second.fill("#caption", "text of the second tab")
+    second.wait_for_selector("#notice:not([hidden])")
+    assert "text of the first tab" in second.inner_text("#notice-text")
+    wait_for(lambda: decisions(server.work)["picture-0"] == {"caption": "text of the second tab"})
+    until(first, "document.getElementById('caption').value === 'text of the second tab'")
+    assert "changed in another tab" in first.inner_text("#notice-text")
+    second.click("#theirs")
+    wait_for(lambda: decisions(server.work)["picture-0"] == {"caption": "text of the first tab"})
+
+    other = browser.new_page()
+    other.goto(server.url)
+    at(other, 0)
+    other.fill("#reviewer", "ben")
+    other.press("#reviewer", "Enter")
+    until(other, "document.getElementById('caption').value.startsWith('<script>')")  # anna's text is hers
+    other.evaluate("document.activeElement.blur()")
+    other.keyboard.press("d")
+    at(other, 1)
+    until(first, "document.getElementById('others').textContent === 'ben: drop'")
+    assert decisions(server.work, "ben") == {"picture-0": {"decision": "drop"}}
+    assert "decision" not in decisions(server.work)["picture-0"]
+    other.close()
+    context.close()
+
+
+def test_half_a_character_does_not_stop_the_export(review: Review, ask: Any, tmp_path: Path) -> None:
+    changes = {"decision": "keep", "note": "cut \ud83d", "caption": "a \udc00 text"}
+    assert ask("POST", "/api/decision", body_of(review, reviewer="ann\ud800", set=changes))[0] == 200
+    assert export(tmp_path / "work", tmp_path / "out").kept == 1

@@ -1,0 +1,562 @@
+"""The vote page: what its server gives and refuses, and the page in a real browser, through reloads and crashes."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from browser import chromium, in_browser
+from commands import ROOT, wait_for
+from vote_studies import HOSTILE, SECRET, pixels_of, study_of, write_picture
+
+from paradiffusion.apps.local_server import MAX_BODY, LocalServer, Pace, Refused
+from paradiffusion.errors import UserError
+from paradiffusion.evaluation.votes.server import Voting, make_server, open_keys
+from paradiffusion.evaluation.votes.store import Store
+from paradiffusion.evaluation.votes.study import Study
+
+Answer = tuple[int, bytes, dict[str, str]]
+
+
+class Asking:
+    """A server in this process, and requests to it as a rater."""
+
+    def __init__(self, study: Study, **options: Any) -> None:
+        self.study, self.store, self.keys = study, Store(study), open_keys(study)
+        self.voting = Voting(study, self.store, self.keys)
+        self.server = make_server(self.voting, "127.0.0.1", 0, **options)
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+        self.store.close()
+
+    def ask(
+        self, path: str, body: Any = None, rater: str = "anna", method: str | None = None, **headers: Any
+    ) -> Answer:
+        """status, body and headers of an answer; a header given as None is left out."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=10)
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        sent = {"X-Token": self.keys.tokens[rater], "Host": f"127.0.0.1:{self.server.server_port}"}
+        sent |= {"Content-Type": "application/json", "Content-Length": str(len(data))} if data is not None else {}
+        connection.putrequest(method or ("GET" if data is None else "POST"), path, skip_host=True)
+        for name, value in {**sent, **{name.replace("_", "-"): value for name, value in headers.items()}}.items():
+            if value is not None:
+                connection.putheader(name, value)
+        connection.endheaders(data)
+        answer = connection.getresponse()
+        found = answer.status, answer.read(), dict(answer.headers)
+        connection.close()
+        return found
+
+    def json(self, path: str, body: Any, rater: str = "anna") -> Any:
+        status, data, _ = self.ask(path, body, rater)
+        assert status == 200, data
+        return json.loads(data)
+
+    def state(self, rater: str = "anna") -> Any:
+        return self.json("/api/state", {}, rater)
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Callable[..., Asking]]:
+    """``serving(prompts=3, ...)``: a study, served; the keywords are those of ``study_of``."""
+    opened: list[Asking] = []
+
+    def start(prompts: int = 3, **options: Any) -> Asking:
+        opened.append(Asking(study_of(tmp_path, prompts, **options)))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.close()
+
+
+def vote(task: dict[str, Any], choice: str = "left", **changes: Any) -> dict[str, Any]:
+    question = task["questions"][0]["name"]
+    return {"task": task["name"], "question": question, "choice": choice, "stamp": 5, "seconds": 1.5, **changes}
+
+
+# --- what the server gives
+
+
+def test_a_whole_study_and_no_answer_names_a_set_or_gives_a_file_away(serving: Any) -> None:
+    served = serving(4, missing={"street-01": f"{SECRET} ran out of memory"}, sets=3, retest=1)
+    seen: list[bytes] = []
+
+    def taking(*arguments: Any, **options: Any) -> Answer:
+        answer = served.ask(*arguments, **options)
+        seen.append(repr(answer[2]).encode() + answer[1])
+        return answer
+
+    status, page, headers = taking(f"/?token={served.keys.tokens['anna']}", X_Token=None)
+    assert status == 200 and b"<title>Which picture?</title>" in page
+    policy = headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy and headers["Referrer-Policy"] == "no-referrer"
+    pictures: dict[str, bytes] = {}
+    for rater in served.study.tasks:
+        state = json.loads(taking("/api/state", {}, rater)[1])
+        total, texts, orders = state["total"], 0, []
+        while "task" in state:
+            task = state["task"]
+            orders.append(task["name"])
+            for side in ("left", "right"):
+                status, data, headers = taking(f"/picture/{task[side]}", rater=rater)
+                assert (status, headers["Content-Type"], headers["Cache-Control"]) == (200, "image/png", "no-store")
+                assert data.startswith(b"\x89PNG") and not {b"tEXt", b"iTXt", b"zTXt", b"eXIf", b"iCCP"} & set(
+                    _chunks(data)
+                )
+                assert pictures.setdefault(task[side], data) == data
+            texts += task["text"] is not None
+            assert (state["round"] == 1) == (task["text"] is not None)  # appeal is asked without the text
+            assert task["questions"][0]["name"] == ("faithfulness", "appeal")[state["round"] - 1]
+            assert taking("/api/next", {"task": task["name"]}, rater)[0] == 409  # not before the vote
+            assert taking("/api/vote", vote(task, "tie"), rater)[0] == 200
+            state = json.loads(taking("/api/next", {"task": task["name"]}, rater)[1])
+        assert state["done"] == total == len(set(orders)) and 2 * texts == total
+    assert len(pictures) == 2 * sum(  # a name for each rater, pair and side
+        served.study.settled(served.study.pairs[t.pair]) is None for own in served.study.tasks.values() for t in own
+    )
+    for path in ("/results", "/api/results", "/picture/nothing", "/study.json", "/votes.sqlite", "/.tokens.json"):
+        assert taking(path)[0] == 404
+    taking("/api/vote", {"task": 1})
+    taking("/api/vote", b"{")
+    whole = b"".join(seen).lower()
+    folder = str(served.study.folder.parent).encode().lower()
+    assert len(seen) > 100 and SECRET.encode() not in whole and folder not in whole and b"street-0" not in whole
+
+
+def _chunks(data: bytes) -> Iterator[bytes]:
+    """The kinds of chunks in a PNG."""
+    at = 8
+    while at < len(data):
+        yield data[at + 4 : at + 8]
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+
+
+def test_the_pictures_are_those_of_the_pair_on_the_sides_that_are_counted(serving: Any) -> None:
+    served = serving(4)
+    study = served.study
+    for task in study.tasks["anna"]:
+        pair = study.pairs[task.pair]
+        sides = (pair.set_b, pair.set_a) if task.flipped else (pair.set_a, pair.set_b)
+        for number, name in enumerate(sides):
+            data = served.ask(f"/picture/{served.voting.name_of('anna', task, number)}")[1]
+            one = study.sets[name]
+            assert pixels_of(data) == pixels_of((one.root / one.pictures[pair.prompt][0].file).read_bytes())
+
+
+def test_a_picture_that_was_changed_or_led_elsewhere_is_not_shown_and_can_be_passed_over(
+    serving: Any, tmp_path: Path
+) -> None:
+    served = serving(2)
+    study, task = served.study, served.state()["task"]
+    files = [one.root / row[0].file for one in study.sets.values() for row in one.pictures.values()]
+    for number, file in enumerate(files):
+        file.rename(tmp_path / f"private-{number}.png")
+        file.symlink_to(tmp_path / f"private-{number}.png")  # the same bytes, but outside of the set's folder
+    status, body, _ = served.ask(f"/picture/{task['left']}")
+    assert status == 410 and b"cannot be read any more" in body
+    for file in files:
+        file.unlink()
+        write_picture(file, 77)  # a picture, but not that of the study
+    assert served.ask(f"/picture/{task['left']}")[0] == 410
+    state = served.json("/api/state", {"later": [task["name"]]})
+    assert state["task"]["name"] != task["name"] and state["later"] == 1 and state["done"] == 0
+
+
+# --- what it refuses
+
+
+def test_tokens_names_and_origins_that_are_not_its_own_are_refused(serving: Any) -> None:
+    served = serving()
+    body = vote(served.state()["task"])
+    for path, sent in (("/", None), (f"/picture/{served.state()['task']['left']}", None), ("/api/vote", body)):
+        for headers in ({"X_Token": None}, {"X_Token": "wrong"}, {"X_Token": "\xff"}, {"Host": "evil.example:80"},
+                        {"Origin": "http://evil.example"}):  # fmt: skip
+            assert served.ask(path, sent, **headers)[0] == 403, (path, headers)
+        assert served.ask(path, sent, Host=None)[0] in (400, 403)
+    assert served.store.votes() == []
+    for host in ("localhost:99", "192.168.7.7:8766", "[::1]:8766"):
+        assert served.ask("/", Host=host)[0] == 200
+    assert set(served.keys.tokens.values()) != {""} and len(set(served.keys.tokens.values())) == 2
+    mode = (served.study.folder / ".tokens.json").stat().st_mode & 0o777
+    assert mode == 0o600 and open_keys(served.study) == served.keys
+
+
+def test_another_name_of_this_machine_can_be_allowed(tmp_path: Path) -> None:
+    served = Asking(study_of(tmp_path, 2), names=("Votes.lab.example",))
+    try:
+        assert served.ask("/", Host="votes.lab.example:8766")[0] == 200
+        assert served.ask("/", Host="lab.example")[0] == 403
+    finally:
+        served.close()
+
+
+def test_one_rater_reaches_nothing_of_another(serving: Any) -> None:
+    served = serving()
+    anna, ben = served.state("anna")["task"], served.state("ben")["task"]
+    assert {anna["name"], anna["left"], anna["right"]}.isdisjoint({ben["name"], ben["left"], ben["right"]})
+    assert served.ask(f"/picture/{ben['left']}")[0] == 404
+    for path, body in (
+        ("/api/vote", vote(ben)), ("/api/next", {"task": ben["name"]}), ("/api/comment", {"task": ben["name"], "text": "x"}),
+    ):  # fmt: skip
+        assert served.ask(path, body, "anna")[0] == 404
+    served.json("/api/vote", vote(ben, "right"), "ben")
+    served.json("/api/comment", {"task": ben["name"], "text": "hm"}, "ben")
+    assert served.state("anna")["task"]["choices"] == {} and served.state("anna")["task"]["comment"] == ""
+    assert served.state("ben")["task"]["choices"] == {"faithfulness": "right"}
+    assert [v.rater for v in served.store.votes()] == ["ben"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/picture/../study.json", "/picture/..%2f..%2fetc%2fpasswd", "/../../etc/passwd", "/picture/", "/picture/00000.png",
+     "/images/00000.png", "/.tokens.json", "/picture/%00", "/api/state"],
+)  # fmt: skip
+def test_no_path_leads_anywhere(serving: Any, path: str) -> None:
+    status, body, _ = serving().ask(path)
+    assert status == 404 and b"error" in body and SECRET.encode() not in body
+
+
+def test_bodies_that_are_no_vote_are_refused(serving: Any) -> None:
+    served = serving()
+    task = served.state()["task"]
+    url = "/api/vote"
+    assert served.ask(url, b"x", Content_Length=str(MAX_BODY + 1))[0] == 413
+    assert served.ask(url, b"", Content_Length=None)[0] == 411 and served.ask(url, b"", Content_Length="-5")[0] == 411
+    assert served.ask(url, vote(task), Content_Type="text/plain")[0] == 415  # what another site's form could send
+    for body in (b"", b"[", b"[]", b"[" * 20_000, b"\xff\xfe", b"null", b'"x"'):
+        assert served.ask(url, body)[0] == 400, body[:20]
+    for wrong in (
+        {"choice": "both"}, {"choice": None}, {"question": "appeal"}, {"question": "x"}, {"stamp": "5"}, {"stamp": True},
+        {"stamp": -1}, {"stamp": 1 << 60}, {"seconds": "1"}, {"seconds": float("nan")}, {"seconds": None},
+    ):  # fmt: skip
+        assert served.ask(url, vote(task, **wrong))[0] == 400, wrong
+    for name in ("unknown", None, 7, [task["name"]]):
+        assert served.ask(url, {**vote(task), "task": name})[0] == 404
+    assert served.ask("/api/comment", {"task": task["name"], "text": "x" * 2001})[0] == 400
+    assert served.ask("/api/state", {"later": "x"})[0] == 400 == served.ask("/api/state", {"later": [1]})[0]
+    assert served.ask("/", method="PUT")[0] == 501 and served.store.votes() == []
+    served.json(url, vote(task, seconds=10**400))  # more than a float holds
+    served.json("/api/comment", {"task": task["name"], "text": "cut \ud83d \0 'quoted"})
+    assert served.store.votes()[0].seconds == 86400 and list(served.store.comments().values()) == ["cut ?  'quoted"]
+
+
+def test_a_vote_that_cannot_be_written_is_not_acknowledged(serving: Any) -> None:
+    served = serving()
+    task = served.state()["task"]
+    served.store._base.execute("PRAGMA query_only=ON")  # as on a disk that takes nothing more
+    status, body, _ = served.ask("/api/vote", vote(task))
+    assert status == 507 and b"could not be written" in body
+    served.store._base.execute("PRAGMA query_only=OFF")
+    served.json("/api/vote", vote(task))
+    assert len(served.store.votes()) == 1
+
+
+def test_two_tabs_of_one_rater_do_not_undo_each_other(serving: Any) -> None:
+    served = serving()
+    task = served.state()["task"]
+    served.json("/api/vote", vote(task, "left", stamp=10))
+    assert served.json("/api/vote", vote(task, "right", stamp=9))["choices"] == {"faithfulness": "left"}  # came late
+    after = served.json("/api/next", {"task": task["name"]})
+    assert served.json("/api/next", {"task": task["name"]}) == after  # a double click does not skip a pair
+    assert served.ask("/api/vote", vote(task, "right", stamp=20))[0] == 409
+    assert served.json("/api/back", {})["task"]["name"] == task["name"]
+    assert served.json("/api/vote", vote(task, "right", stamp=20))["choices"] == {"faithfulness": "right"}
+
+
+def test_too_many_requests_and_connections_are_refused(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = Pace(rate=0.001, burst=3)
+    for _ in range(3):
+        pace.check("one")
+    with pytest.raises(Refused) as caught:
+        pace.check("one")
+    assert caught.value.status == 429
+    pace.check("another")
+    served = serving()
+    monkeypatch.setattr(LocalServer, "most", 2)
+    import socket
+
+    idle = [socket.create_connection(("127.0.0.1", served.server.server_port)) for _ in range(2)]
+    wait_for(lambda: sum(served.server._open.values()) == 2)
+    with pytest.raises((ConnectionError, http.client.HTTPException)):
+        served.ask("/")
+    for one in idle:
+        one.close()
+    wait_for(lambda: sum(served.server._open.values()) == 0)
+    assert served.ask("/")[0] == 200
+
+
+def test_mistakes_on_the_command_line_are_one_sentence(command: Any, tmp_path: Path) -> None:
+    for arguments, message in (
+        ([], "action= is missing"),
+        (["action=serve", f"study={tmp_path / 'new'}", "sets={a: x, b: y}", "raters=[r]"], "the set a is no folder: x"),
+        (["action=results", f"study={tmp_path / 'new'}"], "holds no study.json"),
+        (["action=tokens", f"study={tmp_path / 'new'}", "given=[x]"], "hosts, output (key=value)"),
+    ):
+        done = command("scripts/vote.py", *arguments)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    with pytest.raises(UserError, match="cannot be listened on"):
+        Asking_on_a_taken_port(tmp_path)
+
+
+def Asking_on_a_taken_port(root: Path) -> None:
+    served = Asking(study_of(root, 2))
+    try:
+        make_server(served.voting, "127.0.0.1", served.server.server_port)
+    finally:
+        served.close()
+
+
+# --- in the browser
+
+
+class Server:
+    """The command line, as a process that can be killed and started again at its port."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.port = study, 0
+        self.urls: dict[str, str] = {}
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> Server:
+        self.process = subprocess.Popen(
+            [sys.executable, "scripts/vote.py", "action=serve", f"study={self.study.folder}", f"port={self.port}"],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ},
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if found := re.match(r"(\w+): (http://127\.0\.0\.1:(\d+)/\S+)", line):
+                self.urls[found[1]], self.port = found[2], int(found[3])
+            if len(self.urls) == len(self.study.tasks):
+                break
+        assert self.port
+        return self
+
+    def end(self, number: int = signal.SIGKILL) -> int:
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.communicate(timeout=20)
+        self.urls = {}
+        return self.process.returncode
+
+    def votes(self, rater: str) -> dict[tuple[str, str], str]:
+        """(task, question) -> choice as it lies on disk."""
+        base = sqlite3.connect(f"file:{quote(str(self.study.folder / 'votes.sqlite'))}?mode=ro", uri=True)
+        rows = base.execute(
+            "SELECT task, question, choice FROM votes WHERE rater = ? ORDER BY rowid", (rater,)
+        ).fetchall()
+        base.close()
+        assert len(rows) == len({row[:2] for row in rows})
+        return {(task, question): choice for task, question, choice in rows}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(prompts: int, **options: Any) -> Server:
+        servers.append(Server(study_of(tmp_path, prompts, **options)).start())
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process is not None and server.process.poll() is None:
+            server.end()
+
+
+def at(page: Any, done: int) -> None:
+    """Wait until the page shows the pair after ``done`` others."""
+    page.wait_for_selector(f"body[data-done='{done}']:not(.waiting)")
+    page.wait_for_selector("body[aria-busy=false]")
+
+
+def saved(page: Any) -> None:
+    page.wait_for_selector("#status.good")
+    page.wait_for_selector("body[aria-busy=false]")
+
+
+def watched(page: Any, wrong: list[str]) -> None:
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on(
+        "request",
+        lambda request: (
+            request.url.startswith(("http://127.0.0.1", "blob:", "data:", "file:")) or wrong.append(request.url)
+        ),
+    )
+
+
+@in_browser
+def test_two_raters_vote_at_once_one_reloads_and_the_server_is_killed(started: Any, browser: Any) -> None:
+    server = started(3)
+    wrong: list[str] = []
+    pages = {}
+    contexts = [browser.new_context() for _ in range(2)]
+    for rater, context in zip(("anna", "ben"), contexts, strict=True):
+        pages[rater] = context.new_page()
+        watched(pages[rater], wrong)
+        pages[rater].goto(server.urls[rater])
+    anna, ben = pages["anna"], pages["ben"]
+    keys, choices = {"anna": "alt", "ben": "tla"}, {"a": "left", "l": "right", "t": "tie"}
+    acknowledged: dict[str, list[str]] = {"anna": [], "ben": []}
+    for number in range(2):  # both walk on, by turns
+        for rater, page in pages.items():
+            at(page, number)
+            page.keyboard.press(keys[rater][number])
+        for rater, page in pages.items():
+            saved(page)
+            acknowledged[rater].append(choices[keys[rater][number]])
+            assert list(server.votes(rater).values()) == acknowledged[rater]  # on disk before the next pair
+            page.keyboard.press("Enter")
+    at(anna, 2)
+    anna.keyboard.press("a")
+    saved(anna)
+    anna.keyboard.press("t")  # another mind, and a reload before going on
+    saved(anna)
+    name = anna.evaluate("document.body.dataset.task")
+    anna.reload()
+    at(anna, 2)
+    assert anna.evaluate("document.body.dataset.task") == name
+    assert anna.inner_text("button[aria-pressed=true]").split()[0] == "tie"
+    assert list(server.votes("anna").values()) == ["left", "right", "tie"]
+    assert wrong == []
+
+    server.end(signal.SIGKILL)
+    assert [list(server.votes(rater).values()) for rater in pages] == [["left", "right", "tie"], ["tie", "right"]]
+    at(ben, 2)
+    ben.keyboard.press("a")
+    ben.wait_for_selector("#status.bad")
+    assert "does not answer" in ben.inner_text("#status")
+    ben.keyboard.press("Enter")  # nothing is shown over a vote that is not saved
+    assert ben.evaluate("document.body.dataset.done") == "2"
+    server.start()
+    saved(ben)
+    assert list(server.votes("ben").values()) == ["tie", "right", "left"]
+    server.end(signal.SIGKILL)
+    anna.keyboard.press("l")  # and now the page is closed before the server is back
+    anna.wait_for_selector("#status.bad")
+    anna.close()
+    server.start()
+    anna = contexts[0].new_page()
+    watched(anna, wrong)
+    anna.goto(server.urls["anna"])
+    at(anna, 2)
+    assert list(server.votes("anna").values()) == ["left", "right", "right"]
+    for page, rater in ((anna, "anna"), (ben, "ben")):
+        page.keyboard.press("Enter")
+        for number in range(3, 6):  # appeal, without the text
+            at(page, number)
+            assert "Which picture looks better?" in page.inner_text("#questions") and not page.is_visible("#prompt")
+            page.keyboard.press("ArrowLeft")
+            saved(page)
+            page.keyboard.press("Enter")
+        page.wait_for_selector("body[data-task=done]")
+        assert "All done" in page.inner_text("#done") and page.inner_text("#counts") == "6 of 6"
+        assert len(server.votes(rater)) == 6 and SECRET not in page.content()
+    assert [text for text in wrong if "ERR_CONNECTION_REFUSED" not in text] == []  # the browser's own word on the crash
+    late = "task => storage({task, question: 'faithfulness', choice: 'left', stamp: Date.now() + 9, seconds: 1})"
+    anna.evaluate(late, name)  # as if another tab had gone on while this vote waited
+    anna.reload()
+    anna.wait_for_selector("#status.bad")
+    assert "Not saved: you have gone on" in anna.inner_text("#status") and len(server.votes("anna")) == 6
+    for context in contexts:
+        context.close()
+    assert server.end(signal.SIGTERM) == 0
+
+
+@in_browser
+def test_the_page_by_mouse_and_keys_with_both_questions_on_one_screen(started: Any, browser: Any) -> None:
+    server = started(3, raters="[anna]", ask="together", title="</script><i>Look</i>")
+    page = browser.new_page(viewport={"width": 1200, "height": 760})
+    wrong: list[str] = []
+    watched(page, wrong)
+    page.goto(server.urls["anna"])
+    at(page, 0)
+    assert page.inner_text("h1") == page.title() == "</script><i>Look</i>" and page.evaluate("window.hit") is None
+    rows = page.query_selector_all(".question")
+    assert len(rows) == 2 and rows[1].query_selector("button").is_disabled()  # faithfulness first
+    assert page.is_disabled("#next") and not page.evaluate("document.body.classList.contains('dimmed')")
+    page.click(".question:nth-child(1) button[data-side=right]")
+    saved(page)
+    assert page.evaluate("document.body.classList.contains('dimmed')") and page.is_disabled("#next")
+    page.keyboard.press("t")
+    saved(page)
+    page.click(".question:nth-child(1) button[data-side=left]")  # another mind on the first
+    saved(page)
+    assert set(server.votes("anna").values()) == {"left", "tie"}
+    page.keyboard.press("c")
+    page.keyboard.type("the l and t are letters here")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#status.good")
+
+    page.keyboard.press("z")
+    box = page.query_selector("#left .frame").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.75)
+    styles = [
+        page.eval_on_selector(f"#{side} img", "i => [i.style.transform, i.style.transformOrigin]")
+        for side in ("left", "right")
+    ]
+    assert styles[0] == styles[1] and styles[0][0] == "scale(3)" and styles[0][1].startswith("25% 75%")
+    page.keyboard.press("ArrowRight")  # walks in the picture, and does not vote
+    assert page.eval_on_selector("#right img", "i => i.style.transformOrigin").startswith("35% 75%")
+    page.mouse.click(box["x"] + 20, box["y"] + 20)
+    assert page.eval_on_selector("#left img", "i => i.style.transform") == ""
+
+    page.dblclick("#next")  # does not pass over a pair
+    at(page, 1)
+    page.keyboard.press("l")
+    saved(page)
+    page.keyboard.press("u")
+    at(page, 0)
+    assert page.input_value("#comment") == "the l and t are letters here"
+    page.keyboard.press("Enter")
+    at(page, 1)
+    assert "right" in page.inner_text("button[aria-pressed=true]")  # what was said before going back
+    page.keyboard.press("a")
+    saved(page)
+    page.keyboard.press("Enter")
+    at(page, 2)
+    texts = {prompt.text for prompt in server.study.prompts.values()}
+    assert page.text_content("#text") in texts and HOSTILE in texts
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") and wrong == []
+    page.set_viewport_size({"width": 390, "height": 780})
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.is_visible("#prompt") and page.is_visible("#right img") and page.is_visible("#next")
+    page.close()
+
+    seconds = sqlite3.connect(server.study.folder / "votes.sqlite").execute("SELECT seconds FROM votes").fetchall()
+    assert all(0 <= one < 60 for (one,) in seconds)
+    folder = str(server.study.folder)  # while the server runs
+    done = subprocess.run([sys.executable, "scripts/vote.py", "action=results", f"study={folder}"], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and "screens voted on: 2 of 3" in done.stdout, done.stderr
+    page = browser.new_page()
+    watched(page, wrong)
+    page.goto(f"file://{quote(folder)}/results.html")
+    assert (
+        f"{SECRET}-0" in page.inner_text("table") and "the l and t are letters here" in page.content() and wrong == []
+    )
+    page.close()

@@ -1,0 +1,233 @@
+"""scripts/ablate.py runs: a study killed in its middle goes on where it was, and failures and stops leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import ROOT, wait_for
+
+from paradiffusion.errors import UserError
+from paradiffusion.evaluation.ablation.commands import Launcher
+from paradiffusion.evaluation.ablation.plan import Plan, Unit
+from paradiffusion.evaluation.ablation.running import Outcome, finished_units, run_plan
+from paradiffusion.evaluation.journal import read_journals
+
+# A training in a line: it takes its time, and a SIGTERM as train.py does.
+TRAINING = """
+import json, pathlib, signal, sys, time
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+folder.mkdir(parents=True, exist_ok=True)
+with (folder / "starts").open("a") as file:
+    file.write("s" if (folder / "saved").exists() else "x")
+def stop(*_):
+    time.sleep(1)
+    (folder / "saved").write_text("")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+time.sleep(seconds)
+(folder / "stage1").mkdir(exist_ok=True)
+(folder / "stage1" / "summary.json").write_text(json.dumps({"steps": 3}))
+"""
+FAILING = "import sys; print('error: the data is gone; bring it back.', file=sys.stderr); sys.exit(2)"
+# As scripts/ablate.py does it, with the plan that the test has written down.
+DRIVER = """
+import json, pathlib, sys
+from paradiffusion.evaluation.ablation.commands import Launcher
+from paradiffusion.evaluation.ablation.plan import Plan, Unit
+from paradiffusion.evaluation.ablation.running import run_plan
+rows = json.loads(sys.argv[2])
+units = {r["key"]: Unit(**{**r, "folder": pathlib.Path(r["folder"]), "arguments": tuple(r["arguments"])}) for r in rows}
+outcome = run_plan(Plan(units, ()), pathlib.Path(sys.argv[1]), Launcher(), True, lambda unit: None)
+sys.exit(130 if outcome.stopped else 0)
+"""
+
+
+class Runs:
+    """Plans of small programs in ``output``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.output = folder / "out"
+        self.programs = folder / "programs"
+        self.programs.mkdir()
+        (self.programs / "train.py").write_text(TRAINING)
+        (self.programs / "fail.py").write_text(FAILING)
+
+    def unit(self, name: str, seconds: float = 0.0, needs: str | None = None, program: str = "train.py") -> Unit:
+        folder = self.output / "trained" / name
+        arguments = (str(self.programs / program), str(folder), str(seconds))
+        return Unit(name, "train", f"unit {name}", folder, arguments, needs, 1, 3)
+
+    def run(self, *units: Unit, keep_going: bool = True) -> Outcome:
+        return run_plan(self.plan(*units), self.output, Launcher(), keep_going, lambda unit: None)
+
+    def plan(self, *units: Unit) -> Plan:
+        return Plan({unit.key: unit for unit in units}, ())
+
+    def start(self, *units: Unit) -> subprocess.Popen[str]:
+        """The same in a process of its own."""
+        rows = [
+            {**unit.__dict__, "folder": str(unit.folder), "arguments": list(unit.arguments), "also": []}
+            for unit in units
+        ]
+        return subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(self.output), json.dumps(rows)], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+
+    def starts(self, name: str) -> int:
+        path = self.output / "trained" / name / "starts"
+        return len(path.read_text()) if path.is_file() else 0
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    return Runs(tmp_path)
+
+
+def test_a_failure_is_listed_and_what_does_not_need_it_goes_on(runs: Runs) -> None:
+    units = [runs.unit("a"), runs.unit("b", program="fail.py"), runs.unit("c", needs="b"), runs.unit("d", needs="a")]
+    outcome = runs.run(*units)
+    assert finished_units(runs.plan(*units), runs.output) == {"a", "d"}
+    assert set(outcome.failed) == {"b"} and outcome.blocked == ("c",) and not outcome.stopped
+    log = runs.output / "logs" / "b.log"
+    assert outcome.failed["b"] == f"the data is gone; bring it back. (status 2, see {log})"
+    assert "fail.py" in log.read_text() and dict(read_journals(runs.output))["b"]["outcome"] == "failed"
+    # Mended, it is tried again, and the others are not.
+    outcome = runs.run(units[0], runs.unit("b"), runs.unit("c", needs="b"), units[3])
+    assert not outcome.failed and not outcome.blocked
+    assert [runs.starts(name) for name in "abcd"] == [1, 1, 1, 1]
+
+
+def test_keep_going_false_ends_at_the_first_failure(runs: Runs) -> None:
+    units = [runs.unit("b", program="fail.py"), runs.unit("a")]
+    assert set(runs.run(*units, keep_going=False).failed) == {"b"} and runs.starts("a") == 0
+
+
+def test_a_result_that_was_deleted_is_made_again_and_half_a_training_is_no_result(runs: Runs) -> None:
+    unit = runs.unit("a")
+    runs.run(unit)
+    summary = unit.checkpoints / "summary.json"
+    summary.write_text(json.dumps({"steps": 2}))
+    assert not finished_units(runs.plan(unit), runs.output)
+    summary.unlink()
+    runs.run(unit)
+    assert runs.starts("a") == 2 and finished_units(runs.plan(unit), runs.output) == {"a"}
+
+
+def test_an_evaluation_counts_when_its_command_has_ended_well(runs: Runs) -> None:
+    """Its folder may hold one suite of two."""
+    unit = Unit("e", "evaluate", "unit e", runs.output / "evaluated" / "e", (), None, 1)
+    unit.folder.mkdir(parents=True)
+    (unit.folder / "evaluation.json").write_text("{}")
+    assert not finished_units(runs.plan(unit), runs.output)
+    (runs.output / "journal.rank0.jsonl").write_text('{"key": "e", "outcome": "done"}\n')
+    assert finished_units(runs.plan(unit), runs.output) == {"e"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_passed_on_and_waits_until_the_command_has_saved(runs: Runs, number: int) -> None:
+    units = [runs.unit("a"), runs.unit("b", seconds=60), runs.unit("c")]
+    process = runs.start(*units)
+    wait_for(lambda: runs.starts("b") == 1)
+    time.sleep(0.3)  # until it has its handler
+    process.send_signal(number)
+    assert process.wait(20) == 130
+    assert (units[1].folder / "saved").exists() and runs.starts("c") == 0
+    assert [runs.starts(name) for name in "abc"] == [1, 1, 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a command outlives the program that started it")
+def test_killed_it_leaves_no_command_behind_and_another_waits_for_the_last_one(runs: Runs) -> None:
+    units = [runs.unit("a"), runs.unit("b", seconds=60)]
+    process = runs.start(*units)
+    wait_for(lambda: runs.starts("b") == 1)
+    time.sleep(0.3)
+    with pytest.raises(UserError, match="in use by another"):
+        runs.run(*units)
+    process.kill()
+    process.wait()
+    outcome = runs.run(runs.unit("a"), runs.unit("b"))
+    said = (units[1].folder / "starts").read_text()
+    assert said == "xs", "the orphan was to save and leave before another one started"
+    assert not outcome.failed and [runs.starts(name) for name in "ab"] == [1, 2]
+
+
+def test_a_study_on_nano_is_killed_in_its_middle_and_goes_on(
+    tiny_arguments: list[str], tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Two settings with two seeds, trained, sampled and scored; the second goes on from the first one's stage."""
+    study, output = tmp_path / "study.yaml", tmp_path / "a study"
+    values = {
+        "name": "tried",
+        "base": [*(a for a in tiny_arguments if not a.startswith("max_steps")), "max_steps=4", "checkpoint_every=2"],
+        "stages": [1],
+        "evaluate": ["suite=scenes", "count=6", "steps=2", "scores=scenes", "threads=1"],
+        "settings": {"baseline": {}, "paragraphs": {"stages": [1, 2]}},
+    }
+    study.write_text(yaml.safe_dump(values))
+    arguments = ["scripts/ablate.py", f"study={study}", f"output={output}"]
+
+    def summaries() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in output.glob("trained/*/*/summary.json")}
+
+    def journal() -> dict[str, str]:
+        return {record["title"]: record["outcome"] for _, record in read_journals(output)}
+
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
+    )
+    try:
+        wait_for(lambda: any((output / "logs").glob("paragraphs*.log")), timeout=240)
+        time.sleep(1)
+    finally:
+        process.kill()  # in the middle of the third of eight
+        process.wait()
+    before, known = summaries(), journal()
+    assert [*known] == ["baseline, seed 0, stage 1", "baseline, seed 0, evaluation"] and len(before) == 1
+    drawn = {path: path.stat().st_mtime_ns for path in output.glob("evaluated/baseline-seed0*/images/*.png")}
+    assert len(drawn) >= 6
+
+    result = command(*arguments, timeout=900)
+    assert result.returncode == 0, result.stderr
+    assert "are 8 units, 2 of them finished" in result.stdout
+    assert len(journal()) == 8 and {*journal().values()} == {"done"}
+    for path, changed in {**before, **drawn}.items():
+        assert path.stat().st_mtime_ns == changed, f"{path} was made again"
+    logs = [path.read_text().count("$ python train.py") for path in output.glob("logs/baseline-seed?-stage1*.log")]
+    assert logs == [1, 1]
+
+    report = json.loads((output / "report.json").read_text())
+    right = "scenes/scenes/colour_at_place"
+    assert [row["seeds"] for row in report["rows"]] == [[0, 1], [0, 1]] and not report["not_finished"]
+    for row in report["rows"]:
+        found = row["estimates"][right]
+        assert found["prompts"] == 6 and 0 <= found["low"] <= found["mean"] <= found["high"] <= 1
+        assert {"training loss", "minutes"} <= row["estimates"].keys()
+    assert right in report["rows"][1]["differences"]
+    assert "| paragraphs | 2 |" in result.stdout and (output / "report.html").is_file()
+
+
+def test_what_evaluation_would_refuse_is_refused_before_any_training(
+    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    nowhere = f"suite_path={{paraprompts: {tmp_path / 'nowhere'}}}"
+    for evaluate, message in (
+        (["suite=scenes", "scores=[foo]"], "foo is unknown; choose among"),
+        (["suite=scenes", "scores=[scenes,fid]"], "fid cannot be computed: reference= is not given"),
+        (["suite=[scenes,paraprompts]", nowhere], f"suite=paraprompts: {tmp_path / 'nowhere'} does not exist"),
+    ):
+        study = {"name": "wrong", "base": ["preset=nano"], "seeds": [0], "stages": [1], "settings": {"one": {}}}
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({**study, "evaluate": evaluate}))
+        done = command("scripts/ablate.py", f"study={path}", f"output={tmp_path / 'out'}")
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        assert not (tmp_path / "out" / "trained").exists()

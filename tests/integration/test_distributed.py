@@ -1,0 +1,142 @@
+"""Two processes and a launcher: the same images as one process, and nothing left running. For losses see test_launches.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT, wait_for
+from PIL import Image
+from training_runs import free_port, newest, records, sample_here, steps_saved, train_here
+
+from paradiffusion.checkpoints.manifest import find_fault
+from paradiffusion.errors import UserError
+from paradiffusion.training.processes import check_gpus
+
+LENGTH = ["max_steps=8", "log_every=1", "checkpoint_every=4", "validate_every=8"]
+
+
+def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``torchrun --nproc_per_node N program ...`` on the CPU."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
+    return subprocess.run(
+        [sys.executable, *launcher, *arguments], cwd=ROOT, env={**os.environ, "ACCELERATE_USE_CPU": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stages 1 and 2 on one process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    for stage in (1, 2):
+        assert train_here([*tiny_arguments, *LENGTH, f"stage={stage}", f"run_dir={run}"]) == 0
+    return run
+
+
+def test_two_processes_draw_what_one_draws(alone: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a red circle" + " and a blue square" * number, "seed": number} for number in range(5)]
+    lines[3] |= {"height": 48, "width": 80}
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = (f"ckpt={alone}", f"prompt_file={prompts}", "steps=4")
+    result = launch(2, "sample.py", *arguments, "threads=1", "batch_size=2", f"output_dir={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stderr
+    assert sample_here(*arguments, "batch_size=8", f"output_dir={tmp_path / 'one'}") == 0
+    rows = [json.loads(line) for line in (tmp_path / "two" / "manifest.jsonl").read_text().splitlines()]
+    assert sorted(row["prompt"] for row in rows) == sorted(str(line["prompt"]) for line in lines)
+    for number in range(5):
+        images = []
+        for folder in ("one", "two"):
+            with Image.open(tmp_path / folder / f"{number:05d}.png") as image:
+                images.append(np.asarray(image).astype(int))
+        assert images[0].shape == images[1].shape and np.abs(images[0] - images[1]).max() <= 1
+
+
+def accelerate(arguments: list[str]) -> subprocess.Popen[str]:
+    """``accelerate launch train.py stage=2`` without a configuration file, as the README has it."""
+    program = Path(sys.executable).with_name("accelerate")
+    # The launcher sets one thread itself; ours are not to be what decides.
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return subprocess.Popen(
+        [str(program), "launch", "--quiet", "train.py", *arguments], cwd=ROOT, env={**environment, "ACCELERATE_USE_CPU": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_accelerate_launch_uses_all_cores_and_leaves_nothing_behind(
+    alone: Path, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    arguments = [argument for argument in tiny_arguments if argument != "threads=1"]
+    arguments += ["stage=2", f"init_from={alone / 'stage1'}", f"run_dir={tmp_path / 'run'}", "log_every=1"]
+    stage = tmp_path / "run" / "stage2"
+    launched = accelerate([*arguments, "max_steps=100000", "checkpoint_every=100000"])
+    wait_for(lambda: ((stage / "log.jsonl").exists() and bool(records(stage))) or launched.poll() is not None)
+    assert launched.poll() is None, launched.communicate()[0]
+    launched.send_signal(signal.SIGKILL)
+    output, _ = launched.communicate(timeout=120)  # the pipe ends with the last process that holds it
+    (step,) = steps_saved(stage)
+    assert f"stopped at step {step}" in output and find_fault(newest(stage)) is None
+    threads = int(re.findall(r"(\d+) thread\(s\) each", output)[0])
+    assert threads == len(os.sched_getaffinity(0))
+    assert "1 process(es) x 1 micro-batch(es)" in output and "fp32" in output
+    # The same command goes on, and ends well.
+    again = accelerate([*arguments, f"max_steps={step + 2}", "checkpoint_every=100000"])
+    output, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, output
+    assert "resuming from" in output and steps_saved(stage)[-1] == step + 2
+
+
+def test_a_mistake_of_all_processes_is_told_once() -> None:
+    done = launch(2, "train.py", "stage=2", "max_step=3")
+    assert done.returncode != 0 and done.stderr.count("error: the key max_step is unknown") == 1
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    check_gpus(4)
+    with pytest.raises(UserError, match=r"^8 processes .* has 4 GPU\(s\).*--num_processes 4"):
+        check_gpus(8)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    check_gpus(8)
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    check_gpus(8)
+
+
+def test_wrong_key_under_the_launcher_is_one_sentence_and_no_traceback() -> None:
+    launched = accelerate(["stage=2", "max_step=3"])
+    output, _ = launched.communicate(timeout=300)
+    assert launched.returncode != 0  # the launcher turns our 2 into its own 1
+    assert "error: the key max_step is unknown; did you mean max_steps?" in output and "Traceback" not in output
+
+
+APART = """
+import sys
+sys.path[:0] = {paths!r}
+from accelerate import Accelerator
+from data_fixtures import synthetic_index
+from paradiffusion.entry import run
+from paradiffusion.training.setup import check_same_data
+accelerator = Accelerator(cpu=True)
+check_same_data(synthetic_index(50, 2, 0), accelerator)
+print("the same", flush=True)
+run(lambda _: check_same_data(synthetic_index(50, 2, accelerator.process_index), accelerator), lambda: "")
+"""
+
+
+def test_processes_with_other_data_do_not_train_together(tmp_path: Path) -> None:
+    """Of an index that one machine lacks, or a picture that is added while a run starts."""
+    program = tmp_path / "apart.py"
+    program.write_text(APART.format(paths=[str(ROOT), str(ROOT / "tests" / "support")]))
+    result = launch(2, str(program))
+    assert result.returncode != 0 and result.stdout.count("the same") == 2
+    assert "process 1 found other samples than process 0" in result.stderr

@@ -1,0 +1,258 @@
+"""DDP, ZeRO-2 and ZeRO-3 on two processes: the same losses as one process, from the commands that a user types."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+from spoiled_train import spoil
+from training_runs import build_here, free_port, newest, records, sample_here, steps_saved, train_here
+
+from paradiffusion.training import loop
+
+STEPS, HALF = 20, 12
+# Stage 1 of so many steps, and stage 2 stopped and ended after so many. A step under ZeRO-3 on processors takes half a second.
+LENGTHS = {"ddp": (STEPS, HALF, STEPS), "zero2": (STEPS, HALF, STEPS), "zero3": (6, 6, 12)}
+# Micro-batches of one sample: 1 process x 4 accumulated beside 2 x 2.
+SETTINGS = [
+    "log_every=1", "checkpoint_every=6", "validate_every=4", "micro_batch_size=1", "keep_last=9", "log_samples=true",
+    "optimizer.warmup_steps=4",
+]  # fmt: skip
+KINDS = ("ddp", "zero2", "zero3")
+# ZeRO-3 is experimental: what it must keep is the model, not the last bits.
+PRECISION = {"ddp": 1e-5, "zero2": 1e-5, "zero3": 1e-4}
+
+
+def launch(kind: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes: torchrun for DDP on the CPU, else ``accelerate launch --config_file configs/launch/KIND.yaml``."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    port = str(free_port())
+    if kind == "ddp":
+        environment["ACCELERATE_USE_CPU"] = "1"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    else:
+        program = str(Path(sys.executable).with_name("accelerate"))
+        launcher = [
+            program,
+            "launch",
+            "--quiet",
+            "--config_file",
+            f"configs/launch/{kind}.yaml",
+            "--num_processes",
+            "2",
+        ]
+        launcher += ["--main_process_port", port]
+    return subprocess.run(
+        [*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
+def train_on_two(kind: str, *arguments: str) -> str:
+    result = launch(kind, "train.py", *arguments)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    label = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}[kind]
+    accumulated = 2 if "micro_batch_size=1" in arguments else 1
+    assert f"{label}, 2 process(es) x {accumulated} micro-batch(es)" in result.stdout
+    assert "trained: 0.00 M" not in result.stdout
+    return result.stdout
+
+
+def losses_of(stage: Path) -> list[float]:
+    rows = records(stage)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def keys_of(stage: Path) -> dict[int, list[str]]:
+    """Sample keys of each step over all processes. A step that was done again after a stop counts once."""
+    found: dict[int, dict[int, list[str]]] = {}
+    files = sorted((stage / "samples_seen").glob("*.jsonl"), key=lambda path: path.stem.partition("from")[2])
+    for path in files:
+        for row in map(json.loads, path.read_text().splitlines()):
+            found.setdefault(row["step"], {})[row["rank"]] = row["keys"]
+    return {step: sorted(key for keys in ranks.values() for key in keys) for step, ranks in sorted(found.items())}
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_arguments: list[str]) -> list[str]:
+    return [*tiny_arguments, *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def alone(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stages 1 and 2 in one process, never stopped."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    for stage in (1, 2):
+        assert train_here([*settings, f"max_steps={STEPS}", f"stage={stage}", f"run_dir={run}"]) == 0
+    return run
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def launched(
+    request: pytest.FixtureRequest, settings: list[str], alone: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """Stage 1, then stage 2 up to where it is stopped, on two processes."""
+    kind: str = request.param
+    first, half, _ = LENGTHS[kind]
+    run = tmp_path_factory.mktemp(kind) / "run"
+    train_on_two(kind, *settings, f"run_dir={run}", "stage=1", f"max_steps={first}")
+    # From the same weights as the run that it is compared with, to the last bit.
+    train_on_two(
+        kind, *settings, f"run_dir={run}", "stage=2", f"max_steps={half}", f"init_from={alone / 'stage1'}",
+    )  # fmt: skip
+    return kind, run
+
+
+@pytest.fixture(scope="module")
+def resumed(launched: tuple[str, Path], settings: list[str], alone: Path) -> tuple[str, Path, Path]:
+    """Stage 2 taken to its end by the same launch, in a copy of the run."""
+    kind, run = launched
+    copy = run.with_name("resumed")
+    shutil.copytree(run, copy)
+    out = train_on_two(
+        kind, *settings, f"run_dir={copy}", "stage=2", f"max_steps={LENGTHS[kind][2]}", f"init_from={alone / 'stage1'}"
+    )
+    assert "resuming from" in out
+    return kind, run, copy
+
+
+def test_losses_are_those_of_one_process(resumed: tuple[str, Path, Path], alone: Path) -> None:
+    kind, run, copy = resumed
+    first, _, last = LENGTHS[kind]
+    for theirs, ours, steps in ((alone / "stage1", run / "stage1", first), (alone / "stage2", copy / "stage2", last)):
+        assert len(losses_of(ours)) == steps
+        assert losses_of(ours) == pytest.approx(losses_of(theirs)[:steps], rel=PRECISION[kind])
+        norms = [[row["gradient_norm"] for row in records(stage)[:steps]] for stage in (ours, theirs)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+        for key in ("truncated_count", "images_seen", "bad_samples"):
+            assert [row[key] for row in records(ours)] == [row[key] for row in records(theirs)[:steps]]
+        # The average, validated at step 4, was taken out and put back in the midst of the run.
+        held_out = [next(row["loss_long"] for row in records(stage, "validation")) for stage in (ours, theirs)]
+        assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+
+
+def test_checkpoint_holds_the_whole_adapter_and_no_frozen_tensor(resumed: tuple[str, Path, Path], alone: Path) -> None:
+    _, _, copy = resumed
+    ours = newest(copy / "stage2")
+    theirs = alone / "stage2" / "checkpoints" / ours.name
+    adapter = load_file(ours / "text_encoder_lora" / "adapter_model.safetensors")
+    assert adapter and all(tensor.numel() for tensor in adapter.values())
+    # B begins at zero and A does not: an adapter that was not gathered, or not trained, has zeros in both or in B.
+    assert all(tensor.abs().max() > 0 for tensor in adapter.values())
+    for path in sorted(theirs.rglob("*.safetensors")):
+        one, two = load_file(path), load_file(ours / path.relative_to(theirs))
+        assert one.keys() == two.keys() and not any("base_layer" in name or "embed_tokens" in name for name in two)
+        # Adam divides by a gradient's size, so that rounding moves weights whose gradient is rounding: compare the whole.
+        apart = sum(float((one[name].double() - two[name].double()).square().sum()) for name in one)
+        assert apart <= 1e-6 * sum(float(one[name].double().square().sum()) for name in one)
+    assert sum(path.stat().st_size for path in ours.rglob("*.safetensors")) < 5e6
+
+
+def test_sample_draws_from_it_what_one_process_trained(
+    resumed: tuple[str, Path, Path], alone: Path, tmp_path: Path
+) -> None:
+    _, _, copy = resumed
+    images = []
+    step = newest(copy / "stage2").name
+    for name, run in (("ours", copy), ("theirs", alone)):
+        arguments = (
+            f"ckpt={run / 'stage2' / 'checkpoints' / step}",
+            "prompt=a red circle at the left",
+            "steps=4",
+            f"output_dir={tmp_path / name}",
+        )
+        assert sample_here(*arguments) == 0
+        with Image.open(tmp_path / name / "00000.png") as image:
+            images.append(np.asarray(image).astype(int))
+    assert images[0].std() > 1 and np.abs(images[0] - images[1]).max() <= 2
+
+
+def test_one_process_goes_on_where_two_stopped(
+    launched: tuple[str, Path], settings: list[str], alone: Path, tmp_path: Path
+) -> None:
+    kind, run = launched
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    arguments = [*settings, f"run_dir={copy}", "stage=2", f"init_from={alone / 'stage1'}", f"max_steps={STEPS}"]
+    assert train_here(arguments) == 0
+    assert losses_of(copy / "stage2") == pytest.approx(losses_of(alone / "stage2"), rel=PRECISION[kind])
+    check_samples(copy / "stage2", alone / "stage2", arguments)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+def test_two_processes_go_on_where_one_stopped(kind: str, settings: list[str], alone: Path, tmp_path: Path) -> None:
+    # Micro-batches may differ too.
+    arguments = [
+        *settings,
+        "micro_batch_size=2",
+        f"run_dir={tmp_path / 'run'}",
+        "stage=2",
+        f"init_from={alone / 'stage1'}",
+    ]
+    assert train_here([*arguments, f"max_steps={HALF}"]) == 0
+    arguments = [a for a in arguments if a != "micro_batch_size=1"] + [f"max_steps={STEPS}"]
+    train_on_two(kind, *arguments)
+    stage = tmp_path / "run" / "stage2"
+    assert steps_saved(stage) == [6, HALF, 18, STEPS]
+    assert losses_of(stage) == pytest.approx(losses_of(alone / "stage2"), rel=1e-5)
+    check_samples(stage, alone / "stage2", arguments)
+
+
+def check_samples(stage: Path, reference: Path, arguments: list[str]) -> None:
+    """The same samples in every step, each once an epoch: leftovers of the first are in the second, nothing twice."""
+    seen, expected = keys_of(stage), keys_of(reference)
+    assert list(seen) == list(range(STEPS)) and seen == expected
+    plan = build_here([argument for argument in arguments if argument != "log_samples=true"]).plan
+    counts = Counter(key for keys in seen.values() for key in keys)
+    assert counts.total() == STEPS * 4 == plan.samples
+    epoch_ends = plan.first_step(1)
+    assert 0 < epoch_ends <= STEPS
+    first = [key for step in range(epoch_ends) for key in seen[step]]
+    assert len(first) == len(set(first)), "a sample came twice within the first epoch"
+    waiting = plan.samples - len(first)
+    # What waited at the end of the epoch comes before anything of its bucket comes again.
+    assert len(counts) >= plan.samples - waiting and waiting < 4 * len(plan.buckets)
+
+
+def test_rolling_back_leaves_nothing_of_the_spike(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither weights, moments nor gradients: offloaded ones would be added to those of the next step."""
+    arguments = [*settings, "checkpoint_every=3", "max_steps=7", "on_spike=rollback"]
+    monkeypatch.setattr(loop, "prepare", loop.prepare)  # put back afterwards
+    spoil(4)
+    assert train_here([*arguments, f"run_dir={tmp_path / 'one'}"]) == 0
+    result = launch("zero2_offload", "tests/support/spoiled_train.py", "4", *arguments, f"run_dir={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("going on from the weights of") == 1
+    one, two = (losses_of(tmp_path / name / "stage1") for name in ("one", "two"))
+    assert math.isnan(one.pop(4)) and math.isnan(two.pop(4)) and two == pytest.approx(one, rel=1e-5)
+    for name in ("one", "two"):
+        assert json.loads((tmp_path / name / "stage1" / "summary.json").read_text())["skipped_steps"] == [3, 4]
+
+
+def test_a_launcher_that_contradicts_is_refused(tiny_arguments: list[str], tmp_path: Path) -> None:
+    settings = tmp_path / "launch.yaml"
+    text = (ROOT / "configs" / "launch" / "zero2.yaml").read_text()
+    settings.write_text(text.replace("  zero_stage: 2\n", "  zero_stage: 2\n  gradient_accumulation_steps: 4\n"))
+    program = str(Path(sys.executable).with_name("accelerate"))
+    result = subprocess.run(
+        [program, "launch", "--quiet", "--config_file", str(settings), "--num_processes", "2", "--main_process_port", str(free_port()),
+         "train.py", *tiny_arguments, f"run_dir={tmp_path / 'run'}"],
+        cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    # torch's launcher prints a traceback of its own over any exit but 0; none comes from here.
+    assert result.returncode != 0 and "paradiffusion/" not in result.stdout + result.stderr
+    assert "error: the launch configuration says gradient_accumulation_steps=4" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,169 @@
+"""preset=paper: the sizes that the paper gives, what its stages say, and weights that are kept in fp32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import PARITY
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from training_runs import SMALL, build_here, newest, records, sample_here, stage_arguments, tensors, train_here
+
+from paradiffusion.compose import CONFIGS, compose_train
+from paradiffusion.config import CodecConfig, ConditioningConfig, OptimizerConfig, TrainConfig
+from paradiffusion.data.images import make_buckets
+from paradiffusion.errors import UserError
+from paradiffusion.models.unet import build_unet, downsampling, empty_unet
+from paradiffusion.text.families import text_width
+from paradiffusion.training.optim import build_optimizer
+
+
+def paper(*overrides: str) -> TrainConfig:
+    return compose_train(["preset=paper", "data.shards=x", *overrides])
+
+
+def shapes(unet: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in unet.named_parameters()}
+
+
+def empty(config: TrainConfig) -> Any:
+    return empty_unet(config.unet, config.codec, config.conditioning, text_width(config.text_encoder))
+
+
+def test_the_papers_unet() -> None:
+    """1.251 B parameters with the projection from 4096 to 1280 (PAPER: block widths 384, 768, 1152, 1536)."""
+    unet = empty(paper())
+    assert all(p.device.type == "meta" for p in unet.parameters())
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(1.251e9, rel=0.01)
+    assert unet.encoder_hid_proj.weight.shape == (1280, 4096) and downsampling(unet) == 8
+    assert unet.config["block_out_channels"] == [384, 768, 1152, 1536]
+    heads = {m.heads for n, m in unet.named_modules() if n.startswith("mid_block.attentions.") and hasattr(m, "heads")}
+    assert heads == {1536 // 64}, "a head is 64 wide"
+
+
+@pytest.mark.skipif(not PARITY.is_dir(), reason="the reference weights (../shared/assets/parity) are not here")
+def test_the_papers_unet_is_of_the_official_kind() -> None:
+    official = json.loads((PARITY / "weights" / "unet" / "config.json").read_text())
+    ours = {**paper().unet.arguments}
+    for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim", "norm_num_groups",
+                "sample_size"):  # fmt: skip
+        ours[key] = official[key]
+    for key in ("down_block_types", "up_block_types"):  # the small one has three levels
+        ours[key] = ours[key][:3] if key == "down_block_types" else ours[key][1:]
+    unet = empty_unet(
+        type(paper().unet)(arguments=ours), CodecConfig(), ConditioningConfig(), official["encoder_hid_dim"]
+    )
+    from safetensors import safe_open
+
+    with safe_open(PARITY / "weights" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert shapes(unet) == {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def test_sdxls_unet() -> None:
+    """SDXL's 2.567 B without add_embedding (2816 to 1280 to 1280), and a projection from 4096 to its 2048."""
+    config = paper("unet=sdxl", "stage=2")
+    unet = empty(config)
+    total = sum(p.numel() for p in unet.parameters())
+    published, add_embedding, projection = 2_567_463_684, 2816 * 1280 + 1280 + 1280 * 1280 + 1280, 4096 * 2048 + 2048
+    assert total == published - add_embedding + projection
+    found = shapes(unet)
+    assert found["encoder_hid_proj.weight"] == (2048, 4096)
+    # Tensors of the published checkpoint, with their shapes.
+    assert found["down_blocks.2.attentions.1.transformer_blocks.9.attn2.to_k.weight"] == (1280, 2048)
+    assert found["down_blocks.1.attentions.0.proj_in.weight"] == (640, 640)
+    assert found["mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj.weight"] == (10240, 1280)
+    assert found["up_blocks.0.attentions.2.transformer_blocks.0.attn1.to_q.weight"] == (1280, 1280)
+    assert not any("add_embedding" in name for name in found)
+    heads = {
+        n.split(".")[1]: m.heads for n, m in unet.named_modules() if n.startswith("down_blocks") and hasattr(m, "heads")
+    }
+    assert heads == {"1": 10, "2": 20}
+    assert config.codec == paper().codec, "the same latent space"
+
+
+def test_an_empty_unet_is_the_built_one_without_weights() -> None:
+    config = paper(*SMALL)
+    arguments = (config.unet, config.codec, config.conditioning, 24)
+    built = build_unet(*arguments, seed=1)
+    assert shapes(built) == shapes(empty_unet(*arguments)) and built.conv_in.weight.device.type == "cpu"
+    with pytest.raises(UserError, match=r"unet\.arguments do not make"):
+        empty(paper("unet.arguments.norm_num_groups=7"))
+
+
+def test_stages_as_the_paper_has_them() -> None:
+    stages = [paper(f"stage={n}") for n in (1, 2, 3)]
+    assert [c.conditioning.max_tokens for c in stages] == [256, 512, 512]
+    assert [list(c.data.captions) for c in stages] == [["short"], ["long"], ["clean"]]
+    assert [c.train_text for c in stages] == ["frozen", "lora", "adapter"]
+    resolutions = [c.data.resolution for c in stages]
+    assert resolutions == sorted(set(resolutions))
+    for config, mean_side in zip(stages, (537, 771, 1326), strict=True):
+        assert config.data.resolution < mean_side, "images are not to be enlarged"
+        assert (config.conditioning.layer_tap, config.conditioning.mask_padding) == ("last", False)
+        assert (config.conditioning.projection, config.objective.prediction) == ("linear", "epsilon")
+        assert (config.sampler.solver, config.sampler.steps, config.sampler.guidance) == ("dpm", 100, 7.5)
+        assert (config.codec.hub, config.codec.scaling_factor) == ("madebyollin/sdxl-vae-fp16-fix", 0.13025)
+        assert (config.text_encoder.name, config.run_dir, config.precision) == ("llama2_7b", "runs/paper", "bf16")
+        assert not config.data.demo and config.data.caption_dropout == 0.1
+        assert config.data.bucket_multiple == config.codec.factor * 8
+        buckets = make_buckets(config.data.resolution, config.data.bucket_multiple, config.data.max_aspect)
+        assert len(buckets) >= 3 and {side % 64 for bucket in buckets for side in bucket[-2:]} == {0}
+        assert config.micro_batch_size is not None
+        for processes in (1, 8, 32):
+            assert config.batch_size % (config.micro_batch_size * processes) == 0
+    assert stages[1].lora == stages[2].lora, "stage 3 applies stage 2's adapter"
+
+
+def test_what_is_not_published_is_marked_as_ours() -> None:
+    for stage in "123":
+        text = (CONFIGS / "preset_stage" / f"paper_{stage}.yaml").read_text()
+        assert "our choice" in text and "lr" in OmegaConf.create(text).optimizer
+    with pytest.raises(UserError, match=r"data\.shards is not set; name WebDataset shards, such as data\.shards="):
+        compose_train(["preset=paper", "stage=2"])
+
+
+def test_trained_weights_are_kept_in_fp32(
+    tiny_arguments: list[str], demo_folder: Path, codec_folder: Path, tmp_path: Path
+) -> None:
+    arguments = stage_arguments(tiny_arguments, demo_folder, codec_folder, tmp_path / "run")
+    assert compose_train(arguments).precision == "bf16"
+    for stage in ("stage=1", "stage=2"):
+        assert train_here([*arguments, stage]) == 0
+    assert all(record["loss"] > 0 for record in records(tmp_path / "run" / "stage2"))
+    setup = build_here([*arguments, "stage=2", "max_steps=4"])
+    trained = setup.joint.trained()
+    assert len(trained) > 100 and any("lora_" in name for name in trained)
+    assert {p.dtype for p in trained.values()} == {torch.float32}
+    assert {value.dtype for value in setup.ema.values} == {torch.float32}
+    saved = tensors(newest(tmp_path / "run" / "stage2"))
+    assert any("optimizer" in name for name in saved) and any("text_encoder_lora" in name for name in saved)
+    wrong = [name for name, tensor in saved.items() if tensor.is_floating_point() and tensor.dtype != torch.float32]
+    assert not wrong, f"{len(wrong)} tensors are not fp32, {wrong[:3]}"
+    status = sample_here(
+        f"ckpt={tmp_path / 'run'}",
+        "prompt=a red circle",
+        "steps=2",
+        f"output_dir={tmp_path / 'out'}",
+        "height=64",
+        "width=64",
+    )
+    assert status == 0 and (tmp_path / "out" / "00000.png").is_file()
+
+
+def test_why_fp32_a_bfloat16_weight_forgets_small_updates() -> None:
+    """A step of 1e-4 on a weight of 1 is an eightieth of what bfloat16 can tell apart there."""
+
+    def after(dtype: torch.dtype, steps: int) -> Tensor:
+        parameter = nn.Parameter(torch.ones(4, dtype=dtype))
+        optimizer = build_optimizer({"unet.weight": parameter}, OptimizerConfig(lr=1e-4, weight_decay=0.0))
+        for _ in range(steps):
+            parameter.grad = torch.full_like(parameter, -1.0)
+            optimizer.step()
+        return parameter.detach().float()
+
+    assert torch.equal(after(torch.bfloat16, 200), torch.ones(4)), "two hundred steps, and nothing was learned"
+    torch.testing.assert_close(after(torch.float32, 200), torch.full((4,), 1.02), atol=1e-4, rtol=0)

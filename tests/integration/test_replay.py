@@ -1,0 +1,340 @@
+"""A step again from the run's folder, identical to what it saw, and the page that a loss spike leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+from browser import chromium, in_browser
+from commands import ROOT
+from data_fixtures import encoded
+from PIL import Image
+from spoiled_train import spoil_latents
+from training_runs import build_here, free_port, records, train_here
+
+from paradiffusion.compose import compose_options, compose_train
+from paradiffusion.data.index import load_index, read_sample
+from paradiffusion.data.loader import LoaderSettings, make_loader
+from paradiffusion.data.shards import expand_shards, write_shards
+from paradiffusion.errors import UserError
+from paradiffusion.training import spikes
+from paradiffusion.training.caching import CacheOptions, make_cache
+from paradiffusion.training.replay import Replay, ReplayOptions, replay
+from paradiffusion.training.step_record import digest, line_of, read_seen
+
+Train = Callable[..., int]
+RECORDED = ["log_samples=true", "log_every=1", "validate_every=100", "data.caption_dropout=0.4"]
+
+
+def replay_here(*arguments: str) -> tuple[Replay, Path]:
+    """What scripts/replay.py does with these arguments; a UserError comes through."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return replay(compose_options(ReplayOptions, list(arguments)))
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file of a run but its replays."""
+    files = (path for path in folder.rglob("*") if path.is_file() and "replay" not in path.parts)
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.fixture(scope="module")
+def own_shards(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the small set of scenes that a test may spoil."""
+    index = load_index(expand_shards(demo_folder / "web"))
+    folder = tmp_path_factory.mktemp("own")
+    write_shards((read_sample(index, row) for row in range(48)), folder, 16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_arguments: list[str], own_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps with a checkpoint after the fourth, in two micro-batches, with everything recorded."""
+    run = tmp_path_factory.mktemp("replayed") / "run"
+    arguments = [*tiny_arguments, *RECORDED, f"data.shards={own_shards}", "micro_batch_size=2", "max_steps=6"]
+    assert train_here([*arguments, f"run_dir={run}", "conditioning.max_tokens=24"]) == 0
+    return run / "stage1"
+
+
+def test_replay_is_what_the_step_saw(stage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = state_of(stage)
+    found, page = replay_here(f"run={stage}", "step=4")
+    assert state_of(stage) == before, "a replay must leave the run alone"
+    assert page == stage / "replay" / "step_000004" / "index.html"
+    assert found.certain == "identical" and "all 4 slots" in found.verdict
+    # Right after the checkpoint of step 4 the losses are those of the step: of its weights, not of their average.
+    assert found.facts["losses"] == "with the weights that the step had, those of step_000004"
+    logged = next(row["loss"] for row in records(stage) if row["step"] == 5)
+    assert found.facts["mean loss"] == pytest.approx(logged, rel=1e-6)
+    assert found.facts["mean loss in log.jsonl"] == logged
+    assert [(s.rank, s.micro) for s in sorted(found.samples, key=lambda s: s.slot)] == [(0, 0), (0, 0), (0, 1), (0, 1)]
+
+
+def test_page_lines_and_pictures(stage: Path) -> None:
+    _, page = replay_here(f"run={stage.parent}", "step=5", f"output={stage.parent / 'elsewhere'}")
+    rows = [json.loads(line) for line in page.with_name("samples.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True) and len(rows) == 4
+    html = page.read_text()
+    assert [html.index(f'id="slot{row["slot"]}"') for row in rows] == sorted(
+        html.index(f'id="slot{row["slot"]}"') for row in rows
+    )
+    assert "<script" not in html and "http" not in html.replace("http-equiv", "")
+    seen = read_seen(stage, 5)
+    assert seen is not None
+    for row in rows:
+        pixels = np.asarray(Image.open(page.parent / row["image"]))
+        assert pixels.shape == (row["height"], row["width"], 3)
+        found_digest = digest(pixels.transpose(2, 0, 1).tobytes(), (3, row["height"], row["width"]))
+        assert found_digest == seen.samples[row["slot"]].pixels, "the picture holds the very pixels of the step"
+        assert row["caption"], "a dropped caption is shown as well"
+        assert row["dropped"] == (row["kept"] == "")
+        assert 0 <= row["noise_share"] <= 1
+
+
+@in_browser
+def test_page_is_shown_by_a_browser(stage: Path, tmp_path: Path) -> None:
+    found, page = replay_here(f"run={stage}", "step=3", f"output={tmp_path}")
+    said: list[str] = []
+    with chromium() as browser:
+        tab = browser.new_page(viewport={"width": 900, "height": 700})
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda asked: None if asked.url.startswith(("file:", "data:")) else said.append(asked.url))
+        tab.goto(page.as_uri())
+        assert tab.title() == found.title and "Identical" in tab.inner_text("[role=status]")
+        assert all(tab.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)"))
+        assert tab.locator("main article img").count() == 4 == tab.locator("svg circle").count()
+        tab.locator("svg a").last.click()  # A dot leads to its sample.
+        assert tab.locator(tab.evaluate("location.hash")).is_visible()
+        tab.set_viewport_size({"width": 380, "height": 700})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
+    assert said == []
+
+
+def test_captions_are_shown_as_cut(stage: Path) -> None:
+    samples = [s for step in range(6) for s in replay_here(f"run={stage}", f"step={step}")[0].samples]
+    assert any(s.dropped for s in samples) and any(s.truncated for s in samples)
+    for sample in samples:
+        if sample.truncated:
+            assert sample.kept and len(sample.kept) < len(sample.caption)
+        elif not sample.dropped:
+            assert sample.tokens <= sample.limit
+            assert sample.kept.split() == sample.caption.split()
+
+
+@pytest.mark.parametrize("spoiled", ["caption", "pixels"])
+def test_changed_data_is_noticed(
+    spoiled: str, stage: Path, own_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {path: path.read_bytes() for path in own_shards.glob("*.tar")}
+    index = load_index(expand_shards(own_shards))
+    samples = [read_sample(index, row) for row in range(48)]
+    for sample in samples:
+        if spoiled == "caption":
+            sample.meta["captions"] = {kind: f"{text} too" for kind, text in sample.meta["captions"].items()}
+        else:  # Same size and words: the fingerprint does not tell, the digests do.
+            size = Image.open(io.BytesIO(sample.image)).size
+            sample.image, sample.extension = encoded(Image.new("RGB", size, "red")), "png"
+    try:
+        write_shards(samples, own_shards, 16)
+        output = f"output={tmp_path / 'out'}"
+        if spoiled == "caption":
+            with pytest.raises(UserError, match=r"the data has changed since .*fingerprint.*force=true"):
+                replay_here(f"run={stage}", "step=2", output)
+            assert not (tmp_path / "out").exists()
+            found, _ = replay_here(f"run={stage}", "step=2", output, "force=true")
+        else:
+            found, _ = replay_here(f"run={stage}", "step=2", output)
+        assert found.certain == "different"
+        words = {"caption": "another caption", "pixels": "other pixels"}
+        slots = [sample.slot for sample in found.samples if spoiled == "pixels" or not sample.dropped]
+        assert slots
+        for slot in slots:
+            assert f"slot {slot} (" in found.verdict
+        assert found.verdict.count(words[spoiled]) == len(slots)
+        assert words["pixels" if spoiled == "caption" else "caption"] not in found.verdict
+    finally:
+        for path, data in kept.items():
+            path.write_bytes(data)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_digests_do_not_depend_on_the_number_of_processes(
+    world: int, stage: Path, tiny_arguments: list[str], own_shards: Path, tmp_path: Path
+) -> None:
+    recorded = read_seen(stage, 3)
+    assert recorded is not None and recorded.world_size == 1 and recorded.micro_batches == 2
+    setup = build_here(
+        [*tiny_arguments, f"data.shards={own_shards}", "data.caption_dropout=0.4", f"run_dir={tmp_path / 'again'}"]
+    )
+    setup.close()
+    (tmp_path / "samples_seen").mkdir()
+    for rank in range(world):
+        settings = LoaderSettings(
+            first_step=3, last_step=4, rank=rank, world_size=world, accumulation=2, caption_dropout=0.4, workers=0
+        )
+        batches = list(make_loader(setup.plan.index, setup.plan, settings))
+        path = tmp_path / "samples_seen" / f"rank{rank}_from000000.jsonl"
+        path.write_text(line_of(3, rank, world, batches))
+    again = read_seen(tmp_path, 3)
+    assert again is not None and again.world_size == world
+    assert again.samples == recorded.samples
+    found, _ = replay_here(f"run={stage}", "step=3", "world=2", "ckpt=" + str(stage), f"output={tmp_path / 'two'}")
+    assert found.certain == "identical"
+    assert {sample.rank for sample in found.samples} == {0, 1}
+
+
+def test_step_of_a_run_without_records(train: Train, tmp_path: Path) -> None:
+    assert train("max_steps=4", "checkpoint_every=2", "keep_last=1") == 0
+    found, _ = replay_here(f"run={tmp_path / 'run' / 'stage1'}", "step=1")
+    assert found.certain == "unknown" and "log_samples=true" in found.verdict
+    assert "the oldest there is, after the step" in found.facts["losses"]
+
+
+def test_stages_with_an_adapter(train: Train, tmp_path: Path) -> None:
+    """The adapter that stage 2 trains, and that stage 3 applies, is in the losses."""
+    train("max_steps=2", "checkpoint_every=2")
+    for stage in (2, 3):
+        arguments = [f"stage={stage}", *RECORDED, "max_steps=3", "checkpoint_every=2", "optimizer.lr_lora=0.01"]
+        assert train(*arguments, "optimizer.warmup_steps=0") == 0
+        found, _ = replay_here(f"run={tmp_path / 'run' / f'stage{stage}'}", "step=2")
+        assert found.certain == "identical"
+        assert found.facts["mean loss"] == pytest.approx(found.facts["mean loss in log.jsonl"], rel=1e-6)
+        # Before the first checkpoint: with the weights that the stage started from, wherever the run lies now.
+        moved = tmp_path / f"moved{stage}"
+        shutil.copytree(tmp_path / "run", moved)
+        shutil.rmtree(moved / f"stage{stage}" / "checkpoints")
+        first, _ = replay_here(f"run={moved / f'stage{stage}'}", "step=0")
+        assert "would start from now, since there is no checkpoint" in first.facts["losses"]
+        assert first.facts["mean loss"] == pytest.approx(first.facts["mean loss in log.jsonl"], rel=1e-6)
+
+
+def test_shards_that_have_moved(stage: Path, own_shards: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    own_shards.rename(moved)
+    try:
+        with pytest.raises(UserError, match=r"data.shards=.* matches no .tar file.*name their place with shards="):
+            replay_here(f"run={stage}", "step=2", f"output={tmp_path / 'out'}")
+        found, _ = replay_here(f"run={stage}", "step=2", f"output={tmp_path / 'out'}", f"shards={moved}")
+        assert found.certain == "identical"
+    finally:
+        moved.rename(own_shards)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["step=1"], "run= is missing"),
+        (["run={stage}"], "step= is missing"),
+        (["run={stage}", "step=-1"], "step=-1 is negative"),
+        (["run={stage}", "step=6"], "step=6 is beyond the run .*the last one is 5"),
+        (["run={stage}", "step=two"], "step: Value 'two'.*Integer"),
+        (["run={stage}", "step=1.5"], "step: Value '1.5'.*Integer"),
+        (["run={stage}/..", "step=1", "world=3"], "not a whole multiple"),
+        (["run={stage}", "step=1", "world=0"], "world=0 is out of range"),
+        (["run={stage}/checkpoints", "step=1"], "holds no config.json"),
+        (["run=nowhere", "step=1"], "run=nowhere holds no config.json"),
+        (["run={stage}", "step=1", "ckpt=nowhere"], "ckpt=nowhere holds no checkpoint"),
+        (["run={stage}", "step=1", "output={stage}/config.json"], "is a file"),
+        (["run={stage}", "step=1", "output={stage}/config.json/inside"], "config.json is a file"),
+        (["run={stage}", "stepp=1"], "'stepp=1' is not understood"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(arguments: list[str], sentence: str, stage: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        replay_here(*(argument.replace("{stage}", str(stage)) for argument in arguments))
+
+
+def test_spike_leaves_its_page(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = spoil_latents(monkeypatch, {5}, math.nan)
+    assert train("on_spike=skip") == 0
+    folder = tmp_path / "run" / "stage1" / "replay" / "step_000005" / "spike"
+    assert f"{folder / 'index.html'} shows them" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == seen[5] and {row["loss"] for row in rows} == {"nan"}
+    assert "loss spike at step 5" in (folder / "index.html").read_text()
+    assert len(list((folder / "images").glob("*.png"))) == 4
+    # The replay by hand lies beside it and leaves it as it is.
+    page = (folder / "index.html").read_bytes()
+    replay_here(f"run={tmp_path / 'run' / 'stage1'}", "step=5")
+    assert (folder / "index.html").read_bytes() == page
+
+
+def test_page_of_a_spike_has_the_pictures_of_cached_latents(
+    train: Train, tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    assert make_cache(compose_train([*tiny_arguments, "stage=1"]), CacheOptions(output=str(cache))) == 0
+    seen = spoil_latents(monkeypatch, {5}, math.nan)
+    assert train("on_spike=skip", f"data.cache={cache}", "log_samples=true") == 0
+    folder = tmp_path / "run" / "stage1" / "replay" / "step_000005" / "spike"
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in rows] == seen[5] and all(row["image"] for row in rows)
+    assert (folder / "index.html").read_text().count("data:image/") == 4
+    found, page = replay_here(f"run={tmp_path / 'run' / 'stage1'}", "step=5")
+    assert found.certain == "identical" and "its latents came from a cache" in found.verdict
+    for path in (folder / "images").iterdir():
+        assert path.read_bytes() == (page.parent / "images" / path.name).read_bytes()
+
+
+def test_pages_of_spikes_are_few_and_never_stop_a_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil_latents(monkeypatch, set(range(1, 8)), math.nan)
+    assert train("on_spike=skip", "max_steps=9") == 0
+    stage = tmp_path / "run" / "stage1"
+    assert len(list(stage.glob("replay/step_*/spike/index.html"))) == spikes.MAX_PAGES == 5
+
+    def broken(*_: Any) -> Path:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(spikes, "write_replay", broken)
+    capsys.readouterr()
+    assert train("on_spike=skip", f"run_dir={tmp_path / 'other'}", "max_steps=3") == 0
+    out = capsys.readouterr().out
+    assert "warning: the page of step 1 could not be written (OSError: no space left on device)." in out
+    assert "its update is skipped" in out and "shows them" not in out
+
+
+def test_two_processes_write_one_page_and_are_replayed(tiny_arguments: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    arguments = [*tiny_arguments, "log_samples=true", "on_spike=skip", "max_steps=4", f"run_dir={run}"]
+    result = subprocess.run(
+        [*launcher, "tests/support/spoiled_train.py", "2", *arguments], cwd=ROOT, env={**environment, "ACCELERATE_USE_CPU": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    folder = run / "stage1" / "replay" / "step_000002" / "spike"
+    assert result.stdout.count(f"{folder / 'index.html'} shows them") == 1
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert sorted((row["slot"], row["rank"]) for row in rows) == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert len(list((folder / "images").glob("*.png"))) == 4
+    # Who had what is recorded; the pictures of the run and those of the replay are the same to the byte.
+    found, page = replay_here(f"run={run / 'stage1'}", "step=2")
+    assert found.certain == "identical" and {(s.slot, s.rank) for s in found.samples} == {(s, s % 2) for s in range(4)}
+    for path in (folder / "images").iterdir():
+        assert path.read_bytes() == (page.parent / "images" / path.name).read_bytes()

@@ -1,0 +1,384 @@
+"""Stop anywhere and start again: the same bits come out, a damaged checkpoint is passed over, two writers never meet."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import ROOT, wait_for
+from training_runs import assert_same_bits, at_step, newest, records, steps_saved, train_here
+
+from paradiffusion.checkpoints.manifest import find_fault
+from paradiffusion.compose import compose_train
+from paradiffusion.errors import UserError
+from paradiffusion.training import loop
+from paradiffusion.training.folder import check_unchanged, locked, record_config
+
+Train = Callable[..., int]
+# The command of the issue, at a size of two seconds; every step is logged, so that a test can see where it stands.
+FIRST = ["stage=1", "max_steps=60", "seed=1", "checkpoint_every=10", "log_every=1", "optimizer.schedule=constant"]
+SECOND = ["stage=2", "max_steps=30", "seed=1", "checkpoint_every=7", "log_every=1", "optimizer.schedule=cosine"]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    """``python train.py`` as a user starts it."""
+    return subprocess.Popen(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def logged(stage: Path) -> int:
+    """The last step of log.jsonl so far."""
+    try:
+        return len((stage / "log.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    """SIGKILL as soon as ``condition()`` holds, which must be before the process ends by itself."""
+    wait_for(lambda: condition() or process.poll() is not None, interval=0.001)
+    assert process.poll() is None, process.communicate()[0]
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def first_run(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage 1 without a stop, saved only at its end."""
+    run = tmp_path_factory.mktemp("first") / "run"
+    assert train_here([*tiny_arguments, *FIRST, "checkpoint_every=60", f"run_dir={run}"]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def second_run(first_run: Path, tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage 2 without a stop, from that stage 1."""
+    run = tmp_path_factory.mktemp("second") / "run"
+    start_from = f"init_from={newest(first_run / 'stage1')}"
+    assert train_here([*tiny_arguments, *SECOND, "checkpoint_every=30", start_from, f"run_dir={run}"]) == 0
+    return run
+
+
+def test_stage_1_killed_three_times_ends_in_the_same_bits(
+    first_run: Path, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    stage, arguments = tmp_path / "run" / "stage1", [*tiny_arguments, *FIRST, f"run_dir={tmp_path / 'run'}"]
+    saving = stage / "checkpoints" / ".writing_step_000040"
+    moments = (lambda: logged(stage) >= 13, lambda: logged(stage) >= 25, saving.exists)
+    for moment in moments:
+        kill_when(start(arguments), moment)
+        assert all(find_fault(stage / "checkpoints" / f"step_{step:06d}") is None for step in steps_saved(stage))
+    last = start(arguments)
+    output, _ = last.communicate(timeout=300)
+    assert last.returncode == 0, output
+    assert "resuming from" in output and "60 of 60" not in output
+    assert_same_bits(newest(first_run / "stage1"), newest(stage))
+    # Steps that were done again are logged once, and to the same loss.
+    assert [row["step"] for row in records(stage)] == list(range(1, 61))
+    assert [row["loss"] for row in records(stage)] == [row["loss"] for row in records(first_run / "stage1")]
+    assert len(records(stage, "validation")) == 1
+
+
+def test_stage_2_killed_three_times_ends_in_the_same_bits(
+    first_run: Path, second_run: Path, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    start_from = f"init_from={newest(first_run / 'stage1')}"
+    arguments = [*tiny_arguments, *SECOND, start_from, f"run_dir={tmp_path / 'run'}"]
+    stage = tmp_path / "run" / "stage2"
+    for moment in (lambda: logged(stage) >= 3, lambda: logged(stage) >= 12, lambda: logged(stage) >= 20):
+        kill_when(start(arguments), moment)
+    assert train_here(arguments) == 0
+    assert_same_bits(newest(second_run / "stage2"), newest(stage))
+    assert [row["step"] for row in records(stage)] == list(range(1, 31))
+    assert (newest(stage) / "text_encoder_lora" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_quietly(
+    number: signal.Signals, second_run: Path, first_run: Path, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    # Stage 2, whose learning rate falls over the whole run: it must go on where it was, not from the start.
+    start_from = f"init_from={newest(first_run / 'stage1')}"
+    arguments = [*tiny_arguments, *SECOND, "checkpoint_every=100", start_from, f"run_dir={tmp_path / 'run'}"]
+    stage = tmp_path / "run" / "stage2"
+    process = start(arguments)
+    wait_for(lambda: logged(stage) >= 2 or process.poll() is not None, interval=0.001)
+    process.send_signal(number)
+    if number == signal.SIGINT:  # torchrun passes on what the terminal has sent already
+        time.sleep(0.01)
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "run the same command again to go on" in output and "Traceback" not in output
+    (step,) = steps_saved(stage)
+    assert 2 <= step < 30 and f"stopped at step {step}" in output
+    assert train_here(arguments) == 0
+    assert_same_bits(newest(second_run / "stage2"), newest(stage))
+
+
+def test_many_stops_and_other_intervals_change_nothing(
+    first_run: Path, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = tmp_path / "run" / "stage1"
+    for every, stop in ((7, 3), (1000, 20), (4, 9)):
+        monkeypatch.setattr(loop, "step_gradients", at_step(stop, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        assert train(*FIRST, f"checkpoint_every={every}", f"validate_every={every}", "log_every=5") == 0
+        assert newest(stage).name != "step_000060"
+    monkeypatch.undo()
+    assert train(*FIRST, "checkpoint_every=13", "validation.samples=2", "data.workers=1", "micro_batch_size=4") == 0
+    assert_same_bits(newest(first_run / "stage1"), newest(stage))
+
+
+# What frozen models made is not kept, kept while it fits (other entries than before the stop), or kept whole.
+@pytest.mark.parametrize(("optimizer", "keep_gb"), [("adamw", 0), ("adamw", 1e-4), ("muon", 1)])
+def test_every_optimizer_comes_back_whole(
+    optimizer: str, keep_gb: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["max_steps=12", f"optimizer.name={optimizer}", "optimizer.schedule=linear", f"keep_gb={keep_gb}"]
+    assert train(*arguments, f"run_dir={tmp_path / 'whole'}") == 0
+    monkeypatch.setattr(loop, "step_gradients", at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert train(*arguments, f"run_dir={tmp_path / 'stopped'}") == 0
+    assert newest(tmp_path / "stopped" / "stage1").name == "step_000006"
+    monkeypatch.undo()
+    assert train(*arguments, f"run_dir={tmp_path / 'stopped'}") == 0
+    assert_same_bits(newest(tmp_path / "whole" / "stage1"), newest(tmp_path / "stopped" / "stage1"))
+
+
+def test_longer_run_goes_on_from_a_finished_one(first_run: Path, train: Train, tmp_path: Path) -> None:
+    stage = tmp_path / "run" / "stage1"
+    assert train(*FIRST, "max_steps=20") == 0
+    assert (stage / "summary.json").is_file()
+    assert train(*FIRST) == 0
+    assert_same_bits(newest(first_run / "stage1"), newest(stage))
+    assert [row["step"] for row in records(stage)] == list(range(1, 61))
+    assert [row["step"] for row in records(stage, "validation")] == [20, 60]
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps of stage 1 with checkpoints of steps 4, 8 and 12, to be copied and damaged."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    assert train_here([*tiny_arguments, "max_steps=12", "keep_last=3", f"run_dir={run}"]) == 0
+    assert steps_saved(run / "stage1") == [4, 8, 12]
+    return run
+
+
+@pytest.fixture
+def stage(stopped_run: Path, tmp_path: Path) -> Path:
+    """A copy of it where ``train`` goes on."""
+    shutil.copytree(stopped_run, tmp_path / "run")
+    return tmp_path / "run" / "stage1"
+
+
+def cut(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "complaint"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", cut, "has {cut} bytes instead of {size}"),
+        ("training_state/optimizer.safetensors", Path.unlink, "training_state/optimizer.safetensors is missing"),
+        ("training_state/model.safetensors", flip, "model.safetensors has other content than was written"),
+        ("refiner/config.json", lambda path: path.write_text(""), "refiner/config.json has 0 bytes"),
+        ("manifest.json", Path.unlink, "manifest.json is missing"),
+        ("manifest.json", cut, "manifest.json is not readable"),
+    ],
+)
+def test_damaged_checkpoint_is_named_and_passed_over(
+    file: str, damage: Callable[[Path], object], complaint: str, stage: Path, stopped_run: Path, train: Train,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    damaged = stage / "checkpoints" / "step_000012"
+    size = (damaged / file).stat().st_size
+    damage(damaged / file)
+    assert train("max_steps=12", "keep_last=3") == 0
+    output = capsys.readouterr().out
+    assert f"{damaged} is passed over: " in output
+    assert complaint.format(size=size, cut=size // 2) in output
+    assert "step_000008, step 8 of 12" in output
+    assert find_fault(damaged) is None  # written anew
+    assert_same_bits(stopped_run / "stage1" / "checkpoints" / "step_000012", damaged)
+
+
+def test_no_whole_checkpoint_left_is_one_sentence(stage: Path, train: Train) -> None:
+    for step in (4, 8, 12):
+        cut(stage / "checkpoints" / f"step_{step:06d}" / "training_state" / "model.safetensors")
+    with pytest.raises(UserError, match=r"every checkpoint in .*stage1 is damaged; delete") as caught:
+        train("max_steps=16")
+    assert "\n" not in str(caught.value)
+    assert steps_saved(stage) == [4, 8, 12]  # nothing was deleted
+
+
+def test_half_written_checkpoint_is_no_checkpoint(stage: Path, stopped_run: Path, train: Train) -> None:
+    # What a kill in the middle of saving leaves: the temporary folder, and "latest" of the checkpoint before.
+    (stage / "checkpoints" / "step_000012").rename(stage / "checkpoints" / ".writing_step_000012")
+    cut(stage / "checkpoints" / ".writing_step_000012" / "training_state" / "model.safetensors")
+    assert train("max_steps=12", "keep_last=3") == 0
+    assert not (stage / "checkpoints" / ".writing_step_000012").exists()
+    assert_same_bits(newest(stopped_run / "stage1"), newest(stage))
+
+
+def test_weights_without_training_state_cannot_resume(stage: Path, train: Train) -> None:
+    from paradiffusion.checkpoints.manifest import write_manifest
+
+    for step in (4, 8, 12):
+        checkpoint = stage / "checkpoints" / f"step_{step:06d}"
+        shutil.rmtree(checkpoint / "training_state")
+        write_manifest(checkpoint)
+    with pytest.raises(UserError, match=r"holds weights but no training_state.*init_from="):
+        train("max_steps=16")
+
+
+def test_second_writer_is_refused(stage: Path, train: Train) -> None:
+    with locked(stage), pytest.raises(UserError, match=rf"written by another run \(process {os.getpid()}\)"):
+        train("max_steps=16")
+    assert steps_saved(stage) == [4, 8, 12]
+    assert train("max_steps=13") == 0  # the lock goes with its holder
+
+
+@pytest.mark.parametrize(
+    ("argument", "key"),
+    [
+        ("seed=5", "seed"),
+        ("batch_size=8", "batch_size"),
+        ("conditioning=paper", "conditioning.layer_tap"),
+        ("conditioning.max_tokens=64", "conditioning.max_tokens"),
+        ("objective=paper", "objective.density"),
+        ("optimizer.lr=0.5", "optimizer.lr"),
+        ("ema_decay=0.5", "ema_decay"),
+        ("precision=bf16", "precision"),
+        ("data.caption_dropout=0.2", "data.caption_dropout"),
+        ("text_encoder.dtype=bfloat16", "text_encoder.dtype"),
+        ("unet.coordinates=2", "unet.coordinates"),
+    ],
+)
+def test_resume_refuses_another_run_by_name(argument: str, key: str, stage: Path, train: Train) -> None:
+    with pytest.raises(UserError, match=rf"was begun with {re.escape(key)}=\S+, and this command says") as caught:
+        train("max_steps=16", argument)
+    assert "choose another run_dir=" in str(caught.value)
+    assert steps_saved(stage) == [4, 8, 12]
+
+
+def test_a_run_goes_on_though_keys_that_it_did_without_are_gone(stage: Path, train: Train) -> None:
+    path = stage / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "unet": {**config["unet"], "pooled_text": True, "attention_gain": 1.0}}))
+    with pytest.raises(UserError, match=r"was begun with unet\.pooled_text=True, and this command says False"):
+        train("max_steps=13")
+    path.write_text(json.dumps({**config, "unet": {**config["unet"], "pooled_text": False, "attention_gain": 1.0}}))
+    assert train("max_steps=13") == 0
+    assert steps_saved(stage)[-1] == 13
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "gradient_checkpointing=true",  # recomputed activations, and the same attention otherwise written
+        "unet.plain_attention=true",
+        "optimizer.fused=false",
+        "compile=true",
+        "ema_device=cpu",  # memory, and the dtype in which features are kept
+        "keep_gb=1",
+        "micro_batch_size=2",
+        "conditioning.pad_multiple=64",  # where padding is masked
+        "data.cache=<another folder, in another dtype>",  # what else made the same latents and features
+        "data.cache_dir=elsewhere",
+        "text_encoder.path=elsewhere",  # a model with the same hash, and data with the same fingerprint
+        "codec.hub=elsewhere",
+        "data.shards=elsewhere",
+        "data.index_dir=elsewhere",
+        "validation.images=3",  # how the run goes on
+        "sampler.steps=3",
+        "on_spike=skip",
+        "preset=paper",  # a label: what it stands for is compared
+    ],
+)
+def test_what_changes_no_mathematics_is_free_on_resume(argument: str, stage: Path, tiny_arguments: list[str]) -> None:
+    key, _, value = argument.partition("=")
+    config = compose_train([*tiny_arguments, f"run_dir={stage.parent}"])
+    part, _, name = key.rpartition(".")
+    holder = getattr(config, part) if part else config
+    assert str(getattr(holder, name)) != value
+    setattr(holder, name, yaml.safe_load(value))
+    check_unchanged(config, stage, json.loads((stage / "config.json").read_text())["facts"])
+
+
+def test_paths_of_streamed_data_are_not_free_since_nothing_tells_that_it_is_the_same(
+    stage: Path, tiny_arguments: list[str]
+) -> None:
+    config = compose_train([*tiny_arguments, f"run_dir={stage.parent}", "data.streaming=true"])
+    record_config(config, stage, {})
+    check_unchanged(config, stage)
+    config.data.shards = "elsewhere"
+    with pytest.raises(UserError, match=r"begun with data\.shards="):
+        check_unchanged(config, stage)
+
+
+def test_the_advice_for_a_full_memory_goes_on_with_the_same_losses(stage: Path, train: Train, tmp_path: Path) -> None:
+    shutil.copytree(tmp_path / "run", tmp_path / "saving")
+    assert train("max_steps=16", "log_every=1") == 0
+    saving = ["gradient_checkpointing=true", "unet.plain_attention=true", "micro_batch_size=2", "ema_device=cpu"]
+    assert train("max_steps=16", "log_every=1", *saving, "optimizer.fused=false", f"run_dir={tmp_path / 'saving'}") == 0
+    losses = [[row["loss"] for row in records(tmp_path / run / "stage1")[-4:]] for run in ("run", "saving")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_data_may_move_and_not_change(stage: Path, demo_folder: Path, train: Train, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the data has changed since"):
+        train("max_steps=16", f"data.shards={demo_folder / 'small'}")
+    shutil.copytree(tmp_path / "run", tmp_path / "unmoved")
+    moved = shutil.copytree(demo_folder / "web", tmp_path / "moved")
+    assert train("max_steps=14", f"data.shards={moved}") == 0
+    assert train("max_steps=14", f"run_dir={tmp_path / 'unmoved'}") == 0
+    assert_same_bits(newest(stage), newest(tmp_path / "unmoved" / "stage1"))
+
+
+def test_resume_false_refuses_a_folder_that_is_in_use(stage: Path, train: Train) -> None:
+    with pytest.raises(UserError, match=r"resume=false, but .*stage1 already holds checkpoints"):
+        train("max_steps=16", "resume=false")
+    shutil.rmtree(stage)
+    assert train("max_steps=2", "resume=false") == 0
+
+
+def test_training_leaves_when_its_launcher_is_killed(tiny_arguments: list[str], tmp_path: Path) -> None:
+    stage = tmp_path / "run" / "stage1"
+    arguments = [*tiny_arguments, "max_steps=100000", "checkpoint_every=100000", "log_every=1", "data.workers=1"]
+    launcher = (
+        "import subprocess, sys; sys.exit(subprocess.run([sys.executable, 'train.py', *sys.argv[1:]]).returncode)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher, *arguments, f"run_dir={tmp_path / 'run'}"], cwd=ROOT,
+        env={**os.environ, "ACCELERATE_MIXED_PRECISION": "no"},  # what tells a launcher from a shell
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(lambda: logged(stage) >= 3 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[0]
+    process.kill()
+    began = time.monotonic()
+    # The pipe ends when the last process that was started has left, the one that reads data included.
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - began < 15
+    (step,) = steps_saved(stage)
+    assert f"stopped at step {step}, which is saved" in output
+    assert find_fault(newest(stage)) is None
+    with locked(stage):
+        pass

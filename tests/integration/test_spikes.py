@@ -1,0 +1,90 @@
+"""A loss that is not a number or far above its average: stop, skip or roll back, with the step and the samples named."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from spoiled_train import spoil_latents
+from training_runs import assert_same_bits, newest, steps_saved, tensors
+
+from paradiffusion.checkpoints.manifest import find_fault
+from paradiffusion.errors import UserError
+
+Train = Callable[..., int]
+
+
+def test_huge_learning_rate_stops_and_names_step_and_samples(train: Train, tmp_path: Path) -> None:
+    assert train("max_steps=4") == 0
+    run = tmp_path / "run"
+    wild = tmp_path / "wild"
+    with pytest.raises(UserError, match=r"step \d+: the loss is .*samples 000000\.tar/big-\d+.*lower optimizer\.lr"):
+        train("stage=2", f"init_from={run / 'stage1'}", f"run_dir={wild}", "optimizer.lr=1e12", "max_steps=60",
+              "optimizer.warmup_steps=0", "checkpoint_every=100")  # fmt: skip
+    assert steps_saved(wild / "stage2") == []
+
+
+@pytest.mark.parametrize("on_spike", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e30])
+def test_loss_that_is_not_finite(
+    on_spike: str, factor: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    seen = spoil_latents(monkeypatch, {5}, factor)
+    stage = tmp_path / "run" / "stage1"
+    if on_spike == "stop":
+        with pytest.raises(UserError) as caught:
+            train("on_spike=stop")
+        said = str(caught.value)
+        assert steps_saved(stage) == [4]
+    else:
+        assert train(f"on_spike={on_spike}") == 0
+        said = capsys.readouterr().out
+        assert steps_saved(stage) == [4, 8]
+        # Rolling back leaves out step 4 as well, whose update the checkpoint of step 4 does not have.
+        skipped = [5] if on_spike == "skip" else [4, 5]
+        assert json.loads((stage / "summary.json").read_text())["skipped_steps"] == skipped
+        assert all(torch.isfinite(tensor).all() for tensor in tensors(newest(stage)).values())
+    assert "step 5: the loss is" in said
+    assert all(key in said for key in seen[5])
+    if on_spike != "skip":
+        assert str(stage / "checkpoints" / "step_000004") in said
+    assert find_fault(stage / "checkpoints" / "step_000004") is None
+
+
+def test_finite_spike_is_measured_against_the_average(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = tmp_path / "run" / "stage1"
+    # Over ten times the usual loss; at step 3, before there is a usual loss, it passes.
+    spoil_latents(monkeypatch, {3, 52}, 20.0)
+    with pytest.raises(UserError, match=r"step 52: the loss is .*over 10 times its average .*step_000050"):
+        train("max_steps=56", "checkpoint_every=10", "log_every=10")
+    assert steps_saved(stage)[-1] == 50
+    # The same command with another answer goes on from there; the average is part of the checkpoint.
+    assert train("max_steps=56", "checkpoint_every=10", "log_every=10", "on_spike=skip") == 0
+    assert json.loads((stage / "summary.json").read_text())["skipped_steps"] == [52]
+
+
+def test_skipped_step_is_as_if_its_update_had_not_been(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Stopped at 7 and started again, a run that skipped step 5 ends in the same bits as one that did not stop.
+    spoil_latents(monkeypatch, {5}, math.nan)
+    ends = []
+    for name, stops in (("once", ["max_steps=8"]), ("twice", ["max_steps=7", "max_steps=8"])):
+        for stop in stops:
+            assert train("on_spike=skip", f"run_dir={tmp_path / name}", stop) == 0
+        ends.append(newest(tmp_path / name / "stage1"))
+    assert_same_bits(*ends)
+    assert json.loads((ends[1] / "training_state" / "state.json").read_text())["skipped"] == [5]
+
+
+def test_spikes_without_end_stop_the_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_latents(monkeypatch, set(range(5, 100)), math.nan)
+    with pytest.raises(UserError, match=r"step 15: .*step_0000(08|12)"):
+        train("max_steps=60", "on_spike=skip")

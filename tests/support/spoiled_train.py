@@ -1,0 +1,44 @@
+"""train.py, but the latents of one step are not numbers, as a broken image would make them: STEP, then its arguments."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import pytest
+
+import train
+from paradiffusion.entry import run
+from paradiffusion.training import loop
+
+
+def spoil(step: int) -> None:
+    prepare = loop.prepare
+
+    def spoiled(setup: Any, batch: Any, meters: Any) -> Any:
+        inputs = prepare(setup, batch, meters)
+        return replace(inputs, latents=inputs.latents * float("nan")) if batch.step == step else inputs
+
+    loop.prepare = spoiled
+
+
+def spoil_latents(monkeypatch: pytest.MonkeyPatch, steps: set[int], factor: float) -> dict[int, list[str]]:
+    """Multiply the latents of some steps, as a broken image would; returns the samples of each step as they come."""
+    prepare, seen = loop.prepare, {}
+
+    def spoiled(setup: Any, batch: Any, meters: Any) -> Any:
+        seen[batch.step] = batch.keys
+        inputs = prepare(setup, batch, meters)
+        return replace(inputs, latents=inputs.latents * factor) if batch.step in steps else inputs
+
+    monkeypatch.setattr(loop, "prepare", spoiled)
+    return seen
+
+
+if __name__ == "__main__":
+    spoil(int(sys.argv.pop(1)))
+    run(train.main)

@@ -1,0 +1,160 @@
+"""Training and sampling within the tests' own process, as the programs do it, and what they leave behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from paradiffusion.checkpoints.manifest import checkpoints_of
+from paradiffusion.compose import compose_sample, compose_train
+from paradiffusion.sampling.run import sample
+from paradiffusion.scenes.alignment import SceneScorer
+from paradiffusion.scenes.dataset import make_wanted
+from paradiffusion.training import loop
+from paradiffusion.training.folder import stage_folder
+from paradiffusion.training.loop import step_gradients
+from paradiffusion.training.meters import Meters
+from paradiffusion.training.processes import make_accelerator
+from paradiffusion.training.setup import Setup, build
+
+Weights = dict[str, torch.Tensor]
+KEPT_HANDLERS = (signal.SIGTERM, signal.SIGINT)
+
+
+def train_here(arguments: list[str]) -> int:
+    """What ``train.py`` does with these arguments; a UserError comes through."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    handlers = {number: signal.getsignal(number) for number in KEPT_HANDLERS}
+    try:
+        config = compose_train(arguments)
+        make_wanted(config.data)
+        return loop.train(config, SceneScorer())
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def sample_here(*arguments: str) -> int:
+    """What ``sample.py`` does with these arguments."""
+    return sample(compose_sample(list(arguments)))
+
+
+def build_here(arguments: list[str]) -> Setup:
+    """A stage, ready to run, as train.py has it before its first step."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = compose_train(arguments)
+    folder = stage_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    return build(config, folder, make_accelerator(config))
+
+
+def gradients_of(setup: Setup, steps: int = 1) -> tuple[float, Weights]:
+    """Loss and gradients of the last of ``steps`` optimiser steps, before its update."""
+    loader, meters, loss = setup.loader(), Meters(), 0.0
+    for step in range(steps):
+        setup.engine.discard()
+        loss, _, _, _ = step_gradients(setup, loader, meters)
+        if step < steps - 1:
+            setup.engine.update()
+    found = {name: p.grad.clone() for name, p in setup.joint.trained().items() if p.grad is not None}
+    return loss, found
+
+
+def at_step(number: int, function: Callable[[], Any]) -> Callable[..., Any]:
+    """``step_gradients`` that calls ``function`` before its ``number``-th call (1 first)."""
+    calls = 0
+
+    def stepped(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            function()
+        return step_gradients(*arguments)
+
+    return stepped
+
+
+def records(stage: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of log.jsonl of one kind."""
+    rows = [json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def newest(stage: Path) -> Path:
+    """The newest checkpoint, by number alone."""
+    return checkpoints_of(stage)[0]
+
+
+def steps_saved(stage: Path) -> list[int]:
+    """Steps of all checkpoints, oldest first."""
+    return sorted(int(path.name[5:]) for path in checkpoints_of(stage))
+
+
+def tensors(checkpoint: Path) -> Weights:
+    """All tensors of a checkpoint, as "file:name"."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        part = path.relative_to(checkpoint).as_posix()
+        found.update({f"{part}:{name}": tensor for name, tensor in load_file(path).items()})
+    return found
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    """Weights, EMA and optimiser of two checkpoints agree bit for bit, and so do the bytes of every safetensors file."""
+    one, other = tensors(first), tensors(second)
+    assert one.keys() == other.keys() and one
+    different = [name for name in one if not torch.equal(bits(one[name]), bits(other[name]))]
+    assert not different, f"{len(different)} of {len(one)} tensors differ, such as {different[0]}"
+    for path in first.rglob("*.safetensors"):
+        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path.name
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor: they tell -0.0 from 0.0, and NaN equals itself."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def hash_parameters(module: torch.nn.Module) -> str:
+    """A hash of all parameters and buffers but the LoRA adapter's."""
+    digest = hashlib.sha256()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if "lora_" not in name:
+            digest.update(bits(tensor.detach().cpu()).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+# The paper's U-Net at a size for tests: every kind of block of it.
+SMALL = [
+    "unet.arguments.block_out_channels=[16,32,48,64]",
+    "unet.arguments.layers_per_block=1",
+    "unet.arguments.cross_attention_dim=32",
+    "unet.arguments.attention_head_dim=8",
+    "unet.arguments.norm_num_groups=8",
+]
+
+
+def stage_arguments(tiny_arguments: list[str], demo_folder: Path, codec_folder: Path, run: Path) -> list[str]:
+    """preset=paper with small models on a few scenes; precision and everything else as the preset has it."""
+    kept = [a for a in tiny_arguments if a.startswith(("data.workers", "threads", "validation"))]
+    return [
+        "preset=paper", "text_encoder=tiny", *SMALL, *kept, f"codec.path={codec_folder}", "codec.dtype=float32",
+        "codec.scaling_factor=null",
+        f"data.shards={demo_folder}/web", "data.resolution=64", "batch_size=4", "micro_batch_size=2", "max_steps=3",
+        "log_every=1", "lora.rank=2", f"run_dir={run}",
+    ]  # fmt: skip

@@ -1,0 +1,179 @@
+"""Fetching from the hub, without one: what is said first, what is refused, and old files in a new form."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from commands import ROOT
+from official_models import as_bin, make_official
+
+from paradiffusion.checkpoints.layouts import open_layout
+from paradiffusion.checkpoints.tensors import convert_bins, find_tensors, read_tensors
+from paradiffusion.errors import UserError
+from paradiffusion.models.codec import load_codec
+
+OLD = ("google/t5-v1_1-xxl",)  # has its weights as .bin alone
+
+
+@pytest.fixture(scope="module")
+def download() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("download", ROOT / "scripts" / "download.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["download"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict[str, Any]]]:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def snapshot(hub: str, **arguments: Any) -> str:
+        calls.append((hub, arguments))
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        if "*.bin" not in arguments["allow_patterns"] and hub not in OLD:
+            (tmp_path / "cache" / "model.safetensors").touch()
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return calls
+
+
+def test_a_dry_run_says_sizes_and_licences_and_fetches_nothing(
+    download: ModuleType, hub: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert download.main(["what=all", "dry_run=true", "to=weights"]) == 0
+    said = capsys.readouterr().out
+    for words in ("meta-llama/Llama-2-7b-hf, about 13.5 GB, to weights/llm", "gate", "MIT", "38.5 GB", "Apache-2.0"):
+        assert words in said
+    assert not hub
+
+
+def test_what_is_asked_for_is_fetched(download: ModuleType, hub: list[Any], tmp_path: Path) -> None:
+    assert download.main(["what=vae", "yes=true"]) == 0
+    assert download.main(["what=official", "yes=true", f"to={tmp_path}", "id=me/mine", "revision=abc"]) == 0
+    (vae, first), (mine, second) = hub
+    assert vae == "madebyollin/sdxl-vae-fp16-fix" and first["local_dir"] is None and first["revision"] is None
+    assert mine == "me/mine" and second["local_dir"] == str(tmp_path / "official") and second["revision"] == "abc"
+    assert not any("*.py" in pattern or pattern == "*" for pattern in second["allow_patterns"])
+
+
+def test_old_weights_are_fetched_where_there_are_no_others(download: ModuleType, hub: list[Any]) -> None:
+    assert download.main(["what=llm", f"id={OLD[0]}", "yes=true"]) == 0
+    assert [call["allow_patterns"] == ["*.bin"] for _, call in hub] == [False, True]
+
+
+def test_nothing_is_fetched_unasked(download: ModuleType, hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    with pytest.raises(UserError, match="yes=true"):
+        download.main(["what=llm"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: "no")
+    with pytest.raises(UserError, match="nothing was fetched"):
+        download.main(["what=llm"])
+    assert not hub
+    monkeypatch.setattr("builtins.input", lambda _: "Yes")
+    assert download.main(["what=llm"]) == 0 and len(hub) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "one of what="),
+        (["what=llm", "convert=x"], "one of what="),
+        (["what=everything"], "llm, vae, official, all"),
+        (["what=all", "id=a/b"], "choose one repository"),
+        (["what=llm", "force=true"], "the keys are what, to, id"),
+        (["what=llm", "yes=maybe"], "yes"),
+    ],
+)
+def test_wrong_keys(download: ModuleType, hub: list[Any], arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        download.main(arguments)
+    assert not hub
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("401 Client Error: gated repo", "accept its licence"),
+        ("\nName or service not known\nmore", "not known.*try again"),
+    ],
+)
+def test_a_hub_that_fails(download: ModuleType, monkeypatch: pytest.MonkeyPatch, message: str, words: str) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError(message)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=words) as caught:
+        download.main(["what=llm", "yes=true"])
+    assert "\n" not in str(caught.value)
+
+
+def test_old_files_become_safetensors(download: ModuleType, tmp_path: Path, codec_folder: Path) -> None:
+    folder = make_official(tmp_path / "w", codec_folder, {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
+    before, codec = open_layout(folder).weights(), open_layout(folder).description["codec"]
+    as_bin(folder / "unet", "diffusion_pytorch_model")
+    as_bin(folder / "text_encoder_lora", "adapter_model")
+    as_bin(folder / "Llama-2-7b-hf", "model", "pytorch_model")
+    as_bin(folder / "sdxl-vae-fp16-fix", "diffusion_pytorch_model")
+    assert download.main([f"convert={folder}"]) == 0
+    for path in folder.rglob("*.bin"):
+        path.unlink()
+    after = open_layout(folder).weights()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert (folder / "Llama-2-7b-hf" / "model.safetensors").is_file() and codec["path"] is not None
+    from paradiffusion.config import CodecConfig
+
+    load_codec(CodecConfig(path=codec["path"]))
+    with pytest.raises(UserError, match=r"holds no \.bin files"):
+        convert_bins(folder)
+
+
+def test_old_shards_keep_their_index(tmp_path: Path) -> None:
+    shared = torch.arange(6.0).reshape(2, 3)
+    torch.save({"a": shared, "b": shared[1]}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    torch.save({"c": torch.ones(2, dtype=torch.float16)}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    names = {"a": 1, "b": 1, "c": 2}
+    index = {"weight_map": {name: f"pytorch_model-0000{number}-of-00002.bin" for name, number in names.items()}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert len(convert_bins(tmp_path)) == 3 and convert_bins(tmp_path) == []
+    assert [path.name for path in find_tensors(tmp_path, "model")] == [
+        f"model-0000{number}-of-00002.safetensors" for number in (1, 2)
+    ]
+    read = read_tensors(tmp_path, "model")
+    assert torch.equal(read["b"], shared[1]) and read["c"].dtype == torch.float16
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="is not in"):
+        read_tensors(tmp_path, "model")
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries would prefer half a safetensors file to the whole .bin beside it, and the next run would leave it."""
+    torch.save({"a": torch.ones(4)}, tmp_path / "x.bin")
+
+    def half(path: Path, _: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("paradiffusion.checkpoints.tensors.write_tensors", half)
+    with pytest.raises(UserError, match="No space left on device.*run the same command again"):
+        convert_bins(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_the_command_line(command: Callable[..., Any]) -> None:
+    done = command("scripts/download.py", "what=vae")
+    assert (
+        done.returncode == 2 and "MIT" in done.stdout and "yes=true" in done.stderr and "Traceback" not in done.stderr
+    )

@@ -1,0 +1,261 @@
+"""The report on a data set: figures that agree with a plain count, and a page that a browser shows."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import chromium, in_browser
+from commands import ROOT
+from data_fixtures import as_json, encoded, picture, sample, synthetic_index, write_tar
+
+from paradiffusion.curation.inspecting.histograms import distribution, nice_edges
+from paradiffusion.curation.inspecting.inspection import extremes_of, images_of, kinds_of
+from paradiffusion.curation.inspecting.padding import TextLimits
+from paradiffusion.curation.inspecting.page import inspection_page
+from paradiffusion.curation.inspecting.report import Inspection, InspectSettings, inspect
+from paradiffusion.data.images import make_buckets
+from paradiffusion.data.index import TokenCounter, load_index, read_sample
+from paradiffusion.data.plan import BatchPlan
+from paradiffusion.data.shards import expand_shards, write_shards
+from paradiffusion.errors import UserError
+
+NASTY = "<script>document.title='broken'</script> & \x07 <img src=x onerror=alert(1)>"
+# A token is a letter: unlike words, so that the two cannot be taken for each other.
+LETTERS = TokenCounter("letters", lambda texts: [len(text) for text in texts])
+LIMITS = TextLimits(limit=64, multiple=8, masked=True)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 good samples in two shards, and a third with one of each fault."""
+    folder = tmp_path_factory.mktemp("inspected")
+    write_shards((sample(number) for number in range(80)), folder, 40)
+    good = encoded(picture(1))
+    write_tar(
+        folder / "000002.tar",
+        [
+            ("nasty.png", good), ("nasty.json", as_json(captions={"short": NASTY})),
+            ("twin.png", good), ("twin.json", as_json(captions={"short": "thing 7"})),
+            ("cut.png", good[: len(good) // 2]), ("cut.json", as_json(captions={"short": "half a picture"})),
+            ("none.png", good), ("none.json", as_json(source="web")),
+            ("wide.png", encoded(picture(3, 300, 30))), ("wide.json", as_json(captions={"short": "a very wide thing"})),
+            ("broken.png", good), ("broken.json", b"{nothing"),
+            ("alone.json", as_json(caption="no image")), ("what.pickle", b"x"),
+        ],
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(shards: Path) -> tuple[BatchPlan, Inspection]:
+    plan = plan_of(shards)
+    settings = InspectSettings("test", 1, 64, steps=42, samples=90, captions=1000, check=100)
+    return plan, inspect(plan, [LETTERS], LIMITS, settings)
+
+
+def plan_of(shards: Path) -> BatchPlan:
+    return BatchPlan(load_index(expand_shards(shards)), 4, 0, make_buckets(64, 16, 2.0), {"short": 1.0, "long": 3.0})
+
+
+def test_counts(found: tuple[BatchPlan, Inspection]) -> None:
+    counts = found[1].counts
+    assert counts["samples"] == 86 and counts["shards"] == 3
+    assert (counts["without_caption"], counts["without_image"], counts["bad_json"]) == (2, 1, 1)
+    assert counts["stray"] >= 1 and counts["bytes"] > 86 * 1000
+    notes = " ".join(found[1].notes)
+    assert "2 samples have no caption" in notes and "images that were decoded do not decode" in notes
+    assert "1 entries have no image" in notes
+
+
+def test_words_and_tokens_are_those_of_a_plain_count(found: tuple[BatchPlan, Inspection]) -> None:
+    plan, report = found
+    texts: dict[str, list[str]] = {"short": [], "long": []}
+    for row in range(len(plan.index)):
+        for kind, text in read_sample(plan.index, row).meta["captions"].items():
+            texts[kind].append(text)
+    for kind in report.kinds:
+        words = [len(text.split()) for text in texts[kind.kind]]
+        assert kind.words is not None
+        assert kind.samples == kind.words.n == len(words) == sum(kind.words.counts)
+        assert kind.words.mean == pytest.approx(np.mean(words))
+        assert (kind.words.smallest, kind.words.largest) == (min(words), max(words))
+    assert [kind.weight for kind in report.kinds] == [0.25, 0.75]
+    for row in report.tokens:
+        letters = np.array([len(text) for text in texts[row.kind]])
+        assert row.n == len(letters) and row.tokens.mean == pytest.approx(letters.mean())
+        assert row.cut == {cut: (letters > cut).mean() for cut in (77, 256, 512)}
+    assert report.repeated == [("thing 7", 2)]
+    assert report.captions_read == 86
+
+
+def test_padding_is_that_of_the_plan(found: tuple[BatchPlan, Inspection]) -> None:
+    plan, report = found
+    padding = report.padding
+    assert padding is not None and padding.batches == int(plan.steps_per_epoch) == 21
+    lengths, kinds = [], []
+    for step in range(padding.batches):
+        batch = plan.batch(step)
+        names = [plan.index.kinds[kind] for kind in batch.kinds]
+        captions = [read_sample(plan.index, int(row)).meta["captions"] for row in batch.rows]
+        lengths.append([min(len(own[name]), 64) for own, name in zip(captions, names, strict=True)])
+        kinds += names
+    table = np.array(lengths)
+    for share, multiple in ((padding.planned, 1), (padding.planned_rounded, 8)):
+        computed = sum(min(-(-max(row) // multiple) * multiple, 64) * 4 for row in table)
+        assert share == pytest.approx(1 - table.sum() / computed)
+    assert padding.trained == padding.planned_rounded
+    assert padding.to_limit == pytest.approx(1 - table.mean() / 64)
+    assert padding.planned < padding.unsorted < padding.to_limit
+    assert padding.kinds == {kind: kinds.count(kind) / len(kinds) for kind in set(kinds)}
+    assert {kind.kind: kind.planned for kind in report.kinds} == padding.kinds
+
+
+def test_buckets_and_images(found: tuple[BatchPlan, Inspection]) -> None:
+    plan, report = found
+    sizes = plan.bucket_sizes()
+    assert {(row.height, row.width): row.samples for row in report.buckets} == sizes
+    assert sum(row.share for row in report.buckets) == pytest.approx(1)
+    # The samples of 64x64 fit their bucket whole; nothing of them is cropped, and nothing is enlarged.
+    square = next(row for row in report.buckets if row.height == row.width)
+    assert square.cropped < 0.2 and square.enlarged == 0
+    assert report.images.formats == {"png": 86}
+    assert report.images.short_side is not None and report.images.short_side.smallest == 30
+
+
+def test_worst_cases_are_found(found: tuple[BatchPlan, Inspection]) -> None:
+    worst = {name: [s.key for s in samples] for name, samples in found[1].worst.items()}
+    assert worst["most extreme aspects"][0] == "000002.tar/wide"
+    assert "000002.tar/cut" in worst["images that do not decode"]
+    assert set(worst["without a caption"]) == {"000002.tar/none", "000002.tar/broken"}
+    assert ("000002.tar/cut", "does not decode: OSError") in found[1].undecodable
+    longest = found[1].worst["longest captions"]
+    assert max(longest[0].words.values()) == max(max(k.words.largest, 0) for k in found[1].kinds if k.words)
+    assert [max(s.words.values()) for s in longest] == sorted((max(s.words.values()) for s in longest), reverse=True)
+
+
+def test_millions_of_rows_are_told_from_the_index() -> None:
+    index = synthetic_index(1_000_000, 100)
+    kinds = kinds_of(index, {"short": 1.0}, {})
+    assert [kind.samples for kind in kinds] == [1_000_000] * 2
+    assert sum(kinds[0].bands.values()) == pytest.approx((index.words[:, 0] >= 50).mean())
+    rows = extremes_of(index)["most extreme aspects"]
+    aspect = np.abs(np.log(index.width / index.height))
+    assert aspect[rows].tolist() == np.sort(aspect)[::-1][: len(rows)].tolist()
+
+
+def test_caption_sample_says_how_many_it_read(shards: Path) -> None:
+    plan = plan_of(shards)
+    settings = InspectSettings("test", 1, 64, steps=42, samples=3, captions=20, check=5)
+    first, second = (inspect(plan, [LETTERS], LIMITS, settings) for _ in range(2))
+    assert first.captions_read == 20 and max(row.n for row in first.tokens) <= 20
+    assert first.as_json() == second.as_json(), "a report is a function of its seed"
+    assert "20 samples drawn from 86" in inspection_page(first)
+
+
+def test_histograms() -> None:
+    values = np.array([1, 1, 2, 3, 1000])
+    found = distribution(values, [0, 2, 4])
+    assert found is not None and found.counts == [2, 3], "what lies beyond the last edge is in the last bin"
+    assert distribution(values[:0]) is None
+    for low, high in ((0, 5), (7, 7), (0, 65535), (300, 900)):
+        edges = nice_edges(low, high)
+        assert edges[0] <= low and edges[-1] > high and 10 <= len(edges) - 1 <= 24
+
+
+def test_images_of_unknown_size() -> None:
+    index = synthetic_index(3, 1)
+    index.table = np.zeros(3, [("width", "<i4"), ("height", "<i4"), ("extension", "u1")])
+    images = images_of(index)
+    assert images.known == 0 and images.short_side is None and images.aspect is None
+
+
+@in_browser
+def test_page_is_shown_by_a_browser(found: tuple[BatchPlan, Inspection], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(inspection_page(found[1]), encoding="utf-8")
+    said: list[str] = []
+    with chromium() as browser:
+        tab = browser.new_page(viewport={"width": 1000, "height": 800})
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append("net"))
+        tab.goto(page.as_uri())
+        assert tab.title() == "Data: test", "a caption's markup is text"
+        assert tab.locator("#samples article").count() == 86
+        assert all(tab.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)"))
+        assert NASTY.split()[0] in tab.inner_text("#samples")
+        for link in tab.locator("nav a").all():
+            link.click()
+            assert tab.locator(str(link.get_attribute("href"))).is_visible()
+        tab.set_viewport_size({"width": 380, "height": 700})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
+        names = tab.locator("td:first-child").evaluate_all("cells => cells.map(cell => cell.clientWidth)")
+        assert min(names) >= 100, "a row's name is not squeezed to a letter a line"
+    assert said == []
+
+
+@pytest.fixture(scope="module")
+def main() -> Any:
+    """scripts/inspect_data.py's main."""
+    spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "scripts" / "inspect_data.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["inspect_data"] = module
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_command_writes_page_and_figures(main: Any, shards: Path, tmp_path: Path, capsys: Any) -> None:
+    output = tmp_path / "made" / "report.html"
+    status = main(
+        [
+            "text_encoder=tiny",
+            f"data.shards={shards}",
+            f"output={output}",
+            "samples=5",
+            "check=10",
+            "batch_size=4",
+            "stage=2",
+            "data.captions={short: 1, long: 3}",
+            "tokenizers=[tiny]",
+        ]
+    )
+    assert status == 0 and f"{output}: 86 samples" in capsys.readouterr().out
+    assert sorted(os.listdir(output.parent)) == ["report.html", "report.json"]
+    figures = json.loads(output.with_suffix(".json").read_text())
+    assert figures["counts"]["samples"] == 86 and len(figures["shown"]) == 5
+    assert {row["tokenizer"] for row in figures["tokens"]} == {"tiny"}
+    assert figures["padding"]["batch_size"] == 4
+    html = output.read_text()
+    assert "ParaImage-Big" in html and "132.9" in html and "1326 px" in html
+    assert "http://" not in html and "https://" not in html
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["output=report.txt"], "is no page"),
+        (["output={tmp}"], "is no page"),
+        (["output=/dev/null/report.html"], "no folder that can be written to"),
+        (["samples=-1"], "samples=-1 is out of range"),
+        (["samples=some"], "samples: Value 'some'"),
+        (["tokenizers=[nothing]"], "nothing is neither a folder nor one of .*smollm2"),
+        (["tokenizers={tmp}"], "tokenizer|config.json"),
+        (["chek=3"], "did you mean check"),
+        (["data.shards={tmp}/none.tar"], "matches no|missing"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(
+    main: Any, arguments: list[str], sentence: str, shards: Path, tmp_path: Path
+) -> None:
+    given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    with pytest.raises(UserError, match=sentence) as caught:
+        main(["text_encoder=tiny", f"data.shards={shards}", f"output={tmp_path / 'r.html'}", *given])
+    assert "\n" not in str(caught.value)

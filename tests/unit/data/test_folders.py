@@ -1,0 +1,232 @@
+"""A folder of pictures as the data: what is found, what is passed over and said, and what is looked at again."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_fixtures import as_json, encoded, picture
+from loader_fixtures import assert_same, load
+from PIL import Image
+
+from paradiffusion.compose import compose_train
+from paradiffusion.data.folder import INDEX_NAME, FoundPicture, LookedAt, load_folder, look
+from paradiffusion.data.index import SampleIndex, TokenCounter, read_sample
+from paradiffusion.data.loader import LoaderSettings
+from paradiffusion.errors import UserError
+
+SETTINGS = LoaderSettings(seed=1, workers=0, last_step=6)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("PARADIFFUSION_CACHE", str(folder))
+    return folder
+
+
+def put(
+    folder: Path, name: str, *, text: str | None = None, json: bytes | None = None, size: tuple[int, int] = (64, 64)
+) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else path.suffix[1:].upper()
+    path.write_bytes(encoded(picture(len(name), *size), kind))
+    if text is not None:
+        path.with_suffix(".txt").write_text(text)
+    if json is not None:
+        path.with_suffix(".json").write_bytes(json)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    root = tmp_path / "my pictures"
+    for number in range(20):
+        put(root, f"{number:02d}.png", text=f"thing {number}", size=(64, 64) if number % 2 else (96, 56))
+    put(root, "sub/deeper/\u00e4 b.JPG", json=as_json(captions={"long": "a b c", "short": "a"}))
+    put(root, "sub/one.two.webp", json=as_json(caption="with a dot"), text="the text wins")
+    return root
+
+
+def keys(index: SampleIndex) -> list[str]:
+    return [index.key(row) for row in range(len(index))]
+
+
+def test_what_is_found(pictures: Path) -> None:
+    index = load_folder(pictures)
+    assert keys(index) == [f"{n:02d}.png" for n in range(20)] + ["sub/deeper/\u00e4 b.JPG", "sub/one.two.webp"]
+    assert index.kinds == ["short", "long"] and list(index.width[:3]) == [96, 64, 96]
+    one, other = read_sample(index, 20), read_sample(index, 21)
+    assert one.extension == "jpg" and one.meta["captions"] == {"short": "a", "long": "a b c"}
+    assert other.meta == {"caption": "with a dot", "captions": {"short": "the text wins"}}
+    assert read_sample(index, 3).image == (pictures / "03.png").read_bytes()
+    assert list(index.words[20]) == [1, 3]
+
+
+def test_batches_come_out_alike_for_any_number_of_workers(pictures: Path) -> None:
+    index = load_folder(pictures)
+    batches = load(index, SETTINGS)
+    assert_same(batches, load(index, LoaderSettings(seed=1, workers=2, last_step=6)))
+    assert all(key.startswith("my pictures/") for batch in batches for key in batch.keys)
+
+
+def test_hostile_folder(pictures: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (pictures / "loop").symlink_to(pictures)
+    (pictures / "sub" / "again").symlink_to(pictures / "sub" / "deeper")
+    (pictures / "gone.png").symlink_to(pictures / "nowhere")
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    (pictures / "broken.txt").write_text("a caption")
+    (pictures / "notes.txt").write_text("no picture of this name")
+    (pictures / "moving.gif").write_bytes(b"GIF89a")
+    put(pictures, "mute.png")
+    put(pictures, "empty.png", text=" \n")
+    put(pictures, "list.png", json=b"[1, 2]")
+    put(pictures, ".hidden/x.png", text="not seen")
+    os.mkdir(pictures / "folder.png")
+    os.mkfifo(pictures / "pipe.png")
+    with open(os.fsencode(pictures) + b"/\xff\xfe.png", "wb") as file:
+        file.write(b"x")
+    index = load_folder(pictures)
+    assert len(index) == 22
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "22 pictures with captions" in line and "2 links to a folder seen already" in line
+    assert "2 files that cannot be opened" in line and "1 files that are no picture (such as broken.jpg)" in line
+    assert "1 gif pictures (scripts/build_shards.py reads them)" in line
+    assert "3 pictures without a caption" in line and "1 names that are not UTF-8" in line
+    assert load(index, SETTINGS)
+
+
+def test_texts_in_the_way_of_kohyas_scripts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for folder, count in (("10_cat", 2), ("1_my dog", 3), ("2024", 1)):
+        for number in range(count):
+            put(tmp_path, f"{folder}/{number}.png")
+            (tmp_path / folder / f"{number}.caption").write_text(f"first line {number}\nsecond line\n")
+    (tmp_path / "2024" / "0.txt").write_text("this one is read")
+    index = load_folder(tmp_path)
+    assert read_sample(index, 0).meta["captions"] == {"short": "first line 0 second line"}
+    assert read_sample(index, 5).meta["captions"] == {"short": "this one is read"}
+    told = capfd.readouterr().err
+    assert "(10_cat, 1_my dog) are taken as names, not as repeats" in told
+    assert "For repeats (add the 1 pictures outside of these folders) give" in told
+    sources = compose_train(shlex.split(told.partition(" give ")[2])).data.sources
+    assert [(source.folder, source.weight) for source in sources] == [
+        (str(tmp_path / "10_cat"), 20), (str(tmp_path / "1_my dog"), 3),
+    ]  # fmt: skip
+    for source in sources:
+        load_folder(str(source.folder))
+    assert not capfd.readouterr().err
+
+
+def test_a_disk_without_locks(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert len(load_folder(pictures)) == 22
+
+
+def test_links_are_followed(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "more").symlink_to(pictures)
+    assert len(load_folder(tmp_path / "other")) == 22
+
+
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    looked: list[str] = []
+
+    def watched(root: Path, found: FoundPicture) -> LookedAt:
+        looked.append(found.key)
+        return look(root, found)
+
+    monkeypatch.setattr("paradiffusion.data.folder.look", watched)
+    return looked
+
+
+def test_only_what_has_changed_is_looked_at_again(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = looked_at(monkeypatch)
+    put(pictures, "mute.png")
+    first = load_folder(pictures)
+    assert len(looked) == 23
+    looked.clear()
+    assert load_folder(pictures).fingerprint() == first.fingerprint() and not looked
+    (pictures / "07.txt").write_text("now five words are here")
+    (pictures / "03.png").unlink()
+    put(pictures, "mute.png", json=as_json(captions={"clean": "not mute any more"}))
+    put(pictures, "00a.png", text="new")
+    second = load_folder(pictures)
+    assert sorted(looked) == ["00a.png", "07.png", "mute.png"]
+    assert "03.png" not in keys(second) and len(second) == 23 and "clean" in second.kinds
+    row = keys(second).index("07.png")
+    assert second.words[row, second.kinds.index("short")] == 5 and read_sample(second, row).key == "07.png"
+    # A sample is the same wherever it stands.
+    ids = dict(zip(keys(first), first.ids.tolist(), strict=True))
+    assert all(ids.get(key, number) == number for key, number in zip(keys(second), second.ids.tolist(), strict=True))
+    os.remove(pictures / INDEX_NAME)
+    assert load_folder(pictures).fingerprint() != first.fingerprint()
+    fresh = load_folder(pictures)
+    assert keys(fresh) == keys(second) and np.array_equal(fresh.ids, second.ids)
+
+
+def test_damaged_and_unwritable_index(pictures: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = looked_at(monkeypatch)
+    first = load_folder(pictures)
+    for damage in (b"", b"PK\x03\x04 cut", (pictures / INDEX_NAME).read_bytes()[:400]):
+        (pictures / INDEX_NAME).write_bytes(damage)
+        assert load_folder(pictures).fingerprint() == first.fingerprint()
+    (pictures / INDEX_NAME).unlink()
+    (pictures / INDEX_NAME).mkdir()  # Nothing can be written there, not even by root.
+    load_folder(pictures)
+    looked.clear()
+    assert load_folder(pictures).fingerprint() == first.fingerprint() and not looked
+    assert list(cache.glob("index/*.folder.npz"))
+
+
+def test_tokens(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    letters = TokenCounter("letters", lambda texts: [len(text) for text in texts])
+    assert load_folder(pictures).tokens is None
+    index = load_folder(pictures, letters)
+    assert index.tokens is not None and index.tokenizer == "letters" and index.tokens[0, 0] == len("thing 0")
+    assert index.lengths is index.tokens
+    looked = looked_at(monkeypatch)
+    put(pictures, "new.png", text="abc")
+    again = load_folder(pictures, letters)
+    assert again.tokens is not None and looked == ["new.png"] and 3 in again.tokens[:, 0]
+    looked.clear()
+    kept = load_folder(pictures)  # Who does not count has what was counted.
+    assert not looked and kept.tokenizer == "letters"
+
+
+def test_a_large_folder_has_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paradiffusion.data.folder._PER_PART", 10)
+    for number in range(25):
+        put(tmp_path, f"{number:03d}.png", text="x", size=(16, 16))
+    index = load_folder(tmp_path)
+    assert len(index.shards) == 3 and index.shard.tolist() == [0] * 10 + [1] * 10 + [2] * 5
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("x")
+    for folder, said in (
+        (tmp_path / "none", "does not exist"), (tmp_path / "file.txt", "is a file"), (tmp_path, "no picture at all"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said) as error:
+            load_folder(folder)
+        assert "\n" not in str(error.value) and str(error.value).startswith("data.folder=")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="1 pictures without a caption"):
+        load_folder(tmp_path)
+
+
+def test_on_the_command_line() -> None:
+    data = compose_train(["stage=1", "data.folder=~/my {pictures}, all"]).data
+    assert [source.folder for source in data.sources] == ["~/my {pictures}, all"]
+    assert not data.demo and data.shards is None and data.val_shards is None
+    assert compose_train(["preset=paper", "data.folder=/x"]).data.sources[0].folder == "/x"
+    for other in ("data.shards=/y", "data.sources=[{folder: /y}]"):
+        with pytest.raises(UserError, match="both data.folder and"):
+            compose_train(["data.folder=/x", other])

@@ -1,0 +1,217 @@
+"""Indexes of many shards: by several processes, by one process of a machine, and by the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import ROOT
+from data_fixtures import as_json, encoded, picture, sample, shards_of, write_tar
+from remote_fixtures import serving
+
+from paradiffusion.data.index import TokenCounter, build_indexes, index_shard, join_indexes, load_index
+from paradiffusion.data.index import _index_one as build_one
+from paradiffusion.data.shards import expand_shards, write_shards
+from paradiffusion.errors import UserError
+
+LETTERS = TokenCounter("letters", lambda texts: [len(text) for text in texts])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARADIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def many(folder: Path, count: int = 12) -> list[Path]:
+    return write_shards((sample(number) for number in range(count * 2)), folder, 2)
+
+
+def test_several_processes_make_the_same(tmp_path: Path) -> None:
+    one, other = many(tmp_path / "a"), many(tmp_path / "b")
+    assert [type(index).__name__ for index in build_indexes(other, LETTERS, processes=3)] == ["SampleIndex"] * 12
+    assert (
+        load_index(one, counter=LETTERS).fingerprint() == load_index(other).fingerprint()
+    )  # What is stored has tokens.
+    assert sorted(path.name for path in (tmp_path / "b").glob("*.npz")) == [f"{n:06d}.index.npz" for n in range(12)]
+
+
+def test_an_error_of_another_process_comes_through(tmp_path: Path) -> None:
+    paths = many(tmp_path)
+    paths[5].write_bytes(os.urandom(3000))
+    with pytest.raises(UserError, match=r"000005.tar cannot be read as an uncompressed tar"):
+        load_index(paths)
+
+
+def test_the_first_process_of_a_machine_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = many(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    by: list[str] = []
+    build = build_one
+
+    def watched(*arguments: Any) -> Any:
+        by.append(threading.current_thread().name)
+        return build(*arguments)
+
+    monkeypatch.setattr("paradiffusion.data.index._index_one", watched)
+    first = threading.Thread(target=lambda: list(build_indexes(paths, processes=1)), name="first")
+    threading.Timer(0.7, first.start).start()
+    assert len(load_index(paths)) == 24
+    first.join()
+    assert by == ["first"] * 12
+
+
+def test_who_waits_in_vain_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("paradiffusion.data.index.PATIENCE_SECONDS", 0.2)
+    assert len(load_index(many(tmp_path))) == 24
+
+
+def test_tokens(tmp_path: Path) -> None:
+    index = shards_of(tmp_path, 50)
+    assert index.tokens is None and index.lengths is index.words
+    counted = load_index(expand_shards(tmp_path), counter=LETTERS)
+    assert counted.tokens is not None and counted.tokenizer == "letters" and counted.lengths is counted.tokens
+    short = counted.kinds.index("short")
+    assert counted.tokens[:, short].tolist() == [len(f"thing {number}") for number in range(50)]
+    assert counted.fingerprint() != index.fingerprint()
+    again = load_index(expand_shards(tmp_path))
+    assert again.fingerprint() == counted.fingerprint()
+    # Of two tokenizers, or of some shards alone, they say nothing.
+    index_shard(tmp_path / "000001.tar", counter=TokenCounter("other", lambda texts: [7] * len(texts)))
+    mixed = load_index(expand_shards(tmp_path))
+    assert mixed.tokens is None and mixed.tokenizer is None and mixed.fingerprint() == index.fingerprint()
+
+
+def test_joined_sources(tmp_path: Path) -> None:
+    one, other = shards_of(tmp_path / "a", 30), shards_of(tmp_path / "b", 45)
+    members = [("x.png", encoded(picture(1))), ("x.json", as_json(captions={"clean": "a b", "short": "c"}))]
+    third = load_index([write_tar(tmp_path / "c" / "x.tar", members)], counter=LETTERS)
+    joined = join_indexes([one, third, other], ["one", "third", "other"])
+    assert joined.kinds == ["short", "long", "clean"] and joined.tokens is None
+    assert joined.sources == ["one", "third", "other"] and joined.shard_source.tolist() == [0, 0, 1, 2, 2, 2]
+    assert joined.ids.tolist() == [*one.ids.tolist(), *third.ids.tolist(), *other.ids.tolist()]
+    assert joined.key(30) == "x" and joined.words[30].tolist() == [1, 0, 2]
+    for row, (index, there) in {29: (one, 29), 30: (third, 0), 75: (other, 44)}.items():
+        assert joined.place(row) == index.place(there)
+    assert np.array_equal(joined.shard[1:] >= joined.shard[:-1], np.ones(75, bool))
+    prints = {joined.fingerprint(), join_indexes([one, third, other], ["one", "third", "another"]).fingerprint()}
+    assert len(prints | {join_indexes([one, other, third], ["one", "third", "other"]).fingerprint()}) == 3
+    assert join_indexes([one], ["one"]).fingerprint() == one.fingerprint()
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("index_shards", ROOT / "scripts" / "index_shards.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["index_shards"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def index_shards(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The script within this process."""
+    monkeypatch.setattr(signal, "signal", lambda *both: None)
+    return lambda *arguments: int(script.main(list(arguments)))
+
+
+def test_script(tmp_path: Path, index_shards: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    paths = many(tmp_path / "data", 3)
+    write_tar(tmp_path / "data" / "odd.tar", [("a.png", encoded(picture(1))), ("b.json", b"{}"), ("c.exe", b"x")])
+    output = tmp_path / "indexes"
+    assert index_shards(f"shards={tmp_path}/data", f"output={output}", "tokenizer=tiny", "processes=1") == 0
+    told = capsys.readouterr().out
+    assert (
+        "4 shards, 7 samples, 1 of them without a caption" in told
+        and "kind long: 6, " in told
+        and " tokens on average" in told
+    )
+    assert (
+        "1 keys without an image" in told
+        and "1 files that are no part of a sample" in told
+        and "data.index_dir=" in told
+    )
+    assert not list((tmp_path / "data").glob("*.npz")) and len(list(output.iterdir())) == 4
+    stamps = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert index_shards(f"shards={tmp_path}/data", f"output={output}", "tokenizer=tiny") == 0
+    assert told.endswith(capsys.readouterr().out) and stamps == {
+        path: path.stat().st_mtime_ns for path in output.iterdir()
+    }
+    index = load_index(paths, index_dir=str(output))
+    assert index.tokenizer == "tiny" and index.tokens is not None and index.tokens.any(axis=1).all()
+    assert not list((tmp_path / "data").glob("*.npz"))
+
+
+def test_script_on_remote_shards(
+    tmp_path: Path, index_shards: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = many(tmp_path / "data", 3)
+    with serving(tmp_path / "data") as server:
+        spec = f"{server.url}{{000000..000002}}.tar"
+        with pytest.raises(UserError, match="output= is missing"):
+            index_shards(f"shards={spec}")
+        assert index_shards(f"shards={spec}", f"output={tmp_path / 'indexes'}") == 0
+        remote = load_index(expand_shards(spec), index_dir=str(tmp_path / "indexes"))
+        assert remote.fingerprint() == load_index(paths).fingerprint()
+
+
+def test_script_goes_on_past_a_bad_shard(
+    tmp_path: Path, index_shards: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = many(tmp_path, 3)
+    paths[0].write_bytes(os.urandom(3000))
+    paths[1].write_bytes(paths[1].read_bytes()[:-9000])
+    assert index_shards(f"shards={tmp_path}") == 1
+    told = capsys.readouterr().out
+    assert "2 shards" in told and "not indexed: The shard" in told and f"cut short: {paths[1]}" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "shards= is missing"), (["shards=/nowhere"], "shards=/nowhere matches no .tar"),
+        (["shards={data}", "tokenizer=nothing"], "neither a folder nor one of"), (["shards={data}", "processes=0"], "processes"),
+        (["shards={data}", "output={twice}"], "is a file"), (["shard={data}"], "not understood"),
+        (["shards={twin}/*/*.tar", "output={data}"], "have one name"),
+    ],
+)  # fmt: skip
+def test_script_refuses(tmp_path: Path, index_shards: Callable[..., int], arguments: list[str], said: str) -> None:
+    many(tmp_path / "data", 1)
+    many(tmp_path / "twin" / "a", 1), many(tmp_path / "twin" / "b", 1)
+    (tmp_path / "twice").write_text("a file")
+    names = {name: str(tmp_path / name) for name in ("data", "twin", "twice")}
+    with pytest.raises(UserError, match=said) as error:
+        index_shards(*(argument.format(**names) for argument in arguments))
+    assert "\n" not in str(error.value)
+
+
+def test_script_can_be_stopped(tmp_path: Path) -> None:
+    """SIGTERM ends it, and its processes with it, without a traceback; what was made stays."""
+    many(tmp_path, 600)
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "index_shards.py"), f"shards={tmp_path}", "processes=2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("*.npz"))) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        told, errors = process.communicate(timeout=60)
+    made = len(list(tmp_path.glob("*.npz")))
+    assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors and 5 <= made < 600, (
+        errors
+    )
+    assert not list(tmp_path.glob(".*.npz.*")) and json.dumps(told) == '""'

@@ -1,0 +1,396 @@
+"""Remote shards: the same batches as from disk, through errors that pass, and a cache that keeps to its size."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from data_fixtures import sample, shards_of
+from loader_fixtures import assert_same, plan_of
+from remote_fixtures import Behaviour, serving
+
+from paradiffusion.data import remote
+from paradiffusion.data.index import SampleIndex, build_indexes, index_shard, load_index, read_sample
+from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
+from paradiffusion.data.remote import RemoteError, RemotePath, Storage, cached_copy, open_shard, read_range, with_state
+from paradiffusion.data.shards import expand_shards, write_shards
+from paradiffusion.errors import UserError
+
+SETTINGS = LoaderSettings(seed=1, workers=0, last_step=14)
+FEW = Storage(retries=2)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> SampleIndex:
+    return shards_of(tmp_path_factory.mktemp("shards"), 70)
+
+
+@pytest.fixture
+def folder(local: SampleIndex) -> Path:
+    return Path(str(local.shards[0])).parent
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paradiffusion.data.remote._FIRST_WAIT", 0.001)
+
+
+def remote_index(url: str, access: Storage = FEW) -> SampleIndex:
+    return load_index(expand_shards(f"{url}{{000000..000003}}.tar", storage=access))
+
+
+def load(index: SampleIndex, settings: LoaderSettings = SETTINGS) -> list[Batch]:
+    loader = make_loader(index, plan_of(index), settings)
+    batches = list(loader)
+    assert not loader.report.bad
+    return batches
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_same_batches_as_from_disk(local: SampleIndex, folder: Path, workers: int) -> None:
+    with serving(folder) as server:
+        index = remote_index(server.url)
+        assert index.fingerprint() == local.fingerprint()
+        assert [shard.name for shard in index.shards] == [shard.name for shard in local.shards]
+        assert [str(shard) for shard in index.shards] == [f"{server.url}{shard.name}" for shard in local.shards]
+        server.gets.clear()
+        assert_same(load(local), load(index, replace(SETTINGS, workers=workers)))
+        # One ranged request a sample: its image and JSON come together, nothing comes twice.
+        assert len(server.gets) == 14 * 8 and all("bytes=" in line for line in server.gets)
+
+
+def test_errors_that_pass_are_passed(local: SampleIndex, folder: Path) -> None:
+    for behaviour in (Behaviour(fail_every=3), Behaviour(cut_every=3)):
+        with serving(folder, behaviour) as server:
+            assert_same(load(local), load(remote_index(server.url, Storage(retries=8))))
+            assert len(server.gets) > 14 * 8 * 1.2
+
+
+def test_errors_that_stay_are_told_at_once(local: SampleIndex, folder: Path) -> None:
+    with serving(folder) as server:
+        shard = RemotePath(f"{server.url}nothing.tar", FEW)
+        with pytest.raises(RemoteError, match="not there"):
+            read_range(shard, 0, 10)
+        assert len(server.gets) == 1
+        with pytest.raises(UserError, match=r"nothing.tar cannot be read: it is not there") as error:
+            load_index([shard])
+        assert "\n" not in str(error.value)
+        server.status = 403
+        server.gets.clear()
+        with pytest.raises(RemoteError, match="access is denied"):
+            read_range(RemotePath(f"{server.url}000000.tar", FEW), 0, 10)
+        assert len(server.gets) == 1
+        server.status = 500
+        with pytest.raises(RemoteError, match="answers 500, after 3 tries"):
+            read_range(RemotePath(f"{server.url}000000.tar", FEW), 0, 10)
+        assert len(server.gets) == 4
+
+
+def test_bad_remote_samples_are_counted(local: SampleIndex, folder: Path) -> None:
+    with serving(folder) as server:
+        index = remote_index(server.url)
+        server.status = 404
+        loader = make_loader(index, plan_of(index), SETTINGS)
+        with pytest.raises(UserError, match=r"8 of 8 samples.*00000\d.tar/\d+: it is not there"):
+            next(loader)
+        assert sum(loader.report.bad.values()) == 8 and {reason for _, reason in loader.report.bad} == {
+            "it is not there"
+        }
+
+
+def test_nobody_listens() -> None:
+    """To fsspec a connection that is refused is a file that was not found."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{one.getsockname()[1]}/a.tar"
+    with pytest.raises(RemoteError, match=r"the connection fails .*, after 3 tries"):
+        with_state(RemotePath(address, Storage(retries=2)))
+
+
+def test_a_server_without_ranges(folder: Path) -> None:
+    with serving(folder, Behaviour(ranges=False)) as server, pytest.raises(RemoteError, match="does not send pieces"):
+        read_range(RemotePath(f"{server.url}000000.tar", FEW), 0, 10)
+
+
+def test_the_waits_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("paradiffusion.data.remote._FIRST_WAIT", 1.0)
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(remote.random, "uniform", lambda low, high: high)
+
+    def fail() -> None:
+        raise TimeoutError
+
+    with pytest.raises(RemoteError, match="TimeoutError"):
+        remote.with_retries(fail, 7)
+    assert waits == [1, 2, 4, 8, 16, 30, 30]
+
+
+def test_a_shard_that_is_replaced_is_noticed(tmp_path: Path) -> None:
+    """By another of the same size, so that only its version tells: of two states no sample and no copy is joined."""
+    access = Storage(retries=0, cache_dir=str(tmp_path / "cache"), cache_bytes=1 << 20)
+    path = tmp_path / "a.tar"
+    path.write_bytes(b"1" * 2000)
+    with serving(tmp_path) as server:
+        shard = with_state(RemotePath(f"{server.url}a.tar", access))
+        assert shard.version and read_range(shard, 10, 4) == b"1111"
+        path.write_bytes(b"2" * 2000)
+        os.utime(path, ns=(1, 1))
+        for read in (lambda: read_range(shard, 10, 4), lambda: cached_copy(shard)):
+            with pytest.raises(RemoteError, match="replaced since it was indexed"):
+                read()
+        assert not kept(access) and read_range(with_state(shard), 10, 4) == b"2222"
+
+
+def test_a_store_whose_library_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    remote._connect.cache_clear()
+    monkeypatch.delitem(
+        sys.modules["fsspec.registry"]._registry, "s3", raising=False
+    )  # Classes that were imported before.
+    with pytest.raises(UserError, match=r"^s3://bucket/a.tar cannot be read .*`pip install s3fs`"):
+        load_index(expand_shards("s3://bucket/a.tar"))
+
+
+@pytest.mark.parametrize(("size", "most", "share"), [(20_000, 20, 2.1), (300_000, 20, 2.1), (1_000_000, 25, 0.7)])
+def test_what_indexing_asks_for(tmp_path: Path, size: int, most: int, share: float) -> None:
+    """Small images: all of the shard in few requests, once to list it and once to look into it. Large ones: their heads."""
+    from data_fixtures import as_json, encoded, picture, write_tar
+
+    head = encoded(picture(0, 8, 8))
+    names = [f"{number:03d}" for number in range(max(10_000_000 // size, 1))]
+    members = [(("json", as_json(caption=f"a {n}")), ("png", head + bytes(size)), ("txt", b"a thing")) for n in names]
+    write_tar(
+        tmp_path / "a.tar",
+        [(f"{n}.{end}", data) for n, parts in zip(names, members, strict=True) for end, data in parts],
+    )
+    with serving(tmp_path) as server:
+        remote = index_shard(RemotePath(f"{server.url}a.tar", FEW), folder=tmp_path / "indexes")
+        pieces = [line for line in server.gets if "bytes=" in line and "index" not in line]
+        assert len(pieces) <= most and server.bytes_sent < share * (tmp_path / "a.tar").stat().st_size
+    local = index_shard(tmp_path / "a.tar")
+    assert (remote.table == local.table).all() and (remote.words == local.words).all()
+
+
+@pytest.fixture
+def memory(folder: Path) -> Iterator[str]:
+    store = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        store.pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    yield "memory://bucket/"
+    store.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_store(local: SampleIndex, memory: str, workers: int) -> None:
+    for spec in (memory, f"{memory}*.tar", f"{memory}{{000000..000003}}.tar"):
+        index = load_index(expand_shards(spec))
+        assert index.fingerprint() == local.fingerprint()
+    assert_same(load(local), load(index, replace(SETTINGS, workers=workers)))
+
+
+def test_a_shard_that_has_become_shorter(memory: str) -> None:
+    with pytest.raises(RemoteError, match="fewer bytes came"):
+        read_range(RemotePath(f"{memory}000000.tar", Storage(retries=0)), 100, 1 << 30)
+
+
+def test_without_an_index(local: SampleIndex, memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARADIFFUSION_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    for number in (0, 2):
+        store.rm(f"/bucket/00000{number}.index.npz")
+    with pytest.raises(UserError, match=r"2 of the 4 remote shards.*index_shards.py.*data.streaming") as error:
+        load_index(expand_shards(memory))
+    assert "\n" not in str(error.value)
+    shards = expand_shards(memory, storage=Storage(index_dir=str(tmp_path / "indexes")))
+    list(build_indexes(shards, folder=tmp_path / "indexes", processes=1))
+    assert len(list((tmp_path / "indexes").iterdir())) == 2  # Those that lie beside their shards are good enough.
+    assert load_index(shards).fingerprint() == local.fingerprint()
+
+
+def test_an_index_of_another_state_is_not_used(folder: Path, memory: str, tmp_path: Path) -> None:
+    other = write_shards((sample(number) for number in range(100, 107)), tmp_path, 20)[0]
+    fsspec.filesystem("memory").pipe_file("/bucket/000001.tar", other.read_bytes())
+    with pytest.raises(
+        UserError,
+        match=r"1 of the 4 remote shards have no index, or one of an earlier state, the first one memory:/+bucket/000001",
+    ):
+        load_index(expand_shards(memory))
+
+
+def test_names_of_remote_shards() -> None:
+    path = RemotePath("https://host/a/b-{1}.tar?sig=x%2Fy")
+    assert (path.name, path.stem) == ("b-{1}.tar", "b-{1}")
+    assert str(path.sibling("b.index.npz")) == "https://host/a/b.index.npz?sig=x%2Fy"
+    assert str(RemotePath("s3://bucket/x.tar").sibling("y")) == "s3://bucket/y"
+
+
+def test_files_as_urls(local: SampleIndex, folder: Path) -> None:
+    assert expand_shards(f"file://{folder}/*.tar") == local.shards
+
+
+def test_a_remote_file_is_a_file(folder: Path) -> None:
+    whole = (folder / "000001.tar").read_bytes()
+    with serving(folder) as server, open_shard(RemotePath(f"{server.url}000001.tar", FEW)) as file:
+        assert file.seek(0, os.SEEK_END) == len(whole)
+        rng = np.random.default_rng(0)
+        for _ in range(30):
+            start, size = int(rng.integers(0, len(whole))), int(rng.integers(0, 5000))
+            file.seek(start)
+            assert file.read(size) == whole[start : start + size]
+        file.seek(0)
+        assert file.read() == whole
+
+
+# The cache.
+
+
+def limited(folder: Path, shards: float) -> Storage:
+    """Room for so many of the shards, which are of about equal sizes."""
+    biggest = max(path.stat().st_size for path in folder.glob("*.tar"))
+    return Storage(
+        retries=2, cache_dir=str(folder.parent / f"cache{os.getpid()}{shards}"), cache_bytes=int(biggest * shards)
+    )
+
+
+def kept(access: Storage) -> list[Path]:
+    return sorted(Path(str(access.cache_dir)).glob("*.shard"))
+
+
+def test_each_shard_is_fetched_once(local: SampleIndex, folder: Path, tmp_path: Path) -> None:
+    access = replace(limited(folder, 10), cache_dir=str(tmp_path / "cache"))
+    with serving(folder) as server:
+        index = remote_index(server.url, access)
+        server.gets.clear()
+        assert_same(load(local), load(index, replace(SETTINGS, workers=2)))
+        assert len(server.gets) == 4 and len(kept(access)) == 4
+        assert_same(load(local), load(index))
+        assert len(server.gets) == 4
+
+
+def test_the_least_recently_used_shard_leaves(folder: Path, tmp_path: Path) -> None:
+    access = replace(limited(folder, 2.5), cache_dir=str(tmp_path / "cache"))
+    with serving(folder) as server:
+        shards = [with_state(RemotePath(f"{server.url}00000{number}.tar", access)) for number in range(3)]
+        for number in (0, 1, 0, 2, 0):
+            copy = cached_copy(shards[number])
+            assert copy is not None
+            with copy:
+                assert copy.read() == (folder / shards[number].name).read_bytes()
+            time.sleep(0.01)
+        assert [line.split()[0] for line in server.gets] == ["/000000.tar", "/000001.tar", "/000002.tar"]
+        too_big = replace(access, cache_bytes=1000)
+        assert cached_copy(replace(shards[0], storage=too_big)) is None
+
+
+def test_half_a_shard_is_never_served(folder: Path, tmp_path: Path) -> None:
+    access = replace(limited(folder, 10), cache_dir=str(tmp_path / "cache"), retries=0)
+    with serving(folder, Behaviour(cut_every=1)) as server:
+        shard = with_state(RemotePath(f"{server.url}000000.tar", access))
+        with pytest.raises(RemoteError):
+            cached_copy(shard)
+        assert not kept(access) and not list(tmp_path.glob("cache/*.partial"))
+        server.cut_every = 0
+        copy = cached_copy(shard)
+        assert copy is not None and copy.read() == (folder / "000000.tar").read_bytes()
+        copy.close()
+
+
+def test_a_cache_that_cannot_be_kept(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with serving(folder) as server:
+        shard = RemotePath(f"{server.url}000000.tar", Storage(cache_dir=str(tmp_path / "file"), cache_bytes=1 << 30))
+        with pytest.raises(RemoteError, match=r"^data.cache_dir=\S+file cannot be used \(.+\): make it usable"):
+            cached_copy(shard)
+
+
+def test_what_a_killed_process_left_is_removed(folder: Path, tmp_path: Path) -> None:
+    access = replace(limited(folder, 1.5), cache_dir=str(tmp_path))
+    (tmp_path / "left.partial").write_bytes(bytes(access.cache_bytes))
+    with serving(folder) as server:
+        copy = cached_copy(with_state(RemotePath(f"{server.url}000000.tar", access)))
+        assert copy is not None
+        copy.close()
+    assert not (tmp_path / "left.partial").exists() and len(kept(access)) == 1
+
+
+def _read_all(url: str, access: Storage, seed: int, queue: multiprocessing.Queue[tuple[int, int]]) -> None:
+    index = remote_index(url, access)
+    most = 0
+    rows = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(index)), 2))
+    wrong = 0
+    for row in rows.tolist():
+        wrong += read_sample(index, row).image != sample(row).image
+        total = 0
+        for path in Path(str(access.cache_dir)).iterdir():
+            try:
+                total += path.stat().st_size
+            except FileNotFoundError:
+                continue
+        most = max(most, total)
+    queue.put((wrong, most))
+
+
+def test_two_processes_share_a_cache_that_is_too_small(local: SampleIndex, folder: Path, tmp_path: Path) -> None:
+    access = replace(limited(folder, 2.2), cache_dir=str(tmp_path / "cache"))
+    context = multiprocessing.get_context("fork")
+    queue: multiprocessing.Queue[tuple[int, int]] = context.Queue()
+    with serving(folder) as server:
+        readers = [context.Process(target=_read_all, args=(server.url, access, seed, queue)) for seed in range(2)]
+        for reader in readers:
+            reader.start()
+        found = [queue.get(timeout=120) for _ in readers]
+        for reader in readers:
+            reader.join()
+    assert [wrong for wrong, _ in found] == [0, 0]
+    # Two may fetch at a time, and what is fetched counts before it is there.
+    assert max(most for _, most in found) <= access.cache_bytes * 1.001 + 2 * max(
+        p.stat().st_size for p in folder.glob("*.tar")
+    )
+    assert 1 <= len(kept(access)) <= 2
+
+
+def test_reading_side_by_side_and_apart(tmp_path: Path) -> None:
+    """Members of a sample that lie far apart are read one by one, not with all between them."""
+    from data_fixtures import as_json, encoded, picture, write_tar
+
+    images = [encoded(picture(number, 200, 200)) for number in range(4)]
+    members = [(f"{n}.png", image) for n, image in enumerate(images)]
+    members += [(f"{n}.json", as_json(captions={"short": f"thing {n}"})) for n in range(4)]
+    write_tar(tmp_path / "000000.tar", members)
+    load_index([tmp_path / "000000.tar"])
+    with serving(tmp_path) as server:
+        index = load_index([RemotePath(f"{server.url}000000.tar", FEW)])
+        server.gets.clear()
+        for row in range(4):
+            read = read_sample(index, row)
+            assert read.image == images[row] and read.meta["captions"] == {"short": f"thing {row}"}
+        assert len(server.gets) == 4 * 2 - 1  # Only the last image and its JSON are near each other.
+
+
+def test_open_files_are_kept_within_bounds(tmp_path: Path) -> None:
+    index = load_index(write_shards((sample(number) for number in range(90)), tmp_path, 1))
+    for row in range(90):
+        assert read_sample(index, row).image == sample(row).image
+    opened = (
+        [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        if os.path.isdir("/proc/self/fd")
+        else []
+    )
+    assert sum(str(tmp_path) in name for name in opened) <= 64
+    replaced = io.BytesIO((tmp_path / "000089.tar").read_bytes())
+    os.remove(tmp_path / "000089.tar")
+    with pytest.raises(FileNotFoundError):
+        read_sample(index, 89)
+    (tmp_path / "000089.tar").write_bytes(replaced.getvalue())
+    assert read_sample(index, 89).image == sample(89).image

@@ -1,0 +1,311 @@
+"""Suites of prompts: ParaPrompts-400 and what is wrong with a wrong copy of it, names, seeds, and suites of one's own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from commands import ROOT
+
+from paradiffusion.errors import UserError
+from paradiffusion.evaluation.suites.describe import what_it_holds, where_from
+from paradiffusion.evaluation.suites.entry import TABLE, read_table
+from paradiffusion.evaluation.suites.ids import MAX_BYTES, safe_ids
+from paradiffusion.evaluation.suites.load import FORMATS, load_suite, suites
+from paradiffusion.evaluation.suites.suite import BAND_NAMES, SuitePrompt
+from paradiffusion.scenes.dataset import demo_samples
+from paradiffusion.scenes.world import scene_from_meta
+
+ASSETS = ROOT.parent / "shared" / "assets" / "paraprompts"
+CATEGORIES = {
+    "Others": 68, "Outdoor Scenes": 55, "Indoor Scenes": 54, "Vehicles": 52, "Food": 48, "Human": 47, "Arts": 45, "Animals": 30,
+}  # fmt: skip
+
+
+@pytest.fixture
+def paraprompts(tmp_path: Path) -> Path:
+    """A copy of the released files, to be spoilt."""
+    if not ASSETS.is_dir():
+        pytest.skip("needs ../shared/assets/paraprompts, which may not be shipped")
+    folder = tmp_path / "paraprompts"
+    shutil.copytree(ASSETS, folder)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "ParaPrompts_400.csv").open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
+    with (folder / "ParaPrompts_400.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_paraprompts_is_whole(paraprompts: Path) -> None:
+    suite = load_suite("paraprompts", str(paraprompts))
+    assert len(suite.prompts) == 399 and Counter(p.category for p in suite.prompts) == CATEGORIES
+    listed = [prompt for prompt in suite.prompts if prompt.questions]
+    assert len(listed) == 51
+    assert {p.id for p in listed} == {file.stem for file in (paraprompts / "parts_50").iterdir()}
+    assert (min(p.words for p in suite.prompts), max(p.words for p in suite.prompts)) == (56, 294)
+    for prompt in listed:
+        ids = [question.id for question in prompt.questions]
+        objects = json.loads((paraprompts / "parts_50" / f"{prompt.id}.json").read_text(encoding="utf-8"))
+        assert len(set(ids)) == len(ids)
+        assert [q.about for q in prompt.questions if q.category == "entity"] == list(objects)
+        assert all(q.parents == () for q in prompt.questions if q.category == "entity")
+        assert all(len(q.parents) == 1 and q.parents[0] in ids for q in prompt.questions if q.category != "entity")
+        assert {q.category for q in prompt.questions} <= {"entity", "attribute", "location"}
+    # The file may be named itself, and lines that a spreadsheet ended otherwise are the same prompts.
+    write_rows(paraprompts, rows_of(paraprompts))
+    assert load_suite("paraprompts", str(paraprompts / "ParaPrompts_400.csv")).fingerprint == suite.fingerprint
+    chinese = load_suite("paraprompts_zh", str(paraprompts))
+    assert chinese.prompts[0].id == suite.prompts[0].id and not chinese.prompts[0].text.isascii()
+    shutil.rmtree(paraprompts / "parts_50")
+    assert not any(prompt.questions for prompt in load_suite("paraprompts", str(paraprompts)).prompts)
+
+
+def refused(folder: Path, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_suite("paraprompts", str(folder))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_paraprompts_is_refused_with_the_difference_named(paraprompts: Path) -> None:
+    rows = rows_of(paraprompts)
+    write_rows(paraprompts, rows[:17] + rows[18:])
+    refused(paraprompts, "398 prompts", f"row 18, {Path(rows[18]['Image']).stem!r}", "expected 399", "allow_other=true")
+    write_rows(paraprompts, rows[:-1])
+    refused(paraprompts, "398 prompts", "row 399 is the first that is missing")
+    changed = [dict(row) for row in rows]
+    changed[200]["Prompt"] += " A cat."
+    write_rows(paraprompts, changed)
+    refused(paraprompts, "row 201", Path(rows[200]["Image"]).stem, "SHA-256")
+    assert len(load_suite("paraprompts", str(paraprompts), allow_other=True).prompts) == 399
+    changed = [dict(row) for row in rows]
+    changed[3]["Category"] = "Food"
+    write_rows(paraprompts, changed)
+    refused(paraprompts, "category", "were found", "expected")
+    changed[3]["Prompt"] = " "
+    write_rows(paraprompts, changed)
+    refused(paraprompts, "row 4 ", "empty Prompt")
+    write_rows(paraprompts, [{k: v for k, v in row.items() if k != "Category"} for row in rows])
+    refused(paraprompts, "Image, Prompt, Prompt_Chinese", "expected one named Category")
+
+
+def test_a_wrong_checklist_is_refused(paraprompts: Path) -> None:
+    checklist = sorted((paraprompts / "parts_50").iterdir())[0]
+    text = checklist.read_text(encoding="utf-8")
+    checklist.write_text(text[: len(text) // 2], encoding="utf-8")
+    refused(paraprompts, checklist.name, "not whole JSON")
+    checklist.write_text('{"Tower": "tall"}', encoding="utf-8")
+    refused(paraprompts, checklist.name, "no checklist")
+    checklist.unlink()
+    refused(paraprompts, "50 checklists", "expected 51")
+    (paraprompts / "parts_50" / "ffff.json").write_text(text, encoding="utf-8")
+    refused(paraprompts, "ffff.json has no prompt")
+
+
+def test_checklists_become_questions_in_our_words(tmp_path: Path) -> None:
+    (tmp_path / "Parts_50").mkdir()
+    (tmp_path / "mine.csv").write_text(
+        '\ufeffImage,Prompt,Category\nA.JPEG,"Two men, a TV",Human\nb.png,A hill,Others\n', "utf-8"
+    )
+    checklist = {
+        "Man 1": {"Attributes": "Tall", "Locations": "not specified"},
+        "Man 2": {"Attribute": "n/a", "Location": "By the TV"},
+        "LCD TV": {"Attributes": {"Screen": {"Colour": ["blue", "green"]}, "State": "on"}, "Locations": {}},
+        "Chair (Left)": {"Attributes": None},
+    }
+    (tmp_path / "Parts_50" / "a.json").write_text(json.dumps(checklist))
+    suite = load_suite("paraprompts", str(tmp_path), allow_other=True)
+    assert [(q.id, q.text, q.parents) for q in suite.prompts[0].questions] == [
+        ("1", "Does the picture show this: man?", ()),
+        ("1.attribute", "Look at each man in the picture: is one of them like this: tall?", ("1",)),
+        ("2", "Does the picture show at least 2 of these: man?", ()),
+        ("2.location", "Look at each man in the picture: is one of them here: by the TV?", ("2",)),
+        ("3", "Does the picture show this: LCD TV?", ()),
+        (
+            "3.attribute.1",
+            "Look at the LCD TV in the picture: is it like this: screen, colour: blue and green?",
+            ("3",),
+        ),
+        ("3.attribute.2", "Look at the LCD TV in the picture: is it like this: state: on?", ("3",)),
+        ("4", "Does the picture show this: chair (left)?", ()),
+    ]
+    assert suite.prompts[1].questions == () and suite.prompts[1].category == "Others"
+
+
+def test_scenes_are_those_of_validation() -> None:
+    suite = load_suite("scenes")
+    assert len(suite.prompts) == 200 and suite.measures == ("scenes",)
+    for prompt, sample in zip(suite.prompts[:20], demo_samples("val", 20), strict=True):
+        assert (prompt.id, prompt.text) == (sample.key, sample.meta["captions"]["clean"])
+        assert scene_from_meta(prompt.meta["scene"]) == scene_from_meta(sample.meta)
+        assert (prompt.height, prompt.width) == (sample.meta["height"], sample.meta["width"])
+        assert int(prompt.category.split()[0]) == len(sample.meta["objects"])
+    assert load_suite("scenes", count=7).prompts == suite.prompts[:7]
+    larger = load_suite("scenes", count=3, options={"scale": 2, "caption": "long"}).prompts[1]
+    assert larger.height == 2 * (suite.prompts[1].height or 0) and larger.text != suite.prompts[1].text
+    for prompt, sample in zip(
+        load_suite("scenes", count=5, options={"world": "large", "caption": "unseen"}).prompts,
+        demo_samples("val", 5, world="large"),
+        strict=True,
+    ):
+        assert prompt.text == sample.meta["captions"]["unseen"] and (prompt.height, prompt.width) == (96, 96)
+        assert scene_from_meta(prompt.meta["scene"]) == scene_from_meta(sample.meta)
+    wrong = {"caption": "unseen", "set": "web"}
+    for options, words in (
+        ({"caption": "loud"}, "clean"),
+        (wrong, "set=val"),
+        ({"scale": 0}, "1 up"),
+        ({"size": 2}, "unknown"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_suite("scenes", options=options)
+
+
+def test_scenes_that_people_described(tmp_path: Path) -> None:
+    file = ROOT / "data" / "paragraphs.jsonl"
+    prompts = load_suite("scenes", path=str(file)).prompts
+    assert len(prompts) == 40 and prompts[0].text.startswith("My niece") and prompts[0].category == "1 object"
+    assert (prompts[0].height, prompts[39].width, prompts[39].category) == (64, 96, "9 objects")
+    assert scene_from_meta(prompts[39].meta["scene"]).objects[-1].shape == "square"
+    assert load_suite("scenes", path=str(file), count=3).prompts == prompts[:3]
+    broken = tmp_path / "broken.jsonl"
+    for text in ("words", '{"text": "a"}', "[1]"):
+        broken.write_text(text)
+        with pytest.raises(UserError, match="broken.jsonl"):
+            load_suite("scenes", path=str(broken))
+    with pytest.raises(UserError, match="missing.jsonl"):
+        load_suite("scenes", path=str(tmp_path / "missing.jsonl"))
+
+
+def test_seeds_and_prompts_stay_what_they_are() -> None:
+    suite = load_suite("scenes", count=2)
+    # Known answers: were they to change, no picture of an earlier evaluation could be compared with a later one.
+    assert [prompt.seed(suite.name) for prompt in suite.prompts] == [1449654922, 965190323]
+    assert suite.fingerprint == "1c63371b577cfbfe"
+    assert suite.prompts[0].seed("other") != suite.prompts[0].seed(suite.name)
+
+
+def test_length_bands() -> None:
+    counts = (1, 25, 26, 77, 78, 128, 129, 256, 257)
+    names = [SuitePrompt("a", " ".join(["word"] * count)).band for count in counts]
+    assert names == [BAND_NAMES[i] for i in (0, 0, 1, 1, 2, 2, 3, 3, 4)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a", "a", "A", "a-2", "b c", "b/c", "../x", "", ".", "-", "é" * 80, "x" * 300, "x" * 300, "CON.", "漢字"],
+        ["cat", "cat_1", "cat_10", "dog_1"],
+        ["a-2", "a", "a", "a"],
+    ],
+)
+def test_names_are_distinct_and_safe_as_files(names: list[str], tmp_path: Path) -> None:
+    made = safe_ids(names)
+    assert len({name.casefold() for name in made}) == len(names)
+    assert all(len(name.encode()) <= MAX_BYTES and not set(name) - set(map(chr, range(45, 123))) for name in made)
+    assert not {f"{name}_{number}".casefold() for name in made for number in range(1, 20)} & {
+        m.casefold() for m in made
+    }
+    for name in made:
+        (tmp_path / f"{name}.png").touch()
+    assert len(list(tmp_path.iterdir())) == len(names) and safe_ids(made) == made
+    # A name does not depend on what stands beside it, but where names are equal.
+    assert {safe_ids([name])[0] for name in ("b c", "b/c", "../x")} <= set(safe_ids(["b c", "b/c", "../x", "b_c"]))
+
+
+def test_the_table_is_whole() -> None:
+    entries = read_table()
+    assert list(entries) == suites() and {"scenes", "paraprompts", "dpg", "geneval", "vilg", "coco", "tiif"} <= set(
+        entries
+    )
+    assert {"prism_long", "lpg", "detailmaster"} <= set(entries)
+    for entry in entries.values():
+        assert entry.format in FORMATS and entry.title and entry.source and entry.licence
+        assert entry.format == "scenes" or (entry.get and entry.size and entry.path == f"data/suites/{entry.path[12:]}")
+        assert entry.name in where_from(entry)
+
+
+def test_a_suite_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "my prompts"
+    (folder / "animals").mkdir(parents=True)
+    (folder / "hill.txt").write_text("A hill\nwith a tree.\n", "utf-8")
+    (folder / "animals" / "cat.txt").write_text("A cat.", "utf-8")
+    suite = load_suite(str(folder))
+    assert [(p.id[:11], p.category) for p in suite.prompts] == [("animals-cat", "animals"), ("hill", "")]
+    assert suite.prompts[1].text == "A hill\nwith a tree." and suite.prompts[0].meta == {"original_id": "animals/cat"}
+    file = tmp_path / "cases.jsonl"
+    file.write_text('{"prompt": "a red ring", "height": 64, "width": 80, "seed": 3}\n{"prompt": "a star"}\n')
+    first, second = load_suite(str(file)).prompts
+    assert (first.id, first.height, first.width, first.meta) == ("00000", 64, 80, {"line": {"seed": 3}})
+    assert second.id == "00001" and second.meta == {} and second.height is None
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "hills: {format: folder, path: my prompts}\ncases: {format: prompt_file, path: cases.jsonl, title: Mine}\n"
+    )
+    monkeypatch.chdir(ROOT)  # paths in it are from its own folder
+    assert load_suite(f"{own}:cases").title == "Mine" and load_suite(f"{own}:cases").name == "cases"
+    with pytest.raises(UserError, match="holds hills, cases"):
+        load_suite(str(own))
+    own.write_text("format: folder\npath: my prompts\nexpected: {prompts: 3}\n")
+    with pytest.raises(UserError, match="2 prompts were found; expected 3.*allow_other=true"):
+        load_suite(str(own))
+    assert load_suite(str(own), allow_other=True).name == "own"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "no YAML"),
+        ("- a", "no table"),
+        ("x: {path: here}", "names no format"),
+        ("x: {format: folder, pth: here}", "did you mean path"),
+        ("x: {format: folders, path: .}", "format=folders is unknown; choose one of paraprompts"),
+        ("x: {format: folder, path: 3}", "path is 3"),
+        ("x: {format: folder, path: ., options: {deep: 1}}", "'deep' is unknown"),
+        ("x: {format: folder, path: ., expected: {prompts: many}}", "whole number"),
+        ("x: {format: folder, path: nowhere}", "nowhere does not exist"),
+        ("x: {format: folder, path: empty}", "holds no prompts"),
+        ("x: {format: folder, path: blank}", "nothing.txt is empty"),
+        ("x: {format: folder, path: latin}", "not UTF-8: byte 0xe9 in line 2"),
+        ("x: {format: folder, path: wide}", "a zero byte in line 1"),
+        ("'a/b': {format: folder, path: .}", "becomes a folder's"),
+    ],
+)
+def test_what_is_wrong_with_ones_own(tmp_path: Path, text: str, words: str) -> None:
+    for name in ("empty", "blank", "latin", "wide"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "blank" / "nothing.txt").write_text(" \n")
+    (tmp_path / "latin" / "cafe.txt").write_bytes(b"one\ncaf\xe9\n")
+    (tmp_path / "wide" / "cat.txt").write_bytes("A cat".encode("utf-16-le"))
+    file = tmp_path / "own.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_suite(str(file))
+
+
+def test_unknown_names_and_counts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean paraprompts"):
+        load_suite("paraprompt")
+    with pytest.raises(UserError, match=r"does not exist.*what=dpg.*suite_path="):
+        load_suite("dpg", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="count=0"):
+        load_suite("scenes", count=0)
+    (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(10)))
+    chosen = load_suite(str(tmp_path / "p.txt"), count=4)
+    assert [p.id for p in chosen.prompts] == ["00000", "00002", "00005", "00007"]  # spread over the list
+    assert "4 prompts of 2 to 2 words" in what_it_holds(chosen)
+    assert TABLE == ROOT / "configs" / "suites.yaml"

@@ -1,0 +1,277 @@
+"""The diffusers pipeline draws what sample.py draws, saves itself, and behaves as diffusers' users expect."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commands import ROOT
+from official_models import MODERN, latents, make_official, make_ours, same
+from PIL import Image
+from tiny_encoders import write_llama_tokenizer
+
+from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline
+from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
+from paradiffusion.compose import compose_sample
+from paradiffusion.errors import UserError
+from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
+from paradiffusion.sampling.run import sample
+
+PROMPT = "a red circle at the left of a blue square"
+IN_A_FRESH_PROCESS = """
+import sys, numpy as np, torch
+from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
+for folder in sys.argv[3:]:
+    pipe = ParaDiffusionPipeline.from_pretrained(folder)
+    image = pipe(sys.argv[2], generator=torch.Generator().manual_seed(7), num_inference_steps=3).images[0]
+    np.save(f"{sys.argv[1]}/{folder.rpartition('/')[2]}.npy", np.asarray(image))
+"""
+
+
+def drawn(folder: Path, out: Path, *arguments: str) -> np.ndarray:
+    keys = [f"ckpt={folder}", f"prompt={PROMPT}", "seed=7", "steps=3", f"output_dir={out}", *arguments]
+    assert sample(compose_sample(keys)) == 0
+    return np.asarray(Image.open(out / "00000.png"))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, codec_folder: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    lora = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    return {
+        "modern": make_ours(folder / "modern", codec_folder, **MODERN),
+        "official": make_official(folder / "official", codec_folder, lora, timestep_spacing="trailing"),
+    }
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pipelines")
+    for name, checkpoint in checkpoints.items():
+        export_pipeline(open_layout(checkpoint), folder / name)
+    return {name: folder / name for name in checkpoints}
+
+
+@pytest.fixture
+def pipe(folders: dict[str, Path]) -> ParaDiffusionPipeline:
+    loaded = ParaDiffusionPipeline.from_pretrained(str(folders["modern"]))
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def seeded(seed: int = 7) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_fresh_process_draws_what_sample_py_draws(
+    checkpoints: dict[str, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    arguments = [str(tmp_path), PROMPT, *map(str, folders.values())]
+    subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, *arguments], cwd=ROOT, check=True)
+    for name, checkpoint in checkpoints.items():
+        expected = drawn(checkpoint, tmp_path / "out" / name)
+        assert expected.std() > 1 and np.array_equal(np.load(tmp_path / f"{name}.npy"), expected)
+
+
+@pytest.mark.parametrize("name", ["modern", "official"])
+def test_back_to_checkpoints(checkpoints: dict[str, Path], folders: dict[str, Path], tmp_path: Path, name: str) -> None:
+    weights = find_checkpoint(folders[name])
+    assert torch.equal(latents(folders[name]), latents(checkpoints[name]))
+    export_ours(weights, tmp_path / "ours")
+    assert same(open_layout(tmp_path / "ours").weights(), open_layout(checkpoints[name]).weights())
+    assert torch.equal(latents(tmp_path / "ours"), latents(checkpoints[name]))
+    if name == "official":
+        export_official(weights, tmp_path / "official", frozen="link")
+        assert torch.equal(latents(tmp_path / "official"), latents(checkpoints[name]))
+
+
+def test_saving_changes_nothing_and_links_stay_links(
+    checkpoints: dict[str, Path], pipe: ParaDiffusionPipeline, tmp_path: Path
+) -> None:
+    before = pipe(PROMPT, generator=seeded(), output_type="np").images
+    pipe.save_pretrained(tmp_path / "again")
+    assert np.array_equal(pipe(PROMPT, generator=seeded(), output_type="np").images, before)
+    again = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "again"))
+    assert np.array_equal(again(PROMPT, generator=seeded(), output_type="np").images, before)
+    assert str(tmp_path) not in (tmp_path / "again" / "model_index.json").read_text()
+
+    export_pipeline(open_layout(checkpoints["modern"]), tmp_path / "linked", frozen="link")
+    assert (tmp_path / "linked" / "text_encoder").is_symlink() and (tmp_path / "linked" / "vae").is_symlink()
+    linked = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "linked"))
+    assert np.array_equal(linked(PROMPT, generator=seeded(), output_type="np").images, before)
+    export_pipeline(open_layout(checkpoints["modern"]), tmp_path / "bare", frozen="none")
+    index = json.loads((tmp_path / "bare" / "model_index.json").read_text())
+    index["refiner"][0] = "paradiffusion.sampling.pipeline_components"  # as exported before November 2026
+    (tmp_path / "bare" / "model_index.json").write_text(json.dumps(index))
+    parts = {"text_encoder": again.text_encoder, "vae": again.vae}
+    again._encoder.model = again._encoder.model.unload()
+    bare = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "bare"), **parts)
+    assert np.array_equal(bare(PROMPT, generator=seeded(), output_type="np").images, before)
+
+
+def test_outputs_and_numbers_of_images(pipe: ParaDiffusionPipeline) -> None:
+    pil = pipe(PROMPT, generator=seeded()).images
+    array = pipe(PROMPT, generator=seeded(), output_type="np").images
+    tensor = pipe(PROMPT, generator=seeded(), output_type="pt").images
+    (latent,) = pipe(PROMPT, generator=seeded(), output_type="latent", return_dict=False)
+    assert np.array_equal(np.asarray(pil[0]), (array[0] * 255).round().astype(np.uint8))
+    assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), array) and latent.shape == (1, 4, 8, 8)
+    two = pipe(
+        [PROMPT, "a dog"],
+        generator=[seeded(7), seeded(8), seeded(9), seeded(10)],
+        num_images_per_prompt=2,
+        output_type="np",
+    )
+    assert two.images.shape == (4, 64, 64, 3) and np.abs(two.images[0] - array[0]).max() < 1e-5
+    other = pipe("a dog", generator=seeded(9), output_type="np").images[0]
+    assert np.abs(two.images[2] - other).max() < 1e-5 and np.abs(two.images[0] - two.images[1]).max() > 0.01
+    assert pipe("a", height=32, width=48, output_type="np").images.shape == (1, 32, 48, 3)
+    pipe.enable_vae_slicing()
+    np.testing.assert_allclose(pipe(PROMPT, generator=seeded(), output_type="np").images, array, atol=1e-5)
+    pipe.enable_vae_tiling()  # this codec's tiles are smaller than the image, and each is normalised by itself
+    tiled = pipe(PROMPT, generator=seeded(), output_type="np").images
+    assert tiled.shape == array.shape and np.abs(tiled - array).max() > 1e-3
+    pipe.disable_vae_tiling()
+    np.testing.assert_allclose(pipe(PROMPT, generator=seeded(), output_type="np").images, array, atol=1e-5)
+
+
+def test_settings_reach_the_sampler(pipe: ParaDiffusionPipeline) -> None:
+    draw = lambda **settings: pipe(PROMPT, generator=seeded(), output_type="latent", **settings).images  # noqa: E731
+    plain = draw()
+    for settings in (
+        {"guidance_scale": 1.0},
+        {"negative_prompt": "a dog"},
+        {"num_inference_steps": 5},
+        {"guidance_rescale": 0.5},
+        {"guidance_start": 0.9},
+        {"guidance_stop": 0.2},
+    ):
+        assert not torch.allclose(draw(**settings), plain, atol=1e-4), settings
+    assert torch.equal(draw(negative_prompt=""), plain)
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    assert not torch.allclose(draw(), plain, atol=1e-4)
+
+
+def test_callbacks_see_and_change_and_end(pipe: ParaDiffusionPipeline) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def watch(_: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append((step, float(timestep)))
+        return tensors
+
+    plain = pipe(PROMPT, generator=seeded(), output_type="latent", num_inference_steps=4).images
+    watched = pipe(
+        PROMPT, generator=seeded(), output_type="latent", num_inference_steps=4, callback_on_step_end=watch
+    ).images
+    assert torch.equal(plain, watched) and [step for step, _ in seen] == [0, 1, 2, 3]
+    assert all(first > second for (_, first), (_, second) in pairwise(seen))
+
+    def change(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] * 0} if step == 3 else {}
+
+    changed = pipe(PROMPT, output_type="latent", num_inference_steps=4, callback_on_step_end=change).images
+    assert changed.abs().max() == 0
+
+    def stop(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        seen.append((step, 0.0))
+        pipe._interrupt = step == 1
+        return {}
+
+    seen.clear()
+    pipe(PROMPT, num_inference_steps=4, callback_on_step_end=stop)
+    assert [step for step, _ in seen] == [0, 1]
+
+
+def test_components_may_be_replaced_and_shared(
+    folders: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    load = lambda **parts: ParaDiffusionPipeline.from_pretrained(str(folders["official"]), **parts)  # noqa: E731
+    draw = lambda pipe: pipe(PROMPT, generator=seeded(), output_type="np", num_inference_steps=2).images  # noqa: E731
+    pipe = load()
+    before, unet, vae = draw(pipe), copy.deepcopy(pipe.unet), copy.deepcopy(pipe.vae)
+    shared = ParaDiffusionPipeline(**pipe.components, description=pipe.config["description"])
+    assert np.array_equal(draw(shared), before) and np.array_equal(draw(ParaDiffusionPipeline.from_pipe(pipe)), before)
+    assert np.array_equal(draw(load(text_encoder=pipe.text_encoder)), before)
+    shared.save_pretrained(tmp_path / "shared")
+    assert np.array_equal(draw(ParaDiffusionPipeline.from_pretrained(str(tmp_path / "shared"))), before)
+    assert np.array_equal(draw(pipe), before)
+    with torch.no_grad():
+        unet.conv_out.weight.mul_(2)
+        vae.decoder.conv_out.bias.add_(0.2)
+    for name, part in (("unet", unet), ("vae", vae)):
+        changed = draw(load(**{name: part}))
+        setattr(pipe, name, part)
+        assert np.array_equal(draw(pipe), changed) and np.abs(changed - before).max() > 0.01
+        pipe = load()
+    calls: list[int] = []
+    pipe.unet = torch.compile(pipe.unet, backend=lambda graph, _: calls.append(1) or graph.forward)
+    pipe.text_encoder = copy.deepcopy(shared.text_encoder)  # with its adapter inside
+    np.testing.assert_allclose(draw(pipe), before, atol=1e-5)
+    assert calls
+    with torch.no_grad():
+        next(p for n, p in shared.text_encoder.named_parameters() if ".lora_B" in n).add_(1)
+    with pytest.raises(ValueError, match="carries another adapter"):
+        load(text_encoder=shared.text_encoder)
+
+
+def test_the_tokenizers_own_rules_hold(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Here and after saving again, as for text_encoder.path=."""
+    shutil.copytree(folders["official"], tmp_path / "pipe")
+    shutil.rmtree(tmp_path / "pipe" / "tokenizer")
+    rules = write_llama_tokenizer(tmp_path / "pipe" / "tokenizer")
+    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
+    (tmp_path / "pipe" / "model_index.json").write_text(
+        json.dumps({**index, "tokenizer": ["transformers", "LlamaTokenizer"]})
+    )
+    pipe = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "pipe"))
+    pipe.save_pretrained(tmp_path / "again")
+    for tokenizer in (pipe.tokenizer, ParaDiffusionPipeline.from_pretrained(str(tmp_path / "again")).tokenizer):
+        assert tokenizer("  a b", add_special_tokens=False)["input_ids"] == rules.encode("  a b").ids
+
+
+def test_wrong_arguments(pipe: ParaDiffusionPipeline) -> None:
+    for prompt in (None, [], 3, ["a", None]):
+        with pytest.raises(ValueError, match="neither a text nor a list of texts"):
+            pipe(prompt)
+    with pytest.raises(ValueError, match="needs its description"):
+        ParaDiffusionPipeline(**pipe.components)
+    for arguments, error, words in (
+        ({"height": 50}, UserError, "multiple of"),
+        ({"output_type": "jpg"}, ValueError, "pil, np, pt, latent"),
+        ({"generator": [seeded(), seeded()]}, ValueError, "2 generators for 1 images"),
+        ({"negative_prompt": ["a", "b"]}, ValueError, "2 negative prompts"),
+        ({"guidance_scale": -1.0}, UserError, "guidance"),
+        ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt=0"),
+    ):
+        with pytest.raises(error, match=words):
+            pipe("a", **arguments)
+
+
+def test_dtypes_are_those_of_training_unless_one_is_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    path = folders["modern"]
+    index = json.loads((path / "model_index.json").read_text())
+    assert index["description"]["text_encoder"]["dtype"] == "float32"
+    pipe = ParaDiffusionPipeline.from_pretrained(str(path), torch_dtype=torch.bfloat16)
+    assert pipe.unet.dtype == pipe.text_encoder.dtype == pipe.refiner.dtype == torch.bfloat16
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.isfinite(pipe(PROMPT, output_type="latent").images).all()
+
+
+def test_the_command_line(folders: dict[str, Path], tmp_path: Path, command: Callable[..., Any]) -> None:
+    done = command(
+        "scripts/export.py", f"ckpt={folders['modern']}", "to=ours", f"output={tmp_path / 'o'}", "dtype=float16"
+    )
+    assert done.returncode == 0, done.stderr
+    assert drawn(tmp_path / "o", tmp_path / "out").std() > 1

@@ -1,0 +1,273 @@
+"""From prompts to a folder of images: jobs, batches, resume, stop, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT
+from PIL import Image
+from sampling_models import TinyModels
+
+from paradiffusion.config import SampleConfig, SamplerConfig
+from paradiffusion.errors import UserError
+from paradiffusion.sampling.pipeline import generate, make_batches, make_jobs
+from paradiffusion.sampling.prompts import PromptRequest, read_prompts
+from paradiffusion.sampling.run import (
+    Processes,
+    StopSignal,
+    draw_all,
+    joined_processes,
+    output_folder,
+    sample,
+    stop_on_signals,
+)
+
+PROMPTS = [f"a circle {'and a square ' * number}" for number in range(5)]
+
+
+def requests_of(prompts: list[str]) -> list[PromptRequest]:
+    return [PromptRequest(index, prompt, source=f"p.txt line {index + 1}") for index, prompt in enumerate(prompts)]
+
+
+def configured(**values: object) -> SampleConfig:
+    return SampleConfig(ckpt="runs/tiny", prompt_file="p.txt", **values)
+
+
+def run(folder: Path, models: TinyModels | None = None, prompts: list[str] | None = None, **values: object) -> int:
+    requests = requests_of(PROMPTS if prompts is None else prompts)
+    return draw_all(models or TinyModels(), requests, configured(**values), folder, Processes(), StopSignal())
+
+
+def rows_of(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_priority_is_line_then_command_line_then_checkpoint() -> None:
+    models = TinyModels(sampler=SamplerConfig(solver="euler", steps=4, guidance=3.0))
+    requests = [PromptRequest(0, "a", seed=9, height=16, steps=2, negative_prompt=""), PromptRequest(1, "b")]
+    config = configured(seed=5, width=48, steps=6, guidance=2.0, negative_prompt="dull", images_per_prompt=2)
+    jobs = make_jobs(requests, config, models)
+    assert [job.name for job in jobs] == ["00000", "00000_1", "00001", "00001_1"]
+    assert [job.seed for job in jobs] == [9, 10, 5, 6]
+    assert [(job.height, job.width) for job in jobs] == [(16, 48)] * 2 + [(32, 48)] * 2
+    assert [job.settings.steps for job in jobs] == [2, 2, 6, 6]
+    assert {(job.settings.solver, job.settings.guidance) for job in jobs} == {("euler", 2.0)}
+    assert [job.negative_prompt for job in jobs] == [None, None, "dull", "dull"]
+    assert make_jobs(requests[1:], configured(), models)[0].settings == models.sampler
+
+
+@pytest.mark.parametrize(
+    ("request_values", "config_values", "expected"),
+    [
+        (
+            {"height": 100},
+            {},
+            "height=100 (p.txt line 1) cannot be drawn by this model; expected a multiple of 8, the ",
+        ),
+        ({"width": 3}, {}, "nearest being 8"),
+        ({}, {"width": 70}, "width=70 (the command line)"),
+        ({}, {"height": 100}, "nearest being 96 and 104"),
+        ({"steps": 1001}, {}, "p.txt line 1: steps=1001 is more than the 1000 steps"),
+        ({}, {"solver": "heun"}, "choose one of dpm, ddim, euler"),
+        ({}, {"guidance_start": 0.9, "guidance_stop": 0.5}, "start first"),
+        ({}, {"seed": -1}, "seed=-1 is out of range"),
+    ],
+)
+def test_impossible_jobs_are_refused(
+    request_values: dict[str, int], config_values: dict[str, object], expected: str
+) -> None:
+    request = PromptRequest(0, "a", source="p.txt line 1", **request_values)
+    with pytest.raises(UserError) as caught:
+        make_jobs([request], configured(**config_values), TinyModels())
+    assert expected in str(caught.value)
+
+
+def test_batches_share_size_and_settings_and_keep_order() -> None:
+    sizes = [32, 16, 32, 32, 16, 32]
+    requests = [PromptRequest(index, "a", height=size) for index, size in enumerate(sizes)]
+    batches = make_batches(make_jobs(requests, configured(), TinyModels()), 3)
+    assert [[int(job.name) for job in batch] for batch in batches] == [[0, 2, 3], [5], [1, 4]]
+
+
+def test_the_same_image_alone_and_in_a_batch() -> None:
+    models = TinyModels()
+    requests = [PromptRequest(i, p, seed=i, negative_prompt="dull" if i == 3 else None) for i, p in enumerate(PROMPTS)]
+    jobs = make_jobs(requests, configured(images_per_prompt=2, height=16, width=40), models)
+    alone = {job.name: image for job, image in generate(models, jobs, 1)}
+    together = {job.name: image for job, image in generate(models, jobs, 8)}
+    assert alone.keys() == together.keys() == {job.name for job in jobs}
+    for name, image in alone.items():
+        assert image.shape == (16, 40, 3) and image.dtype == np.uint8 and image.std() > 5
+        assert np.abs(image.astype(int) - together[name]).max() <= 1
+    assert np.abs(alone["00000"].astype(int) - alone["00000_1"]).max() > 10
+
+
+def test_a_run_writes_images_manifest_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "out"
+    long = "word " * 40
+    assert run(folder, prompts=[*PROMPTS, long], batch_size=4) == 0
+    names = [f"{number:05d}.png" for number in range(6)]
+    assert sorted(path.name for path in folder.iterdir()) == [*names, "grid.png", "index.html", "manifest.jsonl"]
+    assert [row["file"] for row in rows_of(folder)] == names
+    said = capsys.readouterr().out
+    assert (
+        "6 images of 6 prompts" in said and "1 of 6 prompts are longer" in said and str(folder / "index.html") in said
+    )
+    with Image.open(folder / "00005.png") as image:
+        assert image.info["prompt"] == long and image.info["checkpoint"] == "runs/tiny/stage1"
+        assert json.loads(image.info["settings"])["steps"] == 4 and image.info["seed"] == "0"
+
+
+def test_finished_images_are_not_drawn_again(tmp_path: Path) -> None:
+    run(tmp_path)
+    before = {path.name: (path.stat().st_mtime_ns, pixels(path)) for path in tmp_path.glob("0*.png")}
+    models = TinyModels()
+    run(tmp_path, models)
+    assert models.rows_seen == []
+    (tmp_path / "00002.png").unlink()
+    run(tmp_path, models, prompts=[*PROMPTS, "one more"])
+    assert sum(models.rows_seen) == 2 * 2 * 4  # two images, guided, four steps
+    after = {path.name: (path.stat().st_mtime_ns, pixels(path)) for path in tmp_path.glob("0*.png")}
+    assert len(after) == 6 and all(after[name][0] == before[name][0] for name in before if name != "00002.png")
+    assert np.abs(after["00002.png"][1] - before["00002.png"][1]).max() <= 1  # now in a batch of two
+    assert [row["name"] for row in rows_of(tmp_path)] == [f"{number:05d}" for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("values", "models", "changed"),
+    [
+        ({"steps": 3}, TinyModels(), "steps=4 (now 3)"),
+        ({"seed": 1}, TinyModels(), "seed=0 (now 1)"),
+        ({}, TinyModels(step=8), "step=7 (now 8)"),
+        ({"prompts": ["other"]}, TinyModels(), "(now other)"),
+    ],
+)
+def test_other_settings_in_the_same_folder_are_refused(
+    tmp_path: Path, values: dict[str, object], models: TinyModels, changed: str
+) -> None:
+    run(tmp_path, prompts=PROMPTS[:1])
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, models, **{"prompts": PROMPTS[:1], **values})
+    assert changed in str(caught.value) and "output_dir=" in str(caught.value)
+
+
+def test_a_signal_stops_between_steps_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = TinyModels()
+    requests, config = requests_of(PROMPTS), configured(batch_size=2)
+    handler = signal.getsignal(signal.SIGTERM)
+    denoise, calls = models.denoise, []
+
+    def interrupted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 6:  # the second step of the second batch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return denoise(*arguments)
+
+    models.denoise = interrupted
+    with stop_on_signals() as stop:
+        assert draw_all(models, requests, config, tmp_path, Processes(), stop) == 0
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert len(calls) == 6 and [row["name"] for row in rows_of(tmp_path)] == ["00000", "00001"]
+    said = capsys.readouterr().out
+    assert "Stopped with 2 of 5 images" in said and "same command" in said and (tmp_path / "index.html").is_file()
+    run(tmp_path, batch_size=2)
+    run(tmp_path / "whole")
+    for name in ("00000.png", "00003.png"):
+        assert np.abs(pixels(tmp_path / name) - pixels(tmp_path / "whole" / name)).max() <= 1
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".00003.png.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"no space left.*same command again") as caught:
+        run(tmp_path, batch_size=2)
+    assert "\n" not in str(caught.value)
+    assert [row["name"] for row in rows_of(tmp_path)] == ["00000", "00001", "00002"]
+    models = TinyModels()
+    assert run(tmp_path, models, batch_size=2) == 0
+    assert len(rows_of(tmp_path)) == 5 and sum(models.rows_seen) == 2 * 2 * 4
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be written"):
+        run(tmp_path / "file" / "out")
+
+
+def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for ckpt, expected in (
+        ("runs/nano", "runs/nano/samples"),
+        ("runs/nano/stage2", "runs/nano/stage2/samples"),
+        ("runs/nano/stage2/checkpoints/step_000060", "runs/nano/stage2/samples/step_000060"),
+        ("data/nano", "samples"),
+    ):
+        assert output_folder(SampleConfig(ckpt=ckpt)) == Path(expected)
+    assert output_folder(SampleConfig(ckpt="runs/nano", output_dir="out")) == Path("out")
+
+
+def test_wrong_input_is_refused_before_models_are_looked_for(tmp_path: Path) -> None:
+    empty = tmp_path / "p.txt"
+    empty.write_text("\n")
+    nowhere = str(tmp_path / "no-checkpoint")
+    with pytest.raises(UserError, match="holds no prompts"):
+        sample(SampleConfig(ckpt=nowhere, prompt_file=str(empty)))
+    with pytest.raises(UserError, match="guidance=-1"):
+        sample(SampleConfig(ckpt=nowhere, prompt="a", guidance=-1))
+    with pytest.raises(UserError, match="expected one of prompt= and prompt_file="):
+        sample(SampleConfig(ckpt=nowhere))
+
+
+def test_a_launcher_without_an_address_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"), joined_processes():
+        pass
+    with pytest.raises(UserError, match="standard input"):
+        sample(SampleConfig(ckpt="x", prompt_file="-"))
+
+
+def test_two_processes_draw_the_same_images_as_one(tmp_path: Path) -> None:
+    prompt_file = tmp_path / "p.jsonl"
+    rows = [{"prompt": prompt, "seed": seed, "height": 16 + 16 * (seed % 2)} for seed, prompt in enumerate(PROMPTS)]
+    prompt_file.write_text("\n".join(map(json.dumps, rows)))
+    config = SampleConfig(ckpt="runs/tiny", prompt_file=str(prompt_file))
+    requests = read_prompts(prompt_file=prompt_file)
+    draw_all(TinyModels(), requests, config, tmp_path / "one", Processes(), StopSignal())
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    support = ROOT / "tests" / "support"
+    shared["PYTHONPATH"] = os.pathsep.join([str(support), str(ROOT)])
+    command = [sys.executable, str(support / "sampling_models.py"), str(prompt_file), str(tmp_path / "two")]
+    started = [
+        subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert "5 images" in said[0] and said[1] == ""  # one of them speaks
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == sorted(
+        path.name for path in (tmp_path / "one").iterdir()
+    )
+    assert [row["name"] for row in rows_of(tmp_path / "two")] == [f"{number:05d}" for number in range(5)]
+    for number in range(5):
+        name = f"{number:05d}.png"
+        assert np.abs(pixels(tmp_path / "one" / name) - pixels(tmp_path / "two" / name)).max() <= 1

@@ -1,0 +1,354 @@
+"""The built-in data set: scenes, drawings, captions and shards."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT
+from PIL import Image
+
+from paradiffusion.config import WORLDS
+from paradiffusion.errors import UserError
+from paradiffusion.scenes.captions import (
+    PLACE_WORDS,
+    SHAPE_WORDS,
+    SIZE_WORDS,
+    TEXTURE_AFTER,
+    TEXTURE_BEFORE,
+    TEXTURE_STATED,
+)
+from paradiffusion.scenes.dataset import (
+    captions,
+    demo_samples,
+    draw,
+    ensure_demo_data,
+    make_scene,
+    scene_from_meta,
+    scene_to_meta,
+)
+from paradiffusion.scenes.judge import judge_picture, score
+from paradiffusion.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    LARGE_SETS,
+    PLACES,
+    SETS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    cell_box,
+    is_held_out,
+    places,
+)
+
+SIZES_SMALL = {"web": 1100, "val": 30}
+
+
+def scenes(set_name: str, count: int, world: str = "small") -> list[Scene]:
+    return [make_scene(set_name, 0, number, world) for number in range(count)]
+
+
+def test_scenes_are_functions_of_set_seed_and_number() -> None:
+    assert make_scene("web", 3, 7) == make_scene("web", 3, 7)
+    assert len({make_scene(name, seed, n) for name in SETS for seed in (0, 1) for n in range(20)}) == 160
+    scene = make_scene("web", 3, 7)
+    assert draw(scene).tobytes() == draw(scene).tobytes()
+    with pytest.raises(UserError, match="'weh'.*web"):
+        make_scene("weh", 0, 0)
+    with pytest.raises(UserError, match="'huge'.*large"):
+        make_scene("web", 0, 0, "huge")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("set_name", list(SETS))
+def test_objects_lie_in_the_cell_of_their_place_and_never_touch(set_name: str, world: str) -> None:
+    rules = (SETS if world == "small" else LARGE_SETS)[set_name]
+    base, grid = rules.base, rules.grid
+    canvases = {(base, base), (base * 5 // 4, base * 3 // 4), (base * 3 // 4, base * 5 // 4)}
+    drawn = scenes(set_name, 300, world)
+    assert {(scene.width, scene.height) for scene in drawn} == (canvases if world == "small" else {(base, base)})
+    assert {len(scene.objects) for scene in drawn} == set(range(1, grid * grid + 1))
+    for scene in drawn:
+        assert len({item.place for item in scene.objects}) == len(scene.objects)
+        assert len({(item.shape, item.colour) for item in scene.objects}) == len(scene.objects)
+        for item in scene.objects:
+            x0, y0, x1, y1 = cell_box(item.place, scene.width, scene.height, grid)
+            left, top, right, bottom = item.box
+            assert x0 < left < right < x1 and y0 < top < bottom < y1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_training_and_validation_share_no_triple_but_every_pair(world: str) -> None:
+    grid = 2 if world == "small" else 3
+    trained = {
+        (item.shape, item.colour, item.place)
+        for name in ("web", "big", "small")
+        for scene in scenes(name, 1500, world)
+        for item in scene.objects
+    }
+    asked = {(item.shape, item.colour, item.place) for scene in scenes("val", 400, world) for item in scene.objects}
+    assert not trained & asked
+    assert all(is_held_out(*triple, grid) for triple in asked)
+    assert not any(is_held_out(*triple, grid) for triple in trained)
+    held = sum(is_held_out(*triple, grid) for triple in itertools.product(SHAPES, COLOURS, places(grid)))
+    assert 0.08 < held / (len(SHAPES) * len(COLOURS) * grid * grid) < 0.18
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert {(t[first], t[second]) for t in asked} <= {(t[first], t[second]) for t in trained}
+    assert {t[2] for t in asked} == set(places(grid)) and {t[0] for t in asked} == set(SHAPES)
+
+
+def test_held_out_scenes_are_those_that_earlier_scores_were_measured_on() -> None:
+    """Of commit 4daf0f7: truth, captions, pixels, and what the judge says of true pictures and of the next scene's."""
+    found = [hashlib.sha256() for _ in range(4)]
+    held_out = scenes("val", 200)
+    pictures = [np.asarray(draw(scene)) for scene in held_out]
+    for number, scene in enumerate(held_out):
+        told = {kind: text for kind, text in captions(scene, 0, number).items() if kind in ("short", "long", "clean")}
+        found[0].update(json.dumps(scene_to_meta(scene), sort_keys=True).encode())
+        found[1].update(json.dumps(told, sort_keys=True).encode())
+        found[2].update(pictures[number].tobytes())
+        for shown in (number, (number + 1) % 200):
+            found[3].update(repr(judge_picture(scene, pictures[shown])).encode())
+    assert [one.hexdigest() for one in found] == [
+        "1e209158208c8e0f38b4494333dc9db7a6a671816868fc1730cc87e206ab0657",
+        "9becc2ea07717afdee85f97906c48ca6759de317c0ad195cc2214e20d4fff92e",
+        "eff6a4d49c5892e25125f85c5a050c10cd06dcbec27958ba1a91d9a28b33571b",
+        "45ddd2983bfb73d75a788e8b1d2eae0069b48ff0804421b6b5fa301bc3243532",
+    ]
+
+
+def test_drawings_show_the_colours_and_are_quick() -> None:
+    drawn = scenes("web", 100)
+    start = time.perf_counter()
+    pictures = [np.asarray(draw(scene)).astype(int) for scene in drawn]
+    assert (time.perf_counter() - start) / len(drawn) < 0.02
+    for scene, picture in zip(drawn, pictures, strict=True):
+        assert picture.shape == (scene.height, scene.width, 3)
+        for item in scene.objects:
+            x0, y0, x1, y1 = (round(v) for v in item.box)
+            near = np.abs(picture[y0:y1, x0:x1] - COLOURS[item.colour]).max(-1) < 45
+            assert near.mean() > (0.12 if item.texture == "plain" else 0.03), item
+        corner_free = np.abs(picture - BACKGROUNDS[scene.background.colour]).max(-1) < 60
+        assert corner_free.mean() > 0.4
+
+
+def test_scenes_survive_json() -> None:
+    for name in SETS:
+        for scene in [*scenes(name, 50), *scenes(name, 20, "large")]:
+            assert scene_from_meta(json.loads(json.dumps(scene_to_meta(scene)))) == scene
+    with pytest.raises(UserError, match="holds no scene"):
+        scene_from_meta({"captions": {}, "width": 64, "height": 64})
+
+
+def mentioned(text: str) -> set[tuple[str, str]]:
+    """The (colour, shape) pairs that stand side by side in a caption."""
+    words = {synonym: shape for shape, synonyms in SHAPE_WORDS.items() for synonym in synonyms}
+    pattern = rf"\b({'|'.join(COLOURS)}) ({'|'.join(words)})\b"
+    return {(colour, words[word]) for colour, word in re.findall(pattern, text.lower())}
+
+
+@pytest.mark.parametrize("set_name", list(SETS))
+def test_captions_keep_their_lengths_and_say_nothing_false(set_name: str) -> None:
+    bounds = {"short": (5, 15), "long": (50, 150), "clean": (40, 90)}
+    for number, scene in enumerate(scenes(set_name, 500)):
+        told = captions(scene, 0, number)
+        told = {kind: told[kind] for kind in bounds}  # test_demo_forms.py reads the others
+        shown = {(item.colour, item.shape) for item in scene.objects}
+        colours = {item.colour for item in scene.objects}
+        for kind, text in told.items():
+            least, most = bounds[kind]
+            assert least <= len(text.split()) <= most, text
+            assert "{" not in text and "  " not in text and ",," not in text
+            assert mentioned(text) <= shown and mentioned(text), text
+            assert set(re.findall(rf"\b({'|'.join(COLOURS)})\b", text.lower())) <= colours, text
+            assert set(re.findall(rf"\b({'|'.join(BACKGROUNDS)})\b", text.lower())) <= {scene.background.colour}, text
+        for kind in ("long", "clean"):
+            assert mentioned(told[kind]) == shown
+            assert scene.background.colour in told[kind]
+
+
+def phrase_of(text: str, colour: str, shape: str) -> str:
+    """From the start of the sentence (or clause) that tells of an object first, to the end of the next sentence."""
+    names = "|".join(f"{colour} {word}" for word in set(SHAPE_WORDS[shape]))
+    sentences = re.split(r"(?<=[.;]) | while ", text)
+    first = next(i for i, sentence in enumerate(sentences) if re.search(rf"\b(?:{names})\b", sentence))
+    return " ".join(sentences[first : first + 2]).lower()
+
+
+@pytest.mark.parametrize("kind", ["long", "clean"])
+def test_paragraphs_tell_size_texture_and_place_of_each_object(kind: str) -> None:
+    textures = {t: (*TEXTURE_BEFORE[t], *TEXTURE_AFTER[t], *TEXTURE_STATED[t]) for t in TEXTURES}
+    for number, scene in enumerate(scenes("big", 300)):
+        text = captions(scene, 1, number)[kind]
+        for item in scene.objects:
+            phrase = phrase_of(text, item.colour, item.shape)
+            assert any(word in phrase for word in SIZE_WORDS[item.size]), (item, text)
+            assert any(word in phrase for word in textures[item.texture]), (item, text)
+            assert any(word in phrase for word in PLACE_WORDS[item.place]), (item, text)
+        if len(scene.objects) == 1:  # nothing else may be said of a single object
+            for size in set(SIZES) - {scene.objects[0].size}:
+                assert not any(re.search(rf"\b{word}\b", text) for word in SIZE_WORDS[size]), text
+            for place in set(PLACES) - {scene.objects[0].place}:
+                own = " ".join(PLACE_WORDS[scene.objects[0].place])
+                others = [word for word in PLACE_WORDS[place] if word not in own]
+                assert not any(re.search(rf"\b{word}\b", text.lower()) for word in others), (place, text)
+
+
+def test_relative_places_agree_with_the_grid() -> None:
+    words = {synonym: shape for shape, synonyms in SHAPE_WORDS.items() for synonym in synonyms}
+    name = rf"({'|'.join(COLOURS)}) ({'|'.join(words)})"
+    relation = r"((?:above|below)?(?: and )?(?:to the (?:left|right) of)?)"
+    found = 0
+    for number, scene in enumerate(scenes("big", 400)):
+        places = {(item.colour, item.shape): divmod(PLACES.index(item.place), 2) for item in scene.objects}
+        text = captions(scene, 0, number)["long"]
+        for c1, s1, said, c2, s2 in re.findall(rf"[Tt]he {name} (?:is|lies|can be found) {relation} the {name}", text):
+            row, column = (a - b for a, b in zip(places[c1, words[s1]], places[c2, words[s2]], strict=True))
+            assert ("above" in said, "below" in said) == (row < 0, row > 0), text
+            assert ("left" in said, "right" in said) == (column < 0, column > 0), text
+            found += 1
+    assert found > 50
+
+
+def test_captions_vary() -> None:
+    told = [captions(scene, 0, number) for number, scene in enumerate(scenes("web", 300))]
+    scene = make_scene("web", 0, 0)
+    for kind, distinct in (("short", 60), ("long", 99), ("clean", 99)):
+        assert len({" ".join(one[kind].split()[:3]) for one in told}) > 40
+        assert len({captions(scene, 0, number)[kind] for number in range(100)}) >= distinct
+    assert captions(scene, 0, 5) == captions(scene, 0, 5)
+
+
+def test_samples_hold_picture_and_truth() -> None:
+    one, two = list(demo_samples("val", 2, seed=4))
+    (again,) = demo_samples("val", 1, seed=4, first=1)
+    assert one.key != two.key and again == two and two.extension == "png"
+    scene = make_scene("val", 4, 1)
+    assert scene_from_meta(two.meta) == scene and two.meta["captions"] == captions(scene, 4, 1)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(two.image))), np.asarray(draw(scene)))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_bytes_do_not_depend_on_processes_and_a_second_call_does_nothing(tmp_path: Path) -> None:
+    alone = ensure_demo_data(tmp_path / "one", SIZES_SMALL, 0, processes=1)
+    ensure_demo_data(tmp_path / "two", SIZES_SMALL, 0, processes=2)
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert sorted(path.name for path in alone["web"].iterdir()) == ["000000.tar", "000001.tar", "000002.tar"]
+    with tarfile.open(alone["web"] / "000002.tar") as tar:
+        assert len([name for name in tar.getnames() if name.endswith(".png")]) == 100
+    before = (tmp_path / "one" / "demo.json").stat().st_mtime_ns
+    assert ensure_demo_data(tmp_path / "one", SIZES_SMALL, 0) == alone
+    assert (tmp_path / "one" / "demo.json").stat().st_mtime_ns == before
+
+
+def test_other_sizes_and_missing_shards_build_anew(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    ensure_demo_data(folder, {"val": 20}, 0)
+    first = digests(folder)
+    (folder / "val" / "000000.tar").unlink()
+    ensure_demo_data(folder, {"val": 20}, 0)
+    assert digests(folder) == first
+    ensure_demo_data(folder, {"web": 10}, 0)
+    assert set(digests(folder)) == {"web/000000.tar", "demo.json"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".demo.lock", "demo"]
+
+
+def test_an_interrupted_build_goes_on(tmp_path: Path) -> None:
+    ensure_demo_data(tmp_path / "whole", SIZES_SMALL, 0)
+    code = (
+        "import sys; from pathlib import Path; from paradiffusion.scenes.dataset import ensure_demo_data;"
+        f"ensure_demo_data(Path(sys.argv[1]), {SIZES_SMALL}, 0, processes=1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "cut")], cwd=ROOT)
+    first = tmp_path / ".cut.building" / "web" / "000000.tar"
+    while not first.exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "cut").exists()
+    written = first.stat().st_mtime_ns
+    ensure_demo_data(tmp_path / "cut", SIZES_SMALL, 0)
+    assert digests(tmp_path / "cut") == digests(tmp_path / "whole")
+    assert (tmp_path / "cut" / "web" / "000000.tar").stat().st_mtime_ns == written
+
+
+def test_two_processes_may_start_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    pair = [context.Process(target=ensure_demo_data, args=(tmp_path / "demo", SIZES_SMALL, 0, 1)) for _ in range(2)]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join()
+    assert [process.exitcode for process in pair] == [0, 0]
+    assert len(list((tmp_path / "demo").rglob("*.tar"))) == 4
+
+
+def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="photo.jpg"):
+        ensure_demo_data(folder, {"val": 5}, 0)
+    assert (folder / "photo.jpg").exists()
+    for sizes in ({}, {"vall": 3}, {"val": 0}):
+        with pytest.raises(UserError, match="Demo sizes"):
+            ensure_demo_data(tmp_path / "new", sizes, 0)
+
+
+def test_the_script(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "make_demo_data.py"), "--folder", str(tmp_path / "demo")]
+    small = ["--web", "12", "--big", "3", "--small", "0", "--val", "4"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True, check=True)
+    assert "web: 12 pictures" in done.stdout
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["sizes"] == {"web": 12, "big": 3, "val": 4}
+    subprocess.run([*command, *small, "--world", "large"], capture_output=True, check=True)
+    with tarfile.open(tmp_path / "demo" / "val" / "000000.tar") as tar:
+        texts = [tar.extractfile(name) for name in tar.getnames() if name.endswith(".json")]
+        assert [json.loads(text.read())["grid"] for text in texts if text] == [3] * 4
+    wrong = subprocess.run([*command, "--web", "-1"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and "-1" in wrong.stderr
+
+
+def test_paragraphs_written_by_hand_hold_their_scenes() -> None:
+    rows = [json.loads(line) for line in (ROOT / "data" / "paragraphs.jsonl").read_text().splitlines()]
+    assert [row["world"] for row in rows] == ["small"] * 20 + ["large"] * 20
+    for row in rows:
+        scene, text = scene_from_meta(row), row["text"].lower()
+        assert all(item.place in places(scene.grid) and item.colour in text for item in scene.objects)
+        assert scene.background.colour in text and score(scene, np.asarray(draw(scene))).all_right
+        assert set(re.findall(rf"\b({'|'.join(COLOURS)})\b", text)) == {item.colour for item in scene.objects}
+
+
+def test_the_large_prompts_are_held_out_paragraphs() -> None:
+    rows = [json.loads(line) for line in (ROOT / "data" / "prompts_large.jsonl").read_text().splitlines()]
+    found = [(number, make_scene("val", 0, number, "large")) for number in range(40)]
+    large = [(number, scene) for number, scene in found if len(scene.objects) >= 6][: len(rows)]
+    told = [captions(scene, 0, number)["varied"] for number, scene in large]
+    assert rows == [{"prompt": text, "height": 96, "width": 96} for text in told] and len(rows) == 8
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made in .* choose another folder"):
+        ensure_demo_data(tmp_path / "file" / "demo", SIZES_SMALL, 0, processes=1)

