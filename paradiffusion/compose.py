@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from paradiffusion.config import SampleConfig, SourceConfig, TextEncoderConfig, TrainConfig, keys_of
+from paradiffusion.config import SampleConfig, SourceConfig, TextEncoderConfig, TrainConfig, check_values, keys_of
 from paradiffusion.errors import UserError
 from paradiffusion.machine import settled_precision
 
@@ -68,7 +68,8 @@ def compose_sample(arguments: list[str]) -> SampleConfig:
 
 
 def compose_options(cls: type[Options], arguments: Sequence[str]) -> Options:
-    """A small dataclass from key=value arguments, for scripts without config groups. Raises UserError for a wrong one."""
+    """A small dataclass from key=value arguments, for scripts without config groups. Raises UserError for a wrong one, and for a
+    value that its field does not accept."""
     config, keys = OmegaConf.structured(cls), list(keys_of(cls))
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -82,7 +83,9 @@ def compose_options(cls: type[Options], arguments: Sequence[str]) -> Options:
             OmegaConf.update(config, key, None if value == "null" else value)
         except OmegaConfBaseException as error:
             raise UserError(_explain(error, argument)) from None
-    return cast(Options, OmegaConf.to_object(config))
+    options = cast(Options, OmegaConf.to_object(config))
+    check_values(options)
+    return options
 
 
 def split_options(cls: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:

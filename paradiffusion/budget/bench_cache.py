@@ -13,8 +13,8 @@ from accelerate.state import AcceleratorState
 
 from paradiffusion.budget.bench_models import interleave, ratio
 from paradiffusion.budget.results import facts, load, machine, markdown, today, write_results
-from paradiffusion.checks import positive
-from paradiffusion.config import TrainConfig
+from paradiffusion.checks import not_negative, positive
+from paradiffusion.config import TrainConfig, option
 from paradiffusion.errors import UserError
 from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training.caching import CacheOptions, make_cache
@@ -36,21 +36,16 @@ HEADER = [
 class CacheBenchSettings:
     """What scripts/benchmark_cache.py takes besides the overrides of train.py."""
 
-    steps: int = 30
-    warmup: int = 3
+    steps: int = option(30, accepts=positive)
+    warmup: int = option(3, accepts=not_negative)
     output: str = "benchmarks"
     name: str = "cache_cpu"
-
-    def check(self) -> None:
-        positive("steps", self.steps)
-        positive("warmup", self.warmup, zero=True)
 
 
 def benchmark_cache(
     settings: CacheBenchSettings, overrides: list[str], compose: Callable[[list[str]], TrainConfig], folder: Path
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Measure every arm in ``folder`` and write ``<output>/<name>.json`` and ``.md``; returns their stem and the rows."""
-    settings.check()
     rows = []
     for arm, values in ARMS.items():
         sizes = f"{{web: {SCENES}, big: 1, small: 1, val: 1}}"

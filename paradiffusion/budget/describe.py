@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from paradiffusion.budget.empty import empty_models
-from paradiffusion.budget.flops import Device, StageFlops, device_named, stage_flops
+from paradiffusion.budget.flops import DEVICES, Device, StageFlops, stage_flops
 from paradiffusion.budget.memory import GIB, LAUNCHES, Advice, Counts, Fitter, GpuMemory, checkpoint_bytes
-from paradiffusion.checks import choice
+from paradiffusion.checks import one_of, positive
 from paradiffusion.compose import split_options
-from paradiffusion.config import TrainConfig
+from paradiffusion.config import TrainConfig, option
 from paradiffusion.errors import UserError
 
 TITLES = {launch.name: launch.title for launch in LAUNCHES}
@@ -29,19 +29,11 @@ class Question:
         mfu: share of the device's peak that is reached while it computes.
     """
 
-    gpu: float | None = None
-    format: str = "text"
-    gpus: int = 8
-    mfu: float = 0.4
-    device: str = "h100"
-
-    def check(self) -> None:
-        for key, most in (("gpu", 1e6), ("gpus", 1e6), ("mfu", 1.0)):
-            value = getattr(self, key)
-            if value is not None and not 0 < value <= most:
-                raise UserError(f"{key}={value:g} is out of range; expected a number above 0 and up to {most:g}.")
-        choice("format", self.format, ("text", "json"))
-        device_named(self.device)
+    gpu: float | None = option(None, accepts=positive)
+    format: str = option("text", accepts=one_of("text", "json"))
+    gpus: int = option(8, accepts=positive)
+    mfu: float = option(0.4, accepts=positive)
+    device: str = option("h100", accepts=one_of(*DEVICES))
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,8 @@ class Description:
 def parse_question(arguments: Sequence[str]) -> tuple[Question, list[str]]:
     """Split describe's own keys from the overrides of train.py; UserError for a value that makes no sense."""
     question, rest = split_options(Question, arguments)
-    question.check()
+    if question.mfu > 1:
+        raise UserError(f"mfu={question.mfu} is out of range; expected a share above 0 and up to 1.")
     if not any(argument.startswith(("data.shards=", "data.sources=", "data.folder=")) for argument in rest):
         rest.append("data.shards=unused")  # presets for one's own data have no default, and none is read here
     return question, rest
@@ -133,7 +126,7 @@ def describe(arguments: Sequence[str], question: Question, compose: Callable[[li
         latent_bytes=2 * channels * rows * columns,
         checkpoint_weights=weights,
         checkpoint_whole=whole,
-        throughput=throughput(config, flops, question, device_named(question.device)),
+        throughput=throughput(config, flops, question, DEVICES[question.device]),
         gpu=question.gpu,
         advice=[] if question.gpu is None else fitter.advise(question.gpu * GIB),
     )

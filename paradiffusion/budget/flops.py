@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from paradiffusion.budget.empty import META, EmptyModels, empty_models
-from paradiffusion.checks import choice
 from paradiffusion.config import TrainConfig
 
 
@@ -168,12 +167,6 @@ DEVICES = {
     "t4": Device("NVIDIA T4", ("t4",), 65, 8.1, "float16"),
     "mi300x": Device("AMD Instinct MI300X", ("mi300x",), 1307.4, 163.4),
 }
-
-
-def device_named(name: str) -> Device:
-    """The device that a person names; UserError for one that is not in the table."""
-    choice("device", name, tuple(DEVICES))
-    return DEVICES[name]
 
 
 def recognise(driver_name: str) -> Device | None:
