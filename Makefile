@@ -1,13 +1,14 @@
-# make demo    all set-up, then the three stages on the built-in data, pictures and a table (23 minutes on two cores with AMX)
-# make sample  all set-up, then two grids from the shipped checkpoint (about a minute)
-# make test    all set-up, then lint, types and tests
-# make lint    ruff and mypy alone
+# make demo       all set-up, then the three stages on the built-in data, pictures and a table (23 minutes on two cores with AMX)
+# make sample     all set-up, then two grids from the shipped checkpoint (about a minute)
+# make test       all set-up, then lint, types and all tests
+# make test-fast  the same with the unit tests alone
+# make lint       ruff and mypy alone
 # The environment is .venv, made here when it is missing and brought up to date when a requirements file changes.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo sample test lint format clean
+.PHONY: help setup demo sample test test-fast lint format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -18,7 +19,7 @@ RUN_DIR ?= runs/nano
 WORKERS ?= 2
 
 help:
-	@sed -n 's/^# //p' Makefile | head -5
+	@sed -n 's/^# //p' Makefile | head -6
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -55,6 +56,9 @@ format: .venv/.ready-dev
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-fast: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/unit
 
 clean:
 	rm -rf .venv runs samples data/demo data/demo_large .pytest_cache .ruff_cache .mypy_cache

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import yaml
+
 from paradiffusion.errors import UserError
 
 Check = Callable[[str, Any], None]  # of a key and its value
@@ -44,3 +46,16 @@ def not_negative(key: str, value: float | None) -> None:
 def one_of(*accepted: str) -> Check:
     """The check that a value is one of these."""
     return lambda key, value: choice(key, value, accepted)
+
+
+def parsed(key: str, text: str | None, example: str) -> Any:
+    """The list or mapping that ``text`` is as YAML; None for None. Raises UserError, as ``not_understood`` says it."""
+    try:
+        return None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise not_understood(key, text, example) from None
+
+
+def not_understood(key: str, text: str | None, example: str) -> UserError:
+    """The refusal of a value of another form than ``example``."""
+    return UserError(f"{key}={text} is not understood; expected {key}='{example}'.")

@@ -24,8 +24,9 @@ from omegaconf.errors import OmegaConfBaseException
 from paradiffusion.config import SampleConfig, SourceConfig, TextEncoderConfig, TrainConfig, check_values, keys_of
 from paradiffusion.errors import UserError
 from paradiffusion.machine import settled_precision
+from paradiffusion.repository import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 FLAGS = ("--cfg",)
 T = TypeVar("T", TrainConfig, SampleConfig)
 Options = TypeVar("Options")
@@ -152,6 +153,7 @@ def _compose(name: str, cls: type[T], arguments: list[str], beside: Sequence[str
         _override(composed, values, keys)
         if cls is TrainConfig:
             _settle_data(composed, given)
+            _settle_lora(composed, given)
         # Entries of dictionaries, which that may have put others in the place of.
         _override(composed, [one for one in values if one[0] not in keys], keys)
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), composed))
@@ -247,6 +249,15 @@ def _settle_data(composed: Any, given: dict[str, str]) -> None:
         if data.get("sources") or "data.shards" in given:
             data.demo = False
             data.val_shards = data.get("val_shards") if "data.val_shards" in given else None
+
+
+def _settle_lora(composed: Any, given: dict[str, str]) -> None:
+    """The layers that a preset adapts, by the chosen text encoder's own names for them (``lora_names`` in its file), unless the
+    command line names them."""
+    with open_dict(composed.text_encoder):
+        names = composed.text_encoder.pop("lora_names", {})
+    if (targets := composed.get("lora", {}).get("target_modules")) and "lora.target_modules" not in given:
+        composed.lora.target_modules = [names.get(name, name) for name in targets]
 
 
 def parse_sources(text: str) -> list[dict[str, Any]]:

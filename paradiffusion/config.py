@@ -7,6 +7,7 @@ before any model is loaded.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
@@ -22,6 +23,7 @@ PRECISIONS = ("fp32", "bf16", "auto")  # fp16 would need its loss scale in every
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
 DENSITIES = ("uniform", "logit_normal")
 SOLVERS = ("dpm", "ddim", "euler")
+DENOISERS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 WORLDS = ("small", "large")  # of the built-in scenes
 
 
@@ -180,9 +182,10 @@ class LoraConfig:
 
 @dataclass
 class UNetConfig:
-    """The denoiser: arguments of diffusers' UNet2DConditionModel.
+    """The denoiser.
 
     Attributes:
+        class_name: its class in diffusers, one of DENOISERS.
         arguments: passed on as they are; in/out channels, text width and projection come from codec and conditioning.
         coordinates: tell the U-Net where each latent lies, so that place words have something to bind to: 0 for not at
             all (the paper; the official layout takes nothing else), 1 for two input channels with x and y in -1..1, n
@@ -195,16 +198,13 @@ class UNetConfig:
     """
 
     name: str = option("nano", of="weights")
+    class_name: str = option("UNet2DConditionModel", accepts=one_of(*DENOISERS))
     arguments: dict[str, Any] = field(default_factory=dict)
     coordinates: int = option(0, of="weights")
     plain_attention: bool = option(False, free="always")
-    lora_rank: int = 0
-    lora_alpha: int = 16
+    lora_rank: int = option(0, accepts=not_negative)
+    lora_alpha: int = option(16, accepts=positive)
     lora_target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-
-    def check(self) -> None:
-        positive("unet.lora_rank", self.lora_rank, zero=True)
-        positive("unet.lora_alpha", self.lora_alpha)
 
 
 @dataclass
@@ -242,36 +242,36 @@ class ObjectiveConfig:
         density: how timesteps are drawn: "uniform", or "logit_normal" (arXiv 2403.03206, section 3.1).
         logit_mean, logit_std: of the logit-normal density; a positive mean favours high noise.
         min_snr_gamma: clip of the min-SNR loss weight (arXiv 2303.09556), or None for none.
-        flow_shift: shift of the flow's sampling times towards high noise for large images (2403.03206, eq. 23).
+        flow_shift: shift of the flow's times towards high noise for large images (2403.03206, eq. 23): t' = s t / (1 + (s - 1) t).
+        flow_shift_side: latents along the side of the square for which ``flow_shift`` is meant. Latents of h x w are shifted by
+            flow_shift sqrt(h w) / flow_shift_side (section 5.3.2), in training and in sampling. None: sampling alone shifts, by
+            flow_shift at every size.
         layout_weight: of the layout head's squared error beside the diffusion loss.
     """
 
     name: str = "paper"
-    prediction: str = option("epsilon", of="noise")
-    beta_schedule: str = option("scaled_linear", of="noise")
+    prediction: str = option("epsilon", of="noise", accepts=one_of(*PREDICTIONS))
+    beta_schedule: str = option(
+        "scaled_linear", of="noise", accepts=one_of("scaled_linear", "linear", "squaredcos_cap_v2")
+    )
     beta_start: float = option(0.00085, of="noise")
     beta_end: float = option(0.012, of="noise")
-    train_timesteps: int = option(1000, of="noise")
+    train_timesteps: int = option(1000, of="noise", accepts=positive)
     zero_terminal_snr: bool = option(False, of="noise")
-    density: str = "uniform"
+    density: str = option("uniform", accepts=one_of(*DENSITIES))
     logit_mean: float = 0.0
-    logit_std: float = 1.0
+    logit_std: float = option(1.0, accepts=positive)
     min_snr_gamma: float | None = None
-    flow_shift: float = 1.0
-    layout_weight: float = 3.0
+    flow_shift: float = option(1.0, accepts=positive)
+    flow_shift_side: int | None = option(None, accepts=positive)
+    layout_weight: float = option(3.0, accepts=not_negative)
 
     def check(self) -> None:
-        choice("objective.prediction", self.prediction, PREDICTIONS)
-        choice("objective.density", self.density, DENSITIES)
-        choice("objective.beta_schedule", self.beta_schedule, ("scaled_linear", "linear", "squaredcos_cap_v2"))
-        positive("objective.train_timesteps", self.train_timesteps)
+        check_values(self, "objective.")  # a checkpoint's is checked by itself
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
                 f"objective.beta_start={self.beta_start} and objective.beta_end={self.beta_end} must lie between 0 and 1, start first."
             )
-        positive("objective.logit_std", self.logit_std)
-        positive("objective.flow_shift", self.flow_shift)
-        positive("objective.layout_weight", self.layout_weight, zero=True)
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UserError(
                 "objective.zero_terminal_snr=true cannot be trained with objective.prediction=epsilon, since at pure noise "
@@ -297,7 +297,9 @@ class SamplerConfig:
         solver: "dpm" (DPM-Solver++ multistep), "ddim" or "euler".
         guidance: scale w of null + w (prompt - null) (Ho & Salimans 2022); 1 runs no null prompt at all.
         guidance_rescale: share of the guided prediction brought back to the prompt's standard deviation (2305.08891, eq. 16).
-        guidance_start, guidance_stop: guide only while the share of steps done lies between them (arXiv 2404.07724).
+        guidance_start, guidance_stop: guide only while the share of steps done lies between them.
+        guidance_sigma_min, guidance_sigma_max: guide only while the noise level sigma / alpha lies above the one and not above the
+            other (arXiv 2404.07724; for the flow sigma / (1 - sigma)). None for no limit above.
     """
 
     solver: str = "dpm"
@@ -306,6 +308,8 @@ class SamplerConfig:
     guidance_rescale: float = 0.0
     guidance_start: float = 0.0
     guidance_stop: float = 1.0
+    guidance_sigma_min: float = 0.0
+    guidance_sigma_max: float | None = None
 
     def check(self) -> None:
         choice("sampler.solver", self.solver, SOLVERS)
@@ -316,6 +320,15 @@ class SamplerConfig:
         if not 0 <= self.guidance_start <= self.guidance_stop <= 1:
             raise UserError(
                 f"guidance_start={self.guidance_start} and guidance_stop={self.guidance_stop} must lie within 0 to 1, start first."
+            )
+        if (
+            not 0
+            <= self.guidance_sigma_min
+            < (math.inf if self.guidance_sigma_max is None else self.guidance_sigma_max)
+        ):
+            raise UserError(
+                f"guidance_sigma_min={self.guidance_sigma_min} must lie below guidance_sigma_max={self.guidance_sigma_max}, and "
+                "neither below 0."
             )
 
 
@@ -570,7 +583,7 @@ class TrainConfig:
         check_values(self)
         if not self.spike_factor > 1:
             raise UserError(f"spike_factor={self.spike_factor} is out of range; expected a number above 1.")
-        for part in (self.conditioning, self.lora, self.unet, self.objective, self.data, self.sampler):
+        for part in (self.conditioning, self.lora, self.objective, self.data, self.sampler):
             part.check()
         if self.data.bucket_multiple % self.codec.factor:
             raise UserError(
@@ -617,6 +630,8 @@ class SampleConfig:
     guidance_rescale: float | None = None
     guidance_start: float | None = None
     guidance_stop: float | None = None
+    guidance_sigma_min: float | None = None
+    guidance_sigma_max: float | None = None
     device: str | None = None
     dtype: str = option("float32", accepts=one_of(*DTYPES))
     threads: int | None = option(None, accepts=positive)

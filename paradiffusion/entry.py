@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from paradiffusion.errors import UserError
+from paradiffusion.repository import as_typed
 
 SECONDS_TO_BE_ENDED = 30.0
 
@@ -21,7 +22,7 @@ def run(function: Callable[[list[str]], int], help_text: Callable[[], str] = str
     arguments = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in arguments):
         try:
-            print(help_text(), flush=True)
+            print(as_typed(help_text()), flush=True)
         except BrokenPipeError:  # `--help | head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -38,7 +39,7 @@ def run(function: Callable[[list[str]], int], help_text: Callable[[], str] = str
     except UserError as error:
         if not error.told:
             let_the_first_say_it()
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {as_typed(str(error))}", file=sys.stderr, flush=True)
         status = 2
     except BrokenPipeError:
         try:
@@ -53,6 +54,15 @@ def run(function: Callable[[list[str]], int], help_text: Callable[[], str] = str
         print(
             f"error: {error.filename or 'a file'} could not be written ({error.strerror}); make room or choose another "
             "folder, then run the same command again.",
+            file=sys.stderr,
+        )
+        status = 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("", "paradiffusion"):
+            raise
+        print(
+            f"error: the package of the module {error.name} is not installed; what evaluation, data tools and pages need beside "
+            "training comes with `pip install 'paradiffusion[all]'` (in a checkout `pip install '.[all]'` or `make setup`).",
             file=sys.stderr,
         )
         status = 2

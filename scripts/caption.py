@@ -42,8 +42,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.compose import CONFIGS, compose_options
-from paradiffusion.curation.captioning.options import CaptionOptions, bind_judge, bind_output, check_output
-from paradiffusion.curation.captioning.prompts import Template, load_templates
+from paradiffusion.curation.captioning.caption_options import (
+    CaptionOptions,
+    Template,
+    bind_judge,
+    bind_output,
+    check_output,
+    load_templates,
+)
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
 from paradiffusion.judges.choose import VlmOptions, open_engine
@@ -59,9 +65,10 @@ def main(arguments: list[str]) -> int:
     prompt_file = Path(options.prompt_file or CONFIGS / "caption_prompts.yaml").expanduser()
     templates = load_templates(prompt_file, options.kind, options.prompts)
 
-    from paradiffusion.curation.captioning.caption import check_names
+    from paradiffusion.curation.captioning.captioning import check_names
     from paradiffusion.data.shards import expand_shards
-    from paradiffusion.sampling.run import joined_processes, stop_on_signals
+    from paradiffusion.sampling.run import joined_processes
+    from paradiffusion.stopping import stop_on_signals
 
     shards = expand_shards(str(options.shards), "shards")
     check_names(shards, options)
@@ -97,10 +104,10 @@ def work_on(
     check_stop: Callable[[], None],
 ) -> int:
     """This process's shards, with one model after the other."""
-    from paradiffusion.curation.captioning.caption import Work, caption_shard, make_bar
-    from paradiffusion.curation.captioning.judge import DECODING, judge_shard
+    from paradiffusion.curation.captioning.captioning import DECODING, Work, caption_shard, judge_shard
+    from paradiffusion.curation.pool import make_bar
     from paradiffusion.data.index import load_index
-    from paradiffusion.sampling.run import Stopped
+    from paradiffusion.stopping import Stopped
 
     if not shards:
         return DONE
@@ -111,7 +118,7 @@ def work_on(
         engine, side = make_engine(options, device)
         try:
             bind_output(output, options, engine, templates, side)
-            with make_bar(len(index), "captions", shown) as bar:
+            with make_bar("captions", "img", len(index), shown=shown) as bar:
                 work = Work(options, output, index, templates, side, check_stop, bar)
                 for number in range(len(shards)):
                     check_stop()
@@ -122,7 +129,7 @@ def work_on(
             judge, side = make_judge(options, device, DECODING)
             try:
                 bind_judge(output, options, judge, side)
-                with make_bar(0, "claims", shown) as bar:
+                with make_bar("claims", "img", 0, shown=shown) as bar:
                     work = Work(options, output, index, templates, side, check_stop, bar)
                     for number in range(len(shards)):
                         check_stop()
@@ -172,7 +179,7 @@ def fingerprint_of(folder: Path) -> str:
 
 def report(options: CaptionOptions, stems: list[str], processes: int, status: int) -> None:
     """Write the report of what is there, and say the main of it."""
-    from paradiffusion.curation.captioning.report import make_report, write_report
+    from paradiffusion.curation.captioning.caption_report import make_report, write_report
 
     output = Path(str(options.output)).expanduser()
     if not output.is_dir():
@@ -181,9 +188,9 @@ def report(options: CaptionOptions, stems: list[str], processes: int, status: in
     page = write_report(made, output)
     if status == STOPPED:
         print("stopped; run the same command again to go on after the last answer.")
-    rate = f", {made.captions_per_hour:,.0f} captions per hour" if made.captions_per_hour else ""
+    rate = f", {made['captions_per_hour']:,.0f} captions per hour" if made["captions_per_hour"] else ""
     print(
-        f"{made.shards_done} of {made.shards} shards: {made.captioned} captions, {made.rejected_samples:.1%} of the samples "
+        f"{made['shards_done']} of {made['shards']} shards: {made['captioned']} captions, {made['rejected_samples']:.1%} of the samples "
         f"rejected{rate}. See {page}."
     )
 

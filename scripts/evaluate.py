@@ -31,7 +31,8 @@ suite_path=      where the suite's files lie, if not where configs/suites.yaml s
 count=           that many prompts, spread evenly; images_per_prompt=1 (images=: as many as there are). Image j of a prompt has the
                  same seed for every model
 Drawing, as in sample.py:
-steps= guidance= sampler= solver= guidance_rescale= guidance_start= guidance_stop= negative_prompt= height= width= batch_size=16
+steps= guidance= sampler= solver= guidance_rescale= guidance_start= guidance_stop=
+guidance_sigma_min= guidance_sigma_max= negative_prompt= height= width= batch_size=16
 device= dtype=float32 threads= compile= channels_last= offload_text_encoder= vae_tiling= text_encoder.path= text_encoder.dtype=
 codec.path= codec.dtype=
 Scores:

@@ -97,9 +97,9 @@ def main(arguments: list[str]) -> int:
     ]
 
     from paradiffusion.atomic import write_atomic
-    from paradiffusion.curation.inspecting.padding import TextLimits
+    from paradiffusion.curation.inspecting.caption_figures import TextLimits
+    from paradiffusion.curation.inspecting.inspect import InspectSettings, figures_json, inspect
     from paradiffusion.curation.inspecting.page import inspection_page
-    from paradiffusion.curation.inspecting.report import InspectSettings, figures_json, inspect
     from paradiffusion.data.index import TokenCounter
     from paradiffusion.data.plan import make_plan
     from paradiffusion.scenes.dataset import make_wanted

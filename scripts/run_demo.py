@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     commands.append(["scripts/report_demo.py", run_dir])
     for command in commands:
         print(f"\n$ python {' '.join(command)}", flush=True)
-        status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+        status = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False).returncode
         if status:
             return status
     print(f"\nall of it took {(time.monotonic() - began) / 60:.1f} minutes; look at {run_dir}/samples/index.html")

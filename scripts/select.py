@@ -59,8 +59,7 @@ else:
     def main(arguments: list[str]) -> int:
         """Do the step that ``action=`` names."""
         from paradiffusion.compose import compose_options
-        from paradiffusion.curation.choosing.options import SelectOptions
-        from paradiffusion.curation.choosing.steps import run_step
+        from paradiffusion.curation.choosing.select_steps import SelectOptions, run_step
 
         options = compose_options(SelectOptions, arguments)
         options.given = [argument.partition("=")[0] for argument in arguments]

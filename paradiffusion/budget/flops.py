@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from paradiffusion.budget.empty import META, EmptyModels, empty_models
 from paradiffusion.config import TrainConfig
+from paradiffusion.models.unet import read_width
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _count_parts(models: EmptyModels) -> dict[str, PartFlops]:
         return joint.refine(torch.empty(shape, device=META, requires_grad=trains_text), mask)
 
     def refined() -> Tensor:
-        shape = (1, models.tokens, joint.unet.config["encoder_hid_dim"])
+        shape = (1, models.tokens, read_width({**joint.unet.config, "_class_name": type(joint.unet).__name__}))
         return torch.empty(shape, device=META, requires_grad=trains_text or refines)
 
     def layout() -> Any:

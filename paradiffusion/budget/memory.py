@@ -16,6 +16,7 @@ from paradiffusion.budget.activations import peak_bytes
 from paradiffusion.budget.empty import EmptyModels, empty_models
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.images import make_buckets
+from paradiffusion.models.unet import PROJECTIONS
 from paradiffusion.text.encoder import DTYPES
 
 GIB = 2**30
@@ -109,7 +110,7 @@ def count_parameters(models: EmptyModels) -> Counts:
     unet = {name: p.numel() for name, p in joint.unet.named_parameters()}
     text = {name: p.numel() for name, p in inner.named_parameters()}
     unet_lora = sum(size for name, size in unet.items() if "lora_" in name)
-    projection = sum(size for name, size in unet.items() if name.startswith("encoder_hid_proj."))
+    projection = sum(size for name, size in unet.items() if f"unet.{name}".startswith(PROJECTIONS))
     lora = sum(size for name, size in text.items() if "lora_" in name)
     head = 0 if joint.refiner is None else _numel(joint.refiner.layout)
     # bitsandbytes stores the weights of frozen linear layers in 4 bits; embeddings and norms stay.

@@ -60,7 +60,7 @@ class PlainTrainer:
             images = batch.images.to(device, codec.vae.dtype)
             latents = codec.to_unit(codec.vae.encode(images).latent_dist.sample())
         noise = torch.randn_like(latents)
-        times = joint.objective.times(torch.rand(len(latents), device=device))
+        times = joint.objective.times(torch.rand(len(latents), device=device), latents.shape[2:])
         ids, id_mask = padded(encoder, batch.captions, device)
         prefix = len(encoder.prefix_ids)
         inputs: dict[str, Any] = {

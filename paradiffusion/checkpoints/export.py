@@ -23,6 +23,7 @@ from paradiffusion.checkpoints.layouts import (
     Layout,
     objective_of,
     parse,
+    portable,
     read_json,
     split_parts,
     write_adapter,
@@ -31,8 +32,11 @@ from paradiffusion.checkpoints.layouts import (
 from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.checkpoints.tensors import UNET_STEM, write_tensors
 from paradiffusion.config import CodecConfig, TextEncoderConfig
+from paradiffusion.diffusion.objective import Flow
 from paradiffusion.errors import UserError
-from paradiffusion.models.codec import REPOSITORY, locate_codec
+from paradiffusion.models.codec import locate_codec
+from paradiffusion.models.unet import DENOISERS, class_of
+from paradiffusion.repository import ROOT
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import locate
 
@@ -49,16 +53,16 @@ def export_ours(checkpoint: Layout, output: Path, dtype: str = "float32", frozen
     """
     if frozen not in ("link", "none"):
         raise UserError(f"frozen={frozen} does not exist for to=ours, which names frozen models; use link or none.")
-    description = json.loads(json.dumps({**checkpoint.description, "unet_lora": None}))
+    description = portable(checkpoint.description)
     for part in ("text_encoder", "codec"):
-        path = description[part].get("path")
-        # What is shipped with the repository has a path below its root, which holds on every machine.
-        if path is not None and (Path(path).is_absolute() or not (REPOSITORY / path).exists()):
-            description[part]["path"] = str(Path(path).resolve()) if frozen == "link" else None
-    description["provenance"]["init_from"] = None
+        if (path := checkpoint.description[part].get("path")) is not None:
+            # What is shipped with the repository has a path below its root, which holds on every machine.
+            shipped = not Path(path).is_absolute() and (ROOT / path).exists()
+            description[part]["path"] = path if shipped else str(Path(path).resolve()) if frozen == "link" else None
     with whole_folder(output) as folder:
-        write_parts(folder, parts_of(checkpoint, dtype), description)
-        write_config(folder / UNET, checkpoint.unet_config)
+        unet = folder / DENOISERS[class_of(checkpoint.unet_config)].folder
+        write_parts(folder, parts_of(checkpoint, dtype), description, unet)
+        write_config(unet, checkpoint.unet_config)
         if checkpoint.refiner_config is not None:
             write_config(folder / REFINER, checkpoint.refiner_config)
         write_manifest(folder)
@@ -87,9 +91,7 @@ def export_official(checkpoint: Layout, output: Path, dtype: str = "float32", fr
             raise UserError(f"the official layout holds a Llama, and the text encoder {name} is a {kind} model.")
     parts = parts_of(checkpoint, dtype)
     kept = ("preset", "stage", "step", "seed", "resolution", "sampler", "conditioning", "lora")
-    beside = {key: description[key] for key in kept}
-    beside |= {part: {**description[part], "path": None} for part in ("text_encoder", "codec")}
-    beside["provenance"] = {**description["provenance"], "init_from": None}
+    beside = {key: portable(description)[key] for key in (*kept, "text_encoder", "codec", "provenance")}
     with whole_folder(output) as folder:
         write_tensors(folder / UNET / f"{UNET_STEM}.safetensors", parts[UNET])
         size = description["resolution"] // codec.factor
@@ -105,17 +107,18 @@ def export_official(checkpoint: Layout, output: Path, dtype: str = "float32", fr
 def check_official(checkpoint: Layout) -> None:
     """UserError for a model that the released inference code has no way to run."""
     description = checkpoint.description
-    conditioning, objective = description["conditioning"], description["objective"]
+    conditioning, objective = description["conditioning"], objective_of(description)
     layers = description["text_encoder"].get("layers")
     reasons = {
+        "a denoiser that is no U-Net": class_of(checkpoint.unet_config) != "UNet2DConditionModel",
         "a refiner before the linear projection": conditioning["projection"] == "refiner",
         "averaged layers of the language model": conditioning["layer_tap"] != "last",
         "an instruction before each prompt": conditioning["prefix"],
         "masked padding": conditioning["mask_padding"],
         f"only {layers} layers of the language model": layers,
         "coordinates as input channels": description["coordinates"],
-        "a flow objective": objective["prediction"] == "flow",
-        "a schedule of zero terminal SNR": objective["zero_terminal_snr"],
+        "a flow objective": isinstance(objective, Flow),
+        "a schedule of zero terminal SNR": objective.config.zero_terminal_snr,
     }
     found = [reason for reason, present in reasons.items() if present]
     if found:
@@ -154,12 +157,9 @@ def export_pipeline(checkpoint: Layout, output: Path, dtype: str = "float32", fr
         pipe.save_adapter(folder)
         pipe.save_config(folder)
         if frozen == "link":
-            encoder, codec = (
-                parse(TextEncoderConfig, description["text_encoder"]),
-                parse(CodecConfig, description["codec"]),
-            )
+            encoder = parse(TextEncoderConfig, description["text_encoder"])
             place_frozen(locate(encoder), folder / "text_encoder", frozen)
-            place_frozen(locate_codec(codec), folder / "vae", frozen)
+            place_frozen(locate_codec(parse(CodecConfig, description["codec"])), folder / "vae", frozen)
 
 
 def parts_of(checkpoint: Layout, dtype: str) -> dict[str, dict[str, Tensor]]:

@@ -3,7 +3,8 @@
 The layout of a folder is found once, by ``find_checkpoint`` or ``open_layout``. It is an object with the ``description`` (what
 ``checkpoint.json`` says: text encoder and codec by id, revision and hash, the whole conditioning, objective, sampler defaults)
 and the ``weights`` by the joint module's names. In all layouts ``unet/`` and ``text_encoder_lora/`` hold the EMA weights under
-the names of diffusers and PEFT; ours has ``refiner/`` too and, where a U-Net was trained through LoRA, its adapter in ``unet_lora/``.
+the names of diffusers and PEFT (``transformer/`` those of a denoiser that is no U-Net); ours has ``refiner/`` too and, where a
+U-Net was trained through LoRA, its adapter in ``unet_lora/``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_object
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec
 from paradiffusion.models.joint import JointModel
+from paradiffusion.models.unet import DENOISERS, class_of, kind_of, read_width
+from paradiffusion.repository import find_shipped
 from paradiffusion.text.encoder import TextEncoder, attach_lora
 from paradiffusion.text.sources import fingerprint, hash_ends, locate
 
@@ -44,6 +47,7 @@ FORMAT = "paradiffusion"
 FORMAT_VERSION = 1
 # Where each part of the joint module is stored, and the prefix of its parameters' names there.
 UNET, REFINER, LORA, UNET_LORA = "unet", "refiner", "text_encoder_lora", "unet_lora"
+DENOISER_FOLDERS = tuple(kind.folder for kind in DENOISERS.values())  # "unet", and "transformer" for one that is none
 # PEFT's own prefix: by it PEFT loads unet_lora/ by itself.
 PEFT_PREFIX = "base_model.model."
 # Of the published weights.
@@ -71,12 +75,14 @@ class Layout(ABC):
     """
 
     def __init__(self, folder: Path, unet: str = UNET) -> None:
-        self.folder, self.unet = folder, folder / unet
+        self.folder = folder
+        found = (folder / name for name in (unet, *DENOISER_FOLDERS) if (folder / name / "config.json").is_file())
+        self.unet = next(found, folder / unet) if unet == UNET else folder / unet
 
     @property
     def name(self) -> str:
         """What images are recorded as drawn by."""
-        return str(self.folder if self.unet.name == UNET else self.unet)
+        return str(self.folder if self.unet.name in DENOISER_FOLDERS else self.unet)
 
     @staticmethod
     @abstractmethod
@@ -101,8 +107,9 @@ class Layout(ABC):
         return self.describe()
 
     def unets(self) -> list[str]:
-        """Names of the subfolders that hold a U-Net, ``unet`` and its like."""
-        return [path.parent.name for path in sorted(self.folder.glob(f"{UNET}*/config.json"))]
+        """Names of the subfolders that hold a denoiser, ``unet`` and its like."""
+        names = [path.parent.name for path in sorted(self.folder.glob("*/config.json"))]
+        return [name for name in names if name.startswith(DENOISER_FOLDERS)]
 
     @property
     def unet_config(self) -> dict[str, Any]:
@@ -126,7 +133,13 @@ class Layout(ABC):
         Args:
             merge: add a U-Net's LoRA to its base; else the layers that have it are named as PEFT does, ``...base_layer.weight``.
         """
-        state = {f"{UNET}.{name}": tensor.float() for name, tensor in read_tensors(self.unet, UNET_STEM).items()}
+        stored = read_tensors(self.folder / UNET_LORA, ADAPTER_STEM)
+        adapter = {joint_adapter_name(n.removeprefix(PEFT_PREFIX), f"{UNET}."): t.float() for n, t in stored.items()}
+        adapted = {name.partition(".lora_")[0] for name in adapter}
+        state = dict(adapter)
+        for name, tensor in read_tensors(self.unet, UNET_STEM).items():
+            name = f"{UNET}.{name}"
+            state[under_lora(name) if name.rpartition(".")[0] in adapted else name] = tensor.float()
         for stem in ("model", UNET_STEM):  # ours, and a pipeline's, whose names have the prefix already
             for name, tensor in read_tensors(self.folder / REFINER, stem).items():
                 state[f"{REFINER}.{name.removeprefix(f'{REFINER}.')}"] = tensor.float()
@@ -134,15 +147,6 @@ class Layout(ABC):
             # An adapter of a model with its language head has one more "model." than one of the bare model, which we read.
             bare = re.sub(r"^base_model\.model\.model\.(?=layers\.|embed_tokens\.)", PEFT_PREFIX, name)
             state[joint_adapter_name(bare)] = tensor.float()
-        adapter = {
-            joint_adapter_name(name.removeprefix(PEFT_PREFIX)).replace(
-                "text_encoder.model.", f"{UNET}."
-            ): tensor.float()
-            for name, tensor in read_tensors(self.folder / UNET_LORA, ADAPTER_STEM).items()
-        }
-        adapted = {name.partition(".lora_")[0] for name in adapter}
-        state = {(under_lora(name) if name.rpartition(".")[0] in adapted else name): t for name, t in state.items()}
-        state |= adapter
         return merge_unet_lora(state, self.description["unet_lora"]) if adapter and merge else state
 
     def place(self, text_encoder_path: str | None, codec_path: str | None) -> None:
@@ -163,17 +167,12 @@ class Ours(Layout):
         return (folder / "checkpoint.json").is_file()
 
     def describe(self) -> dict[str, Any]:
-        try:
-            description: dict[str, Any] = json.loads((self.folder / "checkpoint.json").read_text())
-            found = (description["format"], description["version"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        description = read_json(self.folder / "checkpoint.json")
+        name, number = description.get("format"), description.get("version")
+        if name != FORMAT or not isinstance(number, int) or number > FORMAT_VERSION:
             raise UserError(
-                f"{self.folder}/checkpoint.json could not be read ({error}); use another checkpoint."
-            ) from None
-        if found[0] != FORMAT or found[1] > FORMAT_VERSION:
-            raise UserError(
-                f"{self.folder}/checkpoint.json has the format {found[0]} {found[1]}, expected {FORMAT} up to {FORMAT_VERSION}; "
-                "update this repository."
+                f"{self.folder}/checkpoint.json has the format {name} {number}, expected {FORMAT} up to {FORMAT_VERSION}; update "
+                "this repository."
             )
         if self.unet_config.get("class_embed_type") == "simple_projection":
             raise UserError(
@@ -196,24 +195,23 @@ class Pipeline(Layout):
         # Saved anew, the frozen models have other bytes than those that the checkpoint was trained with.
         for part, folder in (("text_encoder", self.folder / "text_encoder"), ("codec", self.folder / "vae")):
             if (folder / "config.json").is_file():
-                found = (
-                    fingerprint(folder) if part == "text_encoder" else hash_ends(sorted(folder.glob("*.safetensors")))
-                )
+                files = sorted(folder.glob("*.safetensors"))
+                found = fingerprint(folder) if part == "text_encoder" else hash_ends(files)
                 description[part] |= {"path": str(folder.resolve()), "hash": found}
         description["codec"]["subfolder"] = None
         return description
 
 
 class UNetAlone(Layout):
-    """A UNet2DConditionModel in the diffusers layout, in ``folder`` or its ``unet/``: a point to start from."""
+    """A denoiser in the diffusers layout, in ``folder`` or its ``unet/`` (``transformer/``): a point to start from."""
 
     def __init__(self, folder: Path, unet: str = UNET) -> None:
         super().__init__(folder, unet)
-        self.unet = next(found for found in (folder, folder / UNET) if is_unet(found))
+        self.unet = folder if is_unet(folder) else self.unet
 
     @staticmethod
     def fits(folder: Path) -> bool:
-        return is_unet(folder) or is_unet(folder / UNET)
+        return any(map(is_unet, (folder, *(folder / name for name in DENOISER_FOLDERS))))
 
     @cached_property
     def description(self) -> dict[str, Any]:
@@ -223,8 +221,8 @@ class UNetAlone(Layout):
         tensors = read_tensors(self.unet, UNET_STEM)
         if not tensors:
             raise UserError(
-                f"init_from={self.folder} holds no weights of a UNet2DConditionModel; expected {UNET_STEM}.safetensors (or its "
-                "shards, an fp16 variant or a .bin) beside config.json, in that folder or in its unet/."
+                f"init_from={self.folder} holds no weights of a {class_of(self.unet_config)}; expected {UNET_STEM}.safetensors "
+                "(or its shards, an fp16 variant or a .bin) beside config.json, in that folder or in its unet/ or transformer/."
             )
         return {f"{UNET}.{name}": tensor.float() for name, tensor in tensors.items()}
 
@@ -240,10 +238,9 @@ class Official(Layout):
 
     @staticmethod
     def fits(folder: Path) -> bool:
-        others = (folder / "model_index.json").exists()
-        return (
-            not others and (folder / SCHEDULER / "scheduler_config.json").is_file() and bool(Official(folder).unets())
-        )
+        if (folder / "model_index.json").exists() or not (folder / SCHEDULER / "scheduler_config.json").is_file():
+            return False
+        return bool(Official(folder).unets())
 
     def unets(self) -> list[str]:
         """Those that take the language model's features: through a text projection of their own, or because their
@@ -251,6 +248,8 @@ class Official(Layout):
         return [name for name in super().unets() if self.takes_text(read_json(self.folder / name / "config.json"))]
 
     def takes_text(self, unet: dict[str, Any]) -> bool:
+        if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+            return False
         if unet.get("encoder_hid_dim"):
             return unet.get("encoder_hid_dim_type") in (None, "text_proj")
         if unet.get("addition_embed_type"):
@@ -304,16 +303,13 @@ class Official(Layout):
     def place(self, text_encoder_path: str | None, codec_path: str | None) -> None:
         super().place(text_encoder_path, codec_path)
         if codec_path is not None:  # it has a scaling factor of its own, which only its configuration tells
-            self.description["codec"] = {
-                **describe_codec(locate_codec(CodecConfig(path=codec_path))),
-                "path": codec_path,
-            }
+            found = describe_codec(locate_codec(CodecConfig(path=codec_path)))
+            self.description["codec"] = {**found, "path": codec_path}
 
 
 def layout_of(folder: Path, unet: str = UNET) -> Layout | None:
     """The folder's layout; None where it is no checkpoint and holds no U-Net."""
-    kinds = (Ours, Pipeline, Official, UNetAlone)
-    return next((kind(folder, unet) for kind in kinds if kind.fits(folder)), None)
+    return next((kind(folder, unet) for kind in (Ours, Pipeline, Official, UNetAlone) if kind.fits(folder)), None)
 
 
 def open_layout(folder: Path, unet: str = UNET) -> Layout:
@@ -332,7 +328,7 @@ def find_checkpoint(path: str | Path, key: str = "ckpt", unet: str = UNET) -> La
     Raises:
         UserError: when there is none, or none that passes its manifest.
     """
-    folder = Path(path).expanduser()
+    folder = find_shipped(path)
     layout = layout_of(folder, unet)
     if isinstance(layout, Ours) and (fault := find_fault(folder)) is not None:
         raise UserError(f"the checkpoint {folder} is damaged: {fault}; use another checkpoint, or copy it again.")
@@ -352,14 +348,14 @@ def find_checkpoint(path: str | Path, key: str = "ckpt", unet: str = UNET) -> La
     raise UserError(
         f"{key}={path} holds no checkpoint; expected a run (runs/NAME), a stage (runs/NAME/stage1), a checkpoint "
         "(.../checkpoints/step_000060), a pipeline of ours or a weights folder (ours, or in the official layout: unet, scheduler, ...)"
-        f"{', or a diffusers folder with a UNet2DConditionModel' if key == 'init_from' else ''}."
+        f"{', or a diffusers folder with a ' + ' or '.join(DENOISERS) if key == 'init_from' else ''}."
     )
 
 
 def is_unet(folder: Path) -> bool:
-    """Whether a UNet2DConditionModel lies in ``folder`` itself."""
+    """Whether a denoiser of a class that is known here lies in ``folder`` itself."""
     path = folder / "config.json"
-    return path.is_file() and read_json(path).get("_class_name") == "UNet2DConditionModel"
+    return path.is_file() and read_json(path).get("_class_name") in DENOISERS
 
 
 def is_unet_folder(folder: Path) -> bool:
@@ -371,11 +367,8 @@ def describe(
     config: TrainConfig, step: int, text_source: dict[str, Any], codec_source: dict[str, Any]
 ) -> dict[str, Any]:
     """What ``checkpoint.json`` says."""
-    unet_lora = {
-        "rank": config.unet.lora_rank,
-        "alpha": config.unet.lora_alpha,
-        "target_modules": list(config.unet.lora_target_modules),
-    }
+    unet = config.unet
+    unet_lora = {"rank": unet.lora_rank, "alpha": unet.lora_alpha, "target_modules": list(unet.lora_target_modules)}
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "safetensors")}
     return {
         "format": FORMAT,
@@ -395,6 +388,15 @@ def describe(
         "sampler": asdict(config.sampler),
         "provenance": {"libraries": libraries, "images_seen": step * config.batch_size, "init_from": config.init_from},
     }
+
+
+def portable(description: dict[str, Any]) -> dict[str, Any]:
+    """A description without what is true of this machine alone, of merged weights, as plain JSON."""
+    values: dict[str, Any] = json.loads(json.dumps({**description, "unet_lora": None}))
+    for part in ("text_encoder", "codec"):
+        values[part]["path"] = None
+    values["provenance"]["init_from"] = None
+    return values
 
 
 def split_parts(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -422,18 +424,20 @@ def save_weights(folder: Path, joint: JointModel, state: dict[str, Tensor], desc
     base = {}
     if description.get("unet_lora"):  # all but adapter and projection is frozen, so it is no part of the average
         base = {f"{UNET}.{n}": p for n, p in joint.unet.named_parameters() if not p.requires_grad}
-    parts = split_parts({name: tensor.detach().cpu().contiguous() for name, tensor in {**base, **state}.items()})
+    buffers = {name: tensor for name, tensor in joint.named_buffers() if name.startswith((f"{UNET}.", f"{REFINER}."))}
+    whole = {**base, **buffers, **state}
+    parts = split_parts({name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()})
     if joint.refiner is not None:
-        parts[REFINER] |= {name: tensor.detach().cpu() for name, tensor in joint.refiner.named_buffers()}
         (folder / REFINER).mkdir(parents=True, exist_ok=True)
         (folder / REFINER / "config.json").write_text(json.dumps(joint.refiner.config, indent=1))
-    joint.unet.save_config(folder / UNET)
-    write_parts(folder, parts, description)
+    unet = folder / kind_of(joint.unet).folder
+    joint.unet.save_config(unet)
+    write_parts(folder, parts, description, unet)
 
 
-def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]], description: dict[str, Any]) -> None:
-    """Write the tensors of ``split_parts`` and the description; configurations of U-Net and refiner are the caller's."""
-    write_tensors(folder / UNET / f"{UNET_STEM}.safetensors", parts[UNET])
+def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]], description: dict[str, Any], unet: Path) -> None:
+    """Write the tensors of ``split_parts``, the denoiser's to ``unet``, and the description; configurations are the caller's."""
+    write_tensors(unet / f"{UNET_STEM}.safetensors", parts[UNET])
     if parts[REFINER]:
         write_tensors(folder / REFINER / "model.safetensors", parts[REFINER])
     for part, key in ((LORA, "lora"), (UNET_LORA, "unet_lora")):
@@ -476,10 +480,8 @@ def objective_of(description: dict[str, Any]) -> Objective:
     def schedulers(solver: str, **overrides: Any) -> Any:
         if solver == "dpm":
             return DPMSolverMultistepScheduler(**{**settings, **overrides})
-        if config.prediction != "flow":
-            shared = ("trained_betas", "timestep_spacing")
-            overrides = {key: settings[key] for key in shared if key in settings} | overrides
-        return objective.usual_scheduler(solver, **overrides)
+        shared = {key: settings[key] for key in objective.published if key in settings}
+        return objective.usual_scheduler(solver, **{**shared, **overrides})
 
     objective.schedulers, objective.guided_from = schedulers, 1.0
     return objective
@@ -491,16 +493,14 @@ def under_lora(name: str) -> str:
     return f"{module}.base_layer.{kind}"
 
 
-def merge_unet_lora(state: dict[str, Tensor], unet_lora: dict[str, Any] | None) -> dict[str, Tensor]:
+def merge_unet_lora(state: dict[str, Tensor], unet_lora: dict[str, Any]) -> dict[str, Tensor]:
     """``state`` with the U-Net's adapter added to its base, W + alpha / rank * B A, under the plain U-Net's names.
 
     Args:
-        unet_lora: rank and alpha, as the description has them; None returns ``state``.
+        unet_lora: rank and alpha, as the description has them.
     Raises:
         UserError: for a layer that lacks half of its adapter.
     """
-    if unet_lora is None:
-        return state
     scale = unet_lora["alpha"] / unet_lora["rank"]
     merged = {}
     for name, tensor in state.items():
@@ -655,12 +655,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object; copy the folder again.")
     return values
-
-
-def read_width(unet: dict[str, Any]) -> int:
-    """Width of the text features that a U-Net of this configuration reads."""
-    width = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim") or 0
-    return max(width) if isinstance(width, (list, tuple)) else width
 
 
 def first_model(folder: Path, names: tuple[str, ...]) -> Path | None:

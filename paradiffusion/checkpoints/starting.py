@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,11 +46,10 @@ class Fit:
     def _line(self, names: list[str]) -> str:
         if not names:
             return "nothing"
-        groups: dict[str, int] = {}  # tensors by block, such as down_blocks.1
-        for name in names:
-            parts = name.removeprefix(f"{UNET}.").split(".")
-            block = ".".join(parts[:2]) if parts[0] in ("down_blocks", "up_blocks") else parts[0]
-            groups[block] = groups.get(block, 0) + 1
+        places = (name.removeprefix(f"{UNET}.").split(".") for name in names)
+        groups = Counter(
+            ".".join(place[: 1 + place[0].endswith("_blocks")]) for place in places
+        )  # down_blocks.1 and the like
         shown = [f"{block} ({count})" for block, count in list(groups.items())[:MAX_GROUPS]]
         shown += ["..."] if len(groups) > MAX_GROUPS else []
         millions = sum(self.sizes[name] for name in names) / 1e6

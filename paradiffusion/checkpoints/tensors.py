@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from paradiffusion.atomic import atomic_file
 from paradiffusion.errors import UserError
 
 UNET_STEM, ADAPTER_STEM = "diffusion_pytorch_model", "adapter_model"
@@ -82,13 +83,13 @@ def read_file(path: Path) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def joint_adapter_name(name: str) -> str:
-    """The name within the joint module of a tensor of the text encoder's adapter as PEFT stores it, which is without the
-    adapter's own name ("default")."""
+def joint_adapter_name(name: str, prefix: str = "text_encoder.model.") -> str:
+    """The name within the joint module of a tensor of an adapter as PEFT stores it, which is without the adapter's own name
+    ("default"); ``prefix`` is the adapted model's."""
     name = re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name)
     name = re.sub(r"\.lora_magnitude_vector(\.weight)?$", ".lora_magnitude_vector.default.weight", name)
     name = re.sub(r"\.(lora_embedding_[AB])$", r".\1.default", name)
-    return f"text_encoder.model.{name}"
+    return prefix + name
 
 
 def convert_bins(folder: Path) -> list[Path]:
@@ -120,17 +121,13 @@ def convert_bins(folder: Path) -> list[Path]:
 
 def _convert(path: Path, target: Path) -> None:
     tensors = {name: tensor.clone() for name, tensor in read_file(path).items()}
-    # Under another name until it is whole: libraries prefer safetensors, and half a file would hide a good .bin.
-    building = target.with_name(f".{target.name}.partial")
     try:
-        write_tensors(building, tensors)
-        building.replace(target)
+        with atomic_file(target) as building:  # libraries prefer safetensors, and half a file would hide a good .bin
+            write_tensors(building, tensors)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{target} could not be written ({str(error).splitlines()[0]}); make room, then run the same command again."
         ) from None
-    finally:
-        building.unlink(missing_ok=True)
 
 
 def safetensors_name(name: str) -> str:

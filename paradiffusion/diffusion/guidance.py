@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 from torch import Tensor
 
 from paradiffusion.config import SamplerConfig
 
 
-def is_guided(settings: SamplerConfig, step: int) -> bool:
-    """Whether step ``step`` (0 first, at the highest noise) is guided: scale not 1, and within the interval of 2404.07724."""
-    share = step / max(settings.steps - 1, 1)
-    return settings.guidance != 1.0 and settings.guidance_start <= share <= settings.guidance_stop
+def guided_steps(settings: SamplerConfig, count: int, levels: Callable[[], Sequence[float]]) -> list[bool]:
+    """Which of ``count`` steps are guided: scale not 1, within the interval of shares of the steps, and of noise levels (2404.07724).
+
+    Args:
+        levels: gives the noise level sigma / alpha of each step, the highest first; called where they matter.
+    """
+    lowest, highest = settings.guidance_sigma_min, settings.guidance_sigma_max
+    within = [True] * count
+    if lowest > 0 or highest is not None:
+        within = [lowest < level <= (math.inf if highest is None else highest) for level in levels()]
+    shares = [step / max(count - 1, 1) for step in range(count)]
+    start, stop = settings.guidance_start, settings.guidance_stop
+    return [
+        settings.guidance != 1.0 and start <= share <= stop and ok for share, ok in zip(shares, within, strict=True)
+    ]
 
 
 def guide(null: Tensor, prompt: Tensor, scale: float | Tensor, rescale: float = 0.0) -> Tensor:

@@ -1,13 +1,15 @@
 """The diffusion objectives: noise schedule, prediction target, timestep density and loss weight of each prediction.
 
 Training and sampling share one definition: an objective's ``scheduler`` is built from the same fields as its ``add_noise`` and
-``target``, so they cannot drift apart. A new prediction is a class of its own in ``OBJECTIVES``.
+``target``, so they cannot drift apart. A new prediction is a class of its own in ``OBJECTIVES``, which says what the denoiser
+returns as a sum of latents and noise.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -32,40 +34,39 @@ class Objective(ABC):
 
     Attributes:
         guided_from: guidance scales below this one draw without guidance.
+        published: of a published scheduler's settings, what other solvers of this objective take, too.
         schedulers: a function of (solver, **overrides) that makes the scheduler in place of the configuration.
     """
 
     guided_from: float = 0.0
+    published: tuple[str, ...] = ()
     schedulers: Callable[..., Any] | None = None
 
     def __init__(self, config: ObjectiveConfig) -> None:
         self.config = config
 
     @abstractmethod
-    def times(self, u: Tensor) -> Tensor:
-        """Map uniform draws ``u`` in [0, 1), [B], to times with the configured density."""
+    def times(self, u: Tensor, size: Sequence[int] = ()) -> Tensor:
+        """Map uniform draws ``u`` in [0, 1), [B], to times with the configured density, for latents of ``size`` (h, w)."""
 
     @abstractmethod
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t of x_t = alpha_t x_0 + sigma_t eps, [B] each."""
 
     @abstractmethod
-    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the denoiser should return, [B, C, h, w]."""
-
-    @abstractmethod
-    def predict_latents(self, noised: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
-        """The estimate of x_0 that a prediction implies, [B, C, h, w]."""
+    def shares(self, alpha: Tensor, sigma: Tensor) -> tuple[Any, Any]:
+        """a and b of the target a x_0 + b eps, by alpha_t and sigma_t; numbers, or tensors of their shape."""
 
     @abstractmethod
     def usual_scheduler(self, solver: str, **overrides: Any) -> Any:
         """As ``scheduler``, from the configuration alone."""
 
-    def scheduler(self, solver: str = "dpm", **overrides: Any) -> Any:
+    def scheduler(self, solver: str = "dpm", size: Sequence[int] = (), **overrides: Any) -> Any:
         """A diffusers scheduler for this objective.
 
         Args:
             solver: "dpm" (DPM-Solver++ multistep, second order), "ddim" or "euler".
+            size: (h, w) of the latents that it is to draw.
         Raises:
             UserError: for a solver that does not exist for this objective.
         """
@@ -78,10 +79,15 @@ class Objective(ABC):
         alpha, sigma = self.at(times, latents)
         return alpha * latents + sigma * noise
 
-    def slope(self, times: Tensor, like: Tensor) -> Tensor:
-        """What a first estimate of x_0 is multiplied with to enter the prediction, [B, 1, 1, 1]: the share of x_0 in the target,
-        or for the flow -sigma in place of -1, so that the estimate fades out where the latents can be seen."""
-        return -self.at(times, like)[1]
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What the denoiser should return, [B, C, h, w]."""
+        a, b = self.shares(*self.at(times, latents))
+        return a * latents + b * noise
+
+    def slope(self, times: Tensor, like: Tensor) -> Any:
+        """What a first estimate of x_0 is multiplied with to enter the prediction, the share of x_0 in the target: [B, 1, 1, 1] or
+        a number."""
+        return self.shares(*self.at(times, like))[0]
 
     def weight(self, times: Tensor) -> Tensor:
         """Loss weight [B]."""
@@ -90,6 +96,12 @@ class Objective(ABC):
     def model_time(self, scheduler: Any, step: int, timestep: Tensor) -> Tensor:
         """The time that the denoiser is given at a scheduler's step, float32, no axes."""
         return timestep.float()
+
+    def levels(self, scheduler: Any) -> list[float]:
+        """The noise level sigma_t / alpha_t of each of a scheduler's steps (EDM's sigma; infinite at pure noise)."""
+        times = [self.model_time(scheduler, step, timestep) for step, timestep in enumerate(scheduler.timesteps)]
+        alpha, sigma = self.coefficients(torch.stack(times).cpu())
+        return [float(level) for level in sigma / alpha]
 
     def at(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """``coefficients``, shaped to broadcast over ``like``."""
@@ -115,7 +127,9 @@ class VariancePreserving(Objective):
         table: Tensor = self.scheduler("dpm" if self.schedulers else "ddim").alphas_cumprod
         return table.float()
 
-    def times(self, u: Tensor) -> Tensor:
+    published = ("trained_betas", "timestep_spacing")
+
+    def times(self, u: Tensor, size: Sequence[int] = ()) -> Tensor:
         count = self.config.train_timesteps
         return (self.density(u) * count).floor().clamp(max=count - 1).float()
 
@@ -124,28 +138,19 @@ class VariancePreserving(Objective):
         return kept.sqrt(), (1 - kept).sqrt()
 
     def weight(self, times: Tensor) -> Tensor:
-        """Min-SNR-gamma (arXiv 2303.09556): min(SNR, gamma), as a weight of this prediction's error."""
+        """Min-SNR-gamma (arXiv 2303.09556): min(SNR, gamma) times the squared error of x_0, as a weight of this prediction's."""
         if self.config.min_snr_gamma is None:
             return super().weight(times)
-        kept = self.alphas_cumprod.to(times.device)[times.long()]
-        snr = kept / (1 - kept)
-        return snr.clamp(max=self.config.min_snr_gamma) / self.error_scale(snr)
-
-    @abstractmethod
-    def error_scale(self, snr: Tensor) -> Tensor:
-        """The squared error of the prediction over that of x_0, by the signal-to-noise ratio, [B]."""
+        alpha, sigma = self.coefficients(times)
+        a, b = self.shares(alpha, sigma)
+        return (alpha / sigma).square().clamp(max=self.config.min_snr_gamma) / (a - b * alpha / sigma) ** 2
 
     def usual_scheduler(self, solver: str, **overrides: Any) -> Any:
         config = self.config
         spacing = "trailing" if config.zero_terminal_snr else "leading"
-        settings: dict[str, Any] = {
-            "num_train_timesteps": config.train_timesteps,
-            "beta_schedule": config.beta_schedule,
-            "beta_start": config.beta_start,
-            "beta_end": config.beta_end,
-            "rescale_betas_zero_snr": config.zero_terminal_snr,
-            "prediction_type": config.prediction,
-        }
+        settings: dict[str, Any] = {key: getattr(config, key) for key in ("beta_schedule", "beta_start", "beta_end")}
+        settings |= {"num_train_timesteps": config.train_timesteps, "prediction_type": config.prediction}
+        settings["rescale_betas_zero_snr"] = config.zero_terminal_snr
         if solver == "ddim":
             defaults = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": spacing}
             return DDIMScheduler(**{**defaults, **settings, **overrides})
@@ -159,66 +164,52 @@ class VariancePreserving(Objective):
 class Epsilon(VariancePreserving):
     """The noise (Ho et al. 2020)."""
 
-    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        return noise
-
-    def predict_latents(self, noised: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
-        alpha, sigma = self.at(times, noised)
-        return (noised - sigma * prediction) / alpha
-
-    def slope(self, times: Tensor, like: Tensor) -> Tensor:
-        return torch.zeros_like(super().slope(times, like))
-
-    def error_scale(self, snr: Tensor) -> Tensor:
-        return snr
+    def shares(self, alpha: Tensor, sigma: Tensor) -> tuple[Any, Any]:
+        return 0.0, 1.0
 
 
 class Velocity(VariancePreserving):
     """v = alpha eps - sigma x_0 (Salimans & Ho 2022)."""
 
-    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        alpha, sigma = self.at(times, latents)
-        return alpha * noise - sigma * latents
-
-    def predict_latents(self, noised: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
-        alpha, sigma = self.at(times, noised)
-        return alpha * noised - sigma * prediction
-
-    def error_scale(self, snr: Tensor) -> Tensor:
-        return snr + 1
+    def shares(self, alpha: Tensor, sigma: Tensor) -> tuple[Any, Any]:
+        return -sigma, alpha
 
 
 class Sample(VariancePreserving):
     """x_0 itself: for published weights that predict it. ObjectiveConfig refuses it for training."""
 
-    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        return latents
-
-    def predict_latents(self, noised: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
-        return prediction
-
-    def slope(self, times: Tensor, like: Tensor) -> Tensor:
-        return torch.ones_like(super().slope(times, like))
-
-    def error_scale(self, snr: Tensor) -> Tensor:
-        return torch.ones_like(snr)
+    def shares(self, alpha: Tensor, sigma: Tensor) -> tuple[Any, Any]:
+        return 1.0, 0.0
 
 
 class Flow(Objective):
     """Rectified flow, eps - x_0 on the straight line x_t = (1 - t) x_0 + t eps (arXiv 2403.03206)."""
 
-    def times(self, u: Tensor) -> Tensor:
-        return (self.density(u).clamp(1e-4, 1.0) * self.config.train_timesteps).float()
+    def times(self, u: Tensor, size: Sequence[int] = ()) -> Tensor:
+        sigma, shift = self.density(u).clamp(1e-4, 1.0), self.shift(size) or 1.0
+        return (shift * sigma / (1 + (shift - 1) * sigma) * self.config.train_timesteps).float()
+
+    def shift(self, size: Sequence[int]) -> float | None:
+        """By how much times are shifted towards high noise for latents of ``size`` (h, w): as the square root of their number, so
+        that as much is seen of a large image as of a small one (arXiv 2403.03206, section 5.3.2). None: not by size."""
+        side = self.config.flow_shift_side
+        return self.config.flow_shift * math.sqrt(math.prod(size)) / side if side and size else None
+
+    def scheduler(self, solver: str = "dpm", size: Sequence[int] = (), **overrides: Any) -> Any:
+        if (shift := self.shift(size)) is not None:
+            overrides["flow_shift"] = shift
+        return super().scheduler(solver, **overrides)
 
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
         sigma = times.float() / self.config.train_timesteps
         return 1 - sigma, sigma
 
-    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        return noise - latents
+    def shares(self, alpha: Tensor, sigma: Tensor) -> tuple[Any, Any]:
+        return -1.0, 1.0
 
-    def predict_latents(self, noised: Tensor, prediction: Tensor, times: Tensor) -> Tensor:
-        return noised - self.at(times, noised)[1] * prediction
+    def slope(self, times: Tensor, like: Tensor) -> Any:
+        """-sigma in place of -1, so that the estimate fades out where the latents can be seen."""
+        return -self.at(times, like)[1]
 
     def model_time(self, scheduler: Any, step: int, timestep: Tensor) -> Tensor:
         """From sigma, since diffusers' DPM-Solver rounds its flow timesteps to whole numbers."""
@@ -226,7 +217,7 @@ class Flow(Objective):
         return sigma.float() * self.config.train_timesteps
 
     def usual_scheduler(self, solver: str, **overrides: Any) -> Any:
-        count, shift = self.config.train_timesteps, self.config.flow_shift
+        count, shift = self.config.train_timesteps, overrides.pop("flow_shift", self.config.flow_shift)
         if solver == "euler":
             return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=shift)
         if solver == "ddim":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import yaml
@@ -15,7 +15,7 @@ from paradiffusion.evaluation.plain_yaml import read_yaml
 
 SOURCES = ("ckpt", "pipeline", "images", "compare")
 # What decides a picture beside the weights, the prompt, its seed and its size.
-DRAWING = ("steps", "guidance", "solver", "guidance_rescale", "guidance_start", "guidance_stop", "negative_prompt")
+DRAWING = (*(one.name for one in fields(SamplerConfig)), "negative_prompt")
 
 
 @dataclass
@@ -45,6 +45,8 @@ class EvaluateOptions:
     guidance_rescale: float | None = None
     guidance_start: float | None = None
     guidance_stop: float | None = None
+    guidance_sigma_min: float | None = None
+    guidance_sigma_max: float | None = None
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors
 from paradiffusion.config import CodecConfig
 from paradiffusion.errors import UserError
+from paradiffusion.repository import ROOT
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import download, hash_ends
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DIFFUSERS_SCALING_FACTOR = 0.18215  # AutoencoderKL's, where a config.json has none
 
 
@@ -91,32 +91,25 @@ def beside(value: float | Tensor, latents: Tensor) -> float | Tensor:
 
 def find_folder(path: str) -> Path | None:
     """A configured folder: as given, or, for what is shipped with the repository, below its root."""
-    for candidate in (Path(path).expanduser(), REPOSITORY / path):
-        if (candidate / "config.json").is_file():
-            return candidate
-    return None
+    candidates = (Path(path).expanduser(), ROOT / path)
+    return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 
 def locate_codec(config: CodecConfig) -> Path:
     """The codec's local folder, downloaded if need be; UserError when it is nowhere."""
     if config.path is not None:
-        folder = find_folder(config.path)
-        if folder is not None:
+        if (folder := find_folder(config.path)) is not None:
             return folder
         raise UserError(
             f"codec.path={config.path} holds no config.json; expected an AutoencoderKL in the diffusers layout "
             "(config.json, diffusion_pytorch_model.safetensors)."
         )
-    if config.hub is not None:
-        found = download(config.hub, config.revision)
-        if found is not None:
-            return found / config.subfolder if config.subfolder else found
-    advice = (
-        f"run `python scripts/download.py what=vae id={config.hub}` where there is a network, or " if config.hub else ""
-    )
+    if config.hub is not None and (found := download(config.hub, config.revision)) is not None:
+        return found / config.subfolder if config.subfolder else found
+    fetch = f"run `python scripts/download.py what=vae id={config.hub}` where there is a network, or "
     raise UserError(
         f"the codec {config.name} was found nowhere: codec.path is not set and the hub's {config.hub or '(none configured)'} "
-        f"could not be had; {advice}set codec.path=<folder> to an AutoencoderKL in the diffusers layout."
+        f"could not be had; {fetch if config.hub else ''}set codec.path=<folder> to an AutoencoderKL in the diffusers layout."
     )
 
 

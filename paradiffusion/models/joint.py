@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.diffusion.objective import Objective, make_objective
+from paradiffusion.models.layout import layout_losses
 from paradiffusion.models.unet import add_lora, apart_from_image, build_unet, layout_arguments, with_coordinates
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder
@@ -26,7 +27,7 @@ class LossBatch:
     Attributes:
         latents: [B, C, h, w].
         noise, times: [R * B, C, h, w] and [R * B] float (see Objective): R noise levels of each sample, the first of all first.
-        weights: [B], 0 for a sample that stands in for one that could not be read.
+        weights: [B], 0 for a sample that stands in for one that could not be read; of a global batch their mean is 1.
         told: [B] bool, False where the caption was dropped; None where none was.
         features, mask: from the frozen text encoder, [B, L, D] and [B, L]; None where the module reads ``ids`` itself.
         ids, id_mask, prefix: tokens, [U, L], of the batch's different captions, for a text encoder with LoRA inside.
@@ -79,11 +80,8 @@ class JointModel(nn.Module):
         text_encoder: TextEncoder | None = None,
     ) -> None:
         super().__init__()
-        self.unet = unet
-        self.refiner = refiner
-        self.text_encoder = text_encoder
-        self.objective = objective
-        self.coordinates = coordinates
+        self.unet, self.refiner, self.text_encoder = unet, refiner, text_encoder
+        self.objective, self.coordinates = objective, coordinates
 
     def refine(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Language-model features to what the U-Net's linear projection takes."""
@@ -104,59 +102,53 @@ class JointModel(nn.Module):
         Args:
             estimate: what ``estimate`` gives, where it was called before.
         """
-        dtype = self.unet.conv_in.weight.dtype
+        dtype = next(self.unet.parameters()).dtype
         latents, features = latents.to(dtype), features.to(dtype)
         if estimate is None:
             estimate = self.estimate(features, mask, *latents.shape[-2:])
         sample = with_coordinates(latents, self.coordinates)
         if estimate is not None:
-            estimate = estimate.to(dtype)
-            sample = torch.cat([sample, estimate], dim=1)
+            sample = torch.cat([sample, estimate := estimate.to(dtype)], dim=1)
         if mask is not None:
             features, mask = apart_from_image(self.unet, features, mask, *latents.shape[-2:])
-        prediction = self.unet(
-            sample,
-            times,
-            encoder_hidden_states=features,
-            encoder_attention_mask=mask,
-            return_dict=False,
-        )[0]
+        conditioning = {"encoder_hidden_states": features, "encoder_attention_mask": mask}
+        prediction = self.unet(sample, timestep=times, **conditioning, return_dict=False)[0]
         return prediction if estimate is None else prediction + self.objective.slope(times, prediction) * estimate
 
     def forward(self, batch: LossBatch) -> Losses:
-        """The losses of one micro-batch."""
-        features = batch.features
-        if features is None:
-            assert self.text_encoder is not None
-            features = self.text_encoder(batch.ids, batch.id_mask, batch.prefix)
-            features = features if batch.rows is None else features[batch.rows]
-        refined = self.refine(features.to(batch.latents.dtype), batch.mask)
-        estimate = self.estimate(refined, batch.mask, *batch.latents.shape[-2:])
-        latents, weights, mask = batch.latents, batch.weights, batch.mask
-        if (repeats := len(batch.times) // len(latents)) > 1:  # the text is read once for all noise levels
-            latents, weights, refined = (
-                latents.repeat(repeats, 1, 1, 1),
-                weights.repeat(repeats),
-                refined.repeat(repeats, 1, 1),
-            )
-            mask = None if mask is None else mask.repeat(repeats, 1)
-        noised = self.objective.add_noise(latents, batch.noise, batch.times)
-        given = None if estimate is None else estimate.repeat(repeats, 1, 1, 1)
-        prediction = self.denoise(noised, batch.times, refined, mask, given)
-        target = self.objective.target(latents, batch.noise, batch.times)
+        """The losses of one micro-batch: the text's features through the projection to the denoiser of the noised latents."""
+        clean, times, levels = batch.latents, batch.times, len(batch.times) // len(batch.latents)
+        text = self.refine(self.read(batch).to(clean.dtype), batch.mask)
+        estimate = self.estimate(text, batch.mask, *clean.shape[-2:])
+        latents = at_each(levels, clean)
+        noised = self.objective.add_noise(latents, batch.noise, times)
+        conditioning = (at_each(levels, value) for value in (text, batch.mask, estimate))
+        prediction = self.denoise(noised, times, *conditioning)
+        target = self.objective.target(latents, batch.noise, times)
         errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # [R * B]
-        loss = (errors * self.objective.weight(batch.times) * weights).mean()
+        loss = (errors * self.objective.weight(times) * at_each(levels, batch.weights)).mean()
         if estimate is None:
             return Losses(loss, loss.detach(), errors.detach(), None)
-        shares = batch.weights if batch.told is None else batch.weights * batch.told
-        layout = (estimate.float() - batch.latents.float()).square().mean(dim=(1, 2, 3))  # [B]
-        total = loss + self.objective.config.layout_weight * (layout * shares).mean()
-        seen = (layout * shares).sum() / shares.sum().clamp_min(1)
+        layout, seen = layout_losses(estimate, clean, batch.weights, batch.told)
+        total = loss + self.objective.config.layout_weight * layout
         return Losses(total, loss.detach(), errors.detach(), seen.detach())
+
+    def read(self, batch: LossBatch) -> Tensor:
+        """The language model's features [B, L, D]: given, or from the text encoder whose LoRA is trained."""
+        if batch.features is not None:
+            return batch.features
+        assert self.text_encoder is not None
+        features: Tensor = self.text_encoder(batch.ids, batch.id_mask, batch.prefix)
+        return features if batch.rows is None else features[batch.rows]
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Name and parameter of everything that is trained, in a fixed order."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def at_each(levels: int, rows: Any) -> Any:
+    """``rows`` once for each of the noise levels, all samples of the first before the second: their text is read but once."""
+    return rows if rows is None or levels == 1 else rows.repeat(levels, *(1,) * (rows.ndim - 1))
 
 
 def build_joint(config: TrainConfig, encoder_width: int, text_encoder: TextEncoder | None = None) -> JointModel:
@@ -171,12 +163,7 @@ def build_joint(config: TrainConfig, encoder_width: int, text_encoder: TextEncod
     if conditioning.projection == "refiner":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
-            refiner = Refiner(
-                encoder_width,
-                conditioning.refiner_width,
-                conditioning.refiner_layers,
-                conditioning.refiner_heads,
-                conditioning.refiner_kernel,
-                layout_arguments(conditioning, config.codec.latent_channels),
-            )
+            shape = {key: getattr(conditioning, f"refiner_{key}") for key in ("width", "layers", "heads", "kernel")}
+            layout = layout_arguments(conditioning, config.codec.latent_channels)
+            refiner = Refiner(encoder_width, **shape, layout=layout)
     return JointModel(unet, refiner, make_objective(config.objective), config.unet.coordinates, text_encoder)

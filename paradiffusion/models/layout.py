@@ -132,3 +132,11 @@ class LayoutHead(nn.Module):
         patches = self.out(self.norm(x)).view(-1, rows, columns, self.channels, self.patch, self.patch)
         estimate = patches.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.channels, rows * self.patch, columns * self.patch)
         return estimate[..., :height, :width]
+
+
+def layout_losses(estimate: Tensor, latents: Tensor, weights: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The squared error of the head's estimate, over captions that were ``told`` [B]: as a share of the weighted batch, and the
+    mean over them alone."""
+    shares = weights if told is None else weights * told
+    errors = (estimate.float() - latents.float()).square().mean(dim=(1, 2, 3))  # [B]
+    return (errors * shares).mean(), (errors * shares).sum() / shares.sum().clamp_min(1)

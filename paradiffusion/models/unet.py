@@ -1,14 +1,16 @@
-"""The denoiser: diffusers' UNet2DConditionModel, built from the configuration."""
+"""The denoiser: a class of diffusers, UNet2DConditionModel or another of ``DENOISERS``, built from the configuration."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
@@ -16,6 +18,65 @@ from paradiffusion.config import CodecConfig, ConditioningConfig, UNetConfig
 from paradiffusion.errors import UserError
 from paradiffusion.text.conditioning import pad_length
 from paradiffusion.text.encoder import check_targets
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """What is to be known of a class besides its arguments, where forward takes (sample, timestep=, encoder_hidden_states=,
+    encoder_attention_mask=); one that takes others needs a few lines in ``JointModel.denoise``, too.
+
+    Attributes:
+        made: the class.
+        folder: where a checkpoint holds it, as diffusers' own pipelines call it.
+        text_width: the argument that is the width of the features that its text projection takes; None for no projection.
+        projection, first: its modules that project the text, and that take the latents.
+        divisor: by its configuration, what the sides of its latents must be multiples of in training.
+        fixed: arguments that nobody chooses.
+    """
+
+    made: Any
+    folder: str
+    text_width: str
+    projection: str
+    first: str
+    divisor: Callable[[Any], int]
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+DENOISERS = {
+    "UNet2DConditionModel": Denoiser(
+        UNet2DConditionModel, "unet", "encoder_hid_dim", "encoder_hid_proj", "conv_in",
+        lambda config: 2 ** (len(config["block_out_channels"]) - 1),
+    ),
+    "PixArtTransformer2DModel": Denoiser(  # arXiv 2310.00426; without its conditions on size and aspect ratio
+        PixArtTransformer2DModel, "transformer", "caption_channels", "caption_projection", "pos_embed.proj",
+        lambda config: config["patch_size"], {"use_additional_conditions": False},
+    ),
+}  # fmt: skip
+# Arguments that codec and conditioning decide, or that may differ between stages.
+DECIDED = {"sample_size", "in_channels", "out_channels", "encoder_hid_dim", "encoder_hid_dim_type", "caption_channels",
+           "use_additional_conditions"}  # fmt: skip
+# Names of the text projections' parameters within the joint module.
+PROJECTIONS = tuple(f"unet.{kind.projection}." for kind in DENOISERS.values())
+
+
+def class_of(config: dict[str, Any]) -> str:
+    """The class that a stored configuration is of. Raises UserError for one that is not known here."""
+    name = str(config.get("_class_name", "UNet2DConditionModel"))
+    if name not in DENOISERS:
+        raise UserError(f"the denoiser is a {name}, which is not known here; expected one of {', '.join(DENOISERS)}.")
+    return name
+
+
+def kind_of(model: Any) -> Denoiser:
+    """What is known of a model's class; ``model`` may be wrapped by torch.compile."""
+    return DENOISERS[type(getattr(model, "_orig_mod", model)).__name__]
+
+
+def read_width(config: dict[str, Any]) -> int:
+    """Width of the text features that a denoiser of this stored configuration reads."""
+    width = config.get(DENOISERS[class_of(config)].text_width) or config.get("cross_attention_dim") or 0
+    return max(width) if isinstance(width, (list, tuple)) else width
 
 
 def text_width(conditioning: ConditioningConfig, encoder_width: int) -> int:
@@ -38,65 +99,57 @@ def layout_arguments(conditioning: ConditioningConfig, latent_channels: int) -> 
 def unet_arguments(
     config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int
 ) -> dict[str, Any]:
-    """All arguments of UNet2DConditionModel: the configured ones, and those that codec and conditioning decide.
+    """All arguments of the denoiser: the configured ones, and those that codec and conditioning decide.
 
-    A configured ``encoder_hid_dim`` of None makes one without a text projection, for weights that have none.
+    A configured ``encoder_hid_dim`` (or what its class calls it) of None makes one without a text projection, for weights that
+    have none.
     """
-    projected = config.arguments.get("encoder_hid_dim", encoder_width) is not None
-    width = text_width(conditioning, encoder_width) if projected else None
+    kind = DENOISERS[config.class_name]
+    projected = config.arguments.get(kind.text_width, encoder_width) is not None
     return {
         **config.arguments,
+        **kind.fixed,
         "in_channels": codec.latent_channels
         + coordinate_channels(config.coordinates)
         + codec.latent_channels * bool(conditioning.layout_patch),
         "out_channels": codec.latent_channels,
-        "encoder_hid_dim": width,
-        "encoder_hid_dim_type": "text_proj" if width else None,
+        kind.text_width: text_width(conditioning, encoder_width) if projected else None,
     }
 
 
-def own_arguments(stored: dict[str, Any]) -> dict[str, Any]:
-    """Of a U-Net's stored configuration or of ``unet.arguments``, what decides its shape and is not diffusers' default, and
-    neither codec nor conditioning decides; as JSON has it."""
-    defaults = {
-        name: parameter.default for name, parameter in inspect.signature(UNet2DConditionModel).parameters.items()
-    }
-    decided = {"sample_size", "in_channels", "out_channels", "encoder_hid_dim", "encoder_hid_dim_type"}
-    plain: dict[str, Any] = json.loads(json.dumps({"own": stored, "defaults": defaults}))
-    kept = plain["defaults"].keys() - decided
-    return {key: value for key, value in plain["own"].items() if key in kept and value != plain["defaults"][key]}
+def own_arguments(arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of a denoiser's stored configuration or of ``unet.arguments``, what decides its shape and is not the default of the class
+    called ``name``, and neither codec nor conditioning decides; as JSON has it."""
+    signature = inspect.signature(DENOISERS[name].made).parameters
+    defaults = json.loads(json.dumps({key: parameter.default for key, parameter in signature.items()}))
+    own = json.loads(json.dumps({key: arguments[key] for key in arguments.keys() & defaults.keys() - DECIDED}))
+    return {key: value for key, value in own.items() if value != defaults[key]}
 
 
-def make_unet(arguments: dict[str, Any]) -> Any:
-    """A U-Net of these arguments; UserError when diffusers refuses them."""
-    try:
-        return UNet2DConditionModel(**arguments)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"unet.arguments do not make a UNet2DConditionModel ({first}); see configs/unet/ for sets that do."
-        ) from None
-
-
-def empty_unet(
-    config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int
-) -> UNet2DConditionModel:
-    """The U-Net on the meta device: shapes and parameter counts at no cost. Raises UserError as ``build_unet``."""
+def empty_unet(config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int) -> Any:
+    """The denoiser on the meta device: shapes and parameter counts at no cost. Raises UserError as ``build_unet``."""
     with torch.device("meta"):
-        return make_unet(unet_arguments(config, codec, conditioning, encoder_width))
+        return build_unet(replace(config, plain_attention=False), codec, conditioning, encoder_width, 0)
 
 
 def build_unet(
     config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int, seed: int
-) -> UNet2DConditionModel:
-    """A U-Net with fresh weights, a function of ``seed``; its ``encoder_hid_proj`` is the paper's linear layer.
+) -> Any:
+    """A denoiser with fresh weights, a function of ``seed``; a U-Net's ``encoder_hid_proj`` is the paper's linear layer.
 
     Raises:
         UserError: when diffusers refuses the arguments.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = make_unet(unet_arguments(config, codec, conditioning, encoder_width))
+        try:
+            arguments = unet_arguments(config, codec, conditioning, encoder_width)
+            unet = DENOISERS[config.class_name].made(**arguments)
+        except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"unet.arguments do not make a {config.class_name} ({first}); see configs/unet/ for sets that do."
+            ) from None
     if config.plain_attention:
         plain = {
             name: AttnProcessor() if isinstance(processor, AttnProcessor2_0) else processor
@@ -129,9 +182,10 @@ def add_lora(unet: Any, config: UNetConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(settings, unet)
-    whole = ["encoder_hid_proj."]
+    kind = kind_of(unet)
+    whole = [f"{kind.projection}."]
     if unet.config["in_channels"] != unet.config["out_channels"]:
-        whole.append("conv_in.")
+        whole.append(f"{kind.first}.")
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.startswith(tuple(whole)))
 
@@ -152,8 +206,15 @@ def lora_names(state: dict[str, Tensor], unet: Any) -> dict[str, Tensor]:
 
 
 def downsampling(unet: Any) -> int:
-    """By how much the U-Net shrinks its latents inside: sides must be multiples of this."""
-    return 2 ** (len(unet.config["block_out_channels"]) - 1)
+    """By how much the denoiser shrinks its latents inside: sides must be multiples of this."""
+    return kind_of(unet).divisor(unet.config)
+
+
+def drawn_multiple(unet: Any) -> int:
+    """What the sides of latents that are drawn must be multiples of. Ordinary upsampling blocks are told the size that they must
+    come to; those of the paper's U-Net (SimpleCrossAttn, ResnetUpsample) double what they get, whatever it was before."""
+    ordinary = set(unet.config.get("up_block_types", ["none"])) <= {"CrossAttnUpBlock2D", "UpBlock2D"}
+    return 1 if ordinary else downsampling(unet)
 
 
 def coordinate_channels(octaves: int) -> int:
@@ -185,8 +246,8 @@ def apart_from_image(unet: Any, features: Tensor, mask: Tensor, height: int, wid
     The paper's kind of block reads text and image in one attention. diffusers extends the text's mask over the image
     (``prepare_attention_mask``) only where the two differ in length; where they are equal, the attention fails.
     """
-    kinds = [*unet.config["down_block_types"], unet.config["mid_block_type"], *unet.config["up_block_types"]]
-    if not any("SimpleCrossAttn" in str(kind) for kind in kinds):
+    kinds = [unet.config.get(key) for key in ("down_block_types", "mid_block_type", "up_block_types")]
+    if "SimpleCrossAttn" not in str(kinds):
         return features, mask
     tokens = set()
     for _ in unet.config["down_block_types"]:

@@ -12,7 +12,6 @@ model that PEFT has wrapped. What our ``checkpoint.json`` says is the ``descript
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,36 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ConfigMixin,
-    DiffusionPipeline,
-    ImagePipelineOutput,
-    ModelMixin,
-    SchedulerMixin,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from paradiffusion.checkpoints.layouts import LORA, load_adapter, parse, split_parts, write_adapter
-from paradiffusion.checkpoints.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors
-from paradiffusion.config import (
-    CodecConfig,
-    ConditioningConfig,
-    LoraConfig,
-    ObjectiveConfig,
-    SamplerConfig,
-    TextEncoderConfig,
+from paradiffusion.checkpoints.layouts import (
+    LORA,
+    load_adapter,
+    objective_of,
+    parse,
+    portable,
+    split_parts,
+    write_adapter,
 )
-from paradiffusion.diffusion.objective import OBJECTIVES, Objective
+from paradiffusion.checkpoints.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors
+from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, SamplerConfig, TextEncoderConfig
+from paradiffusion.diffusion.objective import Objective
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel
-from paradiffusion.sampling.pipeline import InferenceModels, checked_side, encode_prompts
-from paradiffusion.sampling.sampler import sample_latents
+from paradiffusion.sampling.pipeline import InferenceModels, checked_side, sample_prompts
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.families import cut_layers
 from paradiffusion.text.refiner import Refiner
@@ -84,17 +75,16 @@ class RefinerModel(ModelMixin, ConfigMixin):
 
 def pipeline_objective(pipeline: Any) -> Objective:
     """The objective of a pipeline's description, sampled by whatever scheduler the pipeline has now."""
-    description = pipeline.config["description"]
-    config = parse(ObjectiveConfig, description["objective"])
-    objective = OBJECTIVES[config.prediction](config)
+    objective = objective_of(pipeline.config["description"])
 
     def schedulers(solver: str, **overrides: Any) -> Any:
         """A fresh one of the pipeline's kind, so that none of its state is left over from the image before."""
         own = pipeline.scheduler
+        if "flow_shift" in overrides and "shift" in own.config:  # as FlowMatchEuler and its like call it
+            overrides["shift"] = overrides.pop("flow_shift")
         return type(own).from_config(own.config, **overrides)
 
     objective.schedulers = schedulers
-    objective.guided_from = 1.0 if "scheduler" in description else 0.0  # 1 for published weights, as there
     return objective
 
 
@@ -126,8 +116,8 @@ class ParaDiffusionPipeline(_Base):
     """Draws images from paragraphs.
 
     Args:
-        vae: AutoencoderKL; ``text_encoder``, ``tokenizer``: the language model as transformers has it; ``unet``:
-            UNet2DConditionModel; ``scheduler``: the solver.
+        vae: AutoencoderKL; ``text_encoder``, ``tokenizer``: the language model as transformers has it; ``unet``: the
+            denoiser, a transformer too; ``scheduler``: the solver.
         refiner: of the modern arm; None for the paper's.
         description: what ``checkpoint.json`` says: conditioning, adapter, codec, objective, sampler defaults.
     """
@@ -140,14 +130,9 @@ class ParaDiffusionPipeline(_Base):
 
     def __init__(
         self,
-        vae: AutoencoderKL,
-        text_encoder: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        unet: UNet2DConditionModel,
-        scheduler: SchedulerMixin,
-        refiner: RefinerModel | None = None,
-        description: dict[str, Any] | None = None,
-    ) -> None:
+        vae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, unet: ModelMixin,
+        scheduler: SchedulerMixin, refiner: RefinerModel | None = None, description: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if description is None:
             raise ValueError(
@@ -312,29 +297,21 @@ class ParaDiffusionPipeline(_Base):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: Prompts,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: Prompts | None = None,
-        num_images_per_prompt: int = 1,
+        prompt: Prompts, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, negative_prompt: Prompts | None = None, num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        guidance_rescale: float | None = None,
-        guidance_start: float | None = None,
-        guidance_stop: float | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
+        guidance_rescale: float | None = None, guidance_start: float | None = None, guidance_stop: float | None = None,
+        guidance_sigma_min: float | None = None, guidance_sigma_max: float | None = None,
+        output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Draw ``num_images_per_prompt`` images of each prompt.
 
         Args:
             prompt: one or a list; longer ones than the text encoder takes are cut, with a warning.
             height, width: pixels; None for the checkpoint's own resolution.
-            num_inference_steps, guidance_scale, guidance_rescale, guidance_start, guidance_stop: as SamplerConfig has
-                them; None for the checkpoint's own.
+            num_inference_steps, guidance_scale, guidance_...: as SamplerConfig has them; None for the checkpoint's own.
             negative_prompt: takes the empty prompt's place in guidance; one, or one a prompt.
             generator: of the CPU: one, drawn from in turn, or one an image. ``torch.Generator().manual_seed(seed)`` gives
                 what ``sample.py seed=`` gives.
@@ -348,22 +325,18 @@ class ParaDiffusionPipeline(_Base):
         """
         models = self.models
         given: dict[str, Any] = {
-            "steps": num_inference_steps,
-            "guidance": guidance_scale,
-            "guidance_rescale": guidance_rescale,
-        }
-        given |= {"guidance_start": guidance_start, "guidance_stop": guidance_stop}
-        chosen = {key: value for key, value in given.items() if value is not None}
-        settings = replace(models.sampler, **chosen)
+            "steps": num_inference_steps, "guidance": guidance_scale, "guidance_rescale": guidance_rescale,
+            "guidance_start": guidance_start, "guidance_stop": guidance_stop,
+            "guidance_sigma_min": guidance_sigma_min, "guidance_sigma_max": guidance_sigma_max,
+        }  # fmt: skip
+        settings = replace(models.sampler, **{key: value for key, value in given.items() if value is not None})
         settings.check()
         height = checked_side("height", height or models.resolution, models.multiple)
         width = checked_side("width", width or models.resolution, models.multiple)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type} is unknown; choose one of pil, np, pt, latent")
-        if set(callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs names more than latents: {callback_on_step_end_tensor_inputs}"
-            )
+        if others := set(callback_on_step_end_tensor_inputs) - {"latents"}:
+            raise ValueError(f"callback_on_step_end_tensor_inputs names more than latents: {others}")
         if num_images_per_prompt < 1:
             raise ValueError(
                 f"num_images_per_prompt={num_images_per_prompt} is out of range; expected a number above 0"
@@ -379,7 +352,8 @@ class ParaDiffusionPipeline(_Base):
         cut = models.count_truncated(prompts)
         if cut:
             logger.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut")
-        scheduler = self._joint.objective.scheduler()
+        size = height // models.factor, width // models.factor
+        scheduler = self._joint.objective.scheduler(size=size)
         scheduler.set_timesteps(settings.steps)
         self._interrupt = False
         reached = torch.empty(0)
@@ -397,19 +371,9 @@ class ParaDiffusionPipeline(_Base):
                     raise _Interrupted
                 return latents
 
+            sources = generators_of(generator, len(prompts))
             try:
-                latents = sample_latents(
-                    models.denoise,
-                    models.objective,
-                    encode_prompts(models, prompts),
-                    generators_of(generator, len(prompts)),
-                    (models.latent_channels, height // models.factor, width // models.factor),
-                    settings,
-                    models.device,
-                    models.dtype,
-                    negative=encode_prompts(models, negatives) if negatives else None,
-                    on_step=on_step,
-                )
+                latents = sample_prompts(models, prompts, negatives, sources, size, settings, on_step)
             except _Interrupted:
                 latents = reached
         images = self._finish(models, latents, output_type)
@@ -423,15 +387,6 @@ class ParaDiffusionPipeline(_Base):
             return self.image_processor.numpy_to_pil(models.decode(latents).numpy().astype("float32") / 255)
         images = (models.codec.decode(latents) + 1) / 2
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().float().numpy()
-
-
-def portable(description: dict[str, Any]) -> dict[str, Any]:
-    """A description without what is true of this machine alone, as plain JSON."""
-    values: dict[str, Any] = json.loads(json.dumps({**description, "unet_lora": None}))
-    for part in ("text_encoder", "codec"):
-        values[part]["path"] = None
-    values["provenance"]["init_from"] = None
-    return values
 
 
 def generators_of(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from paradiffusion.atomic import atomic_file, write_atomic
+from paradiffusion.config import SamplerConfig
 from paradiffusion.errors import UserError
 
 NAME = "manifest.jsonl"
@@ -28,7 +28,8 @@ MAX_GRID = 32  # images; a picture with more is too large to look at
 GRID_CELL = 256  # pixels that a tiny image is enlarged to in the grid
 TINY = 192  # pixels of the longer side; smaller images are shown enlarged with hard edges
 
-DEFAULTS = {"guidance_rescale": 0.0, "guidance_start": 0.0, "guidance_stop": 1.0}  # not worth a reader's time
+# Not worth a reader's time, and what a record means that was written before there was such a setting.
+DEFAULTS = {key: value for key, value in asdict(SamplerConfig()).items() if key.startswith("guidance_")}
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, trim_blocks=True
 )
@@ -76,8 +77,10 @@ class Manifest:
     """A file of ImageRecords that is appended to; each line is on its way to the disk before ``append`` returns."""
 
     def __init__(self, path: Path) -> None:
-        _drop_cut_line(path)
+        cut = path.is_file() and not path.read_bytes().endswith(b"\n")
         self._file = path.open("ab", buffering=0)  # a buffer would try a failed line again when the file is closed
+        if cut:  # or the next record would be glued to half a line
+            self._file.write(b"\n")
 
     def append(self, record: ImageRecord) -> None:
         rest = memoryview(_line(record).encode("utf-8"))
@@ -93,15 +96,10 @@ def read_manifests(folder: Path) -> dict[str, ImageRecord]:
 
     A line that cannot be read, such as the last one after a full disk, is passed over: its image is drawn again.
     """
-    paths = [folder / NAME, *sorted(folder.glob("manifest.rank*.jsonl"))]
-    found: dict[str, ImageRecord] = {}
-    for path in paths:
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                record = _parse(line)
-                if record is not None:
-                    found[record.name] = record
-    return {record.name: record for record in sorted(found.values(), key=lambda record: record.order)}
+    paths = [*folder.glob(NAME), *sorted(folder.glob("manifest.rank*.jsonl"))]
+    lines = (line for path in paths for line in path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    found = {record.name: record for line in lines if (record := _parse(line)) is not None}
+    return dict(sorted(found.items(), key=lambda item: item[1].order))
 
 
 def merge_manifests(folder: Path) -> list[ImageRecord]:
@@ -134,17 +132,15 @@ def finished_names(folder: Path, wanted: Sequence[ImageRecord]) -> set[str]:
         path = folder / record.file
         if not path.exists():
             continue
-        if record.name not in found:
-            if not _is_ours(path):
-                raise UserError(
-                    f"{path} was not drawn by sample.py and would be overwritten; choose another output_dir=."
-                )
-            continue  # the process ended between the image and its line
+        if record.name not in found:  # the process may have ended between the image and its line
+            if _is_ours(path):
+                continue
+            raise UserError(f"{path} was not drawn by sample.py and would be overwritten; choose another output_dir=.")
         before, now = found[record.name].identity(), record.identity()
         changes = [
             f"{key}={_shown(before.get(key))} (now {_shown(now.get(key))})"
             for key in {**now, **before}
-            if before.get(key) != now.get(key)
+            if before.get(key, DEFAULTS.get(key)) != now.get(key)
         ]
         if changes:
             raise UserError(
@@ -168,15 +164,6 @@ def _parse(line: str) -> ImageRecord | None:
         return record
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-
-
-def _drop_cut_line(path: Path) -> None:
-    """Cut off what follows the last line feed, or the next record would be glued to it."""
-    if path.is_file():
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(path, whole)
 
 
 def _shown(value: Any) -> str:

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, fields, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from paradiffusion.checkpoints.layouts import (
-    Layout,
-    check_complete,
-    copy_tensors,
-    load_adapter,
-    objective_of,
-    parse,
-    read_width,
-)
+from paradiffusion.checkpoints.layouts import Layout, check_complete, copy_tensors, load_adapter, objective_of, parse
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
@@ -32,7 +24,7 @@ from paradiffusion.diffusion.objective import Objective
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import JointModel
-from paradiffusion.models.unet import downsampling
+from paradiffusion.models.unet import DENOISERS, class_of, drawn_multiple, read_width
 from paradiffusion.sampling.prompts import MAX_SEED, PromptRequest
 from paradiffusion.sampling.sampler import sample_latents
 from paradiffusion.text.conditioning import Conditioning, pad_length
@@ -84,13 +76,8 @@ class InferenceModels:
 
     @property
     def multiple(self) -> int:
-        """An image's sides must be multiples of this many pixels.
-
-        Ordinary upsampling blocks are told the size that they must come to. Those of the paper's U-Net (SimpleCrossAttn,
-        ResnetUpsample) double what they get, whatever it was before.
-        """
-        takes_any_size = set(self.joint.unet.config["up_block_types"]) <= {"CrossAttnUpBlock2D", "UpBlock2D"}
-        return self.factor * (1 if takes_any_size else downsampling(self.joint.unet))
+        """An image's sides must be multiples of this many pixels."""
+        return self.factor * drawn_multiple(self.joint.unet)
 
     def count_truncated(self, prompts: list[str]) -> int:
         """How many prompts lose text at the encoder's maximum."""
@@ -199,7 +186,7 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     state, lora = checkpoint.weights(), description["lora"]
     if lora is not None:
         load_adapter(encoder, state, parse(LoraConfig, lora), lora.get("settings"))
-    unet: Any = UNet2DConditionModel.from_config(checkpoint.unet_config)
+    unet: Any = DENOISERS[class_of(checkpoint.unet_config)].made.from_config(checkpoint.unet_config)
     refiner = None if checkpoint.refiner_config is None else Refiner(**checkpoint.refiner_config)
     joint = JointModel(unet, refiner, objective_of(description), description["coordinates"])
     takes = read_width(checkpoint.unet_config)
@@ -220,19 +207,9 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     if config.vae_tiling:
         codec.vae.enable_tiling()
     return InferenceModels(
-        joint=joint,
-        text_encoder=encoder,
-        codec=codec,
-        objective=joint.objective,
-        sampler=parse(SamplerConfig, description["sampler"]),
-        resolution=description["resolution"],
-        device=target,
-        dtype=dtype,
-        checkpoint=checkpoint.name,
-        step=description["step"],
-        provenance=description["provenance"],
-        offload=config.offload_text_encoder,
-    )
+        joint, encoder, codec, joint.objective, parse(SamplerConfig, description["sampler"]), description["resolution"],
+        target, dtype, checkpoint.name, description["step"], description["provenance"], config.offload_text_encoder,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -323,20 +300,14 @@ def checked_side(key: str, value: int, multiple: int, source: str = "") -> int:
 
 def ordered(jobs: Sequence[Job]) -> list[Job]:
     """Jobs of equal size and settings side by side, kinds in order of first appearance, and in order within a kind."""
-    groups: dict[tuple[Any, ...], list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(job.kind, []).append(job)
-    return [job for group in groups.values() for job in group]
+    places = {kind: place for place, kind in enumerate(dict.fromkeys(job.kind for job in jobs))}
+    return sorted(jobs, key=lambda job: places[job.kind])
 
 
 def make_batches(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
     """Batches of at most ``batch_size`` jobs that share size and settings."""
-    batches: list[list[Job]] = []
-    for job in ordered(jobs):
-        if not batches or len(batches[-1]) == batch_size or batches[-1][0].kind != job.kind:
-            batches.append([])
-        batches[-1].append(job)
-    return batches
+    groups = [list(group) for _, group in groupby(ordered(jobs), key=lambda job: job.kind)]
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
 
 
 @torch.no_grad()
@@ -349,21 +320,11 @@ def draw(
         UserError: when the model's numbers overflow, or the batch does not fit into memory.
     """
     first = batch[0]
-    shape = (models.latent_channels, first.height // models.factor, first.width // models.factor)
+    size = first.height // models.factor, first.width // models.factor
+    prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
     negatives = [job.negative_prompt for job in batch if job.negative_prompt is not None]
     try:
-        latents = sample_latents(
-            models.denoise,
-            models.objective,
-            encode_prompts(models, [job.prompt for job in batch]),
-            [job.seed for job in batch],
-            shape,
-            first.settings,
-            models.device,
-            models.dtype,
-            negative=encode_prompts(models, negatives) if negatives else None,
-            on_step=on_step,
-        )
+        latents = sample_prompts(models, prompts, negatives, seeds, size, first.settings, on_step)
         if not torch.isfinite(latents).all():
             raise UserError(
                 f"image {first.name} overflowed to NaN in {models.dtype}; try dtype=bfloat16 or dtype=float32."
@@ -374,6 +335,17 @@ def draw(
             f"{len(batch)} images of {first.height}x{first.width} did not fit into the memory of {models.device}; "
             "lower batch_size= or the size."
         ) from None
+
+
+def sample_prompts(
+    models: InferenceModels, prompts: list[str], negatives: list[str], seeds: Sequence[int | torch.Generator],
+    size: tuple[int, int], settings: SamplerConfig, on_step: Callable[[int, Tensor], Tensor | None] | None,
+) -> Tensor:  # fmt: skip
+    """``sample_latents`` of as many prompts as seeds, all or none with a negative prompt; ``size`` is (h, w) of the latents."""
+    return sample_latents(
+        models.denoise, models.objective, encode_prompts(models, prompts), seeds, (models.latent_channels, *size), settings,
+        models.device, models.dtype, negative=encode_prompts(models, negatives) if negatives else None, on_step=on_step,
+    )  # fmt: skip
 
 
 def encode_prompts(models: InferenceModels, prompts: list[str]) -> Conditioning:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from paradiffusion.errors import UserError
+from paradiffusion.repository import find_shipped
 
 MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes on every platform
 
@@ -39,8 +40,9 @@ class PromptRequest:
 
 
 KEYS = tuple(field.name for field in fields(PromptRequest) if field.name not in ("index", "source"))
-LOWEST = {"seed": 0, "height": 1, "width": 1, "steps": 1, "guidance": 0}
-HIGHEST = {"seed": MAX_SEED, "guidance": 100}
+# Lowest and highest of each number; of whole ones but guidance.
+ANY = (1, math.inf)
+RANGES = {"seed": (0, MAX_SEED), "height": ANY, "width": ANY, "steps": ANY, "guidance": (0, 100)}
 
 Row = tuple[str, dict[str, Any]]  # the source and the fields of one prompt
 
@@ -58,12 +60,12 @@ def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = Non
     if (prompt is None) == (prompt_file is None):
         raise UserError("expected one of prompt= and prompt_file=; prompt_file=prompts.txt is the main way.")
     if "-" in (prompt, str(prompt_file)):
-        rows = _lines(_decode(sys.stdin.buffer.read(), "standard input"), "standard input")
         source = "standard input"
+        rows = _lines(_decode(sys.stdin.buffer.read(), source), source)
     elif prompt is not None:
         rows, source = iter([("prompt=", {"prompt": prompt})]), "prompt="
     else:
-        path = Path(str(prompt_file))
+        path = find_shipped(str(prompt_file))
         rows, source = _rows_of_file(path), f"prompt_file={path}"
     requests = [_request(index, *row) for index, row in enumerate(rows)]
     if not requests:
@@ -85,8 +87,7 @@ def _rows_of_file(path: Path) -> Iterator[Row]:
         raise UserError(f"prompt_file={path} does not exist (looked in {Path.cwd()}); check the path.") from None
     except OSError as error:
         raise UserError(f"prompt_file={path} cannot be read ({error.strerror}); expected a readable file.") from None
-    text = _decode(data, f"prompt_file={path}")
-    return readers[kind](text, path.name)
+    return readers[kind](_decode(data, f"prompt_file={path}"), path.name)
 
 
 def _decode(data: bytes, source: str) -> str:
@@ -151,7 +152,7 @@ def _names(cells: list[str]) -> list[str]:
 
 
 def _number(name: str, cell: str, where: str) -> Any:
-    if name not in LOWEST:
+    if name not in RANGES:
         return cell
     for kind in (int, float):
         with suppress(ValueError):
@@ -179,38 +180,27 @@ def _jsonl(text: str, source: str) -> Iterator[Row]:
 
 def _request(index: int, source: str, row: dict[str, Any]) -> PromptRequest:
     """Check types and ranges of one row."""
-    values: dict[str, Any] = {key: _text(key, row[key], source) for key in ("prompt", "negative_prompt") if key in row}
-    if not values.get("prompt", "").strip():
+    for key, value in row.items():
+        if key not in RANGES:
+            if not isinstance(value, str):
+                raise UserError(f"{source}: {key} is {_shown(value)}; expected text in quotes.")
+            # JSON can spell half of a surrogate pair, which no tokenizer or file takes.
+            if half := next((letter for letter in value if "\ud800" <= letter <= "\udfff"), None):
+                raise UserError(f"{source}: {key} holds {half!r}, half of a character pair; expected whole characters.")
+            continue
+        whole, (lowest, highest) = key != "guidance", RANGES[key]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not lowest <= value <= highest or (whole and value % 1 != 0):
+            limits = f"of at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
+            raise UserError(
+                f"{source}: {key} is {_shown(value)}; expected a {'whole ' if whole else ''}number {limits}."
+            )
+        row[key] = int(value) if whole else float(value)
+    if not row.get("prompt", "").strip():  # spaces at its ends are tokens too, and stay
         raise UserError(f"{source} has an empty prompt; expected some text, or remove the line.")
-    for key, lowest in LOWEST.items():
-        if key in row:
-            values[key] = _in_range(key, row[key], lowest, HIGHEST.get(key), source)
-    return PromptRequest(index=index, source=source, **values)
+    return PromptRequest(index=index, source=source, **row)
 
 
-def _text(key: str, value: Any, source: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{source}: {key} is {_shown(value)}; expected text in quotes.")
-    try:
-        value.encode("utf-8")  # JSON can spell half of a surrogate pair, which no tokenizer or file takes
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{source}: {key} holds {value[error.start]!r}, half of a character pair; expected whole characters."
-        ) from None
-    return value  # spaces at its ends are tokens too
-
-
-def _in_range(key: str, value: Any, lowest: int, highest: int | None, source: str) -> int | float:
-    whole = key != "guidance"
-    limits = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-    expected = f"expected a {'whole ' if whole else ''}number {limits}"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{source}: {key} is {_shown(value)}; {expected}.")
-    if (whole and value != int(value)) or value < lowest or (highest is not None and value > highest):
-        raise UserError(f"{source}: {key} is {value}; {expected}.")
-    return int(value) if whole else float(value)
-
-
-def _shown(value: Any, longest: int = 60) -> str:
+def _shown(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= longest else text[:longest] + "..."
+    return text if len(text) <= 60 else text[:60] + "..."

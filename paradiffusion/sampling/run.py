@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -46,10 +43,11 @@ from paradiffusion.sampling.pipeline import (
     sampler_settings,
 )
 from paradiffusion.sampling.prompts import PromptRequest, read_prompts
+from paradiffusion.stopping import REPEAT_SECONDS as REPEAT_SECONDS  # for training/loop.py
+from paradiffusion.stopping import Stopped, StopSignal, stop_on_signals
 
 DONE, STOPPED, FAILED = 0, 1, 2
 BATCHES_AHEAD = 8  # batches whose prompts are encoded at once where the text encoder leaves the GPU
-REPEAT_SECONDS = 2.0  # launchers pass Ctrl-C on to processes that the terminal has told already
 
 
 def sample(config: SampleConfig) -> int:
@@ -85,13 +83,9 @@ def output_folder(config: SampleConfig) -> Path:
 
 
 def draw_all(
-    models: InferenceModels,
-    requests: Sequence[PromptRequest],
-    config: SampleConfig,
-    folder: Path,
-    processes: Processes,
+    models: InferenceModels, requests: Sequence[PromptRequest], config: SampleConfig, folder: Path, processes: Processes,
     stop: StopSignal,
-) -> int:
+) -> int:  # fmt: skip
     """Draw this process's share of the images that ``folder`` does not hold yet; the first process joins all of it.
 
     Raises:
@@ -135,14 +129,13 @@ def draw_all(
             made, seconds = sum(record.name in records for record in merged), time.monotonic() - start
             new = made - len(finished)
             rate = f"{new} new in {seconds:.0f} s, {seconds / new:.2g} s each" if new else "none new"
-            if status == DONE:
-                print(f"{made} images ({rate}). Look at {page}", flush=True)
-            else:
-                print(
-                    f"{'Stopped' if status == STOPPED else 'Ended early'} with {made} of {len(jobs)} images ({rate}); the same "
-                    f"command goes on from here. Look at {page}",
-                    flush=True,
+            told = f"{made} images ({rate})."
+            if status != DONE:
+                early = (
+                    f"{'Stopped' if status == STOPPED else 'Ended early'} with {made} of {len(jobs)} images ({rate})"
                 )
+                told = f"{early}; the same command goes on from here."
+            print(f"{told} Look at {page}", flush=True)
     if failure is not None:
         raise failure
     if status == FAILED:
@@ -151,27 +144,18 @@ def draw_all(
 
 
 def _draw_share(
-    models: InferenceModels,
-    share: list[Job],
-    records: dict[str, ImageRecord],
-    config: SampleConfig,
-    folder: Path,
-    processes: Processes,
-    stop: StopSignal,
-) -> None:
+    models: InferenceModels, share: list[Job], records: dict[str, ImageRecord], config: SampleConfig, folder: Path,
+    processes: Processes, stop: StopSignal,
+) -> None:  # fmt: skip
     """Draw and store jobs; Stopped after a signal, which leaves the batch that is being drawn."""
     if not share:
         return
     manifest = Manifest(folder / (NAME if processes.size == 1 else f"manifest.rank{processes.rank}.jsonl"))
     bar = tqdm(
-        total=len(share),
-        desc="drawing" if processes.size == 1 else f"drawing (process 0 of {processes.size})",
-        unit="image",
-        disable=processes.rank > 0,
-        dynamic_ncols=True,
-        miniters=0,
+        total=len(share), desc="drawing" if processes.size == 1 else f"drawing (process 0 of {processes.size})", unit="image",
+        disable=processes.rank > 0, dynamic_ncols=True, miniters=0,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
-    )
+    )  # fmt: skip
     try:
         batches = make_batches(share, config.batch_size)
         for number, batch in enumerate(batches):
@@ -231,43 +215,6 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 f"output_dir={folder} cannot be written ({error.strerror}: {error.filename}); choose a folder that can be."
             ) from None
         raise
-
-
-class Stopped(Exception):
-    """A signal asked the process to stop."""
-
-
-@dataclass
-class StopSignal:
-    """Whether SIGINT or SIGTERM came."""
-
-    came_at: float | None = None
-
-    def check(self) -> None:
-        """Raise Stopped once a signal has come."""
-        if self.came_at is not None:
-            raise Stopped
-
-    def handle(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.came_at is not None and number == signal.SIGINT and now - self.came_at > REPEAT_SECONDS:
-            raise KeyboardInterrupt
-        self.came_at = self.came_at or now
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopSignal]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second Ctrl-C after two seconds does kill."""
-    stop = StopSignal()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield stop
-        return
-    before = {number: signal.signal(number, stop.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from paradiffusion.config import SamplerConfig
-from paradiffusion.diffusion.guidance import guide, is_guided
+from paradiffusion.diffusion.guidance import guide, guided_steps
 from paradiffusion.diffusion.objective import Objective
 from paradiffusion.text.conditioning import Conditioning
 
@@ -67,14 +67,15 @@ def sample_latents(
         raise ValueError(f"{len(seeds)} seeds for {len(conditioning)} prompts")
     if settings.guidance < objective.guided_from:
         settings = replace(settings, guidance=1.0)
-    scheduler = objective.scheduler(settings.solver)
+    scheduler = objective.scheduler(settings.solver, size=shape[1:])
     scheduler.set_timesteps(settings.steps, device=device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # or the scheduler looks the step up, and takes the second of two equal times
+    guided = guided_steps(settings, len(scheduler.timesteps), lambda: objective.levels(scheduler))
     conditioning = conditioning.to(device, dtype)
     pair = conditioning if negative is None else against(conditioning, negative.to(device, dtype))
     features, mask = conditioning.features, conditioning.mask
-    guided_features, guided_mask = pair.guided() if settings.guidance != 1.0 else (features, mask)
+    guided_features, guided_mask = pair.guided() if any(guided) else (features, mask)
 
     generators = [_generator(seed) for seed in seeds]
     latents = starting_noise(generators, shape).to(device)
@@ -85,7 +86,7 @@ def sample_latents(
         inputs = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
         inputs = inputs.to(dtype)
         times = objective.model_time(scheduler, step, timestep).to(device).expand(len(seeds))
-        if is_guided(settings, step):
+        if guided[step]:
             both = denoise(torch.cat([inputs, inputs]), torch.cat([times, times]), guided_features, guided_mask)
             null, prompt = both.float().chunk(2)
             prediction = guide(null, prompt, settings.guidance, settings.guidance_rescale)

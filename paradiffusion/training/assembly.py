@@ -90,7 +90,7 @@ def check_sizes(config: TrainConfig, joint: JointModel) -> None:
     if config.data.bucket_multiple % needed:
         raise UserError(
             f"data.bucket_multiple={config.data.bucket_multiple} must be a multiple of {needed}: codec.factor times the "
-            "U-Net's own downsampling."
+            "U-Net's own downsampling (a transformer's patch)."
         )
 
 

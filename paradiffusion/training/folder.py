@@ -15,13 +15,13 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.checkpoints.layouts import UNET, find_checkpoint, parse, read_json
+from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout, parse
 from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.compose import CONFIGS
 from paradiffusion.config import LoraConfig, SourceConfig, TrainConfig, identity, keys_of
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import settled_scaling_factor
-from paradiffusion.models.unet import own_arguments
+from paradiffusion.models.unet import DENOISERS, class_of, own_arguments
 
 CONFIG_FILE = "config.json"
 # With those of a list's entries, whose places are left out of their names.
@@ -183,15 +183,16 @@ def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> Tra
         mine, path = getattr(config, part), description[part].get("path")
         if mine.path is None and path is not None and Path(path).is_dir():
             config = replace(config, **{part: replace(mine, path=path)})
-    unet = read_json(source / UNET / "config.json")
-    arguments, stored = config.unet.arguments, own_arguments(unet)
-    if own_arguments(arguments) != stored and arguments == configured_arguments(config.unet.name):
+    unet, name, arguments = open_layout(source).unet_config, config.unet.class_name, config.unet.arguments
+    theirs = class_of(unet)
+    stored = own_arguments(unet, theirs)
+    if (name, own_arguments(arguments, name)) != (theirs, stored) and arguments == configured_arguments(
+        config.unet.name
+    ):
         size = {key: value for key, value in arguments.items() if key == "sample_size"}
-        config = replace(config, unet=replace(config.unet, arguments={**size, **stored}))
-    if not unet.get("encoder_hid_dim"):  # its cross-attention is as wide as the language model, without a projection
-        config = replace(
-            config, unet=replace(config.unet, arguments={**config.unet.arguments, "encoder_hid_dim": None})
-        )
+        config = replace(config, unet=replace(config.unet, class_name=theirs, arguments={**size, **stored}))
+    if not unet.get(key := DENOISERS[theirs].text_width):  # its cross-attention is as wide as the language model
+        config = replace(config, unet=replace(config.unet, arguments={**config.unet.arguments, key: None}))
     lora = description["lora"]
     if config.train_text == "adapter" and lora is not None:
         if lora.get("settings"):
@@ -264,8 +265,10 @@ def check_denoiser(config: TrainConfig, init: Path, description: dict[str, Any])
                 f"{init} learned with {key}={theirs[key]}, and this command says {value}; set {key} to the checkpoint's, or "
                 "start from its U-Net alone with init_from=<checkpoint>/unet."
             )
-    stored, mine = own_arguments(read_json(init / UNET / "config.json")), own_arguments(config.unet.arguments)
-    differing = [
+    unet, name = open_layout(init).unet_config, config.unet.class_name
+    stored, mine = own_arguments(unet, class_of(unet)), own_arguments(config.unet.arguments, name)
+    differing: list[tuple[str, Any, Any]] = [("unet.class_name", class_of(unet), name)]
+    differing += [
         (f"unet.arguments.{key}", stored.get(key, "diffusers' default"), mine.get(key, "diffusers' default"))
         for key in sorted({*stored, *mine})
     ]

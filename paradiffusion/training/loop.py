@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def draw_uniform(seed: int, step: int, slots: Tensor, batch_size: int, repeats: 
     return torch.from_numpy((uniform("times", seed, step) + places) / count % 1)
 
 
+def weight_of_readable(batches: list[Batch], setup: Setup) -> Tensor:
+    """By what a step's weights are multiplied so that their mean over the global batch is 1: the mean of the weighted losses is
+    then that over the readable samples, in whichever process and micro-batch the others are."""
+    readable = torch.stack([batch.weights.sum() for batch in batches]).sum().to(setup.accelerator.device)
+    if setup.accelerator.num_processes > 1:
+        torch.distributed.all_reduce(readable)
+    return setup.config.batch_size / readable.clamp_min(1)
+
+
 def prepare(setup: Setup, batch: Batch, meters: Meters) -> LossBatch:
     """Images and captions, or what is cached of them, to latents, noise, times and conditioning."""
     config, device = setup.config, setup.accelerator.device
@@ -95,7 +105,7 @@ def prepare(setup: Setup, batch: Batch, meters: Meters) -> LossBatch:
     common: dict[str, Any] = {
         "latents": latents_of(setup.codec, batch, posterior, device, setup.memory),
         "noise": noise.to(device),
-        "times": setup.joint.objective.times(u).to(device),
+        "times": setup.joint.objective.times(u, shape[1:]).to(device),
         "weights": batch.weights.to(device),
         "told": torch.tensor([bool(caption) for caption in batch.captions], device=device),
     }
@@ -231,15 +241,18 @@ def step_gradients(
     config, engine, watch, step = setup.config, setup.engine, setup.watch, setup.state.step
     keys: list[str] = []
     total = torch.zeros((), device=setup.accelerator.device)
-    measured, layouts = [], []
+    measured, layouts, batches = [], [], []
     for micro in range(setup.micro_batches):
         watch.beat("data", step, setup.expected_keys(step, micro))
         waiting = time.monotonic()
-        batch = next(loader)
+        batches.append(next(loader))
         meters.waited += time.monotonic() - waiting
+    scale = weight_of_readable(batches, setup)
+    for micro, batch in enumerate(batches):
         keys += batch.keys
         watch.beat("encode", step, batch.keys)
         inputs = prepare(setup, batch, meters)
+        inputs = replace(inputs, weights=inputs.weights * scale)
         watch.beat("forward", step)
         with engine.accumulating(micro == setup.micro_batches - 1):
             losses = setup.engine.model(inputs)

@@ -10,6 +10,7 @@ from torch import nn
 
 from paradiffusion.config import OptimizerConfig
 from paradiffusion.errors import UserError
+from paradiffusion.models.unet import PROJECTIONS
 from paradiffusion.text.families import lacks_bitsandbytes
 
 
@@ -18,7 +19,7 @@ def part_of(name: str) -> str:
     linear projection) or "unet"."""
     if name.startswith("text_encoder.") or ".lora_" in name:
         return "lora"
-    return "conditioning" if name.startswith(("refiner.", "unet.encoder_hid_proj.")) else "unet"
+    return "conditioning" if name.startswith(("refiner.", *PROJECTIONS)) else "unet"
 
 
 class MuonAdamW:

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, KwargsHandler
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
@@ -39,11 +39,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         backend = None if torch.cuda.is_available() else "gloo"
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
     accelerator = Accelerator(
+        # Without a GPU accelerate joins processes only where it is told so, and would let each train by itself.
+        cpu=world_size > 1 and plugin is None and not torch.accelerator.is_available(),
         # Under DeepSpeed its engine casts; accelerate's own casting would come on top.
         mixed_precision="no" if config.precision == "fp32" or plugin is not None else config.precision,
         deepspeed_plugin=plugin,
         kwargs_handlers=handlers,
     )
+    if world_size > 1 and accelerator.distributed_type == DistributedType.NO:
+        raise UserError(
+            f"{world_size} processes were launched, and accelerate cannot join them on {accelerator.device.type}: each would "
+            "train a model of its own; launch one process, or set ACCELERATE_USE_CPU=1 to train on processors."
+        )
     if plugin is not None:
         load_models_whole(plugin)
     set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))

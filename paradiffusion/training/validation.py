@@ -128,7 +128,7 @@ class Validation:
         generators = [torch.Generator().manual_seed(seed_from("validation noise", SEED, number)) for number, _ in batch]
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(device)
         u = torch.tensor([(number + 0.5) / total for number, _ in batch])
-        times = joint.objective.times(u).to(device)
+        times = joint.objective.times(u, latents.shape[2:]).to(device)
         tokens = encoder.tokenize([getattr(item, kind) for _, item in batch]).to(device)
         features = encoder(tokens.ids, tokens.mask, tokens.prefix)
         weights = torch.ones(len(batch), device=device)

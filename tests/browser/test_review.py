@@ -199,7 +199,7 @@ def test_a_decision_that_cannot_be_written_is_not_acknowledged(
             raise OSError(28, "No space left on device")
         return real(file, data)
 
-    monkeypatch.setattr("paradiffusion.curation.choosing.decisions.os.write", full)
+    monkeypatch.setattr("paradiffusion.curation.journal.os.write", full)
     status, body, _ = ask("POST", "/api/decision", body_of(review, event="second", at=6))
     assert status == 507 and b"No space left" in body
     monkeypatch.undo()

@@ -23,8 +23,8 @@ from PIL import Image
 
 from paradiffusion.curation.building import build as building
 from paradiffusion.curation.building.build import build
-from paradiffusion.curation.building.options import BuildOptions
-from paradiffusion.curation.building.report import Report
+from paradiffusion.curation.building.build_options import BuildOptions
+from paradiffusion.curation.building.build_report import Report
 from paradiffusion.data.images import decode
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards

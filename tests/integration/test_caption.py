@@ -286,7 +286,7 @@ def test_a_wrong_request_is_told_in_a_sentence(
 def test_help_names_every_key(command: Callable[..., subprocess.CompletedProcess[str]], script: ModuleType) -> None:
     from dataclasses import fields
 
-    from paradiffusion.curation.captioning.options import CaptionOptions
+    from paradiffusion.curation.captioning.caption_options import CaptionOptions
 
     assert script.__doc__ is not None
     for one in fields(CaptionOptions):

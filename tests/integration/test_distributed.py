@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import ROOT, wait_for
+from data_fixtures import half_unreadable
 from PIL import Image
 from training_runs import free_port, newest, records, sample_here, steps_saved, train_here
 
@@ -58,6 +59,25 @@ def test_two_processes_draw_what_one_draws(alone: Path, tmp_path: Path) -> None:
             with Image.open(tmp_path / folder / f"{number:05d}.png") as image:
                 images.append(np.asarray(image).astype(int))
         assert images[0].shape == images[1].shape and np.abs(images[0] - images[1]).max() <= 1
+
+
+def test_two_processes_lose_what_one_loses_where_samples_cannot_be_read(
+    tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    bad = [
+        f"data.shards={half_unreadable(tmp_path / 'bad')}",
+        "data.max_bad_fraction=0.9",
+        "log_every=1",
+        "max_steps=6",
+    ]
+    arguments = [*tiny_arguments, *bad]
+    assert train_here([*arguments, f"run_dir={tmp_path / 'one'}"]) == 0
+    result = launch(2, "train.py", *arguments, f"run_dir={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stderr
+    one, two = (records(tmp_path / name / "stage1") for name in ("one", "two"))
+    assert any(row["bad_samples"] for row in one)
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+    assert [row["gradient_norm"] for row in two] == pytest.approx([row["gradient_norm"] for row in one], rel=1e-4)
 
 
 def accelerate(arguments: list[str]) -> subprocess.Popen[str]:

@@ -107,22 +107,6 @@ def test_the_recipe_is_refused_where_it_cannot_run(tiny_arguments: list[str], tm
         )  # fmt: skip
 
 
-@pytest.mark.skipif(not (CUDA and BITSANDBYTES), reason="needs a CUDA device and bitsandbytes")
-def test_eight_bit_steps_follow_adamw() -> None:
-    device = torch.device("cuda")
-    results = []
-    for name in ("adamw", "adamw8bit"):
-        named = {n: nn.Parameter(torch.ones(128, 128, device=device)) for n in ("unet.a", "unet.b")}
-        optimizer = build_optimizer(named, OptimizerConfig(name=name, lr=1e-2))
-        for step in range(20):
-            for number, parameter in enumerate(named.values()):
-                parameter.grad = torch.full_like(parameter, 0.1 * (step + number + 1))
-            optimizer.step()
-        assert all(torch.is_tensor(v) for values in optimizer.state.values() for v in values.values())
-        results.append(named["unet.a"].detach())
-    torch.testing.assert_close(*results, rtol=0.02, atol=0)
-
-
 def test_fused_steps_are_those_of_the_plain_optimiser() -> None:
     """The same steps and the same names of state with and without."""
     assert takes_fused(parameters(), OptimizerConfig()) is True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from paradiffusion.data.index import SampleIndex, load_index
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.randomness import seed_from
+from paradiffusion.scenes.dataset import demo_samples
 
 SIZES = ((64, 64), (96, 56), (56, 96), (80, 64))
 
@@ -27,6 +29,14 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 def picture(seed: int, width: int = 64, height: int = 64) -> Image.Image:
     """Noise, another for each seed."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def half_unreadable(folder: Path, count: int = 40) -> Path:
+    """Shards of built-in scenes, every third of which is cut: its header still tells the size, so that it is planned, and read."""
+    scenes = enumerate(demo_samples("web", count))
+    cut = (replace(one, image=one.image[: len(one.image) // (2 if number % 3 == 0 else 1)]) for number, one in scenes)
+    write_shards(cut, folder, count)
+    return folder
 
 
 def sample(number: int, captions: dict[str, str] | None = None) -> RawSample:

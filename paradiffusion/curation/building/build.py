@@ -1,4 +1,4 @@
-"""From an input to shards, in three steps that each go on where they stopped.
+"""Building of shards from an input, in three steps that each go on where they stopped.
 
 1. Every part of the input (a folder, table or tar) is listed, and its items are cut into chunks.
 2. Every chunk is read once: captions cleaned, images checked, hashed and, where need be, fetched or encoded (chunk.py).
@@ -10,30 +10,38 @@ Chunks and shards are functions of the input and the options, whatever the numbe
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.curation.building.archives import Archive, is_archive, open_archive
-from paradiffusion.curation.building.chunk import ChunkTask, ItemRules, Tally, make_chunk
-from paradiffusion.curation.building.ingest import Part, find_parts, items_of
+from paradiffusion.curation.building.build_options import BuildOptions
+from paradiffusion.curation.building.build_report import Report, make_report, read_report, write_report
+from paradiffusion.curation.building.chunk import Tally, make_chunk
+from paradiffusion.curation.building.duplicates import Lines, Selection, select
+from paradiffusion.curation.building.inputs import Part, find_parts, items_of
 from paradiffusion.curation.building.items import Columns
-from paradiffusion.curation.building.options import BuildOptions
-from paradiffusion.curation.building.report import Report, make_report, read_report, write_report
-from paradiffusion.curation.building.select import Selection, select
-from paradiffusion.curation.building.shard import ShardTask, make_shard
-from paradiffusion.curation.building.work import EndedFromOutside, ended_like_interrupted, progress, run_tasks
-from paradiffusion.curation.building.work import Report as Tell
-from paradiffusion.data.index import TokenCounter
+from paradiffusion.curation.building.places import (
+    Archive,
+    Dropped,
+    FetchLimits,
+    Place,
+    Reader,
+    is_archive,
+    open_archive,
+)
+from paradiffusion.curation.journal import lock
+from paradiffusion.curation.pool import EndedFromOutside, Tell, interruptible, run_tasks
+from paradiffusion.data.index import TokenCounter, index_shard
+from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 
@@ -41,6 +49,7 @@ JOURNAL: Final = "build.json"
 VAL: Final = "val"
 _CHUNK: Final = 500  # items; some seconds of work, which is what an interrupt loses per process
 _VERSION: Final = 2
+_Run = Callable[..., list[Any]]  # ``run_tasks`` with the processes of this build
 # What a killed build leaves of a file or shard under its temporary name.
 _HALF: Final = re.compile(
     r"\.(?:\d{6,}\.\d+|\d{6,}\.index\.npz\.[0-9a-f]+\.part|(?:build\.json|report\.json|report\.md)\.(?:\d+|part))"
@@ -64,32 +73,32 @@ def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
         "input": _stamps(parts, options.root),
         "done": False,
     }
-    with _locked(output), _naming(output):
+    with _locked(output), _naming(output), interruptible() as check:
         before = _check_output(output, journal)
         if before is not None and before["done"]:
             return read_report(output)
         write_atomic(output / JOURNAL, json.dumps(journal, indent=1))
         work = output / ".build"
-        processes = options.processes or cores()
-        with ended_like_interrupted():
-            try:
-                chunks = _list(parts, columns, _archive(options, work), work, processes)
-                if not chunks:
-                    raise UserError(
-                        f"input={options.input} holds no item that could be a sample, read as format={kind}; check the path, "
-                        "or say what it is with format=."
-                    )
-            except UserError as error:
-                # Nothing is lost, and a mended table is another input.
-                if not isinstance(error, EndedFromOutside) and not (work / "chunks").exists():
-                    _forget(output)
-                raise
-            tally = _first_pass(chunks, work, options, processes)
-            selection = select(
-                [work / "chunks" / name for name in chunks], options.duplicates == "drop", options.distance()
-            )
-            tally.add(selection.tally)
-            _write_shards(selection, output, options, processes, counter)
+        run = partial(run_tasks, processes=options.processes or cores(), check=check)
+        try:
+            chunks = _list(parts, columns, _archive(options, work, check), work, run)
+            if not chunks:
+                raise UserError(
+                    f"input={options.input} holds no item that could be a sample, read as format={kind}; check the path, "
+                    "or say what it is with format=."
+                )
+        except UserError as error:
+            # Nothing is lost, and a mended table is another input.
+            if not isinstance(error, EndedFromOutside) and not (work / "chunks").exists():
+                _forget(output)
+            raise
+        tally = _first_pass(chunks, work, options, run)
+        selection = select(
+            [work / "chunks" / name for name in chunks], options.duplicates == "drop", options.distance()
+        )
+        tally.add(selection.tally)
+        check()
+        _write_shards(selection, output, options, run, counter)
         report = make_report(output, kind, options, tally, selection)
         write_report(report, output)
         write_atomic(output / JOURNAL, json.dumps({**journal, "done": True}, indent=1))
@@ -109,35 +118,20 @@ def _naming(output: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
-    """Hold ``output`` against a second build, and clear up behind one that is done.
-
-    The lock is of the process: forked children do not inherit it.
-    """
+    """Hold ``output`` against a second build, and clear up behind one that is done."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output} is a file; expected a new or empty folder.")
-    has_journal = (output / JOURNAL).exists()
-    foreign = (
-        []
-        if has_journal or not output.exists()
-        else [entry.name for entry in output.iterdir() if entry.name != ".build" and not _HALF.fullmatch(entry.name)]
-    )
-    if foreign:
-        raise UserError(
-            f"output={output} holds {sorted(foreign)[0]!r}, expected a new or empty folder; choose another."
-        )
+    if output.exists() and not (output / JOURNAL).exists():
+        foreign = [one.name for one in output.iterdir() if one.name != ".build" and not _HALF.fullmatch(one.name)]
+        if foreign:
+            raise UserError(f"output={output} holds {min(foreign)!r}, expected a new or empty folder; choose another.")
     (output / ".build").mkdir(parents=True, exist_ok=True)
-    file: IO[str] = open(output / ".build" / "lock", "w")  # noqa: SIM115 - held until the end
     try:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"output={output} is being built by another process; wait for it or choose another."
-            ) from None
-        _sweep(output)
-        yield
+        with open(output / ".build" / "lock", "w") as file:
+            lock(file, f"output={output} is being built by another process; wait for it or choose another.")
+            _sweep(output)
+            yield
     finally:
-        file.close()
         if _read_json(output / JOURNAL, {}).get("done"):
             shutil.rmtree(output / ".build", ignore_errors=True)
 
@@ -188,72 +182,48 @@ def _stamps(parts: list[Part], root: str | None) -> dict[str, Any]:
     return found
 
 
-def _archive(options: BuildOptions, work: Path) -> Archive | None:
+def _archive(options: BuildOptions, work: Path, check: Callable[[], None]) -> Archive | None:
     root = Path(options.root).expanduser() if options.root else None
-    return open_archive(root, work, options.max_unzipped_gigabytes) if root is not None and is_archive(root) else None
-
-
-@dataclass(frozen=True)
-class _ListTask:
-    number: int
-    part: Part
+    limit = options.max_unzipped_gigabytes
+    return open_archive(root, work, limit, check) if root is not None and is_archive(root) else None
 
 
 def _list_part(
-    task: _ListTask, report: Tell, columns: Columns, archive: Archive | None, folder: Path
-) -> dict[str, Any]:
-    """Write the items of one part as chunks; what the listing's note says of it."""
-    note = folder / f"{task.number:05d}.json"
+    task: tuple[int, Part], tell: Tell, columns: Columns, archive: Archive | None, folder: Path
+) -> list[int]:
+    """Write the items of one part (with its number) as chunks; their sizes, which the listing's note keeps."""
+    number, part = task
+    note = folder / f"{number:05d}.json"
     if note.exists():
-        return dict(_read_json(note, {}))
+        return list(_read_json(note, {})["sizes"])
     sizes: list[int] = []
-    partial, file = folder / f"{task.number:05d}.{os.getpid()}", None
-    try:
-        for item in items_of(task.part, columns, archive):
-            if file is None or sizes[-1] == _CHUNK:
-                if file is not None:
-                    file.close()
-                    os.replace(partial, folder / f"{task.number:05d}-{len(sizes) - 1:05d}.jsonl")
-                sizes.append(0)
-                file = open(partial, "w", encoding="utf-8")  # noqa: SIM115 - one file after the other
-            file.write(item.to_json() + "\n")
-            sizes[-1] += 1
-            report(1)
-    finally:
-        if file is not None:
-            file.close()
-    if sizes:
-        os.replace(partial, folder / f"{task.number:05d}-{len(sizes) - 1:05d}.jsonl")
+    partial = folder / f"{number:05d}.{os.getpid()}"
+    items = iter(items_of(part, columns, archive))
+    while chunk := [item.to_json() + "\n" for item in islice(items, _CHUNK)]:
+        partial.write_text("".join(chunk), encoding="utf-8")
+        os.replace(partial, folder / f"{number:05d}-{len(sizes):05d}.jsonl")
+        sizes.append(len(chunk))
+        tell(len(chunk))
     write_atomic(note, json.dumps({"sizes": sizes}))
-    return {"sizes": sizes}
+    return sizes
 
 
-def _list(parts: list[Part], columns: Columns, archive: Archive | None, work: Path, processes: int) -> dict[str, int]:
-    """Chunks in input order, with their items."""
+def _list(parts: list[Part], columns: Columns, archive: Archive | None, work: Path, run: _Run) -> dict[str, int]:
+    """Chunks in input order, with how many items each has."""
     folder = work / "items"
     folder.mkdir(exist_ok=True)
-    tasks = [_ListTask(number, part) for number, part in enumerate(parts)]
     function = partial(_list_part, columns=columns, archive=archive, folder=folder)
-    with progress("listing", "item", None) as report:
-        notes = dict(run_tasks(function, tasks, processes, report))
-    return {
-        f"{part:05d}-{chunk:05d}": size for part in range(len(parts)) for chunk, size in enumerate(notes[part]["sizes"])
-    }
+    listed = run("listing", "item", None, function, list(enumerate(parts)))
+    return {f"{part:05d}-{chunk:05d}": size for part, sizes in enumerate(listed) for chunk, size in enumerate(sizes)}
 
 
-def _first_pass(chunks: dict[str, int], work: Path, options: BuildOptions, processes: int) -> Tally:
+def _first_pass(chunks: dict[str, int], work: Path, options: BuildOptions, run: _Run) -> Tally:
     folder = work / "chunks"
     folder.mkdir(exist_ok=True)
-    rules = ItemRules(
-        options.picture_rules(), options.fetch_limits(), options.threads, options.min_words, options.max_words,
-        options.uncaptioned == "keep", options.val,
-    )  # fmt: skip
     names = [name for name in chunks if not (folder / f"{name}.json").exists()]
     done = sum(chunks.values()) - sum(chunks[name] for name in names)
-    tasks = [ChunkTask(work / "items" / f"{name}.jsonl", folder / name, rules) for name in names]
-    with progress("reading images", "image", sum(chunks.values()), done) as report:
-        for _ in run_tasks(make_chunk, tasks, processes, report):
-            pass
+    function = partial(make_chunk, work=work, options=options)
+    run("reading images", "image", sum(chunks.values()), function, names, done=done)
     total = Tally()
     for name in chunks:
         total.add(Tally(**_read_json(folder / f"{name}.json", {})))
@@ -261,18 +231,16 @@ def _first_pass(chunks: dict[str, int], work: Path, options: BuildOptions, proce
 
 
 def _write_shards(
-    selection: Selection, output: Path, options: BuildOptions, processes: int, counter: TokenCounter | None
+    selection: Selection, output: Path, options: BuildOptions, run: _Run, counter: TokenCounter | None
 ) -> None:
     size = options.samples_per_shard
-    tasks = []
-    for folder, rows in ((output, selection.train), (output / VAL, selection.val)):
-        for number in range(-(-len(rows) // size)):
-            chosen = selection.lines(rows[number * size : (number + 1) * size])
-            tasks.append(ShardTask(folder / f"{number:06d}.tar", chosen))
+    tasks = [
+        (folder / f"{start // size:06d}.tar", selection.lines(rows[start : start + size]))
+        for folder, rows in ((output, selection.train), (output / VAL, selection.val))
+        for start in range(0, len(rows), size)
+    ]
     function = partial(make_shard, counter=counter, limits=options.fetch_limits())
-    with progress("writing shards", "image", len(selection.train) + len(selection.val)) as report:
-        for _ in run_tasks(function, tasks, processes, report):
-            pass
+    run("writing shards", "image", len(selection.train) + len(selection.val), function, tasks)
 
 
 def _read_json(path: Path, default: Any) -> Any:
@@ -280,3 +248,52 @@ def _read_json(path: Path, default: Any) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return default
+
+
+def make_shard(task: tuple[Path, list[Lines]], tell: Tell, counter: TokenCounter | None, limits: FetchLimits) -> None:
+    """Write and index one shard of these lines, in order; one that is there already is left alone, since only whole ones bear
+    their name."""
+    shard, chosen = task
+    count = sum(len(lines.offsets) for lines in chosen)
+    if not shard.exists():
+        part = shard.with_name(f".{shard.stem}.{os.getpid()}")
+        try:
+            (written,) = write_shards(_samples(chosen, tell, limits), part, count)
+            os.replace(written, shard)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    else:
+        tell(count)
+    index_shard(shard, counter=counter)
+
+
+def _samples(chosen: list[Lines], tell: Tell, limits: FetchLimits) -> Iterator[RawSample]:
+    reader = Reader(limits)
+    for lines in chosen:
+        with (
+            open(lines.chunk.with_suffix(".jsonl"), "rb") as texts,
+            open(lines.chunk.with_suffix(".bin"), "rb") as staged,
+        ):
+            for offset, length in zip(lines.offsets.tolist(), lines.lengths.tolist(), strict=True):
+                texts.seek(offset)
+                line = json.loads(texts.read(length))
+                if line["at"] is not None:
+                    staged.seek(line["at"][0])
+                    image = staged.read(line["at"][1])
+                else:
+                    image = _again(reader, Place(**line["place"]), line["name"], line["crc"])
+                yield RawSample(line["key"], image, line["extension"], line["meta"])
+                tell(1)
+
+
+def _again(reader: Reader, place: Place, name: str, crc: int) -> bytes:
+    try:
+        data = reader.read(place)
+        if zlib.crc32(data) != crc:  # its size, captions and duplicates were those of another picture
+            raise Dropped("other content")
+        return data
+    except Dropped as drop:
+        raise UserError(
+            f"{name} is not what it was when it was first read ({drop.reason}); leave the input alone until the build "
+            "ends, then start it anew in another folder."
+        ) from None

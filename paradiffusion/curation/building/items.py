@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from paradiffusion.curation.building.cleaning import decode_text
-from paradiffusion.curation.building.pictures import EXTENSIONS
-from paradiffusion.curation.building.places import Place
+from paradiffusion.curation.building.places import EXTENSIONS, Place
 
 # Columns and JSON fields that are captions unless captions= says otherwise, for each kind the first one that has text.
 # Our choice, after the layouts of img2dataset, kohya's scripts and the data sets with synthetic captions.

@@ -1,29 +1,35 @@
-"""Where an image's bytes lie (a file, a piece of a tar, a zip's member, a cell of a Parquet table, a URL), and reading them.
+"""Reader of images' bytes, wherever they lie: a file, a piece of a tar, a zip's member, a cell of a Parquet table, a URL.
 
 Nothing is unpacked to disk by its name and nothing is executed; every read stops at a size limit.
 """
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import lzma
 import os
 import re
-import socket
 import stat
-import threading
-import urllib.error
+import tarfile
 import urllib.parse
-import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from email.message import Message
-from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPResponse, HTTPSConnection
-from time import monotonic, sleep
-from typing import IO, Any, Final
+from pathlib import Path, PurePosixPath
+from time import sleep
+from typing import Any, Final
 
+import aiohttp
+from yarl import URL
+
+from paradiffusion.atomic import atomic_file
+from paradiffusion.curation.pool import make_bar
+from paradiffusion.errors import UserError
+
+# Of image files.
+EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif")
 _AGENT: Final = "paradiffusion-build-shards"
 _REDIRECTS: Final = 5
 _PIECE: Final = 1 << 16
@@ -58,10 +64,6 @@ class Place:
     offset: int = 0
     size: int = 0
     member: str = ""
-
-    def is_lasting(self) -> bool:
-        """Whether the bytes can be read again at no cost, so that no copy of them need be staged."""
-        return self.kind in ("file", "span")
 
 
 @dataclass(frozen=True)
@@ -149,77 +151,31 @@ def _cells_of(path: str, group: int, column: str) -> Iterator[tuple[int, Any]]:
         yield from enumerate(cell for batch in batches for cell in batch.column(0))
 
 
-class _HttpOnly(urllib.request.HTTPRedirectHandler):
-    """Follows a few redirects, and none that leaves http and https."""
-
-    max_redirections = _REDIRECTS
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
-    ) -> urllib.request.Request | None:
-        if not newurl.lower().startswith(("http://", "https://")):
-            raise Dropped("not downloaded", "redirected away from http")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+class _Busy(Exception):
+    """A site asks to come again: what it said, and after how many seconds."""
 
 
-class _Http(urllib.request.HTTPHandler):
-    """Notes the sockets that it opens in ``opened``."""
-
-    def __init__(self, opened: list[socket.socket]) -> None:
-        super().__init__()
-        self.opened = opened
-
-    def http_open(self, req: urllib.request.Request) -> HTTPResponse:
-        opened = self.opened
-
-        class Noted(HTTPConnection):
-            def connect(self) -> None:
-                super().connect()
-                opened.append(self.sock)
-
-        return self.do_open(Noted, req)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    """As _Http."""
-
-    def __init__(self, opened: list[socket.socket]) -> None:
-        super().__init__()
-        self.opened = opened
-
-    def https_open(self, req: urllib.request.Request) -> HTTPResponse:
-        opened = self.opened
-
-        class Noted(HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                opened.append(self.sock)
-
-        return self.do_open(Noted, req)
-
-
-@contextmanager
-def _within(seconds: float, opened: list[socket.socket]) -> Iterator[None]:
-    """Shut the ``opened`` sockets after so long: their time-out starts anew with every byte, and a server that drips its
-    headers would hold a thread for days. Raises TimeoutError."""
-
-    late = threading.Event()
-
-    def shut() -> None:
-        late.set()
-        for one in opened:
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-
-    watch = threading.Timer(seconds, shut)
-    watch.daemon = True
-    watch.start()
-    try:
-        yield
-    finally:
-        watch.cancel()
-    if late.is_set():  # headers that end early look like whole ones
-        raise TimeoutError("the answer took too long")
+async def _download(url: str, limits: FetchLimits) -> bytes:
+    # "total": the other limits start anew with every byte, and a server that drips would hold a thread for days.
+    timeout = aiohttp.ClientTimeout(total=8 * limits.timeout, sock_connect=limits.timeout, sock_read=limits.timeout)
+    headers = {"User-Agent": _AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+    async with (
+        aiohttp.ClientSession(timeout=timeout, headers=headers, trust_env=True) as session,
+        session.get(URL(_in_ascii(url), encoded=True), max_redirects=_REDIRECTS) as answer,
+    ):
+        if answer.status in _MENDABLE:
+            raise _Busy(f"status {answer.status}", _pause_asked(answer.headers.get("Retry-After", "")))
+        if not 200 <= answer.status < 300:
+            raise Dropped("not downloaded", f"status {answer.status}")
+        tags = ",".join(answer.headers.getall("X-Robots-Tag", [])).lower()
+        if "noai" in tags or "noimageai" in tags:
+            raise Dropped("not downloaded", "the site asks not to be used for training")
+        data = bytearray()
+        async for piece in answer.content.iter_chunked(_PIECE):
+            data += piece
+            if len(data) > limits.max_bytes:
+                break
+        return bytes(data[: limits.max_bytes + 1])
 
 
 def fetch(url: str, limits: FetchLimits) -> bytes:
@@ -230,28 +186,24 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
     """
     if not url.lower().startswith(("http://", "https://")):
         raise Dropped("not downloaded", "expected an http or https address")
-    opened: list[socket.socket] = []
-    opener = urllib.request.build_opener(_HttpOnly, _Http(opened), _Https(opened))
     detail, asked = "", 0.0
     for attempt in range(limits.retries + 1):
         if attempt:
             sleep(max(asked, min(0.5 * 2**attempt, 8.0)))
         try:
-            request = urllib.request.Request(
-                _in_ascii(url), headers={"User-Agent": _AGENT, "Accept": "image/*,*/*;q=0.5"}
-            )
-            opened.clear()
-            with _within(8 * limits.timeout, opened), opener.open(request, timeout=limits.timeout) as answer:
-                return _body(answer, limits)
-        except urllib.error.HTTPError as error:
-            detail, asked = f"status {error.code}", _pause_asked(error.headers)
-            if error.code not in _MENDABLE:
-                break
-        except (OSError, HTTPException, ValueError, UnicodeError) as error:
-            cause = getattr(error, "reason", None)
-            detail = type(cause if isinstance(cause, Exception) else error).__name__
-            if isinstance(error, ValueError | UnicodeError):
-                break
+            return asyncio.run(_download(url, limits))
+        except _Busy as busy:
+            detail, asked = busy.args
+        except aiohttp.NonHttpUrlRedirectClientError:
+            raise Dropped("not downloaded", "redirected away from http") from None
+        except aiohttp.TooManyRedirects as error:
+            raise Dropped("not downloaded", f"status {error.history[-1].status}") from None
+        except ValueError as error:  # no address, or a certificate that is not trusted
+            raise Dropped("not downloaded", type(getattr(error, "certificate_error", error)).__name__) from None
+        except (OSError, aiohttp.ClientError) as error:
+            cause = getattr(error, "os_error", error)
+            known = {aiohttp.ClientPayloadError: "IncompleteRead", TimeoutError: "TimeoutError"}
+            detail = next((name for kind, name in known.items() if isinstance(cause, kind)), type(cause).__name__)
     raise Dropped("not downloaded", detail)
 
 
@@ -265,27 +217,94 @@ def _in_ascii(url: str) -> str:
     return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
 
 
-def _pause_asked(headers: Message) -> float:
+def _pause_asked(told: str) -> float:
     """Seconds that a busy site asks us to leave it alone."""
-    told = (headers.get("Retry-After") or "").strip()
     return min(float(told), _LONGEST_PAUSE) if told.isascii() and told.isdigit() else 0.0
 
 
-def _body(answer: Any, limits: FetchLimits) -> bytes:
-    tags = ",".join(answer.headers.get_all("X-Robots-Tag", [])).lower()
-    if "noai" in tags or "noimageai" in tags:
-        raise Dropped("not downloaded", "the site asks not to be used for training")
-    # The socket's timeout starts anew with every byte: a server that drips would hold a thread for hours.
-    deadline = monotonic() + 6 * limits.timeout
-    data = bytearray()
-    while len(data) <= limits.max_bytes:
-        piece = answer.read1(min(_PIECE, limits.max_bytes + 1 - len(data)))
-        if not piece:
-            break
-        data += piece
-        if monotonic() > deadline:
-            raise TimeoutError("the body took too long")
-    expected = answer.headers.get("Content-Length", "")
-    if expected.isdigit() and len(data) < min(int(expected), limits.max_bytes + 1):
-        raise OSError("the body is cut short")
-    return bytes(data)
+@dataclass(frozen=True)
+class Archive:
+    """Where members lie by their plain name: (offset, size) in the plain tar at ``path``, or the name that a zip has for it.
+
+    ``links`` are members that lead elsewhere, which are not followed.
+    """
+
+    path: str
+    members: dict[str, tuple[int, int] | str]
+    links: frozenset[str] = frozenset()
+
+    def place(self, name: str) -> Place:
+        """Where the member ``name`` lies."""
+        plain = _plain(name)
+        found = self.members.get(plain)
+        if found is None:
+            why = "a link in the archive, not followed" if plain in self.links else "no such member in the archive"
+            return Place("none", "no image", member=why)
+        return Place("zip", self.path, member=found) if isinstance(found, str) else Place("span", self.path, *found)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a root is one: a file called .zip, .tar, .tgz or .tar.gz."""
+    return path.is_file() and path.name.lower().endswith((".zip", ".tar", ".tgz", ".tar.gz"))
+
+
+def open_archive(path: Path, work: Path, max_gigabytes: float, check: Callable[[], None]) -> Archive:
+    """List an archive. A gzipped tar has no beginning but its own, so it is first unzipped (not unpacked) into ``work``.
+
+    Raises UserError when it is damaged, or comes to more than ``max_gigabytes`` unzipped.
+    """
+    try:
+        if path.name.lower().endswith(".zip"):
+            with zipfile.ZipFile(path) as packed:
+                return Archive(str(path), {_plain(name): name for name in packed.namelist()})
+        plain = path
+        if path.name.lower().endswith("gz"):
+            plain = work / "archive.tar"
+            if not plain.exists():
+                _unzip(path, plain, max_gigabytes, check)
+        return _list_tar(plain)
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"root={path} is a damaged archive ({error}); fetch it again.") from None
+
+
+def _plain(name: str) -> str:
+    """A member's name as tables and tools write it in several ways: "./a/b.png", "a\\b.png"."""
+    return PurePosixPath(name.replace("\\", "/")).as_posix()
+
+
+def _unzip(path: Path, plain: Path, max_gigabytes: float, check: Callable[[], None]) -> None:
+    """Counted as it comes out, since a small file may hold terabytes of zeros."""
+    written = 0
+    with (
+        gzip.open(path) as source,
+        atomic_file(plain) as partial,
+        open(partial, "wb") as target,
+        make_bar(f"unzipping {path.name}", "MiB", None) as bar,
+    ):
+        while piece := source.read(1 << 20):
+            written += len(piece)
+            if written > max_gigabytes * 1e9:
+                raise UserError(
+                    f"root={path} comes to more than {max_gigabytes:g} GB unzipped; give max_unzipped_gigabytes= if that "
+                    "is right, or unpack it and give the folder as root=."
+                )
+            target.write(piece)
+            bar.update(1)
+            check()
+
+
+def _list_tar(path: Path) -> Archive:
+    members: dict[str, tuple[int, int] | str] = {}
+    links: set[str] = set()
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.size < 0:  # leads back to where it has been
+                raise tarfile.ReadError("a member of negative size")
+            name, target = _plain(member.name), _plain(member.linkname)
+            if member.isreg() and not member.issparse():
+                members[name] = member.offset_data, member.size
+            elif member.islnk() and target in members:  # the same file under another name, as tar writes hard links
+                members[name] = members[target]
+            elif member.islnk() or member.issym():
+                links.add(name)
+    return Archive(str(path), members, frozenset(links))

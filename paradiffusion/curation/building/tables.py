@@ -6,15 +6,46 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.curation.building.cleaning import decode_text
-from paradiffusion.curation.building.parquet import parquet_rows, read_schema
-from paradiffusion.curation.building.rows import Row, check_names, repeated_name
 from paradiffusion.errors import UserError
+
+
+@dataclass
+class Row:
+    """One row: ``number`` counts rows from 0 (keys are made of it), ``place`` is what a person looks for in the file ("line 2",
+    as an editor counts; "row 1" where there are no lines); ``fields`` by column; ``problem`` is set where the row could not be
+    read.
+
+    ``cell`` is (row group, row in it) of a Parquet file.
+    """
+
+    number: int
+    place: str
+    fields: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    problem: str = ""
+    cell: tuple[int, int] = (0, 0)
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Raise UserError for two columns of one name, of which one would be lost; columns without a name are nobody's."""
+    again = [name for name, count in Counter(names).items() if count > 1 and name]
+    if again:
+        raise repeated_name(path, again[0])
+
+
+def repeated_name(path: Path, name: str, where: str = "") -> UserError:
+    """The refusal of a table that has a name twice."""
+    return UserError(
+        f"{path} has {name!r} twice{where}, and which is meant is not known; give one of them another name."
+    )
+
 
 SUFFIXES: Final = (".csv", ".tsv", ".jsonl", ".jsonlines", ".ndjson", ".json", ".parquet")
 _UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
@@ -178,3 +209,84 @@ def _json_rows(path: Path) -> Iterator[Row]:
     for number, row in enumerate(content):
         is_row = isinstance(row, dict)
         yield Row(number, f"row {number + 1}", row if is_row else {}, list(notes), "" if is_row else "no JSON object")
+
+
+_ROWS_AT_ONCE: Final = 1000
+
+
+def read_schema(path: Path) -> Any:
+    """The schema. Raises UserError for what is no Parquet file, and for two columns of one name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        schema = pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} is no Parquet file that can be read ({str(error).splitlines()[0]}).") from None
+    check_names(path, schema.names)
+    return schema
+
+
+def byte_columns(path: Path) -> list[str]:
+    """Columns that may hold files: binary, or an object with "bytes" as ``datasets`` writes images."""
+    import pyarrow as pa
+
+    found = []
+    for column in read_schema(path):
+        kind = column.type
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or "bytes" in _fields_of(kind):
+            found.append(column.name)
+    return found
+
+
+def parquet_rows(path: Path, wanted: Collection[str] | None, cells: str | None) -> Iterator[Row]:
+    """The rows with the ``wanted`` columns (None: all). Of ``cells``, the column of the images themselves, only their paths
+    are read here."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = read_schema(path)
+    columns = [name for name in schema.names if name != cells and (wanted is None or name in wanted)]
+    columns += [f"{cells}.path"] if cells and "path" in _fields_of(schema.field(cells).type) else []
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                rows, within = file.metadata.row_group(group).num_rows, 0
+                if not columns:
+                    for within in range(rows):
+                        yield Row(number + within, f"row {number + within + 1}", {}, cell=(group, within))
+                    number += rows
+                    continue
+                batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
+                for batch in batches:
+                    for fields in _plain_times(batch).to_pylist():
+                        yield Row(number, f"row {number + 1}", fields, cell=(group, within))
+                        number, within = number + 1, within + 1
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} is a damaged Parquet file ({str(error).splitlines()[0]}); fetch it again.") from None
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{path} holds a value that is none of its column's type ({error}); write it anew.") from None
+
+
+def _fields_of(kind: Any) -> list[str]:
+    import pyarrow as pa
+
+    return [kind.field(number).name for number in range(kind.num_fields)] if pa.types.is_struct(kind) else []
+
+
+def _plain_times(batch: Any) -> Any:
+    """``batch`` with times as text (of UTC) and durations as numbers: Python's types have no nanoseconds, and not all zones."""
+    import pyarrow as pa
+
+    columns = []
+    for column in batch.columns:
+        kind = column.type
+        if pa.types.is_timestamp(kind):
+            column = column.cast(pa.timestamp(kind.unit)).cast(pa.string())
+        elif pa.types.is_time(kind) or pa.types.is_date(kind):
+            column = column.cast(pa.string())
+        elif pa.types.is_duration(kind):
+            column = column.cast(pa.int64())
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from paradiffusion.curation.choosing.shard_root import located
+from paradiffusion.curation.choosing.score_files import located
+from paradiffusion.curation.journal import read_journal
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards
 from paradiffusion.errors import UserError
@@ -96,26 +96,12 @@ def start_caption(captions: dict[str, str]) -> tuple[str, str]:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): keys may hold U+2028
-    except FileNotFoundError:
-        raise UserError(
-            f"{path.parent} holds no candidates; make them with action=choose folder={path.parent}."
-        ) from None
-    entries = []
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            entry = json.loads(line)
-            whole = all(isinstance(entry[name], str) for name in ("sample", "shard", "key"))
-        except (ValueError, TypeError, KeyError):
-            whole = False
-        if not whole:
-            raise UserError(f"{path} has no candidate in line {number}; make it anew with action=choose.")
-        entries.append(entry)
-    if not entries:
-        raise UserError(f"{path} is empty; choose candidates with action=choose.")
+    if not path.exists():
+        raise UserError(f"{path.parent} holds no candidates; make them with action=choose folder={path.parent}.")
+    entries, damaged = read_journal(path)
+    whole = all(isinstance(entry.get(name), str) for entry in entries for name in ("sample", "shard", "key"))
+    if damaged or not entries or not whole:
+        raise UserError(f"{path} is empty or holds a line that is no candidate; make it anew with action=choose.")
     return entries
 
 

@@ -10,18 +10,15 @@ One JSON line an event, synced to disk before it is acknowledged:
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from paradiffusion.errors import UserError
+from paradiffusion.curation.journal import Journal, read_journal
 
 DECISIONS: Final = "decisions.jsonl"
 FIELDS: Final = ("decision", "caption", "note")
@@ -67,31 +64,15 @@ class Standing:
 
 def read_decisions(path: Path) -> Standing:
     """What ``path`` adds up to; a line that a crash cut short was never acknowledged, and is passed over."""
-    standing = Standing()
-    for event in _events(path, standing):
-        if event["event"] not in standing.events:
+    records, damaged = read_journal(path)
+    standing = Standing(damaged=damaged)
+    for event in records:
+        whole = isinstance(event.get("set"), dict) and isinstance(event.get("at"), int)
+        if not whole or not all(isinstance(event.get(name), str) for name in ("event", "sample", "reviewer")):
+            standing.damaged += 1
+        elif event["event"] not in standing.events:
             standing.add(event)
     return standing
-
-
-def _events(path: Path, standing: Standing) -> Iterator[dict[str, Any]]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return
-    for line in data.split(b"\n"):
-        if not line.strip():
-            continue
-        try:
-            event = json.loads(line)
-            whole = isinstance(event["set"], dict) and isinstance(event["at"], int)
-            whole = whole and all(isinstance(event[name], str) for name in ("event", "sample", "reviewer"))
-        except (ValueError, TypeError, KeyError):
-            whole = False
-        if whole:
-            yield event
-        else:
-            standing.damaged += 1
 
 
 class DecisionLog:
@@ -99,17 +80,8 @@ class DecisionLog:
 
     def __init__(self, path: Path) -> None:
         self._guard = threading.Lock()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._file)
-            raise UserError(f"{path} is open in another review; use that page, or end that server first.") from None
+        self._journal = Journal(path, f"{path} is open in another review; use that page, or end that server first.")
         self.standing = read_decisions(path)
-        self._size = os.fstat(self._file).st_size
-        if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
-            # A crash while writing: the torn line stays where it is, and the next one begins afresh.
-            self._write(b"\n")
 
     def record(self, event: Mapping[str, Any]) -> None:
         """Write ``event`` to disk, then take it in; one that is there already is not written twice.
@@ -122,7 +94,7 @@ class DecisionLog:
             # A clock that runs ahead must not make this decision final.
             now = time.time_ns() // 1_000_000
             stored = {**event, "at": min(event["at"], now), "received": datetime.now(UTC).isoformat(timespec="seconds")}
-            self._write(json.dumps(stored, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+            self._journal.add([stored])
             self.standing.add(stored)
 
     def conflicts(self, sample: str, reviewer: str, changes: Mapping[str, Any], base: int) -> dict[str, str | None]:
@@ -153,16 +125,4 @@ class DecisionLog:
     def close(self) -> None:
         """Give the log free; everything is on disk already."""
         with self._guard:
-            os.close(self._file)
-
-    def _write(self, line: bytes) -> None:
-        try:
-            written = 0
-            while written < len(line):
-                written += os.write(self._file, line[written:])
-            os.fsync(self._file)
-        except OSError:
-            # A full disk takes half a line: away with it, or it would spoil the next one.
-            os.ftruncate(self._file, self._size)
-            raise
-        self._size += len(line)
+            self._journal.close()

@@ -1,9 +1,8 @@
-"""From decisions to a data set: who kept what with which description, as JSON lines, shards and a report."""
+"""Export of what reviewers kept, with its descriptions, as JSON lines, shards and a report."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from paradiffusion.curation.choosing.candidates import Candidate, Candidates, start_caption
 from paradiffusion.curation.choosing.decisions import DECISIONS, Standing, read_decisions
+from paradiffusion.curation.journal import lock
 from paradiffusion.data.captions import clean
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
@@ -29,18 +29,6 @@ PAPER_MEAN: Final = 70.6
 PAPER_SHARE: Final = 0.83  # of descriptions with 50 to 100 words
 _KEPT: Final = ", kept by a person"
 _BANDS: Final = ("under 50", "50-100", "100-150", "150-200", "over 200")
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A kept candidate with its final description, and the reviewers who kept it; ``editor`` wrote the description."""
-
-    candidate: Candidate
-    caption: str
-    source: str
-    reviewers: tuple[str, ...]
-    editor: str | None
-    notes: dict[str, str]
 
 
 @dataclass
@@ -89,7 +77,7 @@ def export(work: Path, output: Path, samples_per_shard: int = 1000, votes: str =
     chosen = [one for one in candidates.all if verdicts[one.sample] is True]
     if not chosen:
         raise UserError(f"no candidate of {len(candidates.all)} in {work} is kept; keep some with action=review first.")
-    written: list[Kept] = []
+    written: list[dict[str, Any]] = []
     skipped: Counter[str] = Counter()
     with _unfinished(output) as partial:
         with tqdm(total=len(chosen), desc="writing", unit="image", disable=None if len(chosen) > 500 else True) as bar:
@@ -99,7 +87,7 @@ def export(work: Path, output: Path, samples_per_shard: int = 1000, votes: str =
                 f"none of the {len(chosen)} kept candidates has an image and a description; write some first."
             )
         report = _report(candidates, standing, verdicts, written, skipped)
-        lines = [json.dumps(_as_json(one), ensure_ascii=False) for one in written]
+        lines = [json.dumps(one, ensure_ascii=False) for one in written]
         (partial / "kept.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (partial / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
         try:
@@ -122,14 +110,9 @@ def _unfinished(output: Path) -> Iterator[Path]:
     """A folder beside ``output`` to write into, gone at the end. Raises UserError while another export writes there."""
     partial = output.with_name(f".{output.name}.part")
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
+    folder = os.open(partial, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another export writes output={output} now; wait for it, or name another folder."
-            ) from None
+        lock(folder, f"another export writes output={output} now; wait for it, or name another folder.")
         if not partial.exists():  # it became the other's output between our look and our lock
             raise UserError(_meanwhile(output))
         try:
@@ -139,7 +122,7 @@ def _unfinished(output: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     finally:
-        os.close(lock)
+        os.close(folder)
 
 
 def verdict(standing: Standing, sample: str, votes: str) -> bool | None:
@@ -165,7 +148,7 @@ def description(standing: Standing, sample: str, captions: dict[str, str]) -> tu
 
 
 def _samples(
-    candidates: Candidates, standing: Standing, chosen: list[Candidate], written: list[Kept], skipped: Counter[str],
+    candidates: Candidates, standing: Standing, chosen: list[Candidate], written: list[dict[str, Any]], skipped: Counter[str],
     bar: tqdm,
 ) -> Iterator[RawSample]:  # fmt: skip
     """The samples to write; what is written is told in ``written``, what cannot be in ``skipped``."""
@@ -191,17 +174,21 @@ def _samples(
         kind = start_caption(captions)[0]
         unedited = f"{str(sources.get(kind, kind)).removesuffix(_KEPT)}{_KEPT}"
         sources["clean"] = "person" if editor or sources.get(kind) == "person" else unedited
-        written.append(Kept(candidate, caption, sources["clean"], keepers, editor, notes))
+        written.append(
+            {"sample": candidate.sample, "shard": candidate.shard, "key": candidate.key, "caption": caption,
+             "source": sources["clean"], "reviewers": keepers, "editor": editor, "notes": notes,
+             "score": candidate.score, "scores": candidate.scores}
+        )  # fmt: skip
         meta = {**sample.meta, "captions": {**captions, "clean": caption}, "caption_sources": sources, "review": review}
         # Keys of several shards may be alike, and some have folders in them.
         yield RawSample(f"{len(written) - 1:06d}", sample.image, sample.extension, {**meta, "source_key": sample.key})
 
 
 def _report(
-    candidates: Candidates, standing: Standing, verdicts: dict[str, bool | None], written: list[Kept],
+    candidates: Candidates, standing: Standing, verdicts: dict[str, bool | None], written: list[dict[str, Any]],
     skipped: Counter[str],
 ) -> ExportReport:  # fmt: skip
-    words = np.array([len(one.caption.split()) for one in written])
+    words = np.array([len(one["caption"].split()) for one in written])
     # As the paper's bands meet at their ends: 50 and 100 words belong to 50-100.
     numbers = np.digitize(words, (50, 101, 151, 201))
     bands = {name: float(np.mean(numbers == number)) for number, name in enumerate(_BANDS)}
@@ -215,17 +202,9 @@ def _report(
         dropped=sum(value is False for value in verdicts.values()),
         undecided=sum(value is None for value in verdicts.values()),
         disagreed=sum(len(one) > 1 for one in given),
-        edited=sum(one.editor is not None for one in written),
+        edited=sum(one["editor"] is not None for one in written),
         without_description=skipped["without"],
         unreadable=skipped["unreadable"],
         mean_words=float(words.mean()),
         bands=bands,
     )
-
-
-def _as_json(kept: Kept) -> dict[str, Any]:
-    one = kept.candidate
-    return {
-        "sample": one.sample, "shard": one.shard, "key": one.key, "caption": kept.caption, "source": kept.source,
-        "reviewers": kept.reviewers, "editor": kept.editor, "notes": kept.notes, "score": one.score, "scores": one.scores,
-    }  # fmt: skip

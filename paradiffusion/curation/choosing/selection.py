@@ -1,10 +1,10 @@
-"""From scores to candidates: thresholds, a weighted rank, a varied choice, and a report of what each step removed."""
+"""Choice of candidates from scores: thresholds, a weighted rank, a varied choice, and a report of what each step removed."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,14 +12,14 @@ from typing import Any, Final
 
 import numpy as np
 from scipy.stats import rankdata
+from sklearn.cluster import MiniBatchKMeans
 from tqdm import tqdm
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.checks import positive
 from paradiffusion.curation.choosing.candidates import CANDIDATES, sample_name
-from paradiffusion.curation.choosing.diversity import choose_varied, clusters_of
 from paradiffusion.curation.choosing.score_files import ScoreTable, load_scores
 from paradiffusion.errors import UserError
+from paradiffusion.randomness import seed_from
 
 # A file that is no JPEG has not been harmed by one, as far as can be seen; every other missing value fails a threshold.
 _PASSES_WITHOUT: Final = ("jpeg_quality",)
@@ -51,17 +51,11 @@ class Choosing:
     def check(self, columns: Mapping[str, Any]) -> None:
         """Raise UserError for what cannot be done with these ``columns``."""
         for key, given in (("min", self.minimum), ("max", self.maximum), ("weights", self.weights)):
-            for name, value in given.items():
+            for name in given:
                 if name not in columns:
                     raise UserError(
                         f"{key} names {name!r}, which was not scored; {_hint(name, columns)}the scores are {', '.join(columns)}."
                     )
-                if not math.isfinite(value):
-                    raise UserError(f"{key} gives {name} the value {value}; expected a number.")
-        positive("clusters", self.clusters)
-        for key in ("count", "per_cluster"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
         if self.max_similarity is not None and not -1 <= self.max_similarity <= 1:
             raise UserError(f"max_similarity={self.max_similarity} is out of range; expected a cosine, such as 0.95.")
 
@@ -233,3 +227,91 @@ def _median(values: np.ndarray) -> float | None:
 
 def _shown(value: float | None) -> str:
     return "none" if value is None else f"{value:.4g}"
+
+
+# Our choice: centres do not move any more with more rows than these, and memory and time stay bounded.
+_FITTED: Final = 100_000
+_FITTED_EACH: Final = 32
+_FEW_CLUSTERS: Final = 1000  # beyond these, further starts and passes cost minutes
+_BLOCK: Final = 1 << 14
+
+
+@dataclass
+class Choice:
+    """Chosen rows, the best first in each round, and how many were passed over as near-duplicates of chosen ones."""
+
+    rows: np.ndarray  # int64 [M]
+    duplicates: int
+
+
+def clusters_of(features: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """int32 [N]: the cluster of each of the ``features`` [N, D] of unit length, which may be float16; fewer clusters where
+    there are fewer rows.
+
+    The centres are fitted to at most ``_FITTED`` rows, or ``_FITTED_EACH`` for each cluster, drawn with ``seed``.
+    """
+    total = len(features)
+    count = min(count, total)
+    if count <= 1:
+        return np.zeros(total, np.int32)
+    seed = seed_from("clusters", seed) % (1 << 32)
+    few = count <= _FEW_CLUSTERS
+    means = MiniBatchKMeans(
+        count, random_state=seed, batch_size=max(1024, 3 * count), n_init=3 if few else 1, max_iter=100 if few else 10
+    )
+    drawn = max(_FITTED, _FITTED_EACH * count)
+    if total <= drawn:
+        return means.fit_predict(features.astype(np.float32)).astype(np.int32)
+    means.fit(features[np.sort(np.random.default_rng(seed).choice(total, drawn, replace=False))].astype(np.float32))
+    found = np.empty(total, np.int32)
+    for start in range(0, total, _BLOCK):
+        found[start : start + _BLOCK] = means.predict(features[start : start + _BLOCK].astype(np.float32))
+    return found
+
+
+def choose_varied(
+    scores: np.ndarray,
+    features: np.ndarray,
+    clusters: np.ndarray,
+    count: int | None = None,
+    per_cluster: int | None = None,
+    max_similarity: float | None = None,
+    advance: Callable[[int], object] = int,
+) -> Choice:
+    """Choose up to ``count`` rows: in each round the best remaining one of every cluster, clusters by their best score.
+
+    Args:
+        scores: [N], higher is better; equal scores go by row.
+        features: [N, D] of unit length, float16 or float32; may be [N, 0] where ``max_similarity`` is None.
+        clusters: int [N].
+        per_cluster: at most so many of each cluster.
+        max_similarity: a row whose cosine with a chosen one is above this is passed over, and its cluster's next taken.
+        advance: called with the number of rows looked at.
+    """
+    order = np.lexsort((np.arange(len(scores)), -scores))
+    # Each cluster's rows from the best down, by one sort: thousands of clusters are no thousands of passes.
+    grouped = order[np.argsort(clusters[order], kind="stable")]
+    starts = np.unique(clusters[grouped], return_index=True)[1]
+    parts = np.split(grouped, starts[1:]) if len(grouped) else []
+    queues = [iter(part) for part in sorted(parts, key=lambda part: (-scores[part[0]], part[0]))]
+    limit = len(scores) if count is None else min(count, len(scores))
+    chosen: list[int] = []
+    kept = np.zeros((limit if max_similarity is not None else 0, features.shape[1]), np.float32)
+    duplicates, turn = 0, 0
+    while queues and len(chosen) < limit and turn != per_cluster:
+        open_queues, turn = [], turn + 1
+        for queue in queues:
+            for row in queue:
+                if len(chosen) == limit:
+                    break
+                advance(1)
+                if max_similarity is not None:
+                    if (kept[: len(chosen)] @ features[row].astype(np.float32) > max_similarity).any():
+                        duplicates += 1
+                        continue
+                    kept[len(chosen)] = features[row]
+                chosen.append(int(row))
+                open_queues.append(queue)
+                break
+        queues = open_queues
+    return Choice(np.array(chosen, np.int64), duplicates)

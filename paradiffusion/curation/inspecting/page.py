@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from paradiffusion.curation.inspecting.captions import CUTS, OPENING_WORDS
+from paradiffusion.curation.inspecting.caption_figures import CUTS, OPENING_WORDS
 from paradiffusion.curation.inspecting.histograms import histogram_svg
-from paradiffusion.curation.inspecting.inspection import ASPECTS, BANDS
+from paradiffusion.curation.inspecting.inspect import ASPECTS, BANDS, Inspection
 from paradiffusion.curation.inspecting.page_parts import card, figure, plots, size, table
-from paradiffusion.curation.inspecting.report import Inspection
 from paradiffusion.pages import page, page_text
 
 STYLE = """

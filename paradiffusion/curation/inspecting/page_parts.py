@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from paradiffusion.curation.inspecting.report import ShownSample
+from paradiffusion.curation.inspecting.inspect import ShownSample
 from paradiffusion.pages import page_text
 
 # Characters of a caption on the page: twice what 512 tokens hold. A caption may be a whole book.

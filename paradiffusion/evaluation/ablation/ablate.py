@@ -17,6 +17,7 @@ from paradiffusion.evaluation.ablation.running import Outcome, finished_units, r
 from paradiffusion.evaluation.ablation.study import Study, read_study
 from paradiffusion.evaluation.journal import read_journals
 from paradiffusion.evaluation.options import split_list
+from paradiffusion.repository import find_shipped
 
 
 def ablate(
@@ -61,7 +62,7 @@ def ablate(
 
 
 def _study(options: AblateOptions) -> Study:
-    study = read_study(Path(str(options.study)).expanduser())
+    study = read_study(find_shipped(str(options.study)))
     if options.only:
         study = study.only(split_list(options.only))
     return replace(study, seeds=options.seed_list() or study.seeds)

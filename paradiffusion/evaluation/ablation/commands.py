@@ -7,12 +7,10 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation.plan import Plan, Unit
-
-ROOT = Path(__file__).resolve().parents[3]
+from paradiffusion.repository import ROOT, as_typed
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def as_shell(plan: Plan, launcher: Launcher, finished: Sequence[str], again: Seq
     """A script for bash: every unit that is not finished, in order, and the table."""
     lines = ["#!/usr/bin/env bash", "set -euo pipefail"]
     lines += [f"\n# {heading(unit)}\n{shlex.join(launcher.typed(unit))}" for unit in _open(plan, finished)]
-    return "\n".join([*lines, f"\n# the table\n{shlex.join(_table(again))}"])
+    return as_typed("\n".join([*lines, f"\n# the table\n{shlex.join(_table(again))}"]))
 
 
 def as_json_lines(plan: Plan, launcher: Launcher, finished: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from paradiffusion.atomic import write_atomic
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.manifest import MANIFEST
-from paradiffusion.config import SampleConfig
+from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.source import Place, file_stem, image_name, size_for
 from paradiffusion.evaluation.records import Drawn, Request
@@ -148,8 +148,7 @@ class CheckpointSource:
             torch.cuda.empty_cache()
 
 
-_DECIDING = ("steps", "guidance", "solver", "guidance_rescale", "guidance_start", "guidance_stop", "negative_prompt",
-             "height", "width")  # fmt: skip
+_DECIDING = (*(one.name for one in fields(SamplerConfig)), "negative_prompt", "height", "width")
 
 
 class CheckpointPainter:

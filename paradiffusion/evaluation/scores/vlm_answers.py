@@ -22,10 +22,11 @@ from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Run
 from paradiffusion.judges.choose import VlmOptions, open_engine, settings_of
 from paradiffusion.judges.engine import Answer, Decoding, Engine, Question, fit
+from paradiffusion.repository import ROOT
 from paradiffusion.sampling.run import Processes
 from paradiffusion.text.sources import fingerprint
 
-CAPTIONERS: Final = Path(__file__).resolve().parents[3] / "configs" / "captioners.yaml"
+CAPTIONERS: Final = ROOT / "configs" / "captioners.yaml"
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 _REFUSED_AT_START: Final = 16
 _ENGINE: Final = "engine"  # the journal's line that says who answers

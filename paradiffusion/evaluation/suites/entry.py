@@ -14,8 +14,9 @@ from paradiffusion.errors import UserError
 from paradiffusion.evaluation.plain_yaml import read_yaml
 from paradiffusion.evaluation.suites.files import read_text
 from paradiffusion.evaluation.suites.ids import safe_ids
+from paradiffusion.repository import ROOT
 
-TABLE: Final = Path(__file__).resolve().parents[3] / "configs" / "suites.yaml"
+TABLE: Final = ROOT / "configs" / "suites.yaml"
 
 
 @dataclass(frozen=True)

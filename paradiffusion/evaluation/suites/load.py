@@ -22,6 +22,7 @@ from paradiffusion.evaluation.suites.scenes import read_scenes
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.evaluation.suites.tabular import read_rows_as_prompts
 from paradiffusion.randomness import seed_from
+from paradiffusion.repository import find_shipped
 
 FORMATS: Final[dict[str, Callable[[SuiteEntry, Path], list[SuitePrompt]]]] = {
     "paraprompts": read_paraprompts,
@@ -63,7 +64,8 @@ def load_suite(
     language = options.pop("language", "en")
     entry = replace(find_entry(name if language == "en" else f"{name}_{language}", table), allow_other=allow_other)
     choice(f"suite={entry.name}: format", entry.format, tuple(FORMATS))
-    entry = replace(entry, path=path or entry.path, options={**entry.options, **options})
+    place = path or entry.path
+    entry = replace(entry, path=place and str(find_shipped(place)), options={**entry.options, **options})
     if entry.format == "scenes" and count is not None:
         # There are as many as one asks for, and the first ones are those that training validates on.
         entry = replace(entry, options={**entry.options, "number": count})

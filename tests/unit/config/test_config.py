@@ -114,6 +114,23 @@ def test_the_command_line_wins_over_everything() -> None:
     assert compose_train(["max_steps=5", "stage=2", "max_steps=9"]).max_steps == 9
 
 
+@pytest.mark.parametrize(
+    ("encoder", "nano", "paper"),
+    [
+        ("t5_xxl", ["q", "v"], ["q", "k", "v", "o"]),
+        ("clip_l", ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "out_proj"]),
+        ("qwen3_4b", ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    ],
+)
+def test_each_text_encoder_names_its_own_lora_layers(encoder: str, nano: list[str], paper: list[str]) -> None:
+    chosen = ["stage=2", f"text_encoder={encoder}"]
+    assert compose_train(chosen).lora.target_modules == nano
+    assert compose_train([*chosen, "preset=paper", "data.shards=mine"]).lora.target_modules == paper
+    given = compose_train([*chosen, "lora.target_modules=[wi_0]", "lora.rank=3"]).lora
+    assert (given.target_modules, given.rank) == (["wi_0"], 3)
+    assert compose_train([f"text_encoder={encoder}", "lora.rank=3"]).lora.rank == 3
+
+
 def test_the_last_of_two_values_wins_however_it_is_written() -> None:
     assert compose_train(["data.shards=[a.tar]", "data.shards=b"]).data.shards == "b"
     assert compose_train(["data.shards=b", "data.shards=[a.tar]"]).data.shards == ["a.tar"]

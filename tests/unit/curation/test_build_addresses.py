@@ -14,7 +14,7 @@ from data_fixtures import encoded, picture
 
 from paradiffusion.curation.building import places
 from paradiffusion.curation.building.build import build
-from paradiffusion.curation.building.options import BuildOptions
+from paradiffusion.curation.building.build_options import BuildOptions
 from paradiffusion.curation.building.places import Dropped, FetchLimits, fetch
 
 PICTURE = encoded(picture(1, 72, 64))

@@ -14,8 +14,8 @@ import pytest
 from data_fixtures import encoded, picture, write_tar
 
 from paradiffusion.curation.building.build import build
-from paradiffusion.curation.building.options import BuildOptions
-from paradiffusion.curation.building.report import Report
+from paradiffusion.curation.building.build_options import BuildOptions
+from paradiffusion.curation.building.build_report import Report
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError

@@ -22,9 +22,9 @@ import pytest
 from data_fixtures import as_json, encoded, picture, write_tar
 
 from paradiffusion.curation.building.build import build
-from paradiffusion.curation.building.options import BuildOptions
+from paradiffusion.curation.building.build_options import BuildOptions
+from paradiffusion.curation.building.build_report import Report
 from paradiffusion.curation.building.places import Dropped, FetchLimits, fetch
-from paradiffusion.curation.building.report import Report
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards
 from paradiffusion.errors import UserError

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from paradiffusion.compose import CONFIGS
-from paradiffusion.curation.captioning.checks import Limits, is_english, judge_text, loops, remove_opening
-from paradiffusion.curation.captioning.judge import interval
-from paradiffusion.curation.captioning.prompts import draw, load_templates
+from paradiffusion.curation.captioning.caption_checks import Limits, is_english, judge_text, loops, remove_opening
+from paradiffusion.curation.captioning.caption_options import draw, load_templates
+from paradiffusion.curation.captioning.captioning import interval
 from paradiffusion.errors import UserError
 from paradiffusion.judges.sentences import sentences
 

@@ -11,14 +11,19 @@ from data_fixtures import as_json, encoded, picture, sample, synthetic_index, wr
 from PIL import Image
 from remote_fixtures import serving
 
-from paradiffusion.curation.inspecting.captions import read_captions
+from paradiffusion.curation.inspecting.caption_figures import TextLimits, read_captions
 from paradiffusion.curation.inspecting.histograms import distribution
-from paradiffusion.curation.inspecting.padding import TextLimits
+from paradiffusion.curation.inspecting.inspect import (
+    Inspection,
+    InspectSettings,
+    check_pictures,
+    figures_json,
+    inspect,
+    kind_weights,
+    run_of,
+)
 from paradiffusion.curation.inspecting.page import inspection_page
 from paradiffusion.curation.inspecting.page_parts import LONGEST_SHOWN
-from paradiffusion.curation.inspecting.pictures import check_pictures
-from paradiffusion.curation.inspecting.report import Inspection, InspectSettings, figures_json, inspect
-from paradiffusion.curation.inspecting.schedule import kind_weights, run_of
 from paradiffusion.data.images import make_buckets
 from paradiffusion.data.index import SampleIndex, TokenCounter, join_indexes, load_index
 from paradiffusion.data.plan import BatchPlan, Share

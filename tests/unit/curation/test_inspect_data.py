@@ -15,11 +15,17 @@ from browser import chromium, in_browser
 from commands import ROOT
 from data_fixtures import as_json, encoded, picture, sample, synthetic_index, write_tar
 
+from paradiffusion.curation.inspecting.caption_figures import TextLimits
 from paradiffusion.curation.inspecting.histograms import distribution, nice_edges
-from paradiffusion.curation.inspecting.inspection import extremes_of, images_of, kinds_of
-from paradiffusion.curation.inspecting.padding import TextLimits
+from paradiffusion.curation.inspecting.inspect import (
+    Inspection,
+    InspectSettings,
+    extremes_of,
+    images_of,
+    inspect,
+    kinds_of,
+)
 from paradiffusion.curation.inspecting.page import inspection_page
-from paradiffusion.curation.inspecting.report import Inspection, InspectSettings, inspect
 from paradiffusion.data.images import make_buckets
 from paradiffusion.data.index import TokenCounter, load_index, read_sample
 from paradiffusion.data.plan import BatchPlan

@@ -24,12 +24,10 @@ from tiny_clip import CONTEXT, WIDTH, write_candidates, write_clip
 from paradiffusion.curation.choosing import technical
 from paradiffusion.curation.choosing.candidates import sample_name
 from paradiffusion.curation.choosing.decisions import DecisionLog
-from paradiffusion.curation.choosing.detector import load_detector, union_share
-from paradiffusion.curation.choosing.diversity import choose_varied, clusters_of
 from paradiffusion.curation.choosing.kept import export
 from paradiffusion.curation.choosing.score_files import load_scores, score_file
-from paradiffusion.curation.choosing.scores import Scoring, score_shards
-from paradiffusion.curation.choosing.selection import Choosing, choose, weighted_rank
+from paradiffusion.curation.choosing.scoring import Scoring, load_detector, score_shards, union_share
+from paradiffusion.curation.choosing.selection import Choosing, choose, choose_varied, clusters_of, weighted_rank
 from paradiffusion.data.images import decode
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards

@@ -14,17 +14,14 @@ import torch
 from data_fixtures import encoded, picture
 from tiny_clip import write_candidates, write_clip
 
-from paradiffusion.curation.choosing import diversity
+from paradiffusion.curation.choosing import selection
 from paradiffusion.curation.choosing.candidates import Candidates
 from paradiffusion.curation.choosing.decisions import DecisionLog
-from paradiffusion.curation.choosing.diversity import choose_varied, clusters_of
 from paradiffusion.curation.choosing.kept import export
-from paradiffusion.curation.choosing.options import SelectOptions
-from paradiffusion.curation.choosing.score_files import load_scores, scored_names
-from paradiffusion.curation.choosing.scores import Scoring, score_shards
-from paradiffusion.curation.choosing.selection import Choosing, choose
-from paradiffusion.curation.choosing.shard_root import move_root, name_of, settle_settings
-from paradiffusion.curation.choosing.steps import run_step
+from paradiffusion.curation.choosing.score_files import load_scores, move_root, name_of, scored_names, settle_settings
+from paradiffusion.curation.choosing.scoring import Scoring, score_shards
+from paradiffusion.curation.choosing.select_steps import SelectOptions, run_step
+from paradiffusion.curation.choosing.selection import Choosing, choose, choose_varied, clusters_of
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
@@ -217,8 +214,8 @@ def test_features_that_overflowed_make_a_row_and_no_crash(
 
 
 def test_clusters_of_many_rows_are_those_of_the_centres_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diversity, "_FITTED", 100)
-    monkeypatch.setattr(diversity, "_BLOCK", 64)
+    monkeypatch.setattr(selection, "_FITTED", 100)
+    monkeypatch.setattr(selection, "_BLOCK", 64)
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 4, 500)
     features = (np.eye(8)[truth] + 0.05 * rng.standard_normal((500, 8))).astype(np.float16)

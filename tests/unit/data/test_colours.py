@@ -12,7 +12,7 @@ from data_fixtures import encoded, picture
 from PIL import Image, ImageCms
 
 from paradiffusion.curation.building.build import build
-from paradiffusion.curation.building.options import BuildOptions
+from paradiffusion.curation.building.build_options import BuildOptions
 from paradiffusion.data.images import decode, to_array
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -35,7 +35,9 @@ def test_the_target_leads_back_to_the_latents(config: ObjectiveConfig) -> None:
     times = torch.tensor([0.0, 1.0, 250.0, 500.0, 750.0, 990.0])
     noised = objective.add_noise(latents, noise, times)
     target = objective.target(latents, noise, times)
-    torch.testing.assert_close(objective.predict_latents(noised, target, times), latents, atol=1e-4, rtol=1e-4)
+    alpha, sigma = objective.at(times, latents)
+    a, b = objective.shares(alpha, sigma)  # the target is a x_0 + b eps, and what is seen alpha x_0 + sigma eps
+    torch.testing.assert_close((b * noised - sigma * target) / (b * alpha - a * sigma), latents, atol=1e-4, rtol=1e-4)
 
 
 def test_values_by_hand() -> None:
@@ -132,6 +134,25 @@ def test_flow_samplers_begin_at_pure_noise_and_shift(solver: str, shift: float) 
         torch.testing.assert_close(sigmas, shift * s / (1 + (shift - 1) * s), atol=1e-3, rtol=0)
 
 
+def test_flow_times_shift_with_the_size_in_training_as_in_sampling() -> None:
+    """2403.03206, section 5.3.2: four times the pixels at base 64 x 64 latents is alpha = sqrt(4) = 2."""
+    u = torch.tensor([0.25, 0.5, 0.8, 1.0])
+    config = ObjectiveConfig(prediction="flow", flow_shift_side=64)
+    objective, plain = make_objective(config), make_objective(ALL[3])
+    assert torch.equal(objective.times(u, (64, 64)), plain.times(u, (64, 64)))
+    expected = torch.tensor([1000 * 2 * t / (1 + t) for t in u.tolist()])
+    for size in ((128, 128), (256, 64)):
+        torch.testing.assert_close(objective.times(u, size), expected)
+    torch.testing.assert_close(make_objective(replace(config, flow_shift=2.0)).times(u, (64, 64)), expected)
+    assert torch.equal(make_objective(replace(ALL[3], flow_shift=2.0)).times(u, (128, 128)), plain.times(u))
+    for solver in ("dpm", "euler"):
+        large = objective.scheduler(solver, size=(128, 128))
+        fixed = make_objective(replace(ALL[3], flow_shift=2.0)).scheduler(solver)
+        for scheduler in (large, fixed):
+            scheduler.set_timesteps(7)
+        assert torch.equal(large.sigmas, fixed.sigmas)
+
+
 @pytest.mark.parametrize("solver", ["dpm", "euler"])
 @pytest.mark.parametrize("config", [ALL[0], ALL[1], ALL[3]], ids=["epsilon", "v", "flow"])
 def test_a_perfect_denoiser_is_sampled_back(config: ObjectiveConfig, solver: str) -> None:
@@ -162,6 +183,7 @@ def test_a_perfect_denoiser_is_sampled_back(config: ObjectiveConfig, solver: str
         ({"min_snr_gamma": 0.0}, "positive number"),
         ({"logit_std": 0.0}, "above 0"),
         ({"flow_shift": -1.0}, "above 0"),
+        ({"flow_shift_side": 0}, "above 0"),
         ({"train_timesteps": 0}, "above 0"),
         ({"beta_start": 0.5}, "start first"),
     ],

@@ -155,6 +155,8 @@ def test_settings_reach_the_sampler(pipe: ParaDiffusionPipeline) -> None:
         {"guidance_rescale": 0.5},
         {"guidance_start": 0.9},
         {"guidance_stop": 0.2},
+        {"guidance_sigma_min": 5.0},
+        {"guidance_sigma_max": 0.5},
     ):
         assert not torch.allclose(draw(**settings), plain, atol=1e-4), settings
     assert torch.equal(draw(negative_prompt=""), plain)

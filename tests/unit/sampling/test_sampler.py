@@ -75,6 +75,12 @@ def test_guidance_runs_twice_the_rows_only_inside_its_interval() -> None:
     draw(models, PROMPTS[:2], [0, 1], SamplerConfig(steps=5, guidance=3.0, guidance_start=0.3, guidance_stop=0.8))
     assert models.rows_seen == [2, 2, 4, 4, 2]
     models.rows_seen.clear()
+    # Stable Diffusion's noise levels at these five steps: 14.6, 5.09, 2.28, 1.16 and 0.57.
+    draw(
+        models, PROMPTS[:2], [0, 1], SamplerConfig(steps=5, guidance=3.0, guidance_sigma_min=0.5, guidance_sigma_max=5)
+    )
+    assert models.rows_seen == [2, 2, 4, 4, 4]
+    models.rows_seen.clear()
     unguided = draw(models, PROMPTS[:2], [0, 1], SamplerConfig(steps=5, guidance=1.0))
     assert models.rows_seen == [2] * 5
     guided = draw(models, PROMPTS[:2], [0, 1], SamplerConfig(steps=5, guidance=3.0))

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commands import ROOT
+from data_fixtures import half_unreadable
 from training_runs import build_here, gradients_of
 
 from paradiffusion.compose import compose_train
@@ -112,3 +114,20 @@ def test_accumulated_micro_batches_have_the_gradient_of_the_whole_batch(
         for name, gradient in gradients.items():
             apart = float((gradient - found[0][1][name]).norm())
             assert apart <= 1e-4 * float(found[0][1][name].norm()) + 1e-7, name
+
+
+def test_unreadable_samples_leave_the_mean_over_the_readable_ones(tiny_arguments: list[str], tmp_path: Path) -> None:
+    bad = [f"data.shards={half_unreadable(tmp_path / 'bad')}", "data.max_bad_fraction=0.9"]
+    found = []
+    for micro in (4, 1):
+        setup = build_here([*tiny_arguments, *bad, f"run_dir={tmp_path / str(micro)}", f"micro_batch_size={micro}"])
+        found.append(gradients_of(setup, steps=3))
+        errors, weights = (
+            torch.cat(column) for column in zip(*((e, b.weights) for e, _, b in setup.measured), strict=True)
+        )
+        assert 0 < weights.sum() < 4
+        assert found[-1][0] == pytest.approx(float((errors * weights).sum() / weights.sum()), rel=1e-5)
+    (loss, whole), (other, parts) = found
+    assert loss == pytest.approx(other, rel=1e-5)
+    for name, gradient in parts.items():
+        assert float((gradient - whole[name]).norm()) <= 1e-4 * float(whole[name].norm()) + 1e-7, name

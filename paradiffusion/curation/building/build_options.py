@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-import yaml
-
-from paradiffusion.checks import choice, fraction, positive
+from paradiffusion.checks import choice, fraction, not_understood, parsed, positive
+from paradiffusion.curation.building.chunk import parse_colour
 from paradiffusion.curation.building.duplicates import MAX_DISTANCE
-from paradiffusion.curation.building.ingest import FORMATS
+from paradiffusion.curation.building.inputs import FORMATS
 from paradiffusion.curation.building.items import Columns
-from paradiffusion.curation.building.pictures import PictureRules, parse_colour
 from paradiffusion.curation.building.places import FetchLimits
 from paradiffusion.data.images import MAX_PIXELS
 from paradiffusion.errors import UserError
 
 # What may differ when a build goes on: it changes no byte of the result.
 FREE: Final = ("output", "processes", "threads", "timeout", "retries", "max_unzipped_gigabytes")
+
+_CAPTIONS, _KEEP = "{column: short, other: long}", "[column, other]"
 
 
 @dataclass
@@ -68,8 +68,10 @@ class BuildOptions:
         fraction("val", self.val)
         if not 1 <= self.quality <= 100:
             raise UserError(f"quality={self.quality} is out of range; expected 1 to 100.")
-        if parse_colour(self.background) is None:
-            raise UserError(f"background={self.background} is no colour; expected white, black or '#rrggbb'.")
+        try:
+            parse_colour(self.background)
+        except ValueError:
+            raise UserError(f"background={self.background} is no colour; expected white, black or '#rrggbb'.") from None
         for key in ("max_pixels", "max_megabytes", "max_unzipped_gigabytes", "samples_per_shard", "threads", "timeout"):
             positive(key, getattr(self, key))
         if self.max_pixels > MAX_PIXELS:
@@ -104,22 +106,15 @@ class BuildOptions:
 
     def columns(self) -> Columns:
         """Which columns are what."""
-        captions = _parsed("captions", self.captions, "'{column: short, other: long}'")
-        keep = _parsed("keep", self.keep, "'[column, other]'")
+        captions = parsed("captions", self.captions, _CAPTIONS)
         if captions is not None and not (isinstance(captions, Mapping) and captions and _all_text(captions.values())):
-            raise UserError(f"captions={self.captions} is not understood; expected '{{column: short, other: long}}'.")
+            raise not_understood("captions", self.captions, _CAPTIONS)
+        keep = parsed("keep", self.keep, _KEEP)
         keep = [keep] if isinstance(keep, str) else keep or []
         if not isinstance(keep, list) or not _all_text(keep):
-            raise UserError(f"keep={self.keep} is not understood; expected '[column, other]'.")
+            raise not_understood("keep", self.keep, _KEEP)
         mapped = None if captions is None else {str(column): kind for column, kind in captions.items()}
         return Columns(mapped, self.image, self.key, tuple(keep), self.uncaptioned == "keep")
-
-    def picture_rules(self) -> PictureRules:
-        """What happens to an image."""
-        return PictureRules(
-            self.min_side, self.max_side, self.max_aspect, self.max_pixels, parse_colour(self.background) or (255, 255, 255),
-            self.encode, self.quality, self.distance() is not None,
-        )  # fmt: skip
 
     def fetch_limits(self) -> FetchLimits:
         """How images are fetched."""
@@ -128,13 +123,6 @@ class BuildOptions:
     def that_matter(self) -> dict[str, Any]:
         """The options that change the result."""
         return {name: value for name, value in asdict(self).items() if name not in FREE}
-
-
-def _parsed(key: str, text: str | None, expected: str) -> Any:
-    try:
-        return None if text is None else yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{key}={text} is not understood; expected {expected}.") from None
 
 
 def _all_text(values: Any) -> bool:

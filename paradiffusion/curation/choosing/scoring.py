@@ -1,4 +1,4 @@
-"""Score the images of shards: CLIP features, aesthetic score, agreement of captions, technical measures.
+"""Scores of shards' images: CLIP features, aesthetic score, agreement of captions, technical measures.
 
 Shard by shard, in one process or one for each GPU; what is written is not done again.
 """
@@ -8,28 +8,27 @@ from __future__ import annotations
 import hashlib
 import math
 import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from paradiffusion.curation.choosing.detector import Detector, load_detector
-from paradiffusion.curation.choosing.score_files import is_scored, scored_names, stamp_of, write_scores
-from paradiffusion.curation.choosing.shard_root import name_of, settle_settings
+from paradiffusion.curation.choosing.score_files import (
+    is_scored,
+    name_of,
+    scored_names,
+    settle_settings,
+    stamp_of,
+    write_scores,
+)
 from paradiffusion.curation.choosing.technical import measure
+from paradiffusion.curation.pool import Tell, interruptible, process_number, run_tasks
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.remote import RemotePath
@@ -91,10 +90,6 @@ class _Row:
     image: Image.Image | None = None
 
 
-class Stopped(Exception):
-    """Scoring was interrupted from outside."""
-
-
 def score_shards(
     shards: Sequence[Path | RemotePath], work: Path, scoring: Scoring, processes: int | None = None
 ) -> int:
@@ -111,81 +106,20 @@ def score_shards(
         return 0
     index = load_index(todo, scoring.allow_truncated)
     filled = set(np.unique(index.shard).tolist())
-    todo = [shard for number, shard in enumerate(todo) if number in filled]
+    tasks = [(shard, name_of(shard, root)) for number, shard in enumerate(todo) if number in filled]
     total = len(index)
     del index
     if processes is None:
         processes = max(1, torch.cuda.device_count()) if scoring.device == "auto" else 1
-    processes = min(processes, len(todo))
-    seconds = 0.5 if sys.stderr.isatty() else 30.0
-    with _as_interrupt():
-        # Loaded before the bar: minutes of a download would count as slow images.
-        models = _load_models(scoring, _device_of(scoring.device, 0)) if processes == 1 else None
-        with tqdm(total=total, desc="scoring", unit="image", mininterval=seconds) as bar:
-            if models is None:
-                _score_in_processes(todo, root, work, scoring, processes, bar)
-            else:
-                for shard in todo:
-                    _score_shard(shard, name_of(shard, root), work, scoring, models, bar.update)
-    return total
-
-
-def _score_in_processes(
-    todo: Sequence[Path | RemotePath], root: str | None, work: Path, scoring: Scoring, processes: int, bar: tqdm
-) -> None:
-    context = multiprocessing.get_context("spawn")
-    rank, done, stop = context.Value("i", 0), context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(processes, context, _start, (scoring, rank, done, stop))
+    if min(processes, len(tasks)) == 1:  # before the bar: minutes of a download would count as slow images
+        _load_models(scoring, _device_of(scoring.device, 0))
+    function = partial(_score_shard, work=work, scoring=scoring)
     try:
-        pending: set[Future[None]] = {pool.submit(_score_one, shard, name_of(shard, root), work) for shard in todo}
-        while pending:
-            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-            bar.update(done.value - bar.n)
-            for future in finished:
-                future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a scoring process ended without a word, perhaps for want of memory; take fewer processes or a smaller "
-            "batch_size, and run the same command again: it goes on."
-        ) from None
+        with interruptible() as check:
+            run_tasks("scoring", "image", total, function, tasks, processes, check, start="spawn")
     finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-
-
-# What a process of its own was started with.
-_OWN: dict[str, Any] = {}
-
-
-def _start(scoring: Scoring, rank: Any, done: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others in order.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with rank.get_lock():
-        own = rank.value
-        rank.value += 1
-    torch.set_num_threads(max(1, scoring.threads))
-    _OWN.update(scoring=scoring, own=own, done=done, stop=stop)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _score_one(shard: Path | RemotePath, name: str, work: Path) -> None:
-    scoring: Scoring = _OWN["scoring"]
-    if "models" not in _OWN:  # Here and not at the start, so that a UserError reaches the person.
-        _OWN["models"] = _load_models(scoring, _device_of(scoring.device, _OWN["own"]))
-
-    def advance(count: int) -> None:
-        if _OWN["stop"].is_set():
-            raise Stopped
-        with _OWN["done"].get_lock():
-            _OWN["done"].value += count
-
-    _score_shard(shard, name, work, scoring, _OWN["models"], advance)
+        _load_models.cache_clear()
+    return total
 
 
 def _device_of(device: str, rank: int) -> str:
@@ -194,7 +128,11 @@ def _device_of(device: str, rank: int) -> str:
     return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
 
 
+@lru_cache(maxsize=1)
 def _load_models(scoring: Scoring, device: str) -> _Models:
+    """The models of this process: loaded at its first shard, so that a UserError reaches the person."""
+    if multiprocessing.parent_process() is not None:
+        torch.set_num_threads(max(1, scoring.threads))
     clip = load_clip(scoring.clip, device, scoring.precision)
     head = None if scoring.aesthetic is None else load_head(scoring.aesthetic)
     probe = clip.image_features(clip.prepare(Image.new("RGB", (32, 32)))[None])
@@ -218,9 +156,9 @@ def _name_of(clip: Clip) -> str:
     return digest.hexdigest()
 
 
-def _score_shard(
-    shard: Path | RemotePath, name: str, work: Path, scoring: Scoring, models: _Models, advance: Callable[[int], object]
-) -> None:
+def _score_shard(task: tuple[Path | RemotePath, str], tell: Tell, work: Path, scoring: Scoring) -> None:
+    shard, name = task
+    models = _load_models(scoring, _device_of(scoring.device, process_number()))
     stamp = stamp_of(str(shard))  # Taken first: a shard that changes meanwhile is scored again next time.
     index = load_index([shard], scoring.allow_truncated)
     rows: list[dict[str, Any]] = []
@@ -229,7 +167,7 @@ def _score_shard(
         for batch in _batches(index, scoring, models, threads):
             features.append(_score_batch(batch, models))
             rows += [one.values for one in batch]
-            advance(len(batch))
+            tell(len(batch))
     write_scores(work, name, stamp, rows, np.concatenate(features), models.name)
 
 
@@ -237,14 +175,15 @@ def _batches(
     index: SampleIndex, scoring: Scoring, models: _Models, threads: ThreadPoolExecutor
 ) -> Iterator[list[_Row]]:
     """Batches in order; the next is decoded while one is scored."""
-    waiting: deque[list[Future[_Row]]] = deque()
+    before: Iterator[_Row] | None = None
     for start in range(0, len(index), scoring.batch_size):
         rows = range(start, min(start + scoring.batch_size, len(index)))
-        waiting.append([threads.submit(_read_row, index, row, scoring, models) for row in rows])
-        if len(waiting) > 1:
-            yield [future.result() for future in waiting.popleft()]
-    while waiting:
-        yield [future.result() for future in waiting.popleft()]
+        batch = threads.map(partial(_read_row, index, scoring=scoring, models=models), rows)
+        if before is not None:
+            yield list(before)
+        before = batch
+    if before is not None:
+        yield list(before)
 
 
 def _read_row(index: SampleIndex, row: int, scoring: Scoring, models: _Models) -> _Row:
@@ -296,18 +235,86 @@ def _score_batch(batch: list[_Row], models: _Models) -> np.ndarray:
     return found
 
 
-@contextmanager
-def _as_interrupt() -> Iterator[None]:
-    """SIGTERM as Ctrl-C, where the main thread may say so."""
+@dataclass
+class Detector:
+    """A transformers model in evaluation mode; ``labels`` are the class numbers that count."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    model: Any
+    processor: Any
+    segments: bool
+    labels: set[int]
+    threshold: float
+    device: torch.device
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    @torch.inference_mode()
+    def areas(self, images: Sequence[Image.Image]) -> list[float]:
+        """Share of each image's area, 0 to 1, that the model marks."""
+        inputs = self.processor(images=list(images), return_tensors="pt").to(self.device)
+        outputs = self.model(**inputs)
+        sizes = [(image.height, image.width) for image in images]
+        if self.segments:
+            maps = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+            return [float(np.isin(one.cpu().numpy(), list(self.labels)).mean()) for one in maps]
+        found = self.processor.post_process_object_detection(outputs, threshold=self.threshold, target_sizes=sizes)
+        shares = []
+        for one, (height, width) in zip(found, sizes, strict=True):
+            chosen = [int(label) in self.labels for label in one["labels"]]
+            shares.append(union_share(one["boxes"].cpu().numpy()[chosen], width, height))
+        return shares
+
+
+def union_share(boxes: np.ndarray, width: int, height: int) -> float:
+    """Share of a ``width`` x ``height`` picture under ``boxes`` [N, 4] (left, top, right, bottom), overlaps once."""
+    # A raster of at most 512 cells a side: exact to its cells, and independent of the number of overlaps.
+    scale = min(1.0, 512 / max(width, height))
+    covered = np.zeros((max(1, round(height * scale)), max(1, round(width * scale))), bool)
+    rows, columns = covered.shape
+    for left, top, right, bottom in np.asarray(boxes, np.float64).reshape(-1, 4):
+        x = np.clip(np.round(np.array([left, right]) / width * columns), 0, columns).astype(int)
+        y = np.clip(np.round(np.array([top, bottom]) / height * rows), 0, rows).astype(int)
+        covered[y[0] : y[1], x[0] : x[1]] = True
+    return float(covered.mean())
+
+
+def load_detector(folder: str, labels: Sequence[str], threshold: float, device: str) -> Detector:
+    """An object-detection or semantic-segmentation model (a folder or hub id) through transformers' Auto classes.
+
+    ``labels`` are names of its classes, all by default (of a segmentation model all but number 0, the background).
+    Raises UserError when it cannot be loaded, is of another kind, or lacks a label.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForObjectDetection,
+        AutoModelForSemanticSegmentation,
+    )
+
+    place = str(Path(folder).expanduser()) if Path(folder).expanduser().is_dir() else folder
+    safe = {"trust_remote_code": False}
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        config = AutoConfig.from_pretrained(place, **safe)
+        segments = any("Segmentation" in name for name in config.architectures or ())
+        if not segments and not any("ObjectDetection" in name for name in config.architectures or ()):
+            raise UserError(
+                f"text_detector={folder} is a {', '.join(config.architectures or ['model without a named class'])}; "
+                "expected one for object detection or semantic segmentation."
+            )
+        factory = AutoModelForSemanticSegmentation if segments else AutoModelForObjectDetection
+        model = factory.from_pretrained(place, use_safetensors=True, dtype=torch.float32, **safe)
+        processor = AutoImageProcessor.from_pretrained(place, **safe)
+    except UserError:
+        raise
+    except Exception as error:  # transformers and the hub client raise a dozen unrelated types
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"text_detector={folder} could not be loaded ({reason[:300].rstrip('.')}); give a transformers folder."
+        ) from None
+    names = {str(name): int(number) for number, name in config.id2label.items()}
+    unknown = [label for label in labels if label not in names]
+    if unknown:
+        raise UserError(
+            f"text_labels has {unknown[0]!r}, but the classes of {folder} are {', '.join(list(names)[:20])}; choose among them."
+        )
+    chosen = {names[label] for label in labels} or {number for number in names.values() if number or not segments}
+    model.to(device).eval().requires_grad_(False)
+    return Detector(model, processor, segments, chosen, threshold, torch.device(device))

@@ -1,20 +1,125 @@
-"""What the captioner was asked for, and which of it the captions in a folder depend on."""
+"""Options of the captioner, its prompt templates, and what the captions in a folder depend on."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import yaml
+
 from paradiffusion.atomic import write_atomic
 from paradiffusion.checks import choice, fraction, positive
-from paradiffusion.curation.captioning.checks import DEFAULT_REJECT, REASONS, Limits, parse_reject
-from paradiffusion.curation.captioning.prompts import Template
+from paradiffusion.curation.captioning.caption_checks import DEFAULT_REJECT, REASONS, Limits
+from paradiffusion.curation.journal import read_object
 from paradiffusion.errors import UserError
 from paradiffusion.judges.choose import DTYPES, ENGINES
 from paradiffusion.judges.engine import Engine
+from paradiffusion.randomness import uniform
+
+_KEYS = {"kind", "weight", "ask", "accept", "text"}
+
+
+@dataclass(frozen=True)
+class Template:
+    """One way to ask for a caption.
+
+    Attributes:
+        kind: the caption kind that it is for.
+        weight: how often it is drawn, relative to the others.
+        ask: the fewest and most words asked for.
+        accept: the fewest and most words that pass.
+        text: the request, with {low} and {high} for ``ask``.
+    """
+
+    name: str
+    kind: str = "long"
+    weight: float = 1.0
+    ask: tuple[int, int] = (100, 500)
+    accept: tuple[int, int] = (50, 500)
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        for key in ("ask", "accept"):
+            low, high = getattr(self, key)
+            if not 0 < low <= high:
+                raise ValueError(f"{key} is {[low, high]}; give the fewest and most words, such as [100, 500]")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"it has the weight {self.weight:g}; give a number above 0")
+        if not self.text:
+            raise ValueError("it has no text; write text: under it")
+
+    def prompt(self) -> str:
+        """The request as the model reads it."""
+        return self.text.replace("{low}", str(self.ask[0])).replace("{high}", str(self.ask[1]))
+
+
+def load_templates(path: Path, kind: str, names: str | None = None) -> list[Template]:
+    """The templates of ``path`` that are to be drawn.
+
+    Args:
+        kind: all templates of this kind are taken where ``names`` is None.
+        names: "paper,spatial", or with weights "paper:3,spatial:1".
+
+    Raises:
+        UserError: where the file or a name is wrong.
+    """
+    known: dict[str, Template] = {}
+    name = ""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        for name, value in content.items() if isinstance(content, dict) else ():
+            if unknown := sorted(set(value) - _KEYS):
+                raise ValueError(f"the unknown key {unknown[0]}; the keys are {', '.join(sorted(_KEYS))}")
+            ranges = {key: tuple(value[key]) for key in ("ask", "accept") if key in value}
+            known[str(name)] = Template(str(name), **{**value, **ranges, "text": value.get("text", "").strip()})
+    except OSError as error:
+        raise UserError(
+            f"prompt_file={path} cannot be read ({error.strerror}); give a YAML file of templates."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"prompt_file={path} is not YAML ({reason}); see configs/caption_prompts.yaml.") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"the template {name} of {path} is not understood: {error}; see configs/caption_prompts.yaml."
+        ) from None
+    if not known:
+        raise UserError(f"prompt_file={path} holds no templates; see configs/caption_prompts.yaml for the form.")
+    if names is None:
+        chosen = [template for template in known.values() if template.kind == kind]
+        if not chosen:
+            raise UserError(
+                f"no template of {path} is for kind={kind}; name some with prompts={','.join(known)}, or set prompt_file=."
+            )
+        return chosen
+    chosen = []
+    for part in names.split(","):
+        name, _, weight = part.strip().partition(":")
+        if name not in known:
+            raise UserError(
+                f"prompts={names}: the template {name!r} is not in {path}; choose among {', '.join(known)}."
+            )
+        try:
+            chosen.append(replace(known[name], weight=float(weight)) if weight else known[name])
+        except ValueError as error:
+            raise UserError(f"prompts={names}: {error}.") from None
+    return chosen
+
+
+def draw(templates: list[Template], attempt: int, *identity: int | str, used: frozenset[str] = frozenset()) -> Template:
+    """The template of a sample's attempt, a function of ``identity``; those in ``used`` only when no other is left."""
+    left = [template for template in templates if template.name not in used] or templates
+    point = uniform("caption template", attempt, *identity) * sum(template.weight for template in left)
+    for template in left:
+        point -= template.weight
+        if point < 0:
+            return template
+    return left[-1]
+
 
 SETTINGS_FILE: Final = "settings.json"
 JUDGE_FILE: Final = "judge.json"
@@ -22,6 +127,9 @@ JUDGE_FILE: Final = "judge.json"
 _OF_SERVER: Final = ("endpoint", "served", "api_key_env", "endpoint_gpus")
 _OF_REQUESTS: Final = ("concurrency", "timeout", "tries", "retry_wait")
 _OF_JUDGE: Final = ("judge_engine", "judge_revision", "judge_endpoint", "judge_api_key_env", "judge_share")
+_OF_CAPTIONS: Final = (
+    "kind", "temperature", "top_p", "max_new_tokens", "seed", "language", "min_words", "max_words", "reject", "retries",
+)  # fmt: skip
 _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
@@ -106,34 +214,31 @@ class CaptionOptions:
 
     def _check_engines(self) -> None:
         """Refuse what the chosen engines would not look at."""
+        engines = {self.engine, (self.judge_engine or self.engine) if self.judge else self.engine}
+        judged_by = self.judge_engine or self.engine if self.judge else None
         if self.engine == "endpoint" and not self.endpoint:
             raise UserError("engine=endpoint needs endpoint=, such as endpoint=http://localhost:8000/v1.")
-        if self.engine == "transformers" and (given := self._given(_OF_SERVER)):
-            raise UserError(f"{given}= is for engine=endpoint; add that, or leave it out.")
-        if self.engine == "endpoint" and (given := self._given(("model", "revision"))):
-            raise UserError(
-                f"{given}= is for engine=transformers; name the server's model with served=, or leave it out."
-            )
-        engines = {self.engine, (self.judge_engine or self.engine) if self.judge else self.engine}
-        if engines == {"transformers"} and (given := self._given(_OF_REQUESTS)):
-            raise UserError(f"{given}= is for engine=endpoint; add that, or leave it out.")
-        if engines == {"endpoint"} and (given := self._given(("dtype", "device", "batch_size"))):
-            raise UserError(f"{given}= is for engine=transformers; concurrency= says how many requests go at once.")
-        if self.judge is not None:
-            judged_by = self.judge_engine or self.engine
-            if judged_by == "transformers" and (given := self._given(("judge_endpoint", "judge_api_key_env"))):
-                raise UserError(f"{given}= is for judge_engine=endpoint; add that, or leave it out.")
-            if judged_by == "endpoint" and (given := self._given(("judge_revision",))):
-                raise UserError(f"{given}= is for judge_engine=transformers; add that, or leave it out.")
+        for unread, keys, remedy in (
+            (self.engine == "transformers", _OF_SERVER, "is for engine=endpoint; add that"),
+            (self.engine == "endpoint", ("model", "revision"), "is for engine=transformers; name the server's model with served="),
+            (engines == {"transformers"}, _OF_REQUESTS, "is for engine=endpoint; add that"),
+            (engines == {"endpoint"}, ("dtype", "device", "batch_size"),
+             "is for engine=transformers; concurrency= says how many requests go at once"),
+            (judged_by == "transformers", ("judge_endpoint", "judge_api_key_env"), "is for judge_engine=endpoint; add that"),
+            (judged_by == "endpoint", ("judge_revision",), "is for judge_engine=transformers; add that"),
+        ):  # fmt: skip
+            if unread and (given := self._given(keys)):
+                raise UserError(f"{given}= {remedy}, or leave it out.")
 
     def rejecting(self) -> tuple[str, ...]:
         """The checks that reject a caption."""
-        try:
-            return parse_reject(name.strip() for name in self.reject.split(",") if name.strip())
-        except ValueError as error:
-            raise UserError(
-                f"reject={self.reject}: the check {error} is unknown; choose among {', '.join(REASONS)}."
-            ) from None
+        names = tuple(dict.fromkeys(name.strip() for name in self.reject.split(",") if name.strip()))
+        for name in names:
+            if name not in REASONS:
+                raise UserError(
+                    f"reject={self.reject}: the check {name} is unknown; choose among {', '.join(REASONS)}."
+                )
+        return names
 
     def limits(self, template: Template) -> Limits:
         """What a caption asked for by ``template`` must keep to."""
@@ -182,23 +287,14 @@ def bind_judge(folder: Path, options: CaptionOptions, engine: Engine, side: int)
 
 
 def _model_settings(kind: str, dtype: str, engine: Engine, side: int) -> dict[str, Any]:
-    return {
-        "engine": kind,
-        "model": engine.model,
-        "revision": engine.revision,
-        "dtype": dtype if kind == "transformers" else None,
-        "image_side": side,
-    }
+    own = {"engine": kind, "model": engine.model, "revision": engine.revision}
+    return {**own, "dtype": dtype if kind == "transformers" else None, "image_side": side}
 
 
 def _settings(options: CaptionOptions, templates: list[Template]) -> dict[str, Any]:
     """What captions depend on besides the model."""
-    made_by: dict[str, Any] = {}
-    for key in (
-        "kind", "temperature", "top_p", "max_new_tokens", "seed", "language", "min_words", "max_words", "reject", "retries",
-    ):  # fmt: skip
-        made_by[key] = getattr(options, key)
-    return {**made_by, "prompts": [json.loads(json.dumps(asdict(template))) for template in templates]}
+    made_by: dict[str, Any] = {key: getattr(options, key) for key in _OF_CAPTIONS}
+    return {**made_by, "prompts": json.loads(json.dumps(list(map(asdict, templates))))}
 
 
 def _bind(path: Path, made_by: dict[str, Any], what: str, remedy: str) -> None:
@@ -209,12 +305,7 @@ def _bind(path: Path, made_by: dict[str, Any], what: str, remedy: str) -> None:
 
 def _compare(path: Path, made_by: dict[str, Any], what: str, remedy: str) -> None:
     """Raise UserError for the first key of ``made_by`` that the file at ``path`` has otherwise."""
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        stored = None
-    if not isinstance(stored, dict):
-        raise UserError(f"{path} is damaged, so nobody knows how {what} beside it were made; {remedy}.")
+    stored = read_object(path, f"nobody knows how {what} beside it were made: {remedy}")
     for key, value in made_by.items():
         if stored.get(key) != value:
             was, now = ("otherwise", "") if key == "prompts" else (f"with {key}={stored.get(key)}", f"={value}")

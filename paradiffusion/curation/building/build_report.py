@@ -1,4 +1,4 @@
-"""What a build made of its input: kept, dropped by reason with examples, mended, sizes and words."""
+"""Report of a build: kept, dropped by reason with examples, mended, sizes and words."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.curation.building.chunk import Tally
-from paradiffusion.curation.building.options import BuildOptions
-from paradiffusion.curation.building.pictures import PROFILE_NOTES
+from paradiffusion.curation.building.build_options import BuildOptions
+from paradiffusion.curation.building.chunk import PROFILE_NOTES, Tally
 from paradiffusion.data.index import load_index
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
 
 if TYPE_CHECKING:
-    from paradiffusion.curation.building.select import Selection
+    from paradiffusion.curation.building.duplicates import Selection
+
 
 _NAME: Final = "report.json"
 _MAX_PROFILES: Final = 20  # screens have profiles of their own by the thousand
@@ -115,11 +115,8 @@ def _words(folders: Sequence[Path]) -> dict[str, dict[str, float]]:
 
 def write_report(report: Report, output: Path) -> None:
     """Write report.json and report.md."""
-    for name, text in (
-        (_NAME, json.dumps(asdict(report), indent=1, ensure_ascii=False)),
-        ("report.md", as_markdown(report)),
-    ):
-        write_atomic(output / name, text + "\n")
+    write_atomic(output / _NAME, json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(output / "report.md", as_markdown(report) + "\n")
 
 
 def read_report(output: Path) -> Report:

@@ -1,4 +1,4 @@
-"""What can be wrong with a caption that a model wrote, and what of it can be mended.
+"""Checks of captions that a model wrote, and what of them can be mended.
 
 Language models that describe pictures fail in a few ways again and again: they refuse, loop, run into the token limit, talk
 about "the image" instead of what it shows, or write lists. A training set made of such texts teaches them.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -63,10 +62,14 @@ _FILLER = re.compile(
 )
 _REFUSAL = re.compile(
     r"\b(?:i(?:['’]m| am) (?:very )?(?:sorry|unable|not able)|i (?:cannot|can['’]t|could not|am unable to) "
-    r"(?:see|view|assist|help|provide|describe|identify|comply|process|fulfil)|as an? (?:ai|artificial intelligence|large language model)(?: (?:language )?(?:model|assistant|system|chatbot))?, |"
+    r"(?:see|view|assist|help|provide|describe|identify|comply|process|fulfil)|as an? (?:ai|artificial intelligence|"
+    r"large language model)(?: (?:language )?(?:model|assistant|system|chatbot))?, |"
     r"as an? (?:ai|large)(?: language)? (?:model|assistant)|"
-    r"i(?:['’]m| am) (?:just |only )?an? (?:ai|language model|assistant)|unable to (?:view|see|process|analy[sz]e) (?:the |this )?(?:image|picture)|"
-    r"no (?:image|picture)(?: (?:was|has been|is))? (?:provided|attached|uploaded)|i (?:don['’]t|do not) see an? (?:image|picture)|i apologi[sz]e,? but|please (?:upload|provide|attach) (?:the |an? )?(?:image|picture))",
+    r"i(?:['’]m| am) (?:just |only )?an? (?:ai|language model|assistant)|unable to (?:view|see|process|"
+    r"analy[sz]e) (?:the |this )?(?:image|picture)|"
+    r"no (?:image|picture)(?: (?:was|has been|is))? (?:provided|attached|uploaded)|i (?:don['’]t|"
+    r"do not) see an? (?:image|picture)|i apologi[sz]e,? but|please (?:upload|provide|attach) (?:the |"
+    r"an? )?(?:image|picture))",
     re.IGNORECASE,
 )
 # Whole sentences at the end, or alone, that are said to the one who asked.
@@ -81,9 +84,13 @@ _CLOSING = re.compile(
 )
 # A model that thinks aloud about its task.
 _CHATTER = re.compile(
-    r"^(?:(?:okay|ok|alright|well|so|hmm)[,.] (?:let['’]?s|let me|the user|i)\b|let['’]s (?:see|start|begin|describe)|let me (?:describe|start|see|look|think|write)"
-    r"|first,? i (?:will|need|should|look)|(?:got it|understood)\b)|\bthe user (?:wants|asks|asked|is asking|has asked|requested|needs)\b"
-    r"|\bthe (?:prompt|instructions?|task) (?:asks?|says?|requires?|wants?)\b|\bas (?:you )?requested\b|\bthis (?:description|caption) (?:adheres|meets|avoids|(?:is|has|contains) (?:based|meant|intended|about|approximately|roughly|exactly|\d+|within|no))\b",
+    r"^(?:(?:okay|ok|alright|well|so|hmm)[,.] (?:let['’]?s|let me|the user|i)\b|let['’]s (?:see|start|begin|"
+    r"describe)|let me (?:describe|start|see|look|think|write)"
+    r"|first,? i (?:will|need|should|look)|(?:got it|understood)\b)|\bthe user (?:wants|asks|asked|is asking|"
+    r"has asked|requested|needs)\b"
+    r"|\bthe (?:prompt|instructions?|task) (?:asks?|says?|requires?|wants?)\b|\bas (?:you )?requested\b|"
+    r"\bthis (?:description|caption) (?:adheres|meets|avoids|(?:is|has|contains) (?:based|meant|intended|about|"
+    r"approximately|roughly|exactly|\d+|within|no))\b",
     re.IGNORECASE,
 )
 _JSON = re.compile(r"^\s*[\[{]\s*[\"'{\[]")
@@ -95,7 +102,8 @@ _MARKDOWN = re.compile(
     re.MULTILINE,
 )
 _MARKERS = re.compile(
-    r"<\|[^|<>]{1,40}\|>|</?(?:s|image|img|think|bos|eos|pad|unk|start_of_turn|end_of_turn|end_of_utterance|fake_token_around_image)>"
+    r"<\|[^|<>]{1,40}\|>|</?(?:s|image|img|think|bos|eos|pad|unk|start_of_turn|end_of_turn|end_of_utterance|"
+    r"fake_token_around_image)>"
     r"|\[/?INST\]|<<SYS>>|^\W*(?i:user|assistant|human|system)\s*:",
     re.MULTILINE,
 )  # fmt: skip
@@ -249,12 +257,3 @@ def is_english(text: str) -> bool:
         return False
     words = _WORD.findall(text.lower())
     return len(words) < _MIN_WORDS_TO_JUDGE or sum(word in _ENGLISH for word in words) >= 0.08 * len(words)
-
-
-def parse_reject(names: Iterable[str]) -> tuple[str, ...]:
-    """``names`` without repeats. Raises ValueError with the first one that is no check."""
-    chosen = tuple(dict.fromkeys(names))
-    for name in chosen:
-        if name not in REASONS:
-            raise ValueError(name)
-    return chosen

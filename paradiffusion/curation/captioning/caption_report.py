@@ -1,0 +1,202 @@
+"""Report of captioning: counts, rates, reasons and examples, from the files of the finished shards alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from paradiffusion.atomic import write_atomic
+from paradiffusion.curation.captioning.caption_checks import NOTES, REASONS
+from paradiffusion.curation.captioning.captioning import interval, read_lines
+
+# The paper's table for ParaImage-Big: mean words and the share of each band.
+PAPER_MEAN: Final = 132.9
+PAPER_BANDS: Final = {"under 50": 0.0, "50 to 100": 0.19, "100 to 150": 0.51, "150 to 200": 0.25, "over 200": 0.05}
+_EXAMPLES, _UNCONFIRMED = 3, 50
+
+
+def make_report(output: Path, stems: list[str], processes: int, endpoint_gpus: int, judged: bool) -> dict[str, Any]:
+    """The content of report.json, from ``<stem>.jsonl`` of all shards that are done.
+
+    Shares are of ``samples`` unless said otherwise; ``seconds`` are those of all processes together; ``reasons`` and
+    ``examples`` are of rejected answers.
+
+    Args:
+        processes: that work side by side, for the rate.
+        endpoint_gpus: GPUs behind an endpoint, which cannot be seen from here; 0 where unknown.
+        judged: whether to read ``<stem>.judged.jsonl`` too.
+    """
+    count, bands = Counter[str](), Counter[str]()  # what is counted once a sample; samples by their words
+    reasons, accepted, notes = Counter[str](), Counter[str](), Counter[str]()
+    answers, rejected = Counter[str](), Counter[str]()  # by template
+    seconds, gpu_seconds = 0.0, 0.0
+    models: dict[str, None] = {}
+    examples: dict[str, list[dict[str, str]]] = {}
+    done = [stem for stem in stems if (output / f"{stem}.jsonl").exists()]
+    for stem, record in _records(output, done, ".jsonl"):
+        count.update(samples=1, tokens=record["tokens"])
+        models[f"{record['model']}@{record['revision']}"] = None
+        seconds += record["seconds"]
+        share = endpoint_gpus / processes if record["device"] == "endpoint" else float(record["device"] != "cpu")
+        gpu_seconds += share * record["seconds"]
+        for one in record["rejected"]:
+            rejected[one["template"]] += 1
+            reasons.update(one["found"])
+            for name in one["found"]:
+                if len(shown := examples.setdefault(name, [])) < _EXAMPLES:
+                    shown.append({"shard": stem, "key": record["key"], "text": one["text"][:300]})
+        answers.update(one["template"] for one in record["rejected"])
+        if record["caption"] is not None:
+            answers[record["template"]] += 1
+            count.update(captioned=1, words=record["words"])
+            bands[_band(record["words"])] += 1
+            accepted.update(record["found"])
+            notes.update(record["notes"])
+    samples, captioned = count["samples"], count["captioned"]
+    return {
+        "shards": len(stems),
+        "shards_done": len(done),
+        "samples": samples,
+        "captioned": captioned,
+        "answers": answers.total(),
+        "rejected_samples": 1 - captioned / samples if samples else 0.0,
+        "rejected_answers": 1 - captioned / answers.total() if answers else 0.0,
+        "seconds": seconds,
+        "tokens": count["tokens"],
+        "captions_per_hour": captioned * 3600 * processes / seconds if seconds else None,
+        "captions_per_gpu_hour": captioned * 3600 / gpu_seconds if gpu_seconds else None,
+        "processes": processes,
+        "mean_words": count["words"] / captioned if captioned else None,
+        "bands": {name: bands[name] / captioned for name in PAPER_BANDS} if captioned else {},
+        "paper_bands": PAPER_BANDS,
+        "paper_mean_words": PAPER_MEAN,
+        "reasons": reasons,
+        "found_in_accepted": accepted,
+        "notes": notes,
+        "templates": {name: {"answers": n, "rejected": rejected[name] / n} for name, n in sorted(answers.items())},
+        "models": list(models),
+        "examples": examples,
+        "judged": _judged(output, stems) if judged else None,
+    }
+
+
+def _records(output: Path, stems: list[str], ending: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of the shards that have such a file, with their shard."""
+    for stem in stems:
+        yield from ((stem, record) for record in read_lines(output / f"{stem}{ending}"))
+
+
+def _band(words: int) -> str:
+    edges = (50, 100, 150, 200)
+    return list(PAPER_BANDS)[sum(words >= edge for edge in edges)]
+
+
+def _judged(output: Path, stems: list[str]) -> dict[str, Any]:
+    """The second model's word: ``share`` is of the claims that got a yes, among those that got a yes or no, with its ``interval``
+    of 95 %; ``unconfirmed`` are the first claims that got a no."""
+    captions: dict[tuple[str, str], Counter[str]] = {}
+    unconfirmed: list[dict[str, str]] = []
+    judge = ""
+    for stem, record in _records(output, stems, ".judged.jsonl"):
+        judge = f"{record['judge']}@{record['revision']}"
+        captions.setdefault((stem, record["key"]), Counter())[record["verdict"]] += 1
+        if record["verdict"] == "no" and len(unconfirmed) < _UNCONFIRMED:
+            unconfirmed.append({"shard": stem, "key": record["key"], "text": record["claim"]})
+    total = sum(captions.values(), Counter[str]())
+    clusters = [(one["yes"], one["yes"] + one["no"]) for one in captions.values() if one["yes"] + one["no"]]
+    return {
+        "judge": judge,
+        "captions": len(captions),
+        "claims": total.total(),
+        "confirmed": total["yes"],
+        "unclear": total["unclear"],
+        "share": total["yes"] / (total["yes"] + total["no"]) if clusters else None,
+        "interval": interval(clusters) if clusters else None,
+        "unconfirmed": unconfirmed,
+    }
+
+
+def write_report(report: dict[str, Any], output: Path) -> Path:
+    """``report.json`` and ``report.md`` in ``output``; returns the latter's path."""
+    write_atomic(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(output / "report.md", as_markdown(report))
+    return output / "report.md"
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """The report for a person."""
+    lines = [
+        "# Captions",
+        "",
+        f"{report['captioned']} of {report['samples']} samples have a caption; {report['rejected_samples']:.1%} have none that "
+        f"passed, and {report['rejected_answers']:.1%} of {report['answers']} answers were rejected. {report['shards_done']} of "
+        f"{report['shards']} shards are done. Model: {', '.join(report['models']) or 'none yet'}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| captions per hour, with {report['processes']} process(es) | {_number(report['captions_per_hour'])} |",
+        f"| captions per GPU-hour | {_number(report['captions_per_gpu_hour'])} |",
+        f"| process-hours | {report['seconds'] / 3600:.3g} |",
+        f"| tokens generated | {report['tokens']} |",
+        f"| mean words (ParaImage-Big: {report['paper_mean_words']}) | {_number(report['mean_words'])} |",
+        "",
+        "| words | here | ParaImage-Big |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {report['bands'].get(name, 0):.0%} | {paper:.0%} |"
+            for name, paper in report["paper_bands"].items()
+        ),
+        "",
+        "| template | answers | rejected |",
+        "|---|---|---|",
+        *(f"| {_cell(n)} | {t['answers']:.0f} | {t['rejected']:.1%} |" for n, t in report["templates"].items()),
+        "",
+        "| rejected for | answers | of all | |",
+        "|---|---|---|---|",
+    ]
+    ranked = sorted(report["reasons"].items(), key=lambda item: (-item[1], item[0]))
+    lines += [
+        f"| {name} | {count} | {count / report['answers']:.1%} | {REASONS.get(name, '')} |" for name, count in ranked
+    ] or ["| nothing | 0 | | |"]
+    counted = {**report["found_in_accepted"], **report["notes"]}
+    if counted:
+        lines += ["", "| in captions that passed | captions | |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {count} | {REASONS.get(name) or NOTES.get(name, '')} |" for name, count in counted.items()
+        ]
+    if report["examples"]:
+        lines += ["", "## Examples of rejected answers", ""]
+        lines += [
+            f"- {name}, {one['shard']}/{_cell(one['key'])}: {_cell(one['text']) or '(nothing)'}"
+            for name, examples in sorted(report["examples"].items())
+            for one in examples
+        ]
+    return "\n".join(lines + (_judged_lines(report["judged"]) if report["judged"] else [])) + "\n"
+
+
+def _judged_lines(judged: dict[str, Any]) -> list[str]:
+    share = "no claim got a yes or a no"
+    if judged["share"] is not None and judged["interval"] is not None:
+        low, high = judged["interval"]
+        share = f"{judged['share']:.1%} confirmed (95 % interval {low:.1%} to {high:.1%})"
+    lines = [
+        "", "## Claims checked by a second model", "",
+        f"{judged['judge'] or 'no judge'}: {judged['claims']} sentences of {judged['captions']} captions, {share}, "
+        f"{judged['unclear']} without a clear answer. Claims about one picture count as dependent in the interval.", "",
+    ]  # fmt: skip
+    return lines + [
+        f"- not confirmed, {one['shard']}/{_cell(one['key'])}: {_cell(one['text'])}" for one in judged["unconfirmed"]
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _cell(text: str) -> str:
+    """A model's words, kept from being taken as Markdown or HTML."""
+    escaped = "".join(f"\\{letter}" if letter in "\\`*_[]#|~" else letter for letter in " ".join(text.split()))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

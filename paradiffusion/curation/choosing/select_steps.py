@@ -1,0 +1,187 @@
+"""The four steps of scripts/select.py (score, choose, review, export) and their keys."""
+
+from __future__ import annotations
+
+import getpass
+import math
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from paradiffusion.apps.local_server import address_of
+from paradiffusion.checks import choice, not_understood, parsed, positive
+from paradiffusion.curation.choosing.score_files import move_root, scored_names
+from paradiffusion.errors import UserError
+from paradiffusion.stopping import stop_on_signals
+
+# What belongs to which step: a key of another one would do nothing, and is refused.
+STEPS = {
+    "score": (
+        "shards", "clip", "aesthetic", "text_detector", "text_labels", "text_threshold", "caption", "processes", "device",
+        "precision", "batch_size", "threads", "allow_truncated",
+    ),
+    "choose": ("min", "max", "weights", "count", "clusters", "per_cluster", "max_similarity", "seed"),
+    "review": ("host", "port", "reviewer"),
+    "export": ("output", "samples_per_shard", "votes"),
+}  # fmt: skip
+
+
+@dataclass
+class SelectOptions:
+    """The keys of the command line."""
+
+    action: str | None = None
+    folder: str | None = None
+    shard_root: str | None = None
+    shards: str | None = None
+    clip: str = "ViT-L-14-quickgelu:openai"
+    aesthetic: str | None = None
+    text_detector: str | None = None
+    text_labels: str | None = None
+    text_threshold: float = 0.3
+    caption: str | None = None
+    processes: int | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+    batch_size: int = 32
+    threads: int = 4
+    allow_truncated: bool = False
+    min: str | None = None
+    max: str | None = None
+    weights: str | None = None
+    count: int | None = None
+    clusters: int = 1
+    per_cluster: int | None = None
+    max_similarity: float | None = None
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: int = 8765
+    reviewer: str | None = None
+    output: str | None = None
+    samples_per_shard: int = 1000
+    votes: str = "majority"
+    given: list[str] = field(default_factory=list, metadata={"internal": True})
+
+    def check(self) -> None:
+        if self.action is None:
+            raise UserError(
+                f"action= is missing; expected action={'|'.join(STEPS)} folder=<working folder>; see --help."
+            )
+        choice("action", self.action, tuple(STEPS))
+        for key in self.given:
+            owner = next((step for step, keys in STEPS.items() if key in keys), self.action)
+            if owner != self.action:
+                raise UserError(
+                    f"{key}= belongs to action={owner}, and does nothing in action={self.action}; leave it out."
+                )
+        for key in ("folder", *{"score": ("shards",), "export": ("output",)}.get(self.action, ())):
+            if not getattr(self, key):
+                raise UserError(f"{key}= is missing; action={self.action} needs it, see --help.")
+        choice("precision", self.precision, ("fp32", "bf16", "fp16"))
+        choice("votes", self.votes, ("majority", "any", "all"))
+        for key in ("batch_size", "threads", "samples_per_shard", "clusters"):
+            positive(key, getattr(self, key))
+        for key in ("processes", "count", "per_cluster"):
+            if getattr(self, key) is not None:
+                positive(key, getattr(self, key))
+        if not 0 <= self.port < 1 << 16:
+            raise UserError(f"port={self.port} is out of range; expected 0 to 65535.")
+
+
+def names(key: str, text: str | None) -> list[str]:
+    """What ``key`` lists; one name needs no brackets. Raises UserError for anything else."""
+    value = parsed(key, text, "[first, second]") or []
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        raise not_understood(key, text, "[first, second]")
+    return value
+
+
+def numbers(key: str, text: str | None) -> dict[str, float]:
+    """The mapping of names to numbers that ``key`` has. Raises UserError for anything else."""
+    example = "{aesthetic: 5.5, short_side: 768}"
+    value = parsed(key, text, example) if text is not None else {}
+    if not isinstance(value, dict) or not all(
+        isinstance(name, str) and type(number) in (int, float) and math.isfinite(number)
+        for name, number in value.items()
+    ):
+        raise not_understood(key, text, example)
+    return {name: float(number) for name, number in value.items()}
+
+
+def run_step(options: SelectOptions) -> int:
+    """Do the step that ``options`` name, checked; the exit status. Models are imported only by who needs them."""
+    work = Path(str(options.folder)).expanduser()
+    if options.shard_root is not None:
+        move_root(work, options.shard_root, scored_names(work))
+    {"score": _score, "choose": _choose, "review": _review, "export": _export}[str(options.action)](options, work)
+    return 0
+
+
+def _score(options: SelectOptions, work: Path) -> None:
+    import torch
+
+    from paradiffusion.curation.choosing.scoring import Scoring, score_shards
+    from paradiffusion.data.shards import expand_shards
+
+    device = options.device
+    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
+        raise UserError(f"device={device} is unknown; choose auto, cpu, cuda or cuda:<number>.")
+    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={device} is not there: torch sees {torch.cuda.device_count()} GPUs; use device=auto.")
+    scoring = Scoring(
+        options.clip, Path(options.aesthetic).expanduser() if options.aesthetic else None, options.text_detector,
+        tuple(names("text_labels", options.text_labels)), options.text_threshold, options.caption, options.precision,
+        device, options.batch_size, options.threads, options.allow_truncated,
+    )  # fmt: skip
+    given = str(options.shards)
+    shards = expand_shards(names("shards", given) if given.startswith("[") else [given], "shards")
+    count = score_shards(shards, work, scoring, options.processes)
+    print(f"{count} samples scored now, {len(shards)} shards in all; next: action=choose folder={work}")
+
+
+def _choose(options: SelectOptions, work: Path) -> None:
+    from paradiffusion.curation.choosing.selection import Choosing, choose
+
+    choosing = Choosing(
+        numbers("min", options.min), numbers("max", options.max), numbers("weights", options.weights), options.count,
+        options.clusters, options.per_cluster, options.max_similarity, options.seed,
+    )  # fmt: skip
+    print(*choose(work, choosing).lines(), f"next: action=review folder={work}", sep="\n")
+
+
+def _review(options: SelectOptions, work: Path) -> None:
+    """Serve the review page until Ctrl-C or SIGTERM."""
+    from paradiffusion.curation.choosing.review import make_server, open_review
+
+    opened = open_review(work, options.reviewer or _account())
+    server = make_server(opened, options.host, options.port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = address_of(options.host, server.server_port)
+    print(f"{len(opened.candidates.all)} candidates; open {address}?token={opened.token}", flush=True)
+    if options.host not in ("127.0.0.1", "localhost", "::1"):
+        print("other machines reach this page, unencrypted: whoever reads the address can decide too.", flush=True)
+    with stop_on_signals() as stop:
+        while stop.came_at is None:
+            time.sleep(0.1)
+    server.shutdown()
+    server.server_close()
+    opened.log.close()
+    print(
+        f"ended; every decision is in {work / 'decisions.jsonl'}. The same command goes on, action=export writes the shards."
+    )
+
+
+def _export(options: SelectOptions, work: Path) -> None:
+    from paradiffusion.curation.choosing.kept import export
+
+    report = export(work, Path(str(options.output)).expanduser(), options.samples_per_shard, options.votes)
+    print(*report.lines(), f"train on it with data.shards={options.output} and stage=3", sep="\n")
+
+
+def _account() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no such account within a container
+        return "reviewer"

@@ -1,0 +1,18 @@
+"""The wheel: the package, and inside it as paradiffusion/shipped what a checkout has beside it. The rest is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+SHIPPED = {
+    "paradiffusion.shipped": (".", []),  # train.py and sample.py
+    "paradiffusion.shipped.scripts": ("scripts", ["slurm.sh"]),
+    "paradiffusion.shipped.configs": ("configs", ["**/*.yaml"]),
+    "paradiffusion.shipped.data": ("data", ["*.txt", "*.jsonl", "nano/**", "nano_codec/**"]),
+}
+setup(
+    packages=[*find_packages(include=["paradiffusion*"]), *SHIPPED],
+    package_dir={name: folder for name, (folder, _) in SHIPPED.items()},
+    package_data={
+        "paradiffusion": ["**/*.html", "**/*.css", "**/*.js"],
+        **{name: patterns for name, (_, patterns) in SHIPPED.items()},
+    },
+)
