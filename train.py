@@ -20,12 +20,12 @@ def main(arguments: list[str]) -> int:
         return 0
     from paradiffusion.scenes.alignment import SceneScorer
     from paradiffusion.scenes.dataset import make_wanted
-    from paradiffusion.training.loop import train
+    from paradiffusion.training.trainer import train
 
     make_wanted(config.data)
     if config.preflight:
+        from paradiffusion.training.engine import make_accelerator
         from paradiffusion.training.preflight import preflight
-        from paradiffusion.training.processes import make_accelerator
 
         preflight(config, make_accelerator(config))
         return 0

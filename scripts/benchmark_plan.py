@@ -1,14 +1,15 @@
-"""Measure how long it takes to find a far step of a plan of batches, as a resumed run does, and its memory.
+"""Measure a start over many samples: index and plan of batches, finding a far step as a resumed run does, and their memory.
 
-    python scripts/benchmark_plan.py                                   # step 1,000,000 over 10 million samples
+    python scripts/benchmark_plan.py                                   # step 1,000,000 over 20 million samples
     python scripts/benchmark_plan.py rows=1000000 sources=3 output=/tmp name=mine
 
-The samples are made up and no image is read. Keys (key=value):
-  rows=10000000 shards=2000   of the index
+The samples are made up (170 bytes of disk each, in scratch=) and no image is read. Keys (key=value):
+  rows=20000000 shards=2000   of the index
   step=1000000                the step to find
   batch_size=256 window_shards=16 resolution=512   of the plan; the resolution gives the aspect buckets
   sources=1,3                 numbers of sources to measure, 1 or 3
-  repeats=5                   runs of each
+  repeats=5                   starts of each, in a process of its own
+  scratch=                    a folder for the indexes that are made (the system's for temporary files)
   output=benchmarks name=plan_cpu   where FILE.json and FILE.md are written
 """
 

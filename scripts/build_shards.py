@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     options.check()
     counter = None
     if options.tokenizer:
-        from paradiffusion.text.counting import count_tokens_with
+        from paradiffusion.text.families import count_tokens_with
 
         encoder = text_encoder_named(options.tokenizer, "tokenizer")
         counter = TokenCounter(encoder.name, count_tokens_with(encoder))

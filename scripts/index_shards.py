@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> int:
     asked.check()
     signal.signal(signal.SIGTERM, interrupt)
 
-    from paradiffusion.data.index import build_indexes, check_names, describe_indexes
+    from paradiffusion.curation.indexing import check_names, describe_indexes
+    from paradiffusion.data.index import build_indexes
     from paradiffusion.data.remote import RemotePath, Storage
     from paradiffusion.data.shards import expand_shards
 
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
     counter = None
     if asked.tokenizer:
         from paradiffusion.data.index import TokenCounter
-        from paradiffusion.text.counting import count_tokens_with
+        from paradiffusion.text.families import count_tokens_with
 
         encoder = text_encoder_named(asked.tokenizer, "tokenizer")
         counter = TokenCounter(encoder.name, count_tokens_with(encoder))

@@ -101,10 +101,9 @@ def main(arguments: list[str]) -> int:
     from paradiffusion.curation.inspecting.inspect import InspectSettings, figures_json, inspect
     from paradiffusion.curation.inspecting.page import inspection_page
     from paradiffusion.data.index import TokenCounter
-    from paradiffusion.data.plan import make_plan
+    from paradiffusion.data.plan import make_plan, open_index
     from paradiffusion.scenes.dataset import make_wanted
-    from paradiffusion.text.counting import count_tokens_with
-    from paradiffusion.training.setup import open_data
+    from paradiffusion.text.families import count_tokens_with
 
     counters = {encoder.path or encoder.name: encoder for encoder in encoders}
     named = Counter(encoder.name for encoder in counters.values())
@@ -113,7 +112,7 @@ def main(arguments: list[str]) -> int:
         for place, encoder in counters.items()
     ]
     make_wanted(config.data)
-    index, _ = open_data(config)
+    index = open_index(config.data)
     settings = InspectSettings(
         title=title_of(config),
         stage=config.stage,

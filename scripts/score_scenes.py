@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     from paradiffusion.sampling.pipeline import load_models
     from paradiffusion.scenes.alignment import SceneScorer, alignment_table
     from paradiffusion.scenes.dataset import make_wanted
-    from paradiffusion.training.setup import open_data
+    from paradiffusion.training.trainer import open_data
     from paradiffusion.training.validation import Validation
 
     overrides = [f"validation.scenes={options.scenes}", "validation.samples=0", f"validation.paragraph={options.kind}"]

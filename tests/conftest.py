@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 # Set before torch is imported: one thread, so that tests neither fight over cores nor differ from one another.
@@ -89,7 +88,7 @@ def tiny_arguments(codec_folder: Path, demo_folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def train(tiny_arguments: list[str], tmp_path: Path) -> Iterator[Callable[..., int]]:
+def train(tiny_arguments: list[str], tmp_path: Path) -> Callable[..., int]:
     """``train("stage=2", ...)``: train.py's own path within this process, in ``run_dir=<tmp_path>/run``.
 
     Returns the status; a UserError comes through.
@@ -99,19 +98,15 @@ def train(tiny_arguments: list[str], tmp_path: Path) -> Iterator[Callable[..., i
     from paradiffusion.compose import compose_train
     from paradiffusion.scenes.alignment import SceneScorer
     from paradiffusion.scenes.dataset import make_wanted
-    from paradiffusion.training import loop
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    from paradiffusion.training.trainer import train
 
     def run(*arguments: str) -> int:
         AcceleratorState._reset_state(reset_partial_state=True)
         config = compose_train([*tiny_arguments, f"run_dir={tmp_path / 'run'}", *arguments])
         make_wanted(config.data)
-        return loop.train(config, SceneScorer())
+        return train(config, SceneScorer())
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture

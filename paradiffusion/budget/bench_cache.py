@@ -18,10 +18,8 @@ from paradiffusion.config import TrainConfig, option
 from paradiffusion.errors import UserError
 from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training.caching import CacheOptions, make_cache
-from paradiffusion.training.loop import step_gradients
-from paradiffusion.training.meters import Meters
-from paradiffusion.training.processes import make_accelerator
-from paradiffusion.training.setup import Setup, build
+from paradiffusion.training.engine import make_accelerator
+from paradiffusion.training.trainer import Trainer
 
 SCENES = 320
 # Nano computes in bf16, where one rounding is 0.4 %; the second arm tells what the cache itself changes.
@@ -77,12 +75,12 @@ def measure(config: TrainConfig, warmup: int) -> dict[str, Any]:
     making = time.perf_counter() - began
     AcceleratorState._reset_state(reset_partial_state=True)  # the arms differ in precision
     accelerator = make_accelerator(config)
-    setups: dict[str, Setup] = {}
+    works: dict[str, Steps] = {}
     for name, path in (("uncached", None), ("cached", str(cache))):
         folder = Path(config.run_dir) / name
         folder.mkdir(parents=True)
-        setups[name] = build(replace(config, data=replace(config.data, cache=path)), folder, accelerator)
-    works = {name: Steps(setup) for name, setup in setups.items()}
+        own = replace(config, data=replace(config.data, cache=path))
+        works[name] = Steps(Trainer(own, accelerator, folder=folder))
     timings = interleave(dict(works), warmup, config.max_steps - warmup, accelerator.device)
     for work in works.values():
         work.close()
@@ -110,26 +108,21 @@ def measure(config: TrainConfig, warmup: int) -> dict[str, Any]:
 
 
 class Steps:
-    """Optimiser steps through the loop's own functions, with the loss of each and the seconds that it read for."""
+    """Optimiser steps of training, with the loss of each and the seconds that it read for."""
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup, self.loader = setup, setup.loader()
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.loader = trainer, trainer.loader()
         self.losses: list[float] = []
         self.reading: list[float] = []
 
     def __call__(self, number: int) -> None:
-        setup, meters = self.setup, Meters()
-        loss, _, _, _ = step_gradients(setup, self.loader, meters)
-        setup.engine.update()
-        setup.ema.update(setup.state.step)
-        setup.engine.discard()
-        setup.state.step += 1
-        self.losses.append(loss)
-        self.reading.append(meters.waited)
+        self.trainer.meters.reset()
+        self.losses.append(self.trainer.train_step(self.loader)[0])
+        self.reading.append(self.trainer.meters.waited)
 
     def close(self) -> None:
         self.loader.close()
-        self.setup.close()
+        self.trainer.close()
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from paradiffusion.budget.bench_readers import ReaderSettings
 from paradiffusion.budget.results import machine, markdown, today, write_results
 from paradiffusion.budget.synthetic import write_samples
 from paradiffusion.checks import positive
+from paradiffusion.data.loader import _THREADS
 from paradiffusion.errors import UserError
 from paradiffusion.text.conditioning import padded_length
 
@@ -31,6 +32,8 @@ WAYS = {
     "ours": ("paradiffusion", "exactly, on any number of processes and workers"),
     "webdataset": ("webdataset", "no"),
     "streaming": ("mosaicml-streaming", "exactly, within its canonical nodes"),
+    "one at a time": ("paradiffusion", "exactly, on any number of processes and workers"),
+    "whole shards": ("paradiffusion", "exactly, on any number of processes and workers"),
 }
 HEADER = ["way", "version", "samples/s (range)", "ours / it", "padding", "x8", "x32", "waiting", "resumes"]
 
@@ -44,6 +47,8 @@ class LoaderBench:
         step_seconds: of one batch on a GPU, for the share of a step spent waiting.
         samples, width, height: of the set that is made: JPEG of quality 90.
         batches, repeats: batches of a round, and rounds.
+        delay_ms: of each request for bytes of a shard. Over 0, ours is measured beside itself with one request at a time in
+            each worker, and with whole shards fetched first, rather than beside others.
     """
 
     streaming_python: str | None = None
@@ -56,6 +61,7 @@ class LoaderBench:
     batches: int = 40
     repeats: int = 5
     step_seconds: float | None = None
+    delay_ms: float = 0.0
     output: str = "benchmarks"
     name: str = "loader_cpu"
 
@@ -63,6 +69,7 @@ class LoaderBench:
         for key in ("batch_size", "resolution", "samples", "width", "height", "batches", "repeats"):
             positive(key, getattr(self, key))
         positive("workers", self.workers, zero=True)
+        positive("delay_ms", self.delay_ms, zero=True)
         if self.streaming_python is not None and not Path(self.streaming_python).is_file():
             raise UserError(
                 f"streaming_python={self.streaming_python} is no file; expected the python of an environment with "
@@ -113,9 +120,12 @@ def measure(settings: LoaderBench, folder: Path, step_seconds: float, count: Any
     """All ways in turn, ``repeats`` rounds; ``count`` gives the tokens of a list of captions."""
     texts = write_samples(folder, settings.samples, settings.width, settings.height, ["long"])["long"]
     tokens = {f"{number:06d}": length for number, length in enumerate(count(texts))}
-    reading = ReaderSettings(str(folder), settings.resolution, settings.batch_size, settings.workers, settings.batches)
-    pythons = {"ours": sys.executable, "webdataset": sys.executable}
-    if settings.streaming_python is not None:
+    reading = ReaderSettings(
+        str(folder), settings.resolution, settings.batch_size, settings.workers, settings.batches, delay_ms=settings.delay_ms
+    )  # fmt: skip
+    ways = ["ours", "one at a time", "whole shards"] if settings.delay_ms else ["ours", "webdataset"]
+    pythons = dict.fromkeys(ways, sys.executable)
+    if settings.streaming_python is not None and not settings.delay_ms:
         pythons["streaming"] = settings.streaming_python
         run_way("write_mds", settings.streaming_python, reading)
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
@@ -172,6 +182,10 @@ def benchmark_loader(settings: LoaderBench, step_seconds: float, count: Any) -> 
         shares = [f"{share:.1%}" for share in row.padded.values()]
         return [row.name, row.version, rate, ratio, *shares, f"{row.waiting:.2%}", row.resumable]
 
+    delay = (
+        f" Each request for bytes of a shard waits {s.delay_ms:g} ms; a worker has {_THREADS} of them on the way, or one at a time, or "
+        "fetches whole shards to a disk here first, 16 MB a request."
+    )
     text = (
         f"# Reading data, {document['machine']['processor']}, {document['date']}\n\n"
         f"{s.samples} JPEG pictures of {s.width}x{s.height} pixels, cut to {s.resolution}x{s.resolution}, with captions of "
@@ -179,7 +193,7 @@ def benchmark_loader(settings: LoaderBench, step_seconds: float, count: Any) -> 
         f"{s.batches} batches in turn. Decoding, resizing and collation are the same function in all rows. The ratio is ours to that "
         "row, by round: median (lowest to highest). Waiting is the share of a step spent for data when a step takes "
         f"{step_seconds:.2f} s a batch, as an H100 would at 40 % of its peak in stage 1 of preset=paper (`scripts/describe.py`); the "
-        "GPU is a sleep.\n\nPadding: the share of computed tokens, batches padded to their longest caption, and to the next multiple "
+        f"GPU is a sleep.{delay if s.delay_ms else ''}\n\nPadding: the share of computed tokens, batches padded to their longest caption, and to the next multiple "
         f"of 8 (conditioning.pad_multiple's default) or 32.\n\n{markdown(HEADER, map(cells, rows))}\n"
     )
     return write_results(settings.output, settings.name, document, text), rows

@@ -19,7 +19,7 @@ from paradiffusion.checks import choice, positive
 from paradiffusion.compose import split_options
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.training.processes import make_accelerator
+from paradiffusion.training.engine import make_accelerator
 
 GIB = 2**30
 

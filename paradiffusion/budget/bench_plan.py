@@ -1,4 +1,8 @@
-"""Benchmark of the batch plan: time and memory to find a far step over many samples."""
+"""Benchmark of index and batch plan: time and memory of a start, and of finding a far step, over many samples.
+
+What is measured runs in a process of its own (``python -m paradiffusion.budget.bench_plan FOLDER SETTINGS``), over shards that
+are indexed and hold nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-import tracemalloc
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +25,15 @@ import numpy as np
 
 from paradiffusion.checks import choice, positive
 from paradiffusion.data.images import make_buckets
-from paradiffusion.data.index import ROW, SampleIndex
+from paradiffusion.data.index import (
+    ROW,
+    SampleIndex,
+    _stamp,
+    _store,
+    join_indexes,
+    load_index,
+    of_one_shard,
+)
 from paradiffusion.data.plan import BatchPlan, Share
 from paradiffusion.errors import UserError
 
@@ -35,11 +50,12 @@ class PlanBench:
         rows, shards: of the synthetic index.
         step: the one that is looked for, in batches of ``batch_size``.
         sources: the numbers of sources that are measured: "1", "3" or "1,3".
-        repeats: runs of each, every one with a plan of its own.
+        repeats: starts of each, every one in a process of its own.
+        scratch: folder for the shards that are made, 170 bytes a row; None: the system's.
         output, name: FILE.json and FILE.md are written there.
     """
 
-    rows: int = 10_000_000
+    rows: int = 20_000_000
     shards: int = 2000
     step: int = 1_000_000
     batch_size: int = 256
@@ -47,6 +63,7 @@ class PlanBench:
     resolution: int = 512
     sources: str = "1,3"
     repeats: int = 5
+    scratch: str | None = None
     output: str = "benchmarks"
     name: str = "plan_cpu"
 
@@ -63,36 +80,33 @@ class PlanBench:
 
 @dataclass
 class PlanRow:
-    """What one number of sources came to: seconds of each repeat, and bytes a sample. ``build`` is the making of a plan from an
-    index in memory, ``seek`` its batch of the far step, ``cpu`` the processor time of both, ``next_batch`` the mean of the next
-    1000. ``peak`` is the most that build and seek hold at once, ``plan`` what the plan keeps then, both besides the index."""
+    """What one number of sources came to, in seconds. ``first`` is the first start, which writes the columns; then of each repeat
+    ``start`` from the shards' paths to the plan, ``seek`` the batch of the far step, ``next_batch`` the mean of the next 1000.
+    ``private`` is the memory in bytes that index and plan then add to the process's own (anonymous, /proc/self/smaps_rollup),
+    ``shared`` what of the mapped columns is in memory, ``disk`` what they take there."""
 
     sources: int
-    buckets: int
-    build: list[float]
+    first: float
+    start: list[float]
     seek: list[float]
-    cpu: list[float]
-    next_batch: float
-    index_bytes: float
-    plan_bytes: float
-    peak_bytes: float
-
-    @property
-    def total(self) -> list[float]:
-        return [build + seek for build, seek in zip(self.build, self.seek, strict=True)]
+    next_batch: list[float]
+    private: list[int]
+    shared: list[int]
+    disk: int
 
 
-def make_index(rows: int, shards: int, sources: int = 1) -> SampleIndex:
+def bounds_of(sources: int) -> list[float]:
+    """Where each source's shards begin and end, as shares of all."""
+    return [sum(part for part, _ in THREE[:number]) for number in range(4)] if sources == 3 else [0.0, 1.0]
+
+
+def make_index(rows: int, shards: int, sources: int = 1, seed: int = 0) -> SampleIndex:
     """A table as ``load_index`` makes it, of ``rows`` samples that exist nowhere, with keys of nine digits."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     table = np.zeros(rows, ROW)
     table["width"], table["height"] = rng.integers(300, 900, rows), rng.integers(300, 900, rows)
     words = np.stack([rng.integers(1, 30, rows), rng.integers(0, 200, rows)], axis=1).astype(np.uint16)
-    bounds = (
-        [round(shards * sum(part for part, _ in THREE[:number])) for number in range(4)]
-        if sources == 3
-        else [0, shards]
-    )
+    bounds = [round(shards * part) for part in bounds_of(sources)]
     return SampleIndex(
         shards=[Path(f"{number:06d}.tar") for number in range(shards)],
         shard=(np.arange(rows) * shards // rows).astype(np.int32),
@@ -114,33 +128,62 @@ def make(index: SampleIndex, settings: PlanBench) -> BatchPlan:
     return BatchPlan(index, settings.batch_size, 0, buckets, CAPTIONS, settings.window_shards, shares)
 
 
+def write_set(folder: Path, settings: PlanBench) -> None:
+    """Empty shards, and the indexes of what they would hold."""
+    for number, rows in enumerate(np.diff(np.arange(settings.shards + 1) * settings.rows // settings.shards).tolist()):
+        made = make_index(rows, 1, seed=number)
+        path = folder / f"{number:06d}.tar"
+        path.touch()
+        made.table["key_hash"] = made.ids
+        columns = {name: getattr(made, name) for name in ("words", "kinds", "key_bytes", "key_starts")}
+        _store(path, of_one_shard(path, made.table, **columns), _stamp(path), None)
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process, by the names of smaps_rollup."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    return {name: int(size.split()[0]) << 10 for name, size in (line.split(":") for line in lines)}
+
+
+def measure_start(folder: Path, settings: PlanBench, sources: int) -> dict[str, float]:
+    """One start in this process, as a row has it."""
+    before, began = memory(), time.perf_counter()
+    shards = sorted(folder.glob("*.tar"))
+    bounds = [round(len(shards) * part) for part in bounds_of(sources)]
+    indexes = [load_index(shards[low:high]) for low, high in pairwise(bounds)]
+    plan = make(join_indexes(indexes, [f"source {number}" for number in range(sources)]), settings)
+    started = time.perf_counter()
+    plan.batch(settings.step)
+    found = time.perf_counter()
+    for step in range(settings.step + 1, settings.step + 1001):
+        plan.batch(step)
+    ended, now = time.perf_counter(), memory()
+    return {
+        "start": started - began, "seek": found - started, "next_batch": (ended - found) / 1000,
+        "private": now["Anonymous"] - before["Anonymous"], "shared": (now["Rss"] - now["Anonymous"]) - (before["Rss"] - before["Anonymous"]),
+    }  # fmt: skip
+
+
 def measure(settings: PlanBench) -> Iterator[PlanRow]:
     """Measure each number of sources in turn."""
-    for sources in map(int, settings.sources.split(",")):
-        index = make_index(settings.rows, settings.shards, sources)
-        build, seek, cpu = [], [], []
-        for _ in range(settings.repeats):
-            spent, began = time.process_time(), time.perf_counter()
-            plan = make(index, settings)
-            built = time.perf_counter()
-            plan.batch(settings.step)
-            found = time.perf_counter()
-            build.append(built - began)
-            seek.append(found - built)
-            cpu.append(time.process_time() - spent)
-        for step in range(settings.step + 1, settings.step + 1001):
-            plan.batch(step)
-        following = (time.perf_counter() - found) / 1000
-        # Apart from the timed runs: it slows them down.
-        tracemalloc.start()
-        plan = make(index, settings)
-        plan.batch(settings.step)
-        kept, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        yield PlanRow(
-            sources, len(plan.buckets), build, seek, cpu, following, index_bytes(index) / settings.rows, kept / settings.rows,
-            peak / settings.rows,
-        )  # fmt: skip
+    root = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory(prefix="benchmark-plan-", dir=settings.scratch) as name:
+        folder = Path(name)
+        write_set(folder, settings)
+
+        def start(sources: int) -> dict[str, float]:
+            told = json.dumps({**asdict(settings), "sources": sources})
+            command = [sys.executable, "-m", "paradiffusion.budget.bench_plan", name, told]
+            answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
+            result: dict[str, float] = json.loads(answer.stdout)
+            return result
+
+        for sources in map(int, settings.sources.split(",")):
+            first = start(sources)["start"]
+            runs = [start(sources) for _ in range(settings.repeats)]
+            disk = sum(file.stat().st_size for file in folder.glob("*.columns/**/*.npy"))
+            repeats: dict[str, list[Any]] = {key: [run[key] for run in runs] for key in runs[0]}
+            yield PlanRow(sources, first, disk=disk, **repeats)
 
 
 def index_bytes(index: SampleIndex) -> int:
@@ -162,7 +205,7 @@ def write(settings: PlanBench, rows: list[PlanRow]) -> Path:
             "load average": round(os.getloadavg()[0], 1),
         },
         "settings": asdict(settings),
-        "rows": [{**asdict(row), "total": row.total} for row in rows],
+        "rows": [asdict(row) for row in rows],
     }
     stem = Path(settings.output) / settings.name
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -176,28 +219,36 @@ def spread(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
 
 
+def megabytes(sizes: list[int]) -> str:
+    """Median and range."""
+    return f"{statistics.median(sizes) / 1e6:.0f} MB ({min(sizes) / 1e6:.0f} to {max(sizes) / 1e6:.0f})"
+
+
 def line(row: PlanRow) -> str:
     """A row for the terminal."""
-    return f"{row.sources} source(s): plan and far step {spread(row.total)}, {row.peak_bytes:.0f} MB per million rows at the peak"
+    return (
+        f"{row.sources} source(s): first start {row.first:.1f} s, then {spread(row.start)}; far step {spread(row.seek)}; private "
+        f"memory {megabytes(row.private)}, shared {megabytes(row.shared)} of {row.disk / 1e6:.0f} MB on disk"
+    )
 
 
 def as_markdown(document: dict[str, Any], settings: PlanBench, rows: list[PlanRow]) -> str:
     """The table, with what it was measured on and how to read it."""
     head = (
         "sources",
-        "plan made",
+        "first start",
+        "start",
         f"step {settings.step:,} found",
-        "together",
-        "processor time",
         "each next batch",
-        "index",
-        "plan",
-        "peak",
+        "private",
+        "shared",
+        "on disk",
     )
     cells = [
         (
-            str(row.sources), spread(row.build), spread(row.seek), spread(row.total), spread(row.cpu), f"{row.next_batch * 1e3:.2f} ms",
-            f"{row.index_bytes:.0f} MB", f"{row.plan_bytes:.1f} MB", f"{row.peak_bytes:.0f} MB",
+            str(row.sources), f"{row.first:.1f} s", spread(row.start), spread(row.seek),
+            f"{statistics.median(row.next_batch) * 1e3:.2f} ms", megabytes(row.private), megabytes(row.shared),
+            f"{row.disk / 1e6:.0f} MB",
         )
         for row in rows
     ]  # fmt: skip
@@ -205,11 +256,18 @@ def as_markdown(document: dict[str, Any], settings: PlanBench, rows: list[PlanRo
     machine = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     command = " ".join(f"{key}={getattr(settings, key)}" for key in ("rows", "shards", "step", "batch_size", "repeats"))
     return (
-        f"# The plan of batches over {settings.rows:,} samples, {document['date']}\n\n{machine}.\n\n"
+        f"# Index and plan over {settings.rows:,} samples, {document['date']}\n\n{machine}.\n\n"
         f"```\npython scripts/benchmark_plan.py {command}\n```\n\n"
-        f"{settings.shards} shards, {rows[0].buckets} aspect buckets, two caption kinds, batches of {settings.batch_size}, windows of "
-        f"{settings.window_shards} shards; from an index in memory, in one thread. Median and range of {settings.repeats} runs, each with a "
-        "plan of its own; the load average says how busy other work kept the machine. Memory is per million samples: of the index, of the plan once it has found the step, and the most that "
-        "making it and finding the step take besides the index (traced, in a run apart). Three sources have 80, 19 and 1 % of the "
-        f"shards and weights of 0.6, 0.3 and 0.1.\n\n{table}\n"
+        f"{settings.shards} indexed shards, 9 aspect buckets, two caption kinds, batches of {settings.batch_size}, windows of "
+        f"{settings.window_shards} shards, in one thread. A start goes from the shards' paths to a plan; the first one writes the "
+        f"columns that the others map. Median and range of {settings.repeats} starts, each a process of its own; the load average "
+        "says how busy other work kept the machine. Private is the anonymous memory that index and plan add to the process once "
+        "the step and 1000 more are found, shared what of the columns it has touched. Three sources have 80, 19 and 1 % of the "
+        f"shards and weights of 0.6, 0.3 and 0.1; their columns lie there apart and joined.\n\n{table}\n"
     )
+
+
+if __name__ == "__main__":
+    _given = json.loads(sys.argv[2])
+    _sources = _given.pop("sources")
+    print(json.dumps(measure_start(Path(sys.argv[1]), PlanBench(**_given), _sources)))

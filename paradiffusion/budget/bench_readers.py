@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ class ReaderSettings:
         batch_size: samples of a batch, all made by one worker process.
         batches: how many are taken, with ``work`` seconds of sleep after each, as if a GPU worked.
         seed: of our order; the others draw theirs.
+        delay_ms: what each request for bytes of a shard waits for, as at a store or a disk far away.
     """
 
     shards: str
@@ -40,6 +43,7 @@ class ReaderSettings:
     batches: int = 40
     work: float = 0.0
     seed: int = 0
+    delay_ms: float = 0.0
 
     @property
     def tars(self) -> list[str]:
@@ -77,19 +81,48 @@ def stack(samples: list[tuple[Any, str, str]]) -> tuple[Any, list[str], Keys]:
     return pixels, list(captions), list(keys)
 
 
-def ours(settings: ReaderSettings) -> Iterator[Keys]:
-    """The plan of batches and its loader, as training uses them."""
+def ours(settings: ReaderSettings, threads: int | None = None, whole: bool = False) -> Iterator[Keys]:
+    """The plan of batches and its loader, as training uses them; with another number of ``threads``, or ``whole`` shards fetched
+    to a disk here first, from one end to the other."""
+    from paradiffusion.data import loader as loading
     from paradiffusion.data.index import load_index
     from paradiffusion.data.loader import LoaderSettings, make_loader
     from paradiffusion.data.plan import BatchPlan
+    from paradiffusion.data.remote import Storage
     from paradiffusion.data.shards import expand_shards
 
-    index = load_index(expand_shards(settings.shards))
+    loading._THREADS = threads or loading._THREADS  # type: ignore[misc]
+    shards, cache = settings.shards, tempfile.mkdtemp(dir=settings.shards) if whole else None
+    if settings.delay_ms:
+        load_index(expand_shards(shards))  # Makes the indexes, which a store's shards must have.
+        shards = far_away(shards, settings.delay_ms / 1000)
+    storage = Storage(cache_dir=cache, cache_bytes=1 << 40, index_dir=settings.shards)
+    index = load_index(expand_shards(shards, storage=storage))
     bucket = (settings.resolution, settings.resolution)
     plan = BatchPlan(index, settings.batch_size, settings.seed, [bucket], {"long": 1.0}, window_shards=16)
     loader = make_loader(index, plan, LoaderSettings(workers=settings.workers))
     for batch in loader:
         yield [key.partition("/")[2] for key in batch.keys]
+
+
+def far_away(folder: str, seconds: float) -> str:
+    """The URL of ``folder`` in a store whose every answer takes so long."""
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    class FarAway(LocalFileSystem):  # type: ignore[misc]
+        protocol = "faraway"
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return path.removeprefix("faraway://")
+
+        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **rest: Any) -> Any:
+            time.sleep(seconds)
+            return super().cat_file(path, start, end, **rest)
+
+    fsspec.register_implementation("faraway", FarAway)
+    return f"faraway://{folder}"
 
 
 def webdataset(settings: ReaderSettings) -> Iterator[Keys]:
@@ -136,7 +169,10 @@ def write_mds(settings: ReaderSettings) -> None:
             writer.write({"jpg": sample["jpg"], "caption": settings.caption(sample), "key": sample["__key__"]})
 
 
-READERS = {"ours": ours, "webdataset": webdataset, "streaming": streaming}
+READERS: dict[str, Callable[[ReaderSettings], Iterator[Keys]]] = {
+    "ours": ours, "webdataset": webdataset, "streaming": streaming, "one at a time": partial(ours, threads=1),
+    "whole shards": partial(ours, whole=True),
+}  # fmt: skip
 
 
 def main(name: str, given: str) -> None:

@@ -1,4 +1,4 @@
-"""Time training steps through the loop's own functions, beside the plain reference."""
+"""Time the trainer's own steps, beside the plain reference."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from paradiffusion.budget.synthetic import random_models
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch
 from paradiffusion.scenes.dataset import make_wanted
-from paradiffusion.training.loop import prepare, step_gradients
-from paradiffusion.training.meters import Meters
-from paradiffusion.training.setup import Setup, build
+from paradiffusion.training.trainer import Trainer
 
 GIVEN = "features and latents given"
 # Batches of an epoch that are looked at.
@@ -37,49 +35,48 @@ def measure_stage(bench: Bench, stage: int, arm: str, overrides: list[str]) -> I
     settings = bench.settings
     config = bench.config(stage, overrides)
     bench.write_data(config.data.resolution)
-    setup = start(bench, config)
-    accelerator = setup.accelerator
+    trainer = start(bench, config)
     try:
-        batches = take_batches(setup, settings.warmup, settings.repeats)
-        ours = own_step(setup, batches)
+        batches = take_batches(trainer, settings.warmup, settings.repeats)
+        ours = own_step(trainer, batches)
         # Alone first: beside it the reference's optimiser and average will take memory as well.
         alone = interleave({"ours": ours}, 1, 0, bench.device)["ours"].peak_gib
         works: dict[str, Callable[[int], object]] = {"ours": ours}
-        if setup.joint.text_encoder is None:
-            works[GIVEN] = given_step(setup, batches[settings.warmup + settings.repeats // 2])
-        works["reference"] = plain_step(setup, batches)
+        if trainer.joint.text_encoder is None:
+            works[GIVEN] = given_step(trainer, batches[settings.warmup + settings.repeats // 2])
+        works["reference"] = plain_step(trainer, batches)
         timings = interleave(works, settings.warmup, settings.repeats, bench.device)
-        yield from stage_rows(bench, setup, stage, arm, batches, timings, alone)
+        yield from stage_rows(bench, trainer, stage, arm, batches, timings, alone)
         works.clear()
         release()
         # The switches concern the U-Net and its weights, which are the same in every arm.
         for switch in bench.settings.several("switches") if arm == next(iter(bench.arms())) else ():
-            yield from measure_switch(bench, setup, switch, stage, arm, ours)
+            yield from measure_switch(bench, trainer, switch, stage, arm, ours)
     finally:
-        setup.watch.close()
-        accelerator.free_memory()
+        trainer.close()
+        trainer.accelerator.free_memory()
 
 
-def start(bench: Bench, config: TrainConfig) -> Setup:
+def start(bench: Bench, config: TrainConfig) -> Trainer:
     """The stage as train.py builds it, from random weights."""
     make_wanted(config.data)
     accelerator = bench.accelerate(config)
-    parts = random_models(config, bench.device)
+    models = random_models(config, bench.device)
     if config.train_text == "adapter":
         config = replace(config, train_text="frozen")  # the adapter is applied already, and comes from no checkpoint
     folder = Path(config.run_dir) / f"stage{config.stage}"
     folder.mkdir(parents=True)
-    return build(config, folder, accelerator, parts)
+    return Trainer(config, accelerator, folder=folder, frozen_models=models)
 
 
-def take_batches(setup: Setup, warmup: int, repeats: int) -> list[Batch]:
+def take_batches(trainer: Trainer, warmup: int, repeats: int) -> list[Batch]:
     """A batch for each round. The measured ones go from the shortest captions of an epoch to the longest.
 
     They are read beforehand: how fast shards are read depends on the disk and the workers, not on what is measured here.
     """
-    loader = setup.loader()
+    loader = trainer.loader()
     try:
-        epoch = [next(loader) for _ in range(max(repeats, min(MOST_BATCHES, int(setup.plan.steps_per_epoch))))]
+        epoch = [next(loader) for _ in range(max(repeats, min(MOST_BATCHES, int(trainer.plan.steps_per_epoch))))]
     finally:
         loader.close()
     epoch.sort(key=lambda batch: sum(len(caption) for caption in batch.captions))
@@ -87,48 +84,44 @@ def take_batches(setup: Setup, warmup: int, repeats: int) -> list[Batch]:
     return [measured[number % repeats] for number in range(warmup)] + measured
 
 
-def own_step(setup: Setup, batches: list[Batch]) -> Callable[[int], object]:
-    """One optimiser step of the training loop."""
-    meters = Meters()
+def own_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object]:
+    """One optimiser step of training."""
 
     def step(number: int) -> None:
         try:
-            step_gradients(setup, iter([batches[number]]), meters)
-            setup.engine.update()
-            setup.ema.update(number)
+            trainer.train_step(iter([batches[number]]))
         finally:
-            setup.engine.discard()  # also where memory ran out
+            trainer.engine.discard()  # where memory ran out
 
     return step
 
 
-def given_step(setup: Setup, batch: Batch) -> Callable[[int], object]:
+def given_step(trainer: Trainer, batch: Batch) -> Callable[[int], object]:
     """The same with text features and latents given, as a cache would."""
-    inputs = prepare(setup, batch, Meters())
+    inputs, engine = trainer.encode(batch), trainer.engine
 
     def step(number: int) -> None:
         try:
-            loss = setup.engine.model(inputs).total
-            setup.engine.backward(loss)
-            setup.engine.clip()
-            setup.engine.update()
-            setup.ema.update(number)
+            engine.backward(engine.model(inputs).total)
+            engine.clip()
+            engine.update()
+            trainer.ema.update(number)
         finally:
-            setup.engine.discard()
+            engine.discard()
 
     return step
 
 
-def plain_step(setup: Setup, batches: list[Batch]) -> Callable[[int], object]:
+def plain_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object]:
     """One step of the reference, which has an optimiser and an average of its own."""
-    trainer = PlainTrainer(setup)
-    return lambda number: trainer.step(batches[number])
+    reference = PlainTrainer(trainer)
+    return lambda number: reference.step(batches[number])
 
 
 def stage_rows(
-    bench: Bench, setup: Setup, stage: int, arm: str, batches: list[Batch], timings: dict[str, Timing], alone: float | None
+    bench: Bench, trainer: Trainer, stage: int, arm: str, batches: list[Batch], timings: dict[str, Timing], alone: float | None
 ) -> Iterator[Row]:  # fmt: skip
-    config, encoder = setup.config, setup.encoder
+    config, encoder = trainer.config, trainer.encoder
     count, peak = config.batch_size, bench.peak(config.precision)
     measured = batches[bench.settings.warmup :]
     widths = [encoder.tokenize(batch.captions).ids.shape[1] for batch in measured]
@@ -154,22 +147,22 @@ def flops_at(config: TrainConfig, tokens: int) -> StageFlops:
 
 
 def measure_switch(
-    bench: Bench, setup: Setup, switch: str, stage: int, arm: str, ours: Callable[[int], object]
+    bench: Bench, trainer: Trainer, switch: str, stage: int, arm: str, ours: Callable[[int], object]
 ) -> Iterator[Row]:  # fmt: skip
     """Our step with one switch and without it, in turn."""
-    settings, count = bench.settings, setup.config.batch_size
+    settings, count = bench.settings, trainer.config.batch_size
     if switch == "fused":
-        yield from measure_fused(bench, setup, stage, arm)
+        yield from measure_fused(bench, trainer, stage, arm)
         return
     title = f"ours, {switch}=true"
     before: dict[str, Callable[[], object]]
     if switch == "channels_last":
         before = {
-            "ours": partial(lay_out, setup, torch.contiguous_format),
-            title: partial(lay_out, setup, torch.channels_last),
+            "ours": partial(lay_out, trainer, torch.contiguous_format),
+            title: partial(lay_out, trainer, torch.channels_last),
         }
     else:
-        unet = setup.joint.unet
+        unet = trainer.joint.unet
         unet.compile()
         compiled = unet._compiled_call_impl
         before = {
@@ -188,13 +181,13 @@ def measure_switch(
         before["ours"]()
 
 
-def lay_out(setup: Setup, memory_format: torch.memory_format) -> None:
+def lay_out(trainer: Trainer, memory_format: torch.memory_format) -> None:
     """Bring the U-Net's kernels, their moments and their averages into one memory layout: AdamW's and the average's
     kernels for many tensors at once want them alike."""
-    setup.joint.unet.to(memory_format=memory_format)
-    for state in setup.engine.optimizer.state.values():
+    trainer.joint.unet.to(memory_format=memory_format)
+    for state in trainer.engine.optimizer.state.values():
         state.update({key: _laid_out(value, memory_format) for key, value in state.items()})
-    setup.ema.values[:] = [_laid_out(value, memory_format) for value in setup.ema.values]
+    trainer.ema.values[:] = [_laid_out(value, memory_format) for value in trainer.ema.values]
 
 
 def _laid_out(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -205,9 +198,9 @@ def _update(optimizer: torch.optim.AdamW, _: int) -> None:
     optimizer.step()
 
 
-def measure_fused(bench: Bench, setup: Setup, stage: int, arm: str) -> Iterator[Row]:
+def measure_fused(bench: Bench, trainer: Trainer, stage: int, arm: str) -> Iterator[Row]:
     """AdamW's update of all trained weights alone, fused and in PyTorch's default form."""
-    parameters = [p.detach().clone() for p in setup.joint.trained().values()]
+    parameters = [p.detach().clone() for p in trainer.joint.trained().values()]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)
     works: dict[str, Callable[[int], object]] = {}

@@ -30,13 +30,13 @@ TEXT_BATCH = 8
 def inference_models(config: TrainConfig, device: torch.device) -> InferenceModels:
     """Random models of the configured sizes, as the sampler takes them: bfloat16 on a GPU, float32 on a processor."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    parts = random_models(config, device)
-    joint = build_joint(replace(config, train_text="frozen"), parts.encoder.width)
+    encoder, codec = random_models(config, device)
+    joint = build_joint(replace(config, train_text="frozen"), encoder.width)
     joint.requires_grad_(False).eval().to(device, dtype)
     return InferenceModels(
         joint=joint,
-        text_encoder=parts.encoder.to(device),
-        codec=parts.codec.to(device),
+        text_encoder=encoder.to(device),
+        codec=codec.to(device),
         objective=joint.objective,
         sampler=config.sampler,
         resolution=config.data.resolution,
@@ -104,7 +104,7 @@ def measure_text(bench: Bench) -> Iterator[Row]:
 @torch.no_grad()
 def measure_reading(bench: Bench, arm: str, overrides: list[str]) -> Iterator[Row]:
     config = bench.config(2, overrides, "train_text=frozen")
-    encoder = random_models(config, bench.device).encoder.to(bench.device)
+    encoder = random_models(config, bench.device)[0].to(bench.device)
     texts = captions("long", TEXT_BATCH)
     tokens = encoder.tokenize(texts)
     real = int(tokens.mask.sum())

@@ -21,7 +21,7 @@ from paradiffusion.data.loader import Batch
 from paradiffusion.models.joint import LossBatch
 from paradiffusion.sampling.pipeline import InferenceModels
 from paradiffusion.text.encoder import TextEncoder
-from paradiffusion.training.setup import Setup
+from paradiffusion.training.trainer import Trainer
 
 
 def padded(encoder: TextEncoder, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -36,13 +36,13 @@ class PlainTrainer:
     """Optimiser steps of a stage's models, written straightforwardly.
 
     Args:
-        setup: its models and accelerator are used; optimiser and average are this class's own.
+        ours: its models and accelerator are used; optimiser and average are this class's own.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        config = setup.config.optimizer
-        self.setup = setup
-        self.parameters = list(setup.joint.trained().values())
+    def __init__(self, ours: Trainer) -> None:
+        config = ours.config.optimizer
+        self.ours = ours
+        self.parameters = list(ours.joint.trained().values())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.lr,
@@ -50,12 +50,12 @@ class PlainTrainer:
             weight_decay=config.weight_decay,
             eps=config.eps,
         )
-        self.ema: Any = EMAModel(self.parameters, decay=setup.config.ema_decay)
+        self.ema: Any = EMAModel(self.parameters, decay=ours.config.ema_decay)
 
     def step(self, batch: Batch) -> float:
         """One step on ``batch``; returns the loss."""
-        setup, device = self.setup, self.setup.accelerator.device
-        encoder, codec, joint = setup.encoder, setup.codec, setup.joint
+        ours, device = self.ours, self.ours.device
+        encoder, codec, joint = ours.encoder, ours.codec, ours.joint
         with torch.no_grad():
             images = batch.images.to(device, codec.vae.dtype)
             latents = codec.to_unit(codec.vae.encode(images).latent_dist.sample())
@@ -75,9 +75,9 @@ class PlainTrainer:
                 inputs["features"] = encoder(ids, id_mask, prefix)
         else:
             inputs |= {"ids": ids, "id_mask": id_mask, "prefix": prefix}
-        loss = setup.engine.model(LossBatch(**inputs)).total
-        setup.accelerator.backward(loss)
-        setup.accelerator.clip_grad_norm_(self.parameters, setup.config.optimizer.max_grad_norm)
+        loss = ours.engine.model(LossBatch(**inputs)).total
+        ours.accelerator.backward(loss)
+        ours.accelerator.clip_grad_norm_(self.parameters, ours.config.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.parameters)

@@ -22,7 +22,6 @@ from paradiffusion.text.encoder import DTYPES, TextEncoder, attach_lora, load_te
 from paradiffusion.text.families import architecture_of, cut_layers, model_class
 from paradiffusion.text.tiny import CORPUS, build_tiny
 from paradiffusion.text.tokenizer import load_tokenizer
-from paradiffusion.training.setup import Parts
 
 # Words of a caption: the mean in the paper's data (its own table), and a spread that gives about its shares by length.
 CAPTION_WORDS = {"short": (11.8, 4), "long": (132.9, 38), "clean": (70.6, 12)}
@@ -30,7 +29,7 @@ PICTURES = 256  # different ones; samples beyond that share them, under keys of 
 WORDS = sorted({word for word in CORPUS.split() if word.isalpha()})
 
 
-def random_models(config: TrainConfig, device: torch.device) -> Parts:
+def random_models(config: TrainConfig, device: torch.device) -> tuple[TextEncoder, Codec]:
     """The frozen models on ``device``: from their folders where ``path`` names one, else with random weights, made there.
 
     An adapter that the stage applies is attached, random, and frozen. Random ones read captions by the tokenizer of
@@ -44,7 +43,7 @@ def random_models(config: TrainConfig, device: torch.device) -> Parts:
         attach_lora(encoder, config.lora)
         encoder.requires_grad_(False)
     has_folder = config.codec.path is not None
-    return Parts(encoder, load_codec(config.codec) if has_folder else random_codec(config.codec, device))
+    return encoder, load_codec(config.codec) if has_folder else random_codec(config.codec, device)
 
 
 def random_text_encoder(config: TrainConfig, device: torch.device) -> TextEncoder:

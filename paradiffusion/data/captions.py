@@ -20,6 +20,7 @@ _NEAREST: Final = {
     "short": ("short", "clean", "long"),
     "varied": ("varied", "long", "clean", "short"),
 }
+_ROWS_AT_ONCE: Final = 1 << 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\ufeff]")
 
 
@@ -103,10 +104,13 @@ class KindShares:
 
 def expected_shares(words: np.ndarray, kinds: list[str], weights: dict[str, float]) -> KindShares:
     """What ``weights`` come to over samples with captions of ``words`` (int [N, K]), fall-backs told, by expectation."""
-    code = np.zeros(len(words), np.uint16)  # Which kinds a sample has, a bit each: there are few combinations.
-    for column in range(len(kinds)):
-        code |= (words[:, column] > 0).astype(np.uint16) << np.uint16(column)
-    counts = np.bincount(code, minlength=1)
+    counts = np.zeros(1 << len(kinds), np.int64)
+    for start in range(0, len(words), _ROWS_AT_ONCE):
+        rows = words[start : start + _ROWS_AT_ONCE]
+        code = np.zeros(len(rows), np.uint16)  # Which kinds a sample has, a bit each: there are few combinations.
+        for column in range(len(kinds)):
+            code |= (rows[:, column] > 0).astype(np.uint16) << np.uint16(column)
+        counts += np.bincount(code, minlength=len(counts))
     counts[0] = 0  # Samples without a caption are not read.
     combinations = np.flatnonzero(counts)
     has = (combinations[:, None] >> np.arange(len(kinds))) & 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -12,8 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -27,17 +25,21 @@ from paradiffusion.data.index import (
     ROW,
     SampleIndex,
     TokenCounter,
+    arrays_of,
+    assemble,
     cached_index,
     count_captions,
+    index_of,
+    locked,
+    of_one_shard,
     save_arrays,
-    spread_kinds,
 )
 from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, read_beside
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 
 INDEX_NAME: Final = ".paradiffusion.index.npz"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _PER_PART: Final = 1000
 _REPEATS: Final = re.compile(r"([1-9]\d{0,5})_.")
 _TOLD_FOLDERS: Final = 8
@@ -64,23 +66,28 @@ def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: st
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
         raise UserError(f"{key}={folder} {found}: expected a folder of pictures with .txt or .json beside them.")
-    with _locked(root):  # The processes of one machine: the first looks at the files, the others find its index.
+    with locked(
+        root.resolve()
+    ):  # The processes of one machine: the first looks at the files, the others find its index.
         return _load(root, counter, key)
 
 
 def _load(root: Path, counter: TokenCounter | None, name: str) -> SampleIndex:
     passed_over: Counter[str] = Counter()
     found = sorted(walk_pictures(root, passed_over), key=lambda one: one.key)
-    stored = _read_stored(root, counter)
-    states = zip(stored.keys, map(tuple, stored.stamps.tolist()), strict=True) if stored else ()
-    known = {state: row for row, state in enumerate(states)}
-    rows = [known.get((one.key, one.stamps), -1) for one in found]
-    fresh = [one for one, row in zip(found, rows, strict=True) if row < 0]
-    made = _look_at(root, fresh, counter)
-    whole = made if stored is None else _merge(stored, made, found, rows)
-    if fresh or stored is None or len(stored.table) != len(found):
-        _write_stored(root, whole)
-    return _to_index(root, whole, passed_over, name)
+    # All pictures that were looked at are kept, also those of no use, so that they need not be looked at again.
+    whole, stamps, bad_json = _read_stored(root, counter) or _look_at(root, [], counter)
+    known = {(whole.key(row), *stamps[row].tolist()): row for row in range(len(whole))}
+    rows = np.array([known.get((one.key, *one.stamps), -1) for one in found], np.int64)
+    if (rows < 0).any() or len(whole) != len(found):
+        new, *more = _look_at(root, [one for one, row in zip(found, rows, strict=True) if row < 0], counter)
+        order = np.where(rows < 0, len(whole) + np.cumsum(rows < 0) - 1, rows)
+        parts = [part for part in (whole, new) if len(part)]
+        whole = assemble(lambda: parts, root).take(order) if parts else whole
+        stamps, bad_json = (np.concatenate(pair)[order] for pair in zip((stamps, bad_json), more, strict=True))
+        arrays = {"version_of_folder": np.array(_VERSION), "stamps": stamps, "bad_json": bad_json, **arrays_of(whole)}
+        any(save_arrays(place, arrays) for place in _places(root))  # Nowhere to write: it is made again next time.
+    return _to_index(root, whole, bad_json, passed_over, name)
 
 
 @dataclass
@@ -99,20 +106,6 @@ class LookedAt:
     height: int = 0
     captions: dict[str, str] = field(default_factory=dict)
     bad_json: bool = False
-
-
-@dataclass(eq=False)
-class _Stored:
-    """All pictures that were looked at, also those of no use, so that they need not be looked at again."""
-
-    keys: list[str]
-    stamps: np.ndarray  # int64 [n, 6]
-    table: np.ndarray  # ROW [n]
-    words: np.ndarray  # uint16 [n, K]
-    kinds: list[str]
-    bad_json: np.ndarray  # bool [n]
-    tokens: np.ndarray | None
-    tokenizer: str | None
 
 
 def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPicture]:
@@ -178,8 +171,14 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _look_at(root: Path, found: list[FoundPicture], counter: TokenCounter | None) -> _Stored:
-    """Read the head of each picture, and its captions. Threads, since most of it is waiting for the disk."""
+def _look_at(
+    root: Path, found: list[FoundPicture], counter: TokenCounter | None
+) -> tuple[SampleIndex, np.ndarray, np.ndarray]:
+    """Read the head of each picture, and its captions. Threads, since most of it is waiting for the disk.
+
+    Returns:
+        Their index, the stamps, int64 [n, 6], and whose JSON cannot be read, bool [n].
+    """
     shown = None if len(found) > _SHOWN_FROM else True
     with ThreadPoolExecutor(_READERS) as pool:
         looking = pool.map(lambda one: look(root, one), found)
@@ -192,16 +191,13 @@ def _look_at(root: Path, found: list[FoundPicture], counter: TokenCounter | None
         row["width"], row["height"] = saw.width, saw.height
         row["extension"] = IMAGE_EXTENSIONS.index(one.key.rpartition(".")[2].lower())
         row["key_hash"] = seed_from("folder", one.key)
-    return _Stored(
-        keys=[one.key for one in found],
-        stamps=np.array([one.stamps for one in found], np.int64).reshape(len(found), 6),
-        table=table,
-        words=words,
-        kinds=kinds,
-        bad_json=np.array([saw.bad_json for saw in looked], bool),
-        tokens=tokens,
-        tokenizer=counter.name if counter else None,
-    )
+    keys = [one.key.encode() for one in found]
+    index = of_one_shard(
+        FolderPart(root, 0), table, words=words, kinds=kinds, tokens=tokens, tokenizer=counter.name if counter else None,
+        key_bytes=np.frombuffer(b"".join(keys), np.uint8), key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64),
+    )  # fmt: skip
+    stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)
+    return index, stamps, np.array([saw.bad_json for saw in looked], bool)
 
 
 def look(root: Path, found: FoundPicture) -> LookedAt:
@@ -219,36 +215,16 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
     return LookedAt(width, height, captions_of(meta or {}, text), meta is None)
 
 
-def _merge(old: _Stored, new: _Stored, found: list[FoundPicture], rows: list[int]) -> _Stored:
-    """The pictures of ``found``, in its order: the old ones by their ``rows``, the new ones (-1) one after the other."""
-    is_new = np.array(rows, np.int64) < 0
-    order = np.where(is_new, len(old.table) + np.cumsum(is_new) - 1, rows).astype(np.int64)
-    kinds = list(dict.fromkeys([*old.kinds, *new.kinds]))
-    tokens = None
-    new_tokens = new.words if not len(new.table) else new.tokens
-    if old.tokens is not None and new_tokens is not None:
-        tokens = spread_kinds([(old.kinds, old.tokens), (new.kinds, new_tokens)], kinds)[order]
-    return _Stored(
-        keys=[one.key for one in found],
-        stamps=np.concatenate([old.stamps, new.stamps])[order],
-        table=np.concatenate([old.table, new.table])[order],
-        words=spread_kinds([(old.kinds, old.words), (new.kinds, new.words)], kinds)[order],
-        kinds=kinds,
-        bad_json=np.concatenate([old.bad_json, new.bad_json])[order],
-        tokens=tokens,
-        tokenizer=old.tokenizer if tokens is not None else None,
-    )
-
-
-def _to_index(root: Path, stored: _Stored, passed_over: Counter[str], name: str) -> SampleIndex:
-    readable = stored.table["width"] > 0
-    captioned = stored.words.any(axis=1)
+def _to_index(
+    root: Path, whole: SampleIndex, bad_json: np.ndarray, passed_over: Counter[str], name: str
+) -> SampleIndex:
+    readable, captioned = whole.width > 0, whole.words.any(axis=1)
     for what, which in (
         ("files that are no picture", ~readable),
         ("pictures without a caption", readable & ~captioned),
     ):
         if len(unused := np.flatnonzero(which)):
-            passed_over[f"{what} (such as {stored.keys[unused[0]]})"] += len(unused)
+            passed_over[f"{what} (such as {whole.key(unused[0])})"] += len(unused)
     told = ", ".join(f"{count} {reason}" for reason, count in passed_over.items() if count)
     rows = np.flatnonzero(readable & captioned)
     if not len(rows):
@@ -258,22 +234,16 @@ def _to_index(root: Path, stored: _Stored, passed_over: Counter[str], name: str)
         )
     if os.environ.get("RANK", "0") == "0" and told:
         print(f"{name}={root}: {len(rows)} pictures with captions; passed over: {told}", file=sys.stderr, flush=True)
-    _tell_repeats(root, [stored.keys[row] for row in rows], name)
-    used = np.asarray(stored.words[rows].any(axis=0))
-    keys = [stored.keys[row].encode() for row in rows]
-    return SampleIndex(
-        shards=[FolderPart(root, number) for number in range(-(-len(rows) // _PER_PART))],
-        shard=(np.arange(len(rows)) // _PER_PART).astype(np.int32),
-        table=stored.table[rows],
-        words=stored.words[rows][:, used],
-        kinds=[kind for kind, keep in zip(stored.kinds, used, strict=True) if keep],
-        ids=stored.table["key_hash"][rows],
-        key_bytes=np.frombuffer(b"".join(keys), np.uint8),
-        key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64),
-        bad_json=int(stored.bad_json[rows].sum()),
-        tokens=None if stored.tokens is None else stored.tokens[rows][:, used],
-        tokenizer=stored.tokenizer,
-    )
+    index = whole.take(rows)
+    _tell_repeats(root, [index.key(row) for row in range(len(index))], name)
+    used = np.flatnonzero(index.words.any(axis=0))
+    parts = -(-len(rows) // _PER_PART)
+    return replace(
+        index, shards=[FolderPart(root, number) for number in range(parts)], words=index.words[:, used],
+        shard=(np.arange(len(rows)) // _PER_PART).astype(np.int32), kinds=[index.kinds[column] for column in used],
+        tokens=None if index.tokens is None else index.tokens[:, used], bad_json=int(bad_json[rows].sum()),
+        shard_source=np.zeros(parts, np.int16),
+    )  # fmt: skip
 
 
 def _tell_repeats(root: Path, keys: list[str], name: str) -> None:
@@ -301,49 +271,15 @@ def _places(root: Path) -> list[Path]:
     return [root / INDEX_NAME, cached_index(root.resolve(), ".folder.npz")]
 
 
-def _write_stored(root: Path, stored: _Stored) -> None:
-    arrays = {
-        "version": np.array(_VERSION), "stamps": stored.stamps, "table": stored.table, "words": stored.words,
-        "kinds": np.array(stored.kinds, dtype=np.str_), "bad_json": stored.bad_json,
-        "keys": np.frombuffer("\n".join(key.replace("\n", "\0") for key in stored.keys).encode(), np.uint8),
-    }  # fmt: skip
-    if stored.tokens is not None:
-        arrays |= {"tokens": stored.tokens, "tokenizer": np.array(stored.tokenizer)}
-    any(save_arrays(place, arrays) for place in _places(root))  # Nowhere to write: it is made again next time.
-
-
-def _read_stored(root: Path, counter: TokenCounter | None) -> _Stored | None:
-    """The stored index; None where there is none, it is damaged, or it lacks the tokens that are wanted."""
+def _read_stored(root: Path, counter: TokenCounter | None) -> tuple[SampleIndex, np.ndarray, np.ndarray] | None:
+    """What was kept, as ``_look_at`` returns it; None where there is nothing, it is damaged, or it lacks the tokens that are
+    wanted."""
     for place in _places(root):
         try:
             with np.load(place, allow_pickle=False) as kept:
-                if int(kept["version"]) != _VERSION or kept["table"].dtype != ROW:
-                    continue
-                text = kept["keys"].tobytes().decode()
-                keys = [key.replace("\0", "\n") for key in text.split("\n")] if len(kept["table"]) else []
-                tokenizer = str(kept["tokenizer"]) if "tokenizer" in kept.files else None
-                if len(keys) != len(kept["table"]) or (counter is not None and tokenizer != counter.name):
-                    continue
-                kinds = [str(kind) for kind in kept["kinds"]]
-                tokens = kept["tokens"] if tokenizer else None
-                return _Stored(
-                    keys, kept["stamps"], kept["table"], kept["words"], kinds, kept["bad_json"], tokens, tokenizer
-                )  # fmt: skip
+                index = index_of(FolderPart(root, 0), kept)
+                if int(kept["version_of_folder"]) == _VERSION and (counter is None or index.tokenizer == counter.name):
+                    return index, kept["stamps"], kept["bad_json"]
         except (OSError, *DAMAGED):
             continue
     return None
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    path = cached_index(root.resolve(), ".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a")  # noqa: SIM115, closed below
-    except OSError:
-        yield
-        return
-    with lock:
-        with suppress(OSError):  # Some network disks have no locks: then each process looks at the files.
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,23 +1,30 @@
-"""Index of a data set: one table of all its samples, put together of the small files that are kept beside its shards."""
+"""Index of a data set: one table of all its samples, put together of the small files that are kept beside its shards.
+
+Of a large set the table is a folder of columns that all processes of a machine map and share: one of them writes it.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import io
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
+import uuid
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -26,16 +33,29 @@ from paradiffusion.atomic import atomic_file
 from paradiffusion.data.captions import captions_of, parse_meta
 from paradiffusion.data.images import probe_size
 from paradiffusion.data.remote import RemoteError, RemotePath, open_shard, read_whole, with_state
-from paradiffusion.data.shards import IMAGE_EXTENSIONS, Place, RawSample, ShardPath, Span, list_tar, read_place
+from paradiffusion.data.shards import (
+    IMAGE_EXTENSIONS,
+    FolderPart,
+    Place,
+    RawSample,
+    ShardPath,
+    Span,
+    list_tar,
+    read_place,
+)
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 from paradiffusion.randomness import seed_from
 
-PATIENCE_SECONDS = 120.0
 _VERSION: Final = 2
 _MAX_KINDS: Final = 16
 # So few new indexes are made faster here than a pool starts; above it, one process of each machine makes them.
 _FEW: Final = 8
+# A larger index, over 22 MB, is mapped and shared.
+_MAPPED_FROM: Final = 1 << 18
+_ROWS_AT_ONCE: Final = 1 << 20
+_FACTS: Final = "facts.json"
+_ABANDONED_SECONDS: Final = 86400.0
 _CONNECTIONS: Final = 32
 _HEAD_BYTES: Final = 1 << 16
 # What np.load raises for files that are no .npz, or one with a flipped bit (zipfile then finds it encrypted, say).
@@ -59,7 +79,8 @@ class TokenCounter:
 
 @dataclass(eq=False)
 class SampleIndex:
-    """All samples of a list of shards, as arrays: about 75 bytes and the key per sample, so 85 MB per million.
+    """All samples of a list of shards, as arrays: about 75 bytes and the key per sample, so 85 MB per million. Those of a large
+    set are mapped from the folder ``columns``, read only, and cost a process no memory of its own.
 
     ``shard`` is int32 [N], the number in ``shards``, ascending; ``words`` uint16 [N, K], the words of the caption of
     each of the ``kinds`` (0: none); ``ids`` uint64 [N], stable names for randomness: functions of key and shard name.
@@ -84,6 +105,8 @@ class SampleIndex:
     tokenizer: str | None = None
     shard_source: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int16))
     sources: list[str] = field(default_factory=lambda: ["data"])
+    columns: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # what is kept beside mapped columns
 
     def __post_init__(self) -> None:
         if not len(self.shard_source):
@@ -118,21 +141,45 @@ class SampleIndex:
         extension = IMAGE_EXTENSIONS[at["extension"]]
         return Place(self.shards[self.shard[row]], self.key(row), int(self.ids[row]), extension, *spans)
 
+    def take(self, rows: np.ndarray) -> SampleIndex:
+        """The samples of ``rows``, in that order."""
+        keys = [self.key_bytes[self.key_starts[row] : self.key_starts[row + 1]] for row in rows]
+        return replace(
+            self, shard=self.shard[rows], table=self.table[rows], words=self.words[rows], ids=self.ids[rows],
+            tokens=None if self.tokens is None else self.tokens[rows], key_bytes=np.concatenate([self.key_bytes[:0], *keys]),
+            key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64), columns=None,
+        )  # fmt: skip
+
     def fingerprint(self) -> str:
         """A short name of exactly these samples with these captions' lengths, to notice that data has changed.
 
         Tokens and sources take part where there are any, since the plan follows them too.
         """
+        if self.columns is not None:
+            return str(self.facts["fingerprint"])
         digest = hashlib.blake2b(digest_size=8)
-        for array in (self.ids, self.words, self.width, self.height):
-            digest.update(np.ascontiguousarray(array).tobytes())
+
+        def add(column: np.ndarray, of: np.ndarray | None = None) -> None:
+            for start in range(0, len(column), _ROWS_AT_ONCE):
+                part = column[start : start + _ROWS_AT_ONCE]
+                digest.update(np.ascontiguousarray(part if of is None else of[part]).tobytes())
+
+        for column in (self.ids, self.words, self.width, self.height):
+            add(column)
         if self.tokens is not None:
             digest.update(f"tokens {self.tokenizer}\n".encode())
-            digest.update(np.ascontiguousarray(self.tokens).tobytes())
+            add(self.tokens)
         if len(self.sources) > 1:
             digest.update("\n".join(["sources", *self.sources]).encode("utf-8", "surrogateescape"))
-            digest.update(np.ascontiguousarray(self.shard_source[self.shard]).tobytes())
+            add(self.shard, self.shard_source)
         return digest.hexdigest()
+
+    def state(self) -> str:
+        """A short name of these samples where they lie: unlike the fingerprint another one when a shard is written anew."""
+        if self.columns is not None:
+            return str(self.facts["state"])
+        content = (self.table.tobytes(), self.key_bytes.tobytes(), self.fingerprint().encode())
+        return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
 def read_sample(index: SampleIndex, row: int) -> RawSample:
@@ -150,96 +197,272 @@ def load_index(
     """Index all ``shards`` (as ``expand_shards`` lists them); builds and stores what is not there yet.
 
     Many new indexes are made by several processes; of the processes of one machine, the first makes them and the others
-    wait. A remote shard must have its index already. Raises UserError as ``index_shard`` does, when a remote shard has
-    no index, and when the shards hold no sample at all; it names ``key``. ``index_dir`` is where indexes may lie that are
-    not beside their shards; for remote ones their ``storage`` says it too.
+    wait. A large set's columns are kept in ``index_dir``, beside its first shard, or in the user's cache, and mapped. A
+    remote shard must have its index already. Raises UserError as ``index_shard`` does, when a remote shard has no index,
+    and when the shards hold no sample at all; it names ``key``. ``index_dir`` is where indexes may lie that are not beside
+    their shards; for remote ones their ``storage`` says it too.
     """
-
-    def load(shard: Path | RemotePath) -> SampleIndex | None:
-        folder = (shard.storage.index_dir if isinstance(shard, RemotePath) else None) or index_dir
-        return _load_stored(shard, Path(folder).expanduser() if folder else None, counter)
-
-    if any(isinstance(shard, RemotePath) for shard in shards):
-        with ThreadPoolExecutor(_CONNECTIONS) as pool:  # Each waits for its store, far longer than it works.
-            parts = list(pool.map(load, shards))
-    else:
-        parts = [load(shard) for shard in shards]
-    todo = [number for number, part in enumerate(parts) if part is None]
-    if lacking := [shards[number] for number in todo if isinstance(shards[number], RemotePath)]:
-        raise UserError(
-            f"{len(lacking)} of the {len(shards)} remote shards have no index, or one of an earlier state, the first one {lacking[0]}: run "
-            "`python scripts/index_shards.py shards=... output=DIR` and set data.index_dir=DIR, or set "
-            "data.streaming=true, which cannot resume exactly."
-        )
-    if len(todo) > _FEW and os.environ.get("LOCAL_RANK", "0") != "0":
-        last = time.monotonic()  # Another process makes them: wait for as long as more come.
-        while todo and time.monotonic() - last < PATIENCE_SECONDS:
-            for number in todo:
-                parts[number] = load(shards[number])
-            left = [number for number in todo if parts[number] is None]
-            last = time.monotonic() if len(left) < len(todo) else last
-            todo = left
-            time.sleep(0.5 if todo else 0)
-    for number, part in zip(todo, build_indexes([shards[number] for number in todo], counter), strict=True):
-        if isinstance(part, UserError):
-            raise part
-        parts[number] = part
-    whole = _concatenate([_refuse_truncated(part, allow_truncated) for part in parts if part is not None], key)
+    given = next((shard.storage.index_dir for shard in shards if isinstance(shard, RemotePath)), None) or index_dir
+    folder = Path(given).expanduser() if given else None
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        # Threads wait for a store, far longer than they work.
+        each: Each = pool.map if any(isinstance(shard, RemotePath) for shard in shards) else map
+        settled = list(each(_settled, shards))
+        loading = _Loading(settled, folder, counter, each, _column_folders(settled, folder))
+        whole = loading.mapped()
+        if whole is None:
+            with locked(loading.places[0].with_suffix(".making")) if len(settled) > _FEW else nullcontext():
+                whole = loading.mapped() or loading.made(key)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it.
+        trim(0)  # The freed indexes of many shards would stay with this process, and with its workers.
+    _refuse_truncated(whole, allow_truncated)
     if not len(whole):
         raise UserError(
-            f"The {len(parts)} shards from {shards[0]} on hold no sample, but {whole.stray} other files: expected "
+            f"The {len(shards)} shards from {shards[0]} on hold no sample, but {whole.stray} other files: expected "
             f"key.json or key.txt beside an image key.{', key.'.join(IMAGE_EXTENSIONS)}."
         )
-    # The freed indexes of many shards would stay with this process, twice what their table takes, and with its workers.
-    parts.clear()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it.
-        trim(0)
     return whole
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """How the index of ``shards`` comes about: ``each`` is map, or that of threads; see ``load_index``."""
+
+    shards: list[Path | RemotePath]
+    folder: Path | None
+    counter: TokenCounter | None
+    each: Each
+    places: list[Path]
+
+    def mapped(self) -> SampleIndex | None:
+        """The whole, where it is stored and neither shards nor their indexes have changed since."""
+        if not any(place.is_dir() for place in self.places):
+            return None
+        found = map_columns(self.places, self._state())
+        if found is None or (self.counter is not None and found[2]["tokenizer"] != self.counter.name):
+            return None
+        return _of_columns(self.shards, *found)
+
+    def made(self, key: str) -> SampleIndex:
+        """The whole of what is stored of each shard, once all of them are."""
+        kept: dict[int, SampleIndex] = {}
+        missing, rows = [], 0
+
+        def keep(number: int, part: SampleIndex) -> None:
+            nonlocal rows
+            rows += len(part)
+            if rows > _MAPPED_FROM:  # They are read once more, one after the other.
+                kept.clear()
+            else:
+                kept[number] = part
+
+        for number, part in enumerate(self.each(self._load, self.shards)):
+            if part is None:
+                missing.append(number)
+            else:
+                keep(number, part)
+        if lacking := [self.shards[number] for number in missing if isinstance(self.shards[number], RemotePath)]:
+            raise UserError(
+                f"{len(lacking)} of the {len(self.shards)} remote shards have no index, or one of an earlier state, the first one "
+                f"{lacking[0]}: run `python scripts/index_shards.py shards=... output=DIR` and set data.index_dir=DIR, or set "
+                "data.streaming=true, which cannot resume exactly."
+            )
+        new = build_indexes([self.shards[number] for number in missing], self.counter)
+        for number, made in zip(missing, new, strict=True):
+            if isinstance(made, UserError):
+                raise made
+            keep(number, made)
+        if rows <= _MAPPED_FROM:
+            return assemble(lambda: (kept[number] for number in sorted(kept)), key)
+
+        def parts() -> Iterator[SampleIndex]:
+            for shard, part in zip(self.shards, self.each(self._load, self.shards), strict=True):
+                yield index_shard(shard, True, self.counter) if part is None else part
+
+        return assemble(parts, key, self.places, self._state())
+
+    def _load(self, shard: Path | RemotePath) -> SampleIndex | None:
+        return _load_stored(shard, self.folder, self.counter)
+
+    def _state(self) -> str:
+        return _digest(*self.each(self._state_of, self.shards))
+
+    def _state_of(self, shard: Path | RemotePath) -> str:
+        """Names the state of a shard and of its stored index."""
+        stamps = [shard.version if isinstance(shard, RemotePath) else ""]
+        with suppress(OSError):
+            stamps += map(str, _stamp(shard))
+        for place in _candidates(shard, self.folder):
+            with suppress(OSError):
+                stat = place.stat()
+                return " ".join((*stamps, str(stat.st_size), str(stat.st_mtime_ns)))
+        return " ".join(stamps)
 
 
 def join_indexes(indexes: Sequence[SampleIndex], names: Sequence[str]) -> SampleIndex:
     """One index of several sources, called ``names``: their shards one after the other, ``sources`` and ``shard_source``
     saying whose they are. Ids stay as they are, so that a sample is cropped alike on its own and among others."""
-    joined = indexes[0] if len(indexes) == 1 else _concatenate(indexes, "data.sources")
+    if len(indexes) == 1:
+        return replace(indexes[0], sources=list(names))
     source = np.repeat(np.arange(len(indexes), dtype=np.int16), [len(index.shards) for index in indexes])
-    return replace(joined, sources=list(names), shard_source=source)
+    places: list[Path] = []
+    state = ""
+    if sum(map(len, indexes)) > _MAPPED_FROM:
+        places = _column_folders([shard for index in indexes for shard in index.shards], None)
+        places = [index.columns.with_name(places[0].name) for index in indexes if index.columns] + places
+        state = _digest(*names, *(index.state() for index in indexes))
+    return assemble(lambda: indexes, "data.sources", places, state, {"sources": list(names), "shard_source": source})
 
 
-def _concatenate(parts: Sequence[SampleIndex], where: object) -> SampleIndex:
-    kinds = list(dict.fromkeys(kind for part in parts for kind in part.kinds))
-    _check_kinds(kinds, where)
-    tokenizers = {part.tokenizer for part in parts}
-    tokenizer = tokenizers.pop() if len(tokenizers) == 1 else None
-    first_shard = np.cumsum([0, *(len(part.shards) for part in parts)])
-    first_byte = np.cumsum([0, *(len(part.key_bytes) for part in parts)])
-    starts = [part.key_starts[:-1] + first for part, first in zip(parts, first_byte, strict=False)]
-    tokens = [(part.kinds, part.tokens) for part in parts if part.tokens is not None]
+def assemble(
+    parts: Callable[[], Iterable[SampleIndex]], where: object, places: Sequence[Path] = (), state: str = "",
+    sources: dict[str, Any] | None = None,
+) -> SampleIndex:  # fmt: skip
+    """The samples of all ``parts``, which are gone through twice so that none need be held, mapped from one of ``places``
+    where there are any and one can be written."""
+    shards: list[ShardPath] = []
+    kinds: dict[str, None] = {}
+    truncated, tokenizers, counts, dtype = [], set(), np.zeros(5, np.int64), ROW
+    for part in parts():
+        truncated += [len(shards) + part.shards.index(shard) for shard in part.truncated]
+        shards += part.shards
+        kinds |= dict.fromkeys(part.kinds)
+        tokenizers.add(part.tokenizer)
+        counts += (len(part), len(part.key_bytes), part.without_image, part.stray, part.bad_json)
+        dtype = part.table.dtype
+    names, tokenizer = list(kinds), tokenizers.pop() if len(tokenizers) == 1 else None
+    _check_kinds(names, where)
+    rows, letters = int(counts[0]), int(counts[1])
+    facts = {"kinds": names, "tokenizer": tokenizer, "truncated": truncated, "counts": counts[2:].tolist()}
+
+    def fill(new: New) -> dict[str, Any]:
+        once, by_kind = (rows,), (rows, len(names))
+        shard, table, ids = new("shard", np.int32, once), new("table", dtype, once), new("ids", np.uint64, once)
+        words = new("words", np.uint16, by_kind)
+        tokens = new("tokens", np.uint16, by_kind) if tokenizer else None
+        key_bytes, key_starts = new("key_bytes", np.uint8, (letters,)), new("key_starts", np.int64, (rows + 1,))
+        row = letter = number = 0
+        for part in parts():
+            here, columns = slice(row, row + len(part)), [names.index(kind) for kind in part.kinds]
+            shard[here], table[here], ids[here] = part.shard + np.int32(number), part.table, part.ids
+            words[here, columns] = part.words
+            if tokens is not None:
+                tokens[here, columns] = part.tokens
+            key_bytes[letter : letter + len(part.key_bytes)] = part.key_bytes
+            key_starts[row : row + len(part) + 1] = part.key_starts + letter
+            row, letter, number = here.stop, letter + len(part.key_bytes), number + len(part.shards)
+        if not places:
+            return facts
+        arrays = {"shard": shard, "table": table, "ids": ids, "words": words, "tokens": tokens, "key_bytes": key_bytes}
+        whole = _of_columns(shards, None, {**arrays, "key_starts": key_starts}, facts, sources)
+        return {**facts, "fingerprint": whole.fingerprint()}
+
+    return _of_columns(shards, *shared_columns(places, state, fill), sources)
+
+
+def _of_columns(
+    shards: Sequence[ShardPath], folder: Path | None, columns: dict[str, Any], facts: dict[str, Any],
+    sources: dict[str, Any] | None = None,
+) -> SampleIndex:  # fmt: skip
+    without_image, stray, bad_json = facts["counts"]
     return SampleIndex(
-        shards=[shard for part in parts for shard in part.shards],
-        shard=np.concatenate([part.shard + np.int32(first) for part, first in zip(parts, first_shard, strict=False)]),
-        table=np.concatenate([part.table for part in parts]),
-        words=spread_kinds([(part.kinds, part.words) for part in parts], kinds),
-        kinds=kinds,
-        ids=np.concatenate([part.ids for part in parts]),
-        key_bytes=np.concatenate([part.key_bytes for part in parts]),
-        key_starts=np.concatenate([*starts, first_byte[-1:]]).astype(np.int64),
-        without_image=sum(part.without_image for part in parts),
-        stray=sum(part.stray for part in parts),
-        bad_json=sum(part.bad_json for part in parts),
-        truncated=tuple(shard for part in parts for shard in part.truncated),
-        tokens=spread_kinds(tokens, kinds) if tokenizer else None,
-        tokenizer=tokenizer,
-    )
+        shards=list(shards), kinds=facts["kinds"], tokenizer=facts["tokenizer"], without_image=without_image, stray=stray,
+        bad_json=bad_json, truncated=tuple(shards[number] for number in facts["truncated"]), columns=folder, facts=facts,
+        **columns, **(sources or {}),
+    )  # fmt: skip
 
 
-def spread_kinds(columns: list[tuple[list[str], np.ndarray]], kinds: list[str]) -> np.ndarray:
-    """Counts by kind of several parts, uint16 [N, K], each part's columns where ``kinds`` has them."""
-    spread = np.zeros((sum(len(counts) for _, counts in columns), len(kinds)), np.uint16)
-    start = 0
-    for names, counts in columns:
-        spread[start : start + len(counts), [kinds.index(name) for name in names]] = counts
-        start += len(counts)
-    return spread
+# Columns that all processes of a machine share.
+
+Each: TypeAlias = Callable[..., Iterator[Any]]  # map, or an executor's
+New: TypeAlias = Callable[[str, Any, tuple[int, ...]], np.ndarray]  # name, dtype and shape to an array of zeros
+Columns: TypeAlias = tuple[Path | None, dict[str, np.ndarray], dict[str, Any]]  # where they are mapped from, and facts
+
+
+def shared_columns(places: Sequence[Path], state: str, fill: Callable[[New], dict[str, Any]]) -> Columns:
+    """The arrays that ``fill`` makes, and the facts (as JSON has them) that it returns, mapped from one of the folders
+    ``places``: the first process that comes writes them, whole or not at all, and others wait. What lies there in another
+    ``state`` is replaced. In memory where no folder can be written."""
+    for place in places:
+        with suppress(OSError), locked(place):
+            if (found := map_columns([place], state)) is None:
+                _write_columns(place, state, fill)
+                found = map_columns([place], state)
+            if found is not None:
+                return found
+    arrays: dict[str, np.ndarray] = {}
+
+    def new(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+        return arrays.setdefault(name, np.zeros(shape, dtype))
+
+    return None, arrays, fill(new)
+
+
+def map_columns(places: Sequence[Path], state: str) -> Columns | None:
+    """What ``shared_columns`` has written in that state; None where there is none."""
+    for place in places:
+        with suppress(OSError, ValueError, AttributeError):
+            facts = json.loads((place / _FACTS).read_text(encoding="utf-8"))
+            if facts.get("state") == state:
+                found = {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in place.glob("*.npy")}
+                return place, found, facts
+    return None
+
+
+def _write_columns(place: Path, state: str, fill: Callable[[New], dict[str, Any]]) -> None:
+    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}.part")
+    written: list[np.memmap[Any, Any]] = []
+
+    def new(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+        path = partial / f"{name}.npy"
+        written.append(np.lib.format.open_memmap(path, "w+", dtype, shape))
+        with open(path, "r+b") as file:  # Where the disk is full, writing to what is mapped would kill the process.
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return written[-1]
+
+    for old in place.parent.glob(
+        f".{place.name}.*.part"
+    ):  # What a killed process has left; another machine may be at work.
+        if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        facts = fill(new)
+        for array in written:
+            array.flush()
+        (partial / _FACTS).write_text(json.dumps({**facts, "state": state}), encoding="utf-8")
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _column_folders(shards: Sequence[ShardPath], folder: Path | None) -> list[Path]:
+    """Where the columns of ``shards`` may lie: in ``folder``, else beside the first shard, else in the user's cache."""
+    name = f"{_digest(*map(str, shards))}.columns"
+    beside = [folder] if folder else [shard.parent for shard in shards[:1] if isinstance(shard, Path)]
+    return [*(place.resolve() / name for place in beside), cached_index("", "").parent / name]
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b("\n".join(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Held by one process of a machine at a time, for what lies at ``path``. The lock is in the user's cache, since the
+    disks that data lie on may be read only; where there can be none, nobody waits."""
+    lock = cached_index(path, ".lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a")  # noqa: SIM115, closed below
+    except OSError:
+        yield
+        return
+    with file:
+        with suppress(OSError):  # Some network disks have no locks.
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # Many indexes at once.
@@ -350,16 +573,21 @@ def index_head(shards: Sequence[Path | RemotePath], samples: int = 256) -> Sampl
 
 def _refuse_truncated(index: SampleIndex, allow_truncated: bool) -> SampleIndex:
     if index.truncated and not allow_truncated:
+        number = index.shards.index(index.truncated[0])
+        low, high = np.searchsorted(index.shard, [number, number + 1])
         raise UserError(
-            f"The shard {index.truncated[0]} is cut short after {len(index)} whole samples: fetch it again, "
+            f"The shard {index.truncated[0]} is cut short after {high - low} whole samples: fetch it again, "
             "or set data.allow_truncated=true to use the whole samples."
         )
     return index
 
 
 def _settled(path: Path | RemotePath) -> Path | RemotePath:
-    """``path`` with its size and version, asked of its store once. Raises RemoteError."""
-    return with_state(path) if isinstance(path, RemotePath) and not path.size else path
+    """``path`` with its size and version, asked of its store once. Raises UserError when a remote shard is not there."""
+    try:
+        return with_state(path) if isinstance(path, RemotePath) and not path.size else path
+    except RemoteError as error:
+        raise UserError(f"The shard {path} cannot be read: {error}.") from error
 
 
 def _check_kinds(kinds: list[str], where: object) -> None:
@@ -371,12 +599,14 @@ def _check_kinds(kinds: list[str], where: object) -> None:
         )
 
 
-def _of_one_shard(path: Path | RemotePath, table: np.ndarray, truncated: bool, **columns: Any) -> SampleIndex:
+def of_one_shard(path: ShardPath, table: np.ndarray, truncated: bool = False, **columns: Any) -> SampleIndex:
+    """The index of one shard. A picture of a folder is named by its path alone, so that it may stand in another part."""
+    of_shard = 0 if isinstance(path, FolderPart) else seed_from("shard", path.name)
     return SampleIndex(
         shards=[path],
         shard=np.zeros(len(table), np.int32),
         table=table,
-        ids=table["key_hash"] ^ np.uint64(seed_from("shard", path.name)),
+        ids=table["key_hash"] ^ np.uint64(of_shard),
         truncated=(path,) if truncated else (),
         **columns,
     )
@@ -401,7 +631,7 @@ def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int |
             captions.append(captions_of(meta or {}, text))
     kinds, words, tokens = count_captions(captions, counter, path)
     keys = [entry.key.encode("utf-8", "replace") for entry in entries]
-    return _of_one_shard(
+    return of_one_shard(
         path,
         table,
         listing.truncated,
@@ -477,20 +707,42 @@ def _candidates(path: Path | RemotePath, folder: Path | None) -> list[Path]:
 
 def _store(path: Path | RemotePath, index: SampleIndex, stamp: np.ndarray, folder: Path | None) -> None:
     """Write the index where it can be written, and be content when that is nowhere: it is built again then."""
-    arrays: dict[str, Any] = {
-        "stamp": stamp,
-        "version": np.array(path.version if isinstance(path, RemotePath) else ""),
-        "table": index.table,
-        "words": index.words,
-        "kinds": np.array(index.kinds, dtype=np.str_),
-        "key_bytes": index.key_bytes,
-        "key_ends": index.key_starts[1:],
-        "counts": np.array([index.without_image, index.stray, index.bad_json, len(index.truncated)], np.int64),
-    }
-    if index.tokens is not None:
-        arrays |= {"tokens": index.tokens, "tokenizer": np.array(index.tokenizer)}
+    version = np.array(path.version if isinstance(path, RemotePath) else "")
+    arrays = {"stamp": stamp, "version": version, **arrays_of(index)}
     if not any(save_arrays(place, arrays) for place in _candidates(path, folder)[: 1 if folder else None]) and folder:
         raise UserError(f"The index of {path} cannot be written to {folder}: choose another folder.")
+
+
+def arrays_of(index: SampleIndex) -> dict[str, Any]:
+    """What is stored of the index of one shard; ``index_of`` reads it."""
+    counts = np.array([index.without_image, index.stray, index.bad_json, len(index.truncated)], np.int64)
+    arrays = {
+        "table": index.table, "words": index.words, "kinds": np.array(index.kinds, dtype=np.str_), "counts": counts,
+        "key_bytes": index.key_bytes, "key_ends": index.key_starts[1:],
+    }  # fmt: skip
+    return arrays | ({} if index.tokens is None else {"tokens": index.tokens, "tokenizer": np.array(index.tokenizer)})
+
+
+def index_of(shard: ShardPath, stored: Any) -> SampleIndex:
+    """The index of one shard from stored arrays. Raises KeyError, ValueError for others."""
+    if stored["table"].dtype != ROW:
+        raise ValueError("another version's")
+    without_image, stray, bad_json, truncated = (int(count) for count in stored["counts"])
+    has_tokens = "tokens" in stored
+    return of_one_shard(
+        shard,
+        stored["table"],
+        bool(truncated),
+        words=stored["words"],
+        kinds=[str(kind) for kind in stored["kinds"]],
+        key_bytes=stored["key_bytes"],
+        key_starts=np.concatenate([[0], stored["key_ends"]]).astype(np.int64),
+        without_image=without_image,
+        stray=stray,
+        bad_json=bad_json,
+        tokens=stored["tokens"] if has_tokens else None,
+        tokenizer=str(stored["tokenizer"]) if has_tokens else None,
+    )
 
 
 def save_arrays(place: Path, arrays: dict[str, Any]) -> bool:
@@ -511,10 +763,7 @@ def _load_stored(path: Path | RemotePath, folder: Path | None, counter: TokenCou
     store; its size, and its version where both are known, must then be those of the index. Raises UserError when a remote
     shard is not there.
     """
-    try:
-        path = _settled(path)
-    except RemoteError as error:
-        raise UserError(f"The shard {path} cannot be read: {error}.") from error
+    path = _settled(path)
     places: list[Path | RemotePath] = [*_candidates(path, folder)]
     if isinstance(path, RemotePath):
         places.append(path.sibling(f"{path.stem}.index.npz"))
@@ -541,69 +790,6 @@ def _parse(path: Path | RemotePath, place: Path | io.BytesIO) -> SampleIndex | N
                 same = stamp[0] == now[0] and stamp[1] == now[1] and len(versions) < 2
             else:
                 same = np.array_equal(stamp, now)
-            if not same or stored["table"].dtype != ROW:
-                return None
-            without_image, stray, bad_json, truncated = (int(count) for count in stored["counts"])
-            has_tokens = "tokens" in stored.files
-            return _of_one_shard(
-                path,
-                stored["table"],
-                bool(truncated),
-                words=stored["words"],
-                kinds=[str(kind) for kind in stored["kinds"]],
-                key_bytes=stored["key_bytes"],
-                key_starts=np.concatenate([[0], stored["key_ends"]]).astype(np.int64),
-                without_image=without_image,
-                stray=stray,
-                bad_json=bad_json,
-                tokens=stored["tokens"] if has_tokens else None,
-                tokenizer=str(stored["tokenizer"]) if has_tokens else None,
-            )
+            return index_of(path, stored) if same else None
     except DAMAGED:
         return None
-
-
-# What scripts/index_shards.py says.
-
-
-def describe_indexes(indexes: Iterable[SampleIndex | UserError]) -> tuple[list[str], int]:
-    """What indexing many shards has found, as lines for a person, and how many could not be indexed."""
-    errors, cut_short = [], []
-    counts, captions, words, tokens = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    shards = samples = uncaptioned = 0
-    for index in indexes:
-        if isinstance(index, UserError):
-            errors.append(f"  not indexed: {index}")
-            continue
-        shards += 1
-        samples += len(index)
-        uncaptioned += int((~index.words.any(axis=1)).sum())
-        cut_short += [
-            f"  cut short: {path} (data.allow_truncated=true uses its whole samples)" for path in index.truncated
-        ]
-        counts["keys without an image"] += index.without_image
-        counts["files that are no part of a sample"] += index.stray
-        counts["JSON files that cannot be read"] += index.bad_json
-        counts["images of unknown size"] += int((index.width == 0).sum())
-        for column, kind in enumerate(index.kinds):
-            captions[kind] += int((index.words[:, column] > 0).sum())
-            words[kind] += int(index.words[:, column].sum())
-            tokens[kind] += 0 if index.tokens is None else int(index.tokens[:, column].sum())
-    lines = [f"{shards} shards, {samples} samples, {uncaptioned} of them without a caption"]
-    for kind, count in captions.items():
-        mean = f"{words[kind] / max(count, 1):.1f} words"
-        mean += f", {tokens[kind] / max(count, 1):.1f} tokens" if tokens[kind] else ""
-        lines.append(f"  captions of kind {kind}: {count}, {mean} on average")
-    lines += [f"  passed over: {count} {reason}" for reason, count in counts.items() if count]
-    return lines + cut_short + errors, len(errors)
-
-
-def check_names(shards: Iterable[ShardPath]) -> None:
-    """Raise UserError where two shards would have one index in ``output``."""
-    stems: dict[str, ShardPath] = {}
-    for shard in shards:
-        if stems.setdefault(shard.stem, shard) != shard:
-            raise UserError(
-                f"{stems[shard.stem]} and {shard} have one name, and so would their indexes in output=; "
-                "index them in two runs, each with a folder of its own."
-            )

@@ -34,10 +34,10 @@ from paradiffusion.data.captions import is_dropped
 from paradiffusion.data.images import Bucket, decode, to_array
 from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.plan import BatchPlan, GlobalBatch
-from paradiffusion.data.remote import RemotePath
 from paradiffusion.data.shards import Place, RawSample, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
+from paradiffusion.text.tokenizer import Tokens, tokenize_once
 
 # Below so many samples read, a few bad ones say nothing about their share; and until all samples have been read once it
 # must be over the limit by so many standard deviations. Else one bad sample in a thousand, under a limit of a hundredth,
@@ -45,7 +45,7 @@ from paradiffusion.machine import cores
 _JUDGED_FROM, _DEVIATIONS = 64, 3.0
 # A slice of a few slots may be wholly bad by chance; then other samples of the global batch stand in.
 _SMALL_SLICE, _SPARES = 8, 4
-# Requests of one worker at a time: each waits for its store, and half of a batch on the way is enough to stay ahead.
+# Requests of one worker at a time: each waits for its store or disk, and half of a batch on the way is enough to stay ahead.
 _THREADS: Final = 16
 _LOOK, _JOIN = 0.2, 10.0  # seconds between looks at whether anybody still wants batches, and for a thread to end
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class LoaderSettings:
 
     Steps ``first_step`` to ``last_step`` (exclusive; None: without end). Each step's slice of this rank comes in
     ``accumulation`` equal batches. ``workers`` are processes, each two batches ahead; 0 reads in this one, and None takes
-    ``default_workers()``.
+    ``default_workers()``. ``tokenize`` is what they make ids of captions with, where ids are wanted.
     """
 
     seed: int = 0
@@ -70,6 +70,7 @@ class LoaderSettings:
     max_bad_fraction: float = 0.01
     workers: int | None = 2
     cache: Cache | None = None
+    tokenize: Callable[[list[str]], Tokens] | None = None
 
 
 @dataclass(eq=False)
@@ -79,7 +80,8 @@ class Batch:
     ``pixels`` is uint8 [b, 3, H, W], a quarter of what the images take on their way to a GPU; ``slots`` int64 [b], places in
     the global batch, from which timesteps and noise are drawn; ``weights`` float32 [b], 0 where a sample could not be read and
     another of the slice stands in. ``stored`` is what a cache has in the place of pixels (then none) or captions.
-    A dropped caption is "" with 0 ``words``. ``keys`` are ``shard.tar/key``; ``bad`` says what was not read and why.
+    A dropped caption is "" with 0 ``words``. ``tokens`` are those of the different captions, with each caption's row int64 [b]
+    (see ``tokenize_once``), where they are made by who reads. ``keys`` are ``shard.tar/key``; ``bad`` says what was not read and why.
     """
 
     step: int
@@ -93,6 +95,7 @@ class Batch:
     bad: list[str]
     micro: int = 0
     stored: StoredBatch | None = None
+    tokens: tuple[Tokens, torch.Tensor] | None = None
 
     @property
     def images(self) -> torch.Tensor:
@@ -169,7 +172,7 @@ class Loader(Iterator[Batch]):
                 else f"A process that reads data has died ({type(error).__name__} {error}), probably out of memory: "
                 "set data.workers lower, or enlarge /dev/shm in a container."
             ) from error
-        captions = ["" if drop else caption for drop, caption in zip(order.dropped, delivery.captions, strict=True)]
+        captions, tokenize = order.kept(delivery.captions), self.settings.tokenize
         return Batch(
             step=order.step,
             pixels=delivery.pixels,
@@ -182,6 +185,8 @@ class Loader(Iterator[Batch]):
             bad=[str(failure) for failure in delivery.failures],
             micro=order.micro,
             stored=delivery.stored,
+            # A stream's captions are dropped here, where the step is known, and not by who reads them.
+            tokens=tokenize_once(tokenize, captions) if tokenize and delivery.tokens is None else delivery.tokens,
         )
 
     def close(self) -> None:
@@ -194,10 +199,8 @@ class Loader(Iterator[Batch]):
         self._deliveries = iter(())
 
     def _start(self) -> Iterator[tuple[Order, Delivery]]:
-        orders = _orders(self.index, self.plan, self.settings, self._size)
-        if any(isinstance(shard, RemotePath) for shard in self.index.shards):
-            orders = _told_ahead(orders, max(self._workers, 1))
-        return self._serve(Reader(self.settings.cache), orders)
+        orders = _told_ahead(_orders(self.index, self.plan, self.settings, self._size), max(self._workers, 1))
+        return self._serve(Reader(self.settings.cache, self.settings.tokenize), orders)
 
     @property
     def _workers(self) -> int:
@@ -327,10 +330,7 @@ def _told_ahead(orders: Iterator[Order], gap: int) -> Iterator[Order]:
 
 @dataclass
 class Order:
-    """What a worker is to read: the samples of one batch, and stand-ins.
-
-    ``ahead`` is what the same worker is going to read next, where that is worth fetching beforehand.
-    """
+    """What a worker is to read: the samples of one batch, and stand-ins. ``ahead`` is what the same worker is going to read next."""
 
     step: int
     micro: int
@@ -341,6 +341,10 @@ class Order:
     dropped: list[bool]
     spares: list[tuple[Place, str]]
     ahead: Order | None = None
+
+    def kept(self, captions: list[str]) -> list[str]:
+        """``captions``, empty where they are dropped."""
+        return ["" if drop else caption for drop, caption in zip(self.dropped, captions, strict=True)]
 
 
 @dataclass
@@ -366,6 +370,7 @@ class Delivery:
     weights: list[float]
     failures: list[Failure]
     stored: StoredBatch | None = None
+    tokens: tuple[Tokens, torch.Tensor] | None = None
 
     def pin_memory(self) -> Delivery:
         """For the DataLoader: from pinned memory the pixels travel to a GPU while it computes."""
@@ -388,8 +393,8 @@ class Sample:
 class Reader(Dataset[tuple[Order, Delivery]]):
     """Reads one order at a time. Holds no index, so that workers stay small."""
 
-    def __init__(self, cache: Cache | None = None) -> None:
-        self.cache = cache
+    def __init__(self, cache: Cache | None = None, tokenize: Callable[[list[str]], Tokens] | None = None) -> None:
+        self.cache, self.tokenize = cache, tokenize
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[tuple[int, int], list[Future[RawSample]]] = {}
 
@@ -404,18 +409,18 @@ class Reader(Dataset[tuple[Order, Delivery]]):
             good += [] if isinstance(sample, Failure) else [sample]
         filled = [good[slot % len(good)] if isinstance(one, Failure) else one for slot, one in enumerate(read) if good]
         weights = [float(not isinstance(one, Failure)) for one in read if good]
-        return order, deliver(filled, weights, failures)
+        delivery = deliver(filled, weights, failures)
+        if self.tokenize and filled:
+            delivery.tokens = tokenize_once(self.tokenize, order.kept(delivery.captions))
+        return order, delivery
 
     def _take(self, order: Order) -> list[Callable[[], RawSample]]:
-        """Functions that give the samples of ``order``, or raise what reading them raised. Remote ones are fetched by threads,
-        and those of the worker's next order while this one is decoded; for local ones the disk's cache is faster."""
+        """Functions that give the samples of ``order``, or raise what reading them raised. Threads fetch them, and those of the
+        worker's next order while this one is decoded: a store and a network disk answer late, each time."""
         ahead, order.ahead = order.ahead, None
-        then = ahead.places if ahead else []
-        if not any(isinstance(place.shard, RemotePath) for place in [*order.places, *then]):
-            return [partial(self._fetch, place) for place in order.places]
         futures = self._coming.pop((order.step, order.micro), None) or self._submit(order.places)
         # What was fetched for a batch that went to another worker would else stay for ever.
-        self._coming = {(ahead.step, ahead.micro): self._submit(then)} if ahead else {}
+        self._coming = {(ahead.step, ahead.micro): self._submit(ahead.places)} if ahead else {}
         return [future.result for future in futures]
 
     def _submit(self, places: list[Place]) -> list[Future[RawSample]]:
@@ -473,6 +478,7 @@ def guard_worker(number: int, ended: Connection) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Its threads survive no fork, of which it would warn.
     threading.Thread(target=_end_with, args=(os.getppid(), ended), daemon=True).start()
 
 
@@ -508,11 +514,14 @@ def pass_on(item: Any) -> Any:
     if get_worker_info() is None:
         return item
     delivery: Delivery = item[1]
-    stored = [] if delivery.stored is None else [delivery.stored.latents, delivery.stored.features]
+    tensors = [delivery.pixels]
+    if delivery.stored is not None:
+        tensors += [part for part in (delivery.stored.latents, delivery.stored.features) if part is not None]
+    if delivery.tokens is not None:
+        tensors += [delivery.tokens[0].ids, delivery.tokens[0].mask, delivery.tokens[1]]
     try:
-        for tensor in (delivery.pixels, *stored):
-            if tensor is not None:
-                tensor.share_memory_()
+        for tensor in tensors:
+            tensor.share_memory_()
     except (RuntimeError, OSError) as error:
         return Copied(pickle.dumps(item, pickle.HIGHEST_PROTOCOL), str(error).rpartition(": ")[2])
     return item

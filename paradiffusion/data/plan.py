@@ -34,16 +34,23 @@ from paradiffusion.data.captions import (
 )
 from paradiffusion.data.folder import load_folder
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of
-from paradiffusion.data.index import SampleIndex, TokenCounter, index_head, join_indexes, load_index
+from paradiffusion.data.index import (
+    New,
+    SampleIndex,
+    TokenCounter,
+    index_head,
+    join_indexes,
+    load_index,
+    shared_columns,
+)
 from paradiffusion.data.remote import storage_of
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
-from paradiffusion.randomness import Part, permutation, uniforms
+from paradiffusion.randomness import Part, permutation, seed_from, uniforms
 
 # Batches are asked for twice: ahead of time by who reads, and in time by who trains.
 _KEPT_WINDOWS, _KEPT_BATCHES, _KEPT_COUNTS = 4, 64, 4096
 _KEPT_EPOCHS, _KEPT_ORDERS, _KEPT_ARRIVALS = 16, 8, 128
-_ROWS_AT_ONCE: Final = 1 << 20
 # A row of the index, the caption kind that it is read with, and the kind that was drawn for it.
 _SAMPLE: Final = np.dtype([("row", np.int64), ("kind", np.int8), ("drawn", np.int8)])
 
@@ -152,7 +159,7 @@ class BatchPlan:
     a batch may hold samples of all. Samples without any caption are left out and counted in ``left_out``. Within a window,
     a bucket's rows are sorted by the length of their captions before they are cut, and the batches then shuffled: a batch
     has captions of similar length. Raises UserError when a source has no sample that can be used, and for wrong weights.
-    Keeps 4 bytes a sample.
+    Keeps 4 bytes a sample, of a mapped index in a file that all processes share.
     """
 
     def __init__(
@@ -232,8 +239,9 @@ class BatchPlan:
         """What the caption weights come to, by source: a pass over all samples."""
         found = {}
         for number, name in enumerate(self.index.sources):
-            rows = slice(None) if len(self.streams) == 1 else self.index.shard_source[self.index.shard] == number
-            found[name] = expected_shares(self.index.words[rows], self.index.kinds, self.captions[number])
+            shards = self.streams[number].shards  # of one source they stand together
+            low, high = np.searchsorted(self.index.shard, [shards[0], shards[-1] + 1])
+            found[name] = expected_shares(self.index.words[low:high], self.index.kinds, self.captions[number])
         return found
 
     def first_step(self, epoch: int) -> int:
@@ -378,7 +386,7 @@ class Grouped:
     """The usable rows of an index, sorted by (shard, bucket).
 
     ``rows`` is uint32 [N] (int64 above four billion); ``starts`` int64 [shards, buckets + 1], where each bucket of each
-    shard starts in it.
+    shard starts in it. Both may be mapped.
     """
 
     rows: np.ndarray
@@ -391,21 +399,24 @@ class Grouped:
 
 
 def _group_usable(index: SampleIndex, buckets: list[Bucket]) -> Grouped:
-    """The rows that have a caption, by shard and bucket. In parts, since the logarithms take 100 bytes a sample."""
-    bucket = np.empty(len(index), np.int8 if len(buckets) < 128 else np.int16)
-    for start in range(0, len(index), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        usable = index.words[part].any(axis=1)
-        bucket[part] = np.where(usable, assign_buckets(index.width[part], index.height[part], buckets), len(buckets))
-    rows = np.empty(len(index), np.uint32 if len(index) < 1 << 32 else np.int64)
-    starts = np.empty((len(index.shards), len(buckets) + 1), np.int64)
-    bounds = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
-    for number, (low, high) in enumerate(itertools.pairwise(bounds)):
-        inside = bucket[low:high].astype(np.int16)
-        order = np.argsort(inside, kind="stable")  # A radix sort, on 16-bit integers.
-        rows[low:high] = low + order
-        starts[number] = low + np.searchsorted(inside[order], np.arange(len(buckets) + 1))
-    return Grouped(rows, starts)
+    """The rows that have a caption, by shard and bucket; of a mapped index kept in a folder of its own beside its columns."""
+
+    def fill(new: New) -> dict[str, Any]:
+        rows = new("rows", np.uint32 if len(index) < 1 << 32 else np.int64, (len(index),))
+        starts = new("starts", np.int64, (len(index.shards), len(buckets) + 1))
+        bounds = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
+        for number, (low, high) in enumerate(itertools.pairwise(bounds)):
+            nearest = assign_buckets(index.width[low:high], index.height[low:high], buckets)
+            inside = np.where(index.words[low:high].any(axis=1), nearest, len(buckets)).astype(np.int16)
+            order = np.argsort(inside, kind="stable")  # A radix sort, on 16-bit integers.
+            rows[low:high] = low + order
+            starts[number] = low + np.searchsorted(inside[order], np.arange(len(buckets) + 1))
+        return {}
+
+    name = seed_from("buckets", *(side for bucket in buckets for side in bucket))
+    places = [] if index.columns is None else [index.columns / f"buckets-{name:016x}"]
+    _, columns, _ = shared_columns(places, index.state() if places else "", fill)
+    return Grouped(columns["rows"], columns["starts"])
 
 
 @dataclass(eq=False)

@@ -349,8 +349,8 @@ class _OpenFiles:
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """Raises OSError. A file that was replaced is opened anew, and one that is gone is missed at once."""
-        with self.lock:  # Also while reading, so that no other thread closes the file.
-            now = os.stat(path)
+        now = os.stat(path)
+        with self.lock:
             number = self.files.pop(path, None)
             if number is not None and not os.path.samestat(os.fstat(number), now):
                 os.close(number)
@@ -360,7 +360,11 @@ class _OpenFiles:
             self.files[path] = number
             while len(self.files) > _OPEN_FILES:
                 os.close(self.files.popitem(last=False)[1])
-            return os.pread(number, size, offset)
+            own = os.dup(number)  # Which no other thread closes, so that all may read at a time.
+        try:
+            return os.pread(own, size, offset)
+        finally:
+            os.close(own)
 
     def after_fork(self) -> None:
         """A lock that was held elsewhere at the fork would stay so; the files may be shared, since pread has no place."""

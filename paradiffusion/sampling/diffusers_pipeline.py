@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    ConfigMixin,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
@@ -130,7 +139,8 @@ class ParaDiffusionPipeline(_Base):
 
     def __init__(
         self,
-        vae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, unet: ModelMixin,
+        vae: AutoencoderKL, text_encoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+        unet: UNet2DConditionModel | PixArtTransformer2DModel,  # from_pipe compares the class itself
         scheduler: SchedulerMixin, refiner: RefinerModel | None = None, description: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()

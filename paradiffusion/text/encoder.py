@@ -6,7 +6,6 @@ checkpoint records whole.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,33 +14,11 @@ from torch import Tensor, nn
 
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
-from paradiffusion.text.conditioning import padded_length
 from paradiffusion.text.families import DTYPES, marks_of, position_limit, read_model
 from paradiffusion.text.sources import fingerprint, locate
+from paradiffusion.text.tokenizer import CaptionTokenizer, Tokens
 
 __all__ = ["DTYPES", "TextEncoder", "Tokens", "attach_lora", "check_targets", "load_text_encoder"]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenised batch.
-
-    Attributes:
-        ids: [B, L] int64, right-padded: by decoders with the end-of-sequence token (as the official code does).
-        mask: [B, L] bool, True at real tokens, made from lengths: a caption may contain the padding token's text.
-        prefix: tokens of the instruction at the front, whose features are not given to the denoiser.
-        lengths: real tokens of each caption before any cut, its start and end included, prefix not counted.
-        truncated: how many captions were cut to the maximum.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    prefix: int
-    lengths: list[int]
-    truncated: int
-
-    def to(self, device: torch.device | str) -> Tokens:
-        return Tokens(self.ids.to(device), self.mask.to(device), self.prefix, self.lengths, self.truncated)
 
 
 class TextEncoder(nn.Module):
@@ -54,6 +31,7 @@ class TextEncoder(nn.Module):
 
     Attributes:
         limit: tokens of a caption at most: ``settings.max_tokens``, or the model's own number of positions.
+        tokenize: captions to their ids and masks.
     Raises:
         UserError: when the prefix leaves no position for a caption.
     """
@@ -66,36 +44,29 @@ class TextEncoder(nn.Module):
         self.source = source
         self.width: int = model.config.hidden_size
         marks = marks_of(tokenizer, model.config)
-        self.start, self.end, self.pad_id = marks.start, marks.end, marks.pad
+        self.pad_id = marks.pad
         self.prefix_ids: list[int] = (
-            self.start + tokenizer(settings.prefix, add_special_tokens=False)["input_ids"] if settings.prefix else []
+            marks.start + tokenizer(settings.prefix, add_special_tokens=False)["input_ids"] if settings.prefix else []
         )
         positions = position_limit(model)
         self.limit = settings.max_tokens
         if positions is not None:
             self.limit = min(self.limit, positions - len(self.prefix_ids))
-        if self.limit <= len(self.start) + len(self.end):
+        if self.limit <= len(marks.start) + len(marks.end):
             raise UserError(
                 f"conditioning.max_tokens={settings.max_tokens} and conditioning.prefix leave {max(self.limit, 0)} tokens for "
                 f"a caption with its marks ({positions or 'any number of'} positions); use more tokens or a shorter prefix."
             )
-
-    def tokenize(self, captions: list[str]) -> Tokens:
-        """Token ids and masks; captions over ``limit`` are cut, their end mark kept, and counted."""
-        limit, end = self.limit, self.end
-        rows = self.tokenizer(captions, add_special_tokens=False)["input_ids"]
-        # An instruction brings its own first token, and then an empty caption still needs one of its own.
-        rows = [row if self.prefix_ids and (row or end) else self.start + row for row in rows]
-        lengths = [len(row) + len(end) for row in rows]
-        width = padded_length(min(max(lengths), limit), limit, self.settings.mask_padding, self.settings.pad_multiple)
-        prefix = len(self.prefix_ids)
-        ids = torch.full((len(rows), prefix + width), self.pad_id)
-        mask = torch.zeros(len(rows), prefix + width, dtype=torch.bool)
-        for number, row in enumerate(rows):
-            row = self.prefix_ids + row[: limit - len(end)] + end
-            ids[number, : len(row)] = torch.tensor(row)
-            mask[number, : len(row)] = True
-        return Tokens(ids, mask, prefix, lengths, sum(length > limit for length in lengths))
+        self.tokenize = CaptionTokenizer(
+            tokenizer,
+            marks.start,
+            marks.end,
+            marks.pad,
+            self.prefix_ids,
+            self.limit,
+            settings.mask_padding,
+            settings.pad_multiple,
+        )
 
     def forward(self, ids: Tensor, mask: Tensor, prefix: int = 0) -> Tensor:
         """Features [B, L - prefix, D] of ids and mask [B, L]."""

@@ -1,4 +1,4 @@
-"""Read a folder's tokenizer by the rules that its own files state.
+"""Captions to token ids and masks, and a folder's tokenizer by the rules that its own files state.
 
 transformers 5 builds Llama's tokenizer from the vocabulary and rules of its own. Text without a leading space, SentencePiece's
 own mark or a special token comes out the same, other text does not: " a" lost its space. Features are a function of the
@@ -7,10 +7,82 @@ ids, so the files' rules are put back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from paradiffusion.text.conditioning import padded_length
+
 SPACE = "\u2581"  # SentencePiece's mark for a space
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised batch.
+
+    Attributes:
+        ids: [B, L] int64, right-padded: by decoders with the end-of-sequence token (as the official code does).
+        mask: [B, L] bool, True at real tokens, made from lengths: a caption may contain the padding token's text.
+        prefix: tokens of the instruction at the front, whose features are not given to the denoiser.
+        lengths: real tokens of each caption before any cut, its start and end included, prefix not counted.
+        truncated: how many captions were cut to the maximum.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    prefix: int
+    lengths: list[int]
+    truncated: int
+
+    def to(self, device: torch.device | str) -> Tokens:
+        return Tokens(self.ids.to(device), self.mask.to(device), self.prefix, self.lengths, self.truncated)
+
+
+@dataclass(frozen=True)
+class CaptionTokenizer:
+    """Makes ``Tokens`` of captions. Without the model, so that the processes that read data have it.
+
+    Attributes:
+        tokenizer: a fast tokenizer of transformers.
+        start, end, pad: the family's marks (``Marks``); ``prefix``: the ids of the instruction at the front, marks among them.
+        limit: tokens of a caption at most; ``mask_padding`` and ``pad_multiple``: as of ``padded_length``.
+    """
+
+    tokenizer: Any
+    start: list[int]
+    end: list[int]
+    pad: int
+    prefix: list[int]
+    limit: int
+    mask_padding: bool
+    pad_multiple: int
+
+    def __call__(self, captions: list[str]) -> Tokens:
+        """Token ids and masks; captions over ``limit`` are cut, their end mark kept, and counted."""
+        limit, end, prefix = self.limit, self.end, len(self.prefix)
+        rows = self.tokenizer(captions, add_special_tokens=False)["input_ids"]
+        # An instruction brings its own first token, and then an empty caption still needs one of its own.
+        rows = [row if self.prefix and (row or end) else self.start + row for row in rows]
+        lengths = [len(row) + len(end) for row in rows]
+        width = padded_length(min(max(lengths), limit), limit, self.mask_padding, self.pad_multiple)
+        ids = torch.full((len(rows), prefix + width), self.pad)
+        mask = torch.zeros(len(rows), prefix + width, dtype=torch.bool)
+        for number, row in enumerate(rows):
+            row = self.prefix + row[: limit - len(end)] + end
+            ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = True
+        return Tokens(ids, mask, prefix, lengths, sum(length > limit for length in lengths))
+
+
+def tokenize_once(tokenize: Callable[[list[str]], Tokens], captions: list[str]) -> tuple[Tokens, Tensor]:
+    """The tokens of the different ones among b captions, and each caption's row in them, int64 [b]: equal captions, above all
+    the dropped ones, which are empty, go through the language model once."""
+    different = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    return tokenize(list(different)), torch.tensor([different[caption] for caption in captions])
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from paradiffusion.training.masters import Masters
+from paradiffusion.training.engine import WholeMasters
 
 
 class Ema:
@@ -20,7 +20,7 @@ class Ema:
         device: where the average lies; None for beside the weights.
     """
 
-    def __init__(self, masters: Masters, decay: float, device: str | None = None) -> None:
+    def __init__(self, masters: WholeMasters, decay: float, device: str | None = None) -> None:
         assert all(tensor.dtype == torch.float32 for tensor in masters.tensors()), "trained weights are kept in fp32"
         self.masters = masters
         self.decay = decay
@@ -40,7 +40,7 @@ class Ema:
 
     def full(self) -> dict[str, Tensor]:
         """The whole average by name, on the CPU, in the main process; empty in the others, which must call this too."""
-        return dict(self.masters.full(self.values))
+        return self.masters.full(self.values)
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
@@ -50,17 +50,10 @@ class Ema:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the model computes with the average; the trained weights come back after it, bit for bit."""
-        self._swap()
+        self.masters.exchange(self.values)
+        self.masters.refresh()
         try:
             yield
         finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        """Exchange average and weights, one tensor at a time: a second copy of all of them might not fit."""
-        for tensor, value in zip(self.masters.tensors(), self.values, strict=True):
-            kept = tensor.clone()
-            tensor.copy_(value)
-            value.copy_(kept)
-        self.masters.refresh()
+            self.masters.exchange(self.values)
+            self.masters.refresh()

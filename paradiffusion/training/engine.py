@@ -1,107 +1,204 @@
-"""How gradients are taken and weights updated: in one process or under DDP, or by DeepSpeed's engine.
+"""How a step's gradients are taken and weights updated: in one process, under DDP, or by DeepSpeed's engine, as was launched.
 
-The loop calls one interface. What differs between launches, above all who holds which weights and moments, ends here.
+The trainer calls one interface. What differs between launches, above all who holds which weights and moments, ends here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
+from paradiffusion.machine import cores
 from paradiffusion.models.joint import JointModel
-from paradiffusion.training.launch import check_zero, is_deepspeed
-from paradiffusion.training.masters import Masters, WholeMasters, zero_masters
-from paradiffusion.training.optim import Optimizer, build_optimizer
+from paradiffusion.training.optim import build_optimizer
 
+Values = Sequence[Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What the launchers export for keys that their configuration does not set.
+UNSET = {
+    "ACCELERATE_MIXED_PRECISION": ("no",),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "auto", "none"),
+    "ACCELERATE_GRADIENT_CLIPPING": ("1.0", "auto", "none"),
+}
 
 
-class Engine(Protocol):
-    """Attributes:
-    model: the prepared wrapper of the joint module; training always calls it.
-    masters: the fp32 weights.
-    optimizer: has ``param_groups`` whose rates the schedule sets.
-    whole: whether every process computes with whole weights, so that processes may draw different images.
-    kind: what it is called in the log.
+class WholeMasters:
+    """The fp32 weights that are trained, as this process holds them: in one process and under DDP all of each.
+
+    The average, checkpoints and validation work on these, so they need not know how a run was launched. A value of the
+    weights' kind (the average, a moment of the optimiser) is a list of tensors of the same shapes as ``tensors()``.
+
+    Args:
+        parameters: by name, in a fixed order; ``main``: whether this process is given whole values.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], main: bool) -> None:
+        self.parameters, self.main = parameters, main
+        self.names = list(parameters)
+
+    def tensors(self) -> list[Tensor]:
+        """This process's fp32 weights, live."""
+        return [parameter.data for parameter in self.parameters.values()]
+
+    def full(self, values: Values) -> dict[str, Tensor]:
+        """Each parameter's whole value, fp32 on the CPU, by name in the main process; nothing in the others, which must call
+        this too."""
+        pairs = zip(self.names, values, strict=True)
+        return {name: value.detach().float().cpu().contiguous() for name, value in pairs} if self.main else {}
+
+    def fill(self, values: Values, read: Callable[[str], Tensor]) -> None:
+        """Set ``values`` from whole tensors by name."""
+        for name, value in zip(self.names, values, strict=True):
+            value.copy_(read(name))
+
+    @torch.no_grad()
+    def exchange(self, values: Values) -> None:
+        """Weights against ``values``, one tensor at a time: a second copy of all of them might not fit."""
+        for tensor, value in zip(self.tensors(), values, strict=True):
+            kept = tensor.clone()
+            tensor.copy_(value)
+            value.copy_(kept)
+
+    def refresh(self) -> None:
+        """Bring the weights that the model computes with up to date, after ``tensors()`` were changed."""
+
+
+class ZeroMasters(WholeMasters):
+    """The same under ZeRO, where each process holds flat tensors with pieces of the weights. DeepSpeed's public calls gather
+    and set whole weights: other values of their kind change places with the weights meanwhile."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: Any, stage: int) -> None:
+        super().__init__(parameters, dist.get_rank() == 0)
+        self.optimizer, self.stage = optimizer, stage
+        # Live pieces have a public call under ZeRO-3 alone, and there it copies offloaded ones. These are what the torch
+        # optimiser, which is ours, updates; under ZeRO-3 it has them only within a step.
+        groups = optimizer.optimizer.param_groups
+        self.flat: list[Tensor] = (
+            list(optimizer.fp32_partitioned_groups_flat) if stage == 3 else [t for g in groups for t in g["params"]]
+        )
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor.data for tensor in self.flat]
+
+    @contextmanager
+    def _in_place(self, values: Values) -> Iterator[None]:
+        """Within the block ``values`` are where the weights are."""
+        if [value.data_ptr() for value in values] == [tensor.data_ptr() for tensor in self.flat]:
+            yield
+            return
+        self.exchange(values)
+        try:
+            yield
+        finally:
+            self.exchange(values)
+
+    def full(self, values: Values) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found = {}
+        with self._in_place(values):
+            for name, parameter in self.parameters.items():
+                whole = safe_get_full_fp32_param(parameter)
+                if self.main:
+                    found[name] = whole.detach().cpu().contiguous()
+        return found
+
+    def fill(self, values: Values, read: Callable[[str], Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        with self._in_place(values):
+            for name, parameter in self.parameters.items():
+                whole = read(name).to(parameter.device, torch.float32)
+                if self.stage < 3:
+                    safe_set_full_fp32_param(parameter, whole)
+                    continue
+                # The last piece is filled up, which the call for whole tensors forgets.
+                size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+                piece = whole.reshape(-1)[dist.get_rank() * size :][:size]
+                safe_set_local_fp32_param(parameter, nn.functional.pad(piece, (0, size - len(piece))))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self.stage < 3:
+            self.optimizer.update_lp_params()
+            return
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for parameter in self.parameters.values():
+            whole = safe_get_full_fp32_param(parameter)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(whole)
+
+
+class Engine:
+    """One process, or DDP; ``ZeroEngine`` is the other way.
+
+    Attributes:
+        model: the prepared wrapper of the joint module; training always calls it.
+        masters: the fp32 weights.
+        optimizer: has ``param_groups`` whose rates the schedule sets.
+        whole: whether every process computes with whole weights, so that processes may draw different images.
+        kind: what it is called in the log.
     """
 
     model: nn.Module
-    masters: Masters
+    masters: WholeMasters
     optimizer: Any
-    whole: bool
-    kind: str
-
-    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch; only the ``last`` one's gradients are exchanged."""
-        ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch's mean loss."""
-        ...
-
-    def clip(self) -> float | None:
-        """Clip the accumulated gradients; their norm before that, or None where only ``update`` tells."""
-        ...
-
-    def update(self) -> float | None:
-        """Take the optimiser step; the norm where ``clip`` could not tell. After one that is not finite the weights may be
-        spoiled, and are to be restored."""
-        ...
-
-    def discard(self) -> None:
-        """Forget the accumulated gradients. Under ZeRO weights are to be restored after it, where ``update`` was not called."""
-        ...
-
-    def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        """("exp_avg/NAME", tensor) and the like in the main process; every process must call this."""
-        ...
-
-    def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what ``optimizer_state`` gave, on whatever number of processes."""
-        ...
-
-
-class PlainEngine:
-    """One process, or DDP."""
+    whole = True
 
     def __init__(self, accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> None:
         self.accelerator = accelerator
         self.parameters = joint.trained()
-        self.optimizer: Optimizer = build_optimizer(self.parameters, config.optimizer)
+        self.optimizer = build_optimizer(self.parameters, config.optimizer)
         # The launcher may name the same number as we: accelerate would then divide by it a second time.
         accelerator.gradient_accumulation_steps = 1
         if accelerator.num_processes > 1:
             share_from_main(joint)
-        self.model: nn.Module = accelerator.prepare(joint)
-        self.masters: Masters = WholeMasters(self.parameters, accelerator.is_main_process)
+        self.model = accelerator.prepare(joint)
+        self.masters = WholeMasters(self.parameters, accelerator.is_main_process)
         self.max_norm, self.micro_batches = config.optimizer.max_grad_norm, micro_batches
-        self.whole = True
         self.kind = "DDP" if accelerator.num_processes > 1 else "one process"
+        self._norm = 0.0
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """Around forward and backward of a micro-batch; only the ``last`` one's gradients are exchanged."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's mean loss."""
         self.accelerator.backward(loss / self.micro_batches)
 
     def clip(self) -> float | None:
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm))
+        """Clip the accumulated gradients; their norm before that, or None where only ``update`` tells."""
+        self._norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm))
+        return self._norm
 
-    def update(self) -> float | None:
+    def update(self) -> float:
+        """Take the optimiser step; the gradients' norm before they were clipped. After one that is not finite the weights may
+        be spoiled, and are to be restored."""
         self.optimizer.step()
-        return None
+        return self._norm
 
     def discard(self) -> None:
+        """Forget the accumulated gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
+        """("exp_avg/NAME", tensor) and the like in the main process; every process must call this."""
         if self.accelerator.is_main_process:
             names = {id(parameter): name for name, parameter in self.parameters.items()}
             for parameter, values in self.optimizer.state.items():
@@ -109,6 +206,7 @@ class PlainEngine:
                     yield f"{key}/{names[id(parameter)]}", torch.as_tensor(value).detach().cpu().contiguous()
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what ``optimizer_state`` gave, on whatever number of processes."""
         by_name: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
@@ -140,7 +238,7 @@ def share_from_main(joint: JointModel) -> None:
     joint._ddp_params_and_buffers_to_ignore = left_alone
 
 
-class ZeroEngine:
+class ZeroEngine(Engine):
     """DeepSpeed with ZeRO stage 1, 2 or 3."""
 
     def __init__(self, accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> None:
@@ -149,8 +247,6 @@ class ZeroEngine:
                 f"optimizer.name={config.optimizer.name} does not work under DeepSpeed, which cuts weights into flat "
                 "pieces; use optimizer.name=adamw, or launch without DeepSpeed."
             )
-        if config.on_spike == "skip":
-            raise UserError("on_spike=skip does not exist under DeepSpeed; use on_spike=stop or on_spike=rollback.")
         if config.channels_last:
             raise UserError(
                 "channels_last=true does not work under DeepSpeed, which cuts weights into flat pieces; use "
@@ -168,7 +264,7 @@ class ZeroEngine:
         adamw = build_optimizer(parameters, config.optimizer)
         self.model: Any = accelerator.prepare(joint, adamw)[0]
         self.optimizer: Any = self.model.optimizer
-        self.masters: Masters = zero_masters(parameters, self.optimizer, stage, accelerator.device)
+        self.masters: ZeroMasters = ZeroMasters(parameters, self.optimizer, stage)
         self.whole = stage < 3
         self.kind = f"ZeRO-{stage}"
         self._pending = False  # gradients that no step has taken
@@ -184,7 +280,7 @@ class ZeroEngine:
     def clip(self) -> float | None:
         return None
 
-    def update(self) -> float | None:
+    def update(self) -> float:
         self.model.step()
         self._pending = False
         norm = self.model.get_global_grad_norm()
@@ -192,42 +288,236 @@ class ZeroEngine:
         return float("inf") if norm is None or float(norm) < 0 else float(norm)
 
     def discard(self) -> None:
-        if self._pending:  # only its step clears them, which lie in several buffers, one of them per kind of offloading
-            self.update()
-
-    def _inner(self) -> Any:
-        return self.optimizer.optimizer
+        if not self._pending:
+            return
+        # Gradients lie in several buffers, and only DeepSpeed's step clears them all: one that updates nothing.
+        adamw = self.optimizer.optimizer
+        step, adamw.step = adamw.step, lambda *_: None
+        try:
+            self.model.step()
+        finally:
+            adamw.step = step
+        self._pending = False
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
-        state = self._inner().state
-        flat = [state.get(tensor, {}) for tensor in self.masters.flat]  # type: ignore[attr-defined]
-        stepped = any(values for values in flat)
-        for key in MOMENTS if stepped else ():
-            empty = [torch.zeros_like(tensor) for tensor in self.masters.tensors()]
-            values = [have.get(key, none) for have, none in zip(flat, empty, strict=True)]
-            for name, tensor in self.masters.full(values):
+        masters = self.masters
+        states = [self.optimizer.optimizer.state.get(tensor, {}) for tensor in masters.flat]
+        steps = [float(values["step"]) for values in states if values]
+        if not steps:
+            return
+        for key in MOMENTS:
+            values = [state.get(key, torch.zeros_like(t)) for state, t in zip(states, masters.tensors(), strict=True)]
+            for name, tensor in masters.full(values).items():
                 yield f"{key}/{name}", tensor
-        if stepped:
-            steps = max(float(have["step"]) for have in flat if have)
-            for name in self.masters.names:
-                yield f"step/{name}", torch.tensor(steps)
+        for name in masters.names:
+            yield f"step/{name}", torch.tensor(max(steps))
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         if not tensors:
             return
+        adamw, masters = self.optimizer.optimizer, self.masters
         step = next(value for key, value in tensors.items() if key.startswith("step/"))
-        fused = any(group.get("fused") for group in self._inner().param_groups)
-        flat = self.masters.flat  # type: ignore[attr-defined]
-        states = [{key: torch.zeros_like(tensor) for key in MOMENTS} for tensor in flat]
-        for key in MOMENTS:
-            stored = {name: tensors[f"{key}/{name}"] for name in self.masters.names}
-            self.masters.fill([state[key] for state in states], stored.__getitem__)
-        for tensor, state in zip(flat, states, strict=True):
+        fused = any(group.get("fused") for group in adamw.param_groups)
+        moments = {key: [torch.zeros_like(tensor) for tensor in masters.tensors()] for key in MOMENTS}
+        for key, values in moments.items():
+            masters.fill(values, lambda name, key=key: tensors[f"{key}/{name}"])  # type: ignore[misc]
+        for number, tensor in enumerate(masters.flat):
             counter = step.clone().to(tensor.device if fused else "cpu")
-            self._inner().state[tensor] = {"step": counter, **state}
+            adamw.state[tensor] = {"step": counter, **{key: values[number] for key, values in moments.items()}}
 
 
 def make_engine(accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> Engine:
     """The engine for how this run was launched. ``joint`` is on its device, with the weights it starts from."""
-    kind = ZeroEngine if is_deepspeed() else PlainEngine
-    return kind(accelerator, joint, config, micro_batches)
+    return (ZeroEngine if is_deepspeed() else Engine)(accelerator, joint, config, micro_batches)
+
+
+def set_threads(config: TrainConfig, local_processes: int) -> None:
+    """Share the cores among this machine's processes. ``accelerate launch`` sets OMP_NUM_THREADS=1 for one process too,
+    which would leave all cores but one idle."""
+    torch.set_num_threads(config.threads or max(1, cores() // max(local_processes, 1)))
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The launcher's processes and device. The launcher always exports a precision of "no", so ours is passed on.
+
+    Raises:
+        UserError: where the launch configuration contradicts ours, or asks for what is not installed.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    check_launch(config, count_micro_batches(config, world_size))
+    plugin = deepspeed_plugin(config) if is_deepspeed() else None
+    # Gradients as views into the buffers that are exchanged: one copy of all of them less.
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if world_size > 1 or plugin is not None:
+        # The watch, which names who is late, must come before the bare time-out of a collective operation.
+        timeout = timedelta(seconds=2 * config.stall_seconds + 600)
+        backend = None if torch.cuda.is_available() else "gloo"
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
+    accelerator = Accelerator(
+        # Without a GPU accelerate joins processes only where it is told so, and would let each train by itself.
+        cpu=world_size > 1 and plugin is None and not torch.accelerator.is_available(),
+        # Under DeepSpeed its engine casts; accelerate's own casting would come on top.
+        mixed_precision="no" if config.precision == "fp32" or plugin is not None else config.precision,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=handlers,
+    )
+    if world_size > 1 and accelerator.distributed_type == DistributedType.NO:
+        raise UserError(
+            f"{world_size} processes were launched, and accelerate cannot join them on {accelerator.device.type}: each would "
+            "train a model of its own; launch one process, or set ACCELERATE_USE_CPU=1 to train on processors."
+        )
+    if plugin is not None:
+        load_models_whole(plugin)
+    set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+    return accelerator
+
+
+def check_gpus(local_processes: int) -> None:
+    """Raise UserError where this machine has GPUs, but not one for each of its processes."""
+    gpus = 0 if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") else torch.cuda.device_count()
+    if 0 < gpus < local_processes:
+        raise UserError(
+            f"{local_processes} processes were launched on this machine, which has {gpus} GPU(s), and each needs its own; launch "
+            f"with `accelerate launch --num_processes {gpus} ...` (times the number of machines)."
+        )
+
+
+def count_micro_batches(config: TrainConfig, processes: int) -> int:
+    """Micro-batches per process and optimiser step; UserError unless all ratios are whole."""
+    micro = config.micro_batch_size
+    if micro is None and config.batch_size % processes == 0:
+        return 1
+    if micro is None or config.batch_size % (micro * processes):
+        shown = "batch_size / processes" if micro is None else micro
+        raise UserError(
+            f"batch_size={config.batch_size} is not a whole multiple of micro_batch_size={shown} times {processes} processes; "
+            "choose numbers that divide."
+        )
+    return config.batch_size // (micro * processes)
+
+
+def is_deepspeed() -> bool:
+    """Whether the launcher asked for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def deepspeed_plugin(config: TrainConfig) -> Any:
+    """Accelerate's plugin from the launcher's settings, with our own keys in the place of its.
+
+    Raises:
+        UserError: where DeepSpeed is not installed.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+        from accelerate.utils import DeepSpeedPlugin
+    except ImportError:
+        raise UserError(
+            "the launch configuration asks for DeepSpeed, which is not installed; `pip install deepspeed`, or launch with "
+            "configs/launch/ddp.yaml."
+        ) from None
+    if not torch.cuda.is_available():
+        # It would compile C++ for a minute at the first start, for sums in shared memory; torch's own do.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})
+    plugin = DeepSpeedPlugin(zero3_init_flag=False)
+    settings: dict[str, Any] = plugin.deepspeed_config
+    settings.pop("train_batch_size", None)
+    # Weights stay in fp32 and are cast where they are used, as under DDP: one meaning of "precision" for every launch.
+    # By default the gradients of linear and convolution layers would be summed over the processes in bf16.
+    settings["torch_autocast"] = {
+        "enabled": config.precision != "fp32",
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
+    # torch's own fused AdamW runs on processors too; DeepSpeed's would compile C++ at the first start.
+    settings["zero_force_ds_cpu_optimizer"] = False
+    return plugin
+
+
+def check_zero(plugin: Any) -> int:
+    """The stage of ZeRO that the launch configuration asks for.
+
+    Raises:
+        UserError: for one that checkpoints could not be read from.
+    """
+    stage, settings = int(plugin.zero_stage), plugin.deepspeed_config.get("zero_optimization", {})
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"the launch configuration says zero_stage={stage}; expected 1, 2 or 3: launch with configs/launch/ddp.yaml instead."
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        device = (settings.get(part) or {}).get("device", "none")
+        if device == "nvme":
+            raise UserError(
+                f"the launch configuration says {part} to nvme, where checkpoints do not find the weights; expected none or cpu, "
+                "as in configs/launch/zero2_offload.yaml."
+            )
+    return stage
+
+
+def load_models_whole(plugin: Any) -> None:
+    """Keep transformers from cutting every model that it loads under ZeRO-3: the frozen ones stay outside the engine, and
+    the engine cuts the joint module itself. Called once the Accelerator has been made."""
+    from transformers.integrations import unset_hf_deepspeed_config
+
+    plugin.dschf = None
+    unset_hf_deepspeed_config()
+
+
+def check_launch(config: TrainConfig, micro_batches: int) -> None:
+    """One key each for precision, accumulation and clipping: a launcher's other value is refused.
+
+    Raises:
+        UserError: naming both keys and both values.
+    """
+    for kind in ("FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise UserError(
+                f"the launch configuration asks for {kind}, which is not supported; use one of configs/launch/: ddp, zero2 or zero3."
+            )
+    wanted = {
+        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "precision", {"fp32": "no"}.get(config.precision, config.precision)),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "batch_size and micro_batch_size", str(micro_batches)),
+        "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "optimizer.max_grad_norm", str(config.optimizer.max_grad_norm)),
+    }  # fmt: skip
+    for variable, (theirs, ours, value) in wanted.items():
+        found = os.environ.get(variable, "").lower()
+        if found and found not in UNSET[variable] and found != value:
+            raise contradiction(theirs, found, ours, value)
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if is_deepspeed() and path.lower() != "none":
+        check_deepspeed_file(Path(path), config, micro_batches)
+
+
+def check_deepspeed_file(path: Path, config: TrainConfig, micro_batches: int) -> None:
+    """The same for a DeepSpeed configuration of the user's own."""
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the DeepSpeed configuration {path} could not be read ({error}); expected a JSON file."
+        ) from None
+    wanted: dict[str, tuple[str, Any]] = {
+        "train_batch_size": ("batch_size", config.batch_size),
+        "gradient_accumulation_steps": ("batch_size and micro_batch_size", micro_batches),
+        "gradient_clipping": ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
+        "optimizer": ("optimizer", "its own group"),
+        "scheduler": ("optimizer.schedule", config.optimizer.schedule),
+    }
+    for key, (ours, value) in wanted.items():
+        found = settings.get(key, "auto")
+        if found not in ("auto", value):
+            raise contradiction(key, found, ours, value)
+    for key in ("bf16", "fp16"):
+        if settings.get(key, {}).get("enabled") is True:
+            raise contradiction(f"{key}.enabled", True, "precision", config.precision)
+
+
+def contradiction(theirs: str, found: Any, ours: str, value: Any) -> UserError:
+    """Two sources that disagree."""
+    return UserError(
+        f"the launch configuration says {theirs}={found}, and {ours} makes it {value}; take {theirs} out of the launch "
+        f"configuration, since {ours} alone decides."
+    )

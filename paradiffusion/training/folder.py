@@ -1,4 +1,9 @@
-"""A stage's folder: one writer at a time, one configuration over its life, and where its weights start."""
+"""A stage's folder: one writer at a time, one configuration over its life, and its checkpoints.
+
+A checkpoint is weights that describe themselves, and beside them what only resuming needs. It is written under a temporary name,
+hashed, forced to the disk and renamed; ``latest`` is written last. So whatever stops a run, at any instant, the newest named
+folder is whole.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +11,27 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout, parse
-from paradiffusion.checkpoints.manifest import newest_valid
-from paradiffusion.compose import CONFIGS
-from paradiffusion.config import LoraConfig, SourceConfig, TrainConfig, identity, keys_of
+from paradiffusion.checkpoints.layouts import Ours, check_complete, copy_tensors, save_weights, write_tensors
+from paradiffusion.checkpoints.manifest import checkpoints_of, newest_valid, sync, write_manifest
+from paradiffusion.config import SourceConfig, TrainConfig, keys_of
 from paradiffusion.errors import UserError
-from paradiffusion.models.codec import settled_scaling_factor
-from paradiffusion.models.unet import DENOISERS, class_of, own_arguments
+from paradiffusion.models.joint import JointModel
+from paradiffusion.training.ema import Ema
+from paradiffusion.training.engine import Engine
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, STATE = "config.json", "training_state"
 # With those of a list's entries, whose places are left out of their names.
 KEYS = {**keys_of(TrainConfig), **keys_of(SourceConfig, "data.sources.")}
 # Keys of earlier versions, with the value by which a run did without what this version no longer has.
@@ -147,135 +155,103 @@ def record_config(config: TrainConfig, folder: Path, facts: dict[str, Any]) -> N
     write_atomic(folder / CONFIG_FILE, json.dumps(recorded(config, facts), indent=1))
 
 
-def find_init(config: TrainConfig) -> Path | None:
-    """The checkpoint whose weights the stage starts from; None for fresh weights.
+@dataclass
+class TrainState:
+    """What a run knows besides tensors.
 
-    Raises:
-        UserError: saying what to run first when there is none.
+    Attributes:
+        step: optimiser steps done; it is also the position in the data, since the plan is a function of it.
+        skipped: steps whose update was left out because of a spike.
+        typical_loss: running average that a spike is measured against; None before the first step.
+        seconds: time spent in training over all starts.
     """
-    if config.init_from == "scratch" or (config.init_from is None and config.stage == 1):
-        return None
-    if config.init_from is not None:
-        return find_checkpoint(config.init_from, "init_from").folder
-    previous = Path(config.run_dir) / f"stage{config.stage - 1}"
-    found, faults = newest_valid(previous)
-    for sentence in faults:
-        print(f"warning: {sentence}", flush=True)
-    if found is None:
-        preset = "" if config.preset == "nano" else f"preset={config.preset} "  # without it the default would train
+
+    step: int = 0
+    skipped: list[int] = field(default_factory=list)
+    typical_loss: float | None = None
+    seconds: float = 0.0
+
+
+def save_checkpoint(
+    stage_folder: Path,
+    joint: JointModel,
+    engine: Engine,
+    ema: Ema,
+    frozen: dict[str, Tensor],
+    state: TrainState,
+    description: dict[str, Any],
+    main: bool = True,
+) -> Path:
+    """Write ``checkpoints/step_NNNNNN``. Every process calls this, since each may hold a part; the ``main`` one writes.
+
+    Args:
+        frozen: tensors that are applied but not trained, and belong to the checkpoint: the adapter in stage 3.
+    Raises:
+        UserError: when the disk is full or refuses; nothing that was there before is lost.
+    """
+    folder = stage_folder / "checkpoints" / f"step_{state.step:06d}"
+    averages = ema.full()
+    weights = engine.masters.full(engine.masters.tensors())
+    moments = dict(engine.optimizer_state())
+    if not main:
+        return folder
+    # A sharded weight that was not gathered is missing or empty.
+    wrong = [name for name in engine.masters.names if name not in averages or not averages[name].numel()]
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} trained tensors were not gathered, {wrong[0]} the first")
+    temporary = folder.parent / f".writing_{folder.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        (temporary / STATE).mkdir(parents=True)
+        save_weights(temporary, joint, {**frozen, **averages}, description)
+        write_tensors(temporary / STATE / "model.safetensors", weights)
+        write_tensors(temporary / STATE / "optimizer.safetensors", moments)
+        (temporary / STATE / "state.json").write_text(json.dumps(vars(state)))
+        write_manifest(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, which a resume passed over
+        temporary.rename(folder)
+        sync(folder.parent)
+        write_atomic(folder.parent / "latest", folder.name + "\n")  # for people and scripts
+    except Exception as error:  # safetensors reports a full disk as its own type, which it does not export
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+        if not isinstance(error, OSError) and "os error" not in reason.lower() and "No space" not in reason:
+            raise
+        kept = checkpoints_of(stage_folder)
         raise UserError(
-            f"stage {config.stage} starts from stage {config.stage - 1} of the same run, and {previous} holds no whole "
-            f"checkpoint; run `python train.py {preset}stage={config.stage - 1} run_dir={config.run_dir}` first, or set "
-            "init_from=<checkpoint>."
-        )
-    return found
+            f"the checkpoint of step {state.step} could not be saved in {folder.parent} ({reason}); "
+            f"{f'{kept[0].name} is whole' if kept else 'there is none before it'}: make room, then run the same command again."
+        ) from None
+    return folder
 
 
-def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> TrainConfig:
-    """``config`` with what only the checkpoint ``source`` that it goes on from can know: where its frozen models lie, the
-    shape of its U-Net where ``unet.arguments`` are left as their file has them, and that of an adapter that is applied but
-    not trained.
-
-    Raises:
-        UserError: for an adapter of a kind that our configuration cannot describe.
-    """
-    for part in ("text_encoder", "codec"):
-        mine, path = getattr(config, part), description[part].get("path")
-        if mine.path is None and path is not None and Path(path).is_dir():
-            config = replace(config, **{part: replace(mine, path=path)})
-    unet, name, arguments = open_layout(source).unet_config, config.unet.class_name, config.unet.arguments
-    theirs = class_of(unet)
-    stored = own_arguments(unet, theirs)
-    if (name, own_arguments(arguments, name)) != (theirs, stored) and arguments == configured_arguments(
-        config.unet.name
-    ):
-        size = {key: value for key, value in arguments.items() if key == "sample_size"}
-        config = replace(config, unet=replace(config.unet, class_name=theirs, arguments={**size, **stored}))
-    if not unet.get(key := DENOISERS[theirs].text_width):  # its cross-attention is as wide as the language model
-        config = replace(config, unet=replace(config.unet, arguments={**config.unet.arguments, key: None}))
-    lora = description["lora"]
-    if config.train_text == "adapter" and lora is not None:
-        if lora.get("settings"):
-            raise UserError(
-                f"the LoRA adapter that this stage would apply has settings which cannot be trained with ({lora['settings']}); "
-                "merge it into the language model with PEFT, and set text_encoder.path= to the result."
-            )
-        config = replace(config, lora=LoraConfig(lora["rank"], lora["alpha"], list(lora["target_modules"])))
-    return config
+def prune(stage_folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints and every ``keep_every``-th step."""
+    for folder in checkpoints_of(stage_folder)[keep_last:]:
+        if not keep_every or int(folder.name[5:]) % keep_every:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def configured_arguments(name: str) -> dict[str, Any] | None:
-    """``unet.arguments`` as configs/unet/<name>.yaml has them; None where there is no such file."""
-    path = CONFIGS / "unet" / f"{name}.yaml"
-    if not path.is_file():
-        return None
-    values: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return dict(values.get("arguments") or {})
-
-
-def described(config: TrainConfig, description: dict[str, Any]) -> TrainConfig:
-    """``config`` as a checkpoint describes it; a key that was not there yet has its default."""
-    parts = ("text_encoder", "conditioning", "codec", "objective")
-    return replace(config, **{part: parse(type(getattr(config, part)), description[part]) for part in parts})
-
-
-def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> None:
-    """Refuse a start from a checkpoint whose conditioning, text encoder, codec, noise, U-Net or adapter is another.
+def restore_checkpoint(checkpoint: Path, joint: JointModel, engine: Engine, ema: Ema) -> TrainState:
+    """Bring back weights, average, optimiser and position, on whatever number of processes; returns the state.
 
     Raises:
-        UserError: naming the key that differs, with both values.
+        UserError: when the checkpoint has no training state (a published one), or does not fit.
     """
-    own = replace(config, codec=replace(config.codec, scaling_factor=settled_scaling_factor(config.codec)))
-    theirs, ours = identity(described(config, description), "weights"), identity(own, "weights")
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise UserError(
-                f"{init} was trained with {key}={theirs[key]}, and this command says {value}; use the same "
-                f"{key.partition('.')[0]} (for a run with other settings, start from stage 1 in another run_dir=)."
-            )
-    check_denoiser(config, init, description)
-    lora = description["lora"]
-    if config.train_text == "adapter" and lora is None:
+    folder = checkpoint / STATE
+    if not folder.is_dir():
         raise UserError(
-            f"train_text=adapter applies the LoRA adapter of stage 2, and {init} has none; set init_from= to a stage 2 "
-            "checkpoint, or train_text=frozen."
+            f"{checkpoint} holds weights but no {STATE}, so a run cannot resume from it; set init_from={checkpoint} and another "
+            "run_dir to start from its weights."
         )
-    if config.train_text == "frozen" and lora is not None:
-        raise UserError(
-            f"train_text=frozen would drop the LoRA adapter that {init} was trained with; set train_text=adapter."
-        )
-    if lora is not None:
-        theirs, ours = (
-            {**values, "target_modules": sorted(values["target_modules"])} for values in (lora, asdict(config.lora))
-        )
-        if theirs != ours:
-            raise UserError(f"{init} has a LoRA adapter with {theirs}, and lora says {ours}; make them equal.")
-
-
-def check_denoiser(config: TrainConfig, init: Path, description: dict[str, Any]) -> None:
-    """Refuse a start from a checkpoint whose U-Net has another shape, or learned another target or noise schedule.
-
-    Raises:
-        UserError: naming the key that differs, with both values.
-    """
-    theirs, ours = identity(described(config, description), "noise"), identity(config, "noise")
-    for key, value in ours.items():
-        if theirs[key] != value:
-            raise UserError(
-                f"{init} learned with {key}={theirs[key]}, and this command says {value}; set {key} to the checkpoint's, or "
-                "start from its U-Net alone with init_from=<checkpoint>/unet."
-            )
-    unet, name = open_layout(init).unet_config, config.unet.class_name
-    stored, mine = own_arguments(unet, class_of(unet)), own_arguments(config.unet.arguments, name)
-    differing: list[tuple[str, Any, Any]] = [("unet.class_name", class_of(unet), name)]
-    differing += [
-        (f"unet.arguments.{key}", stored.get(key, "diffusers' default"), mine.get(key, "diffusers' default"))
-        for key in sorted({*stored, *mine})
-    ]
-    differing.append(("unet.coordinates", description["coordinates"], config.unet.coordinates))
-    for key, before, value in differing:
-        if before != value:
-            raise UserError(
-                f"{init} holds a U-Net with {key}={before}, and this command says {value}; set it to the checkpoint's, or leave "
-                "unet.arguments as they are in configs/unet and the checkpoint's are taken."
-            )
+    averages = Ours(checkpoint).weights(merge=False)
+    copy_tensors(joint, {name: averages[name] for name, _ in joint.named_buffers() if name in averages})
+    weights = load_file(folder / "model.safetensors")
+    for stored in (averages, weights):
+        check_complete(set(engine.masters.names), stored)
+    ema.load(averages)
+    with torch.no_grad():
+        engine.masters.fill(engine.masters.tensors(), weights.__getitem__)
+    engine.masters.refresh()
+    engine.load_optimizer(load_file(folder / "optimizer.safetensors"))
+    return TrainState(**json.loads((folder / "state.json").read_text()))

@@ -19,17 +19,16 @@ import torch
 from accelerate import Accelerator
 
 from paradiffusion.checkpoints.manifest import newest_valid
-from paradiffusion.config import TrainConfig
-from paradiffusion.data.cache import StoredBatch, collate
+from paradiffusion.config import TrackerConfig, TrainConfig
+from paradiffusion.data.cache import collate
 from paradiffusion.data.images import decode, to_array
 from paradiffusion.data.index import read_sample
 from paradiffusion.data.loader import Batch, slots_of
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.errors import UserError
 from paradiffusion.training.folder import find_resume, stage_folder
-from paradiffusion.training.loop import save, step_gradients, validate
-from paradiffusion.training.meters import Meters, human_time, memory_gb
-from paradiffusion.training.setup import Setup, build
+from paradiffusion.training.log import human_time, memory_gb
+from paradiffusion.training.trainer import Trainer
 from paradiffusion.training.watch import Watch, together
 
 TIMED_STEPS = 3
@@ -69,7 +68,7 @@ def preflight(config: TrainConfig, accelerator: Accelerator) -> Findings:
     trial = folder.parent / f".preflight_{folder.name}"
     made = [parent for parent in (trial.parent, *trial.parent.parents) if not parent.exists()]
     accelerator.wait_for_everyone()
-    small = replace(startable(config), validate_every=1, checkpoint_every=1, keep_last=1, log_samples=False)
+    small = replace(startable(config), keep_last=1, log_samples=False, tracker=TrackerConfig(), on_spike="stop")
     # A launcher that ends this process because another has failed must not leave the folder behind.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     watch = Watch(accelerator.process_index, accelerator.num_processes, config.stall_seconds)
@@ -85,7 +84,7 @@ def preflight(config: TrainConfig, accelerator: Accelerator) -> Findings:
                 shutil.rmtree(trial, ignore_errors=True)
                 trial.mkdir(parents=True)
             accelerator.wait_for_everyone()
-            findings = measure(build(small, trial, accelerator, watch=watch), trial)
+            findings = measure(Trainer(small, accelerator, watch, trial))
     finally:
         signal.signal(signal.SIGTERM, before)
         clean()
@@ -112,38 +111,29 @@ def startable(config: TrainConfig) -> TrainConfig:
     return config if previous is not None else replace(config, init_from="scratch")
 
 
-def measure(setup: Setup, trial: Path) -> Findings:
-    """Steps, validation and a save on ``setup``, whose folder is ``trial``."""
-    bucket, rows, kinds = hardest(setup.plan, setup.config.batch_size)
-    meters, seconds = Meters(), []
+def measure(trainer: Trainer) -> Findings:
+    """Steps, validation and a save."""
+    bucket, rows, kinds = hardest(trainer.plan, trainer.config.batch_size)
+    seconds = []
     for _ in range(1 + TIMED_STEPS):
         began = time.monotonic()
-        step_gradients(setup, batches(setup, bucket, rows, kinds), meters)
-        setup.engine.update()
-        setup.ema.update(setup.state.step)
-        setup.engine.discard()
+        trainer.train_step(batches(trainer, bucket, rows, kinds))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.monotonic() - began)
-        setup.state.step += 1
     began = time.monotonic()
-    validate(setup, None, print)
+    trainer.validate()
     validation = time.monotonic() - began
-    save(setup)
-    setup.accelerator.wait_for_everyone()
-    words = setup.plan.index.words[rows, kinds]
+    trainer.save()
+    trainer.accelerator.wait_for_everyone()
+    trainer.close()
+    written = [path.stat().st_size for path in (trainer.folder / "checkpoints").rglob("*") if path.is_file()]
     return Findings(
-        height=bucket[0],
-        width=bucket[1],
-        words=int(words.max()),
-        device="GPU" if torch.cuda.is_available() else "process",
-        memory=max(setup.gather([memory_gb()])),
-        first_step=seconds[0],
-        step=float(np.median(seconds[1:])),
-        validation=validation,
-        checkpoint=sum(path.stat().st_size for path in (trial / "checkpoints").rglob("*") if path.is_file()),
-        free=shutil.disk_usage(trial).free,
-    )
+        *bucket, words=int(trainer.plan.index.words[rows, kinds].max()), memory=max(trainer.gather([memory_gb()])),
+        device="GPU" if torch.cuda.is_available() else "process", first_step=seconds[0],
+        step=float(np.median(seconds[1:])), validation=validation, checkpoint=sum(written),
+        free=shutil.disk_usage(trainer.folder).free,
+    )  # fmt: skip
 
 
 def hardest(plan: BatchPlan, size: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
@@ -159,25 +149,29 @@ def hardest(plan: BatchPlan, size: int) -> tuple[tuple[int, int], np.ndarray, np
     return bucket, longest, words[longest].argmax(axis=1)
 
 
-def batches(setup: Setup, bucket: tuple[int, int], rows: np.ndarray, kinds: np.ndarray) -> Iterator[Batch]:
+def batches(trainer: Trainer, bucket: tuple[int, int], rows: np.ndarray, kinds: np.ndarray) -> Iterator[Batch]:
     """This process's micro-batches of one global batch made of ``rows``."""
-    world, rank = setup.accelerator.num_processes, setup.accelerator.process_index
-    size = len(rows) // (world * setup.micro_batches)
-    index = setup.plan.index
-    for micro in range(setup.micro_batches):
-        slots = slots_of(rank, world, size, micro)
+    size = len(rows) // (trainer.processes * trainer.micro_batches)
+    index, cache = trainer.plan.index, trainer.cache
+    for micro in range(trainer.micro_batches):
+        slots = slots_of(trainer.rank, trainer.processes, size, micro)
         samples = [read_sample(index, int(rows[slot])) for slot in slots]
         names = [index.kinds[kinds[slot]] for slot in slots]
         captions = [s.meta["captions"].get(name, "") for s, name in zip(samples, names, strict=True)]
         try:
             pixels = np.stack([to_array(decode(sample.image), bucket, 0) for sample in samples])
-            stored = stored_of(setup, [int(rows[slot]) for slot in slots], captions, bucket)
+            stored = None  # else as the run's cache has it, so that what is tried is what will run
+            if cache is not None:
+                places = [index.place(int(rows[slot])) for slot in slots]
+                stored = collate(
+                    [cache.read(place, text, bucket) for place, text in zip(places, captions, strict=True)]
+                )
         except ValueError as error:
             raise UserError(
                 f"a sample of the largest bucket cannot be read ({error}); mend or leave out its shard."
             ) from None
         yield Batch(
-            step=setup.state.step,
+            step=trainer.state.step,
             pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
             captions=captions,
             kinds=names,
@@ -189,14 +183,6 @@ def batches(setup: Setup, bucket: tuple[int, int], rows: np.ndarray, kinds: np.n
             micro=micro,
             stored=stored,
         )
-
-
-def stored_of(setup: Setup, rows: list[int], captions: list[str], bucket: tuple[int, int]) -> StoredBatch | None:
-    """What the run's cache has of some samples, so that what is tried is what will run. Raises ValueError."""
-    cache, index = setup.cache, setup.plan.index
-    if cache is None:
-        return None
-    return collate([cache.read(index.place(row), text, bucket) for row, text in zip(rows, captions, strict=True)])
 
 
 def report(config: TrainConfig, found: Findings) -> str:

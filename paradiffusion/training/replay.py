@@ -7,34 +7,31 @@ What a step saw is a function of the configuration, the data and the step, so no
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, find_checkpoint, is_unet_folder, open_layout
+from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, find_checkpoint, open_layout
 from paradiffusion.checkpoints.manifest import checkpoints_of, find_fault
 from paradiffusion.config import TrainConfig
-from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
-from paradiffusion.data.plan import BatchPlan, make_plan
+from paradiffusion.data.loader import LoaderSettings, make_loader
+from paradiffusion.data.plan import BatchPlan, make_plan, open_index
 from paradiffusion.errors import UserError
-from paradiffusion.models.codec import Codec, load_codec
-from paradiffusion.models.joint import JointModel
+from paradiffusion.models.codec import load_codec
 from paradiffusion.sampling.pipeline import choose_device, load_models
-from paradiffusion.text.encoder import TextEncoder, load_text_encoder
-from paradiffusion.training.assembly import build_models
-from paradiffusion.training.checkpoint import STATE, TrainState
-from paradiffusion.training.folder import CONFIG_FILE, find_init
-from paradiffusion.training.loop import prepare
-from paradiffusion.training.meters import Meters
-from paradiffusion.training.processes import count_micro_batches, set_threads
-from paradiffusion.training.setup import Setup, open_data
+from paradiffusion.text.encoder import load_text_encoder
+from paradiffusion.training.engine import count_micro_batches, set_threads
+from paradiffusion.training.folder import CONFIG_FILE, STATE
+from paradiffusion.training.inputs import Inputs
+from paradiffusion.training.log import Meters
+from paradiffusion.training.start import build_models, find_init, start_from
 from paradiffusion.training.step_record import (
     Replay,
     ReplayedSample,
@@ -127,12 +124,12 @@ def replay(options: ReplayOptions) -> tuple[Replay, Path]:
     world = options.world or (seen.world_size if seen else 1)
     micro_batches = seen.micro_batches if seen and seen.world_size == world else count_micro_batches(config, world)
     weights = choose_weights(recorded.folder, step, options.ckpt)
-    setup = open_models(config, recorded.folder, plan, weights, step, micro_batches, options.device)
+    inputs = open_models(config, recorded.folder, plan, weights, options.device)
     output = Path(options.output).expanduser() if options.output else recorded.folder / "replay" / f"step_{step:06d}"
     if file := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
         raise UserError(f"output={output}: {file} is a file; name a folder.")
 
-    samples, digests, weighted = replay_batches(setup, world, output)
+    samples, digests, weighted = replay_batches(inputs, plan, step, world, micro_batches, output)
     certain, verdict = judge(seen, digests, changed, config.log_samples)
     batch = plan.batch(step)
     facts: dict[str, Any] = {
@@ -160,7 +157,7 @@ def open_plan(recorded: Recorded, shards: str | None, force: bool) -> tuple[Batc
         shards: where the shards lie now; None for where they lay.
     """
     config = recorded.config
-    data = replace(config.data, val_shards=None)  # which a step does not see
+    data = config.data
     if shards is not None:
         if data.sources or data.folder:
             raise UserError(
@@ -174,7 +171,7 @@ def open_plan(recorded: Recorded, shards: str | None, force: bool) -> tuple[Batc
             "index the shards with scripts/index_shards.py for runs that can be replayed."
         )
     try:
-        index, _ = open_data(replace(config, data=data))
+        index = open_index(data)
     except UserError as error:
         moved = (
             "" if shards or data.sources or data.folder else "; where shards have moved, name their place with shards="
@@ -219,19 +216,20 @@ def choose_weights(folder: Path, step: int, wanted: str | None) -> Weights:
 
 
 def open_models(
-    config: TrainConfig,
-    folder: Path,
-    plan: BatchPlan,
-    weights: Weights,
-    step: int,
-    micro_batches: int,
-    device: str | None,
-) -> Setup:
-    """What ``prepare`` and the forward pass need of a Setup; nothing of it writes, or trains."""
+    config: TrainConfig, folder: Path, plan: BatchPlan, weights: Weights, device: str | None
+) -> Inputs:  # fmt: skip
+    """The models with ``weights``: as a step of training has them where those are trained ones, else as the sampler does."""
     target = choose_device(device)
     set_threads(config, 1)
     if weights.trained:
-        encoder, codec, joint = training_models(config, folder, plan, weights.checkpoint)
+        config = replace(config, run_dir=str(folder.parent))  # wherever the run lies now
+        encoder, codec = load_text_encoder(config.text_encoder, config.conditioning), load_codec(config.codec)
+        start = start_from(config, weights.checkpoint or find_init(config), resumes=weights.checkpoint is not None)
+        joint, _ = build_models(start, encoder, plan)
+        if weights.checkpoint is not None:
+            stored = load_file(weights.checkpoint / STATE / "model.safetensors")
+            check_complete(set(joint.trained()), stored)
+            copy_tensors(joint, stored)
     else:
         assert weights.checkpoint is not None
         checkpoint = open_layout(weights.checkpoint)
@@ -247,73 +245,40 @@ def open_models(
         model.to(target)
     if target.type == "cuda":
         torch.cuda.set_device(target)
-    return Setup(
-        config, folder, Accelerator(cpu=target.type == "cpu"), plan, encoder, codec,
-        joint, engine=None, ema=None, state=TrainState(step), validation=None, frozen={},  # type: ignore[arg-type]
-        micro_batches=micro_batches, watch=None,  # type: ignore[arg-type]
-    )  # fmt: skip
+    return Inputs(config, encoder, codec, joint, target)
 
 
-def training_models(
-    config: TrainConfig, folder: Path, plan: BatchPlan, checkpoint: Path | None
-) -> tuple[TextEncoder, Codec, JointModel]:
-    """The models as a step of training has them, with the weights that are trained rather than their average: those of
-    ``checkpoint``, else those that the stage starts from."""
-    config = replace(config, run_dir=str(folder.parent))  # wherever the run lies now
-    source = checkpoint or find_init(config)
-    description = None if source is None or is_unet_folder(source) else open_layout(source).description
-    encoder = load_text_encoder(config.text_encoder, config.conditioning)
-    codec = load_codec(config.codec)
-    joint, _ = build_models(config, encoder, plan, source, description, main=False)
-    if checkpoint is not None:
-        stored = load_file(checkpoint / STATE / "model.safetensors")
-        check_complete(set(joint.trained()), stored)
-        copy_tensors(joint, stored)
-    return encoder, codec, joint
-
-
-def batches_of(setup: Setup, rank: int, world: int) -> list[Batch]:
-    """The micro-batches that process ``rank`` of ``world`` has in the step that ``setup`` stands at."""
-    data, step = setup.config.data, setup.state.step
-    settings = LoaderSettings(
-        seed=setup.config.seed,
-        first_step=step,
-        last_step=step + 1,
-        rank=rank,
-        world_size=world,
-        accumulation=setup.micro_batches,
-        caption_dropout=data.caption_dropout,
-        max_bad_fraction=1.0,  # One step says nothing of their share, and bad samples are what one looks for.
-        workers=0,
-    )
-    loader = make_loader(setup.plan.index, setup.plan, settings)
-    try:
-        return list(loader)
-    finally:
-        loader.close()
-
-
-def replay_batches(setup: Setup, world: int, output: Path) -> tuple[list[ReplayedSample], dict[int, Seen], float]:
+def replay_batches(
+    inputs: Inputs, plan: BatchPlan, step: int, world: int, micro_batches: int, output: Path
+) -> tuple[list[ReplayedSample], dict[int, Seen], float]:
     """Samples with their losses, digests by slot, and the step's weighted loss; writes the pictures as it goes."""
-    config, step = setup.config, setup.state.step
+    config, device = inputs.config, inputs.device
     samples: list[ReplayedSample] = []
     digests: dict[int, Seen] = {}
-    total, device = 0.0, setup.accelerator.device
+    total = 0.0
     # As in training: a micro-batch by itself, since a language model in bfloat16 rounds differently in another batch.
     with tqdm(total=config.batch_size, desc=f"step {step}", unit="sample", dynamic_ncols=True) as bar:
         for rank in range(world):
-            for batch in batches_of(setup, rank, world):
-                digests.update({seen.slot: seen for seen in seen_in(batch)})
-                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    inputs = prepare(setup, batch, Meters())
-                    _, loss, errors, _ = setup.joint(inputs)
-                total += float(loss) / (world * setup.micro_batches)
-                samples += samples_of(
-                    batch, rank, inputs.times.cpu(), errors.cpu(), setup.encoder, setup.plan,
-                    config.objective.train_timesteps, config.data.caption_dropout,
-                )  # fmt: skip
-                write_images(output, batch)
-                bar.update(len(batch.keys))
+            settings = LoaderSettings(
+                config.seed, step, step + 1, rank, world, micro_batches, config.data.caption_dropout,
+                max_bad_fraction=1.0, workers=0,  # one step says nothing of their share, and bad samples are looked for
+            )  # fmt: skip
+            with closing(make_loader(plan.index, plan, settings)) as loader:
+                for batch in loader:
+                    digests.update({seen.slot: seen for seen in seen_in(batch)})
+                    with (
+                        torch.no_grad(),
+                        torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+                    ):
+                        given = inputs(batch, Meters())
+                        losses = inputs.joint(given)
+                    total += float(losses.diffusion) / (world * micro_batches)
+                    samples += samples_of(
+                        batch, rank, given.times.cpu(), losses.errors.cpu(), inputs.encoder, plan,
+                        config.objective.train_timesteps, config.data.caption_dropout,
+                    )  # fmt: skip
+                    write_images(output, batch)
+                    bar.update(len(batch.keys))
     return samples, digests, total
 
 

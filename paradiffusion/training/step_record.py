@@ -101,6 +101,24 @@ def line_of(step: int, rank: int, world_size: int, batches: Sequence[Batch]) -> 
     return json.dumps(row) + "\n"
 
 
+class SamplesSeen:
+    """One process's lines of a run that begins at ``first_step``, in the stage ``folder``."""
+
+    def __init__(self, folder: Path, rank: int, world_size: int, first_step: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        path = folder / SEEN_FOLDER / f"rank{rank}_from{first_step:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
+
+    def write(self, step: int, batches: Sequence[Batch]) -> None:
+        """Add a step, on the disk at once."""
+        self._file.write(line_of(step, self.rank, self.world_size, batches))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def read_seen(folder: Path, step: int) -> SeenStep | None:
     """What ``step`` saw in the stage ``folder``; None where that was not written, or not by all of its processes.
 

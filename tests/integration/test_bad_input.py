@@ -22,8 +22,9 @@ from paradiffusion.compose import compose_sample, compose_train
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.scenes.dataset import demo_samples
-from paradiffusion.training import loop
-from paradiffusion.training.folder import find_init
+from paradiffusion.training import trainer as module
+from paradiffusion.training.start import find_init
+from paradiffusion.training.trainer import Trainer
 
 Train = Callable[..., int]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -161,16 +162,16 @@ def test_image_that_does_not_decode(
 
     weights: list[float] = []
     planned = 0
-    prepare = loop.prepare
+    encode = Trainer.encode
 
-    def watched(setup: Any, batch: Any, meters: Any) -> Any:
+    def watched(trainer: Any, batch: Any) -> Any:
         nonlocal planned
         weights.extend(batch.weights.tolist())
-        planned += sum(setup.plan.index.key(row).endswith("3") for row in setup.plan.batch(batch.step).rows)
-        return prepare(setup, batch, meters)
+        planned += sum(trainer.plan.index.key(row).endswith("3") for row in trainer.plan.batch(batch.step).rows)
+        return encode(trainer, batch)
 
     folder = changed(40, spoil, tmp_path / "bad")
-    monkeypatch.setattr(loop, "prepare", watched)
+    monkeypatch.setattr(Trainer, "encode", watched)
     assert train(f"data.shards={folder}", "max_steps=10", "log_every=10", "data.max_bad_fraction=0.2") == 0
     (row,) = records(tmp_path / "run" / "stage1")
     assert row["bad_samples"] == weights.count(0.0) == planned > 0
@@ -321,7 +322,7 @@ def test_file_too_large_while_saving(
 ) -> None:
     """The same without root: from the second checkpoint on, the system refuses files over a megabyte."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = loop.save_checkpoint
+    save = module.save_checkpoint
 
     def limited(*arguments: Any) -> Path:
         if arguments[5].step == 8:
@@ -332,7 +333,7 @@ def test_file_too_large_while_saving(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         monkeypatch.undo()
 
-    monkeypatch.setattr(loop, "save_checkpoint", limited)
+    monkeypatch.setattr(module, "save_checkpoint", limited)
     try:
         check_full_disk(train, tmp_path / "run", trained, make_room)
     finally:

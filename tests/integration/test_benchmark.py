@@ -107,17 +107,17 @@ def test_ours_and_the_reference_train_the_same_weights(small: list[str], tmp_pat
         assert len(moved) == len(trained)
         assert all(p.grad is None or not p.grad.any() for p in trained.values())
         assert all(torch.equal(p, q) for p, q in zip(setup.codec.parameters(), frozen, strict=True))
-    setup.watch.close()
+    setup.close()
 
 
 def test_random_models_have_the_configured_shapes(small: list[str]) -> None:
     config = compose_train(["stage=3", "data.shards=unused", *small])
-    parts = random_models(config, CPU)
-    assert isinstance(parts.encoder, TextEncoder) and isinstance(parts.codec, Codec)
-    assert not any(p.requires_grad for p in parts.encoder.parameters())
-    assert any("lora_" in name for name, _ in parts.encoder.named_parameters())  # stage 3 applies stage 2's adapter
-    tokens = parts.encoder.tokenize(["a red circle"])
-    assert torch.isfinite(parts.encoder(tokens.ids, tokens.mask)).all()
+    encoder, codec = random_models(config, CPU)
+    assert isinstance(encoder, TextEncoder) and isinstance(codec, Codec)
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert any("lora_" in name for name, _ in encoder.named_parameters())  # stage 3 applies stage 2's adapter
+    tokens = encoder.tokenize(["a red circle"])
+    assert torch.isfinite(encoder(tokens.ids, tokens.mask)).all()
     with pytest.raises(UserError, match="quantization"):
         random_models(compose_train(["data.shards=unused", *small, "text_encoder.quantization=4bit"]), CPU)
 

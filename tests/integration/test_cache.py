@@ -25,11 +25,10 @@ from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import LossBatch
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.training.caching import CacheOptions, make_cache
-from paradiffusion.training.loop import prepare
-from paradiffusion.training.meters import Meters
+from paradiffusion.training.engine import make_accelerator
+from paradiffusion.training.log import Meters
 from paradiffusion.training.preflight import preflight
-from paradiffusion.training.processes import make_accelerator
-from paradiffusion.training.setup import Setup
+from paradiffusion.training.trainer import Trainer
 
 # Short enough for some captions to be cut.
 WORDS = ["conditioning.max_tokens=24", "data.caption_dropout=0.3", "conditioning.prefix=Describe it:"]
@@ -72,11 +71,11 @@ def caches(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> di
     return found
 
 
-def inputs(setup: Setup, steps: int) -> tuple[list[LossBatch], Meters]:
+def inputs(trainer: Trainer, steps: int) -> tuple[list[LossBatch], Meters]:
     """What the first steps give the joint module."""
-    loader, meters = setup.loader(), Meters()
+    loader = trainer.loader()
     try:
-        return [prepare(setup, next(loader), meters) for _ in range(steps)], meters
+        return [trainer.encode(next(loader)) for _ in range(steps)], trainer.meters
     finally:
         loader.close()
 

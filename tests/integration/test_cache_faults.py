@@ -22,8 +22,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.training import caching
-from paradiffusion.training.cache_keys import tokenizer_hash, weights_hash
-from paradiffusion.training.caching import CacheOptions, make_cache
+from paradiffusion.training.caching import CacheOptions, make_cache, tokenizer_hash, weights_hash
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from training_runs import free_port, newest, records, sample_here, steps_saved, 
 
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.errors import UserError
-from paradiffusion.training.processes import check_gpus
+from paradiffusion.training.engine import check_gpus
 
 LENGTH = ["max_steps=8", "log_every=1", "checkpoint_every=4", "validate_every=8"]
 
@@ -145,7 +145,7 @@ sys.path[:0] = {paths!r}
 from accelerate import Accelerator
 from data_fixtures import synthetic_index
 from paradiffusion.entry import run
-from paradiffusion.training.setup import check_same_data
+from paradiffusion.training.trainer import check_same_data
 accelerator = Accelerator(cpu=True)
 check_same_data(synthetic_index(50, 2, 0), accelerator)
 print("the same", flush=True)

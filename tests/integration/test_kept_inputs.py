@@ -17,8 +17,7 @@ from paradiffusion.config import CodecConfig, ConditioningConfig, TextEncoderCon
 from paradiffusion.data.loader import Batch
 from paradiffusion.models.codec import load_codec
 from paradiffusion.text.encoder import load_text_encoder
-from paradiffusion.training.cached_inputs import ROWS, Memory, latents_of, stored_text
-from paradiffusion.training.loop import draw_noise, draw_uniform
+from paradiffusion.training.inputs import ROWS, Memory, draw_noise, draw_uniform, latents_of, stored_text
 
 CPU = torch.device("cpu")
 MASKED = ConditioningConfig(layer_tap="mean", mask_padding=True, max_tokens=32)

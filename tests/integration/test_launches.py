@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from spoiled_train import spoil
 from training_runs import build_here, free_port, newest, records, sample_here, steps_saved, train_here
 
-from paradiffusion.training import loop
+from paradiffusion.training.trainer import Trainer
 
 STEPS, HALF = 20, 12
 # Stage 1 of so many steps, and stage 2 stopped and ended after so many. A step under ZeRO-3 on processors takes half a second.
@@ -224,21 +224,25 @@ def check_samples(stage: Path, reference: Path, arguments: list[str]) -> None:
     assert len(counts) >= plan.samples - waiting and waiting < 4 * len(plan.buckets)
 
 
-def test_rolling_back_leaves_nothing_of_the_spike(
-    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "on_spike", "skipped"), [("zero2_offload", "rollback", [3, 4]), ("zero2", "skip", [4])]
+)
+def test_nothing_of_a_spike_is_left(
+    kind: str, on_spike: str, skipped: list[int], settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither weights, moments nor gradients: offloaded ones would be added to those of the next step."""
-    arguments = [*settings, "checkpoint_every=3", "max_steps=7", "on_spike=rollback"]
-    monkeypatch.setattr(loop, "prepare", loop.prepare)  # put back afterwards
+    arguments = [*settings, "checkpoint_every=3", "max_steps=7", f"on_spike={on_spike}"]
+    monkeypatch.setattr(Trainer, "encode", Trainer.encode)  # put back afterwards
     spoil(4)
     assert train_here([*arguments, f"run_dir={tmp_path / 'one'}"]) == 0
-    result = launch("zero2_offload", "tests/support/spoiled_train.py", "4", *arguments, f"run_dir={tmp_path / 'two'}")
+    result = launch(kind, "tests/support/spoiled_train.py", "4", *arguments, f"run_dir={tmp_path / 'two'}")
     assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("going on from the weights of") == 1
+    said = "going on from the weights of" if on_spike == "rollback" else "its update is skipped"
+    assert result.stdout.count(said) == 1
     one, two = (losses_of(tmp_path / name / "stage1") for name in ("one", "two"))
     assert math.isnan(one.pop(4)) and math.isnan(two.pop(4)) and two == pytest.approx(one, rel=1e-5)
     for name in ("one", "two"):
-        assert json.loads((tmp_path / name / "stage1" / "summary.json").read_text())["skipped_steps"] == [3, 4]
+        assert json.loads((tmp_path / name / "stage1" / "summary.json").read_text())["skipped_steps"] == skipped
 
 
 def test_a_launcher_that_contradicts_is_refused(tiny_arguments: list[str], tmp_path: Path) -> None:

@@ -62,10 +62,10 @@ def test_fine_tune_resume_sample_and_export(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("unet.arguments.layers_per_block=5", r"holds a U-Net with unet\.arguments\..*=.*this command says"),
-        ("unet.coordinates=1", r"holds a U-Net with unet\.coordinates=0, and this command says 1"),
-        ("objective.prediction=v_prediction", r"learned with objective\.prediction=epsilon"),
-        ("objective.beta_end=0.02", r"learned with objective\.beta_end=0\.012"),
+        ("unet.arguments.layers_per_block=5", r"trained with unet\.arguments\..*=.*this command says"),
+        ("unet.coordinates=1", r"trained with unet\.coordinates=0, and this command says 1"),
+        ("objective.prediction=v_prediction", r"trained with objective\.prediction=epsilon"),
+        ("objective.beta_end=0.02", r"trained with objective\.beta_end=0\.012"),
     ],
 )
 def test_what_contradicts_the_weights_is_refused(arguments: list[str], change: str, words: str) -> None:

@@ -15,9 +15,9 @@ from training_runs import build_here, train_here
 
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
-from paradiffusion.training import preflight as module
+from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.preflight import Findings, hardest, preflight, report
-from paradiffusion.training.processes import make_accelerator
+from paradiffusion.training.trainer import Trainer
 
 
 def run(arguments: list[str]) -> Findings:
@@ -74,7 +74,7 @@ def test_out_of_memory_names_the_keys_and_leaves_nothing(
     def overflow(*_: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(module, "step_gradients", overflow)
+    monkeypatch.setattr(Trainer, "train_step", overflow)
     with pytest.raises(
         UserError, match=r"tried to allocate 20.00 GiB.*lower micro_batch_size= first.*gradient_checkpointing"
     ):

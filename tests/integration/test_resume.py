@@ -21,8 +21,8 @@ from training_runs import assert_same_bits, at_step, newest, records, steps_save
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
-from paradiffusion.training import loop
 from paradiffusion.training.folder import check_unchanged, locked, record_config
+from paradiffusion.training.trainer import Trainer
 
 Train = Callable[..., int]
 # The command of the issue, at a size of two seconds; every step is logged, so that a test can see where it stands.
@@ -132,7 +132,7 @@ def test_many_stops_and_other_intervals_change_nothing(
 ) -> None:
     stage = tmp_path / "run" / "stage1"
     for every, stop in ((7, 3), (1000, 20), (4, 9)):
-        monkeypatch.setattr(loop, "step_gradients", at_step(stop, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        monkeypatch.setattr(Trainer, "train_step", at_step(stop, lambda: os.kill(os.getpid(), signal.SIGTERM)))
         assert train(*FIRST, f"checkpoint_every={every}", f"validate_every={every}", "log_every=5") == 0
         assert newest(stage).name != "step_000060"
     monkeypatch.undo()
@@ -147,7 +147,7 @@ def test_every_optimizer_comes_back_whole(
 ) -> None:
     arguments = ["max_steps=12", f"optimizer.name={optimizer}", "optimizer.schedule=linear", f"keep_gb={keep_gb}"]
     assert train(*arguments, f"run_dir={tmp_path / 'whole'}") == 0
-    monkeypatch.setattr(loop, "step_gradients", at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    monkeypatch.setattr(Trainer, "train_step", at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert train(*arguments, f"run_dir={tmp_path / 'stopped'}") == 0
     assert newest(tmp_path / "stopped" / "stage1").name == "step_000006"
     monkeypatch.undo()
@@ -320,6 +320,12 @@ def test_what_changes_no_mathematics_is_free_on_resume(argument: str, stage: Pat
     assert str(getattr(holder, name)) != value
     setattr(holder, name, yaml.safe_load(value))
     check_unchanged(config, stage, json.loads((stage / "config.json").read_text())["facts"])
+
+
+def test_what_out_of_memory_advises_is_taken_on_resume(stage: Path, train: Train) -> None:
+    advised = ["gradient_checkpointing=true", "micro_batch_size=1", "ema_device=cpu", "unet.plain_attention=true"]
+    assert train("max_steps=13", *advised) == 0
+    assert steps_saved(stage)[-1] == 13
 
 
 def test_paths_of_streamed_data_are_not_free_since_nothing_tells_that_it_is_the_same(

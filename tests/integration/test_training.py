@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +30,7 @@ from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.data.shards import write_shards
 from paradiffusion.scenes.dataset import demo_samples
-from paradiffusion.training import loop
-from paradiffusion.training.setup import Setup
+from paradiffusion.training.trainer import Trainer
 
 ADAPTER = "text_encoder_lora/adapter_model.safetensors"
 MASTERS = "training_state/model.safetensors"
@@ -52,19 +52,18 @@ class Stages:
 @pytest.fixture(scope="module")
 def stages(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Stages:
     found = Stages(tmp_path_factory.mktemp("stages") / "run")
-    build = loop.build
+    train = Trainer.train
     with pytest.MonkeyPatch.context() as patch:
         for stage in (1, 2, 3):
-            setups: list[Setup] = []
 
-            def watched(*arguments: Any, kept: list[Setup] = setups, **named: Any) -> Setup:
-                kept.append(build(*arguments, **named))
-                found.before[kept[0].config.stage] = hash_parameters(kept[0].encoder)
-                return kept[0]
+            def watched(trainer: Trainer, *arguments: Any) -> bool:
+                found.before[trainer.config.stage] = hash_parameters(trainer.encoder)
+                finished = train(trainer, *arguments)
+                found.after[trainer.config.stage] = hash_parameters(trainer.encoder)
+                return finished
 
-            patch.setattr(loop, "build", watched)
+            patch.setattr(Trainer, "train", watched)
             assert train_here([*tiny_arguments, f"run_dir={found.run}", f"stage={stage}", "validate_every=4"]) == 0
-            found.after[stage] = hash_parameters(setups[0].encoder)
     return found
 
 
@@ -89,6 +88,19 @@ def test_three_stages_run_and_say_what_they_did(stages: Stages) -> None:
         assert summary["validation"] == {key: held_out[-1][key] for key in ("loss_short", "loss_long")}
     long_bands = ("loss_words/78-128", "loss_words/129-256")
     assert any(band in row for row in records(stages.run / "stage2") for band in long_bands)
+
+
+def test_signal_handlers_are_put_back(train: Callable[..., int]) -> None:
+    def mine(*_: Any) -> None:
+        raise AssertionError("nobody sends a signal here")
+
+    before = {number: signal.signal(number, mine) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert train("max_steps=1") == 0
+        assert [signal.getsignal(number) for number in before] == [mine, mine]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_vae_that_does_not_say_its_scale_takes_part_in_all_stages(

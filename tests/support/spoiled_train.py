@@ -13,29 +13,29 @@ import pytest
 
 import train
 from paradiffusion.entry import run
-from paradiffusion.training import loop
+from paradiffusion.training.trainer import Trainer
 
 
 def spoil(step: int) -> None:
-    prepare = loop.prepare
+    encode = Trainer.encode
 
-    def spoiled(setup: Any, batch: Any, meters: Any) -> Any:
-        inputs = prepare(setup, batch, meters)
+    def spoiled(trainer: Any, batch: Any) -> Any:
+        inputs = encode(trainer, batch)
         return replace(inputs, latents=inputs.latents * float("nan")) if batch.step == step else inputs
 
-    loop.prepare = spoiled
+    Trainer.encode = spoiled  # type: ignore[method-assign]
 
 
 def spoil_latents(monkeypatch: pytest.MonkeyPatch, steps: set[int], factor: float) -> dict[int, list[str]]:
     """Multiply the latents of some steps, as a broken image would; returns the samples of each step as they come."""
-    prepare, seen = loop.prepare, {}
+    encode, seen = Trainer.encode, {}
 
-    def spoiled(setup: Any, batch: Any, meters: Any) -> Any:
+    def spoiled(trainer: Any, batch: Any) -> Any:
         seen[batch.step] = batch.keys
-        inputs = prepare(setup, batch, meters)
+        inputs = encode(trainer, batch)
         return replace(inputs, latents=inputs.latents * factor) if batch.step in steps else inputs
 
-    monkeypatch.setattr(loop, "prepare", spoiled)
+    monkeypatch.setattr(Trainer, "encode", spoiled)
     return seen
 
 

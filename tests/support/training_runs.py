@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -19,28 +18,19 @@ from paradiffusion.compose import compose_sample, compose_train
 from paradiffusion.sampling.run import sample
 from paradiffusion.scenes.alignment import SceneScorer
 from paradiffusion.scenes.dataset import make_wanted
-from paradiffusion.training import loop
+from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.folder import stage_folder
-from paradiffusion.training.loop import step_gradients
-from paradiffusion.training.meters import Meters
-from paradiffusion.training.processes import make_accelerator
-from paradiffusion.training.setup import Setup, build
+from paradiffusion.training.trainer import Trainer, train
 
 Weights = dict[str, torch.Tensor]
-KEPT_HANDLERS = (signal.SIGTERM, signal.SIGINT)
 
 
 def train_here(arguments: list[str]) -> int:
     """What ``train.py`` does with these arguments; a UserError comes through."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    handlers = {number: signal.getsignal(number) for number in KEPT_HANDLERS}
-    try:
-        config = compose_train(arguments)
-        make_wanted(config.data)
-        return loop.train(config, SceneScorer())
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    config = compose_train(arguments)
+    make_wanted(config.data)
+    return train(config, SceneScorer())
 
 
 def sample_here(*arguments: str) -> int:
@@ -48,37 +38,39 @@ def sample_here(*arguments: str) -> int:
     return sample(compose_sample(list(arguments)))
 
 
-def build_here(arguments: list[str]) -> Setup:
+def build_here(arguments: list[str]) -> Trainer:
     """A stage, ready to run, as train.py has it before its first step."""
     AcceleratorState._reset_state(reset_partial_state=True)
     config = compose_train(arguments)
-    folder = stage_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    return build(config, folder, make_accelerator(config))
+    stage_folder(config).mkdir(parents=True, exist_ok=True)
+    return Trainer(config, make_accelerator(config))
 
 
-def gradients_of(setup: Setup, steps: int = 1) -> tuple[float, Weights]:
+def gradients_of(trainer: Trainer, steps: int = 1) -> tuple[float, Weights]:
     """Loss and gradients of the last of ``steps`` optimiser steps, before its update."""
-    loader, meters, loss = setup.loader(), Meters(), 0.0
-    for step in range(steps):
-        setup.engine.discard()
-        loss, _, _, _ = step_gradients(setup, loader, meters)
-        if step < steps - 1:
-            setup.engine.update()
-    found = {name: p.grad.clone() for name, p in setup.joint.trained().items() if p.grad is not None}
-    return loss, found
+    batches = trainer.loader()
+    for _ in range(steps - 1):
+        trainer.train_step(batches)
+    share, _ = trainer.gradients(batches)
+    return float(share), clipped(trainer)
+
+
+def clipped(trainer: Trainer) -> Weights:
+    """The accumulated gradients as an update would take them."""
+    trainer.engine.clip()
+    return {name: p.grad.clone() for name, p in trainer.joint.trained().items() if p.grad is not None}
 
 
 def at_step(number: int, function: Callable[[], Any]) -> Callable[..., Any]:
-    """``step_gradients`` that calls ``function`` before its ``number``-th call (1 first)."""
-    calls = 0
+    """``Trainer.train_step`` that calls ``function`` before its ``number``-th call (1 first)."""
+    calls, train_step = 0, Trainer.train_step
 
     def stepped(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == number:
             function()
-        return step_gradients(*arguments)
+        return train_step(*arguments)
 
     return stepped
 

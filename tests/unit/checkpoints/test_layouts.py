@@ -31,7 +31,7 @@ from paradiffusion.models.joint import JointModel, build_joint
 from paradiffusion.sampling.pipeline import load_models
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
 from paradiffusion.text.sources import locate
-from paradiffusion.training.folder import check_init
+from paradiffusion.training.start import check_init
 
 ARMS = {
     "paper": ConditioningConfig(max_tokens=32),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +21,10 @@ from commands import ROOT
 from data_fixtures import as_json, encoded, picture, sample, shards_of, write_tar
 from remote_fixtures import serving
 
-from paradiffusion.data.index import TokenCounter, build_indexes, index_shard, join_indexes, load_index
-from paradiffusion.data.index import _index_one as build_one
+import paradiffusion.data.index
+from paradiffusion.data.index import SampleIndex, TokenCounter, build_indexes, index_shard, join_indexes, load_index
+from paradiffusion.data.plan import BatchPlan
+from paradiffusion.data.remote import Storage
 from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
 
@@ -55,27 +57,107 @@ def test_an_error_of_another_process_comes_through(tmp_path: Path) -> None:
 
 
 def test_the_first_process_of_a_machine_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes second waits for the first, and finds all of them."""
+    paths = many(tmp_path / "data")
+    store = paradiffusion.data.index._store
+
+    def watched(path: Path, *rest: Any) -> None:
+        with open(tmp_path / "stored", "a") as file:
+            file.write(f"{path.name}\n")
+        store(path, *rest)
+
+    monkeypatch.setattr("paradiffusion.data.index._store", watched)
+    context = multiprocessing.get_context("fork")
+    racers = [context.Process(target=load_index, args=(paths,)) for _ in range(3)]
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(60)
+        assert racer.exitcode == 0
+    assert sorted((tmp_path / "stored").read_text().split()) == [path.name for path in paths]
+
+
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 20 samples on an index is a large one."""
+    monkeypatch.setattr("paradiffusion.data.index._MAPPED_FROM", 20)
+
+
+def same_index(one: SampleIndex, other: SampleIndex) -> bool:
+    arrays = ("shard", "table", "words", "ids", "key_bytes", "key_starts", "shard_source")
+    equal = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
+    rest = ("shards", "kinds", "tokenizer", "sources", "truncated", "stray", "without_image", "bad_json")
+    return equal and all(getattr(one, name) == getattr(other, name) for name in rest)
+
+
+def test_a_large_index_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = many(tmp_path)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    by: list[str] = []
-    build = build_one
+    small = load_index(paths)
+    monkeypatch.setattr("paradiffusion.data.index._MAPPED_FROM", 20)
+    large = load_index(paths)
+    assert small.columns is None and large.columns is not None and large.columns.parent == tmp_path
+    assert same_index(small, large) and large.fingerprint() == small.fingerprint()
+    assert not large.table.flags.writeable and not large.words.flags.owndata
+    with monkeypatch.context() as patch:
+        patch.setattr("paradiffusion.data.index._parse", lambda *_: pytest.fail("the parts are not read again"))
+        assert same_index(load_index(paths), small)
+    (plan, other), steps = (
+        [BatchPlan(index, 4, 1, [(64, 64), (64, 96)], {"long": 1.0}, 3) for index in (small, large)],
+        40,
+    )
+    assert all(np.array_equal(plan.batch(n).rows, other.batch(n).rows) for n in range(steps))
+    assert [folder.name[:8] for folder in large.columns.iterdir() if folder.is_dir()] == ["buckets-"]
+    again = BatchPlan(load_index(paths), 4, 1, [(64, 64), (64, 96)], {"long": 1.0}, 3)
+    assert again.bucket_sizes() == plan.bucket_sizes() and again.expected_kinds() == plan.expected_kinds()
 
-    def watched(*arguments: Any) -> Any:
-        by.append(threading.current_thread().name)
-        return build(*arguments)
 
-    monkeypatch.setattr("paradiffusion.data.index._index_one", watched)
-    first = threading.Thread(target=lambda: list(build_indexes(paths, processes=1)), name="first")
-    threading.Timer(0.7, first.start).start()
-    assert len(load_index(paths)) == 24
-    first.join()
-    assert by == ["first"] * 12
+def test_mapped_columns_follow_the_shards(tmp_path: Path, mapped: None) -> None:
+    paths = many(tmp_path)
+    first = load_index(paths)
+    assert first.columns is not None
+    write_shards([sample(99), sample(98)], tmp_path / "new", 2)[0].replace(paths[3])
+    second = load_index(paths)
+    assert second.columns == first.columns and second.key(6) == "000099" and second.state() != first.state()
+    assert first.key(6) == "000006"  # Who has mapped the old one keeps it.
+    counted = load_index(paths, counter=LETTERS)
+    assert counted.tokens is not None and counted.tokenizer == "letters" and load_index(paths).tokenizer == "letters"
+    (counted.columns / "facts.json").write_text("{")
+    assert same_index(load_index(paths), counted)
+    assert len(list(tmp_path.glob("*.columns"))) == 1 and not list(tmp_path.glob(".*"))
+    paths[5].write_bytes(paths[5].read_bytes()[:-9000])
+    for _ in range(2):
+        with pytest.raises(UserError, match="000005.tar is cut short after 1 whole"):
+            load_index(paths)
+        assert len(load_index(paths, allow_truncated=True)) == 23
 
 
-def test_who_waits_in_vain_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr("paradiffusion.data.index.PATIENCE_SECONDS", 0.2)
-    assert len(load_index(many(tmp_path))) == 24
+def test_mapped_columns_elsewhere(tmp_path: Path, mapped: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = many(tmp_path / "data")
+    assert load_index(paths, index_dir=str(tmp_path)).columns.parent == tmp_path
+    with serving(tmp_path / "data") as server:
+        shards = expand_shards(f"{server.url}{{000000..000011}}.tar", storage=Storage(index_dir=str(tmp_path / "data")))
+        remote = load_index(shards)
+        assert remote.columns is not None and remote.columns.parent == tmp_path / "data"
+        again = load_index(shards)
+        assert again.shards[0].size and again.fingerprint() == remote.fingerprint() == load_index(paths).fingerprint()
+    monkeypatch.setattr("paradiffusion.data.index._write_columns", refuse)
+    index = load_index(many(tmp_path / "b"))
+    assert index.columns is None and len(index) == 24
+
+
+def refuse(*arguments: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_large_sources_are_joined_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    indexes = [load_index(many(tmp_path / "a")), load_index(many(tmp_path / "b", 7))]
+    small = join_indexes(indexes, ["a", "b"])
+    monkeypatch.setattr("paradiffusion.data.index._MAPPED_FROM", 20)
+    joined = join_indexes([load_index(index.shards) for index in indexes], ["a", "b"])
+    assert joined.columns is not None and joined.columns.parent == tmp_path / "a" and small.columns is None
+    assert same_index(joined, small) and joined.fingerprint() == small.fingerprint()
+    renamed = join_indexes([load_index(index.shards) for index in indexes], ["a", "c"])
+    assert renamed.columns == joined.columns and renamed.fingerprint() != joined.fingerprint()
 
 
 def test_tokens(tmp_path: Path) -> None:

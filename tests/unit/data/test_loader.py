@@ -28,6 +28,7 @@ from paradiffusion.data.loader import default_workers, make_loader, slots_of
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
+from paradiffusion.text.tokenizer import Tokens
 
 PATHS = [str(ROOT / "tests" / "support"), str(ROOT)]
 
@@ -66,6 +67,30 @@ def test_workers_change_nothing(index: SampleIndex) -> None:
     state = torch.get_rng_state()
     assert_same(load(index, settings), load(index, replace(settings, workers=2)))
     assert torch.equal(torch.get_rng_state(), state)  # The global generator is left alone.
+
+
+def letters(captions: list[str]) -> Tokens:
+    """A token a letter."""
+    ids = torch.zeros(len(captions), max(map(len, captions), default=0), dtype=torch.int64)
+    for row, caption in zip(ids, captions, strict=True):
+        row[: len(caption)] = torch.tensor([ord(letter) for letter in caption])
+    return Tokens(ids, ids > 0, 0, [len(caption) for caption in captions], 0)
+
+
+def test_captions_are_tokenised_by_who_reads(index: SampleIndex) -> None:
+    """Each different one once, the dropped ones, which are empty, among them."""
+    settings = replace(SETTINGS, caption_dropout=0.5, tokenize=letters)
+    plain = load(index, replace(settings, tokenize=None))
+    for workers in (0, 2):
+        batches = load(index, replace(settings, workers=workers))
+        for batch, without in zip(batches, plain, strict=True):
+            assert without.tokens is None and batch.tokens is not None and batch.captions == without.captions
+            tokens, rows = batch.tokens
+            assert len(tokens.ids) == len(set(batch.captions))
+            said = [
+                "".join(chr(int(one)) for one in ids[mask]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
+            ]
+            assert [said[row] for row in rows.tolist()] == batch.captions
 
 
 def test_starting_anywhere(index: SampleIndex) -> None:

@@ -20,7 +20,7 @@ from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
 from paradiffusion.data.plan import BatchPlan, Share, describe_plan, make_plan, open_index
 from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.training.meters import mixture, mixture_line
+from paradiffusion.training.log import mixture, mixture_line
 
 # Every fourth sample is one of these shapes: see data_fixtures.SIZES.
 TWO_BUCKETS = [(64, 64), (48, 80)]

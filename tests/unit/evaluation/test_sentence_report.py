@@ -33,7 +33,7 @@ from paradiffusion.scenes.alignment import sentence_recall, stage_table
 from paradiffusion.scenes.dataset import captions, demo_samples, draw, make_scene, scene_from_meta
 from paradiffusion.scenes.judge import score, summarise
 from paradiffusion.scenes.world import Background, Scene, SceneObject
-from paradiffusion.training.setup import open_data
+from paradiffusion.training.trainer import open_data
 from paradiffusion.training.validation import read_held_out, reconstruct
 
 

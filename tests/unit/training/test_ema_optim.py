@@ -12,8 +12,8 @@ from torch import nn
 
 from paradiffusion.config import OptimizerConfig, TrackerConfig, TrainConfig
 from paradiffusion.training.ema import Ema
-from paradiffusion.training.masters import Piece, PiecedMasters, WholeMasters
-from paradiffusion.training.meters import Log, Meters, human_time, length_band, log_line
+from paradiffusion.training.engine import WholeMasters
+from paradiffusion.training.log import Log, Meters, human_time, length_band, log_line
 from paradiffusion.training.optim import MuonAdamW, build_optimizer, part_of, schedule, set_learning_rate
 
 
@@ -73,22 +73,6 @@ def test_ema_refuses_lower_precision_and_loads_by_name() -> None:
     assert ema.full()["a"].tolist() == [2.0, 3.0]
     with ema.applied():
         assert followed["a"].tolist() == [2.0, 3.0]
-
-
-def test_pieces_are_filled_from_whole_tensors() -> None:
-    """What the second of two processes holds: the end of "a" and the beginning of "b", in one flat tensor."""
-    flat = [torch.zeros(5)]
-    shapes = {"a": torch.Size([2, 2]), "b": torch.Size([4]), "c": torch.Size([3])}
-    pieces = {"a": Piece(0, 0, 1, 3), "b": Piece(0, 3, 0, 2)}
-    refreshed: list[bool] = []
-    masters = PiecedMasters(shapes, flat, pieces, torch.device("cpu"), lambda: refreshed.append(True))
-    ema = Ema(masters, 0.9)
-    stored = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "b": torch.tensor([5.0, 6.0, 7.0, 8.0])}
-    masters.fill(masters.tensors(), stored.__getitem__)
-    assert flat[0].tolist() == [2.0, 3.0, 4.0, 5.0, 6.0]
-    with ema.applied():
-        assert flat[0].tolist() == [0.0] * 5 and len(refreshed) == 1
-    assert flat[0].tolist() == [2.0, 3.0, 4.0, 5.0, 6.0] and len(refreshed) == 2
 
 
 def test_schedule() -> None:
@@ -184,8 +168,8 @@ def two_processes() -> dict[str, object]:
     for number, each in enumerate(meters):
         each.steps, each.samples, each.tokens, each.truncated = 2, 10, 100, number
         each.gradient, each.waited = 3.0, 1.0
-    meters[0].add_errors(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.2]), [10, 100])
-    meters[1].add_errors(torch.tensor([5.0, 7.0]), torch.tensor([0.6, 1.0]), [10, 300])
+    meters[0].errors = [(1.0, 0.1, 10), (3.0, 0.2, 100)]
+    meters[1].errors = [(5.0, 0.6, 10), (7.0, 1.0, 300)]
     parts = [{**each.export(), "seconds": 4.0} for each in meters]
     json.dumps(parts)  # they travel between processes
     return meters[0].summary(parts)
@@ -205,7 +189,7 @@ def test_summary_joins_processes_and_bins() -> None:
 
 def test_reset_forgets() -> None:
     meters = Meters()
-    meters.add_errors(torch.ones(1), torch.ones(1), [1])
+    meters.errors = [(1.0, 1.0, 1)]
     meters.samples = 4
     meters.reset()
     assert meters.errors == [] and meters.samples == 0 and meters.export()["seconds"] < 1

@@ -1,5 +1,5 @@
-"""Latents and text features of a batch: computed by the frozen models, kept in memory from an epoch before, or read from the
-cache."""
+"""From a batch to the joint module's input: latents, noise, times and conditioning, computed by the frozen models, kept in memory
+from an epoch before, or read from the cache."""
 
 from __future__ import annotations
 
@@ -7,21 +7,112 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import Entry
 from paradiffusion.data.loader import Batch, scale_pixels
 from paradiffusion.models.codec import Codec
+from paradiffusion.models.joint import JointModel, LossBatch
+from paradiffusion.randomness import permutation, seed_from, uniform
 from paradiffusion.text.conditioning import padded_length
 from paradiffusion.text.encoder import TextEncoder
+from paradiffusion.text.tokenizer import tokenize_once
+from paradiffusion.training.log import Meters
 
 Model = TypeVar("Model", bound=nn.Module)
 ImageKey = tuple[torch.Size, bytes]
 T = TypeVar("T")
 R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Makes the joint module's input of a batch.
+
+    Attributes:
+        null: features of the empty caption, where a cache holds those of the others.
+        memory: what the frozen models made in this run, where it is kept.
+    """
+
+    config: TrainConfig
+    encoder: TextEncoder
+    codec: Codec
+    joint: JointModel
+    device: torch.device
+    null: Entry | None = None
+    memory: Memory | None = None
+
+    def __call__(self, batch: Batch, meters: Meters) -> LossBatch:
+        """The input of one micro-batch, on the device; ``meters`` count its samples and tokens."""
+        config, encoder, device = self.config, self.encoder, self.device
+        shape = latent_shape(self.codec, batch)
+        noise = draw_noise(config.seed, batch.step, batch.slots, shape, "noise", config.repeats)
+        u = draw_uniform(config.seed, batch.step, batch.slots, config.batch_size, config.repeats)
+        posterior = (
+            draw_noise(config.seed, batch.step, batch.slots, shape, "posterior") if config.codec.sample else None
+        )
+        common: dict[str, Any] = {
+            "latents": latents_of(self.codec, batch, posterior, device, self.memory),
+            "noise": noise.to(device),
+            "times": self.joint.objective.times(u, shape[1:]).to(device),
+            "weights": batch.weights.to(device),
+            "told": torch.tensor([bool(caption) for caption in batch.captions], device=device),
+        }
+        meters.samples += len(batch.captions)
+        meters.bad += len(batch.bad)
+        made = self._made_text(batch)
+        if made is not None:
+            text = stored_text(encoder, made, batch.captions, device)
+            meters.tokens += text.tokens
+            meters.truncated += text.truncated
+            return LossBatch(**common, mask=text.mask, features=text.features)
+        tokens, rows = batch.tokens or tokenize_once(encoder.tokenize, batch.captions)
+        meters.tokens += int(tokens.mask[rows].sum())
+        meters.truncated += sum(tokens.lengths[row] > encoder.limit for row in rows.tolist())
+        tokens, rows = tokens.to(device), rows.to(device)
+        mask = encoder.feature_mask(tokens)
+        common["mask"] = None if mask is None else mask[rows]
+        if self.joint.text_encoder is not None:
+            return LossBatch(**common, ids=tokens.ids, id_mask=tokens.mask, prefix=tokens.prefix, rows=rows)
+        with torch.no_grad():
+            return LossBatch(
+                **common, features=on_device(encoder, device)(tokens.ids, tokens.mask, tokens.prefix)[rows]
+            )
+
+    def has_text(self) -> bool:
+        """Whether text features are stored, or kept in memory, so that captions need no tokens."""
+        return self.null is not None or (self.memory is not None and self.joint.text_encoder is None)
+
+    def _made_text(self, batch: Batch) -> Callable[[str, int], Entry] | None:
+        """Where the features of captions are to be had without running the language model on all of them, if anywhere."""
+        stored, null = batch.stored, self.null
+        if stored is not None and null is not None:
+            return lambda caption, slot: stored.text(slot) if caption else null
+        if self.memory is not None and self.joint.text_encoder is None:
+            found = self.memory.texts(batch.captions)
+            return lambda caption, _: found[caption]
+        return None
+
+
+def draw_noise(seed: int, step: int, slots: Tensor, shape: tuple[int, ...], what: str, repeats: int = 1) -> Tensor:
+    """Noise [repeats * b, *shape], the first repeat of all samples first: a function of (seed, step, slot, repeat)."""
+    parts = [(int(slot), repeat) if repeat else (int(slot),) for repeat in range(repeats) for slot in slots]
+    generators = [torch.Generator().manual_seed(seed_from(what, seed, step, *part)) for part in parts]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def draw_uniform(seed: int, step: int, slots: Tensor, batch_size: int, repeats: int = 1) -> Tensor:
+    """Numbers in [0, 1), [repeats * b], spread evenly over the global batch (arXiv 2107.00630, appendix I.1): the loss of a
+    step then varies less. Slots are sorted by caption length, so which slot gets which part is shuffled."""
+    count = batch_size * repeats
+    order = permutation(count, "times", seed, step)
+    places = np.concatenate([order[slots.numpy() + batch_size * repeat] for repeat in range(repeats)])
+    return torch.from_numpy((uniform("times", seed, step) + places) / count % 1)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import torch
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.config import TrackerConfig, TrainConfig
+from paradiffusion.data.loader import Batch
+from paradiffusion.models.joint import Losses
 
 # Upper ends, in words, of the caption lengths that the loss is reported for.
 LENGTH_BANDS = (25, 77, 128, 256)
@@ -43,9 +45,13 @@ class Meters:
         self.waited = self.gradient = 0.0
         self.started = time.monotonic()
 
-    def add_errors(self, errors: torch.Tensor, times: torch.Tensor, words: list[int]) -> None:
-        """Per-sample losses [b], their times as a share of the schedule [b], and caption lengths."""
-        self.errors += list(zip(errors.tolist(), times.tolist(), words, strict=True))
+    def add(self, batch: Batch, times: torch.Tensor, losses: Losses) -> None:
+        """What a micro-batch cost its samples that could be read, at ``times`` [R * b] as a share of the schedule."""
+        good = (batch.weights > 0).tolist()
+        repeats = len(times) // len(good)
+        rows = zip(losses.errors.tolist(), times.tolist(), batch.words * repeats, good * repeats, strict=True)
+        self.errors += [(loss, time, words) for loss, time, words, readable in rows if readable]
+        self.layouts += [] if losses.layout is None else [float(losses.layout)]
 
     def summary(self, gathered: list[dict[str, Any]]) -> dict[str, Any]:
         """One record of all processes' meters (see ``export``)."""
@@ -109,11 +115,7 @@ def mixture_line(record: dict[str, Any]) -> str:
         found = {key.partition("/")[2]: value for key, value in record.items() if key.startswith(f"{part}/")}
         return ", ".join(f"{name} {value:.0%}" for name, value in found.items() if value)
 
-    named = {
-        "sources": shares("source"),
-        "captions read": shares("caption"),
-        "drawn but missing": shares("fell_back"),
-    }
+    named = {"sources": shares("source"), "captions read": shares("caption"), "drawn but missing": shares("fell_back")}
     if not named["sources"] and not named["drawn but missing"]:
         return ""
     return "  " + "; ".join(f"{name} {found}" for name, found in named.items() if found)

@@ -1,0 +1,269 @@
+"""Where a stage starts: the checkpoint that its weights come from, what only that can know, and the models filled with them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from paradiffusion.checkpoints.layouts import (
+    check_complete,
+    copy_tensors,
+    find_checkpoint,
+    is_unet_folder,
+    load_adapter,
+    open_layout,
+    parse,
+)  # fmt: skip
+from paradiffusion.checkpoints.manifest import newest_valid
+from paradiffusion.checkpoints.starting import fit
+from paradiffusion.compose import CONFIGS
+from paradiffusion.config import LoraConfig, TrainConfig, identity
+from paradiffusion.data.index import read_sample
+from paradiffusion.data.plan import BatchPlan
+from paradiffusion.errors import UserError
+from paradiffusion.models.codec import settled_scaling_factor
+from paradiffusion.models.joint import JointModel, build_joint
+from paradiffusion.models.unet import DENOISERS, class_of, downsampling, lora_names, own_arguments
+from paradiffusion.randomness import seed_from
+from paradiffusion.text.encoder import TextEncoder, attach_lora
+from paradiffusion.training.folder import check_unchanged, find_resume
+
+NEEDS_ADAPTER = "train_text=adapter needs a stage 2 checkpoint to take the LoRA adapter from; set init_from=."
+# Captions from which the refiner's input statistics are taken.
+STATISTICS_CAPTIONS = 256
+
+
+@dataclass(frozen=True)
+class Start:
+    """Attributes:
+    config: with what only the checkpoint can know (see ``adopt``).
+    found: the checkpoint, or a folder with just a U-Net; None for fresh weights.
+    resumes: whether the stage goes on from it, rather than takes its average to begin with.
+    description: what the checkpoint says of itself; None without one.
+    """
+
+    config: TrainConfig
+    found: Path | None
+    resumes: bool
+    description: dict[str, Any] | None
+
+    def told(self) -> str:
+        """For a person."""
+        if self.found is None:
+            return "fresh weights"
+        return f"{'resuming' if self.resumes else 'starting'} from {self.found}"
+
+
+def find_start(config: TrainConfig, folder: Path, main: bool = True) -> Start:
+    """Where the stage in ``folder`` goes on or starts, checked against the configuration.
+
+    Args:
+        main: whether this process tells what a person may want to know of it.
+    Raises:
+        UserError: for a checkpoint that is missing, damaged, or contradicts the configuration.
+    """
+    resume = find_resume(config, folder)
+    start = start_from(config, resume or find_init(config), resumes=resume is not None)
+    if start.config.unet != config.unet and main:
+        print(f"the U-Net takes its shape from {start.found}, not from unet={config.unet.name}", flush=True)
+    if resume is not None:
+        check_unchanged(
+            start.config, folder
+        )  # before a model is loaded, which might only say that a tensor does not fit
+    elif start.description is not None:
+        assert start.found is not None
+        check_init(start.config, start.found, start.description)
+    elif config.train_text == "adapter":
+        raise UserError(NEEDS_ADAPTER)
+    return start
+
+
+def start_from(config: TrainConfig, found: Path | None, resumes: bool) -> Start:
+    """A start from ``found``, unchecked."""
+    if found is None or is_unet_folder(found):
+        return Start(config, found, resumes, None)
+    description = open_layout(found).description
+    return Start(adopt(config, description, found), found, resumes, description)
+
+
+def find_init(config: TrainConfig) -> Path | None:
+    """The checkpoint whose weights the stage starts from; None for fresh weights.
+
+    Raises:
+        UserError: saying what to run first when there is none.
+    """
+    if config.init_from == "scratch" or (config.init_from is None and config.stage == 1):
+        return None
+    if config.init_from is not None:
+        return find_checkpoint(config.init_from, "init_from").folder
+    previous = Path(config.run_dir) / f"stage{config.stage - 1}"
+    found, faults = newest_valid(previous)
+    for sentence in faults:
+        print(f"warning: {sentence}", flush=True)
+    if found is None:
+        preset = "" if config.preset == "nano" else f"preset={config.preset} "  # without it the default would train
+        raise UserError(
+            f"stage {config.stage} starts from stage {config.stage - 1} of the same run, and {previous} holds no whole "
+            f"checkpoint; run `python train.py {preset}stage={config.stage - 1} run_dir={config.run_dir}` first, or set "
+            "init_from=<checkpoint>."
+        )
+    return found
+
+
+def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> TrainConfig:
+    """``config`` with what only the checkpoint ``source`` that it goes on from can know: where its frozen models lie, the
+    shape of its U-Net where ``unet.arguments`` are left as their file has them, and that of an adapter that is applied but
+    not trained.
+
+    Raises:
+        UserError: for an adapter of a kind that our configuration cannot describe.
+    """
+    for part in ("text_encoder", "codec"):
+        mine, path = getattr(config, part), description[part].get("path")
+        if mine.path is None and path is not None and Path(path).is_dir():
+            config = replace(config, **{part: replace(mine, path=path)})
+    unet, name, arguments = open_layout(source).unet_config, config.unet.class_name, config.unet.arguments
+    theirs, own = class_of(unet), CONFIGS / "unet" / f"{config.unet.name}.yaml"
+    stored = own_arguments(unet, theirs)
+    left_alone = own.is_file() and arguments == (OmegaConf.to_container(OmegaConf.load(own)).get("arguments") or {})  # type: ignore[union-attr, call-overload]
+    if (name, own_arguments(arguments, name)) != (theirs, stored) and left_alone:
+        size = {key: value for key, value in arguments.items() if key == "sample_size"}
+        config = replace(config, unet=replace(config.unet, class_name=theirs, arguments={**size, **stored}))
+    if not unet.get(key := DENOISERS[theirs].text_width):  # its cross-attention is as wide as the language model
+        config = replace(config, unet=replace(config.unet, arguments={**config.unet.arguments, key: None}))
+    lora = description["lora"]
+    if config.train_text == "adapter" and lora is not None:
+        if lora.get("settings"):
+            raise UserError(
+                f"the LoRA adapter that this stage would apply has settings which cannot be trained with ({lora['settings']}); "
+                "merge it into the language model with PEFT, and set text_encoder.path= to the result."
+            )
+        config = replace(config, lora=LoraConfig(lora["rank"], lora["alpha"], list(lora["target_modules"])))
+    return config
+
+
+def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> None:
+    """Refuse a start from a checkpoint whose conditioning, text encoder, codec, noise, U-Net or adapter is another.
+
+    Raises:
+        UserError: naming the key that differs, with both values.
+    """
+    parts = ("text_encoder", "conditioning", "codec", "objective")
+    # A key that was not there yet when the checkpoint was written has its default.
+    theirs = replace(config, **{part: parse(type(getattr(config, part)), description[part]) for part in parts})
+    ours = replace(config, codec=replace(config.codec, scaling_factor=settled_scaling_factor(config.codec)))
+    unet, name = open_layout(init).unet_config, config.unet.class_name
+    has, wants = own_arguments(unet, class_of(unet)), own_arguments(config.unet.arguments, name)
+    its, mine = (
+        {"unet.class_name": which, **{f"unet.arguments.{key}": some.get(key, "diffusers' default") for key in sorted({*has, *wants})},
+         "unet.coordinates": coordinates}
+        for which, some, coordinates in ((class_of(unet), has, description["coordinates"]), (name, wants, config.unet.coordinates))
+    )  # fmt: skip
+    for before, now, advice in (
+        (identity(theirs, "weights"), identity(ours, "weights"),
+         "use the same {part} (for a run with other settings, start from stage 1 in another run_dir=)"),
+        (identity(theirs, "noise"), identity(ours, "noise"),
+         "set {key} to the checkpoint's, or start from its U-Net alone with init_from=<checkpoint>/unet"),
+        (its, mine, "set it to the checkpoint's, or leave unet.arguments as they are in configs/unet and the checkpoint's are taken"),
+    ):  # fmt: skip
+        for key, value in now.items():
+            if before[key] != value:
+                raise UserError(
+                    f"{init} was trained with {key}={before[key]}, and this command says {value}; "
+                    f"{advice.format(key=key, part=key.partition('.')[0])}."
+                )
+    lora = description["lora"]
+    if config.train_text == "adapter" and lora is None:
+        raise UserError(
+            f"train_text=adapter applies the LoRA adapter of stage 2, and {init} has none; set init_from= to a stage 2 "
+            "checkpoint, or train_text=frozen."
+        )
+    if config.train_text == "frozen" and lora is not None:
+        raise UserError(
+            f"train_text=frozen would drop the LoRA adapter that {init} was trained with; set train_text=adapter."
+        )
+    if lora is not None:
+        stored, own = (
+            {**values, "target_modules": sorted(values["target_modules"])} for values in (lora, asdict(config.lora))
+        )
+        if stored != own:
+            raise UserError(f"{init} has a LoRA adapter with {stored}, and lora says {own}; make them equal.")
+
+
+def build_models(
+    start: Start, encoder: TextEncoder, plan: BatchPlan, main: bool = False
+) -> tuple[JointModel, dict[str, Tensor]]:
+    """The joint module with the weights that it starts from, on the CPU, and the frozen tensors that checkpoints keep."""
+    config = start.config
+    is_unet = start.found is not None and start.description is None
+    stored: dict[str, Tensor] = {}
+    if start.found is not None:
+        stored = open_layout(start.found).weights(merge=not config.unet.lora_rank)
+    if config.train_text == "adapter":
+        load_adapter(encoder, stored, config.lora)
+    elif config.train_text == "lora":
+        attach_lora(encoder, config.lora, seed_from("lora", config.seed) % (1 << 31))
+        if config.gradient_checkpointing:
+            checkpoint_activations(encoder)
+    joint = build_joint(config, encoder.width, encoder if config.train_text == "lora" else None)
+    needed = config.codec.factor * downsampling(joint.unet)
+    if config.data.bucket_multiple % needed:
+        raise UserError(
+            f"data.bucket_multiple={config.data.bucket_multiple} must be a multiple of {needed}: codec.factor times the "
+            "U-Net's own downsampling (a transformer's patch)."
+        )
+    own = {**dict(joint.named_parameters()), **dict(joint.named_buffers())}
+    if is_unet:
+        found = fit({name: tensor for name, tensor in own.items() if name.startswith("unet.")}, stored)
+        if main:
+            print(found.report(), flush=True)
+        copy_tensors(joint, found.tensors)
+    elif stored:
+        stored = lora_names(stored, joint.unet)
+        # Adapters that begin with this stage are the one thing that a checkpoint may lack.
+        check_complete({name for name in own if not name.startswith("text_encoder.") and ".lora_" not in name}, stored)
+        copy_tensors(joint, {n: t for n, t in stored.items() if n in own or not n.startswith("text_encoder.")})
+    if not stored or is_unet:
+        take_statistics(joint, encoder, plan)
+    frozen = {n: t for n, t in stored.items() if n.startswith("text_encoder.") and config.train_text == "adapter"}
+    # Under its own LoRA the U-Net belongs to the checkpoint too; kept here, since ZeRO-3 cuts frozen weights as well.
+    frozen |= {f"unet.{name}": p.detach() for name, p in joint.unet.named_parameters() if not p.requires_grad}
+    return joint, frozen
+
+
+def checkpoint_activations(encoder: TextEncoder) -> None:
+    """Recompute the language model's activations. Reentrant checkpointing would leave LoRA without a gradient, since
+    nothing that enters the first layer needs one."""
+    encoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    encoder.model.enable_input_require_grads()
+    # transformers recomputes only layers in training mode, which a loaded model is not in; its dropout must stay off.
+    encoder.model.train()
+    for module in encoder.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def take_statistics(joint: JointModel, encoder: TextEncoder, plan: BatchPlan) -> None:
+    """Standardise the refiner's input, where there is one, by the features of the plan's first captions."""
+    if joint.refiner is None:
+        return
+    captions: list[str] = []
+    while len(captions) < STATISTICS_CAPTIONS:
+        batch = plan.batch(len(captions) // plan.batch_size)
+        for row, kind in zip(batch.rows, batch.kinds, strict=True):
+            captions.append(read_sample(plan.index, int(row)).meta["captions"].get(plan.index.kinds[kind], ""))
+    tokens = encoder.tokenize(captions[:STATISTICS_CAPTIONS])
+    rows = [tokens.ids[i : i + 1] for i in range(len(tokens.ids))]
+    features = torch.cat(
+        [encoder(row, mask[None], tokens.prefix).float() for row, mask in zip(rows, tokens.mask, strict=True)]
+    )
+    joint.refiner.set_statistics(features, tokens.mask[:, tokens.prefix :])
