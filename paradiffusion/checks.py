@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 from paradiffusion.errors import UserError
+
+Check = Callable[[str, Any], None]  # of a key and its value
 
 
 def choice(key: str, value: Any, accepted: tuple[str, ...]) -> None:
@@ -27,6 +30,22 @@ def fraction(key: str, value: float) -> None:
     """Raise UserError unless ``value`` lies in 0 .. 1."""
     if not 0 <= value <= 1:
         raise UserError(f"{key}={value} is out of range; expected 0 to 1.")
+
+
+def below_one(key: str, value: float) -> None:
+    """Raise UserError unless ``value`` lies in 0 .. 1, 1 left out."""
+    if not 0 <= value < 1:
+        raise UserError(f"{key}={value} is out of range; expected at least 0 and below 1.")
+
+
+def not_negative(key: str, value: float | None) -> None:
+    """Raise UserError unless ``value`` is 0 or more."""
+    positive(key, value, zero=True)
+
+
+def one_of(*accepted: str) -> Check:
+    """The check that a value is one of these."""
+    return lambda key, value: choice(key, value, accepted)
 
 
 def parsed(key: str, text: str | None, example: str) -> Any:

@@ -18,10 +18,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from paradiffusion.config import SampleConfig, SourceConfig, TextEncoderConfig, TrainConfig, keys_of
+from paradiffusion.config import SampleConfig, SourceConfig, TextEncoderConfig, TrainConfig, check_values, keys_of
 from paradiffusion.errors import UserError
 from paradiffusion.machine import settled_precision
 from paradiffusion.repository import ROOT
@@ -68,22 +68,32 @@ def compose_sample(arguments: list[str]) -> SampleConfig:
     return config
 
 
-def compose_options(cls: type[Options], arguments: list[str]) -> Options:
-    """A small dataclass from key=value arguments, for scripts without config groups. Raises UserError for a wrong one."""
+def compose_options(cls: type[Options], arguments: Sequence[str]) -> Options:
+    """A small dataclass from key=value arguments, for scripts without config groups. Raises UserError for a wrong one, and for a
+    value that its field does not accept."""
     config, keys = OmegaConf.structured(cls), list(keys_of(cls))
-    try:
-        for argument in arguments:
-            key, equals, value = argument.partition("=")
-            if not equals or key not in keys:
-                close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-                hint = f" (did you mean {close[0]}=?)" if close else ""
-                raise UserError(
-                    f"the argument {argument!r} is not understood{hint}; the keys are {', '.join(keys)} (key=value)."
-                )
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in keys:
+            close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+            hint = f" (did you mean {close[0]}=?)" if close else ""
+            raise UserError(
+                f"the argument {argument!r} is not understood{hint}; the keys are {', '.join(keys)} (key=value)."
+            )
+        try:
             OmegaConf.update(config, key, None if value == "null" else value)
-        return cast(Options, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:
-        raise UserError(_explain(error)) from None
+        except OmegaConfBaseException as error:
+            raise UserError(_explain(error, argument)) from None
+    options = cast(Options, OmegaConf.to_object(config))
+    check_values(options)
+    return options
+
+
+def split_options(cls: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """A script's own keys as ``cls``, and what is left: overrides of train.py. Raises UserError as ``compose_options``."""
+    keys = keys_of(cls)
+    own = [argument for argument in arguments if "=" in argument and argument.partition("=")[0] in keys]
+    return compose_options(cls, own), [argument for argument in arguments if argument not in own]
 
 
 def text_encoder_named(name: str, key: str, overrides: Sequence[str] = ()) -> TextEncoderConfig:
@@ -132,48 +142,51 @@ def help_train() -> str:
 
 def _compose(name: str, cls: type[T], arguments: list[str], beside: Sequence[str] = ()) -> T:
     keys, chosen = keys_of(cls), groups() if cls is TrainConfig else []
-    given: dict[str, str] = {}
-    typed: dict[str, tuple[str, str]] = {}  # what passes Hydra's grammar by
-    overrides = []  # and what does not
-    for argument in arguments:
-        if argument in FLAGS:
-            continue
-        key, value = _read(argument, chosen, cls, beside)
-        given[key] = value
-        kind = keys[key]["typed"] if key in keys and key not in chosen else ""
-        typed.pop(key, None)
-        if kind and not (kind == "path" and value.startswith("[")):
-            typed[key] = kind, value
-        elif key in chosen:  # an integer is no group choice for Hydra, but "stage=2" is what people type
-            overrides.append(f"{key}='{value}'" if value.isdigit() else f"{key}={value}")
-        else:
-            overrides.append(f"++{key}={value}")
+    read = [_read(argument, keys, chosen, beside) for argument in arguments if argument not in FLAGS]
+    given = dict(read)
+    # Quoted, since an integer is no choice for Hydra, but "stage=2" is what people type.
+    choices = [f"{key}='{value}'" for key, value in given.items() if key in chosen]
+    values = [(key, value) for key, value in read if key not in chosen]
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = compose(name, overrides=overrides)
-        for key, (kind, value) in typed.items():
-            if kind == "yaml":
-                OmegaConf.update(composed, key, parse_sources(value), force_add=True)
-            elif kind == "path":
-                unquoted = re.sub(r"^(['\"])(.*)\1$", r"\2", value, flags=re.DOTALL)
-                OmegaConf.update(composed, key, None if value == "null" else unquoted, force_add=True)
+            composed = compose(name, overrides=choices)
+        _override(composed, values, keys)
         if cls is TrainConfig:
             _settle_data(composed, given)
             _settle_lora(composed, given)
-        # Hydra merges dictionaries: captions={clean: 1} in stage 2 would go on with long ones too.
-        opened = tuple(f"++{key}{end}" for key, known in keys.items() if known["open"] for end in ".=")
-        for override in OverridesParser.create().parse_overrides([o for o in overrides if o.startswith(opened)]):
-            OmegaConf.update(composed, override.key_or_group, override.value(), merge=False, force_add=True)
+        # Entries of dictionaries, which that may have put others in the place of.
+        _override(composed, [one for one in values if one[0] not in keys], keys)
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from None
-    for key, (kind, value) in typed.items():
-        if kind == "text" and value != "null":  # A prompt is data: "${...}" in it is no interpolation.
-            setattr(config, key, value)
+    for key, value in values:
+        if keys.get(key, {}).get("typed") == "text" and value != "null":
+            setattr(config, key, value)  # A prompt is data: "${...}" in it is no interpolation.
     return cast(T, config)
 
 
-def _read(argument: str, chosen: list[str], cls: Any, beside: Sequence[str]) -> tuple[str, str]:
+def _override(composed: DictConfig, values: list[tuple[str, str]], keys: dict[str, dict[str, Any]]) -> None:
+    """Set every key to its value, in order: by Hydra's grammar, but for what ``config.option`` says is taken as typed."""
+    parser = OverridesParser.create()
+    for key, value in values:
+        kind = keys.get(key, {}).get("typed")
+        if kind == "text":
+            continue
+        if kind == "yaml":
+            found: Any = parse_sources(value)
+        elif kind == "path" and not value.startswith("["):
+            found = None if value == "null" else re.sub(r"^(['\"])(.*)\1$", r"\2", value, flags=re.DOTALL)
+        else:
+            override = parser.parse_override(f"++{key}={value}")
+            if override.is_sweep_override():
+                raise UserError(f"{key}={value} names several values; give one, in quotes where it holds a comma.")
+            found = override.value()
+        # A dictionary given whole takes the place of the old one: with captions={clean: 1} no long ones stay.
+        is_group = any(one.startswith(f"{key}.") for one in keys)
+        OmegaConf.update(composed, key, found, merge=is_group, force_add=True)
+
+
+def _read(argument: str, keys: dict[str, dict[str, Any]], chosen: list[str], beside: Sequence[str]) -> tuple[str, str]:
     """Key and value of one override; UserError where it can be seen to be wrong."""
     name, equals, value = argument.partition("=")
     if name in ("-m", "--multirun"):
@@ -186,11 +199,11 @@ def _read(argument: str, chosen: list[str], cls: Any, beside: Sequence[str]) -> 
         )
     if not equals or not re.fullmatch(r"\+*[\w./@]+", name):
         raise UserError(f"the argument {argument!r} is not understood; expected key=value, such as stage=2 or seed=1.")
-    key, keys = name.lstrip("+"), keys_of(cls)
+    key = name.lstrip("+")
     if key in chosen:
-        if value.strip("'\"") not in options(key):
+        if (choice := value.strip("'\"")) not in options(key):
             raise UserError(f"{key}={value} is unknown; choose one of {', '.join(options(key))}.")
-        return key, value
+        return key, choice
     if key not in keys and not any(known["open"] and key.startswith(f"{one}.") for one, known in keys.items()):
         close = difflib.get_close_matches(key, [*beside, *keys, *chosen], n=1, cutoff=0.5)
         shown = [*beside, *(one for one in keys if "." not in one)]
@@ -204,14 +217,15 @@ def _read(argument: str, chosen: list[str], cls: Any, beside: Sequence[str]) -> 
     return key, value
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, argument: str | None = None) -> str:
     """Hydra's and OmegaConf's message as one sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     full_key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), None)
     message = lines[0] if lines else type(error).__name__
     if "is not a ListConfig" in message:
         message = "expected a list, such as [a,b]"
-    cause = f"{full_key}: {message}" if full_key else message
+    where = argument or full_key
+    cause = f"{where}: {message}" if where else message
     return f"the configuration is wrong: {cause.rstrip('.')}; correct that override or file."
 
 

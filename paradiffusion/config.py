@@ -14,7 +14,7 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Any
 
-from paradiffusion.checks import choice, fraction, positive
+from paradiffusion.checks import Check, below_one, choice, fraction, not_negative, one_of, positive
 from paradiffusion.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -27,7 +27,7 @@ DENOISERS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 WORLDS = ("small", "large")  # of the built-in scenes
 
 
-def option(default: Any, *, typed: str = "", free: str = "", of: str = "") -> Any:
+def option(default: Any, *, typed: str = "", free: str = "", of: str = "", accepts: Check | None = None) -> Any:
     """A field with what else must be known of its key. No other list says it.
 
     Args:
@@ -38,8 +38,9 @@ def option(default: Any, *, typed: str = "", free: str = "", of: str = "") -> An
             the run goes on, or where a model lies whose hash is compared. "data": where the data lies whose fingerprint is.
         of: what is a function of it, by spaces: "latents" and "text" features, as caches hold them; "weights", of which a
             stage starts only from those that were trained with the same; "noise", the same of the U-Net by itself.
+        accepts: raises UserError for a value that makes no sense (paradiffusion/checks.py); None is one where it is the default.
     """
-    metadata = {"typed": typed, "free": free, "of": of.split()}
+    metadata = {"typed": typed, "free": free, "of": of.split(), "accepts": accepts}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -75,6 +76,16 @@ def identity(config: Any, of: str) -> dict[str, Any]:
     return {key: value for key, value in values_of(config).items() if of in keys[key]["of"]}
 
 
+def check_values(config: Any, prefix: str = "") -> None:
+    """Raise UserError for the first value that its field does not accept, in the groups of ``config`` too."""
+    for one in fields(config):
+        value, accepts = getattr(config, one.name), one.metadata.get("accepts")
+        if is_dataclass(value):
+            check_values(value, f"{prefix}{one.name}.")
+        elif accepts is not None and value is not None:
+            accepts(prefix + one.name, value)
+
+
 @dataclass
 class TextEncoderConfig:
     """A language model that reads prompts.
@@ -97,17 +108,10 @@ class TextEncoderConfig:
     package: str | None = option(None, free="resume")
     hub: str | None = option(None, free="resume")
     revision: str | None = option(None, free="resume")
-    layers: int | None = option(None, of="text weights")
-    dtype: str = option("float32", of="text")
-    quantization: str | None = option(None, of="text")
+    layers: int | None = option(None, of="text weights", accepts=positive)
+    dtype: str = option("float32", of="text", accepts=one_of(*DTYPES))
+    quantization: str | None = option(None, of="text", accepts=one_of("4bit"))
     architecture: dict[str, Any] = option(dict, free="resume")
-
-    def check(self) -> None:
-        choice("text_encoder.dtype", self.dtype, DTYPES)
-        if self.quantization is not None:
-            choice("text_encoder.quantization", self.quantization, ("4bit",))
-        if self.layers is not None:
-            positive("text_encoder.layers", self.layers)
 
 
 @dataclass
@@ -133,28 +137,21 @@ class ConditioningConfig:
     """
 
     name: str = "paper"
-    layer_tap: str = option("last", of="text weights")
-    projection: str = option("linear", of="weights")
+    layer_tap: str = option("last", of="text weights", accepts=one_of("last", "mean"))
+    projection: str = option("linear", of="weights", accepts=one_of("linear", "refiner"))
     refiner_width: int = option(256, of="weights")
     refiner_layers: int = option(2, of="weights")
     refiner_heads: int = option(4, of="weights")
     refiner_kernel: int = option(0, of="weights")
-    layout_patch: int = option(0, of="weights")
-    layout_layers: int = option(2, of="weights")
-    layout_reads: str = option("tokens", of="weights")
+    layout_patch: int = option(0, of="weights", accepts=not_negative)
+    layout_layers: int = option(2, of="weights", accepts=positive)
+    layout_reads: str = option("tokens", of="weights", accepts=one_of("tokens", "mean"))
     prefix: str = option("", typed="path", of="text weights")
     mask_padding: bool = option(False, of="text weights")
-    pad_multiple: int = option(8, free="always")
-    max_tokens: int = option(256, of="text")
+    pad_multiple: int = option(8, free="always", accepts=positive)
+    max_tokens: int = option(256, of="text", accepts=positive)
 
     def check(self) -> None:
-        choice("conditioning.layer_tap", self.layer_tap, ("last", "mean"))
-        choice("conditioning.projection", self.projection, ("linear", "refiner"))
-        positive("conditioning.max_tokens", self.max_tokens)
-        positive("conditioning.pad_multiple", self.pad_multiple)
-        positive("conditioning.layout_patch", self.layout_patch, zero=True)
-        positive("conditioning.layout_layers", self.layout_layers)
-        choice("conditioning.layout_reads", self.layout_reads, ("tokens", "mean"))
         if self.layout_patch and self.projection != "refiner":
             raise UserError(
                 "conditioning.layout_patch needs the refiner's tokens; set conditioning.projection=refiner, or 0."
@@ -174,12 +171,11 @@ class ConditioningConfig:
 class LoraConfig:
     """Low-rank adaptation of the text encoder (stage 2), through PEFT."""
 
-    rank: int = 8
+    rank: int = option(8, accepts=positive)
     alpha: int = 8
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
 
     def check(self) -> None:
-        positive("lora.rank", self.rank)
         if not self.target_modules:
             raise UserError("lora.target_modules is empty; name at least one linear layer, such as [q_proj,v_proj].")
 
@@ -202,18 +198,13 @@ class UNetConfig:
     """
 
     name: str = option("nano", of="weights")
-    class_name: str = "UNet2DConditionModel"
+    class_name: str = option("UNet2DConditionModel", accepts=one_of(*DENOISERS))
     arguments: dict[str, Any] = field(default_factory=dict)
     coordinates: int = option(0, of="weights")
     plain_attention: bool = option(False, free="always")
-    lora_rank: int = 0
-    lora_alpha: int = 16
+    lora_rank: int = option(0, accepts=not_negative)
+    lora_alpha: int = option(16, accepts=positive)
     lora_target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-
-    def check(self) -> None:
-        choice("unet.class_name", self.class_name, DENOISERS)
-        positive("unet.lora_rank", self.lora_rank, zero=True)
-        positive("unet.lora_alpha", self.lora_alpha)
 
 
 @dataclass
@@ -233,17 +224,11 @@ class CodecConfig:
     hub: str | None = option(None, free="resume")
     revision: str | None = option(None, free="resume")
     subfolder: str | None = option(None, free="resume")
-    factor: int = option(8, of="latents weights")
-    latent_channels: int = option(4, of="latents weights")
-    scaling_factor: float | None = option(None, of="weights")
-    dtype: str = option("float32", of="latents")
+    factor: int = option(8, of="latents weights", accepts=positive)
+    latent_channels: int = option(4, of="latents weights", accepts=positive)
+    scaling_factor: float | None = option(None, of="weights", accepts=positive)
+    dtype: str = option("float32", of="latents", accepts=one_of(*DTYPES))
     sample: bool = True
-
-    def check(self) -> None:
-        choice("codec.dtype", self.dtype, DTYPES)
-        for key in ("factor", "latent_channels", "scaling_factor"):
-            if (value := getattr(self, key)) is not None:
-                positive(f"codec.{key}", value)
 
 
 @dataclass
@@ -265,34 +250,28 @@ class ObjectiveConfig:
     """
 
     name: str = "paper"
-    prediction: str = option("epsilon", of="noise")
-    beta_schedule: str = option("scaled_linear", of="noise")
+    prediction: str = option("epsilon", of="noise", accepts=one_of(*PREDICTIONS))
+    beta_schedule: str = option(
+        "scaled_linear", of="noise", accepts=one_of("scaled_linear", "linear", "squaredcos_cap_v2")
+    )
     beta_start: float = option(0.00085, of="noise")
     beta_end: float = option(0.012, of="noise")
-    train_timesteps: int = option(1000, of="noise")
+    train_timesteps: int = option(1000, of="noise", accepts=positive)
     zero_terminal_snr: bool = option(False, of="noise")
-    density: str = "uniform"
+    density: str = option("uniform", accepts=one_of(*DENSITIES))
     logit_mean: float = 0.0
-    logit_std: float = 1.0
+    logit_std: float = option(1.0, accepts=positive)
     min_snr_gamma: float | None = None
-    flow_shift: float = 1.0
-    flow_shift_side: int | None = None
-    layout_weight: float = 3.0
+    flow_shift: float = option(1.0, accepts=positive)
+    flow_shift_side: int | None = option(None, accepts=positive)
+    layout_weight: float = option(3.0, accepts=not_negative)
 
     def check(self) -> None:
-        choice("objective.prediction", self.prediction, PREDICTIONS)
-        choice("objective.density", self.density, DENSITIES)
-        choice("objective.beta_schedule", self.beta_schedule, ("scaled_linear", "linear", "squaredcos_cap_v2"))
-        positive("objective.train_timesteps", self.train_timesteps)
+        check_values(self, "objective.")  # a checkpoint's is checked by itself
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
                 f"objective.beta_start={self.beta_start} and objective.beta_end={self.beta_end} must lie between 0 and 1, start first."
             )
-        positive("objective.logit_std", self.logit_std)
-        positive("objective.flow_shift", self.flow_shift)
-        if self.flow_shift_side is not None:
-            positive("objective.flow_shift_side", self.flow_shift_side)
-        positive("objective.layout_weight", self.layout_weight, zero=True)
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UserError(
                 "objective.zero_terminal_snr=true cannot be trained with objective.prediction=epsilon, since at pure noise "
@@ -432,45 +411,36 @@ class DataConfig:
     sources: list[SourceConfig] = option(list, typed="yaml")
     val_shards: Any = option(None, typed="path", free="resume")
     demo: bool = option(False, free="always")
-    world: str = option("small", free="data")
+    world: str = option("small", free="data", accepts=one_of(*WORLDS))
     demo_folder: str = option("data/demo", typed="path", free="data")
     demo_set: str = option("web", free="data")
     demo_sizes: dict[str, int] = option(dict, free="data")
-    resolution: int = option(64, of="latents")
+    resolution: int = option(64, of="latents", accepts=positive)
     lower_resolutions: list[int] = option(list, of="latents")
     bucket_multiple: int = option(16, of="latents")
     max_aspect: float = option(2.0, of="latents")
     captions: dict[str, float] = option(dict, of="text")
-    caption_dropout: float = 0.1
-    window_shards: int = 16
-    workers: int | None = option(None, free="always")
-    retries: int = option(5, free="always")
+    caption_dropout: float = option(0.1, accepts=fraction)
+    window_shards: int = option(16, accepts=positive)
+    workers: int | None = option(None, free="always", accepts=not_negative)
+    retries: int = option(5, free="always", accepts=not_negative)
     cache_dir: str | None = option(None, typed="path", free="always")
-    cache_gb: float = option(100.0, free="always")
+    cache_gb: float = option(100.0, free="always", accepts=positive)
     index_dir: str | None = option(None, typed="path", free="data")
     streaming: bool = False
-    max_bad_fraction: float = option(0.01, free="resume")
+    max_bad_fraction: float = option(0.01, free="resume", accepts=fraction)
     allow_truncated: bool = option(False, free="data")
     cache: str | None = option(None, typed="path", free="always")
 
     def check(self) -> None:
-        choice("data.world", self.world, WORLDS)
-        positive("data.resolution", self.resolution)
         levels = sorted([*self.lower_resolutions, self.resolution])
         if levels[-1] != self.resolution or any(low < 1 or high < 1.25 * low for low, high in pairwise(levels)):
             raise UserError(
                 f"data.lower_resolutions={list(self.lower_resolutions)} does not go with data.resolution={self.resolution}; "
                 "expected lower ones, each at most 0.8 of the next higher, such as [256] below 512."
             )
-        if self.workers is not None:
-            positive("data.workers", self.workers, zero=True)
-        positive("data.retries", self.retries, zero=True)
-        positive("data.cache_gb", self.cache_gb)
         if self.streaming and (self.sources or self.folder):
             raise UserError("data.streaming=true reads data.shards alone; leave out data.sources and data.folder.")
-        positive("data.window_shards", self.window_shards)
-        fraction("data.caption_dropout", self.caption_dropout)
-        fraction("data.max_bad_fraction", self.max_bad_fraction)
         if self.max_aspect < 1:
             raise UserError(f"data.max_aspect={self.max_aspect} is out of range; expected 1 or more.")
         check_captions("data.captions", self.captions)
@@ -495,36 +465,21 @@ class OptimizerConfig:
         momentum: Muon's.
     """
 
-    name: str = "adamw"
+    name: str = option("adamw", accepts=one_of("adamw", "adamw8bit", "muon"))
     fused: bool = option(True, free="always")
-    lr: float = 1e-4
-    lr_conditioning: float = 1e-4
-    lr_lora: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    warmup_steps: int = 0
-    schedule: str = "constant"
-    final_lr: float = 0.0
-    decay: float = 0.4
-    momentum: float = 0.95
-    max_grad_norm: float = 1.0
-
-    def check(self) -> None:
-        choice("optimizer.name", self.name, ("adamw", "adamw8bit", "muon"))
-        choice("optimizer.schedule", self.schedule, ("constant", "cosine", "linear", "trapezoid"))
-        for key in ("lr", "lr_conditioning", "lr_lora", "max_grad_norm"):
-            positive(f"optimizer.{key}", getattr(self, key))
-        for key in ("warmup_steps", "weight_decay", "eps"):
-            positive(f"optimizer.{key}", getattr(self, key), zero=True)
-        for key in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(
-                    f"optimizer.{key}={getattr(self, key)} is out of range; expected at least 0 and below 1."
-                )
-        fraction("optimizer.final_lr", self.final_lr)
-        fraction("optimizer.decay", self.decay)
+    lr: float = option(1e-4, accepts=positive)
+    lr_conditioning: float = option(1e-4, accepts=positive)
+    lr_lora: float = option(1e-4, accepts=positive)
+    beta1: float = option(0.9, accepts=below_one)
+    beta2: float = option(0.999, accepts=below_one)
+    eps: float = option(1e-8, accepts=not_negative)
+    weight_decay: float = option(0.01, accepts=not_negative)
+    warmup_steps: int = option(0, accepts=not_negative)
+    schedule: str = option("constant", accepts=one_of("constant", "cosine", "linear", "trapezoid"))
+    final_lr: float = option(0.0, accepts=fraction)
+    decay: float = option(0.4, accepts=fraction)
+    momentum: float = option(0.95, accepts=below_one)
+    max_grad_norm: float = option(1.0, accepts=positive)
 
 
 @dataclass
@@ -541,30 +496,22 @@ class ValidationConfig:
         batch_size: images per process at once.
     """
 
-    samples: int = 64
-    images: int = 8
-    scenes: int = 0
+    samples: int = option(64, accepts=not_negative)
+    images: int = option(8, accepts=not_negative)
+    scenes: int = option(0, accepts=not_negative)
     paragraph: str = "clean"
-    unseen: int = 0
-    batch_size: int = 32
-
-    def check(self) -> None:
-        for key in ("samples", "images", "scenes", "unseen"):
-            positive(f"validation.{key}", getattr(self, key), zero=True)
-        positive("validation.batch_size", self.batch_size)
+    unseen: int = option(0, accepts=not_negative)
+    batch_size: int = option(32, accepts=positive)
 
 
 @dataclass
 class TrackerConfig:
     """Where metrics go besides log.jsonl: "jsonl" (nowhere else), "wandb" or "tensorboard"."""
 
-    name: str = "jsonl"
+    name: str = option("jsonl", accepts=one_of("jsonl", "wandb", "tensorboard"))
     project: str = "paradiffusion"
     run_name: str | None = None
     mode: str | None = None
-
-    def check(self) -> None:
-        choice("tracker.name", self.name, ("jsonl", "wandb", "tensorboard"))
 
 
 @dataclass
@@ -595,28 +542,28 @@ class TrainConfig:
     resume: bool = option(True, free="always")
     seed: int = 0
 
-    train_text: str = "frozen"
-    max_steps: int = option(1000, free="resume")
-    batch_size: int = 32
-    micro_batch_size: int | None = option(None, free="always")
-    repeats: int = 1
-    keep_gb: float = option(0.0, free="resume")
-    precision: str = "fp32"
+    train_text: str = option("frozen", accepts=one_of(*TRAIN_TEXT))
+    max_steps: int = option(1000, free="resume", accepts=positive)
+    batch_size: int = option(32, accepts=positive)
+    micro_batch_size: int | None = option(None, free="always", accepts=positive)
+    repeats: int = option(1, accepts=positive)
+    keep_gb: float = option(0.0, free="resume", accepts=not_negative)
+    precision: str = option("fp32", accepts=one_of(*PRECISIONS))
     gradient_checkpointing: bool = option(False, free="always")
-    threads: int | None = option(None, free="always")
-    log_every: int = option(10, free="always")
-    validate_every: int = option(500, free="always")
-    checkpoint_every: int = option(500, free="always")
-    keep_last: int = option(2, free="always")
-    keep_every: int | None = option(None, free="always")
-    ema_decay: float = 0.9999
-    ema_device: str | None = option(None, free="always")
+    threads: int | None = option(None, free="always", accepts=positive)
+    log_every: int = option(10, free="always", accepts=positive)
+    validate_every: int = option(500, free="always", accepts=positive)
+    checkpoint_every: int = option(500, free="always", accepts=positive)
+    keep_last: int = option(2, free="always", accepts=positive)
+    keep_every: int | None = option(None, free="always", accepts=positive)
+    ema_decay: float = option(0.9999, accepts=below_one)
+    ema_device: str | None = option(None, free="always", accepts=one_of("cpu"))
     compile: bool = option(False, free="always")
     channels_last: bool = option(False, free="always")
     preflight: bool = option(False, free="always")
     log_samples: bool = option(False, free="always")
-    stall_seconds: float = option(600.0, free="always")
-    on_spike: str = option("stop", free="resume")
+    stall_seconds: float = option(600.0, free="always", accepts=positive)
+    on_spike: str = option("stop", free="resume", accepts=one_of("stop", "skip", "rollback"))
     spike_factor: float = option(10.0, free="resume")
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -633,27 +580,10 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise UserError for values out of range and for combinations that cannot work."""
-        choice("train_text", self.train_text, TRAIN_TEXT)
-        choice("precision", self.precision, PRECISIONS)
-        choice("on_spike", self.on_spike, ("stop", "skip", "rollback"))
-        for key in ("max_steps", "batch_size", "log_every", "validate_every", "checkpoint_every", "keep_last"):
-            positive(key, getattr(self, key))
+        check_values(self)
         if not self.spike_factor > 1:
             raise UserError(f"spike_factor={self.spike_factor} is out of range; expected a number above 1.")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay={self.ema_decay} is out of range; expected at least 0 and below 1.")
-        for key in ("micro_batch_size", "threads", "keep_every"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
-        if self.ema_device is not None:
-            choice("ema_device", self.ema_device, ("cpu",))
-        positive("stall_seconds", self.stall_seconds)
-        positive("repeats", self.repeats)
-        positive("keep_gb", self.keep_gb, zero=True)
-        for part in (
-            self.text_encoder, self.conditioning, self.lora, self.unet, self.codec, self.objective, self.data, self.optimizer,
-            self.sampler, self.validation, self.tracker,
-        ):  # fmt: skip
+        for part in (self.conditioning, self.lora, self.objective, self.data, self.sampler):
             part.check()
         if self.data.bucket_multiple % self.codec.factor:
             raise UserError(
@@ -666,11 +596,7 @@ class FrozenConfig:
     """Where a frozen model lies on this machine, and in which dtype it runs; None: as the checkpoint says."""
 
     path: str | None = option(None, typed="path")
-    dtype: str | None = None
-
-    def check(self, key: str) -> None:
-        if self.dtype is not None:
-            choice(f"{key}.dtype", self.dtype, DTYPES)
+    dtype: str | None = option(None, accepts=one_of(*DTYPES))
 
 
 @dataclass
@@ -692,12 +618,12 @@ class SampleConfig:
     prompt_file: str | None = option(None, typed="path")
     output_dir: str | None = option(None, typed="path")
     seed: int = 0
-    steps: int | None = None
+    steps: int | None = option(None, accepts=positive)
     guidance: float | None = None
-    height: int | None = None
-    width: int | None = None
-    images_per_prompt: int = 1
-    batch_size: int = 8
+    height: int | None = option(None, accepts=positive)
+    width: int | None = option(None, accepts=positive)
+    images_per_prompt: int = option(1, accepts=positive)
+    batch_size: int = option(8, accepts=positive)
     negative_prompt: str | None = option(None, typed="text")
     sampler: str | None = option(None, typed="text")
     solver: str | None = None
@@ -707,8 +633,8 @@ class SampleConfig:
     guidance_sigma_min: float | None = None
     guidance_sigma_max: float | None = None
     device: str | None = None
-    dtype: str = "float32"
-    threads: int | None = None
+    dtype: str = option("float32", accepts=one_of(*DTYPES))
+    threads: int | None = option(None, accepts=positive)
     compile: bool = False
     channels_last: bool = False
     offload_text_encoder: bool = False
@@ -727,11 +653,4 @@ class SampleConfig:
             raise UserError(
                 f"expected one of prompt= and prompt_file=, found {found}; prompt_file=prompts.txt is the main way."
             )
-        choice("dtype", self.dtype, DTYPES)
-        self.text_encoder.check("text_encoder")
-        self.codec.check("codec")
-        for key in ("images_per_prompt", "batch_size"):
-            positive(key, getattr(self, key))
-        for key in ("steps", "height", "width", "threads"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
+        check_values(self)

@@ -24,12 +24,13 @@ from paradiffusion.entry import run
 
 def main(arguments: list[str]) -> int:
     """Measure, print each row when it is there, and write the files."""
+    from paradiffusion.budget.bench_models import BenchmarkSettings, parse_settings
     from paradiffusion.budget.benchmark import benchmark
-    from paradiffusion.budget.benchmark_settings import KEYS, parse_settings
     from paradiffusion.compose import compose_train
 
     settings, overrides = parse_settings(arguments)
-    stem, rows = benchmark(settings, overrides, partial(compose_train, beside=KEYS))
+    compose = partial(compose_train, beside=tuple(BenchmarkSettings.__dataclass_fields__))
+    stem, rows = benchmark(settings, overrides, compose)
     print(f"{len(rows)} rows in {stem}.json and {stem}.md")
     return 0
 

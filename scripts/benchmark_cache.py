@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -24,14 +23,12 @@ from paradiffusion.entry import run
 def main(arguments: list[str]) -> int:
     """Measure, print each row when it is there, and write the files."""
     from paradiffusion.budget.bench_cache import CacheBenchSettings, benchmark_cache
-    from paradiffusion.compose import compose_options, compose_train
+    from paradiffusion.compose import compose_train, split_options
 
-    keys = [field.name for field in fields(CacheBenchSettings)]
-    own = [argument for argument in arguments if argument.partition("=")[0] in keys]
-    settings = compose_options(CacheBenchSettings, own)
-    overrides = [argument for argument in arguments if argument not in own]
+    settings, overrides = split_options(CacheBenchSettings, arguments)
+    compose = partial(compose_train, beside=tuple(CacheBenchSettings.__dataclass_fields__))
     with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as folder:
-        stem, rows = benchmark_cache(settings, overrides, partial(compose_train, beside=keys), Path(folder))
+        stem, rows = benchmark_cache(settings, overrides, compose, Path(folder))
     print(f"{len(rows)} rows in {stem}.json and {stem}.md")
     return 0
 

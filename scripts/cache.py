@@ -16,7 +16,6 @@ training refuses one that does not fit. The same command again goes on where it 
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,15 +25,13 @@ from paradiffusion.entry import run
 
 def main(arguments: list[str]) -> int:
     """Check the command line, then make what is missing; the exit status."""
-    from paradiffusion.compose import compose_options, compose_train
+    from paradiffusion.compose import compose_train, split_options
     from paradiffusion.scenes.dataset import make_wanted
     from paradiffusion.training.caching import CacheOptions, make_cache
 
-    keys = [field.name for field in fields(CacheOptions)]
-    own = [argument for argument in arguments if argument.partition("=")[0] in keys]
-    options = compose_options(CacheOptions, own)
+    options, overrides = split_options(CacheOptions, arguments)
     options.check()
-    config = compose_train([a for a in arguments if a not in own], beside=keys)
+    config = compose_train(overrides, beside=tuple(CacheOptions.__dataclass_fields__))
     make_wanted(config.data)
     return make_cache(config, options)
 

@@ -24,8 +24,7 @@ def main(arguments: list[str]) -> int:
     """Print the description of one stage."""
     import json
 
-    from paradiffusion.budget.describe import Question, describe, parse_question
-    from paradiffusion.budget.describe_text import as_text
+    from paradiffusion.budget.describe import Question, as_text, describe, parse_question
     from paradiffusion.compose import compose_train
 
     question, overrides = parse_question(arguments)

@@ -34,9 +34,7 @@ class Item:
     """Something on the hub.
 
     Attributes:
-        gigabytes: what is fetched of it.
-        licence: what its page says.
-        patterns: files to fetch.
+        gigabytes: of what is fetched; licence: as its page says; patterns: files to fetch.
     """
 
     what: str
@@ -161,13 +159,10 @@ def fetch(item: Item, options: DownloadOptions) -> Path:
     place = {"revision": options.revision, "local_dir": target and str(target)}
     try:
         folder = Path(snapshot_download(hub, allow_patterns=list(item.patterns), **place))
-        if "*.bin" not in item.patterns and not any(
-            folder.rglob("*.safetensors")
-        ):  # an older repository, such as T5's, has its weights in .bin alone
+        # An older repository, such as T5's, has its weights in .bin alone.
+        if "*.bin" not in item.patterns and not any(folder.rglob("*.safetensors")):
             snapshot_download(hub, allow_patterns=["*.bin"], **place)
         return folder
-    except KeyboardInterrupt:
-        raise
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         gated = any(word in str(error).lower() for word in ("gated", "401", "403"))

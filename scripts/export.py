@@ -18,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paradiffusion.checks import choice
+from paradiffusion.checks import one_of
 from paradiffusion.compose import compose_options
+from paradiffusion.config import DTYPES, option
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
 
@@ -38,10 +39,10 @@ class ExportOptions:
     """The keys of the command line."""
 
     ckpt: str | None = None
-    to: str | None = None
+    to: str | None = option(None, accepts=one_of(*LAYOUTS))
     output: str | None = None
-    dtype: str = "float32"
-    frozen: str | None = None
+    dtype: str = option("float32", accepts=one_of(*DTYPES))
+    frozen: str | None = option(None, accepts=one_of("copy", "link", "none"))
     unet: str = "unet"
     text_encoder: Location = field(default_factory=Location)
     codec: Location = field(default_factory=Location)
@@ -52,10 +53,6 @@ class ExportOptions:
                 raise UserError(
                     f"{key}= is missing; expected ckpt=<checkpoint> to={'|'.join(LAYOUTS)} output=<folder>."
                 )
-        choice("to", self.to, LAYOUTS)
-        choice("dtype", self.dtype, ("float32", "bfloat16", "float16"))
-        if self.frozen is not None:
-            choice("frozen", self.frozen, ("copy", "link", "none"))
 
 
 def main(arguments: list[str]) -> int:

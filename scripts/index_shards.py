@@ -21,8 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paradiffusion.checks import positive
+from paradiffusion.checks import not_negative, positive
 from paradiffusion.compose import compose_options, text_encoder_named
+from paradiffusion.config import option
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
 
@@ -34,15 +35,12 @@ class IndexOptions:
     shards: str | None = None
     output: str | None = None
     tokenizer: str | None = None
-    processes: int | None = None
-    retries: int = 5
+    processes: int | None = option(None, accepts=positive)
+    retries: int = option(5, accepts=not_negative)
 
     def check(self) -> None:
         if not self.shards:
             raise UserError("shards= is missing; name tars, such as shards='/data/web/{00000..00099}.tar'.")
-        if self.processes is not None:
-            positive("processes", self.processes)
-        positive("retries", self.retries, zero=True)
         if self.output and Path(self.output).expanduser().is_file():
             raise UserError(f"output={self.output} is a file; name a folder for the indexes.")
 

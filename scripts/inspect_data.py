@@ -27,8 +27,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paradiffusion.compose import compose_options, compose_train, text_encoder_named
-from paradiffusion.config import TrainConfig
+from paradiffusion.checks import not_negative, positive
+from paradiffusion.compose import compose_train, split_options, text_encoder_named
+from paradiffusion.config import TrainConfig, option
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
 
@@ -39,15 +40,12 @@ class InspectOptions:
 
     output: str = "report.html"
     tokenizers: str | None = None
-    samples: int = 40
-    captions: int = 20_000
-    check: int = 200
+    samples: int = option(40, accepts=not_negative)
+    captions: int = option(20_000, accepts=positive)
+    check: int = option(200, accepts=not_negative)
 
     def check_values(self) -> Path:
-        """The page's path. Raises UserError for a value out of range, or a path that cannot be written."""
-        for key, least in (("samples", 0), ("captions", 1), ("check", 0)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key}={getattr(self, key)} is out of range; expected {least} or more.")
+        """The page's path. Raises UserError for one that cannot be written."""
         path = Path(self.output).expanduser()
         if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
             raise UserError(f"output={self.output} is no page; name a file such as output=report.html.")
@@ -85,12 +83,9 @@ def _is_ours(figures: Path) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Inspect and say where the page is."""
-    own = InspectOptions.__dataclass_fields__
-    mine = [argument for argument in arguments if argument.partition("=")[0] in own]
-    asked = compose_options(InspectOptions, mine)
+    asked, overrides = split_options(InspectOptions, arguments)
     output = asked.check_values()
-    overrides = [argument for argument in arguments if argument not in mine]
-    config = compose_train(overrides, tuple(own))
+    config = compose_train(overrides, tuple(InspectOptions.__dataclass_fields__))
     if config.data.streaming:
         raise UserError(
             "data.streaming=true reads shards without an index, which the report is made from; run scripts/index_shards.py "

@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 from paradiffusion.scenes.dataset import draw, make_scene
 from paradiffusion.scenes.judge import score
@@ -248,12 +247,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all)")
     parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16")
     options = parser.parse_args()
-    try:
-        if min(options.steps, options.batch_size, options.latent_channels) < 1:
-            raise UserError("--steps, --batch-size and --latent-channels must be at least 1; give larger numbers.")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    if min(options.steps, options.batch_size, options.latent_channels) < 1:
+        parser.error("--steps, --batch-size and --latent-channels must be at least 1; give larger numbers.")
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(seed_from("codec weights", options.seed))

@@ -42,8 +42,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
-        self.peak = 0
+        self.live = self.peak = 0
         self._known: dict[int, Any] = {}
         self._paused = False
 
@@ -106,7 +105,8 @@ class CudaRules(TorchFunctionMode):
     """Forwards as a CUDA device would run them: fused attention, and autocast's dtypes where ``copies`` is given.
 
     Args:
-        trained: parameters of which autocast keeps a bfloat16 copy from their first use on; None for no autocast.
+        trained: parameters of which autocast keeps a bfloat16 copy from their first use on; None for no autocast. (Copies made
+            before the first use would be the last that the way back comes to, with the gradients of all of them.)
         tracker: it does not count those copies.
     """
 
@@ -169,15 +169,8 @@ def peak_bytes(work: Callable[[], Any], modules: Iterable[nn.Module], autocast: 
             if isinstance(result, Tensor) and result.requires_grad:
                 # What backward() calls. backward() itself is a torch function, within which the rules are off, also for
                 # what checkpointing recomputes.
-                _engine_run_backward(
-                    (result,),
-                    (torch.ones_like(result),),
-                    False,
-                    False,
-                    (),
-                    allow_unreachable=True,
-                    accumulate_grad=True,
-                )
+                one = (torch.ones_like(result),)
+                _engine_run_backward((result,), one, False, False, (), allow_unreachable=True, accumulate_grad=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,39 +1,42 @@
-"""Our loader beside plain WebDataset and MosaicML Streaming: the same samples, decoding and workers, in turn, in one run."""
+"""Benchmark of the loader: ours beside plain WebDataset and MosaicML Streaming, the same samples, decoding and workers, in
+turn, in one run."""
 
 from __future__ import annotations
 
-import datetime
-import io
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from paradiffusion.budget.bench_readers import ReaderSettings
-from paradiffusion.budget.benchmark import machine
-from paradiffusion.budget.synthetic import captions
+from paradiffusion.budget.results import machine, today, write_results
+from paradiffusion.budget.synthetic import write_samples
 from paradiffusion.checks import positive
 from paradiffusion.data.loader import _THREADS
-from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
+from paradiffusion.pages import markdown_table
 from paradiffusion.text.conditioning import padded_length
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES = 256  # different ones; samples beyond that share them, under keys of their own
 MULTIPLES = (1, 8, 32)  # padded to the longest caption itself, as conditioning.pad_multiple has it, and to fewer shapes
-PREFETCHED = 4  # batches a worker may have made while it was not its turn
+# The package of each way, and whether it resumes.
+WAYS = {
+    "ours": ("paradiffusion", "exactly, on any number of processes and workers"),
+    "webdataset": ("webdataset", "no"),
+    "streaming": ("mosaicml-streaming", "exactly, within its canonical nodes"),
+    "one at a time": ("paradiffusion", "exactly, on any number of processes and workers"),
+    "whole shards": ("paradiffusion", "exactly, on any number of processes and workers"),
+}
+HEADER = ["way", "version", "samples/s (range)", "ours / it", "padding", "x8", "x32", "waiting", "resumes"]
 
 
 @dataclass
@@ -82,6 +85,7 @@ class LoaderRow:
     Attributes:
         rates: samples per second of each round.
         padded: share of computed tokens that are padding, by the multiple that a batch's longest caption is rounded up to.
+        waiting: share of a step of ``step_seconds`` that went by before its batch was there.
     """
 
     name: str
@@ -89,144 +93,56 @@ class LoaderRow:
     resumable: str
     rates: list[float]
     padded: dict[int, float]
-    waiting: float | None = None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rates)
+    waiting: float
 
 
-WAYS = {
-    "ours": ("paradiffusion", "exactly, on any number of processes and workers"),
-    "webdataset": ("webdataset", "no"),
-    "streaming": ("mosaicml-streaming", "exactly, within its canonical nodes"),
-    "one at a time": ("paradiffusion", "exactly, on any number of processes and workers"),
-    "whole shards": ("paradiffusion", "exactly, on any number of processes and workers"),
-}
-
-
-def write_set(folder: Path, settings: LoaderBench) -> dict[str, str]:
-    """Shards of JPEG pictures with captions of ParaImage-Big's lengths; the captions by key."""
-    texts = captions("long", settings.samples)
-    pictures = [picture(number, settings.width, settings.height) for number in range(min(PICTURES, settings.samples))]
-
-    def rows() -> Iterator[RawSample]:
-        for number, text in enumerate(tqdm(texts, desc="writing samples", unit="sample")):
-            yield RawSample(f"{number:06d}", pictures[number % PICTURES], "jpg", {"captions": {"long": text}})
-
-    write_shards(rows(), folder, samples_per_shard=512)
-    return {f"{number:06d}": text for number, text in enumerate(texts)}
-
-
-def picture(number: int, width: int, height: int) -> bytes:
-    """A JPEG with shapes of all sizes, which costs about as much to decode as a photograph of its size."""
-    rng = np.random.default_rng(number)
-    total = np.zeros((height, width, 3))
-    for side in (4, 16, 64):
-        coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-        total += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float)
-    file = io.BytesIO()
-    Image.fromarray((total / 3).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
-class Child:
-    """A way of reading in its own process, waiting for its turn."""
-
-    def __init__(self, name: str, python: str, settings: ReaderSettings) -> None:
-        self.name = name
-        self.drop = PREFETCHED * max(settings.workers, 1)
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
-        self.process = subprocess.Popen(
-            command(name, python, settings), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-            cwd=ROOT, env=environment(), start_new_session=True,
-        )  # fmt: skip
-        try:
-            self.answer()
-        except BaseException:
-            self.close()
-            raise
-
-    def ask(self, count: int, work: float = 0.0) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{self.drop} {count} {work}\n")
-        self.process.stdin.flush()
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """The next line of JSON; other lines are what its libraries print."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        self.log.seek(0)
-        last = (self.log.read().strip().splitlines() or ["no word"])[-1]
-        raise UserError(f"the {self.name} reader ended before its turn ({last}); try it alone to see more.")
-
-    def close(self) -> None:
-        """End it with its workers: some libraries' outlive it, and would slow whatever is measured next."""
+def run_way(name: str, python: str, settings: ReaderSettings) -> dict[str, Any]:
+    """What one way of reading answers, from a process of its own with one thread: workers are what is compared."""
+    line = [python, "-m", "paradiffusion.budget.bench_readers", name, json.dumps(asdict(settings))]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(
+        line, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment, start_new_session=True
+    )
+    try:
+        out, errors = child.communicate()
+    finally:  # with its workers: some libraries' outlive it, and would slow whatever is measured next
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.log.close()
-
-
-def command(name: str, python: str, settings: ReaderSettings) -> list[str]:
-    return [python, "-m", "paradiffusion.budget.bench_readers", name, json.dumps(asdict(settings))]
-
-
-def environment() -> dict[str, str]:
-    """One thread a process: workers are what is compared."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            os.killpg(child.pid, signal.SIGKILL)
+    found = [row for row in out.splitlines() if row.startswith("{")]  # other lines are what its libraries print
+    if not found:
+        last = (errors.strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"the {name} reader in {python} ended before it had read ({last}); try it alone to see more.")
+    answer: dict[str, Any] = json.loads(found[-1])
+    return answer
 
 
 def measure(settings: LoaderBench, folder: Path, step_seconds: float, count: Any) -> list[LoaderRow]:
     """All ways in turn, ``repeats`` rounds; ``count`` gives the tokens of a list of captions."""
-    texts = write_set(folder, settings)
-    tokens = dict(zip(texts, count(list(texts.values())), strict=True))
+    texts = write_samples(folder, settings.samples, settings.width, settings.height, ["long"])["long"]
+    tokens = {f"{number:06d}": length for number, length in enumerate(count(texts))}
     reading = ReaderSettings(
-        str(folder), settings.resolution, settings.batch_size, settings.workers, delay_ms=settings.delay_ms
-    )
-    pythons = dict.fromkeys(
-        ["ours", "one at a time", "whole shards"] if settings.delay_ms else ["ours", "webdataset"], sys.executable
-    )
+        str(folder), settings.resolution, settings.batch_size, settings.workers, settings.batches, delay_ms=settings.delay_ms
+    )  # fmt: skip
+    ways = ["ours", "one at a time", "whole shards"] if settings.delay_ms else ["ours", "webdataset"]
+    pythons = dict.fromkeys(ways, sys.executable)
     if settings.streaming_python is not None and not settings.delay_ms:
         pythons["streaming"] = settings.streaming_python
-        written = subprocess.run(
-            command("write_mds", settings.streaming_python, reading), capture_output=True, text=True, check=False, cwd=ROOT,
-            env=environment(),
-        )  # fmt: skip
-        if written.returncode:
-            last = (written.stderr.strip().splitlines() or ["no word"])[-1]
-            raise UserError(
-                f"{settings.streaming_python} cannot write Streaming's shards ({last}); expected an environment with "
-                "mosaicml-streaming, webdataset, and torch and torchvision of one release."
-            )
-    children: list[Child] = []
-    rates: dict[str, list[float]] = {name: [] for name in pythons}
-    keys: dict[str, list[list[str]]] = {name: [] for name in pythons}
-    try:
-        for name, python in pythons.items():
-            children.append(Child(name, python, reading))
-        for turn in tqdm(range(settings.repeats), desc="rounds", unit="round"):
-            for child in children[turn % len(children) :] + children[: turn % len(children)]:
-                answer = child.ask(settings.batches)
-                rates[child.name].append(settings.batches * settings.batch_size / answer["seconds"])
-                keys[child.name] += answer["keys"]
-        waits = {}
-        for child in children:
-            answer = child.ask(settings.batches, step_seconds)
-            waits[child.name] = answer["waited"] / answer["seconds"]
-    finally:
-        for child in children:
-            child.close()
+        run_way("write_mds", settings.streaming_python, reading)
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
+    names = list(pythons)
+    for turn in tqdm(range(settings.repeats), desc="rounds", unit="round"):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            answers[name].append(run_way(name, pythons[name], replace(reading, seed=turn)))
     rows = []
-    for name in rates:
-        lengths = [[tokens[key] for key in batch] for batch in keys[name]]
+    for name, python in pythons.items():
         package, resumable = WAYS[name]
+        rates = [settings.batches * settings.batch_size / answer["seconds"] for answer in answers[name]]
+        lengths = [[tokens[key] for key in batch] for answer in answers[name] for batch in answer["keys"]]
         shares = {multiple: padding(lengths, multiple) for multiple in MULTIPLES}
-        rows.append(LoaderRow(name, version_in(pythons[name], package), resumable, rates[name], shares, waits[name]))
+        busy = run_way(name, python, replace(reading, work=step_seconds))
+        waiting = busy["waited"] / busy["seconds"]
+        rows.append(LoaderRow(name, version_in(python, package), resumable, rates, shares, waiting))
     return rows
 
 
@@ -251,52 +167,34 @@ def benchmark_loader(settings: LoaderBench, step_seconds: float, count: Any) -> 
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-loader-") as folder:
         rows = measure(settings, Path(folder), step_seconds, count)
-    stem = Path(settings.output) / settings.name
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    shown = asdict(replace(settings, streaming_python="PYTHON" if settings.streaming_python else None))
-    document = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "machine": machine("cpu"),
-        "settings": {**shown, "step_seconds": step_seconds},
+    s = replace(settings, streaming_python="PYTHON" if settings.streaming_python else None, step_seconds=step_seconds)
+    document: dict[str, Any] = {
+        "date": today(),
+        "machine": machine(),
+        "settings": asdict(s),
         "rows": [asdict(row) for row in rows],
     }
-    stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(as_markdown(document, rows))
-    return stem, rows
 
+    def cells(row: LoaderRow) -> list[str]:
+        # By round: what else the machine does meets neighbours alike.
+        ratios = sorted(mine / theirs for mine, theirs in zip(rows[0].rates, row.rates, strict=True))
+        ratio = "1" if row is rows[0] else f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        rate = f"{median(row.rates):.0f} ({min(row.rates):.0f} to {max(row.rates):.0f})"
+        shares = [f"{share:.1%}" for share in row.padded.values()]
+        return [row.name, row.version, rate, ratio, *shares, f"{row.waiting:.2%}", row.resumable]
 
-def as_markdown(document: dict[str, Any], rows: list[LoaderRow]) -> str:
-    """The results for a person."""
-    s = document["settings"]
-    first = rows[0].rates
-    lines = [
-        f"# Reading data, {document['machine']['processor']}, {document['date']}",
-        "",
-        f"{s['samples']} JPEG pictures of {s['width']}x{s['height']} pixels, cut to {s['resolution']}x{s['resolution']}, with "
-        f"captions of ParaImage-Big's lengths; batches of {s['batch_size']}, {s['workers']} worker processes of one thread, "
-        f"{s['repeats']} rounds of {s['batches']} batches in turn. Decoding, resizing and collation are the same function in "
-        "all rows. The ratio is ours to that row, by round: median (lowest to highest). Waiting is the share of a step spent "
-        f"for data when a step takes {s['step_seconds']:.2f} s a batch, as an H100 would at 40 % of its peak in stage 1 of "
-        "preset=paper (`scripts/describe.py`); the GPU is a sleep.",
-        "",
-        "Padding: the share of computed tokens, batches padded to their longest caption, and to the next multiple of 8 "
-        "(conditioning.pad_multiple's default) or 32.",
-        "",
-        "| way | version | samples/s (range) | ours / it | padding | x8 | x32 | waiting | resumes |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ratios = sorted(mine / theirs for mine, theirs in zip(first, row.rates, strict=True))
-        ratio = (
-            "1" if row is rows[0] else f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        )  # by round: what else the machine does meets neighbours alike
-        lines.append(
-            f"| {row.name} | {row.version} | {row.median:.0f} ({min(row.rates):.0f} to {max(row.rates):.0f}) | {ratio} | "
-            f"{' | '.join(f'{share:.1%}' for share in row.padded.values())} | {row.waiting:.2%} | {row.resumable} |"
-        )
-    if s["delay_ms"]:
-        lines[2] += (
-            f" Each request for bytes of a shard waits {s['delay_ms']:g} ms; a worker has {_THREADS} of them on the way, or one at a "
-            "time, or fetches whole shards to a disk here first, 16 MB a request."
-        )
-    return "\n".join([*lines, ""])
+    delay = (
+        f" Each request for bytes of a shard waits {s.delay_ms:g} ms; a worker has {_THREADS} of them on the way, or one at a time, or "
+        "fetches whole shards to a disk here first, 16 MB a request."
+    )
+    text = (
+        f"# Reading data, {document['machine']['processor']}, {document['date']}\n\n"
+        f"{s.samples} JPEG pictures of {s.width}x{s.height} pixels, cut to {s.resolution}x{s.resolution}, with captions of "
+        f"ParaImage-Big's lengths; batches of {s.batch_size}, {s.workers} worker processes of one thread, {s.repeats} rounds of "
+        f"{s.batches} batches in turn. Decoding, resizing and collation are the same function in all rows. The ratio is ours to that "
+        "row, by round: median (lowest to highest). Waiting is the share of a step spent for data when a step takes "
+        f"{step_seconds:.2f} s a batch, as an H100 would at 40 % of its peak in stage 1 of preset=paper (`scripts/describe.py`); the "
+        f"GPU is a sleep.{delay if s.delay_ms else ''}\n\nPadding: the share of computed tokens, batches padded to their longest caption, and to the next multiple "
+        f"of 8 (conditioning.pad_multiple's default) or 32.\n\n{markdown_table(HEADER, map(cells, rows))}\n"
+    )
+    return write_results(settings.output, settings.name, document, text), rows

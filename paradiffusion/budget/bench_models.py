@@ -1,24 +1,36 @@
-"""Arms, configurations and rows of the benchmarks of models."""
+"""What the benchmarks of models share: timed rounds side by side, rows of results, settings, arms and configurations."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import patch_environment
 
-from paradiffusion.budget.benchmark_settings import BenchmarkSettings
-from paradiffusion.budget.devices import peak_tflops, recognise
+from paradiffusion.budget.flops import recognise
 from paradiffusion.budget.synthetic import write_samples
-from paradiffusion.budget.timing import Timing, ratio
+from paradiffusion.checks import choice, positive
+from paradiffusion.compose import split_options
 from paradiffusion.config import TrainConfig
+from paradiffusion.errors import UserError
 from paradiffusion.training.engine import make_accelerator
 
-# Pictures in the made-up shards; batches of more are drawn from several epochs.
-SAMPLES = 256
+GIB = 2**30
+
+
+@dataclass
+class Timing:
+    """Seconds of each round of one piece of work, its peak memory on a GPU in GiB, and why there are none."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak_gib: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,165 @@ class Row:
     note: str = ""
 
 
+def interleave(
+    works: dict[str, Callable[[int], object]],
+    warmup: int,
+    repeats: int,
+    device: torch.device,
+    before: dict[str, Callable[[], object]] | None = None,
+) -> dict[str, Timing]:
+    """Run every piece of work in each round, in turning order, so that what else the machine does meets all alike.
+
+    Args:
+        works: by name; called with the number of the round.
+        warmup, repeats: rounds that are not counted, and rounds that are.
+        before: what is done before each run of the work of that name, and not timed.
+    """
+    timings = {name: Timing() for name in works}
+    alive = list(works)
+    for number in range(warmup + repeats):
+        turn = number % len(alive) if alive else 0
+        for name in alive[turn:] + alive[:turn]:
+            timing = timings[name]
+            try:
+                if before is not None:
+                    before[name]()
+                seconds, peak = timed(works[name], number, device)
+            except torch.OutOfMemoryError:
+                timing.seconds, timing.note = [], f"did not fit into the memory of {device}"
+                alive = [other for other in alive if other != name]
+                release()
+                continue
+            if number >= warmup:
+                timing.seconds.append(seconds)
+            if peak is not None:
+                timing.peak_gib = max(timing.peak_gib or 0.0, peak)
+    return timings
+
+
+def timed(work: Callable[[int], object], number: int, device: torch.device) -> tuple[float, float | None]:
+    """Seconds of ``work(number)``, with all that it has asked of a GPU done, and the most memory that it held there, in GiB."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    began = time.perf_counter()
+    work(number)
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - began
+    return seconds, torch.cuda.max_memory_allocated(device) / GIB if on_gpu else None
+
+
+def release() -> None:
+    """Give back what is no longer referred to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def ratio(slow: Timing, fast: Timing) -> float | None:
+    """How many times faster ``fast`` is over all rounds. Of totals, not of medians: batches of long captions are few, and
+    take more than their share of the time."""
+    return sum(slow.seconds) / sum(fast.seconds) if slow.seconds and fast.seconds else None
+
+
+def make_row(
+    timing: Timing, what: str, stage: int, arm: str, work: str, count: float, unit: str = "samples/s",
+    reference: Timing | None = None, against: str = "reference", flop: float | None = None, peak: float | None = None,
+    peak_gib: float | None = None, note: str = "",
+) -> Row:  # fmt: skip
+    """A row from its timing.
+
+    Args:
+        count: samples, images or tokens in one round; ``flop``: of one round; ``peak``: the device's TFLOP/s.
+        peak_gib: measured apart, in the place of the timing's own.
+    """
+    note = "; ".join(part for part in (note, timing.note) if part)
+    if not timing.seconds:
+        return Row(what, stage, arm, work, None, unit=unit, note=note)
+    mean = statistics.fmean(timing.seconds)
+    tflops = None if flop is None else flop / mean / 1e12
+    return Row(
+        what, stage, arm, work, statistics.median(timing.seconds), min(timing.seconds), max(timing.seconds), count / mean, unit,
+        None if reference is None else ratio(reference, timing), against, tflops,
+        None if tflops is None or peak is None else tflops / peak, peak_gib or timing.peak_gib, note,
+    )  # fmt: skip
+
+
+# Pictures in the made-up shards; batches of more are drawn from several epochs.
+SAMPLES = 256
+SEVERAL = {
+    "stages": ("1", "2", "3"),
+    "what": ("step", "sampler", "text"),
+    "switches": ("channels_last", "compile", "fused"),
+}
+
+
+@dataclass
+class BenchmarkSettings:
+    """What scripts/benchmark.py is asked to measure.
+
+    Attributes:
+        stages, what, switches: what to measure, joined by commas.
+        warmup, repeats: rounds that are not counted, and rounds that are; -1 for what suits the device.
+        device: "cpu" or "cuda".
+        resolution: pixels a side; None for the stage's own.
+        steps: of the sampler's official settings; its other presets are shortened by the same share. None for all.
+        output: folder of the results; name: their file's stem.
+    """
+
+    stages: str = "1,2"
+    what: str = "step,sampler,text"
+    switches: str | None = None
+    warmup: int = -1
+    repeats: int = -1
+    device: str | None = None
+    resolution: int | None = None
+    steps: int | None = None
+    output: str = "benchmarks"
+    name: str | None = None
+
+    def settle(self) -> None:
+        """Fill in what depends on the device; UserError for a value that makes no sense."""
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise UserError(
+                f"device={self.device} is not to be had here; use device=cpu, or device=cuda where there is a GPU."
+            )
+        # Compiling for a processor takes minutes.
+        usual = {"warmup": 1, "repeats": 3, "steps": 20, "switches": "channels_last,fused"}
+        if self.device == "cuda":
+            usual = {"warmup": 5, "repeats": 20, "switches": "channels_last,compile,fused"}
+        for key, value in usual.items():
+            if getattr(self, key) in (None, -1):
+                setattr(self, key, value)
+        for key, accepted in SEVERAL.items():
+            for value in self.several(key):
+                choice(key, value, accepted)
+        positive("warmup", self.warmup, zero=True)
+        for key in ("repeats", "resolution", "steps"):
+            if getattr(self, key) is not None:
+                positive(key, getattr(self, key))
+
+    def several(self, key: str) -> tuple[str, ...]:
+        """The parts of "a,b" or "[a,b]"; of "none" none."""
+        parts = str(getattr(self, key)).strip("[]").replace(" ", "").split(",")
+        return tuple(part for part in parts if part and part != "none")
+
+    def spelled(self) -> list[str]:
+        """The settings as one would type them, where the file lies left out."""
+        shown = {key: value for key, value in asdict(self).items() if key not in ("output", "name")}
+        return [f"{key}={value}" for key, value in shown.items() if value is not None]
+
+
+def parse_settings(arguments: Sequence[str]) -> tuple[BenchmarkSettings, list[str]]:
+    """Split the benchmark's own keys from the overrides of train.py; UserError for a value that makes no sense."""
+    settings, rest = split_options(BenchmarkSettings, arguments)
+    settings.settle()
+    return settings, rest
+
+
 @dataclass
 class Bench:
     """A benchmark's fixed surroundings.
@@ -71,7 +242,7 @@ class Bench:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.settings.device)
+        return torch.device(str(self.settings.device))
 
     def config(self, stage: int, arm: Sequence[str], *more: str) -> TrainConfig:
         """A stage's configuration in one arm, on made-up data, one micro-batch a step."""
@@ -89,21 +260,14 @@ class Bench:
     def write_data(self, side: int) -> None:
         """The made-up shards, of pictures of ``side`` pixels, once."""
         if not (self.folder / "shards").is_dir():
-            write_samples(self.folder / "shards", SAMPLES, side)
+            write_samples(self.folder / "shards", SAMPLES, side, side)
 
     def accelerate(self, config: TrainConfig) -> Accelerator:
         """One accelerator for all runs, as train.py makes it."""
         if self.accelerator is None:
-            before = os.environ.get("ACCELERATE_USE_CPU")
-            if self.settings.device == "cpu":
-                os.environ["ACCELERATE_USE_CPU"] = "true"
-            try:
+            on_cpu = {"ACCELERATE_USE_CPU": "true"} if self.device.type == "cpu" else {}
+            with patch_environment(**on_cpu):  # whatever this process starts later chooses for itself
                 self.accelerator = make_accelerator(config)
-            finally:  # whatever this process starts later chooses for itself
-                if before is None:
-                    os.environ.pop("ACCELERATE_USE_CPU", None)
-                else:
-                    os.environ["ACCELERATE_USE_CPU"] = before
         return self.accelerator
 
     def arms(self) -> dict[str, list[str]]:
@@ -116,32 +280,18 @@ class Bench:
         own = self.compose(["data.shards=unused", *preset]).conditioning.name
         return named if own == "paper" else {own: [], **named}
 
+    def each_arm(self, what: str, stage: int, measure: Callable[[str, list[str]], Iterator[Row]]) -> Iterator[Row]:
+        """Rows of every arm; what does not fit says so, and the others go on."""
+        for arm, overrides in self.arms().items():
+            try:
+                yield from measure(arm, overrides)
+            except torch.OutOfMemoryError:
+                yield Row(what, stage, arm, "ours", None, note=f"did not fit into the memory of {self.device}")
+            release()
+
     def peak(self, precision: str) -> float | None:
         """TFLOP/s that the device can do, where its data sheet is known."""
         if self.device.type != "cuda":
             return None
         found = recognise(torch.cuda.get_device_name(self.device))
-        return None if found is None else peak_tflops(found, precision)
-
-
-def make_row(
-    timing: Timing, what: str, stage: int, arm: str, work: str, count: float, unit: str = "samples/s",
-    reference: Timing | None = None, against: str = "reference", flop: float | None = None, peak: float | None = None,
-    peak_gib: float | None = None, note: str = "",
-) -> Row:  # fmt: skip
-    """A row from its timing.
-
-    Args:
-        count: samples, images or tokens in one round; ``flop``: of one round; ``peak``: the device's TFLOP/s.
-        peak_gib: measured apart, in the place of the timing's own.
-    """
-    median, mean = timing.median, timing.mean
-    note = "; ".join(part for part in (note, timing.note) if part)
-    if median is None or mean is None:
-        return Row(what, stage, arm, work, None, unit=unit, note=note)
-    tflops = None if flop is None else flop / mean / 1e12
-    return Row(
-        what, stage, arm, work, median, min(timing.seconds), max(timing.seconds), count / mean, unit,
-        None if reference is None else ratio(reference, timing), against, tflops,
-        None if tflops is None or peak is None else tflops / peak, peak_gib or timing.peak_gib, note,
-    )  # fmt: skip
+        return None if found is None else found.peak(precision)

@@ -194,7 +194,7 @@ def index_bytes(index: SampleIndex) -> int:
 
 def write(settings: PlanBench, rows: list[PlanRow]) -> Path:
     """Write FILE.json and FILE.md; their common stem."""
-    from paradiffusion.budget.benchmark import processor  # Brings torch along, which planning does without.
+    from paradiffusion.budget.results import processor
 
     document: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),

@@ -6,7 +6,6 @@ decoding until it knows who it is: Streaming wants other versions of our librari
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 from paradiffusion.data.images import decode, to_array
 
+PREFETCHED = 4  # batches that a worker may have made before its time is taken
 SHUFFLE = 1000  # samples in WebDataset's buffer, as its documentation has it
 
 
@@ -31,6 +31,8 @@ class ReaderSettings:
         shards: a folder of tars, and beside them for Streaming a folder ``mds`` with the same samples.
         resolution: the side in pixels of the one bucket that all samples are cut to.
         batch_size: samples of a batch, all made by one worker process.
+        batches: how many are taken, with ``work`` seconds of sleep after each, as if a GPU worked.
+        seed: of our order; the others draw theirs.
         delay_ms: what each request for bytes of a shard waits for, as at a store or a disk far away.
     """
 
@@ -38,17 +40,35 @@ class ReaderSettings:
     resolution: int = 256
     batch_size: int = 32
     workers: int = 2
-    kind: str = "long"
+    batches: int = 40
+    work: float = 0.0
+    seed: int = 0
     delay_ms: float = 0.0
+
+    @property
+    def tars(self) -> list[str]:
+        return sorted(str(path) for path in Path(self.shards).glob("*.tar"))
+
+    @property
+    def mds(self) -> str:
+        return str(Path(self.shards) / "mds")
+
+    def pixels(self, image: bytes, key: str) -> Any:
+        """The decoding that all ways share: uint8 [H, W, 3]."""
+        bucket = (self.resolution, self.resolution)
+        return to_array(decode(image, cover=bucket), bucket, int(key))
+
+    def caption(self, sample: dict[str, Any]) -> str:
+        text: str = json.loads(sample["json"])["captions"]["long"]
+        return text
+
+    def read(self, sample: dict[str, Any]) -> tuple[Any, str, str]:
+        """A WebDataset sample to (pixels, caption, key)."""
+        key = sample["__key__"]
+        return self.pixels(sample["jpg"], key), self.caption(sample), key
 
 
 Keys = list[str]
-
-
-def pixels_of(image: bytes, number: int, resolution: int) -> Any:
-    """The decoding that all ways share: uint8 [H, W, 3]."""
-    bucket = (resolution, resolution)
-    return to_array(decode(image, cover=bucket), bucket, number)
 
 
 def stack(samples: list[tuple[Any, str, str]]) -> tuple[Any, list[str], Keys]:
@@ -79,7 +99,7 @@ def ours(settings: ReaderSettings, threads: int | None = None, whole: bool = Fal
     storage = Storage(cache_dir=cache, cache_bytes=1 << 40, index_dir=settings.shards)
     index = load_index(expand_shards(shards, storage=storage))
     bucket = (settings.resolution, settings.resolution)
-    plan = BatchPlan(index, settings.batch_size, 0, [bucket], {settings.kind: 1.0}, window_shards=16)
+    plan = BatchPlan(index, settings.batch_size, settings.seed, [bucket], {"long": 1.0}, window_shards=16)
     loader = make_loader(index, plan, LoaderSettings(workers=settings.workers))
     for batch in loader:
         yield [key.partition("/")[2] for key in batch.keys]
@@ -105,27 +125,14 @@ def far_away(folder: str, seconds: float) -> str:
     return f"faraway://{folder}"
 
 
-class DecodeTar:
-    """A WebDataset sample to (pixels, caption, key); a class, since it travels to worker processes."""
-
-    def __init__(self, settings: ReaderSettings) -> None:
-        self.settings = settings
-
-    def __call__(self, sample: dict[str, Any]) -> tuple[Any, str, str]:
-        key = sample["__key__"]
-        caption = json.loads(sample["json"])["captions"][self.settings.kind]
-        return pixels_of(sample["jpg"], int(key), self.settings.resolution), caption, key
-
-
 def webdataset(settings: ReaderSettings) -> Iterator[Keys]:
     """WebDataset's own pipeline: shards in random order, a shuffle buffer, batches made in the workers."""
     import webdataset as wds
 
-    shards = sorted(str(path) for path in Path(settings.shards).glob("*.tar"))
     pipeline = (
-        wds.WebDataset(shards, resampled=True, shardshuffle=False)
+        wds.WebDataset(settings.tars, resampled=True, shardshuffle=False)
         .shuffle(SHUFFLE)
-        .map(DecodeTar(settings))
+        .map(settings.read)
         .batched(settings.batch_size, collation_fn=stack, partial=False)
     )
     for _, _, keys in wds.WebLoader(pipeline, batch_size=None, num_workers=settings.workers):
@@ -140,10 +147,9 @@ def streaming(settings: ReaderSettings) -> Iterator[Keys]:
     class Samples(StreamingDataset):
         def __getitem__(self, at: Any) -> tuple[Any, str, str]:
             sample = super().__getitem__(at)
-            return pixels_of(sample["jpg"], int(sample["key"]), settings.resolution), sample["caption"], sample["key"]
+            return settings.pixels(sample["jpg"], sample["key"]), sample["caption"], sample["key"]
 
-    folder = str(Path(settings.shards) / "mds")
-    samples = Samples(local=folder, shuffle=True, batch_size=settings.batch_size)
+    samples = Samples(local=settings.mds, shuffle=True, batch_size=settings.batch_size)
     loader: Any = DataLoader(
         samples, batch_size=settings.batch_size, num_workers=settings.workers, collate_fn=stack, drop_last=True,
         persistent_workers=settings.workers > 0,
@@ -158,12 +164,9 @@ def write_mds(settings: ReaderSettings) -> None:
     import webdataset as wds
     from streaming import MDSWriter
 
-    shards = sorted(str(path) for path in Path(settings.shards).glob("*.tar"))
-    columns = {"jpg": "bytes", "caption": "str", "key": "str"}
-    with MDSWriter(out=str(Path(settings.shards) / "mds"), columns=columns) as writer:
-        for sample in wds.WebDataset(shards, shardshuffle=False):
-            caption = json.loads(sample["json"])["captions"][settings.kind]
-            writer.write({"jpg": sample["jpg"], "caption": caption, "key": sample["__key__"]})
+    with MDSWriter(out=settings.mds, columns={"jpg": "bytes", "caption": "str", "key": "str"}) as writer:
+        for sample in wds.WebDataset(settings.tars, shardshuffle=False):
+            writer.write({"jpg": sample["jpg"], "caption": settings.caption(sample), "key": sample["__key__"]})
 
 
 READERS: dict[str, Callable[[ReaderSettings], Iterator[Keys]]] = {
@@ -172,35 +175,26 @@ READERS: dict[str, Callable[[ReaderSettings], Iterator[Keys]]] = {
 }  # fmt: skip
 
 
-def serve(batches: Iterator[Keys]) -> None:
-    """For each line ``drop count seconds``: pass over ``drop`` batches, then take ``count``, sleeping ``seconds`` after each as
-    if a GPU worked, and print how long the whole took, how long the waiting, and the keys."""
-    for line in sys.stdin:
-        drop, count, work = (float(word) for word in line.split())
-        for _ in itertools.islice(batches, int(drop)):
-            pass
-        time.sleep(work)  # of the step before, in which the first batch is made
-        keys, waited, began = [], 0.0, time.perf_counter()
-        for _ in range(int(count)):
-            asked = time.perf_counter()
-            keys.append(next(batches))
-            waited += time.perf_counter() - asked
-            time.sleep(work)
-        seconds = time.perf_counter() - began
-        print(json.dumps({"seconds": seconds, "waited": waited, "keys": keys}), flush=True)
-
-
 def main(name: str, given: str) -> None:
-    """Serve one way of reading until standard input ends."""
+    """Pass over the batches that were read ahead while the workers came up, then take as many as asked for, and print how long
+    the whole took, how long the waiting, and the keys."""
     settings = ReaderSettings(**json.loads(given))
     if name == "write_mds":
         write_mds(settings)
+        print("{}")
         return
     batches = READERS[name](settings)
-    next(batches)  # workers are up
-    print(json.dumps({"ready": name}), flush=True)
-    serve(batches)
-    sys.stdout.flush()
+    for _ in range(1 + PREFETCHED * settings.workers):
+        next(batches)
+    time.sleep(settings.work)  # of the step before, in which the first batch is made
+    keys, waited, began = [], 0.0, time.perf_counter()
+    for _ in range(settings.batches):
+        asked = time.perf_counter()
+        keys.append(next(batches))
+        waited += time.perf_counter() - asked
+        time.sleep(settings.work)
+    seconds = time.perf_counter() - began
+    print(json.dumps({"seconds": seconds, "waited": waited, "keys": keys}), flush=True)
     os._exit(0)  # some loaders would wait for their workers
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from paradiffusion.budget.bench_models import Bench, Row, make_row
+from paradiffusion.budget.bench_models import Bench, Row, Timing, interleave, make_row, release
 from paradiffusion.budget.flops import StageFlops, stage_flops
 from paradiffusion.budget.reference import PlainTrainer
 from paradiffusion.budget.synthetic import random_models
-from paradiffusion.budget.timing import Timing, interleave, release
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch
 from paradiffusion.scenes.dataset import make_wanted
@@ -26,21 +25,12 @@ MOST_BATCHES = 32
 
 
 def measure_steps(bench: Bench) -> Iterator[Row]:
-    """Rows of every stage and arm; what does not fit says so, and the others go on."""
-    for stage in bench.settings.stages:
-        for number, (arm, overrides) in enumerate(bench.arms().items()):
-            # The switches concern the U-Net and its weights, which are the same in every arm.
-            switches = bench.settings.switches if number == 0 else ()
-            try:
-                yield from measure_stage(bench, stage, arm, overrides, switches)
-            except torch.OutOfMemoryError:
-                yield Row("step", stage, arm, "ours", None, note=f"did not fit into the memory of {bench.device}")
-            release()
+    """Rows of every stage and arm."""
+    for stage in map(int, bench.settings.several("stages")):
+        yield from bench.each_arm("step", stage, partial(measure_stage, bench, stage))
 
 
-def measure_stage(
-    bench: Bench, stage: int, arm: str, overrides: list[str], switches: tuple[str, ...]
-) -> Iterator[Row]:  # fmt: skip
+def measure_stage(bench: Bench, stage: int, arm: str, overrides: list[str]) -> Iterator[Row]:
     """One stage in one arm: ours, the reference, features given, and the switches."""
     settings = bench.settings
     config = bench.config(stage, overrides)
@@ -59,7 +49,8 @@ def measure_stage(
         yield from stage_rows(bench, trainer, stage, arm, batches, timings, alone)
         works.clear()
         release()
-        for switch in switches:
+        # The switches concern the U-Net and its weights, which are the same in every arm.
+        for switch in bench.settings.several("switches") if arm == next(iter(bench.arms())) else ():
             yield from measure_switch(bench, trainer, switch, stage, arm, ours)
     finally:
         trainer.close()

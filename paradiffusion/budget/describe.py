@@ -6,18 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from paradiffusion.budget.devices import Device, device_named, peak_tflops
 from paradiffusion.budget.empty import empty_models
-from paradiffusion.budget.fit import Advice, Fitter
-from paradiffusion.budget.flops import StageFlops, stage_flops
-from paradiffusion.budget.memory import GIB, LAUNCHES, Counts, GpuMemory, checkpoint_bytes
-from paradiffusion.config import TrainConfig
+from paradiffusion.budget.flops import DEVICES, Device, StageFlops, stage_flops
+from paradiffusion.budget.memory import GIB, LAUNCHES, Advice, Counts, Fitter, GpuMemory, checkpoint_bytes
+from paradiffusion.checks import one_of, positive
+from paradiffusion.compose import split_options
+from paradiffusion.config import TrainConfig, option
 from paradiffusion.errors import UserError
 
-FORMATS = ("text", "json")
+TITLES = {launch.name: launch.title for launch in LAUNCHES}
+PARTS = {"unet": "U-Net with projection", "refiner": "refiner", "layout": "layout head", "text": "language model",
+         "vae": "autoencoder (encode)"}  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Question:
     """What scripts/describe.py is asked beside the stage.
 
@@ -27,11 +29,11 @@ class Question:
         mfu: share of the device's peak that is reached while it computes.
     """
 
-    gpu: float | None = None
-    format: str = "text"
-    gpus: int = 8
-    mfu: float = 0.4
-    device: str = "h100"
+    gpu: float | None = option(None, accepts=positive)
+    format: str = option("text", accepts=one_of("text", "json"))
+    gpus: int = option(8, accepts=positive)
+    mfu: float = option(0.4, accepts=positive)
+    device: str = option("h100", accepts=one_of(*DEVICES))
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,10 @@ class Throughput:
 class Description:
     """Everything that describe says; bytes, FLOP per sample, seconds."""
 
-    preset: str
-    stage: int
+    config: TrainConfig
     height: int
     width: int
     tokens: int
-    batch_size: int
-    max_steps: int
-    precision: str
-    gradient_checkpointing: bool
-    train_text: str
-    text_encoder: str
     parameters: Counts
     flops: StageFlops
     memory: list[GpuMemory]
@@ -84,54 +79,25 @@ class Description:
     def as_json(self) -> dict[str, Any]:
         """One document: the fields, with totals beside them."""
         document = asdict(self)
-        document["parameters"]["total"] = self.parameters.total
+        config = document.pop("config")
         for row, memory in zip(document["memory"], self.memory, strict=True):
             row["total"] = memory.total
             row["fits"] = None if self.gpu is None else memory.total <= self.gpu * GIB
+        document["parameters"]["total"] = self.parameters.total
         total = self.flops.total()
         document["flops"]["total"] = {**asdict(total), "training": total.training}
-        return document
+        shown = ("preset", "stage", "batch_size", "max_steps", "precision", "gradient_checkpointing", "train_text")
+        return {**{key: config[key] for key in shown}, "text_encoder": self.config.text_encoder.name, **document}
 
 
 def parse_question(arguments: Sequence[str]) -> tuple[Question, list[str]]:
     """Split describe's own keys from the overrides of train.py; UserError for a value that makes no sense."""
-    given, rest = {}, []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if equals and key in Question.__dataclass_fields__:
-            given[key] = value
-        else:
-            rest.append(argument)
-    question = Question(
-        gpu=_number("gpu", given["gpu"], 1e6) if "gpu" in given else None,
-        format=given.get("format", "text"),
-        gpus=int(_number("gpus", given.get("gpus", "8"), 1e6, whole=True)),
-        mfu=_number("mfu", given.get("mfu", "0.4"), 1.0),
-        device=given.get("device", "h100"),
-    )
-    if question.format not in FORMATS:
-        raise UserError(f"format={question.format} is unknown; choose one of {', '.join(FORMATS)}.")
-    device_named(question.device)
+    question, rest = split_options(Question, arguments)
+    if question.mfu > 1:
+        raise UserError(f"mfu={question.mfu} is out of range; expected a share above 0 and up to 1.")
     if not any(argument.startswith(("data.shards=", "data.sources=", "data.folder=")) for argument in rest):
         rest.append("data.shards=unused")  # presets for one's own data have no default, and none is read here
     return question, rest
-
-
-def _number(key: str, text: str, largest: float, whole: bool = False) -> float:
-    kind = "whole number" if whole else "number"
-    unit = {"gpu": " of GiB", "gpus": " of GPUs"}.get(key, "")
-    try:
-        value = int(text) if whole else float(text)
-    except ValueError:
-        raise UserError(
-            f"{key}={text} is no {kind}; expected a {kind}{unit} above 0, such as {key}={EXAMPLES[key]}."
-        ) from None
-    if not 0 < value <= largest:
-        raise UserError(f"{key}={text} is out of range; expected a {kind}{unit} above 0 and up to {largest:g}.")
-    return value
-
-
-EXAMPLES = {"gpu": "24", "gpus": "8", "mfu": "0.4"}
 
 
 def describe(arguments: Sequence[str], question: Question, compose: Callable[[list[str]], TrainConfig]) -> Description:
@@ -144,40 +110,31 @@ def describe(arguments: Sequence[str], question: Question, compose: Callable[[li
     models = empty_models(config)
     flops = stage_flops(config)
     fitter = Fitter(list(arguments), compose, question.gpus)
-    memory = [fitter.memory(launch) for launch in LAUNCHES]
-    advice = [] if question.gpu is None else fitter.advise(question.gpu * GIB)
     counts = fitter.counts(config)
     weights, whole = checkpoint_bytes(config, counts)
     channels, rows, columns = models.codec.latent_shape(models.height, models.width)
     return Description(
-        preset=config.preset,
-        stage=config.stage,
+        config=config,
         height=models.height,
         width=models.width,
         tokens=models.tokens,
-        batch_size=config.batch_size,
-        max_steps=config.max_steps,
-        precision=config.precision,
-        gradient_checkpointing=config.gradient_checkpointing,
-        train_text=config.train_text,
-        text_encoder=config.text_encoder.name,
         parameters=counts,
         flops=flops,
-        memory=memory,
+        memory=[fitter.memory(launch) for launch in LAUNCHES],
         micro_batches={launch.name: fitter.micro_batch(config, launch) for launch in LAUNCHES},
         feature_bytes=2 * models.tokens * models.text.width,
         latent_bytes=2 * channels * rows * columns,
         checkpoint_weights=weights,
         checkpoint_whole=whole,
-        throughput=throughput(config, flops, question, device_named(question.device)),
+        throughput=throughput(config, flops, question, DEVICES[question.device]),
         gpu=question.gpu,
-        advice=advice,
+        advice=[] if question.gpu is None else fitter.advise(question.gpu * GIB),
     )
 
 
 def throughput(config: TrainConfig, flops: StageFlops, question: Question, device: Device) -> Throughput:
     """Samples per second where the devices compute at ``mfu`` of their peak, recomputation counted as work."""
-    peak = peak_tflops(device, config.precision)
+    peak = device.peak(config.precision)
     speed = question.gpus * peak * 1e12 * question.mfu
 
     def rate(*left_out: str) -> float:
@@ -187,3 +144,135 @@ def throughput(config: TrainConfig, flops: StageFlops, question: Question, devic
     cached = rate("text", "vae") if config.train_text != "lora" else None
     days = config.max_steps * config.batch_size / rate() / 86400
     return Throughput(device.title, device.half, peak, question.gpus, question.mfu, rate(), cached, days)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns, the first column to the left and the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = ([row[0].ljust(first), *map(str.rjust, row[1:], others)] for row in rows)
+    return "\n".join("  " + "  ".join(cells).rstrip() for cells in lines)
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def size(count: float) -> str:
+    """Bytes with a decimal unit, as disks are sold."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def number(count: int) -> str:
+    return f"{count / 1e6:,.2f} M" if count < 1e9 else f"{count / 1e9:.3f} B"
+
+
+def as_text(d: Description) -> str:
+    """The description as tables for a terminal."""
+    c = d.config
+    head = (
+        f"preset={c.preset} stage={c.stage}: {d.width}x{d.height} px, {d.tokens} tokens, batch {c.batch_size}, {c.precision}, "
+        f"text encoder {c.text_encoder.name} ({c.train_text})" + ", gradient checkpointing" * c.gradient_checkpointing
+    )
+    return "\n\n".join([head, parameters(d), flops(d), memory(d), disk(d), speed(d), *map(advice, d.advice)])
+
+
+def parameters(d: Description) -> str:
+    p = d.parameters
+    rows = [("U-Net", p.unet, not p.unet_lora), ("text projection", p.projection, True), ("U-Net LoRA", p.unet_lora, True),
+            ("refiner", p.refiner, True), ("layout head", p.layout, True), ("language model", p.text, False),
+            ("LoRA", p.lora, d.config.train_text == "lora"), ("autoencoder", p.vae, False)]  # fmt: skip
+    shown = [(name, number(count), "yes" if trained else "no") for name, count, trained in rows if count]
+    totals = [("total", number(p.total), ""), ("trained", number(p.trained), "")]
+    return "Parameters\n" + table([("part", "parameters", "trained"), *shown, *totals])
+
+
+def flops(d: Description) -> str:
+    rows = [["part", "forward", "backward", "recompute", "sum"]]
+    for name, part in [*d.flops.parts().items(), ("total", d.flops.total())]:
+        values = (part.forward, part.backward, part.recompute, part.training + part.recompute)
+        if part.forward:
+            rows.append([PARTS.get(name, name), *(f"{v / 1e12:.4g}" for v in values)])
+    return "TFLOP per sample (2 x multiply-adds)\n" + table(rows)
+
+
+def memory(d: Description) -> str:
+    rows = [["launch", "GPUs", "micro", "weights", "copies", "frozen", "grads", "optim", "EMA", "activ.", "buffers", "context",
+             "TOTAL"]]  # fmt: skip
+    for m in d.memory:
+        values = (
+            m.weights,
+            m.copies,
+            m.frozen,
+            m.gradients,
+            m.optimizer,
+            m.ema,
+            m.activations,
+            m.buffers,
+            m.context,
+            m.total,
+        )
+        rows.append([TITLES[m.launch], str(m.gpus), str(d.micro_batches[m.launch]), *map(gib, values)])
+    if d.gpu is not None:
+        fits = ["fits" if m.total <= d.gpu * GIB else "no" for m in d.memory]
+        rows = [[*row, cell] for row, cell in zip(rows, [f"in {d.gpu:g}?", *fits], strict=True)]
+    lines = ["GiB per GPU (exact: weights to EMA; estimated: activations, buffers, context)", table(rows)]
+    for gpus, micro in {(m.gpus, d.micro_batches[m.launch]): None for m in d.memory}:
+        if d.config.batch_size % (gpus * micro):
+            lines.append(
+                f"  train.py refuses batch_size={d.config.batch_size} on {gpus} GPUs: it must be a multiple of {gpus} x "
+                f"micro_batch_size={micro}"
+            )
+    if host := ", ".join(f"{TITLES[m.launch]} {gib(m.host)}" for m in d.memory if m.host > 0):
+        lines.append(f"  and in main memory per process: {host}")
+    return "\n".join(lines)
+
+
+def disk(d: Description) -> str:
+    def cached(each: int, of: str) -> str:
+        return f"{size(each)} per {of} in bfloat16, {size(1e6 * each)} per million"
+
+    rows = {
+        "checkpoint": f"{size(d.checkpoint_whole)}, of which {size(d.checkpoint_weights)} are what sampling needs",
+        "cached text features": cached(d.feature_bytes, f"caption of {d.tokens} tokens"),
+        "cached latents": cached(d.latent_bytes, "image"),
+    }
+    width = max(map(len, rows))
+    return "\n".join(["Disk", *(f"  {name.ljust(width)}  {value}" for name, value in rows.items())])
+
+
+def speed(d: Description) -> str:
+    t = d.throughput
+    cached = (
+        f"{t.cached_samples_per_second:,.1f} with text features and latents given"
+        if t.cached_samples_per_second
+        else "text features cannot be given where the language model is trained"
+    )
+    lacking = "" if t.half == "bfloat16" or d.config.precision == "fp32" else f" in {t.half}: it has no bfloat16"
+    return (
+        f"Time on {t.gpus} x {t.device} ({t.peak_tflops:g} TFLOP/s each at its data sheet{lacking}) at {t.mfu:.0%} of that:\n"
+        f"  {t.samples_per_second:,.1f} samples/s; {cached}\n  {d.config.max_steps:,} steps of {d.config.batch_size}: {duration(t.days)}"
+    )
+
+
+def duration(days: float) -> str:
+    if days >= 1:
+        return f"{days:,.1f} days"
+    return f"{days * 24:.1f} hours" if days * 24 >= 1 else f"{days * 1440:.1f} minutes"
+
+
+def advice(entry: Advice) -> str:
+    rows = [
+        (c.override, f"saves {gib(c.saves)}", f"leaves {gib(c.total)}", "fits" if c.fits else "does not fit")
+        for c in entry.changes
+    ]
+    lines = [
+        f"{TITLES[entry.launch]} needs {gib(entry.needed)} GiB of {gib(entry.available)}. One change alone:",
+        table(rows) if rows else "  none of the keys saves anything.",
+    ]
+    if len(entry.together) > 1:
+        verdict = "fits" if entry.fits else "still does not fit"
+        lines.append(f"  together: {' '.join(entry.together)} -> {gib(entry.total)}, which {verdict}.")
+    return "\n".join(lines)

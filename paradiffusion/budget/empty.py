@@ -22,15 +22,10 @@ META = torch.device("meta")
 
 # The autoencoder of Stable Diffusion XL (its published vae/config.json): what a codec of factor 8 with 4 latent channels
 # is taken for where its folder is not on this machine. The fp16-fixed one has the same shape.
-SDXL_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "latent_channels": 4,
-    "layers_per_block": 2,
-    "norm_num_groups": 32,
-    "sample_size": 1024,
-}
+SDXL_VAE: dict[str, Any] = dict(
+    block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, layers_per_block=2, norm_num_groups=32, sample_size=1024,
+)  # fmt: skip
 
 
 class WithWholeMask(nn.Module):
@@ -94,15 +89,19 @@ class EmptyModels:
             "mask": mask,
         }
         if self.joint.text_encoder is not None and not cached:
-            ids = torch.zeros(size, self.tokens, dtype=torch.long, device=META)
+            ids = self.ids(size)
             return LossBatch(**common, ids=ids, id_mask=torch.ones_like(ids), prefix=0)
         kept = self.config.conditioning.layer_tap != "mean"  # the mean of the layers' states is made in float32
         dtype = DTYPES[self.config.text_encoder.dtype] if kept else torch.float32
         return LossBatch(**common, features=torch.empty(size, self.tokens, self.text.width, dtype=dtype, device=META))
 
+    def ids(self, size: int) -> Tensor:
+        """Token ids [size, L]."""
+        return torch.zeros(size, self.tokens, dtype=torch.long, device=META)
+
     def read_text(self, size: int) -> Tensor:
         """The language model alone: features [size, L, D]."""
-        ids = torch.zeros(size, self.tokens, dtype=torch.long, device=META)
+        ids = self.ids(size)
         return self.text(ids, torch.ones_like(ids))
 
     def encode_images(self, size: int) -> Tensor:

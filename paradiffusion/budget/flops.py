@@ -1,4 +1,5 @@
-"""Floating-point operations of one sample, by part: 2 x multiply-adds of every matrix product and convolution.
+"""Floating-point operations of one sample, by part: 2 x multiply-adds of every matrix product and convolution; and how many a
+device can do in a second.
 
 Counted on the meta device by torch's FlopCounterMode through the real forward and backward. So it is exact for what runs:
 the backward of a trained layer costs twice its forward, that of a frozen one under LoRA once, and the first frozen layers
@@ -7,6 +8,7 @@ before any adapter nothing. Attention is counted whole, causal or not, as PaLM's
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -81,15 +83,11 @@ def count(work: Callable[[], Any], backward: bool = False) -> tuple[float, float
 def stage_flops(config: TrainConfig) -> StageFlops:
     """FLOP of one sample of a stage, by part. Raises UserError as ``empty_models``."""
     plain = _count_parts(empty_models(replace(config, gradient_checkpointing=False)))
-    if not config.gradient_checkpointing:
-        return StageFlops(**plain)
-    repeated = _count_parts(empty_models(config))
-    return StageFlops(
-        **{
-            name: replace(part, recompute=repeated[name].training - part.training if part.backward else 0.0)
-            for name, part in plain.items()
-        }
-    )
+    if config.gradient_checkpointing:
+        for name, part in _count_parts(empty_models(config)).items():
+            if plain[name].backward:
+                plain[name] = replace(plain[name], recompute=part.training - plain[name].training)
+    return StageFlops(**plain)
 
 
 def _count_parts(models: EmptyModels) -> dict[str, PartFlops]:
@@ -125,3 +123,55 @@ def _count_parts(models: EmptyModels) -> dict[str, PartFlops]:
         "text": PartFlops(*count(text, backward=trains_text)),
         "vae": PartFlops(*count(lambda: models.encode_images(1))),
     }
+
+
+@dataclass(frozen=True)
+class Device:
+    """What an accelerator can do at most.
+
+    Attributes:
+        title: as the data sheet calls it.
+        match: lower-case words of which all are in the name that its driver gives.
+        bf16: dense bfloat16 TFLOP/s with fp32 accumulation, without sparsity and at the stated boost clock.
+        fp32: TFLOP/s outside the tensor cores.
+        half: the 16-bit format that ``bf16`` is for: chips before 2020 have float16 only.
+    """
+
+    title: str
+    match: tuple[str, ...]
+    bf16: float
+    fp32: float
+    half: str = "bfloat16"
+
+    def peak(self, precision: str) -> float:
+        """TFLOP/s of matrix products in training at ``precision`` (a run's "bf16" or "fp32")."""
+        return self.fp32 if precision == "fp32" else self.bf16
+
+
+# NVIDIA's and AMD's data sheets; where those give figures with sparsity, half of them.
+DEVICES = {
+    "b200": Device("NVIDIA B200 (HGX)", ("b200",), 2250, 75),
+    "h200": Device("NVIDIA H200 SXM", ("h200",), 989.4, 66.9),
+    "h100_pcie": Device("NVIDIA H100 PCIe", ("h100", "pcie"), 756.4, 51.2),
+    "h100": Device("NVIDIA H100 SXM", ("h100",), 989.4, 66.9),
+    "a100": Device("NVIDIA A100 80GB SXM", ("a100",), 312, 19.5),
+    "a100_40gb": Device("NVIDIA A100 40GB", ("a100", "40gb"), 312, 19.5),
+    "l40s": Device("NVIDIA L40S", ("l40s",), 362.1, 91.6),
+    "l4": Device("NVIDIA L4", ("l4",), 121, 30.3),
+    "a10": Device("NVIDIA A10", ("a10",), 125, 31.2),
+    "rtx6000ada": Device("NVIDIA RTX 6000 Ada", ("6000 ada",), 364.2, 91.1),
+    "a6000": Device("NVIDIA RTX A6000", ("a6000",), 154.8, 38.7),
+    "rtx5090": Device("NVIDIA GeForce RTX 5090", ("5090",), 209.5, 104.8),
+    "rtx4090": Device("NVIDIA GeForce RTX 4090", ("4090",), 165.2, 82.6),
+    "rtx3090": Device("NVIDIA GeForce RTX 3090", ("3090",), 71, 35.6),
+    "v100": Device("NVIDIA V100 SXM2", ("v100",), 125, 15.7, "float16"),
+    "t4": Device("NVIDIA T4", ("t4",), 65, 8.1, "float16"),
+    "mi300x": Device("AMD Instinct MI300X", ("mi300x",), 1307.4, 163.4),
+}
+
+
+def recognise(driver_name: str) -> Device | None:
+    """The device of a driver's name such as "NVIDIA H100 80GB HBM3"; None where its peak is not known here."""
+    words = set(re.split(r"[^a-z0-9]+", driver_name.lower()))
+    found = [d for d in DEVICES.values() if words.issuperset(" ".join(d.match).split())]
+    return max(found, key=lambda device: len(" ".join(device.match)), default=None)

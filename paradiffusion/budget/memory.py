@@ -1,9 +1,13 @@
-"""Memory of one GPU for each way to launch a stage: what is exact (weights, gradients, optimiser, average) and what is
-estimated (activations, communication buffers, the device's own context)."""
+"""Memory of one GPU for each way to launch a stage, and which key to change where it does not fit.
+
+Exact: weights, gradients, optimiser, EMA. Estimated: activations, communication buffers, the device's own context.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,51 +26,28 @@ CONTEXT = int(1.0 * GIB)
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 # DeepSpeed's defaults, in elements: reduce_bucket_size, and stage3_max_live_parameters.
 REDUCE_BUCKET, MAX_LIVE = 5 * 10**8, 10**9
+# Below this a change is not worth a line: the estimate is not that good.
+SMALLEST_SAVING = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class LaunchBytes:
-    """How one launch configuration holds things: each value is where the bytes lie, "gpu" (whole on every GPU), "shard"
-    (1/N of them on each GPU), "host" (1/N of them in each process's main memory) or "none".
-
-    Attributes:
-        weights: fp32, 4 bytes per trained parameter; autocast's bfloat16 copies of them are counted apart.
-        masters: a second fp32 copy, 4 bytes, that DeepSpeed's optimiser keeps.
-        gradients: 4 bytes. optimizer: AdamW's moments, 8 bytes (2 in 8 bits). ema: 4 bytes.
-        frozen: the language model where it is part of the joint module (stage 2).
-        reduce: buffers for exchanging gradients: "ddp" (one more copy of all), "zero" (one bucket), "none".
-        live: weights gathered for the layers at work, under ZeRO-3.
-    """
+class Launch:
+    """A launch configuration: DeepSpeed's ``zero`` cuts the optimiser's state, a second copy of the weights, gradients and
+    EMA over the GPUs (from 2 on), and weights, the frozen ones too, as well (3). ``offload``: to main memory, but gradients."""
 
     name: str
     title: str
-    weights: str = "gpu"
-    masters: str = "none"
-    gradients: str = "gpu"
-    optimizer: str = "gpu"
-    ema: str = "gpu"
-    frozen: str = "gpu"
-    reduce: str = "none"
-    live: bool = False
-
-    @property
-    def several(self) -> bool:
-        """Whether it is for several GPUs."""
-        return self.name != "one_gpu"
+    zero: int = 0
+    offload: bool = False
 
 
 LAUNCHES = (
-    LaunchBytes("one_gpu", "one GPU"),
-    LaunchBytes("ddp", "DDP"),  # gradients are views into its buckets
-    LaunchBytes("zero2", "ZeRO-2", masters="shard", gradients="shard", optimizer="shard", ema="shard", reduce="zero"),
-    LaunchBytes(
-        "zero2_offload", "ZeRO-2 + offload", masters="host", gradients="shard", optimizer="host", ema="host", reduce="zero"
-    ),
-    LaunchBytes(
-        "zero3", "ZeRO-3", weights="shard", masters="shard", gradients="shard", optimizer="shard", ema="shard", frozen="shard",
-        reduce="zero", live=True,
-    ),
-)  # fmt: skip
+    Launch("one_gpu", "one GPU"),
+    Launch("ddp", "DDP"),  # gradients are views into its buckets
+    Launch("zero2", "ZeRO-2", 2),
+    Launch("zero2_offload", "ZeRO-2 + offload", 2, offload=True),
+    Launch("zero3", "ZeRO-3", 3),
+)
 
 
 @dataclass(frozen=True)
@@ -95,22 +76,8 @@ class Counts:
 
     @property
     def total(self) -> int:
-        return (
-            self.unet + self.projection + self.unet_lora + self.refiner + self.layout + self.text + self.lora + self.vae
-        )
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Peak bytes of a micro-batch beyond weights and gradients, in the three things that a step does in turn."""
-
-    encode_images: int
-    read_text: int
-    train: int
-
-    def beside(self, copies: float) -> float:
-        """The peak next to autocast's ``copies``, which are there in training only."""
-        return max(float(self.train), max(self.encode_images, self.read_text) - copies)
+        parts = (self.unet, self.projection, self.unet_lora, self.refiner, self.layout, self.text, self.lora, self.vae)
+        return sum(parts)
 
 
 @dataclass(frozen=True)
@@ -139,25 +106,29 @@ class GpuMemory:
 def count_parameters(models: EmptyModels) -> Counts:
     """Parameters of every part of a stage."""
     joint, inner = models.joint, models.text.inner
-    unet = dict(joint.unet.named_parameters())
-    text = dict(inner.named_parameters())
     trained = joint.trained()
-    # Autocast copies what enters a matrix product or convolution; norms stay in fp32.
-    matrices = sum(p.numel() for p in trained.values() if p.dtype == torch.float32 and p.ndim > 1)
+    unet = {name: p.numel() for name, p in joint.unet.named_parameters()}
+    text = {name: p.numel() for name, p in inner.named_parameters()}
+    unet_lora = sum(size for name, size in unet.items() if "lora_" in name)
+    projection = sum(size for name, size in unet.items() if f"unet.{name}".startswith(PROJECTIONS))
+    lora = sum(size for name, size in text.items() if "lora_" in name)
     head = 0 if joint.refiner is None else _numel(joint.refiner.layout)
+    # bitsandbytes stores the weights of frozen linear layers in 4 bits; embeddings and norms stay.
+    linear = (m for name, m in inner.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name)
     return Counts(
-        unet=sum(p.numel() for n, p in unet.items() if "lora_" not in n and not f"unet.{n}".startswith(PROJECTIONS)),
-        projection=sum(p.numel() for n, p in unet.items() if f"unet.{n}".startswith(PROJECTIONS)),
-        unet_lora=sum(p.numel() for n, p in unet.items() if "lora_" in n),
+        unet=sum(unet.values()) - unet_lora - projection,
+        projection=projection,
+        unet_lora=unet_lora,
         refiner=_numel(joint.refiner) - head,
         layout=head,
-        text=sum(p.numel() for n, p in text.items() if "lora_" not in n),
-        lora=sum(p.numel() for n, p in text.items() if "lora_" in n),
+        text=sum(text.values()) - lora,
+        lora=lora,
         vae=_numel(models.codec),
         trained=sum(p.numel() for p in trained.values()),
-        unet_trained=sum(p.numel() for n, p in trained.items() if n.startswith("unet.")),
-        matrices=matrices,
-        quantised=_quantised(inner),
+        unet_trained=sum(p.numel() for name, p in trained.items() if name.startswith("unet.")),
+        # Autocast copies what enters a matrix product or convolution; norms stay in fp32.
+        matrices=sum(p.numel() for p in trained.values() if p.dtype == torch.float32 and p.ndim > 1),
+        quantised=sum(module.weight.numel() for module in linear),
     )
 
 
@@ -165,31 +136,26 @@ def _numel(module: nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
-def _quantised(text: nn.Module) -> int:
-    """Weights of the frozen linear layers, which bitsandbytes stores in 4 bits; embeddings and norms stay."""
-    return sum(
-        module.weight.numel()
-        for name, module in text.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name
-    )
+# Peak bytes of a micro-batch beyond weights and gradients, in the three things that a step does in turn; what must fit is
+# the bucket with most pixels and the longest captions.
 
 
-def largest_bucket(config: TrainConfig) -> tuple[int, int]:
-    """Height and width in pixels of the bucket with most pixels: what must fit."""
+def largest_models(config: TrainConfig) -> EmptyModels:
+    """The stage's models, of images of the bucket with most pixels."""
     data = config.data
     buckets = make_buckets(data.resolution, data.bucket_multiple, data.max_aspect)
-    return max(buckets, key=lambda bucket: bucket[0] * bucket[1])
+    return empty_models(config, *max(buckets, key=lambda bucket: bucket[0] * bucket[1]))
 
 
 def measure_encoding(config: TrainConfig, micro_batch: int) -> int:
-    """Peak bytes of making latents of one micro-batch in the largest bucket."""
-    models = empty_models(config, *largest_bucket(config))
+    """Peak bytes of making latents of one micro-batch."""
+    models = largest_models(config)
     with torch.no_grad():
         return peak_bytes(lambda: models.encode_images(micro_batch), [models.codec])
 
 
 def measure_reading(config: TrainConfig, micro_batch: int) -> int:
-    """Peak bytes of the language model alone, at the longest captions; 0 where it is trained with the rest."""
+    """Peak bytes of the language model alone; 0 where it is trained with the rest."""
     models = empty_models(config)
     if models.joint.text_encoder is not None:
         return 0
@@ -198,8 +164,8 @@ def measure_reading(config: TrainConfig, micro_batch: int) -> int:
 
 
 def measure_training(config: TrainConfig, micro_batch: int) -> int:
-    """Peak bytes of forward and backward of one micro-batch in the largest bucket, at the longest captions."""
-    models = empty_models(config, *largest_bucket(config))
+    """Peak bytes of forward and backward of one micro-batch."""
+    models = largest_models(config)
 
     def train() -> Tensor:
         return models.joint(models.batch(micro_batch))[0]
@@ -207,43 +173,9 @@ def measure_training(config: TrainConfig, micro_batch: int) -> int:
     return peak_bytes(train, [models.joint], autocast=config.precision != "fp32")
 
 
-def gpu_memory(
-    launch: LaunchBytes, gpus: int, config: TrainConfig, counts: Counts, activations: Activations
-) -> GpuMemory:
-    """Bytes on each of ``gpus`` GPUs under ``launch``."""
-    places = {"gpu": 1.0, "shard": 1.0 / gpus, "host": 0.0, "none": 0.0}
-    trained, host = counts.trained, 0.0
-    moments = 2 if config.optimizer.name == "adamw8bit" else 8  # Muon's matrices have one moment: 8 is its upper bound
-    off_gpu = config.ema_device == "cpu"
-    for held, each in ((launch.masters, 4), (launch.optimizer, moments), (launch.ema, 0 if off_gpu else 4)):
-        host += each * trained / gpus if held == "host" else 0.0
-    host += 4 * trained * (1.0 if launch.ema == "gpu" else 1.0 / gpus) if off_gpu else 0.0
-
-    text = text_bytes(config, counts)
-    inside = config.train_text == "lora"
-    unet_frozen = 4 * (counts.unet + counts.projection + counts.unet_lora - counts.unet_trained)
-    frozen = (text + unet_frozen if inside else unet_frozen) * places[launch.frozen]
-    frozen += counts.vae * DTYPES[config.codec.dtype].itemsize + (0 if inside else text)
-
-    engine = trained + (counts.text if inside else 0)
-    buffers = {"none": 0, "ddp": 4 * trained, "zero": 4 * min(trained, REDUCE_BUCKET)}[launch.reduce] if gpus > 1 else 0
-    if launch.live and gpus > 1:
-        buffers += 4 * min(engine, MAX_LIVE)
-    copies = 2.0 * counts.matrices if config.precision != "fp32" else 0.0
-    return GpuMemory(
-        launch=launch.name,
-        gpus=gpus,
-        weights=4 * trained * places[launch.weights] + 4 * trained * places[launch.masters],
-        copies=copies,
-        frozen=frozen,
-        gradients=4 * trained * places[launch.gradients],
-        optimizer=moments * trained * places[launch.optimizer],
-        ema=0.0 if off_gpu else 4 * trained * places[launch.ema],
-        activations=activations.beside(copies),
-        buffers=buffers,
-        context=CONTEXT,
-        host=host,
-    )
+def moment_bytes(config: TrainConfig) -> int:
+    """Of the optimiser's state for one parameter; Muon's matrices have one moment: 8 is its upper bound."""
+    return 2 if config.optimizer.name == "adamw8bit" else 8
 
 
 def text_bytes(config: TrainConfig, counts: Counts) -> float:
@@ -256,8 +188,169 @@ def text_bytes(config: TrainConfig, counts: Counts) -> float:
 
 
 def checkpoint_bytes(config: TrainConfig, counts: Counts) -> tuple[int, int]:
-    """Bytes of a checkpoint on disk: what sampling needs (the average, in fp32), and with the state to resume from."""
+    """Bytes of a checkpoint on disk: what sampling needs (the EMA, in fp32), and with the state to resume from."""
     weights = 4 * counts.trained + (4 * counts.lora if config.train_text == "adapter" else 0)
     weights += 4 * (counts.unet + counts.projection + counts.unet_lora - counts.unet_trained)
-    moments = 2 if config.optimizer.name == "adamw8bit" else 8
-    return weights, weights + (4 + moments) * counts.trained
+    return weights, weights + (4 + moment_bytes(config)) * counts.trained
+
+
+@dataclass(frozen=True)
+class Change:
+    """One override, what it saves by itself, and what is then needed; bytes."""
+
+    override: str
+    saves: float
+    total: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Advice:
+    """For a launch that does not fit: single changes, the most saving first, and the fewest of them that fit together.
+
+    Attributes:
+        together: overrides; empty where one suffices, or where not even all of them do.
+        total: bytes with ``together``, or with all of them.
+    """
+
+    launch: str
+    needed: float
+    available: float
+    changes: list[Change]
+    together: list[str]
+    total: float
+    fits: bool
+
+
+class Fitter:
+    """Memory of a stage and of its variants; each is measured once.
+
+    Args:
+        arguments: overrides of train.py; ``compose`` makes a configuration of them.
+        gpus: of the launches for several.
+    """
+
+    def __init__(self, arguments: list[str], compose: Callable[[list[str]], TrainConfig], gpus: int) -> None:
+        self.arguments, self.compose, self.gpus = arguments, compose, gpus
+        self._known: dict[object, Any] = {}
+
+    def _once(self, key: object, make: Callable[..., Any], *arguments: object) -> Any:
+        if key not in self._known:
+            self._known[key] = make(*arguments)
+        return self._known[key]
+
+    def config(self, *overrides: str) -> TrainConfig:
+        """The stage with overrides in the place of those of the same keys."""
+        keys = {override.partition("=")[0] for override in overrides}
+        kept = [a for a in self.arguments if a.partition("=")[0] not in keys]
+        found: TrainConfig = self._once(overrides, self.compose, kept + list(overrides))
+        return found
+
+    def counts(self, config: TrainConfig) -> Counts:
+        """Numbers of parameters."""
+        parts = (config.text_encoder, config.conditioning, config.lora, config.unet, config.codec, config.train_text)
+        found: Counts = self._once(repr(parts), lambda: count_parameters(empty_models(config)))
+        return found
+
+    def gpus_of(self, launch: Launch) -> int:
+        return 1 if launch.name == "one_gpu" else self.gpus
+
+    def micro_batch(self, config: TrainConfig, launch: Launch) -> int:
+        """Samples that one process takes at once."""
+        return config.micro_batch_size or max(1, config.batch_size // self.gpus_of(launch))
+
+    def activations(self, config: TrainConfig, micro_batch: int, copies: float) -> float:
+        """The highest of the three peaks, the last beside autocast's ``copies``, which are there in training only. Each is
+        measured once for all configurations in which it is the same."""
+
+        def peak(measure: Callable[[TrainConfig, int], int], *depends_on: object) -> float:
+            return float(self._once((measure, micro_batch, repr(depends_on)), measure, config, micro_batch))
+
+        # A 4-bit language model computes in its dtype: what it keeps for the way back is the same.
+        text = (replace(config.text_encoder, quantization=None), config.conditioning, config.lora, config.train_text)
+        sizes = (config.codec, config.data.resolution, config.data.bucket_multiple, config.data.max_aspect)
+        rest = (config.unet, config.objective, config.precision, config.gradient_checkpointing)
+        before = max(peak(measure_encoding, sizes), peak(measure_reading, text))
+        return max(peak(measure_training, text, sizes, rest), before - copies)
+
+    def memory(self, launch: Launch, *overrides: str) -> GpuMemory:
+        """Bytes on each GPU of the stage with ``overrides``."""
+        config = self.config(*overrides)
+        counts, gpus = self.counts(config), self.gpus_of(launch)
+        trained, moments = counts.trained, moment_bytes(config)
+        on_cpu = config.ema_device == "cpu"
+        share = 1 / gpus if launch.zero else 1.0  # of state and gradients
+        here = 0.0 if launch.offload else share
+        whole = 1 / gpus if launch.zero == 3 else 1.0  # of weights
+        masters = 4 * trained if launch.zero else 0
+        ema = 4 * trained
+        host = (masters + moments * trained + (0 if on_cpu else ema)) / gpus if launch.offload else 0.0
+
+        text, inside = text_bytes(config, counts), config.train_text == "lora"
+        unet = 4 * (counts.unet + counts.projection + counts.unet_lora - counts.unet_trained)
+        frozen = unet * whole + text * (whole if inside else 1)
+
+        buffers = 0
+        if launch.zero and gpus > 1:
+            buffers = 4 * min(trained, REDUCE_BUCKET)
+            buffers += 4 * min(trained + (counts.text if inside else 0), MAX_LIVE) if launch.zero == 3 else 0
+        copies = 2.0 * counts.matrices if config.precision != "fp32" else 0.0
+        return GpuMemory(
+            launch=launch.name,
+            gpus=gpus,
+            weights=4 * trained * whole + masters * here,
+            copies=copies,
+            frozen=frozen + counts.vae * DTYPES[config.codec.dtype].itemsize,
+            gradients=4 * trained * share,
+            optimizer=moments * trained * here,
+            ema=0.0 if on_cpu else ema * here,
+            activations=self.activations(config, self.micro_batch(config, launch), copies),
+            buffers=buffers,
+            context=CONTEXT,
+            host=host + (ema * share if on_cpu else 0.0),
+        )
+
+    def advise(self, available: float) -> list[Advice]:
+        """One entry for each launch that needs more than ``available`` bytes."""
+        needed = {launch: self.memory(launch).total for launch in LAUNCHES}
+        return [self._advise(launch, total, available) for launch, total in needed.items() if total > available]
+
+    def _advise(self, launch: Launch, needed: float, available: float) -> Advice:
+        totals = {override: self.memory(launch, override).total for override in self.candidates(launch)}
+        if launch.name != "zero2_offload":
+            other = next(item for item in LAUNCHES if item.name == "zero2_offload")
+            totals["--config_file configs/launch/zero2_offload.yaml"] = self.memory(other).total
+        changes = [
+            Change(override, needed - total, total, total <= available)
+            for override, total in totals.items()
+            if needed - total > SMALLEST_SAVING
+        ]
+        changes.sort(key=lambda change: -change.saves)
+        together: list[str] = []
+        total = needed
+        # Another launch is a different table row, a recipe a set of these, and a lower resolution another training.
+        apart = ("--config_file", "recipe=", "data.resolution=")
+        for change in changes:
+            if total > available and not change.override.startswith(apart):
+                together.append(change.override)
+                total = self.memory(launch, *together).total
+        return Advice(launch.name, needed, available, changes, together, total, total <= available)
+
+    def candidates(self, launch: Launch) -> list[str]:
+        """Overrides that may save memory in this stage."""
+        config = self.config()
+        deepspeed = launch.zero > 0
+        multiple = config.data.bucket_multiple
+        lower = config.data.resolution // 2 // multiple * multiple
+        possible = {
+            "micro_batch_size=1": self.micro_batch(config, launch) > 1,
+            "gradient_checkpointing=true": not config.gradient_checkpointing,
+            "ema_device=cpu": config.ema_device is None,
+            "text_encoder.quantization=4bit": config.text_encoder.quantization is None and not deepspeed,
+            # DeepSpeed's optimisers are its own.
+            "optimizer.name=adamw8bit": config.optimizer.name == "adamw" and not deepspeed,
+            "unet.lora_rank=32": config.unet.lora_rank == 0,
+            "recipe=24gb": config.recipe == "none" and config.preset == "paper" and config.stage > 1 and not deepspeed,
+            f"data.resolution={lower}": lower >= multiple,
+        }
+        return [override for override, is_possible in possible.items() if is_possible]

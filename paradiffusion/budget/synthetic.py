@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from paradiffusion.text.tokenizer import load_tokenizer
 
 # Words of a caption: the mean in the paper's data (its own table), and a spread that gives about its shares by length.
 CAPTION_WORDS = {"short": (11.8, 4), "long": (132.9, 38), "clean": (70.6, 12)}
+PICTURES = 256  # different ones; samples beyond that share them, under keys of their own
 WORDS = sorted({word for word in CORPUS.split() if word.isalpha()})
 
 
@@ -84,17 +85,29 @@ def captions(kind: str, count: int, seed: int = 0) -> list[str]:
     return [" ".join(rng.choice(WORDS, length)) for length in lengths]
 
 
-def write_samples(folder: Path, count: int, side: int) -> None:
-    """Shards of ``count`` square pictures of ``side`` pixels, each with a caption of every kind."""
+def picture(number: int, width: int, height: int) -> bytes:
+    """A JPEG with shapes of all sizes, which costs about as much to decode as a photograph of its size."""
+    rng = np.random.default_rng(number)
+    total = np.zeros((height, width, 3))
+    for side in (4, 16, 64):
+        coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        total += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float)
+    file = io.BytesIO()
+    Image.fromarray((total / 3).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()
 
-    def samples() -> Iterator[RawSample]:
-        rng = np.random.default_rng(0)
-        texts = {kind: captions(kind, count) for kind in CAPTION_WORDS}
-        for number in range(count):
-            coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-            file = io.BytesIO()
-            coarse.resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-            meta = {"captions": {kind: rows[number] for kind, rows in texts.items()}}
-            yield RawSample(f"{number:06d}", file.getvalue(), "jpg", meta)
 
-    write_shards(samples(), folder, samples_per_shard=256)
+def write_samples(
+    folder: Path, count: int, width: int, height: int, kinds: Iterable[str] = tuple(CAPTION_WORDS)
+) -> dict[str, list[str]]:
+    """Shards of ``count`` pictures, each with a caption of every kind; returns the captions by kind."""
+    texts = {kind: captions(kind, count) for kind in kinds}
+    pictures = [picture(number, width, height) for number in range(min(PICTURES, count))]
+    samples = (
+        RawSample(
+            f"{n:06d}", pictures[n % PICTURES], "jpg", {"captions": {kind: rows[n] for kind, rows in texts.items()}}
+        )
+        for n in range(count)
+    )
+    write_shards(samples, folder, samples_per_shard=512)
+    return texts

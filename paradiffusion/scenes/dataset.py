@@ -32,7 +32,7 @@ from paradiffusion.scenes.world import SETS, Scene, make_scene, scene_from_meta,
 
 __all__ = [
     "DEFAULT_SIZES", "KINDS", "SETS", "WORLDS", "Scene", "captions", "demo_samples", "draw", "ensure_demo_data",
-    "make_demo_data", "make_scene", "scene_from_meta", "scene_to_meta",
+    "make_scene", "scene_from_meta", "scene_to_meta",
 ]  # fmt: skip
 
 VERSION = 3  # raise it when scenes, captions or their layout change, so that old folders are drawn anew
@@ -52,12 +52,6 @@ def demo_samples(set_name: str, count: int, seed: int = 0, first: int = 0, world
         draw(scene).save(data, "png", compress_level=3)
         meta = {"captions": captions(scene, seed, number), **scene_to_meta(scene)}
         yield RawSample(f"{set_name}-{number:06d}", data.getvalue(), "png", meta)
-
-
-def make_demo_data(folder: Path, seed: int = 0, sizes: dict[str, int] | None = None,
-                   processes: int | None = None, world: str = "small") -> dict[str, Path]:  # fmt: skip
-    """Build the data set unless it is there already; see ``ensure_demo_data``."""
-    return ensure_demo_data(folder, sizes, seed, processes, world)
 
 
 def ensure_demo_data(folder: Path, sizes: dict[str, int] | None = None, seed: int = 0,

@@ -32,7 +32,7 @@ from paradiffusion.scenes.grammar import (
     place_phrases,
     say,
     with_articles,
-)  # fmt: skip  # fmt: skip
+)  # fmt: skip
 from paradiffusion.scenes.world import Scene, SceneObject, pick, places, row_and_column
 
 

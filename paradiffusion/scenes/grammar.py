@@ -39,20 +39,12 @@ TEXTURES_SAID: dict[str, tuple[str, ...]] = {
 TEXTURES_AFTER: dict[str, tuple[str, ...]] = {
     "plain": ("with a plain surface", "in one solid colour", "without any pattern", "with an even fill"),
     "striped": (
-        "with stripes",
-        "with diagonal stripes",
-        "covered in stripes",
-        "with slanted lines",
-        "with stripes across it",
+        "with stripes", "with diagonal stripes", "covered in stripes", "with slanted lines", "with stripes across it",
     ),
     "outlined": (
-        "with an outline",
-        "with a thick outline",
-        "with a bold edge",
-        "with a border",
-        "inside a thick outline",
+        "with an outline", "with a thick outline", "with a bold edge", "with a border", "inside a thick outline",
     ),
-}
+}  # fmt: skip
 TEXTURES_STATED: dict[str, tuple[str, ...]] = {
     "plain": ("has a plain surface", "is filled evenly", "shows no pattern", "is of one solid colour"),
     "striped": ("has stripes", "has diagonal stripes", "is covered in stripes", "is striped", "carries slanted lines"),
@@ -373,14 +365,8 @@ CENTRE_NAMED = (
     "the middle of the middle row", "the centre of the canvas",
 )  # fmt: skip
 CORNER_LABELS = (
-    "{v} {h}",
-    "{v} {h}",
-    "{V} {h}",
-    "{v}-{h} corner",
-    "{V} {h} corner",
-    "{v} {h} corner",
-    "in the {v} {h}",
-)
+    "{v} {h}", "{v} {h}", "{V} {h}", "{v}-{h} corner", "{V} {h} corner", "{v} {h} corner", "in the {v} {h}",
+)  # fmt: skip
 ABOVE_OR_BELOW_LABELS = ("{v} centre", "{v} middle", "{V} middle", "{v}, middle", "middle of the {v} row")
 BESIDE_LABELS = ("middle {h}", "centre {h}", "{h} middle", "{h}, middle", "{h} of the middle row")
 CENTRE_LABELS = ("centre", "middle", "in the centre", "in the middle", "very centre")

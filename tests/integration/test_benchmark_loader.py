@@ -8,8 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from paradiffusion.budget.bench_loader import Child, LoaderBench, measure, padding, write_set
+from paradiffusion.budget.bench_loader import LoaderBench, measure, padding, run_way
 from paradiffusion.budget.bench_readers import ReaderSettings
+from paradiffusion.budget.synthetic import write_samples
 from paradiffusion.errors import UserError
 
 SMALL = LoaderBench(samples=96, width=64, height=48, resolution=32, batch_size=8, workers=1, batches=3, repeats=2)
@@ -21,17 +22,17 @@ def reading(folder: Path) -> list[psutil.Process]:
 
 
 def test_a_way_of_reading_ends_with_its_workers(tmp_path: Path) -> None:
-    write_set(tmp_path, SMALL)
-    child = Child("webdataset", sys.executable, ReaderSettings(str(tmp_path), 32, 8, 1))
-    assert len(child.ask(2)["keys"]) == 2
-    assert len(reading(tmp_path)) == 2, "itself and a worker"
-    child.close()
+    write_samples(tmp_path, SMALL.samples, SMALL.width, SMALL.height, ["long"])
+    answer = run_way(
+        "webdataset", sys.executable, ReaderSettings(str(tmp_path), 32, 8, workers=1, batches=2, work=0.01)
+    )
+    assert len(answer["keys"]) == 2 and 0 <= answer["waited"] < answer["seconds"] - 0.02
     assert not reading(tmp_path)
 
 
 def test_a_way_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the webdataset reader ended before its turn"):
-        Child("webdataset", sys.executable, ReaderSettings(str(tmp_path / "nothing"), 32, 8, 1))
+    with pytest.raises(UserError, match="the webdataset reader in .* ended before it had read"):
+        run_way("webdataset", sys.executable, ReaderSettings(str(tmp_path / "nothing"), 32, 8, 1))
     assert not reading(tmp_path)
 
 

@@ -13,13 +13,10 @@ import pytest
 import torch
 
 from paradiffusion.budget.activations import peak_bytes
-from paradiffusion.budget.describe import Description, Question, describe, parse_question, throughput
-from paradiffusion.budget.describe_text import as_text
-from paradiffusion.budget.devices import device_named, recognise
+from paradiffusion.budget.describe import Description, Question, as_text, describe, parse_question, throughput
 from paradiffusion.budget.empty import empty_models
-from paradiffusion.budget.fit import Fitter
-from paradiffusion.budget.flops import StageFlops, count, stage_flops
-from paradiffusion.budget.memory import GIB, LAUNCHES, measure_training
+from paradiffusion.budget.flops import DEVICES, StageFlops, count, recognise, stage_flops
+from paradiffusion.budget.memory import GIB, LAUNCHES, Fitter, measure_training
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
 from paradiffusion.models.unet import build_unet, empty_unet
@@ -264,8 +261,8 @@ def test_what_to_change_is_ordered_and_true() -> None:
 def test_time_follows_the_device_and_the_share_of_its_peak() -> None:
     config = compose_train([*PAPER, "stage=1"])
     flops = stage_flops(config)
-    slow = throughput(config, flops, Question(device="a100", mfu=0.2, gpus=4), device_named("a100"))
-    fast = throughput(config, flops, Question(), device_named("h100"))
+    slow = throughput(config, flops, Question(device="a100", mfu=0.2, gpus=4), DEVICES["a100"])
+    fast = throughput(config, flops, Question(), DEVICES["h100"])
     assert fast.samples_per_second / slow.samples_per_second == pytest.approx(4 * 989.4 / 312)
     assert slow.days == pytest.approx(300000 * 1024 / slow.samples_per_second / 86400)
     assert slow.cached_samples_per_second is not None
@@ -287,11 +284,11 @@ def test_every_text_encoder_can_be_described() -> None:
 
 
 def test_devices_are_recognised_by_their_drivers_names() -> None:
-    assert recognise("NVIDIA H100 80GB HBM3") is device_named("h100")
-    assert recognise("NVIDIA H100 PCIe") is device_named("h100_pcie")
-    assert recognise("NVIDIA A100-SXM4-80GB") is device_named("a100")
-    assert recognise("NVIDIA L40S") is device_named("l40s")
-    assert recognise("NVIDIA L4") is device_named("l4")
+    assert recognise("NVIDIA H100 80GB HBM3") is DEVICES["h100"]
+    assert recognise("NVIDIA H100 PCIe") is DEVICES["h100_pcie"]
+    assert recognise("NVIDIA A100-SXM4-80GB") is DEVICES["a100"]
+    assert recognise("NVIDIA L40S") is DEVICES["l40s"]
+    assert recognise("NVIDIA L4") is DEVICES["l4"]
     assert recognise("Some Other Chip") is None
 
 

@@ -34,7 +34,6 @@ from paradiffusion.scenes.dataset import (
     demo_samples,
     draw,
     ensure_demo_data,
-    make_demo_data,
     make_scene,
     scene_from_meta,
     scene_to_meta,
@@ -251,8 +250,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_the_bytes_do_not_depend_on_processes_and_a_second_call_does_nothing(tmp_path: Path) -> None:
-    alone = make_demo_data(tmp_path / "one", 0, SIZES_SMALL, processes=1)
-    make_demo_data(tmp_path / "two", 0, SIZES_SMALL, processes=2)
+    alone = ensure_demo_data(tmp_path / "one", SIZES_SMALL, 0, processes=1)
+    ensure_demo_data(tmp_path / "two", SIZES_SMALL, 0, processes=2)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert sorted(path.name for path in alone["web"].iterdir()) == ["000000.tar", "000001.tar", "000002.tar"]
     with tarfile.open(alone["web"] / "000002.tar") as tar:
@@ -352,4 +351,4 @@ def test_the_large_prompts_are_held_out_paragraphs() -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made in .* choose another folder"):
-        make_demo_data(tmp_path / "file" / "demo", 0, SIZES_SMALL, processes=1)
+        ensure_demo_data(tmp_path / "file" / "demo", SIZES_SMALL, 0, processes=1)
