@@ -169,7 +169,9 @@ class Ours(Layout):
     def describe(self) -> dict[str, Any]:
         description = read_json(self.folder / "checkpoint.json")
         name, number = description.get("format"), description.get("version")
-        if name != FORMAT or not isinstance(number, int) or number > FORMAT_VERSION:
+        if name != FORMAT or not isinstance(number, int):
+            raise UserError(f"{self.folder}/checkpoint.json does not describe a checkpoint; use another one.")
+        if number > FORMAT_VERSION:
             raise UserError(
                 f"{self.folder}/checkpoint.json has the format {name} {number}, expected {FORMAT} up to {FORMAT_VERSION}; update "
                 "this repository."

@@ -275,7 +275,7 @@ def test_checkpoint_whose_parts_do_not_fit(run: Path, tmp_path: Path) -> None:
     checkpoint = newest(run / "stage1")
     (checkpoint / "checkpoint.json").write_text("{}")
     write_manifest(checkpoint)
-    with pytest.raises(UserError, match=r"checkpoint\.json could not be read"):
+    with pytest.raises(UserError, match=r"checkpoint\.json does not describe a checkpoint"):
         sample_here(f"ckpt={checkpoint}", "prompt=a", f"output_dir={tmp_path / 'out'}")
 
 

@@ -251,7 +251,7 @@ def test_command_writes_page_and_figures(main: Any, shards: Path, tmp_path: Path
         (["output={tmp}"], "is no page"),
         (["output=/dev/null/report.html"], "no folder that can be written to"),
         (["samples=-1"], "samples=-1 is out of range"),
-        (["samples=some"], "samples: Value 'some'"),
+        (["samples=some"], "samples=some: Value"),
         (["tokenizers=[nothing]"], "nothing is neither a folder nor one of .*smollm2"),
         (["tokenizers={tmp}"], "tokenizer|config.json"),
         (["chek=3"], "did you mean check"),

@@ -255,7 +255,7 @@ def test_another_scale_than_the_vaes_own_is_refused(codec_folder: Path, tmp_path
     trained = load_codec(codec_config(codec_folder)).source["hash"]  # a checkpoint from when any factor was taken
     assert load_codec(codec_config(codec_folder, scaling_factor=0.13025), trained).scale == 0.13025
     with pytest.raises(UserError, match=r"codec\.scaling_factor"):
-        CodecConfig(scaling_factor=0.0).check()
+        compose_train(["codec.scaling_factor=0"])
 
 
 def test_the_shipped_codec_is_as_configured() -> None:
