@@ -194,7 +194,8 @@ def benchmark_loader(settings: LoaderBench, step_seconds: float, count: Any) -> 
         f"{s.batches} batches in turn. Decoding, resizing and collation are the same function in all rows. The ratio is ours to that "
         "row, by round: median (lowest to highest). Waiting is the share of a step spent for data when a step takes "
         f"{step_seconds:.2f} s a batch, as an H100 would at 40 % of its peak in stage 1 of preset=paper (`scripts/describe.py`); the "
-        f"GPU is a sleep.{delay if s.delay_ms else ''}\n\nPadding: the share of computed tokens, batches padded to their longest caption, and to the next multiple "
+        f"GPU is a sleep.{delay if s.delay_ms else ''}\n\nPadding: the share of computed tokens, batches padded to their longest caption, "
+        "and to the next multiple "
         f"of 8 (conditioning.pad_multiple's default) or 32.\n\n{markdown_table(HEADER, map(cells, rows))}\n"
     )
     return write_results(settings.output, settings.name, document, text), rows

@@ -161,7 +161,8 @@ def measure_start(folder: Path, settings: PlanBench, sources: int) -> dict[str, 
     ended, now = time.perf_counter(), memory()
     return {
         "start": started - began, "seek": found - started, "next_batch": (ended - found) / 1000,
-        "private": now["Anonymous"] - before["Anonymous"], "shared": (now["Rss"] - now["Anonymous"]) - (before["Rss"] - before["Anonymous"]),
+        "private": now["Anonymous"] - before["Anonymous"],
+        "shared": (now["Rss"] - now["Anonymous"]) - (before["Rss"] - before["Anonymous"]),
     }  # fmt: skip
 
 

@@ -197,7 +197,8 @@ def open_tracker(config: TrackerConfig, folder: Path, name: str, settings: dict[
         import wandb
 
         run = wandb.init(
-            project=config.project, name=config.run_name or name, dir=str(folder), config=settings, mode=config.mode,  # type: ignore[arg-type]
+            project=config.project, name=config.run_name or name, dir=str(folder), config=settings,
+            mode=config.mode,  # type: ignore[arg-type]
             id=name, resume="allow",
         )  # fmt: skip
         return lambda step, numbers: run.finish() if step is None else run.log(numbers, step=step)

@@ -130,7 +130,8 @@ def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> Tra
     unet, name, arguments = open_layout(source).unet_config, config.unet.class_name, config.unet.arguments
     theirs, own = class_of(unet), CONFIGS / "unet" / f"{config.unet.name}.yaml"
     stored = own_arguments(unet, theirs)
-    left_alone = own.is_file() and arguments == (OmegaConf.to_container(OmegaConf.load(own)).get("arguments") or {})  # type: ignore[union-attr, call-overload]
+    shipped: Any = OmegaConf.to_container(OmegaConf.load(own)) if own.is_file() else None
+    left_alone = shipped is not None and arguments == (shipped.get("arguments") or {})
     if (name, own_arguments(arguments, name)) != (theirs, stored) and left_alone:
         size = {key: value for key, value in arguments.items() if key == "sample_size"}
         config = replace(config, unet=replace(config.unet, class_name=theirs, arguments={**size, **stored}))

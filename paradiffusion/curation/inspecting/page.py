@@ -86,7 +86,8 @@ def _run(found: Inspection) -> dict[str, Any]:
         "source", "samples that can be used", "share of all samples", "configured share", "share in planned batches",
         "samples seen", "epochs",
     )  # fmt: skip
-    note = f"What {found.run[0].steps:,} steps (max_steps) of {found.batch_size:,} samples (batch_size) see: an epoch is once through a source."
+    steps = f"{found.run[0].steps:,} steps (max_steps) of {found.batch_size:,} samples (batch_size)"
+    note = f"What {steps} see: an epoch is once through a source."
     return _part("run", "The run", text_grid(head, rows), note)
 
 
@@ -116,7 +117,8 @@ def _captions(found: Inspection) -> dict[str, Any]:
         words = kind.words
         figures = ("",) * 4
         if words:
-            figures = (f"{words.mean:.1f}", f"{words.median:.0f}", f"{words.p5:.0f} to {words.p95:.0f}", f"{words.largest:.0f}")  # fmt: skip
+            middle = f"{words.p5:.0f} to {words.p95:.0f}"
+            figures = (f"{words.mean:.1f}", f"{words.median:.0f}", middle, f"{words.largest:.0f}")
             title = f"{kind.kind}: {words.n:,} captions"
             drawn.append(histogram(words, title, f"words of {kind.kind}", "words"))
         planned = f"{kind.planned:.1%}" if found.padding else ""

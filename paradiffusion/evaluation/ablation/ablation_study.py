@@ -95,7 +95,8 @@ def read_study(path: Path) -> Study:
         line = f" in line {where.line + 1}" if where is not None else ""
         reason = getattr(error, "problem", None) or "it is no YAML"
         raise UserError(
-            f"study={path} is not understood{line}: {reason}; correct the file, and put quotes around entries with braces, brackets or commas."
+            f"study={path} is not understood{line}: {reason}; correct the file, and put quotes around entries with braces, "
+            "brackets or commas."
         ) from None
     read = _Reader(path)
     values = read.mapping("the study", values, _STUDY_KEYS)

@@ -143,7 +143,8 @@ def _noise(removals: Sequence[Removal]) -> Table:
     note = ""
     if known:
         still = sum(one.change is not None and one.change < NOTHING for one in known)
-        note = f"{still} of {len(known)} {'judged ' if judged else ''}sentences change the picture by less than {NOTHING:.0%} of another seed."
+        kind = "judged " if judged else ""
+        note = f"{still} of {len(known)} {kind}sentences change the picture by less than {NOTHING:.0%} of another seed."
     head = ["what is left out", "change of pixels", "change of CLIP features"]
     return Table("How much a sentence changes the picture (1 = another seed's)", head, rows, note, "number")
 
