@@ -20,7 +20,7 @@ from torch import nn
 from paradiffusion.config import TextEncoderConfig
 from paradiffusion.errors import UserError
 from paradiffusion.text.sources import find_gguf, locate
-from paradiffusion.text.tokenizer import load_tokenizer
+from paradiffusion.text.tokenizer import ids_of, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A multimodal checkpoint's names of its language model's tensors, by either of transformers' conventions.
@@ -177,7 +177,7 @@ def count_tokens_with(config: TextEncoderConfig) -> Callable[[list[str]], list[i
 
 
 def _count(tokenizer: Any, around: int, texts: list[str]) -> list[int]:
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    rows = ids_of(tokenizer, texts) if texts else []
     return [len(row) + around for row in rows]
 
 

@@ -64,7 +64,7 @@ class CaptionTokenizer:
     def __call__(self, captions: list[str]) -> Tokens:
         """Token ids and masks; captions over ``limit`` are cut, their end mark kept, and counted."""
         limit, end, prefix = self.limit, self.end, len(self.prefix)
-        rows = self.tokenizer(captions, add_special_tokens=False)["input_ids"]
+        rows = ids_of(self.tokenizer, captions)
         # An instruction brings its own first token, and then an empty caption still needs one of its own.
         rows = [row if self.prefix and (row or end) else self.start + row for row in rows]
         lengths = [len(row) + len(end) for row in rows]
@@ -83,6 +83,18 @@ def tokenize_once(tokenize: Callable[[list[str]], Tokens], captions: list[str]) 
     the dropped ones, which are empty, go through the language model once."""
     different = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
     return tokenize(list(different)), torch.tensor([different[caption] for caption in captions])
+
+
+def ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of what somebody wrote, without marks. A special token's name in it is text as any other: "</s>" ends nothing."""
+    rows: list[list[int]] = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    # T5's vocabulary holds the names as pieces of text, too: there they are written in letters.
+    names = {number: name for number, name in zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+             if number != tokenizer.unk_token_id}  # fmt: skip
+    if names.keys().isdisjoint(number for row in rows for number in row):
+        return rows
+    letters = {number: tokenizer.convert_tokens_to_ids(list(name)) for number, name in names.items()}
+    return [[piece for number in row for piece in letters.get(number, [number])] for row in rows]
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -47,7 +47,7 @@ def test_padding_is_on_the_right_and_the_mask_comes_from_lengths() -> None:
         assert tokens.mask[row].tolist() == [True] * length + [False] * (16 - length)
         assert (tokens.ids[row, length:] == eos).all() and tokens.ids[row, 0] == bos
     inside = tokens.ids[1, : tokens.lengths[1]]
-    assert (inside == eos).any(), "this caption is meant to hold the padding token"
+    assert not (inside == eos).any(), "the name of the padding token is text"
     assert tokens.lengths[2] == 1, "an empty prompt is one token, else it has no feature at all"
 
 

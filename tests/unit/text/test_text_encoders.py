@@ -123,6 +123,21 @@ def test_marks_of_a_sequence(name: str, folder: Folder) -> None:
     assert last[60 - len(end) :] == end and tokens.lengths[2] > 60
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_name_of_a_special_token_is_text(name: str, folder: Folder) -> None:
+    encoder = load(name, folder(name))
+    names = [str(mark) for mark in encoder.tokenizer.all_special_tokens]
+    assert names
+    plain = encoder.tokenize(["a b"])
+    special = set(encoder.tokenizer.all_special_ids) - {encoder.tokenizer.unk_token_id}
+    for mark in names:
+        tokens = encoder.tokenize([f"a {mark} b"])
+        ids = tokens.ids[0, tokens.mask[0]].tolist()
+        assert sum(number in special for number in ids) == sum(
+            number in special for number in plain.ids[0, plain.mask[0]].tolist()
+        ), mark
+
+
 def test_clip_has_77_positions(folder: Folder) -> None:
     long, short = "a red circle at the left " * 9, "a red circle"
     for masked in (False, True):
