@@ -226,6 +226,25 @@ class Flow(Objective):
         return DPMSolverMultistepScheduler(num_train_timesteps=count, **settings, **overrides)
 
 
+def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = None) -> None:
+    """``scheduler.set_timesteps`` for any number of steps up to the length of its schedule.
+
+    Where diffusers' "leading" spacing, which rounds the distance down, would leave out the fifth of highest noise, or "linspace"
+    would give a time twice, the times are those of "trailing".
+
+    Raises:
+        UserError: for more steps than the schedule has.
+    """
+    config = scheduler.config
+    count, spacing = config.num_train_timesteps, config.get("timestep_spacing")
+    if spacing is not None and not config.get("use_flow_sigmas"):
+        if steps > count:
+            raise UserError(f"steps={steps} are more than the {count} of the noise schedule; use at most {count}.")
+        if steps == count or (spacing == "leading" and count // steps * steps < 0.8 * count):
+            scheduler.register_to_config(timestep_spacing="trailing")
+    scheduler.set_timesteps(steps, device=device)
+
+
 OBJECTIVES: dict[str, type[Objective]] = {"epsilon": Epsilon, "v_prediction": Velocity, "sample": Sample, "flow": Flow}
 
 

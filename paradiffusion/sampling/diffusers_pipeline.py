@@ -46,7 +46,7 @@ from paradiffusion.checkpoints.layouts import (
 )
 from paradiffusion.checkpoints.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors
 from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, SamplerConfig, TextEncoderConfig
-from paradiffusion.diffusion.objective import Objective
+from paradiffusion.diffusion.objective import Objective, set_steps
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.sampling.pipeline import InferenceModels, checked_side, sample_prompts
@@ -364,7 +364,7 @@ class ParaDiffusionPipeline(_Base):
             logger.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut")
         size = height // models.factor, width // models.factor
         scheduler = self._joint.objective.scheduler(size=size)
-        scheduler.set_timesteps(settings.steps)
+        set_steps(scheduler, settings.steps)
         self._interrupt = False
         reached = torch.empty(0)
         with self.progress_bar(total=settings.steps) as bar:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from paradiffusion.config import SamplerConfig
 from paradiffusion.diffusion.guidance import guide, guided_steps
-from paradiffusion.diffusion.objective import Objective
+from paradiffusion.diffusion.objective import Objective, set_steps
 from paradiffusion.text.conditioning import Conditioning
 
 # (latents [B, C, h, w], times [B] float, features [B, L, D], mask [B, L] bool or None) -> prediction [B, C, h, w]
@@ -68,7 +68,7 @@ def sample_latents(
     if settings.guidance < objective.guided_from:
         settings = replace(settings, guidance=1.0)
     scheduler = objective.scheduler(settings.solver, size=shape[1:])
-    scheduler.set_timesteps(settings.steps, device=device)
+    set_steps(scheduler, settings.steps, device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # or the scheduler looks the step up, and takes the second of two equal times
     guided = guided_steps(settings, len(scheduler.timesteps), lambda: objective.levels(scheduler))

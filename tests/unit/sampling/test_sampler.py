@@ -8,7 +8,8 @@ from sampling_models import TinyModels
 from torch import Tensor
 
 from paradiffusion.config import PREDICTIONS, SOLVERS, ObjectiveConfig, SamplerConfig
-from paradiffusion.diffusion.objective import make_objective
+from paradiffusion.diffusion.objective import make_objective, set_steps
+from paradiffusion.errors import UserError
 from paradiffusion.sampling.sampler import against, sample_latents, starting_noise
 from paradiffusion.text.conditioning import Conditioning
 
@@ -40,11 +41,14 @@ def test_alone_equals_in_a_batch_of_eight(prediction: str, solver: str) -> None:
     assert (together[0] - together[4]).abs().max() > 1e-2  # same prompt, another seed
 
 
+@pytest.mark.parametrize("steps", [20, 350, 600, 1000])
 @pytest.mark.parametrize(
     ("prediction", "solver", "zero_terminal_snr"),
     [(*kind, False) for kind in KINDS] + [("v_prediction", solver, True) for solver in SOLVERS],
 )
-def test_a_perfect_denoiser_finds_the_latents(prediction: str, solver: str, zero_terminal_snr: bool) -> None:
+def test_a_perfect_denoiser_finds_the_latents(
+    prediction: str, solver: str, zero_terminal_snr: bool, steps: int
+) -> None:
     """The oracle knows the one image of its data set, so every solver must arrive there from any noise."""
     objective = make_objective(ObjectiveConfig(prediction=prediction, zero_terminal_snr=zero_terminal_snr))
     truth = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3))
@@ -64,10 +68,15 @@ def test_a_perfect_denoiser_finds_the_latents(prediction: str, solver: str, zero
         return noise if prediction == "epsilon" else alpha * noise - sigma * alpha * truth
 
     conditioning = Conditioning(torch.zeros(2, 1, 1), None, torch.zeros(1, 1, 1), None)
-    settings = SamplerConfig(solver=solver, steps=20, guidance=1.0)
+    settings = SamplerConfig(solver=solver, steps=steps, guidance=1.0)
     found = sample_latents(oracle, objective, conditioning, [0, 1], SHAPE, settings, "cpu", torch.float32)
     assert (found - truth).abs().mean() < 0.1
-    assert seen == sorted(seen, reverse=True) and len(seen) == 20 and max(seen) <= 1000
+    assert seen == sorted(seen, reverse=True) and len(seen) == steps and 800 <= max(seen) <= 1000
+
+
+def test_more_steps_than_the_schedule_has() -> None:
+    with pytest.raises(UserError, match="steps=1001 are more than the 1000"):
+        set_steps(make_objective(ObjectiveConfig(prediction="epsilon")).scheduler(), 1001)
 
 
 def test_guidance_runs_twice_the_rows_only_inside_its_interval() -> None:
