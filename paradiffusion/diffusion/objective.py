@@ -158,7 +158,10 @@ class VariancePreserving(Objective):
             return EulerDiscreteScheduler(**{"steps_offset": 1, "timestep_spacing": spacing, **settings, **overrides})
         # DPM-Solver's own spacing in the official scheduler is "linspace" (no steps_offset there).
         settings["timestep_spacing"] = "trailing" if config.zero_terminal_snr else "linspace"
-        return DPMSolverMultistepScheduler(**{**settings, **overrides})
+        scheduler: Any = DPMSolverMultistepScheduler(**{**settings, **overrides})
+        # For who makes another of diffusers' schedulers from this one's settings: several clip x_0 to pixels' range by default.
+        scheduler.register_to_config(clip_sample=False)
+        return scheduler
 
 
 class Epsilon(VariancePreserving):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler, TCDScheduler
 
 from paradiffusion.checkpoints.layouts import objective_of
 from paradiffusion.config import ObjectiveConfig
@@ -204,3 +206,10 @@ def test_refused_solvers() -> None:
         make_objective(ObjectiveConfig()).scheduler("heun")
     with pytest.raises(UserError, match="use dpm or euler"):
         make_objective(ALL[3]).scheduler("ddim")
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, LCMScheduler, TCDScheduler])
+def test_other_schedulers_made_from_ours_do_not_clip_latents(kind: Any, tmp_path: Path) -> None:
+    make_objective(ObjectiveConfig(prediction="epsilon")).scheduler("dpm").save_config(tmp_path)
+    stored = DPMSolverMultistepScheduler.from_pretrained(tmp_path)
+    assert kind.from_config(stored.config).config.clip_sample is False
