@@ -191,7 +191,7 @@ def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
     for text, words in (
         ("{", "could not be read"),
         (json.dumps({**good, "version": 99}), "paradiffusion 99"),
-        (json.dumps({**good, "format": "other"}), "other 1"),
+        (json.dumps({**good, "format": "other"}), "does not describe a checkpoint"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=words):
