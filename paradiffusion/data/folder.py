@@ -19,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from paradiffusion.data.captions import captions_of, parse_meta
+from paradiffusion.data.columns import cached_index, locked
 from paradiffusion.data.images import probe_size
 from paradiffusion.data.index import (
     DAMAGED,
@@ -27,10 +28,8 @@ from paradiffusion.data.index import (
     TokenCounter,
     arrays_of,
     assemble,
-    cached_index,
     count_captions,
     index_of,
-    locked,
     of_one_shard,
     save_arrays,
 )

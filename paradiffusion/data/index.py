@@ -6,22 +6,18 @@ Of a large set the table is a folder of columns that all processes of a machine 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import io
-import json
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
@@ -31,6 +27,7 @@ from tqdm import tqdm
 
 from paradiffusion.atomic import atomic_file
 from paradiffusion.data.captions import captions_of, parse_meta
+from paradiffusion.data.columns import New, cached_index, digest, locked, map_columns, shared_columns
 from paradiffusion.data.images import probe_size
 from paradiffusion.data.remote import RemoteError, RemotePath, open_shard, read_whole, with_state
 from paradiffusion.data.shards import (
@@ -54,8 +51,6 @@ _FEW: Final = 8
 # A larger index, over 22 MB, is mapped and shared.
 _MAPPED_FROM: Final = 1 << 18
 _ROWS_AT_ONCE: Final = 1 << 20
-_FACTS: Final = "facts.json"
-_ABANDONED_SECONDS: Final = 86400.0
 _CONNECTIONS: Final = 32
 _HEAD_BYTES: Final = 1 << 16
 # What np.load raises for files that are no .npz, or one with a flipped bit (zipfile then finds it encrypted, say).
@@ -67,6 +62,9 @@ ROW: Final = np.dtype(
         ("text_size", "<u4"), ("width", "<i4"), ("height", "<i4"), ("extension", "u1"), ("key_hash", "<u8"),
     ]
 )  # fmt: skip
+
+
+Each: TypeAlias = Callable[..., Iterator[Any]]  # map, or an executor's
 
 
 @dataclass(frozen=True)
@@ -285,7 +283,7 @@ class _Loading:
         return _load_stored(shard, self.folder, self.counter)
 
     def _state(self) -> str:
-        return _digest(*self.each(self._state_of, self.shards))
+        return digest(*self.each(self._state_of, self.shards))
 
     def _state_of(self, shard: Path | RemotePath) -> str:
         """Names the state of a shard and of its stored index."""
@@ -310,7 +308,7 @@ def join_indexes(indexes: Sequence[SampleIndex], names: Sequence[str]) -> Sample
     if sum(map(len, indexes)) > _MAPPED_FROM:
         places = _column_folders([shard for index in indexes for shard in index.shards], None)
         places = [index.columns.with_name(places[0].name) for index in indexes if index.columns] + places
-        state = _digest(*names, *(index.state() for index in indexes))
+        state = digest(*names, *(index.state() for index in indexes))
     return assemble(lambda: indexes, "data.sources", places, state, {"sources": list(names), "shard_source": source})
 
 
@@ -372,97 +370,11 @@ def _of_columns(
     )  # fmt: skip
 
 
-# Columns that all processes of a machine share.
-
-Each: TypeAlias = Callable[..., Iterator[Any]]  # map, or an executor's
-New: TypeAlias = Callable[[str, Any, tuple[int, ...]], np.ndarray]  # name, dtype and shape to an array of zeros
-Columns: TypeAlias = tuple[Path | None, dict[str, np.ndarray], dict[str, Any]]  # where they are mapped from, and facts
-
-
-def shared_columns(places: Sequence[Path], state: str, fill: Callable[[New], dict[str, Any]]) -> Columns:
-    """The arrays that ``fill`` makes, and the facts (as JSON has them) that it returns, mapped from one of the folders
-    ``places``: the first process that comes writes them, whole or not at all, and others wait. What lies there in another
-    ``state`` is replaced. In memory where no folder can be written."""
-    for place in places:
-        with suppress(OSError), locked(place):
-            if (found := map_columns([place], state)) is None:
-                _write_columns(place, state, fill)
-                found = map_columns([place], state)
-            if found is not None:
-                return found
-    arrays: dict[str, np.ndarray] = {}
-
-    def new(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        return arrays.setdefault(name, np.zeros(shape, dtype))
-
-    return None, arrays, fill(new)
-
-
-def map_columns(places: Sequence[Path], state: str) -> Columns | None:
-    """What ``shared_columns`` has written in that state; None where there is none."""
-    for place in places:
-        with suppress(OSError, ValueError, AttributeError):
-            facts = json.loads((place / _FACTS).read_text(encoding="utf-8"))
-            if facts.get("state") == state:
-                found = {file.stem: np.asarray(np.load(file, mmap_mode="r")) for file in place.glob("*.npy")}
-                return place, found, facts
-    return None
-
-
-def _write_columns(place: Path, state: str, fill: Callable[[New], dict[str, Any]]) -> None:
-    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}.part")
-    written: list[np.memmap[Any, Any]] = []
-
-    def new(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        path = partial / f"{name}.npy"
-        written.append(np.lib.format.open_memmap(path, "w+", dtype, shape))
-        with open(path, "r+b") as file:  # Where the disk is full, writing to what is mapped would kill the process.
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        return written[-1]
-
-    for old in place.parent.glob(
-        f".{place.name}.*.part"
-    ):  # What a killed process has left; another machine may be at work.
-        if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        facts = fill(new)
-        for array in written:
-            array.flush()
-        (partial / _FACTS).write_text(json.dumps({**facts, "state": state}), encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def _column_folders(shards: Sequence[ShardPath], folder: Path | None) -> list[Path]:
     """Where the columns of ``shards`` may lie: in ``folder``, else beside the first shard, else in the user's cache."""
-    name = f"{_digest(*map(str, shards))}.columns"
+    name = f"{digest(*map(str, shards))}.columns"
     beside = [folder] if folder else [shard.parent for shard in shards[:1] if isinstance(shard, Path)]
     return [*(place.resolve() / name for place in beside), cached_index("", "").parent / name]
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.blake2b("\n".join(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Held by one process of a machine at a time, for what lies at ``path``. The lock is in the user's cache, since the
-    disks that data lie on may be read only; where there can be none, nobody waits."""
-    lock = cached_index(path, ".lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "a")  # noqa: SIM115, closed below
-    except OSError:
-        yield
-        return
-    with file:
-        with suppress(OSError):  # Some network disks have no locks.
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # Many indexes at once.
@@ -687,14 +599,6 @@ def _stamp(path: Path | RemotePath) -> np.ndarray:
         return np.array([_VERSION, path.size, 0], np.int64)
     stat = path.stat()
     return np.array([_VERSION, stat.st_size, stat.st_mtime_ns], np.int64)
-
-
-def cached_index(path: object, suffix: str) -> Path:
-    """Where in the user's cache (``$PARADIFFUSION_CACHE``, else ``~/.cache/paradiffusion``) the index of ``path`` lies, when
-    it cannot lie beside it."""
-    cache = Path(os.environ.get("PARADIFFUSION_CACHE") or Path.home() / ".cache" / "paradiffusion")
-    name = hashlib.blake2b(str(path).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return cache / "index" / (name + suffix)
 
 
 def _candidates(path: Path | RemotePath, folder: Path | None) -> list[Path]:

@@ -32,6 +32,7 @@ from paradiffusion.data.captions import (
     expected_shares,
     settle_kinds,
 )
+from paradiffusion.data.columns import shared_columns
 from paradiffusion.data.folder import load_folder
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of
 from paradiffusion.data.index import (
@@ -41,7 +42,6 @@ from paradiffusion.data.index import (
     index_head,
     join_indexes,
     load_index,
-    shared_columns,
 )
 from paradiffusion.data.remote import storage_of
 from paradiffusion.data.shards import expand_shards

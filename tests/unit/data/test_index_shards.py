@@ -140,7 +140,7 @@ def test_mapped_columns_elsewhere(tmp_path: Path, mapped: None, monkeypatch: pyt
         assert remote.columns is not None and remote.columns.parent == tmp_path / "data"
         again = load_index(shards)
         assert again.shards[0].size and again.fingerprint() == remote.fingerprint() == load_index(paths).fingerprint()
-    monkeypatch.setattr("paradiffusion.data.index._write_columns", refuse)
+    monkeypatch.setattr("paradiffusion.data.columns._write_columns", refuse)
     index = load_index(many(tmp_path / "b"))
     assert index.columns is None and len(index) == 24
 
