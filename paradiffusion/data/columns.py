@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -26,14 +27,21 @@ Columns: TypeAlias = tuple[Path | None, dict[str, np.ndarray], dict[str, Any]]  
 def shared_columns(places: Sequence[Path], state: str, fill: Callable[[New], dict[str, Any]]) -> Columns:
     """The arrays that ``fill`` makes, and the facts (as JSON has them) that it returns, mapped from one of the folders
     ``places``: the first process that comes writes them, whole or not at all, and others wait. What lies there in another
-    ``state`` is replaced. In memory where no folder can be written."""
+    ``state`` is replaced. In memory where there is no such folder, or, with a warning, none that can be written."""
+    failure: OSError | None = None
     for place in places:
-        with suppress(OSError), locked(place):
-            if (found := map_columns([place], state)) is None:
-                _write_columns(place, state, fill)
-                found = map_columns([place], state)
-            if found is not None:
-                return found
+        try:
+            with locked(place):
+                if (found := map_columns([place], state)) is None:
+                    _write_columns(place, state, fill)
+                    found = map_columns([place], state)
+                if found is not None:
+                    return found
+        except OSError as error:
+            failure = error
+    if failure is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+        told = f"{', '.join(map(str, places))} could not be written ({failure.strerror or failure})"
+        print(f"warning: {told}: each process holds this index in its own memory.", file=sys.stderr, flush=True)
     arrays: dict[str, np.ndarray] = {}
 
     def new(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -60,8 +68,9 @@ def _write_columns(place: Path, state: str, fill: Callable[[New], dict[str, Any]
     def new(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
         path = partial / f"{name}.npy"
         written.append(np.lib.format.open_memmap(path, "w+", dtype, shape))
-        with open(path, "r+b") as file:  # Where the disk is full, writing to what is mapped would kill the process.
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        if hasattr(os, "posix_fallocate"):  # Where the disk is full, writing to what is mapped would kill the process.
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return written[-1]
 
     for old in place.parent.glob(

@@ -131,7 +131,9 @@ def test_mapped_columns_follow_the_shards(tmp_path: Path, mapped: None) -> None:
         assert len(load_index(paths, allow_truncated=True)) == 23
 
 
-def test_mapped_columns_elsewhere(tmp_path: Path, mapped: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapped_columns_elsewhere(
+    tmp_path: Path, mapped: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = many(tmp_path / "data")
     assert load_index(paths, index_dir=str(tmp_path)).columns.parent == tmp_path
     with serving(tmp_path / "data") as server:
@@ -141,8 +143,10 @@ def test_mapped_columns_elsewhere(tmp_path: Path, mapped: None, monkeypatch: pyt
         again = load_index(shards)
         assert again.shards[0].size and again.fingerprint() == remote.fingerprint() == load_index(paths).fingerprint()
     monkeypatch.setattr("paradiffusion.data.columns._write_columns", refuse)
+    assert not capsys.readouterr().err
     index = load_index(many(tmp_path / "b"))
     assert index.columns is None and len(index) == 24
+    assert "No space left on device): each process holds this index in its own memory" in capsys.readouterr().err
 
 
 def refuse(*arguments: object) -> None:
