@@ -81,13 +81,19 @@ def _rows_of_file(path: Path) -> Iterator[Row]:
         raise UserError(
             f"prompt_file={path} has {found}; expected {', '.join(readers)}, or prompt_file=- for standard input."
         )
+    return readers[kind](read_text(path, f"prompt_file={path}"), path.name)
+
+
+def read_text(path: Path, called: str = "") -> str:
+    """A file as text. UserError, in which it is ``called`` so, where it is missing, is a folder, or is not UTF-8 (with the line)."""
+    called = called or str(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"prompt_file={path} does not exist (looked in {Path.cwd()}); check the path.") from None
+        raise UserError(f"{called} does not exist (looked in {Path.cwd()}); check the path.") from None
     except OSError as error:
-        raise UserError(f"prompt_file={path} cannot be read ({error.strerror}); expected a readable file.") from None
-    return readers[kind](_decode(data, f"prompt_file={path}"), path.name)
+        raise UserError(f"{called} cannot be read ({error.strerror}); expected a readable file.") from None
+    return _decode(data, called)
 
 
 def _decode(data: bytes, source: str) -> str:

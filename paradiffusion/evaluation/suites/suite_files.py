@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from paradiffusion.errors import UserError
+from paradiffusion.sampling.prompts import read_text
 
 
 @dataclass(frozen=True)
@@ -46,27 +47,6 @@ class Row:
         if not isinstance(value, str):
             raise UserError(f"{self.where}: {column} is {str(value)[:60]!r}; expected text.")
         return value.strip()
-
-
-def read_text(path: Path) -> str:
-    """A file as text. UserError where it is missing, is a folder, or is not UTF-8 (with the line)."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist (looked in {Path.cwd()}); check the path.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); expected a readable file.") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{path} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}; save it with the encoding UTF-8."
-        ) from None
-    if "\0" in text:  # UTF-16 without a mark decodes as UTF-8 with a zero after each letter
-        line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"{path} is no text: a zero byte in line {line}; save it with the encoding UTF-8.")
-    return text
 
 
 def read_json(path: Path) -> Any:
