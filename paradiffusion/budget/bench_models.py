@@ -1,4 +1,4 @@
-"""What the benchmarks of models share: timed rounds side by side, rows of results, settings, arms and configurations."""
+"""Shared by the benchmarks of models: timed rounds side by side, rows of results, settings, arms and configurations."""
 
 from __future__ import annotations
 

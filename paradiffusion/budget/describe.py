@@ -1,4 +1,4 @@
-"""What a stage is and costs before anything is trained: parameters, FLOP, memory for each launch, disk, time."""
+"""The cost of a stage before anything is trained: parameters, FLOP, memory for each launch, disk, time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a folder of files trustworthy: a manifest of sizes and hashes, written last and checked first."""
+"""The manifest of a checkpoint, sizes and hashes of its files: written last and checked first."""
 
 from __future__ import annotations
 

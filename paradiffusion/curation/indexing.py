@@ -1,4 +1,4 @@
-"""What scripts/index_shards.py says of the indexes it has made."""
+"""The summary that scripts/index_shards.py prints of the indexes it has made."""
 
 from __future__ import annotations
 
