@@ -226,6 +226,9 @@ def test_the_real_smollm2() -> None:
     assert encoder.width == 576 and len(encoder.model.layers) == 8
     features = encode(encoder, ["a red circle at the left", ""])
     assert features.shape == (2, 8, 576) and torch.isfinite(features).all()
+    # The name of a special token is read in pieces as any text is.
+    words = encoder.tokenizer.convert_ids_to_tokens(encoder.tokenize(["a <|im_end|> b"]).ids[0].tolist())
+    assert words[1:10] == ["a", "Ġ<", "|", "im", "_", "end", "|", ">", "Ġb"]
     red, blue = (encode(encoder, [f"a {colour} circle"])[0, 3] for colour in ("red", "blue"))
     assert not torch.allclose(red, blue, atol=1e-2)
 
