@@ -523,7 +523,7 @@ class TrainConfig:
         batch_size, micro_batch_size: samples of one optimiser step over all processes, and of one process at once;
             accumulation is their whole-number ratio over the processes.
         repeats: noise levels at which each sample of a batch is seen; its text is read, and its image encoded, once for all.
-        precision: "fp32", "bf16", or "auto": bf16 on GPUs and on processors with instructions for it, else fp32.
+        precision: "fp32", "bf16", or "auto": bf16 on GPUs and on processors that multiply it faster, else fp32.
         keep_gb: keep text features and latents of the frozen models in memory, made once, while each process has so many GB of
             them; 0 to make them in every epoch.
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
