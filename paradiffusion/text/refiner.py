@@ -27,6 +27,16 @@ def rotary(x: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+def convolve(convolution: nn.Conv1d, x: Tensor) -> Tensor:
+    """``convolution``, of stride 1 that keeps the length, over tokens [B, L, D]; one matrix product on processors, where the
+    gradient of torch's own takes eight times as long (2.14)."""
+    if x.device.type != "cpu":
+        return convolution(x.transpose(1, 2)).transpose(1, 2)
+    side = convolution.kernel_size[0] // 2
+    windows = F.pad(x, (0, 0, side, side)).unfold(1, 2 * side + 1, 1)  # [B, L, D, kernel]
+    return F.linear(windows.flatten(2), convolution.weight.flatten(1), convolution.bias)
+
+
 class RefinerBlock(nn.Module):
     """Pre-norm: a convolution over neighbouring tokens, self-attention without a causal mask, an MLP.
 
@@ -53,7 +63,7 @@ class RefinerBlock(nn.Module):
             near = self.convolution_norm(x)
             if mask is not None:
                 near = near * mask[..., None]  # or padding would reach the tokens beside it
-            x = x + F.gelu(self.convolution(near.transpose(1, 2)).transpose(1, 2))
+            x = x + F.gelu(convolve(self.convolution, near))
         qkv = self.qkv(self.attention_norm(x)).view(b, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, d]
         attended = attend(rotary(q), rotary(k), v, mask)

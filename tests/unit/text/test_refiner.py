@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paradiffusion.text.refiner import Refiner, rotary
+from paradiffusion.text.refiner import Refiner, convolve, rotary
 
 
 @pytest.fixture(params=[0, 3], ids=["attention", "convolution"])
@@ -33,6 +33,17 @@ def test_padding_changes_nothing_where_it_is_masked(refiner: Refiner, features: 
 
 
 @torch.no_grad()
+@torch.enable_grad()
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_the_written_out_convolution_is_torchs_own(kernel: int) -> None:
+    convolution, x = torch.nn.Conv1d(6, 6, kernel, padding=kernel // 2), torch.randn(2, 5, 6, requires_grad=True)
+    written, own = convolve(convolution, x), convolution(x.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(written, own, atol=1e-6, rtol=0)
+    asked = [x, convolution.weight, convolution.bias]
+    for found, expected in zip(*(torch.autograd.grad(out.square().sum(), asked) for out in (written, own)), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_early_tokens_see_later_ones_and_order_matters(refiner: Refiner, features: torch.Tensor) -> None:
     out = refiner(features)
     changed = features.clone()
