@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> int:
             f"--scenes {options.scenes} is out of range; expected 1 to {most}, the size of the held-out set."
         )
     config.sampler.guidance = config.sampler.guidance if options.guidance is None else options.guidance
+    config.data.demo_sizes = {"val": most}  # training sets of other sizes stay as they are
     models = load_models(find_checkpoint(options.ckpt))
     make_wanted(config.data)
     _, held_out = open_data(config)

@@ -60,8 +60,8 @@ def ensure_demo_data(folder: Path, sizes: dict[str, int] | None = None, seed: in
 
     Shards are drawn in a folder beside it, which takes its name at the end: a folder is whole or not there. An
     interrupted build goes on where it stopped; of two processes, one builds and the other waits for it. A demo folder
-    of other sizes or another world is replaced. UserError for wrong sizes, an unknown world, or a folder that holds
-    anything else.
+    of other sizes or another world is replaced; further sets in it stay. UserError for wrong sizes, an unknown world, or a
+    folder that holds anything else.
     """
     folder = Path(folder).absolute()
     if world not in WORLDS:
@@ -102,7 +102,10 @@ def _shard_names(size: int) -> list[str]:
 
 
 def _fits(folder: Path, note: dict[str, Any]) -> bool:
-    if _read_note(folder / NOTE) != note:
+    found = _read_note(folder / NOTE)
+    if not isinstance(found, dict) or found != note | {"sizes": found.get("sizes")}:
+        return False
+    if not isinstance(found["sizes"], dict) or not note["sizes"].items() <= found["sizes"].items():
         return False
     shards = [folder / name / shard for name, size in note["sizes"].items() for shard in _shard_names(size)]
     return all(shard.is_file() for shard in shards)

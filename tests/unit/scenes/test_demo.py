@@ -273,6 +273,14 @@ def test_other_sizes_and_missing_shards_build_anew(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".demo.lock", "demo"]
 
 
+def test_further_sets_stay_where_some_of_them_are_wanted(tmp_path: Path) -> None:
+    """score_scenes.py asks for the held-out scenes alone; a larger training set beside them must not be made anew."""
+    ensure_demo_data(tmp_path / "demo", {"small": 3, "val": 2}, 0)
+    before = (tmp_path / "demo" / "small" / "000000.tar").stat().st_mtime_ns
+    assert list(ensure_demo_data(tmp_path / "demo", {"val": 2}, 0)) == ["val"]
+    assert (tmp_path / "demo" / "small" / "000000.tar").stat().st_mtime_ns == before
+
+
 def test_an_interrupted_build_goes_on(tmp_path: Path) -> None:
     ensure_demo_data(tmp_path / "whole", SIZES_SMALL, 0)
     code = (
