@@ -124,6 +124,8 @@ class ConditioningConfig:
             before it (LI-DiT, arXiv 2406.11831).
         refiner_width, refiner_layers, refiner_heads: its shape.
         refiner_kernel: tokens that the convolution in each of its blocks spans (odd; 0 for no convolution).
+        refiner_passes: how often its blocks are run in a row, with the same weights: more steps of thought for sentences that
+            lean on the one before, at no parameter.
         layout_patch: latents along each side of the square that each query of the layout head estimates from the refined text
             (models/layout.py); the U-Net takes the estimate as further input channels. 0 for no such head (the paper).
         layout_layers: blocks of the layout head.
@@ -143,6 +145,7 @@ class ConditioningConfig:
     refiner_layers: int = option(2, of="weights")
     refiner_heads: int = option(4, of="weights")
     refiner_kernel: int = option(0, of="weights")
+    refiner_passes: int = option(1, accepts=positive)
     layout_patch: int = option(0, of="weights", accepts=not_negative)
     layout_layers: int = option(2, of="weights", accepts=positive)
     layout_reads: str = option("tokens", of="weights", accepts=one_of("tokens", "mean"))
@@ -247,6 +250,7 @@ class ObjectiveConfig:
             flow_shift sqrt(h w) / flow_shift_side (section 5.3.2), in training and in sampling. None: sampling alone shifts, by
             flow_shift at every size.
         layout_weight: of the layout head's squared error beside the diffusion loss.
+        layout_steps: the first steps of a stage that train the text path by the layout loss alone, without the denoiser.
     """
 
     name: str = "paper"
@@ -265,6 +269,7 @@ class ObjectiveConfig:
     flow_shift: float = option(1.0, accepts=positive)
     flow_shift_side: int | None = option(None, accepts=positive)
     layout_weight: float = option(3.0, accepts=not_negative)
+    layout_steps: int = option(0, accepts=not_negative)
 
     def check(self) -> None:
         check_values(self, "objective.")  # a checkpoint's is checked by itself
@@ -585,6 +590,10 @@ class TrainConfig:
             raise UserError(f"spike_factor={self.spike_factor} is out of range; expected a number above 1.")
         for part in (self.conditioning, self.lora, self.objective, self.data, self.sampler):
             part.check()
+        if self.objective.layout_steps and not self.conditioning.layout_patch:
+            raise UserError(
+                "objective.layout_steps trains the layout head, and conditioning.layout_patch=0 has none; set one of both."
+            )
         if self.data.bucket_multiple % self.codec.factor:
             raise UserError(
                 f"data.bucket_multiple={self.data.bucket_multiple} must be a multiple of codec.factor={self.codec.factor}."

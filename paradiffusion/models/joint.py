@@ -32,6 +32,7 @@ class LossBatch:
         features, mask: from the frozen text encoder, [B, L, D] and [B, L]; None where the module reads ``ids`` itself.
         ids, id_mask, prefix: tokens, [U, L], of the batch's different captions, for a text encoder with LoRA inside.
         rows: [B] int64, which row of ``ids`` each sample has.
+        denoise: False: the layout loss alone, without the denoiser (objective.layout_steps).
     """
 
     latents: Tensor
@@ -45,6 +46,7 @@ class LossBatch:
     id_mask: Tensor | None = None
     prefix: int = 0
     rows: Tensor | None = None
+    denoise: bool = True
 
 
 class Losses(NamedTuple):
@@ -52,8 +54,8 @@ class Losses(NamedTuple):
 
     Attributes:
         total: a scalar, fp32, to take gradients of: ``diffusion`` + layout_weight x ``layout``.
-        diffusion: the weighted mean of ``errors``, a detached scalar.
-        errors: each noise level's unweighted loss, [R * B], detached.
+        diffusion: the weighted mean of ``errors``, a detached scalar; where the denoiser is left out, the same as ``layout``.
+        errors: each noise level's unweighted loss, [R * B], detached; where the denoiser is left out, the estimate's.
         layout: the mean squared error of the layout head's estimate over the captions that were told, a detached scalar; None
             without a layout head.
     """
@@ -120,6 +122,9 @@ class JointModel(nn.Module):
         clean, times, levels = batch.latents, batch.times, len(batch.times) // len(batch.latents)
         text = self.refine(self.read(batch).to(clean.dtype), batch.mask)
         estimate = self.estimate(text, batch.mask, *clean.shape[-2:])
+        if estimate is not None and not batch.denoise:
+            total, layout, apart = layout_losses(estimate, clean, batch.weights, batch.told)
+            return Losses(self.objective.config.layout_weight * total, layout, at_each(levels, apart), layout)
         latents = at_each(levels, clean)
         noised = self.objective.add_noise(latents, batch.noise, times)
         # A copy at one level too: its gradients are summed by themselves then, in the order in which they always were.
@@ -130,9 +135,9 @@ class JointModel(nn.Module):
         loss = (errors * self.objective.weight(times) * at_each(levels, batch.weights)).mean()
         if estimate is None:
             return Losses(loss, loss.detach(), errors.detach(), None)
-        layout, seen = layout_losses(estimate, clean, batch.weights, batch.told)
-        total = loss + self.objective.config.layout_weight * layout
-        return Losses(total, loss.detach(), errors.detach(), seen.detach())
+        share, layout, _ = layout_losses(estimate, clean, batch.weights, batch.told)
+        total = loss + self.objective.config.layout_weight * share
+        return Losses(total, loss.detach(), errors.detach(), layout)
 
     def read(self, batch: LossBatch) -> Tensor:
         """The language model's features [B, L, D]: given, or from the text encoder whose LoRA is trained."""
@@ -164,7 +169,7 @@ def build_joint(config: TrainConfig, encoder_width: int, text_encoder: TextEncod
     if conditioning.projection == "refiner":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
-            shape = {key: getattr(conditioning, f"refiner_{key}") for key in ("width", "layers", "heads", "kernel")}
+            shape = {key: getattr(conditioning, f"refiner_{key}") for key in ("width", "layers", "heads", "kernel", "passes")}
             layout = layout_arguments(conditioning, config.codec.latent_channels)
             refiner = Refiner(encoder_width, **shape, layout=layout)
     return JointModel(unet, refiner, make_objective(config.objective), config.unet.coordinates, text_encoder)

@@ -134,9 +134,12 @@ class LayoutHead(nn.Module):
         return estimate[..., :height, :width]
 
 
-def layout_losses(estimate: Tensor, latents: Tensor, weights: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The squared error of the head's estimate, over captions that were ``told`` [B]: as a share of the weighted batch, and the
-    mean over them alone."""
+def layout_losses(
+    estimate: Tensor, latents: Tensor, weights: Tensor, told: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The squared error of the head's estimate, over captions that were ``told`` [B]: as a share of the weighted batch; and,
+    detached, the mean over them alone, and each sample's [B]."""
     shares = weights if told is None else weights * told
     errors = (estimate.float() - latents.float()).square().mean(dim=(1, 2, 3))  # [B]
-    return (errors * shares).mean(), (errors * shares).sum() / shares.sum().clamp_min(1)
+    mean = (errors * shares).sum() / shares.sum().clamp_min(1)
+    return (errors * shares).mean(), mean.detach(), errors.detach()

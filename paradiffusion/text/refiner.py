@@ -79,6 +79,7 @@ class Refiner(nn.Module):
         width, layers, heads: shape of the transformer; ``width / heads`` must be even.
         kernel: tokens that each block's convolution spans, odd; 0 for none.
         layout: arguments of the layout head that reads the refined features (models/layout.py); None for none.
+        passes: how often the blocks are run in a row.
     Raises:
         UserError: for a refiner of before, whose layout was painted from the mean of the features.
     """
@@ -91,6 +92,7 @@ class Refiner(nn.Module):
         heads: int,
         kernel: int = 0,
         layout: dict[str, Any] | None = None,
+        passes: int = 1,
     ) -> None:
         super().__init__()
         if layout and not isinstance(layout, dict):
@@ -107,6 +109,7 @@ class Refiner(nn.Module):
             "heads": heads,
             "kernel": kernel,
             "layout": layout or None,
+            "passes": passes,
         }
         # A handful of channels of a language model's hidden states are hundreds of times larger than the rest. Statistics
         # per channel, taken once before training from real captions, bring all of them to one scale.
@@ -126,6 +129,7 @@ class Refiner(nn.Module):
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, L, D] and mask [B, L] (True at real tokens, None to attend to padding) to [B, L, width]."""
         x = self.embed((features - self.mean) / self.std)
-        for block in self.blocks:
-            x = block(x, mask)
+        for _ in range(self.config["passes"]):
+            for block in self.blocks:
+                x = block(x, mask)
         return self.norm(x)

@@ -348,7 +348,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     check_launch(config, count_micro_batches(config, world_size))
     plugin = deepspeed_plugin(config) if is_deepspeed() else None
     # Gradients as views into the buffers that are exchanged: one copy of all of them less.
-    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    handlers: list[KwargsHandler] = [
+        DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True, find_unused_parameters=config.objective.layout_steps > 0
+        )
+    ]
     if world_size > 1 or plugin is not None:
         # The watch, which names who is late, must come before the bare time-out of a collective operation.
         timeout = timedelta(seconds=2 * config.stall_seconds + 600)
@@ -477,6 +481,9 @@ def check_launch(config: TrainConfig, micro_batches: int) -> None:
             raise UserError(
                 f"the launch configuration asks for {kind}, which is not supported; use one of configs/launch/: ddp, zero2 or zero3."
             )
+    if is_deepspeed() and config.objective.layout_steps:
+        # Its optimiser would decay the weights of a denoiser that has no gradient yet; others leave them alone.
+        raise UserError("objective.layout_steps does not go with DeepSpeed; launch with configs/launch/ddp.yaml.")
     wanted = {
         "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "precision", {"fp32": "no"}.get(config.precision, config.precision)),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "batch_size and micro_batch_size", str(micro_batches)),

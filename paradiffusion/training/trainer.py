@@ -220,7 +220,8 @@ class Trainer:
         for micro, batch in enumerate(read):
             self.enter("encode", batch.keys)
             inputs = self.encode(batch)
-            inputs = replace(inputs, weights=inputs.weights * scale)
+            denoise = self.state.step >= self.config.objective.layout_steps
+            inputs = replace(inputs, weights=inputs.weights * scale, denoise=denoise)
             self.enter("forward")
             with self.engine.accumulating(last=micro == self.micro_batches - 1):
                 losses = self.engine.model(inputs)

@@ -114,6 +114,29 @@ def test_its_loss_has_a_gradient_into_the_refiner(batch: LossBatch) -> None:
         assert (parameter.grad - other).abs().max() > 1e-5, "the layout loss does not reach the refiner"
 
 
+def test_the_first_steps_may_leave_the_denoiser_out(batch: LossBatch) -> None:
+    model = joint("objective.layout_weight=3", "objective.layout_steps=9")
+    whole, alone = model(batch), model(replace(batch, denoise=False))
+    assert whole.layout == alone.layout == alone.diffusion and alone.errors.shape == (3,)
+    torch.testing.assert_close(alone.total, 3 * whole.layout)
+    alone.total.backward()
+    assert all(parameter.grad is None for parameter in model.unet.parameters())
+    assert model.refiner is not None and model.refiner.embed.weight.grad is not None
+
+
+@torch.no_grad()
+def test_passes_run_the_same_blocks_again(batch: LossBatch) -> None:
+    once, twice = joint(), joint("conditioning.refiner_passes=2")
+    assert once.state_dict().keys() == twice.state_dict().keys() and once.refiner is not None
+    again = Refiner(**twice.refiner.config)  # type: ignore[union-attr]
+    again.load_state_dict(once.refiner.state_dict())
+    assert batch.features is not None
+    x = once.refiner.embed(batch.features)  # the statistics of fresh weights change nothing
+    for block in [*once.refiner.blocks, *once.refiner.blocks]:
+        x = block(x, batch.mask)
+    torch.testing.assert_close(again(batch.features, batch.mask), once.refiner.norm(x))
+
+
 def test_dropped_captions_and_stand_ins_take_no_part_in_its_loss(batch: LossBatch) -> None:
     model = joint()
     alone = [model(replace(batch, told=torch.arange(3) == row)).layout for row in range(3)]

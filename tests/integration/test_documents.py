@@ -1,0 +1,167 @@
+"""Every command of the documents: its keys and values are accepted, and what needs no hub, GPU or server runs at tiny size."""
+
+from __future__ import annotations
+
+import io
+import re
+import runpy
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+from commands import ROOT
+from PIL import Image
+
+from paradiffusion.compose import compose_options, compose_sample, compose_train
+from paradiffusion.curation.building.build_options import BuildOptions
+from paradiffusion.curation.captioning.caption_options import CaptionOptions
+from paradiffusion.curation.choosing.select_steps import SelectOptions
+from paradiffusion.evaluation.ablation.ablate import AblateOptions, split
+from paradiffusion.evaluation.evaluate_options import EvaluateOptions
+from paradiffusion.evaluation.votes.vote_options import VoteOptions
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
+PROGRAM = re.compile(r"(train|sample|scripts/(\w+))\.py$")
+# Programs of others, and what tests of their own start: make, pip, the launchers of a cluster.
+FOREIGN = ("hf", "make", "pip", "mkdir", "curl", "tar", "cd", "cat", "error:", "-O", "paradiffusion")
+
+
+def commands() -> Iterator[tuple[str, str, list[str]]]:
+    """Document, program and arguments of each command in a block of code, without its launcher."""
+    for document in DOCUMENTS:
+        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", document.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                for part in re.split(r"&&|\|", line):
+                    try:
+                        words = shlex.split(part, comments=True)
+                    except ValueError:
+                        continue  # JSON, not a command
+                    found = [place for place, word in enumerate(words) if PROGRAM.search(word)]
+                    if found and words[0] in ("python", "accelerate", "torchrun"):
+                        yield document.name, words[found[0]], [word for word in words[found[0] + 1 :] if word != "..."]
+
+
+COMMANDS = list(commands())
+OPTIONS = {
+    "scripts/build_shards.py": BuildOptions,
+    "scripts/caption.py": CaptionOptions,
+    "scripts/select.py": SelectOptions,
+    "scripts/evaluate.py": EvaluateOptions,
+    "scripts/vote.py": VoteOptions,
+}
+
+
+def test_the_commands_are_found() -> None:
+    assert len(COMMANDS) > 60 and {program for _, program, _ in COMMANDS} > {"train.py", "sample.py", *OPTIONS}
+    for _, program, _ in COMMANDS:
+        assert (ROOT / program).is_file(), program
+
+
+@pytest.mark.parametrize(("document", "program", "arguments"), COMMANDS, ids=lambda value: str(value)[:40])
+def test_keys_and_values_are_accepted(document: str, program: str, arguments: list[str]) -> None:
+    if "--help" in arguments:
+        return
+    if program == "train.py":
+        compose_train(arguments)
+    elif program == "sample.py":
+        compose_sample(arguments)
+    elif program == "scripts/ablate.py":
+        own, stages = split(arguments)
+        options = compose_options(AblateOptions, own)
+        options.check()
+        assert Path(ROOT / str(options.study)).is_file() and all(
+            value.startswith("stage") or "=" in value for value in stages
+        )
+    elif program in OPTIONS:
+        asked: Any = compose_options(OPTIONS[program], arguments)
+        asked.given = [argument.partition("=")[0] for argument in arguments]
+
+
+def walk() -> list[tuple[str, list[str]]]:
+    """The commands of README.md, docs/nano.md and the rest that run here, in the order in which a reader types them."""
+    away = (
+        "preset=paper",
+        "s3://",
+        "weights",
+        "vlm=",
+        "pipeline=",
+        "images=",
+        "clip=",
+        "recipe=",
+        "--cfg",
+        "tokenizer=llama2_7b",
+    )
+    # Servers, models of a hub, sets that are downloaded, and what other tests run: they were composed above.
+    others = (
+        "vote",
+        "select",
+        "caption",
+        "download",
+        "benchmark",
+        "ablate",
+        "make_demo_data",
+        "report_demo",
+        "publish",
+    )
+    chosen = []
+    for _, program, arguments in COMMANDS:
+        line = " ".join([program, *arguments])
+        if not any(word in line for word in away) and not any(f"scripts/{name}.py" in line for name in others):
+            chosen.append((program, arguments))
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Path:
+    """A folder like a checkout, with a user's pictures and shards: where its data lies is all that differs from the documents."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("demo*"))
+    (folder / "configs").symlink_to(ROOT / "configs")
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number in range(12):
+        Image.new("RGB", (64, 64), (20 * number, 90, 160)).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"A plain picture, number {number}.")
+    for name, source in (("web", "web"), ("big", "big"), ("held_out", "val")):
+        shutil.copytree(demo_folder / source, folder / "shards" / name)
+    (folder / "cases.jsonl").write_text('{"prompt": "A red circle.", "seed": 3}\n')
+    (folder / "prompts.txt").write_text("A red circle.\n")
+    (folder / "prompts.csv").write_text("prompt\nA red circle.\n")
+    return folder
+
+
+def test_what_runs_here_runs(
+    place: Path,
+    demo_folder: Path,
+    tiny_arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At tiny size, one after the other, in one folder; what one command writes the next reads."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setattr("sys.stdin", io.StringIO("A red circle.\n"))
+    ours = {
+        "/data/web/": f"{place}/shards/web/",
+        "/data/held_out": f"{place}/shards/held_out",
+        "{00000..00099}": "{000000..000000}",
+    }
+    tiny = {
+        "train.py": tiny_arguments + ["max_steps=2", "batch_size=2", "checkpoint_every=2"],
+        "sample.py": ["steps=2", "guidance=2"],
+        "scripts/evaluate.py": ["count=2", "steps=2", "counterfactual=0"],
+        "scripts/score_scenes.py": ["--scenes", "2"],
+        "scripts/cache.py": tiny_arguments,
+        "scripts/inspect_data.py": ["data.cache_dir=indexes"],
+    }
+    for program, arguments in walk():
+        for old, new in ours.items():
+            arguments = [argument.replace(old, new) for argument in arguments]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main: Callable[[list[str]], int] = runpy.run_path(str(ROOT / program))["main"]
+        print(program, *arguments)
+        assert main(arguments + tiny.get(program, [])) in (0, None), (program, arguments)
