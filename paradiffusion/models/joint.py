@@ -169,7 +169,9 @@ def build_joint(config: TrainConfig, encoder_width: int, text_encoder: TextEncod
     if conditioning.projection == "refiner":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
-            shape = {key: getattr(conditioning, f"refiner_{key}") for key in ("width", "layers", "heads", "kernel", "passes")}
+            shape = {
+                key: getattr(conditioning, f"refiner_{key}") for key in ("width", "layers", "heads", "kernel", "passes")
+            }
             layout = layout_arguments(conditioning, config.codec.latent_channels)
             refiner = Refiner(encoder_width, **shape, layout=layout)
     return JointModel(unet, refiner, make_objective(config.objective), config.unet.coordinates, text_encoder)

@@ -53,6 +53,19 @@ def test_two_processes_give_what_one_gives(
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=name)
 
 
+def test_a_start_may_run_the_refiner_more_often_but_not_less(train: Callable[..., int], tmp_path: Path) -> None:
+    assert train("max_steps=1") == 0
+    more = [
+        "conditioning.refiner_passes=2",
+        f"run_dir={tmp_path / 'more'}",
+        f"init_from={tmp_path / 'run'}",
+        "max_steps=1",
+    ]
+    assert train(*more) == 0
+    with pytest.raises(UserError, match="conditioning.refiner_passes=2, and this command says 1"):
+        train(f"init_from={tmp_path / 'more'}", f"run_dir={tmp_path / 'less'}")
+
+
 def test_what_cannot_be(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="layout_patch=0 has none"):
         train(*FIRST, "conditioning.layout_patch=0")
