@@ -29,10 +29,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     from paradiffusion.checkpoints.layouts import find_checkpoint
     from paradiffusion.compose import compose_train
+    from paradiffusion.data.plan import open_shards
     from paradiffusion.sampling.pipeline import load_models
     from paradiffusion.scenes.alignment import SceneScorer, alignment_table
     from paradiffusion.scenes.dataset import make_wanted
-    from paradiffusion.training.trainer import open_data
     from paradiffusion.training.validation import Validation
 
     overrides = [f"validation.scenes={options.scenes}", "validation.samples=0", f"validation.paragraph={options.kind}"]
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
     config.data.demo_sizes = {"val": most}  # training sets of other sizes stay as they are
     models = load_models(find_checkpoint(options.ckpt))
     make_wanted(config.data)
-    _, held_out = open_data(config)
+    held_out = open_shards(config.data, config.data.val_shards, "data.val_shards")
     validation = Validation(held_out, config, 0, 1, gather=lambda items: items, scorer=SceneScorer())
     print(alignment_table(options.ckpt, validation.alignment(models)))
     return 0
