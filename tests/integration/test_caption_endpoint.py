@@ -122,10 +122,7 @@ def test_a_retry_in_the_same_words_draws_anew(script: ModuleType, server: ChatSe
 
 
 def test_a_signal_stops_it_and_the_same_command_goes_on(
-    script: ModuleType,
-    server: ChatServer,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    script: ModuleType, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards_of(tmp_path / "in", 24, 12)
     plain = server.answer
@@ -166,12 +163,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
     ],
 )  # fmt: skip
 def test_what_does_not_pass_is_told_in_a_sentence(
-    script: ModuleType,
-    server: ChatServer,
-    tmp_path: Path,
-    more: tuple[str, ...],
-    change: dict[str, Any],
-    words: str,
+    script: ModuleType, server: ChatServer, tmp_path: Path, more: tuple[str, ...], change: dict[str, Any], words: str
 ) -> None:
     shards_of(tmp_path / "in", 20, 20)
     for name, value in change.items():
@@ -265,9 +257,7 @@ def test_answers_of_other_shapes(script: ModuleType, server: ChatServer, tmp_pat
 
 
 def test_a_server_that_wants_to_be_paid_rejects_no_picture(
-    script: ModuleType,
-    server: ChatServer,
-    tmp_path: Path,
+    script: ModuleType, server: ChatServer, tmp_path: Path
 ) -> None:
     shards_of(tmp_path / "in", 8, 8)
     server.faults = dict.fromkeys(range(4, 50), (402, b'{"error": {"message": "insufficient credits"}}', 0))
@@ -278,9 +268,7 @@ def test_a_server_that_wants_to_be_paid_rejects_no_picture(
 
 
 def test_answers_do_not_go_to_the_pictures_of_a_changed_shard(
-    script: ModuleType,
-    server: ChatServer,
-    tmp_path: Path,
+    script: ModuleType, server: ChatServer, tmp_path: Path
 ) -> None:
     shards_of(tmp_path / "in", 8, 8)
     server.faults = dict.fromkeys(range(4, 50), (402, b"{}", 0))
@@ -297,9 +285,7 @@ def test_answers_do_not_go_to_the_pictures_of_a_changed_shard(
 
 
 def test_a_shard_whose_lines_were_deleted_is_written_again(
-    script: ModuleType,
-    server: ChatServer,
-    tmp_path: Path,
+    script: ModuleType, server: ChatServer, tmp_path: Path
 ) -> None:
     shards_of(tmp_path / "in", 4, 2)
     assert script.main(arguments(server, tmp_path)) == 0
