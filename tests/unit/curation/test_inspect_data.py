@@ -21,11 +21,9 @@ from paradiffusion.curation.inspecting.inspect import (
     Inspection,
     InspectSettings,
     check_pictures,
-    extremes_of,
     figures_json,
     inspect,
     kind_weights,
-    kinds_of,
     run_of,
 )
 from paradiffusion.curation.inspecting.page import LONGEST_SHOWN, inspection_page
@@ -148,16 +146,6 @@ def test_worst_cases_are_found(found: tuple[BatchPlan, Inspection]) -> None:
     longest = [max(s.words.values()) for s in found[1].worst["longest captions"]]
     assert longest == sorted(longest, reverse=True)
     assert longest[0] == max(kind.words.largest for kind in found[1].kinds if kind.words)
-
-
-def test_millions_of_rows_are_told_from_the_index() -> None:
-    index = synthetic_index(1_000_000, 100)
-    kinds = kinds_of(index, {"short": 1.0}, {})
-    assert [kind.samples for kind in kinds] == [1_000_000] * 2
-    assert sum(kinds[0].bands.values()) == pytest.approx((index.words[:, 0] >= 50).mean())
-    rows = extremes_of(index)["most extreme aspects"]
-    aspect = np.abs(np.log(index.width / index.height))
-    assert aspect[rows].tolist() == np.sort(aspect)[::-1][: len(rows)].tolist()
 
 
 def test_caption_sample_says_how_many_it_read(shards: Path) -> None:
