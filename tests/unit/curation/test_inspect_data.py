@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import chromium, in_browser
+from browser import chromium, in_browser, listen
 from data_fixtures import as_json, encoded, picture, sample, synthetic_index, write_tar
 from PIL import Image
 from programs import script
@@ -173,12 +173,10 @@ def test_histograms() -> None:
 def test_page_is_shown_by_a_browser(found: tuple[BatchPlan, Inspection], tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(inspection_page(found[1]), encoding="utf-8")
-    said: list[str] = []
+    wrong: list[str] = []
     with chromium() as browser:
         tab = browser.new_page(viewport={"width": 1000, "height": 800})
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append("net"))
+        listen(tab, wrong)
         tab.goto(page.as_uri())
         assert tab.title() == "Data: test", "a caption's markup is text"
         assert tab.locator("#samples article").count() == 86
@@ -191,7 +189,7 @@ def test_page_is_shown_by_a_browser(found: tuple[BatchPlan, Inspection], tmp_pat
         assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
         names = tab.locator("tbody th[scope=row]").evaluate_all("cells => cells.map(cell => cell.clientWidth)")
         assert min(names) >= 100, "a row's name is not squeezed to a letter a line"
-    assert said == []
+    assert wrong == []
 
 
 def test_command_writes_page_and_figures(shards: Path, tmp_path: Path, capsys: Any) -> None:

@@ -104,14 +104,14 @@ def test_what_settings_have_in_common_is_trained_once(write: Write) -> None:
 def test_a_training_is_known_by_what_decides_its_weights(write: Write, tmp_path: Path) -> None:
     path = write(settings={"baseline": {}}, stages=[1])
     key = trainings(plan_of(path), "baseline")[0]
-    for same in (
+    for same in [
         "threads=3",
         "checkpoint_every=7",
         "log_every=3",
         "data.workers=0",
         "tracker=tensorboard",
         "keep_last=9",
-    ):
+    ]:
         assert trainings(plan_of(path, same), "baseline")[0] == key, same
     other = [
         "max_steps=7",
