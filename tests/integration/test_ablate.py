@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import ROOT, wait_for
+from commands import wait_for
 from programs import end, fork, script
 
 from paradiffusion.errors import UserError
@@ -37,17 +35,6 @@ time.sleep(seconds)
 (folder / "stage1" / "summary.json").write_text(json.dumps({"steps": 3}))
 """
 FAILING = "import sys; print('error: the data is gone; bring it back.', file=sys.stderr); sys.exit(2)"
-# As scripts/ablate.py does it, with the plan that the test has written down.
-DRIVER = """
-import json, pathlib, sys
-from paradiffusion.evaluation.ablation.ablation_plan import Launcher
-from paradiffusion.evaluation.ablation.ablation_plan import Plan, Unit
-from paradiffusion.evaluation.ablation.running import run_plan
-rows = json.loads(sys.argv[2])
-units = {r["key"]: Unit(**{**r, "folder": pathlib.Path(r["folder"]), "arguments": tuple(r["arguments"])}) for r in rows}
-outcome = run_plan(Plan(units, ()), pathlib.Path(sys.argv[1]), Launcher(), True, lambda unit: None)
-sys.exit(130 if outcome.stopped else 0)
-"""
 
 
 class Runs:
@@ -71,16 +58,9 @@ class Runs:
     def plan(self, *units: Unit) -> Plan:
         return Plan({unit.key: unit for unit in units}, ())
 
-    def start(self, *units: Unit) -> subprocess.Popen[str]:
-        """The same in a process of its own."""
-        rows = [
-            {**unit.__dict__, "folder": str(unit.folder), "arguments": list(unit.arguments), "also": []}
-            for unit in units
-        ]
-        return subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(self.output), json.dumps(rows)], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+    def start(self, *units: Unit) -> int:
+        """The same in a process of its own, as scripts/ablate.py ends it."""
+        return fork(lambda _: 130 if self.run(*units).stopped else 0, [], self.output.parent / "said.txt")
 
     def starts(self, name: str) -> int:
         path = self.output / "trained" / name / "starts"
@@ -133,24 +113,22 @@ def test_a_result_that_was_deleted_is_made_again_and_half_a_training_is_no_resul
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_passed_on_and_waits_until_the_command_has_saved(runs: Runs, number: int) -> None:
     units = [runs.unit("a"), runs.unit("b", seconds=60), runs.unit("c")]
-    process = runs.start(*units)
+    child = runs.start(*units)
     wait_for(lambda: runs.starts("b") == 1)
     time.sleep(0.3)  # until it has its handler
-    process.send_signal(number)
-    assert process.wait(20) == 130
+    assert end(child, lambda: True, number) == 130
     assert (units[1].folder / "saved").exists() and [runs.starts(name) for name in "abc"] == [1, 1, 0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a command outlives the program that started it")
 def test_killed_it_leaves_no_command_behind_and_another_waits_for_the_last_one(runs: Runs) -> None:
     units = [runs.unit("a"), runs.unit("b", seconds=60)]
-    process = runs.start(*units)
+    child = runs.start(*units)
     wait_for(lambda: runs.starts("b") == 1)
     time.sleep(0.3)
     with pytest.raises(UserError, match="in use by another"):
         runs.run(*units)
-    process.kill()
-    process.wait()
+    end(child, lambda: True)
     outcome = runs.run(runs.unit("a"), runs.unit("b"))
     said = (units[1].folder / "starts").read_text()
     assert said == "xs", "the orphan was to save and leave before another one started"

@@ -29,15 +29,15 @@ def script(name: str) -> Any:
     return module
 
 
-def fork(name: str, arguments: list[str], said: Path, **environment: str) -> int:
-    """Begin scripts/NAME.py in a fork of this process, which prints into the file ``said``; the number of the fork.
+def fork(program: str | Callable[[list[str]], int], arguments: list[str], said: Path, **environment: str) -> int:
+    """Begin scripts/PROGRAM.py, or a ``main``, in a fork of this process that prints into the file ``said``; its number.
 
     It spares the seconds in which a new interpreter imports torch. No backward pass may have run here before.
     """
-    main = script(name).main
+    main = script(program).main if isinstance(program, str) else program
     child = os.fork()
     if not child:
-        _child(main, [name, *arguments], said, environment)
+        _child(main, ["program", *arguments], said, environment)
     return child
 
 

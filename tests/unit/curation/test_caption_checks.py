@@ -146,28 +146,8 @@ def test_sentences_end_where_they_end(text: str, parts: list[str]) -> None:
 
 def test_what_is_no_loop_and_what_is_english() -> None:
     assert not loops("red cup, blue cup, white cup, green cup, and a row of very, very old books")
-    words = [
-        "the",
-        "cup",
-        "of",
-        "red",
-        "with",
-        "a",
-        "table",
-        "on",
-        "the",
-        "left",
-        "near",
-        "a",
-        "blue",
-        "wall",
-        "and",
-        "the",
-        "floor",
-        "right",
-        "of",
-    ]
-    assert loops(" ".join(words * 4)) and not loops(" ".join(words))
+    words = "a cup of red with the table on my left near one blue wall and no floor right under it"
+    assert loops(f"{words} " * 4) and not loops(words)
     assert is_english("Ein Hund")  # too short to tell
     assert not is_english("Кот спит") and not is_english("1234 5678")
 

@@ -194,15 +194,10 @@ def test_page_is_shown_by_a_browser(found: tuple[BatchPlan, Inspection], tmp_pat
 
 def test_command_writes_page_and_figures(shards: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "made" / "report.html"
-    more = [
-        "samples=5",
-        "check=10",
-        "batch_size=4",
-        "stage=2",
-        "data.captions={short: 1, long: 3}",
-        "tokenizers=[tiny]",
-    ]
-    status = script("inspect_data").main(["text_encoder=tiny", f"data.shards={shards}", f"output={output}", *more])
+    more = ["samples=5", "check=10", "batch_size=4", "stage=2", "data.captions={short: 1, long: 3}"]
+    status = script("inspect_data").main(
+        ["text_encoder=tiny", "tokenizers=[tiny]", f"data.shards={shards}", f"output={output}", *more]
+    )
     assert status == 0 and f"{output}: 86 samples" in capsys.readouterr().out
     assert sorted(os.listdir(output.parent)) == ["report.html", "report.json"]
     figures = json.loads(output.with_suffix(".json").read_text())

@@ -203,11 +203,8 @@ def test_detailmaster(tmp_path: Path) -> None:
     assert asked["1.attribute.1"] == ("attribute", "color: blue", ("1",))
     assert asked["2"][1] == "shelf" and asked["2.location.1"][2] == ("2",)
     assert asked["light.1"] == ("scene", "It is dim.", ())
-    assert [asked[f"spatial.{n}"][1] for n in (1, 2, 3)] == [
-        "The jug is on the shelf.",
-        "one' is left.",
-        "two' is right.",
-    ]
+    spatial = [asked[f"spatial.{n}"][1] for n in (1, 2, 3)]
+    assert spatial == ["The jug is on the shelf.", "one' is left.", "two' is right."]
 
 
 def test_download_says_where_and_checks(
