@@ -27,7 +27,7 @@ from paradiffusion.curation.choosing.decisions import DecisionLog
 from paradiffusion.curation.choosing.kept import export
 from paradiffusion.curation.choosing.score_files import ScoreTable, load_scores, score_file
 from paradiffusion.curation.choosing.scoring import Scoring, load_detector, score_shards, union_share
-from paradiffusion.curation.choosing.selection import Choosing, choose, choose_varied, clusters_of, weighted_rank
+from paradiffusion.curation.choosing.selection import Choosing, choose, choose_varied, weighted_rank
 from paradiffusion.data.images import decode
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
@@ -264,16 +264,6 @@ def test_the_best_of_each_cluster_come_in_turn() -> None:
     features[1] = 0.999 * features[0] + 0.0447 * features[1]
     choice = choose_varied(scores, features, clusters * 0, count=2, max_similarity=0.95)
     assert choice.rows.tolist() == [0, 2] and choice.duplicates == 1
-
-
-def test_clusters_find_groups_that_are_there() -> None:
-    rng = np.random.default_rng(0)
-    truth = np.repeat(np.arange(5), 40)
-    features = np.eye(8, dtype=np.float32)[truth] + 0.05 * rng.standard_normal((200, 8)).astype(np.float32)
-    found = clusters_of(features, 5, seed=1)
-    assert len({(a, b) for a, b in zip(truth, found, strict=True)}) == 5
-    assert (found == clusters_of(features, 5, seed=1)).all()
-    assert clusters_of(features[:3], 10, seed=1).max() <= 2
 
 
 def test_choosing_writes_candidates_and_what_each_threshold_removed(tmp_path: Path) -> None:

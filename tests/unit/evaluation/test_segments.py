@@ -19,8 +19,6 @@ from paradiffusion.evaluation.scores.sentence_judges import (
     Judgement,
     SceneJudge,
     SentenceRow,
-    prepare_rows,
-    read_rows,
 )
 from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
@@ -189,25 +187,6 @@ def test_sentence_report_by_clip_is_an_estimate(tmp_path: Path, clip_folder: Pat
     assert 0.02 < recall < 0.25  # random weights: about the tenth that chance reaches
     assert result.images[3].error == "refused" and result.images[3].values == {"recall": 0}
     assert not any("say" in one.title for one in result.tables)  # it does not know what sentences are about
-
-
-def test_prompts_with_the_same_sentence_are_no_rivals(tmp_path: Path, clip_folder: Path) -> None:
-    suite, images = small_suite(tmp_path / "images")
-    judge = ClipJudge(str(clip_folder))
-    work = tmp_path / "scores" / "segments"
-    prepare_rows(judge, suite, images, work, Alone(), 0, "")
-    rows = {row.text: row for found in read_rows(judge, suite, images, work, 0) for row in found.rows}
-    assert len(rows["It is high."].others) == 2 and len(rows["A red kite flies."].others) == 3
-
-    scenes = scenes_suite(5)
-    twin = replace(scenes.prompts[0], id="twin")
-    suite = Suite("scenes", "", (*scenes.prompts, twin))
-    images = put(tmp_path / "drawn", suite, lambda number: pixels(make_scene("val", 0, number % 5)))
-    work = tmp_path / "truth" / "segments"
-    prepare_rows(SceneJudge(), suite, images, work, Alone(), 9, "")
-    found = list(read_rows(SceneJudge(), suite, images, work, 9))
-    assert {len(row.others) for row in found[0].rows + found[5].rows} == {4}
-    assert max(len(row.others) for row in found[1].rows) == 5
 
 
 def judged(judge: str | SceneJudge, suite: Suite, images: list[Drawn], work: Path, **more: int) -> ScoreResult:
