@@ -99,7 +99,7 @@ def test_a_manifest_says_what_each_picture_shows(tmp_path: Path) -> None:
     manifest(**{"00000": "A wren on a twig.", "00001": "A grey heron.", "00001_1": "A grey heron.", "00002": "a cat"})
     assert matched(folder) == {"wren": ["00000.png"], "heron": ["00001.png", "00001_1.png"]}
     assert match_pictures(folder, SUITE).strangers == ["00002.png"]
-    manifest(**{"00000": "a cat"})
+    manifest(**dict.fromkeys(["00000", "00001", "00001_1", "00002"], "a cat"))
     with pytest.raises(UserError, match=r"by its manifest.jsonl show other prompts than suite="):
         match_pictures(folder, SUITE)
     with pytest.raises(UserError, match=r"expected names such as heron.png or 00000.png or bird_17.png"):
