@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import ROOT, wait_for
+from commands import wait_for
+from programs import end, fork, script
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation.ablation_plan import Launcher, Plan, Unit
@@ -37,17 +35,6 @@ time.sleep(seconds)
 (folder / "stage1" / "summary.json").write_text(json.dumps({"steps": 3}))
 """
 FAILING = "import sys; print('error: the data is gone; bring it back.', file=sys.stderr); sys.exit(2)"
-# As scripts/ablate.py does it, with the plan that the test has written down.
-DRIVER = """
-import json, pathlib, sys
-from paradiffusion.evaluation.ablation.ablation_plan import Launcher
-from paradiffusion.evaluation.ablation.ablation_plan import Plan, Unit
-from paradiffusion.evaluation.ablation.running import run_plan
-rows = json.loads(sys.argv[2])
-units = {r["key"]: Unit(**{**r, "folder": pathlib.Path(r["folder"]), "arguments": tuple(r["arguments"])}) for r in rows}
-outcome = run_plan(Plan(units, ()), pathlib.Path(sys.argv[1]), Launcher(), True, lambda unit: None)
-sys.exit(130 if outcome.stopped else 0)
-"""
 
 
 class Runs:
@@ -71,16 +58,9 @@ class Runs:
     def plan(self, *units: Unit) -> Plan:
         return Plan({unit.key: unit for unit in units}, ())
 
-    def start(self, *units: Unit) -> subprocess.Popen[str]:
-        """The same in a process of its own."""
-        rows = [
-            {**unit.__dict__, "folder": str(unit.folder), "arguments": list(unit.arguments), "also": []}
-            for unit in units
-        ]
-        return subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(self.output), json.dumps(rows)], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+    def start(self, *units: Unit) -> int:
+        """The same in a process of its own, as scripts/ablate.py ends it."""
+        return fork(lambda _: 130 if self.run(*units).stopped else 0, [], self.output.parent / "said.txt")
 
     def starts(self, name: str) -> int:
         path = self.output / "trained" / name / "starts"
@@ -120,40 +100,35 @@ def test_a_result_that_was_deleted_is_made_again_and_half_a_training_is_no_resul
     summary.unlink()
     runs.run(unit)
     assert runs.starts("a") == 2 and finished_units(runs.plan(unit), runs.output) == {"a"}
-
-
-def test_an_evaluation_counts_when_its_command_has_ended_well(runs: Runs) -> None:
-    """Its folder may hold one suite of two."""
-    unit = Unit("e", "evaluate", "unit e", runs.output / "evaluated" / "e", (), None, 1)
-    unit.folder.mkdir(parents=True)
-    (unit.folder / "evaluation.json").write_text("{}")
-    assert not finished_units(runs.plan(unit), runs.output)
-    (runs.output / "journal.rank0.jsonl").write_text('{"key": "e", "outcome": "done"}\n')
-    assert finished_units(runs.plan(unit), runs.output) == {"e"}
+    # An evaluation counts when its command has ended well: its folder may hold one suite of two.
+    evaluation = Unit("e", "evaluate", "unit e", runs.output / "evaluated" / "e", (), None, 1)
+    evaluation.folder.mkdir(parents=True)
+    (evaluation.folder / "evaluation.json").write_text("{}")
+    assert not finished_units(runs.plan(evaluation), runs.output)
+    with (runs.output / "journal.rank0.jsonl").open("a") as file:
+        file.write('{"key": "e", "outcome": "done"}\n')
+    assert finished_units(runs.plan(evaluation), runs.output) == {"e"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_is_passed_on_and_waits_until_the_command_has_saved(runs: Runs, number: int) -> None:
     units = [runs.unit("a"), runs.unit("b", seconds=60), runs.unit("c")]
-    process = runs.start(*units)
+    child = runs.start(*units)
     wait_for(lambda: runs.starts("b") == 1)
     time.sleep(0.3)  # until it has its handler
-    process.send_signal(number)
-    assert process.wait(20) == 130
-    assert (units[1].folder / "saved").exists() and runs.starts("c") == 0
-    assert [runs.starts(name) for name in "abc"] == [1, 1, 0]
+    assert end(child, lambda: True, number) == 130
+    assert (units[1].folder / "saved").exists() and [runs.starts(name) for name in "abc"] == [1, 1, 0]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a command outlives the program that started it")
 def test_killed_it_leaves_no_command_behind_and_another_waits_for_the_last_one(runs: Runs) -> None:
     units = [runs.unit("a"), runs.unit("b", seconds=60)]
-    process = runs.start(*units)
+    child = runs.start(*units)
     wait_for(lambda: runs.starts("b") == 1)
     time.sleep(0.3)
     with pytest.raises(UserError, match="in use by another"):
         runs.run(*units)
-    process.kill()
-    process.wait()
+    end(child, lambda: True)
     outcome = runs.run(runs.unit("a"), runs.unit("b"))
     said = (units[1].folder / "starts").read_text()
     assert said == "xs", "the orphan was to save and leave before another one started"
@@ -161,63 +136,52 @@ def test_killed_it_leaves_no_command_behind_and_another_waits_for_the_last_one(r
 
 
 def test_a_study_on_nano_is_killed_in_its_middle_and_goes_on(
-    tiny_arguments: list[str], tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+    tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two settings with two seeds, trained, sampled and scored; the second goes on from the first one's stage."""
+    """Two settings, trained, sampled and scored; the second goes on from the first one's stage."""
     study, output = tmp_path / "study.yaml", tmp_path / "a study"
     values = {
         "name": "tried",
         "base": [*(a for a in tiny_arguments if not a.startswith("max_steps")), "max_steps=4", "checkpoint_every=2"],
+        "seeds": [0],
         "stages": [1],
         "evaluate": ["suite=scenes", "count=6", "steps=2", "scores=scenes", "threads=1"],
         "settings": {"baseline": {}, "paragraphs": {"stages": [1, 2]}},
     }
     study.write_text(yaml.safe_dump(values))
-    arguments = ["scripts/ablate.py", f"study={study}", f"output={output}"]
-
-    def summaries() -> dict[Path, int]:
-        return {path: path.stat().st_mtime_ns for path in output.glob("trained/*/*/summary.json")}
+    arguments = [f"study={study}", f"output={output}"]
 
     def journal() -> dict[str, str]:
         return {record["title"]: record["outcome"] for _, record in read_journals(output)}
 
-    process = subprocess.Popen(
-        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
-    )
-    try:
-        wait_for(lambda: any((output / "logs").glob("paragraphs*.log")), timeout=240)
-        time.sleep(1)
-    finally:
-        process.kill()  # in the middle of the third of eight
-        process.wait()
-    before, known = summaries(), journal()
-    assert [*known] == ["baseline, seed 0, stage 1", "baseline, seed 0, evaluation"] and len(before) == 1
-    drawn = {path: path.stat().st_mtime_ns for path in output.glob("evaluated/baseline-seed0*/images/*.png")}
-    assert len(drawn) >= 6
+    child = fork("ablate", arguments, tmp_path / "said.txt")
+    # Killed in the middle of the third of four.
+    assert end(child, lambda: any((output / "logs").glob("paragraphs*.log"))) == -signal.SIGKILL
+    assert [*journal()] == ["baseline, seed 0, stage 1", "baseline, seed 0, evaluation"]
+    made = [*output.glob("trained/*/*/summary.json"), *output.glob("evaluated/baseline-seed0*/images/*.png")]
+    before = {path: path.stat().st_mtime_ns for path in made}
+    assert len(before) >= 1 + 6
 
-    result = command(*arguments, timeout=900)
-    assert result.returncode == 0, result.stderr
-    assert "are 8 units, 2 of them finished" in result.stdout
-    assert len(journal()) == 8 and {*journal().values()} == {"done"}
-    for path, changed in {**before, **drawn}.items():
-        assert path.stat().st_mtime_ns == changed, f"{path} was made again"
-    logs = [path.read_text().count("$ python train.py") for path in output.glob("logs/baseline-seed?-stage1*.log")]
-    assert logs == [1, 1]
+    assert script("ablate").main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "are 4 units, 2 of them finished" in said
+    assert len(journal()) == 4 and {*journal().values()} == {"done"}
+    assert before == {path: path.stat().st_mtime_ns for path in made}, "something was made again"
+    (log,) = output.glob("logs/baseline-seed0-stage1*.log")
+    assert log.read_text().count("$ python train.py") == 1
 
     report = json.loads((output / "report.json").read_text())
     right = "scenes/scenes/colour_at_place"
-    assert [row["seeds"] for row in report["rows"]] == [[0, 1], [0, 1]] and not report["not_finished"]
+    assert [row["seeds"] for row in report["rows"]] == [[0], [0]] and not report["not_finished"]
     for row in report["rows"]:
         found = row["estimates"][right]
         assert found["prompts"] == 6 and 0 <= found["low"] <= found["mean"] <= found["high"] <= 1
         assert {"training loss", "minutes"} <= row["estimates"].keys()
     assert right in report["rows"][1]["differences"]
-    assert "| paragraphs | 2 |" in result.stdout and (output / "report.html").is_file()
+    assert "| paragraphs | 1 |" in said and (output / "report.html").is_file()
 
 
-def test_what_evaluation_would_refuse_is_refused_before_any_training(
-    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_what_evaluation_would_refuse_is_refused_before_any_training(tmp_path: Path) -> None:
     nowhere = f"suite_path={{paraprompts: {tmp_path / 'nowhere'}}}"
     for evaluate, message in (
         (["suite=scenes", "scores=[foo]"], "foo is unknown; choose among"),
@@ -227,6 +191,6 @@ def test_what_evaluation_would_refuse_is_refused_before_any_training(
         study = {"name": "wrong", "base": ["preset=nano"], "seeds": [0], "stages": [1], "settings": {"one": {}}}
         path = tmp_path / "study.yaml"
         path.write_text(yaml.safe_dump({**study, "evaluate": evaluate}))
-        done = command("scripts/ablate.py", f"study={path}", f"output={tmp_path / 'out'}")
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        with pytest.raises(UserError, match=message):
+            script("ablate").main([f"study={path}", f"output={tmp_path / 'out'}"])
         assert not (tmp_path / "out" / "trained").exists()

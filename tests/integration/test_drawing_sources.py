@@ -15,22 +15,30 @@ from evaluations import evaluate_here, record_in, write_prompts
 from official_models import MODERN, make_ours
 from PIL import Image
 
+from paradiffusion.checkpoints.export import export_pipeline
+from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.errors import UserError
+from paradiffusion.evaluation.drawing.checkpoint_pictures import CheckpointSource
 from paradiffusion.evaluation.drawing.picture_folder import match_pictures
 from paradiffusion.evaluation.drawing.picture_source import size_for
-from paradiffusion.evaluation.records import suite_from
+from paradiffusion.evaluation.drawing.pipeline_pictures import PipelineSource
+from paradiffusion.evaluation.evaluate_options import EvaluateOptions
+from paradiffusion.evaluation.records import Request, suite_from
 from paradiffusion.evaluation.suites.load import load_suite
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 
 SUITE = Suite(
-    "birds",
-    "Birds",
+    "birds", "Birds",
     (
-        SuitePrompt("heron", "A grey heron.", meta={"image": "bird_17.jpg"}),
-        SuitePrompt("heron_1", "Another heron."),
+        SuitePrompt("heron", "A grey heron.", meta={"image": "bird_17.jpg"}), SuitePrompt("heron_1", "Another heron."),
         SuitePrompt("wren", "A wren on a twig."),
     ),
-)
+)  # fmt: skip
+
+
+def firsts(folder: Path, suite: Suite) -> dict[str, str]:
+    """The name of each prompt's first picture."""
+    return {key: files[0].name for key, files in match_pictures(folder, suite).files.items() if files[0]}
 
 
 def put(folder: Path, *names: str, colour: str = "red") -> Path:
@@ -66,55 +74,36 @@ def test_names_of_pictures(tmp_path: Path) -> None:
     assert match_pictures(inside, SUITE).usual() == 2 and match_pictures(twice, SUITE).usual() == 1
 
 
-def test_rows_mean_nothing_where_ids_look_like_rows(tmp_path: Path) -> None:
-    suite = Suite("n", "N", (SuitePrompt("00001", "one"), SuitePrompt("00000", "two")))
-    found = match_pictures(put(tmp_path, "00000.png", "00001.png"), suite).files
-    assert {key: files[0].name for key, files in found.items() if files[0]} == {
-        "00000": "00000.png",
-        "00001": "00001.png",
-    }
-
-
 def test_rows_are_of_the_whole_suite(tmp_path: Path) -> None:
     """Whoever drew all prompts and judges some of them has numbered all of them."""
     whole = Suite("n", "N", tuple(SuitePrompt(f"p{number}", f"bird {number}") for number in range(6)))
     folder = put(tmp_path / "rows", *(f"{number:05d}.png" for number in range(6)))
     for some in (whole.first(3), suite_from(json.loads(json.dumps(asdict(whole.first(3)))))):
-        found = match_pictures(folder, some)
-        assert {key: files[0].name for key, files in found.files.items() if files[0]} == {
-            "p0": "00000.png", "p2": "00002.png", "p4": "00004.png"
-        }  # fmt: skip
-        assert found.strangers == ["00001.png", "00003.png", "00005.png"]
+        assert firsts(folder, some) == {"p0": "00000.png", "p2": "00002.png", "p4": "00004.png"}
+        assert match_pictures(folder, some).strangers == ["00001.png", "00003.png", "00005.png"]
     assert whole.first(4).first(2).rows == (0, 3)
-
-
-def test_what_is_expected_of_a_folder_is_said(tmp_path: Path) -> None:
-    folder = put(tmp_path, "00000.png")
-    line = {
-        "name": "00000",
-        "file": "00000.png",
-        "prompt": "a cat",
-        "negative_prompt": None,
-        "seed": 0,
-        "height": 16,
-        "width": 24,
-    }
-    write_prompts(folder / "manifest.jsonl", [line])
-    with pytest.raises(UserError, match=r"by its manifest.jsonl show other prompts than suite="):
-        match_pictures(folder, SUITE)
-    with pytest.raises(UserError, match=r"expected names such as heron.png or 00000.png or bird_17.png"):
-        match_pictures(put(tmp_path / "other", "x.png"), SUITE)
+    # Rows mean nothing where ids look like them.
+    suite = Suite("n", "N", (SuitePrompt("00001", "one"), SuitePrompt("00000", "two")))
+    assert firsts(folder, suite) == {"00000": "00000.png", "00001": "00001.png"}
 
 
 def test_a_manifest_says_what_each_picture_shows(tmp_path: Path) -> None:
     """A folder that sample.py drew from another order of the prompts."""
     folder = put(tmp_path, "00000.png", "00001.png", "00001_1.png", "00002.png", "grid.png")
-    texts = {"00000": "A wren on a twig.", "00001": "A grey heron.", "00001_1": "A grey heron.", "00002": "a cat"}
     row = {"negative_prompt": None, "seed": 0, "height": 16, "width": 24}
-    lines = [{"name": name, "file": f"{name}.png", "prompt": text, **row} for name, text in texts.items()]
-    write_prompts(folder / "manifest.jsonl", lines)
+
+    def manifest(**texts: str) -> None:
+        lines = [{"name": name, "file": f"{name}.png", "prompt": text, **row} for name, text in texts.items()]
+        write_prompts(folder / "manifest.jsonl", lines)
+
+    manifest(**{"00000": "A wren on a twig.", "00001": "A grey heron.", "00001_1": "A grey heron.", "00002": "a cat"})
     assert matched(folder) == {"wren": ["00000.png"], "heron": ["00001.png", "00001_1.png"]}
     assert match_pictures(folder, SUITE).strangers == ["00002.png"]
+    manifest(**dict.fromkeys(["00000", "00001", "00001_1", "00002"], "a cat"))
+    with pytest.raises(UserError, match=r"by its manifest.jsonl show other prompts than suite="):
+        match_pictures(folder, SUITE)
+    with pytest.raises(UserError, match=r"expected names such as heron.png or 00000.png or bird_17.png"):
+        match_pictures(put(tmp_path / "other", "x.png"), SUITE)
 
 
 def test_a_folder_of_pictures(
@@ -123,7 +112,7 @@ def test_a_folder_of_pictures(
     monkeypatch.chdir(tmp_path)
     folder = put(Path("theirs"), "val-000000.png", "val-000001.jpg", "val-000001_1.jpg", "cat.png")
     (folder / "val-000002.png").write_bytes(b"<script>no picture</script>")
-    arguments = (f"images={folder}", "suite=scenes", "suite_options={number: 4}", "scores=[scenes,sentences]")
+    arguments = (f"images={folder}", "suite=scenes", "suite_options={number: 4}", "scores=[scenes]")
     assert evaluate_here(*arguments) == 0
     printed = capsys.readouterr().out
     assert "2 of 4 images failed and count as failures: val-000002, val-000003" in printed
@@ -134,28 +123,27 @@ def test_a_folder_of_pictures(
         "", "", "the picture cannot be read (does not decode: UnidentifiedImageError)", "there is no picture of this name"
     ]  # fmt: skip
     assert record["source"]["missing"] == 1 and record["source"]["broken"] == 1
-    by_name = {row["image"]: row for row in record["scores"][0]["images"]}
-    assert by_name["val-000003"]["error"] and by_name["val-000003"]["values"]["colour_at_place"] == 0
+    last = {row["image"]: row for row in record["scores"][0]["images"]}["val-000003"]
+    assert last["error"] and last["values"]["colour_at_place"] == 0
 
     put(folder, "val-000002.png")  # mended: what was noted about it is forgotten
     assert evaluate_here(*arguments) == 0
     again = {row["image"]: row for row in record_in(home)["scores"][0]["images"]}
     assert again["val-000002"]["error"] == "" and again["val-000003"]["error"]
     put(folder, "val-000000.png", colour="blue")  # another picture under the old name
-    before = json.loads((home / "scores" / "scenes" / "settings.json").read_text())
+    settings = home / "scores" / "scenes" / "settings.json"
+    before = settings.read_text()
     evaluate_here(*arguments)
-    assert json.loads((home / "scores" / "scenes" / "settings.json").read_text()) != before
+    assert settings.read_text() != before
 
-    other = put(Path("elsewhere/theirs"), "val-000000.png")
-    with pytest.raises(UserError, match="scenes was made with images="):
-        evaluate_here(f"images={other}", *arguments[1:])
-    with pytest.raises(
-        UserError, match=r"holds 1 pictures, such as x.png, and none named after a prompt of suite=scenes"
-    ):
-        evaluate_here(f"images={put(Path('wrong'), 'x.png')}", *arguments[1:])
     Path("bare").mkdir()
-    with pytest.raises(UserError, match="images=bare holds no picture"):
-        evaluate_here("images=bare", *arguments[1:])
+    for pictures, words in (
+        (put(Path("elsewhere/theirs"), "val-000000.png"), "scenes was made with images="),
+        (put(Path("wrong"), "x.png"), "holds 1 pictures, such as x.png, and none named after a prompt of suite=scenes"),
+        (Path("bare"), "images=bare holds no picture"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluate_here(f"images={pictures}", *arguments[1:])
 
 
 def test_scenes_grow_with_the_model() -> None:
@@ -290,40 +278,31 @@ def test_a_pipeline_that_fails_for_one_prompt(
 def test_what_is_no_pipeline(pipeline: Path, prompts: Path) -> None:
     shutil.copytree(pipeline, "broken")
     Path("broken/unet/diffusion_pytorch_model.safetensors").unlink()
-    suite = (f"suite={prompts}", "scores=[]")
     for arguments, words in {
-        ("pipeline=broken",): "pipeline=broken cannot be loaded",
-        ("pipeline=nobody/has-this",): "pipeline=nobody/has-this cannot be loaded",
-        (f"pipeline={pipeline}", "solver=dpm"): "solver= is for our checkpoints",
-        (f"pipeline={pipeline}", "negative_prompt=x", "guidance_rescale=0.5", "height=13"): "drew none of 4 pictures",
+        "pipeline=broken": "pipeline=broken cannot be loaded",
+        "pipeline=nobody/has-this": "pipeline=nobody/has-this cannot be loaded",
+        f"pipeline={pipeline} solver=dpm": "solver= is for our checkpoints",
+        f"pipeline={pipeline} negative_prompt=x guidance_rescale=0.5 height=13": "drew none of 4 pictures",
     }.items():
         with pytest.raises(UserError, match=words) as caught:
-            evaluate_here(*arguments, *suite)
+            evaluate_here(*arguments.split(), f"suite={prompts}", "scores=[]")
         assert "\n" not in str(caught.value)
 
 
 def test_our_own_pipeline_and_the_painters(codec_folder: Path, prompts: Path) -> None:
     """An exported pipeline is drawn through its class; both painters draw the suite's very pictures again."""
-    from paradiffusion.checkpoints.export import export_pipeline
-    from paradiffusion.checkpoints.layouts import open_layout
-    from paradiffusion.evaluation.drawing.checkpoint_pictures import CheckpointSource
-    from paradiffusion.evaluation.drawing.pipeline_pictures import PipelineSource
-    from paradiffusion.evaluation.evaluate_options import EvaluateOptions
-    from paradiffusion.evaluation.records import Request
-
     checkpoint = make_ours(Path("ours"), codec_folder, **MODERN)
     export_pipeline(open_layout(checkpoint), Path("exported"))
     suite = ("suite=scenes", "count=2", "scores=[]")
     assert evaluate_here(f"pipeline={Path('exported')}", *suite, "output_dir=a", "steps=3", "guidance=4") == 0
     assert evaluate_here(f"ckpt={checkpoint}", *suite, "output_dir=b") == 0
-    for one, other in zip(pixels(Path("a")), pixels(Path("b")), strict=True):
-        assert np.abs(one.astype(int) - other).max() <= 1
     scenes = load_suite("scenes", count=2)
     config = EvaluateOptions(steps=3, guidance=4).sampling()
     requests = [Request(p.text, p.seed("scenes"), p.height, p.width) for p in scenes.prompts]
-    for source in (
+    ours, exported = (
         CheckpointSource(checkpoint, checkpoint, config, None, None),
         PipelineSource("exported", config, None, None),
-    ):
-        for image, drawn in zip(source.painter(scenes).paint(requests), pixels(Path("b")), strict=True):
-            assert np.abs(image.astype(int) - drawn).max() <= 1
+    )
+    for drawn in (pixels(Path("a")), *(source.painter(scenes).paint(requests) for source in (ours, exported))):
+        for one, other in zip(drawn, pixels(Path("b")), strict=True):
+            assert np.abs(one.astype(int) - other).max() <= 1

@@ -1,20 +1,24 @@
-"""scripts/evaluate.py from a checkpoint's weights to the report: drawing, scoring, comparing, and what is refused."""
+"""scripts/evaluate.py from a checkpoint's weights to the report: drawing, scoring, comparing, stopping, and what is refused."""
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import resource
+import shutil
 import signal
-import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from commands import wait_for
 from evaluations import EXACT, copy_run, evaluate_here, make_run, record_in, write_prompts
 from PIL import Image
+from programs import end, fork, script, two_ranks
 
+from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.errors import UserError
+from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.records import estimate, read_evaluation
 
 SIX = ("suite=scenes", "count=6", EXACT)
@@ -46,8 +50,9 @@ def test_a_checkpoint_on_scenes(run: Path, capsys: pytest.CaptureFixture[str]) -
     for image, prompt in zip(evaluation.images, evaluation.suite.prompts, strict=True):
         with Image.open(image.file) as picture:
             assert picture.size == (prompt.width, prompt.height)  # this checkpoint's resolution is that of the scenes
-    assert [score.name for score in evaluation.scores] == ["scenes", "sentences", "segments"]
-    assert all(len(score.images) == 6 for score in evaluation.scores)
+    assert [(score.name, len(score.images)) for score in evaluation.scores] == [
+        ("scenes", 6), ("sentences", 6), ("segments", 6)
+    ]  # fmt: skip
     for name in ("report.html", "report.md", "report.json", "images/manifest.jsonl"):
         assert (folder / name).is_file()
     printed = capsys.readouterr().out
@@ -58,30 +63,30 @@ def test_a_checkpoint_on_scenes(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert (times(folder / "images"), (folder / "evaluation.json").read_bytes()) == before
     assert "drawing" not in capsys.readouterr().err  # nor are the models loaded
 
-    assert evaluate_here(f"ckpt={run}", *SIX, "images_per_prompt=2") == 0  # more of the same
+    assert evaluate_here(f"ckpt={run}", *DRAWN, "images_per_prompt=2") == 0  # more of the same
     assert {name: at for name, at in times(folder / "images").items() if "_" not in name} == before[0]
     assert [image["name"] for image in record_in(folder)["images"]][:2] == ["val-000000", "val-000000_1"]
 
 
 def test_stages_are_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = write_prompts(Path("mine.jsonl"), [{"prompt": "A red circle. It is large."}, {"prompt": "two words"}])
-    suites = (f"suite=[scenes,{prompts}]", "count=3", EXACT)
+    suites = (f"suite=[scenes,{prompts}]", "count=2", EXACT)
     assert evaluate_here(f"compare=[{run}/stage1,{run}/stage2]", *suites) == 0
-    for suite in ("scenes_count3", "mine_count3"):
-        report = json.loads((run / "evaluation" / suite / "report.json").read_text())
-        assert '"stage 1"' in json.dumps(report) and '"stage 2"' in json.dumps(report)
+    for suite in ("scenes_count2", "mine_count2"):
+        report = (run / "evaluation" / suite / "report.json").read_text()
+        assert '"stage 1"' in report and '"stage 2"' in report
     assert (run / "evaluation" / "report.html").is_file()
     printed = capsys.readouterr().out
     assert "stage 1  " in printed and "not computed, the report says why: scenes, sentences, segments" in printed
 
-    made = [f"{run}/stage{stage}/evaluation/scenes_count3" for stage in (1, 2)]
+    made = [f"{run}/stage{stage}/evaluation/scenes_count2" for stage in (1, 2)]
     assert evaluate_here(f"compare=[early={made[0]},{made[1]}]", "output_dir=both") == 0
     assert "early" in Path("both/report.html").read_text()
-    evaluate_here(f"ckpt={run}/stage1", "suite=scenes", "count=2", "scores=[]")
-    with pytest.raises(UserError, match="with 3 and with 2 prompts, which are not the same ones"):
-        evaluate_here(f"compare=[{made[0]},{run}/stage1/evaluation/scenes_count2]")
-    with pytest.raises(UserError, match=r"has 3 prompts of scenes and not the same as asked for now \(2\)"):
-        evaluate_here(f"compare=[{made[0]},{run}/stage2]", "suite=scenes", "count=2")
+    evaluate_here(f"ckpt={run}/stage1", "suite=scenes", "count=1", "scores=[]")
+    with pytest.raises(UserError, match="with 2 and with 1 prompts, which are not the same ones"):
+        evaluate_here(f"compare=[{made[0]},{run}/stage1/evaluation/scenes_count1]")
+    with pytest.raises(UserError, match=r"has 2 prompts of scenes and not the same as asked for now \(1\)"):
+        evaluate_here(f"compare=[{made[0]},{run}/stage2]", "suite=scenes", "count=1")
 
 
 def test_a_prompt_that_cannot_be_drawn_is_a_failure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,23 +115,13 @@ def test_a_failed_image_stays_in_the_mean(run: Path) -> None:
             if whole.name == "segments" or measure.worst is None:  # retrieval among other pictures
                 continue
             rows = {row.image: row for row in part.images}
-            for row in whole.images[:3]:
-                assert rows[row.image].values.get(measure.name) == row.values.get(measure.name)
-            for row in whole.images[3:]:
+            for number, row in enumerate(whole.images):
+                now = rows[row.image]
+                assert bool(now.error) == (number >= 3)
                 if measure.name in row.values:
-                    assert rows[row.image].error and rows[row.image].values[measure.name] == measure.worst
+                    assert now.values[measure.name] == (row.values[measure.name] if number < 3 else measure.worst)
             one, other = estimate(whole, measure), estimate(part, measure)
             assert one is not None and other is not None and other.n == one.n and other.mean <= one.mean
-
-
-def test_a_renamed_run_goes_on(run: Path) -> None:
-    evaluate_here(f"ckpt={run}", *DRAWN, "output_dir=out")
-    before = times(Path("out/images"))
-    Path("out/images/00001.png").unlink()
-    run.rename("runs/other")
-    evaluate_here("ckpt=runs/other", *DRAWN, "output_dir=out")
-    after = times(Path("out/images"))
-    assert [name for name in before if before[name] != after[name]] == ["00001.png"]
 
 
 def test_a_stage_that_trained_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,8 +130,6 @@ def test_a_stage_that_trained_on(run: Path, capsys: pytest.CaptureFixture[str]) 
     copy_run(stage / "checkpoints" / "step_000005", stage / "checkpoints" / "step_000009")
     description = stage / "checkpoints" / "step_000009" / "checkpoint.json"
     description.write_text(description.read_text().replace('"step": 5', '"step": 9'))
-    from paradiffusion.checkpoints.manifest import write_manifest
-
     write_manifest(description.parent)
     before = times(stage / "evaluation" / "scenes_count6" / "images")
     evaluate_here(f"ckpt={stage}", *DRAWN)
@@ -146,6 +139,39 @@ def test_a_stage_that_trained_on(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert f"The evaluation of step 5 is now in {earlier}" in capsys.readouterr().out
     evaluate_here(f"ckpt={stage}/checkpoints/step_000005", *DRAWN)  # finds what was moved
     assert times(earlier / "images") == before
+    # A run that was renamed goes on, too.
+    (earlier / "images" / "00001.png").unlink()
+    run.rename("runs/other")
+    earlier = Path("runs/other/stage1/evaluation/step_000005/scenes_count6")
+    evaluate_here("ckpt=runs/other/stage1/checkpoints/step_000005", *DRAWN)
+    assert [name for name, at in times(earlier / "images").items() if before[name] != at] == ["00001.png"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_or_killed_the_same_command_goes_on(run: Path, tmp_path: Path, number: int) -> None:
+    slow = [f"ckpt={run}", *DRAWN, "steps=30", "batch_size=1", "output_dir=out"]
+    child = fork("evaluate", slow, tmp_path / "said.txt")
+    code = end(child, lambda: len(list(Path("out/images").glob("0*.png"))) > 1, number)
+    said = (tmp_path / "said.txt").read_text()
+    assert (code, "Stopped; the same command goes on from here." in said) in ((0, True), (-signal.SIGKILL, False))
+    assert not Path("out/evaluation.json").exists()
+    lines = [line for path in Path("out/images").glob("manifest*.jsonl") for line in path.read_text().splitlines()]
+    noted = {json.loads(line)["file"] for line in lines}
+    before = {name: at for name, at in times(Path("out/images")).items() if name in noted}
+    assert 1 <= len(before) < 6
+    assert evaluate_here(*slow) == 0
+    after = times(Path("out/images"))
+    assert len(after) == 6 and all(after[name] == at for name, at in before.items())  # nothing is drawn twice
+
+
+def test_help_and_mistakes_as_a_user_sees_them(run: Path, command: Any) -> None:
+    evaluate = script("evaluate")
+    for key in EvaluateOptions.__dataclass_fields__:
+        assert f"{key}=" in evaluate.__doc__ or f"{key}." in evaluate.__doc__, key
+    wrong = command("scripts/evaluate.py", "ckpt=nowhere", "suite=scenes", f"output_dir={Path('out').absolute()}")
+    assert wrong.returncode == 2 and wrong.stdout == ""
+    assert wrong.stderr.startswith("error: ckpt=nowhere holds no checkpoint") and wrong.stderr.count("\n") == 1
+    assert not Path("out").exists()
 
 
 def test_other_settings_are_refused_by_name(run: Path) -> None:
@@ -162,65 +188,42 @@ def test_other_settings_are_refused_by_name(run: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_a_signal_stops_it_and_the_same_command_goes_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run / "stage2" / "evaluation" / "scenes_count6"
-    slow = (f"ckpt={run}", *DRAWN, "steps=30", "batch_size=1")
-
-    def stop() -> None:
-        wait_for(lambda: (folder / "images" / "00000.png").is_file(), interval=0.005)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    watcher = threading.Thread(target=stop)
-    watcher.start()
-    assert evaluate_here(*slow) == 0
-    watcher.join()
-    assert "Stopped; the same command goes on from here." in capsys.readouterr().out
-    before = times(folder / "images")
-    assert 1 <= len(before) < 6 and not (folder / "evaluation.json").exists()
-    assert evaluate_here(*slow) == 0
-    after = times(folder / "images")
-    assert len(after) == 6 and all(after[name] == at for name, at in before.items())
-
-
 WRONG = {
-    "expected one of ckpt=, pipeline=, images=, compare=, found none": ("suite=scenes",),
-    "found ckpt= and images=": ("suite=scenes", "ckpt=a", "images=b"),
-    "suite= is missing": ("ckpt=a",),
-    "suite=nothing is unknown": ("ckpt={run}", "suite=nothing"),
-    "ckpt=nowhere holds no checkpoint": ("ckpt=nowhere", "suite=scenes"),
-    "steps=0 is out of range": ("ckpt={run}", "suite=scenes", "steps=0"),
-    "solver=best is unknown": ("ckpt={run}", "suite=scenes", "solver=best"),
-    "sampler=best is unknown; choose one of": ("ckpt={run}", "suite=scenes", "sampler=best"),
-    "device=tpu0 is unknown": ("ckpt={run}", "suite=scenes", "device=tpu0"),
-    r"the argument 'stepps=3' is not understood .did you mean steps=\?.; the keys are ckpt, pipeline": ("ckpt={run}", "stepps=3"),
-    r"scores=\[best\]: best is unknown; choose among scenes, sentences": ("ckpt={run}", "suite=scenes", "scores=[best]"),
-    r"fid cannot be computed: reference= is not given": ("ckpt={run}", "suite=scenes", "scores=[fid]"),
-    "counterfactual cannot be computed: .* needs a model": ("images={run}/pictures", "suite=scenes", "scores=[counterfactual]"),
-    "steps= is for drawing, and images= draws nothing": ("images={run}", "suite=scenes", "steps=3"),
-    "counterfactual=2 draws further pictures, and images= draws nothing": (
-        "images={run}/pictures", "suite=scenes", "counterfactual=2"
-    ),
-    "clip=nowhere is neither a folder nor": ("ckpt={run}", "suite=scenes", "clip=nowhere"),
-    "names one; expected at least two": ("compare=[{run}]", "suite=scenes"),
-    "has two of the label tiny stage 2": ("compare=[{run},{run}/stage2]", "suite=scenes"),
-    "compare= names nowhere, which is no folder": ("compare=[{run},nowhere]", "suite=scenes"),
-    "holds neither a checkpoint, nor a pipeline": ("compare=[{run},{run}/empty]", "suite=scenes"),
-    "label= is for one model": ("compare=[{run},a]", "suite=scenes", "label=x"),
-    "agreement= asks which of two": ("ckpt={run}", "suite=scenes", "agreement=votes.csv"),
-    "holds no model_index.json": ("pipeline={run}", "suite=scenes"),
-    "does not say of which suite": ("ckpt={run}", "suite=[scenes,paraprompts]", "suite_path=here"),
-    "both vlm= and endpoint=": ("ckpt={run}", "suite=scenes", "vlm=a", "endpoint=b"),
+    "expected one of ckpt=, pipeline=, images=, compare=, found none": "suite=scenes",
+    "found ckpt= and images=": "suite=scenes ckpt=a images=b",
+    "suite= is missing": "ckpt=a",
+    "suite=nothing is unknown": "ckpt={run} suite=nothing",
+    "steps=0 is out of range": "ckpt={run} suite=scenes steps=0",
+    "solver=best is unknown": "ckpt={run} suite=scenes solver=best",
+    "sampler=best is unknown; choose one of": "ckpt={run} suite=scenes sampler=best",
+    "device=tpu0 is unknown": "ckpt={run} suite=scenes device=tpu0",
+    r"the argument 'stepps=3' is not understood .did you mean steps=\?.; the keys are ckpt, pipeline": "ckpt={run} stepps=3",
+    r"scores=\[best\]: best is unknown; choose among scenes, sentences": "ckpt={run} suite=scenes scores=[best]",
+    r"fid cannot be computed: reference= is not given": "ckpt={run} suite=scenes scores=[fid]",
+    "counterfactual cannot be computed: .* needs a model": "images={run}/pictures suite=scenes scores=[counterfactual]",
+    "steps= is for drawing, and images= draws nothing": "images={run} suite=scenes steps=3",
+    "counterfactual=2 draws further pictures, and images= draws nothing": "images={run}/pictures suite=scenes counterfactual=2",
+    "clip=nowhere is neither a folder nor": "ckpt={run} suite=scenes clip=nowhere",
+    "names one; expected at least two": "compare=[{run}] suite=scenes",
+    "has two of the label tiny stage 2": "compare=[{run},{run}/stage2] suite=scenes",
+    "compare= names nowhere, which is no folder": "compare=[{run},nowhere] suite=scenes",
+    "holds neither a checkpoint, nor a pipeline": "compare=[{run},{run}/empty] suite=scenes",
+    "label= is for one model": "compare=[{run},a] suite=scenes label=x",
+    "agreement= asks which of two": "ckpt={run} suite=scenes agreement=votes.csv",
+    "holds no model_index.json": "pipeline={run} suite=scenes",
+    "does not say of which suite": "ckpt={run} suite=[scenes,paraprompts] suite_path=here",
+    "both vlm= and endpoint=": "ckpt={run} suite=scenes vlm=a endpoint=b",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("words", WRONG)
-def test_what_cannot_be_meant_is_one_sentence(run: Path, words: str) -> None:
+def test_what_cannot_be_meant_is_one_sentence(run: Path) -> None:
     (run / "empty").mkdir()
     (run / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(run / "pictures" / "val-000000.png")
-    with pytest.raises(UserError, match=words) as caught:
-        evaluate_here(*(argument.format(run=run) for argument in WRONG[words]))
-    assert "\n" not in str(caught.value)
+    for words, arguments in WRONG.items():
+        with pytest.raises(UserError, match=words) as caught:
+            evaluate_here(*arguments.format(run=run).split())
+        assert "\n" not in str(caught.value)
     assert not list(Path().glob("runs/**/images/0*.png"))  # before anything is drawn
 
 
@@ -241,10 +244,25 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(run: Path) -> None:
 
 
 def test_a_second_evaluation_is_kept_out(run: Path) -> None:
-    import fcntl
-
     Path("out").mkdir()
     with Path(".out.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another evaluation is writing to out; wait for its end"):
             evaluate_here(f"ckpt={run}", *DRAWN, "output_dir=out")
+
+
+def test_two_processes_give_what_one_gives(run: Path, tmp_path: Path) -> None:
+    arguments = [f"ckpt={run}", *SIX, "counterfactual=2", "scores=[scenes,sentences,segments,counterfactual]"]
+    codes, said = two_ranks("evaluate", [*arguments, "output_dir=two", "threads=1"], tmp_path)
+    assert codes == [0, 0], said
+    assert evaluate_here(*arguments, "output_dir=one") == 0
+    one, two = ({path.name: np.asarray(Image.open(path)).astype(int) for path in Path(name, "images").glob("0*.png")}
+                for name in ("one", "two"))  # fmt: skip
+    assert one.keys() == two.keys() and len(one) == 6
+    # Their batches are not of one size, which rounds differently.
+    assert all(np.abs(image - two[name]).max() <= 1 for name, image in one.items())
+    # Of the same pictures both say the same.
+    shutil.copytree("two/images", "again/images")
+    assert evaluate_here(*arguments, "output_dir=again") == 0
+    assert Path("again/evaluation.json").read_bytes() == Path("two/evaluation.json").read_bytes()
+    assert "".join(said).count("Look at") == 2  # the pictures, and the report: said once

@@ -1,13 +1,18 @@
-"""A headless Chromium, for the tests of pages."""
+"""A headless Chromium for the tests of pages, and requests to the servers of the vote and the review."""
 
 from __future__ import annotations
 
+import http.client
+import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from paradiffusion.apps.local_server import MAX_BODY
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -27,3 +32,73 @@ def chromium() -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+def listen(page: Any, wrong: list[str]) -> None:
+    """Note in ``wrong`` what a page complains of, and requests that leave this machine."""
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append("a script of a text ran"))
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    here = ("http://127.0.0.1", "blob:", "data:", "file:")
+    page.on("request", lambda request: None if request.url.startswith(here) else wrong.append(request.url))
+
+
+class Served:
+    """A server of the vote or the review within the tests' process, and requests to it as somebody with ``token``."""
+
+    def __init__(self, server: Any, token: str) -> None:
+        self.server, self.token = server, token
+        self.thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def ask(
+        self, path: str, body: Any = None, method: str | None = None, **headers: Any
+    ) -> tuple[int, bytes, dict[str, str]]:
+        """Status, body and headers of an answer; a header given as None is left out."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.server_port, timeout=10)
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        sent = {"X-Token": self.token, "Host": f"127.0.0.1:{self.server.server_port}"}
+        sent |= {"Content-Type": "application/json", "Content-Length": str(len(data))} if data is not None else {}
+        connection.putrequest(method or ("GET" if data is None else "POST"), path, skip_host=True)
+        for name, value in {**sent, **{name.replace("_", "-"): value for name, value in headers.items()}}.items():
+            if value is not None:
+                connection.putheader(name, value)
+        connection.endheaders(data)
+        answer = connection.getresponse()
+        found = answer.status, answer.read(), dict(answer.headers)
+        connection.close()
+        return found
+
+
+def refuses_strangers(served: Served, requests: list[tuple[str, Any]]) -> None:
+    """None of these requests is answered without the token, under a foreign name, or from another site's page."""
+    for path, body in requests:
+        for headers in ({"X_Token": None}, {"X_Token": "wrong"}, {"X_Token": "\xff"}, {"Host": "evil.example:80"},
+                        {"Origin": "http://evil.example"}):  # fmt: skip
+            assert served.ask(path, body, **headers)[0] == 403, (path, headers)
+        assert served.ask(path, body, Host=None)[0] in (400, 403)
+    for host in ("localhost:99", "192.168.7.7:8766", "[::1]:8766"):  # through a tunnel, or from the same network
+        assert served.ask("/", Host=host)[0] == 200
+
+
+def refuses_bodies(served: Served, path: str, good: Any, wrong: list[dict[str, Any]]) -> None:
+    """What is no JSON, too large or of another kind is refused by its status, and ``good`` with one of ``wrong`` by 400."""
+    assert served.ask(path, b"x", Content_Length=str(MAX_BODY + 1))[0] == 413
+    assert served.ask(path, b"", Content_Length=None)[0] == 411 == served.ask(path, b"", Content_Length="-5")[0]
+    assert served.ask(path, good, Content_Type="text/plain")[0] == 415  # what another site's form could send
+    for body in (b"", b"[", b"[]", b"[" * 20_000, b"\xff\xfe", b"null", b'"x"'):
+        assert served.ask(path, body)[0] == 400, body[:20]
+    for changes in wrong:
+        assert served.ask(path, {**good, **changes})[0] == 400, changes
+
+
+def serves_no_files(served: Served, paths: list[str]) -> None:
+    """None of these paths leads to a file."""
+    for path in paths:
+        status, body, _ = served.ask(path)
+        assert status == 404 and b"error" in body, path

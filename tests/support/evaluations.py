@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from commands import ROOT
 from official_models import MODERN, make_ours
+from programs import script
 
-SCRIPT = ROOT / "scripts" / "evaluate.py"
 EXACT = "scores=[scenes,sentences,segments]"  # without a model, and without drawing anything more
 
 
 def evaluate_here(*arguments: str) -> int:
     """What ``scripts/evaluate.py`` does with these arguments; a UserError comes through."""
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    status: int = script.main(list(arguments))
+    status: int = script("evaluate").main(list(arguments))
     return status
 
 

@@ -9,7 +9,6 @@ import sqlite3
 import threading
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +45,7 @@ from paradiffusion.evaluation.votes.vote_study import all_pairs, assign, read_st
 # --- who sees what
 
 
-@pytest.mark.parametrize(("sets", "raters", "repeats"), [(2, 2, 1), (3, 3, 2), (4, 5, 3), (3, 3, 1)])
+@pytest.mark.parametrize(("sets", "raters", "repeats"), [(2, 2, 1), (4, 5, 3), (3, 3, 1)])
 def test_pairs_are_shared_out_evenly_and_a_function_of_the_seed(sets: int, raters: int, repeats: int) -> None:
     names, people = [f"s{n}" for n in range(sets)], [f"r{n}" for n in range(raters)]
     pairs = all_pairs([f"p{n}" for n in range(60)], names, 1)
@@ -68,13 +67,9 @@ def test_pairs_are_shared_out_evenly_and_a_function_of_the_seed(sets: int, rater
         second = {t.pair: t.flipped for t in own if t.round == 1 and t.occasion == 0}
         assert {t.pair: t.flipped for t in first} != second and set(second) == {t.pair for t in first}
     assert tasks == assign(pairs, people, repeats, 2, 4, 1) != assign(pairs, people, repeats, 2, 4, 2)
-
-
-def test_fewer_pairs_are_drawn_from_every_two_sets_alike() -> None:
-    pairs = all_pairs([f"p{n}" for n in range(50)], ["a", "b", "c"], 2)
-    few = spread(pairs, 31, seed=3)
-    assert len(few) == 31 and sorted(Counter((p.set_a, p.set_b) for p in few).values()) == [10, 10, 11]
-    assert few == [pair for pair in pairs if pair in few] and spread(pairs, 10**6, 3) == pairs
+    few = spread(pairs, 7 * sets, seed=3)  # fewer pairs are drawn from every two sets alike
+    alike = Counter((pair.set_a, pair.set_b) for pair in few).values()
+    assert len(few) == 7 * sets and max(alike) - min(alike) <= 1 and few == [pair for pair in pairs if pair in few]
 
 
 def options_for(root: Path, *names: str, **values: object) -> VoteOptions:
@@ -124,31 +119,26 @@ def test_folders_of_pictures_are_matched_and_what_is_missing_or_broken_or_leads_
 
 def test_sets_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     suite = suite_of(3)
-    evaluation_of(tmp_path / "one", suite)
-    evaluation_of(tmp_path / "other", Suite("lanes", "Lanes", suite.prompts))
-    evaluation_of(
-        tmp_path / "reworded", Suite(suite.name, "", (replace(suite.prompts[0], text="new"), *suite.prompts[1:]))
-    )
+    reworded = (replace(suite.prompts[0], text="new"), *suite.prompts[1:])
+    for name, own in (("one", suite), ("nano", suite), ("other", Suite("lanes", "Lanes", suite.prompts)),
+                      ("reworded", Suite(suite.name, "", reworded)), ("fewer", Suite(suite.name, "", suite.prompts[:2]))):  # fmt: skip
+        evaluation_of(tmp_path / name, own)
     evaluation_of(tmp_path / "none", suite, {prompt.id: "out of memory" for prompt in suite.prompts})
-    (tmp_path / "empty").mkdir()
-    for second, message in (
-        ("other", "the set other was drawn for the suite lanes, and not for streets"),
-        ("reworded", "the prompt street-00 has another text in the set reworded"),
-        ("none", r"the set none has no picture .*\(out of memory\)"),
-        ("absent", "the set absent is no folder"),
-        ("empty", r"the set empty .* holds no picture"),
+    for name in ("empty", "elsewhere"):
+        (tmp_path / name).mkdir()
+    for first, second, title, message in (
+        ("one", "other", "", "the set other was drawn for the suite lanes, and not for streets"),
+        ("one", "reworded", "", "the prompt street-00 has another text in the set reworded"),
+        ("one", "none", "", r"the set none has no picture .*\(out of memory\)"),
+        ("one", "absent", "", "the set absent is no folder"),
+        ("one", "empty", "", r"the set empty .* holds no picture"),
+        ("empty", "elsewhere", "", "suite= is missing"),
+        ("one", "nano", "Is Nano better?", "the set's name nano stands in"),
     ):
         with pytest.raises(UserError, match=message):
-            open_study(options_for(tmp_path, "one", second))
-    (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(UserError, match="suite= is missing"):
-        open_study(options_for(tmp_path, "empty", "elsewhere"))
-    evaluation_of(tmp_path / "nano", suite)
-    with pytest.raises(UserError, match="the set's name nano stands in"):
-        open_study(options_for(tmp_path, "one", "nano", title="Is Nano better?"))
+            open_study(options_for(tmp_path, first, second, **({"title": title} if title else {})))
     assert not (tmp_path / "votes").exists()
-    fewer = Suite(suite.name, "", suite.prompts[:2])
-    evaluation_of(tmp_path / "fewer", fewer)  # an evaluation with count=: what both have is compared
+    # An evaluation with count=: what both have is compared.
     assert len(open_study(options_for(tmp_path, "one", "fewer")).prompts) == 2
 
 
@@ -159,11 +149,8 @@ def test_a_vote_is_written_once_and_may_be_changed_until_the_rater_goes_on(tmp_p
     study = study_of(tmp_path, 2)
     store = Store(study)
     task = study.tasks["anna"][0].key
-    for vote in (
-        Vote("anna", task, "faithfulness", "left", 10, 2.0), Vote("anna", task, "faithfulness", "left", 10, 9.0),
-        Vote("anna", task, "faithfulness", "tie", 12, 3.0), Vote("anna", task, "faithfulness", "left", 11, 4.0),
-    ):  # fmt: skip
-        store.put(vote)  # the last was sent before the one that came first
+    for choice, stamp, seconds in (("left", 10, 2.0), ("left", 10, 9.0), ("tie", 12, 3.0), ("left", 11, 4.0)):
+        store.put(Vote("anna", task, "faithfulness", choice, stamp, seconds))  # the last was sent before the third
     (kept,) = store.votes()
     assert (kept.choice, kept.stamp, kept.seconds, kept.changes) == ("tie", 12, 3.0, 1)
     store.comment("anna", task, "hard")
@@ -184,6 +171,16 @@ def test_a_vote_is_written_once_and_may_be_changed_until_the_rater_goes_on(tmp_p
     assert store._base.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: a power cut loses nothing either
     store.close()
     assert sqlite3.connect(store.path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    with pytest.raises(UserError, match="votes of another study"):
+        Store(replace(study, pairs=study.pairs[:1]))
+    (study.folder / "votes.sqlite").write_bytes(b"no database at all, but long enough to be looked at" * 40)
+    with pytest.raises(UserError, match="cannot be used"):
+        Store(study)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_many_writers_lose_nothing(tmp_path: Path) -> None:
@@ -202,16 +199,6 @@ def test_many_writers_lose_nothing(tmp_path: Path) -> None:
     assert len(stores[0].votes()) == 90 == len({(v.rater, v.task) for v in stores[1].votes()})
     for store in stores:
         store.close()
-
-
-def test_votes_of_another_study_or_a_damaged_file_are_refused(tmp_path: Path) -> None:
-    study = study_of(tmp_path, 2)
-    Store(study).close()
-    with pytest.raises(UserError, match="votes of another study"):
-        Store(replace(study, pairs=study.pairs[:1]))
-    (study.folder / "votes.sqlite").write_bytes(b"no database at all, but long enough to be looked at" * 40)
-    with pytest.raises(UserError, match="cannot be used"):
-        Store(study)
 
 
 # --- what they come to
@@ -238,7 +225,7 @@ def test_davidson_fits_known_tables() -> None:
 def test_a_simulated_study_gives_its_strengths_back_and_intervals_hold_them() -> None:
     known = {"first": 0.8, "second": 0.0, "third": -0.8}
     rng = np.random.default_rng(5)
-    held, rates_held, studies = Counter[str](), 0, 100
+    held, rates_held, studies = Counter[str](), 0, 60
     # P(first beats second) of the model below, without what prompts add.
     odds = np.exp([0.4, -0.4, -0.7])
     for number in range(studies):
@@ -251,26 +238,14 @@ def test_a_simulated_study_gives_its_strengths_back_and_intervals_hold_them() ->
         held["tie"] += strengths.tie.low <= -0.7 <= strengths.tie.high
         rate = rates_of(found, ["first", "second"], number)[0].win
         rates_held += rate.low <= odds[0] / odds.sum() <= rate.high
-    # 95 % of 100 studies, within three standard errors of that count (2.2).
+    # 95 % of 60 studies, within three standard errors of that count (1.7).
     for count in (*held.values(), rates_held):
-        assert count >= 88, (held, rates_held)
+        assert count >= 52, (held, rates_held)
     assert sum(held.values()) < 4 * studies  # and not since they hold everything
     big = virtual_study(1000, list(known), raters=2)
     strengths = results_of(big, votes_for(big, known, -0.7, rng), {}).answers[0].strengths
     assert strengths is not None
     assert all(abs(strengths.sets[name].mean - value) < 0.1 for name, value in known.items())
-
-
-def test_prompts_are_what_is_resampled_and_not_votes() -> None:
-    """Where prompts differ much, twenty votes on each tell little more than one."""
-    rng = np.random.default_rng(0)
-    widths = []
-    for raters in (1, 20):
-        study = virtual_study(30, ["a", "b"], raters=raters, repeats=raters)
-        one = results_of(study, votes_for(study, {"a": 0, "b": 0}, -3, rng, spread=8), {}).answers[0].rates[0].win
-        assert (one.n, one.prompts) == (30 * raters, 30)
-        widths.append(one.high - one.low)
-    assert widths[1] > 0.6 * widths[0]
 
 
 def test_what_strengths_cannot_say_is_said() -> None:
@@ -369,29 +344,24 @@ def test_sides_and_second_looks_are_told_apart_from_preference() -> None:
 
 def test_reports_and_the_csv_say_the_same_and_escape_what_people_wrote(tmp_path: Path) -> None:
     names = ["<b>one</b>", "two | three"]
-    study = virtual_study(12, names, raters=2, repeats=2)
-    study = replace(study, folder=tmp_path / "a | study")
-    rng = np.random.default_rng(1)
-    votes = votes_for(study, {names[0]: 1, names[1]: 0}, -1, rng)
+    study = replace(virtual_study(12, names, raters=2, repeats=2), folder=tmp_path / "a | study")
+    votes = votes_for(study, {names[0]: 1, names[1]: 0}, -1, np.random.default_rng(1))
     comments = {(votes[0].rater, votes[0].task): "=1+1 " + HOSTILE}
     results = results_of(study, votes, comments)
     page = write_results(results, tmp_path / "out").read_text()
     assert "<b>one</b>" not in page and "&lt;b&gt;one" in page and "<script" not in page and "window.hit" in page
-    record = json.loads((tmp_path / "out/results.json").read_text())
-    win = record["answers"][0]["rates"][0]["win"]
+    win = json.loads((tmp_path / "out/results.json").read_text())["answers"][0]["rates"][0]["win"]
     counted = Counter(one.choice for one in outcomes(study, votes, {}))
     assert win["mean"] == counted["a"] / 24 and win["n"] == 24 and win["prompts"] == 12
     text = (tmp_path / "out/results.md").read_text()
     assert f"{100 * win['mean']:.1f} % ({100 * win['low']:.1f} to {100 * win['high']:.1f})" in text
-    widths = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
-    blocks = [line for line in text.splitlines() if line.startswith("| ---")]
-    assert len(widths) > 12 and {line.count("|") for line in blocks} <= set(widths) and "two \\| three" in text
-    assert all(a == b for (a, la), (b, lb) in pairwise(_tables(text)) if la == lb)
-    assert f"faithfulness: {names[0]} {100 * win['mean']:.1f} %" in summary(results)[1]
+    assert "two \\| three" in text and f"faithfulness: {names[0]} {100 * win['mean']:.1f} %" in summary(results)[1]
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
+    for table in tables:
+        assert len({row.replace("\\|", "").count("|") for row in table.splitlines() if row.startswith("|")}) == 1
 
     assert write_csv(study, votes, comments, tmp_path / "votes.csv") == 24
-    with (tmp_path / "votes.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "votes.csv")
     assert list(rows[0])[:12] == [
         "study", "rater", "prompt", "category", "band", "set_a", "set_b", "left", "question", "choice", "seconds", "at",
     ]  # fmt: skip
@@ -399,24 +369,12 @@ def test_reports_and_the_csv_say_the_same_and_escape_what_people_wrote(tmp_path:
     assert rows[0]["comment"] == "'=1+1 " + HOSTILE
     comments = {(votes[0].rater, votes[0].task): "a lamp\r=1+1 ![x](http://example.org/x.png)"}
     write_csv(study, votes, comments, tmp_path / "votes.csv")
-    with (tmp_path / "votes.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "votes.csv")
     assert len(rows) == 24 and rows[0]["comment"].startswith("a lamp\n=1+1 ")  # no row of the rater's own making
     write_results(results_of(study, votes, comments), tmp_path / "out")
     assert not re.search(r"(?<!\\)\]\(", (tmp_path / "out/results.md").read_text())
     empty = write_results(results_of(study, [], {}), tmp_path / "none").read_text()
     assert "No votes yet." in empty and "Not finished: 0 of 24" in empty
-
-
-def _tables(text: str) -> list[tuple[int, int]]:
-    """(cells, number of the table) of each row of the Markdown tables."""
-    found, table = [], 0
-    for line in text.splitlines():
-        if line.startswith("|"):
-            found.append((line.replace("\\|", "").count("|"), table))
-        else:
-            table += 1
-    return found
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,36 @@
-"""The report on a data set: figures that agree with a plain count, and a page that a browser shows."""
+"""The report on a data set: figures that agree with a plain count, what is read from captions and pictures, and its page."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import chromium, in_browser
-from commands import ROOT
+from browser import chromium, in_browser, listen
 from data_fixtures import as_json, encoded, picture, sample, synthetic_index, write_tar
+from PIL import Image
+from programs import script
+from remote_fixtures import serving
 
-from paradiffusion.curation.inspecting.caption_figures import TextLimits
+from paradiffusion.curation.inspecting.caption_figures import TextLimits, read_captions
 from paradiffusion.curation.inspecting.histograms import distribution, nice_edges
 from paradiffusion.curation.inspecting.inspect import (
     Inspection,
     InspectSettings,
-    extremes_of,
-    images_of,
+    check_pictures,
+    figures_json,
     inspect,
-    kinds_of,
+    kind_weights,
+    run_of,
 )
-from paradiffusion.curation.inspecting.page import inspection_page
+from paradiffusion.curation.inspecting.page import LONGEST_SHOWN, inspection_page
 from paradiffusion.data.images import make_buckets
-from paradiffusion.data.index import TokenCounter, load_index, read_sample
-from paradiffusion.data.plan import BatchPlan
+from paradiffusion.data.index import SampleIndex, TokenCounter, join_indexes, load_index, read_sample
+from paradiffusion.data.plan import BatchPlan, Share
+from paradiffusion.data.remote import Storage
 from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
 
@@ -141,19 +143,9 @@ def test_worst_cases_are_found(found: tuple[BatchPlan, Inspection]) -> None:
     assert "000002.tar/cut" in worst["images that do not decode"]
     assert set(worst["without a caption"]) == {"000002.tar/none", "000002.tar/broken"}
     assert ("000002.tar/cut", "does not decode: OSError") in found[1].undecodable
-    longest = found[1].worst["longest captions"]
-    assert max(longest[0].words.values()) == max(max(k.words.largest, 0) for k in found[1].kinds if k.words)
-    assert [max(s.words.values()) for s in longest] == sorted((max(s.words.values()) for s in longest), reverse=True)
-
-
-def test_millions_of_rows_are_told_from_the_index() -> None:
-    index = synthetic_index(1_000_000, 100)
-    kinds = kinds_of(index, {"short": 1.0}, {})
-    assert [kind.samples for kind in kinds] == [1_000_000] * 2
-    assert sum(kinds[0].bands.values()) == pytest.approx((index.words[:, 0] >= 50).mean())
-    rows = extremes_of(index)["most extreme aspects"]
-    aspect = np.abs(np.log(index.width / index.height))
-    assert aspect[rows].tolist() == np.sort(aspect)[::-1][: len(rows)].tolist()
+    longest = [max(s.words.values()) for s in found[1].worst["longest captions"]]
+    assert longest == sorted(longest, reverse=True)
+    assert longest[0] == max(kind.words.largest for kind in found[1].kinds if kind.words)
 
 
 def test_caption_sample_says_how_many_it_read(shards: Path) -> None:
@@ -166,32 +158,25 @@ def test_caption_sample_says_how_many_it_read(shards: Path) -> None:
 
 
 def test_histograms() -> None:
-    values = np.array([1, 1, 2, 3, 1000])
-    found = distribution(values, [0, 2, 4])
+    found = distribution(np.array([1, 1, 2, 3, 1000]), [0, 2, 4])
     assert found is not None and found.counts == [2, 3], "what lies beyond the last edge is in the last bin"
-    assert distribution(values[:0]) is None
+    assert distribution(np.array([])) is None
     for low, high in ((0, 5), (7, 7), (0, 65535), (300, 900)):
         edges = nice_edges(low, high)
         assert edges[0] <= low and edges[-1] > high and 10 <= len(edges) - 1 <= 24
-
-
-def test_images_of_unknown_size() -> None:
-    index = synthetic_index(3, 1)
-    index.table = np.zeros(3, [("width", "<i4"), ("height", "<i4"), ("extension", "u1")])
-    images = images_of(index)
-    assert images.known == 0 and images.short_side is None and images.aspect is None
+    giant = distribution(np.array([*range(50, 110), 20_000]))
+    assert giant is not None and sum(1 for count in giant.counts if count) >= 6, "one giant does not flatten it"
+    assert giant.counts[-1] == 1 and sum(giant.counts) == 61 and giant.largest == 20_000
 
 
 @in_browser
 def test_page_is_shown_by_a_browser(found: tuple[BatchPlan, Inspection], tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(inspection_page(found[1]), encoding="utf-8")
-    said: list[str] = []
+    wrong: list[str] = []
     with chromium() as browser:
         tab = browser.new_page(viewport={"width": 1000, "height": 800})
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else said.append("net"))
+        listen(tab, wrong)
         tab.goto(page.as_uri())
         assert tab.title() == "Data: test", "a caption's markup is text"
         assert tab.locator("#samples article").count() == 86
@@ -204,64 +189,144 @@ def test_page_is_shown_by_a_browser(found: tuple[BatchPlan, Inspection], tmp_pat
         assert tab.evaluate("document.documentElement.scrollWidth") <= 380, "it fits a telephone"
         names = tab.locator("tbody th[scope=row]").evaluate_all("cells => cells.map(cell => cell.clientWidth)")
         assert min(names) >= 100, "a row's name is not squeezed to a letter a line"
-    assert said == []
+    assert wrong == []
 
 
-@pytest.fixture(scope="module")
-def main() -> Any:
-    """scripts/inspect_data.py's main."""
-    spec = importlib.util.spec_from_file_location("inspect_data", ROOT / "scripts" / "inspect_data.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["inspect_data"] = module
-    spec.loader.exec_module(module)
-    return module.main
-
-
-def test_command_writes_page_and_figures(main: Any, shards: Path, tmp_path: Path, capsys: Any) -> None:
+def test_command_writes_page_and_figures(shards: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "made" / "report.html"
-    status = main(
-        [
-            "text_encoder=tiny",
-            f"data.shards={shards}",
-            f"output={output}",
-            "samples=5",
-            "check=10",
-            "batch_size=4",
-            "stage=2",
-            "data.captions={short: 1, long: 3}",
-            "tokenizers=[tiny]",
-        ]
+    more = ["samples=5", "check=10", "batch_size=4", "stage=2", "data.captions={short: 1, long: 3}"]
+    status = script("inspect_data").main(
+        ["text_encoder=tiny", "tokenizers=[tiny]", f"data.shards={shards}", f"output={output}", *more]
     )
     assert status == 0 and f"{output}: 86 samples" in capsys.readouterr().out
     assert sorted(os.listdir(output.parent)) == ["report.html", "report.json"]
     figures = json.loads(output.with_suffix(".json").read_text())
     assert figures["counts"]["samples"] == 86 and len(figures["shown"]) == 5
-    assert {row["tokenizer"] for row in figures["tokens"]} == {"tiny"}
-    assert figures["padding"]["batch_size"] == 4
+    assert {row["tokenizer"] for row in figures["tokens"]} == {"tiny"} and figures["padding"]["batch_size"] == 4
     html = output.read_text()
     assert "ParaImage-Big" in html and "132.9" in html and "1326 px" in html
     assert "http://" not in html and "https://" not in html
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("argument", "sentence"),
     [
-        (["output=report.txt"], "is no page"),
-        (["output={tmp}"], "is no page"),
-        (["output=/dev/null/report.html"], "no folder that can be written to"),
-        (["samples=-1"], "samples=-1 is out of range"),
-        (["samples=some"], "samples=some: Value"),
-        (["tokenizers=[nothing]"], "nothing is neither a folder nor one of .*smollm2"),
-        (["tokenizers={tmp}"], "tokenizer|config.json"),
-        (["chek=3"], "did you mean check"),
-        (["data.shards={tmp}/none.tar"], "matches no|missing"),
+        ("output=report.txt", "is no page"), ("output=/dev/null/report.html", "no folder that can be written to"),
+        ("samples=-1", "samples=-1 is out of range"), ("samples=some", "samples=some: Value"), ("chek=3", "did you mean check"),
+        ("tokenizers=[nothing]", "nothing is neither a folder nor one of .*smollm2"), ("tokenizers={tmp}", "tokenizer|config.json"),
+        ("data.shards={tmp}/none.tar", "matches no|missing"),
     ],
-)
-def test_wrong_arguments_are_one_sentence(
-    main: Any, arguments: list[str], sentence: str, shards: Path, tmp_path: Path
-) -> None:
-    given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+)  # fmt: skip
+def test_wrong_arguments_are_one_sentence(argument: str, sentence: str, shards: Path, tmp_path: Path) -> None:
+    given = ["text_encoder=tiny", f"data.shards={shards}", f"output={tmp_path / 'r.html'}"]
     with pytest.raises(UserError, match=sentence) as caught:
-        main(["text_encoder=tiny", f"data.shards={shards}", f"output={tmp_path / 'r.html'}", *given])
+        script("inspect_data").main([*given, argument.replace("{tmp}", str(tmp_path))])
     assert "\n" not in str(caught.value)
+
+
+def test_dark_flat_and_long_ones_are_found(odd: SampleIndex) -> None:
+    found = check_pictures(odd, 100, 0)
+    assert [odd.key(row) for row in found.dark] == ["dark"]
+    assert {odd.key(row) for row in found.flat} == {"dark", "grey", "white"}
+    assert found.checked == len(odd) and not found.undecodable
+    report = inspected(odd)
+    assert (report.dark, report.flat) == (1, 3)
+    assert "3 of 86 images that were decoded are of nearly one colour" in " ".join(report.notes)
+    worst = {name: [one.key.partition("/")[2] for one in rows] for name, rows in report.worst.items()}
+    assert worst["very dark images"] == ["dark"] and "chinese" not in worst["longest captions"]
+    assert worst["captions of the most tokens, of those read"][:2] == ["book", "chinese"]
+
+
+# --- captions and pictures of a set of oddities
+
+FAMILY = "👩\u200d👩\u200d👧 a family"
+BOOK = "word " * 4000
+CHINESE = "木桌上有两个杯子和一碗橙子" * 30
+
+
+def inspected(index: SampleIndex, steps: int = 10) -> Inspection:
+    plan = BatchPlan(index, 4, 0, make_buckets(64, 16, 2.0), {"short": 1.0})
+    settings = InspectSettings("test", 1, 64, steps=steps, samples=100, captions=1000, check=100)
+    return inspect(plan, [LETTERS], TextLimits(64, 8, True), settings)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> SampleIndex:
+    """80 captions, 60 of which begin alike, and one sample of each oddity."""
+    members = []
+    for number in range(80):
+        text = f"In this image, we see number {number}" if number % 4 else f"thing {number} stands on its own"
+        members += [
+            (f"{number:03d}.png", encoded(picture(number))),
+            (f"{number:03d}.json", as_json(captions={"short": text})),
+        ]
+    for name, image, caption in (
+        ("dark", Image.new("RGB", (64, 64), (3, 3, 3)), "night"),
+        ("grey", Image.new("RGB", (64, 64), (128, 128, 128)), "fog"),
+        ("white", Image.new("RGB", (64, 64), (255, 255, 255)), "snow"),
+        ("emoji", picture(90), FAMILY),
+        ("book", picture(92), BOOK),
+        ("chinese", picture(93), CHINESE),
+    ):
+        members += [(f"{name}.png", encoded(image)), (f"{name}.json", as_json(captions={"short": caption}))]
+    return load_index(expand_shards(write_tar(tmp_path_factory.mktemp("odd") / "000000.tar", members)))
+
+
+def test_captions_that_begin_alike_are_found(odd: SampleIndex) -> None:
+    (opening,) = read_captions(odd, [], 1000, 0).openings
+    assert opening.n == 80 + 1, "captions of four words and fewer have no more than they begin with; the book has"
+    assert opening.most[0] == ("in this image, we", 60 / opening.n)
+    assert all(share * opening.n > 1.5 for _, share in opening.most), "what comes once is no habit"
+    notes = " ".join(inspected(odd).notes)
+    assert "74% of the short captions begin with “in this image, we”" in notes
+
+
+def test_equal_captions_are_counted_without_keeping_the_others(tmp_path: Path) -> None:
+    texts = ["a"] * 5 + ["b"] * 2 + ["c", "d", "e"]
+    write_shards((sample(n, {"short": text, "long": text}) for n, text in enumerate(texts)), tmp_path, 10)
+    read = read_captions(load_index(expand_shards(tmp_path)), [], 100, 0)
+    assert (read.captions, read.repeats, read.repeated) == (10, 5, [("a", 5), ("b", 2)])
+
+
+def test_page_and_figures_hold_what_captions_may_hold(odd: SampleIndex) -> None:
+    report = inspected(odd)
+    html = inspection_page(report)
+    assert FAMILY in html, "an emoji's parts stay joined"
+    assert len(BOOK) > LONGEST_SHOWN and BOOK.strip() not in html
+    assert f"{len(BOOK.strip()) - LONGEST_SHOWN:,} more characters" in html
+    figures = json.loads(figures_json(report).encode("utf-8"))
+    texts = {one["key"]: one["captions"]["short"] for one in figures["shown"]}
+    assert texts["000000.tar/emoji"] == FAMILY and texts["000000.tar/book"] == BOOK.strip()
+
+
+def test_epochs_of_a_run_are_what_the_plan_serves() -> None:
+    sources = [synthetic_index(400, 4, seed=1), synthetic_index(60, 1, seed=2)]
+    shares = [Share(3.0, {"long": 1.0}), Share(1.0)]
+    plan = BatchPlan(join_indexes(sources, ["web", "mine"]), 8, 0, make_buckets(64, 16, 2.0), {"short": 1.0}, 2, shares)
+    steps = 400
+    run = run_of(plan, steps)
+    assert [(row.source, row.samples, row.share) for row in run] == [("web", 400, 0.75), ("mine", 60, 0.25)]
+    assert [row.epochs for row in run] == [6.0, pytest.approx(13.333, abs=1e-3)]
+    served = np.bincount(np.concatenate([plan.source_of(plan.batch(step).rows) for step in range(steps)]))
+    assert [row.seen for row in run] == [pytest.approx(count, rel=0.1) for count in served.tolist()]
+    assert kind_weights(plan) == {"long": 0.75, "short": 0.25}, "a source's own captions count"
+
+
+def test_a_set_that_is_shown_very_often_is_said_so(odd: SampleIndex) -> None:
+    assert not any("show every sample" in note for note in inspected(odd).notes)
+    report = inspected(odd, steps=10_000)
+    assert "max_steps=10000 of batch_size=4 show every sample 465 times" in " ".join(report.notes)
+    assert "40,000" in inspection_page(report)
+
+
+def test_captions_from_a_web_server_are_those_of_the_disk(tmp_path: Path) -> None:
+    write_shards((sample(number) for number in range(40)), tmp_path, 20)
+    local = load_index(expand_shards(tmp_path))
+    with serving(tmp_path) as server:
+        urls = [f"{server.url}{shard.name}" for shard in sorted(tmp_path.glob("*.tar"))]
+        remote = load_index(expand_shards(urls, storage=Storage(retries=0)))
+        near, far = (read_captions(index, [LETTERS], 30, 3) for index in (local, remote))
+        assert near.tokens["letters"].tolist() == far.tokens["letters"].tolist()
+        assert (near.repeated, near.openings, far.unreadable) == (far.repeated, far.openings, 0)
+        server.status = 404
+        assert read_captions(remote, [LETTERS], 30, 3).unreadable == 30

@@ -7,17 +7,17 @@ import shutil
 import sys
 from collections.abc import Callable
 from importlib.machinery import PathFinder
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from subprocess import CompletedProcess
-from types import ModuleType
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from commands import ROOT
 from data_fixtures import encoded, picture, shards_of
 from PIL import Image, ImageFilter
+from programs import script
 from safetensors.torch import load_file, save_file
 from tiny_clip import CONTEXT, WIDTH, write_candidates, write_clip
 
@@ -25,9 +25,9 @@ from paradiffusion.curation.choosing import technical
 from paradiffusion.curation.choosing.candidates import sample_name
 from paradiffusion.curation.choosing.decisions import DecisionLog
 from paradiffusion.curation.choosing.kept import export
-from paradiffusion.curation.choosing.score_files import load_scores, score_file
+from paradiffusion.curation.choosing.score_files import ScoreTable, load_scores, score_file
 from paradiffusion.curation.choosing.scoring import Scoring, load_detector, score_shards, union_share
-from paradiffusion.curation.choosing.selection import Choosing, choose, choose_varied, clusters_of, weighted_rank
+from paradiffusion.curation.choosing.selection import Choosing, choose, choose_varied, weighted_rank
 from paradiffusion.data.images import decode
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
@@ -35,15 +35,6 @@ from paradiffusion.errors import UserError
 from paradiffusion.metrics.clip import load_clip, load_head
 
 Command = Callable[..., "CompletedProcess[str]"]
-
-
-def load_script() -> ModuleType:
-    """scripts/select.py, under a name that hides nothing."""
-    spec = spec_from_file_location("select_script", ROOT / "scripts" / "select.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +98,18 @@ def test_agreement_is_by_sentence_and_counts_what_was_cut(clip_folder: Path) -> 
     assert clip.context == CONTEXT
     features = clip.image_features(clip.prepare(picture(0))[None])
     long = "A " + "red " * CONTEXT + "cat."
-    found, nothing = clip.agreements(features.expand(2, -1), [f"A cat sits. {long}", ""])
-    assert nothing is None and found is not None
+    # A dash after an end mark begins no sentence of its own, and one alone does not count.
+    captions = [f"A cat sits. {long}", "A cat sits.\n-- \U0001f600 !", "", "... --"]
+    found, dashed, nothing, marks = clip.agreements(features.expand(4, -1), captions)
+    assert nothing is None and marks is None and found is not None and dashed is not None
+    assert (dashed.sentences, dashed.cut) == (1, 0)
     texts, cut = clip.text_features(["A cat sits.", long])
     assert cut == [False, True]
     each = (texts @ features[0]).tolist()
     assert (found.mean, found.minimum) == pytest.approx((sum(each) / 2, min(each)), abs=1e-6)
     assert (found.sentences, found.cut) == (2, 1)
     # A sentence that just fits is not cut: ten words with the marks around them.
-    assert clip.text_features(["cat " * (CONTEXT - 2)])[1] == [False]
-    assert clip.text_features(["cat " * (CONTEXT - 1)])[1] == [True]
+    assert clip.text_features(["cat " * (CONTEXT - 2), "cat " * (CONTEXT - 1)])[1] == [False, True]
 
 
 def test_heads_of_one_layer_and_of_several(tmp_path: Path) -> None:
@@ -248,41 +241,29 @@ def test_features_of_other_weights_are_not_mixed_in(clip_folder: Path, tmp_path:
 
 
 def test_a_rank_is_weighted_and_blind_to_outliers() -> None:
-    from dataclasses import replace
-
-    table = _table(aesthetic=[1.0, 2.0, 1000.0, np.nan], noise=[4.0, 3.0, 2.0, 1.0])
+    columns = {"aesthetic": np.array([1.0, 2.0, 1000.0, np.nan]), "noise": np.array([4.0, 3.0, 2.0, 1.0])}
+    keys = pa.chunked_array([["0", "1", "2", "3"]])
+    table = ScoreTable(
+        ["a.tar"], np.zeros(4, np.int32), np.arange(4), keys, columns, np.zeros(4, bool), [Path("a.parquet")]
+    )
     rows = np.arange(4)
     assert weighted_rank(table, rows, {"aesthetic": 2.0}).tolist() == pytest.approx([1 / 3, 2 / 3, 1, 0])
     both = weighted_rank(table, rows, {"aesthetic": 1.0, "noise": -1.0})  # less noise is better
     assert both.tolist() == pytest.approx([1 / 6, 1 / 2, 5 / 6, 1 / 2])
-    assert weighted_rank(replace(table), rows[:1], {"noise": 1.0}).tolist() == [0]
+    assert weighted_rank(table, rows[:1], {"noise": 1.0}).tolist() == [0]
 
 
 def test_the_best_of_each_cluster_come_in_turn() -> None:
-    scores = np.array([9.0, 8.0, 7.0, 3.0, 2.0, 1.0])
-    clusters = np.array([0, 0, 0, 1, 1, 2])
+    scores, clusters = np.array([9.0, 8.0, 7.0, 3.0, 2.0, 1.0]), np.array([0, 0, 0, 1, 1, 2])
     features = np.eye(6, dtype=np.float32)
     assert choose_varied(scores, features, clusters).rows.tolist() == [0, 3, 5, 1, 4, 2]
     assert choose_varied(scores, features, clusters, count=4).rows.tolist() == [0, 3, 5, 1]
     assert choose_varied(scores, features, clusters, per_cluster=1).rows.tolist() == [0, 3, 5]
     assert choose_varied(scores, features, clusters * 0, count=2).rows.tolist() == [0, 1]
-
-
-def test_a_near_duplicate_gives_its_turn_to_the_next_of_its_cluster() -> None:
-    features = np.array([[1, 0, 0], [0.999, 0.0447, 0], [0, 1, 0], [0, 0, 1]], np.float32)
-    choice = choose_varied(np.array([4.0, 3.0, 2.0, 1.0]), features, np.zeros(4, int), count=2, max_similarity=0.95)
+    # A near-duplicate gives its turn to the next of its cluster.
+    features[1] = 0.999 * features[0] + 0.0447 * features[1]
+    choice = choose_varied(scores, features, clusters * 0, count=2, max_similarity=0.95)
     assert choice.rows.tolist() == [0, 2] and choice.duplicates == 1
-    assert choose_varied(np.array([4.0, 3.0, 2.0, 1.0]), features, np.zeros(4, int), count=2).rows.tolist() == [0, 1]
-
-
-def test_clusters_find_groups_that_are_there() -> None:
-    rng = np.random.default_rng(0)
-    truth = np.repeat(np.arange(5), 40)
-    features = np.eye(8, dtype=np.float32)[truth] + 0.05 * rng.standard_normal((200, 8)).astype(np.float32)
-    found = clusters_of(features, 5, seed=1)
-    assert len({(a, b) for a, b in zip(truth, found, strict=True)}) == 5
-    assert (found == clusters_of(features, 5, seed=1)).all()
-    assert clusters_of(features[:3], 10, seed=1).max() <= 2
 
 
 def test_choosing_writes_candidates_and_what_each_threshold_removed(tmp_path: Path) -> None:
@@ -306,25 +287,27 @@ def test_choosing_writes_candidates_and_what_each_threshold_removed(tmp_path: Pa
 # --- export
 
 
-def _decide(log: DecisionLog, sample: str, reviewer: str, at: int, **changes: str | None) -> None:
-    event = {"event": f"{reviewer}{at}", "sample": sample, "reviewer": reviewer, "at": at, "set": changes}
-    log.record(event)
-
-
 def test_what_was_kept_becomes_shards_that_can_be_trained_on(tmp_path: Path) -> None:
     work = write_candidates(tmp_path / "work", [f"caption {number}" for number in range(6)])
+    with pytest.raises(UserError, match="no candidate of 6"):
+        export(work, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     names = [json.loads(line)["sample"] for line in (work / "candidates.jsonl").read_text().splitlines()]
     long = "word " * 60
-    log = DecisionLog(work / "decisions.jsonl")
-    _decide(log, names[0], "anna", 1, decision="keep", caption=long + "first", note="fine")
-    _decide(log, names[1], "anna", 2, decision="keep")
-    _decide(log, names[1], "ben", 3, decision="drop", caption="ben's text")
-    _decide(log, names[2], "anna", 4, decision="drop")
-    _decide(log, names[3], "anna", 5, decision="keep")
-    _decide(log, names[3], "ben", 6, decision="keep", caption="<b>bold</b>")
-    _decide(log, names[3], "ben", 7, caption="ben's last text")
-    log.close()
 
+    def decide(*events: tuple[int, str, dict[str, str | None]]) -> None:
+        log = DecisionLog(work / "decisions.jsonl")
+        for at, (number, reviewer, changes) in enumerate(events, len(log.standing.events)):
+            event = {"event": str(at), "sample": names[number], "reviewer": reviewer, "at": at, "set": changes}
+            log.record(event)
+        log.close()
+
+    decide(
+        (0, "anna", {"decision": "keep", "caption": long + "first", "note": "fine"}),
+        (1, "anna", {"decision": "keep"}), (1, "ben", {"decision": "drop", "caption": "ben's text"}),
+        (2, "anna", {"decision": "drop"}), (3, "anna", {"decision": "keep"}),
+        (3, "ben", {"decision": "keep", "caption": "<b>bold</b>"}), (3, "ben", {"caption": "ben's last text"}),
+    )  # fmt: skip
     report = export(work, tmp_path / "out", samples_per_shard=1)
     assert (report.candidates, report.kept, report.dropped, report.undecided) == (6, 2, 2, 2)
     assert (report.disagreed, report.edited) == (1, 2)
@@ -341,87 +324,53 @@ def test_what_was_kept_becomes_shards_that_can_be_trained_on(tmp_path: Path) -> 
     kept = [json.loads(line) for line in (tmp_path / "out" / "kept.jsonl").read_text().splitlines()]
     assert [line["key"] for line in kept] == ["picture-0", "picture-3"] and kept[0]["notes"] == {"anna": "fine"}
 
-    any_vote = export(work, tmp_path / "any", votes="any")
-    assert any_vote.kept == 3
-    unedited = read_sample(load_index(expand_shards(tmp_path / "any")), 1)
-    assert unedited.meta["captions"]["clean"] == "ben's text"  # nobody who kept it wrote one
-    log = DecisionLog(work / "decisions.jsonl")
-    _decide(log, names[1], "carl", 2, decision="keep", caption="carl's text")
-    log.close()
-    export(work, tmp_path / "again", votes="any")
-    edited = read_sample(load_index(expand_shards(tmp_path / "again")), 1)
-    assert edited.meta["captions"]["clean"] == "carl's text"  # who keeps it comes before a later text of who does not
+    # Of who keeps it, and nobody who kept it wrote one; then a text of who does comes before another's later one.
+    for name, text in (("any", "ben's text"), ("again", "carl's text")):
+        assert export(work, tmp_path / name, votes="any").kept == 3
+        edited = read_sample(load_index(expand_shards(tmp_path / name)), 1)
+        assert edited.meta["captions"]["clean"] == text
+        decide((1, "carl", {"decision": "keep", "caption": "carl's text"}))
     with pytest.raises(UserError, match="is not empty"):
         export(work, tmp_path / "out")
     assert not list(tmp_path.glob(".*part"))
-
-
-def test_nothing_kept_is_said_in_a_sentence(tmp_path: Path) -> None:
-    work = write_candidates(tmp_path / "work", ["a", "b"])
-    with pytest.raises(UserError, match="no candidate of 2"):
-        export(work, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 # --- the command line
 
 
 def test_the_walk_on_the_command_line(
-    clip_folder: Path,
-    tmp_path: Path,
-    command: Command,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    clip_folder: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script = load_script()
+    main = script("select").main
     shards_of(tmp_path / "shards", 6, 3)
     work = f"folder={tmp_path / 'work'}"
-    assert script.main(["action=score", work, f"shards={tmp_path / 'shards'}", f"clip={clip_folder}"]) == 0
+    assert main(["action=score", work, f"shards={tmp_path / 'shards'}", f"clip={clip_folder}"]) == 0
     assert "6 samples scored now, 2 shards" in capsys.readouterr().out
-    assert script.main(["action=choose", work, "min={width: 60}", "count=2", "max_similarity=0.9999999"]) == 0
+    assert main(["action=choose", work, "min={width: 60}", "count=2", "max_similarity=0.9999999"]) == 0
     shown = capsys.readouterr().out
     assert "2 candidates chosen" in shown and "width >= 60: removes 1" in shown
     done = command("scripts/select.py", "action=export", work, f"output={tmp_path / 'out'}")
     assert done.returncode == 2 and "no candidate of 2" in done.stderr and "Traceback" not in done.stderr
 
 
-def _table(**columns: list[float]) -> object:
-    import pyarrow as pa
-
-    from paradiffusion.curation.choosing.score_files import ScoreTable
-
-    count = len(next(iter(columns.values())))
-    return ScoreTable(
-        ["a.tar"], np.zeros(count, np.int32), np.arange(count), pa.chunked_array([[str(n) for n in range(count)]]),
-        {name: np.array(values) for name, values in columns.items()}, np.zeros(count, bool), [Path("a.parquet")],
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "action= is missing"),
-        (["action=walk"], "choose one of score, choose, review, export"),
-        (["action=choose"], "folder= is missing"),
-        (["action=score", "folder=x"], "shards= is missing"),
-        (["action=choose", "folder=x", "clip=y"], "clip= belongs to action=score"),
-        (["action=choose", "folder=x", "min=5"], "expected min='{aesthetic: 5.5"),
-        (["action=choose", "folder=x", "min={a: [}"], "is not understood"),
-        (["action=choose", "folder=x", "count=0"], "count=0"),
-        (["action=choose", "folder=absent"], "holds no scores"),
-        (["action=review", "folder=absent"], "holds no candidates"),
-        (["action=review", "folder=x", "port=99999"], "port=99999"),
-        (["action=score", "folder=x", "shards=absent.tar"], "matches no .tar"),
-        (["action=score", "folder=x", "shards=y", "device=tpu"], "device=tpu is unknown"),
+        ("", "action= is missing"), ("action=walk", "choose one of score, choose, review, export"),
+        ("action=choose", "folder= is missing"), ("action=score folder=x", "shards= is missing"),
+        ("action=choose folder=x clip=y", "clip= belongs to action=score"), ("action=choose folder=x count=0", "count=0"),
+        ("action=choose folder=x min=5", "expected min='{aesthetic: 5.5"), ("action=choose folder=x min={a:[}", "is not understood"),
+        ("action=choose folder=absent", "holds no scores"), ("action=review folder=absent", "holds no candidates"),
+        ("action=review folder=x port=99999", "port=99999"), ("action=score folder=x shards=absent.tar", "matches no .tar"),
+        ("action=score folder=x shards=y device=tpu", "device=tpu is unknown"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_one_sentence(
-    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    script = load_script()
     with pytest.raises(UserError) as raised:
-        script.main(arguments)
+        script("select").main(arguments.split())
     assert sentence in str(raised.value)
 
 
@@ -434,18 +383,3 @@ def test_the_script_does_not_hide_the_module_of_the_standard_library(monkeypatch
     assert hasattr(select, "select") and "scripts" not in str(getattr(select, "__file__", ""))
     found = PathFinder.find_spec("select")
     assert found is not None and found.origin == str(ROOT / "scripts" / "select.py")  # the case that is meant
-
-
-def test_keys_that_break_lines_and_an_output_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = write_candidates(tmp_path / "work", ["a", "b"])
-    path = work / "candidates.jsonl"
-    entries = [{**json.loads(line), "note": "one\u2028two\x85"} for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
-    log = DecisionLog(work / "decisions.jsonl")
-    _decide(log, entries[0]["sample"], "anna", 1, decision="keep")
-    log.close()
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert export(work, Path()).kept == 1
-    (line,) = (tmp_path / "here" / "kept.jsonl").read_text().splitlines()
-    assert json.loads(line)["source"] != "person"  # whose text it is not

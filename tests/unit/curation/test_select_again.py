@@ -18,14 +18,14 @@ from paradiffusion.curation.choosing import selection
 from paradiffusion.curation.choosing.candidates import Candidates
 from paradiffusion.curation.choosing.decisions import DecisionLog
 from paradiffusion.curation.choosing.kept import export
-from paradiffusion.curation.choosing.score_files import load_scores, move_root, name_of, scored_names, settle_settings
+from paradiffusion.curation.choosing.score_files import load_scores, move_root, scored_names
 from paradiffusion.curation.choosing.scoring import Scoring, score_shards
 from paradiffusion.curation.choosing.select_steps import SelectOptions, run_step
 from paradiffusion.curation.choosing.selection import Choosing, choose, choose_varied, clusters_of
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.metrics.clip import Clip, load_clip
+from paradiffusion.metrics.clip import Clip
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +61,6 @@ def test_a_model_that_could_not_be_loaded_does_not_bind_the_folder(clip_folder: 
     (work / "scoring.json").write_text('{"clip"')
     with pytest.raises(UserError, match=r"scoring\.json cannot be read"):
         score_shards(shards, work, Scoring(str(clip_folder)))
-
-
-def test_two_that_begin_at_once_name_their_shards_from_one_place(tmp_path: Path) -> None:
-    settings, work = {"clip": "a"}, tmp_path / "work"
-    first, second = [tmp_path / "a" / "000000.tar"], [tmp_path / "b" / "000000.tar"]
-    first[0].parent.mkdir()
-    root = settle_settings(work, settings, first, [])
-    assert settle_settings(work, settings, second, []) == root == str(tmp_path / "a")
-    assert name_of(first[0], root) != name_of(second[0], root)
 
 
 def test_a_root_that_holds_none_of_the_shards_is_refused(clip_folder: Path, tmp_path: Path) -> None:
@@ -182,15 +173,6 @@ def test_where_nothing_passes_the_threshold_and_the_scores_are_told(tmp_path: Pa
         choose(work, Choosing(maximum={"text_area": 0.1}))
     lines = list(choose(work, Choosing(count=50)).lines())
     assert any("ranked by aesthetic" in line for line in lines) and any("fewer than count=50" in line for line in lines)
-
-
-def test_parts_of_a_caption_without_words_are_no_sentences(clip_folder: Path) -> None:
-    clip = load_clip(str(clip_folder), "cpu")
-    features = clip.image_features(clip.prepare(picture(0))[None]).expand(3, -1)
-    plain, dashed, empty = clip.agreements(features, ["A cat. A dog.", "A cat. A dog.\n-- \U0001f600 !", "... --"])
-    # A dash after an end mark begins no sentence of its own, but one alone does not count.
-    assert plain is not None and dashed is not None and empty is None
-    assert dashed.sentences == plain.sentences == 2
 
 
 def test_features_that_overflowed_make_a_row_and_no_crash(

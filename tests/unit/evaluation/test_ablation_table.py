@@ -35,17 +35,17 @@ def observed(values: np.ndarray) -> Observed:
     return Observed(dict(zip(names, values.tolist(), strict=True)), dict.fromkeys(names, 1.0), None, len(values))
 
 
-@pytest.mark.parametrize(("seeds", "seed_deviation"), [(2, 0.0), (2, 0.03), (3, 0.05), (3, 0.15)])
+@pytest.mark.parametrize(("seeds", "seed_deviation"), [(2, 0.0), (2, 0.03), (3, 0.15)])
 def test_intervals_cover_at_their_rate(seeds: int, seed_deviation: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paradiffusion.evaluation.ablation.seed_intervals.RESAMPLES", 200)
     rng = np.random.default_rng(seeds)
-    covered, trials = 0, 300
+    covered, trials = 0, 200
     for _ in range(trials):
         hard, lucky = rng.normal(0, 0.2, PROMPTS), rng.normal(0, seed_deviation, seeds)
         runs = [observed(0.5 + hard + one + rng.normal(0, 0.3, PROMPTS)) for one in lucky]
         found = over_seeds(runs)
         covered += found.low <= 0.5 <= found.high
-    assert 0.915 <= covered / trials <= 0.995
+    assert 0.905 <= covered / trials <= 0.995
 
 
 def test_a_hard_prompt_is_hard_for_every_seed() -> None:
@@ -83,11 +83,6 @@ def test_differences_are_paired() -> None:
         difference([observed(hard)], [observed(values) for values in base])
 
 
-def test_questions_weigh_as_many_as_they_are() -> None:
-    runs = [Observed({"a": 4.0, "b": 0.0}, {"a": 8.0, "b": 2.0}, None, 10)] * 2
-    assert over_seeds(runs).mean == pytest.approx(0.4)
-
-
 def test_a_number_of_the_whole_set_keeps_its_own_interval() -> None:
     one = Observed(whole=Estimate(20.0, 18.0, 22.0, 400, 400))
     assert over_seeds([one]) == one.whole
@@ -97,6 +92,9 @@ def test_a_number_of_the_whole_set_keeps_its_own_interval() -> None:
     other = Observed(whole=Estimate(23.0, 21.0, 25.0, 400, 400))
     found = difference([one, other], [other, other])
     assert found is not None and found.mean == -1.5 and found.low < -10
+    # Questions weigh as many as they are.
+    runs = [Observed({"a": 4.0, "b": 0.0}, {"a": 8.0, "b": 2.0}, None, 10)] * 2
+    assert over_seeds(runs).mean == pytest.approx(0.4)
 
 
 # From folders to the table
@@ -165,37 +163,23 @@ def test_the_table_holds_measures_losses_and_minutes(make: Callable[..., Made], 
         made.add("<b>new|", seed, MOST, lost=2)
     comparison = made.compared()
     base, new = comparison.rows
-    right = "pictures/made/right"
-    assert [c.key for c in comparison.columns] == [
-        right,
-        "pictures/made/distance",
-        "held-out loss, long",
-        LOSS,
-        MINUTES,
-    ]
-    assert (
-        base.estimates[right].mean == 0.5 and new.estimates[right].mean == 0.75 and base.estimates[right].prompts == 40
-    )
+    right, distance = "pictures/made/right", "pictures/made/distance"
+    assert [c.key for c in comparison.columns] == [right, distance, "held-out loss, long", LOSS, MINUTES]
+    assert (base.estimates[right].mean, base.estimates[right].prompts, new.estimates[right].mean) == (0.5, 40, 0.75)
     assert new.differences[right].mean == 0.25 and new.differences[right].low > 0 and not base.differences
-    assert new.estimates["pictures/made/distance"].mean == 29.5
+    assert new.estimates[distance].mean == 29.5
     assert base.estimates[LOSS].mean == 0.7 and base.estimates[MINUTES].mean == 1.5
     assert base.values["held-out loss, long"] == (0.5, 0.6)
     assert any("2 of 40 images of pictures were not drawn with <b>new|, seed 0" in text for text in comparison.warnings)
 
     outcome = Outcome({"t-base-0": "it broke <i>"}, ("e-base-0",), False)
     page = write_comparison(tmp_path, comparison, outcome, {"t-base-0": "first", "e-base-0": "second"}).read_text()
-    assert "<b>new" not in page and "<group>" not in page and "<i>" not in page and "a &amp; b" in page
-    assert "+25.0" in page and ", better" in page and 'href="evaluated/base-0/report.html"' in page
-    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page and "<script" not in page
+    assert not any(text in page for text in ("<b>new", "<group>", "<i>", "<script", "https://"))
+    assert all(text in page for text in ("a &amp; b", "+25.0", ", better", 'href="evaluated/base-0/report.html"'))
     markdown = (tmp_path / "report.md").read_text()
     (row,) = [line for line in markdown.splitlines() if "new\\| |" in line]
-    assert (
-        "<b>" not in row
-        and "75.0 %" in row
-        and "**+25.0 (" in row
-        and "2 seeds say little" in markdown
-        and "it broke" in markdown
-    )
+    assert "<b>" not in row and "75.0 %" in row and "**+25.0 (" in row
+    assert "2 seeds say little" in markdown and "it broke" in markdown
     record = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert record["rows"][1]["estimates"][right]["mean"] == 0.75 and record["rows"][1]["seeds"] == [0, 1]
     assert record["rows"][0]["estimates"][MINUTES]["low"] is None
@@ -204,6 +188,11 @@ def test_the_table_holds_measures_losses_and_minutes(make: Callable[..., Made], 
         {"unit": "second", "reason": "not run, since what it starts from failed"},
     ]
     assert not list(tmp_path.glob(".*part"))
+    # Measures are chosen by the end of their name.
+    made.study = replace(made.study, measures=("made/distance", "made/right", "clip/mean"))
+    chosen = made.compared()
+    assert [c.key for c in chosen.columns][:2] == [distance, right]
+    assert any("clip/mean was not measured; there are pictures/made/right" in text for text in chosen.warnings)
 
 
 def test_what_is_not_finished_is_said_and_pairs_are_of_seeds_that_both_have(make: Callable[..., Made]) -> None:
@@ -218,13 +207,8 @@ def test_what_is_not_finished_is_said_and_pairs_are_of_seeds_that_both_have(make
     text = as_markdown(comparison, [])
     assert "| base | 1 of 2 |" in text and "| none | 0 of 2 | – |" in text
     assert made.compared({"t-new-1"}).rows[1].seeds == (), "without its evaluation a run has no place in the table"
-
-
-def test_a_single_seed_is_said_to_be_one(make: Callable[..., Made]) -> None:
-    made = make(Setting("base"), seeds=(3,))
-    made.add("base", 3, HALF)
-    text = as_markdown(made.compared(), [])
-    assert "With one seed they do not hold how much another training" in text and "| base | 1 |" in text
+    made.study = replace(made.study, seeds=(0,))
+    assert "With one seed they do not hold how much another training" in as_markdown(made.compared(), [])
 
 
 def test_settings_that_were_trained_as_one_are_said_to_be(make: Callable[..., Made]) -> None:
@@ -252,12 +236,3 @@ def test_what_cannot_be_compared_is_left_out_by_name(make: Callable[..., Made]) 
     for said in ("pictures/made was computed with other settings for base, seed 1", "the suite pictures has other prompts",
                  "it is not whole JSON"):  # fmt: skip
         assert any(said in warning for warning in comparison.warnings), said
-
-
-def test_measures_are_chosen_by_the_end_of_their_name(make: Callable[..., Made]) -> None:
-    made = make(Setting("base"), seeds=(0,))
-    made.add("base", 0, HALF)
-    made.study = replace(made.study, measures=("made/distance", "made/right", "clip/mean"))
-    comparison = made.compared()
-    assert [c.key for c in comparison.columns][:2] == ["pictures/made/distance", "pictures/made/right"]
-    assert any("clip/mean was not measured; there are pictures/made/right" in text for text in comparison.warnings)

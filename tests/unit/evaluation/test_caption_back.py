@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_embedder import WIDTH, modules, write_embedder
 from tiny_vlm import write_vlm
+from transformers import AutoModel, AutoTokenizer, T5Config, T5Model
 from vlm_scoring import LoneRun, options_for
 
 from paradiffusion.errors import UserError
@@ -75,92 +76,73 @@ def values(result: ScoreResult, measure: str) -> list[float]:
 
 
 def test_a_caption_that_is_the_prompt_has_cosine_1_and_finds_it(
-    server: ChatServer, bert: Path, suite: Suite, images: list[Drawn], tmp_path: Path
+    score: Score, server: ChatServer, suite: Suite, images: list[Drawn], tmp_path: Path
 ) -> None:
     server.answer = lambda asked: (f"  {TEXTS[which(asked)]}\n", "stop")
-    result = run(CaptionBack(options_for(server), str(bert)), suite, images, tmp_path)
+    result = run(score(), suite, images, tmp_path)
     assert values(result, "caption_back") == pytest.approx([1.0] * 5, abs=1e-5)
     assert values(result, "caption_back_retrieval") == [1.0] * 5 and not result.warnings
-    assert [score.detail["caption"] for score in result.images] == list(TEXTS)
+    assert [one.detail["caption"] for one in result.images] == list(TEXTS)
     assert result.settings["embedder_reads_tokens"] == 64 and result.settings["texts_cut"] == 0
     assert result.title == "Caption-back, tiny-vlm and tiny-bert"
 
     server.answer = lambda asked: (TEXTS[(which(asked) + 1) % 5], "stop")  # each describes the next one's picture
-    wrong = run(CaptionBack(options_for(server), str(bert)), suite, images, tmp_path / "wrong")
+    wrong = run(score(), suite, images, tmp_path / "wrong")
     assert max(values(wrong, "caption_back")) < 0.99 and values(wrong, "caption_back_retrieval") == [0.0] * 5
-
     server.answer = lambda asked: ("a thing", "stop")  # the same words for all find nothing
-    same = run(CaptionBack(options_for(server), str(bert)), suite, images, tmp_path / "same")
-    assert values(same, "caption_back_retrieval") == [0.0] * 5
+    assert values(run(score(), suite, images, tmp_path / "same"), "caption_back_retrieval") == [0.0] * 5
 
 
-def test_equal_prompts_and_further_images_are_no_rivals(
-    server: ChatServer, bert: Path, suite: Suite, images: list[Drawn], tmp_path: Path
-) -> None:
-    server.answer = lambda asked: (TEXTS[which(asked)], "stop")
-    suite = Suite("six", "Six", (*suite.prompts, SuitePrompt("again", TEXTS[0])))
+def test_retrieval_is_among_other_prompts(score: Score, suite: Suite, images: list[Drawn], tmp_path: Path) -> None:
+    """Equal prompts and further images are no rivals, and of one prompt there is none."""
+    six = Suite("six", "Six", (*suite.prompts, SuitePrompt("again", TEXTS[0])))
     more = [Drawn("p1_1", "p1", images[1].file), Drawn("again", "again", images[0].file)]
-    result = run(CaptionBack(options_for(server), str(bert)), suite, [*images, *more], tmp_path)
-    assert values(result, "caption_back_retrieval") == [1.0] * 7
+    assert values(run(score(), six, [*images, *more], tmp_path), "caption_back_retrieval") == [1.0] * 7
+    alone = Suite("one", "One", suite.prompts[:1])
+    result = run(score(), alone, [images[0], Drawn("p0_1", "p0", tmp_path / "none.png")], tmp_path / "alone")
+    assert [one.values.keys() for one in result.images] == [{"caption_back"}] * 2
+    assert [one.name for one in result.measures] == ["caption_back"] and "not computed" in result.warnings[0]
 
 
 def test_as_many_words_are_asked_for_as_the_prompt_has(
-    server: ChatServer, bert: Path, images: list[Drawn], tmp_path: Path
+    score: Score, server: ChatServer, bert: Path, images: list[Drawn], tmp_path: Path
 ) -> None:
     server.answer = lambda asked: ("a barn", "length")
-    long = Suite(
-        "s", "S", (SuitePrompt("p0", "word " * 134), SuitePrompt("p1", "one two"), SuitePrompt("p2", "x " * 999))
-    )
-    score = CaptionBack(options_for(server), EmbeddingOptions(str(bert), max_length=40))
-    result = run(score, long, images[:3], tmp_path)
+    texts = {"p0": "word " * 134, "p1": "one two", "p2": "x " * 999}
+    long = Suite("s", "S", tuple(SuitePrompt(name, text) for name, text in texts.items()))
+    result = run(score(embedding=EmbeddingOptions(str(bert), max_length=40)), long, images[:3], tmp_path)
     assert sorted(asked.prompt.partition("about ")[2].split()[0] for asked in server.asked) == ["130", "20", "400"]
     assert all(asked.body["max_tokens"] == 768 and asked.body["temperature"] == 0 for asked in server.asked)
     assert "3 of 3 descriptions were cut at the model's longest answer" in result.warnings[0]
     assert "33.3% of the texts are longer than the 40 tokens" in result.warnings[1]
     assert result.settings["texts_cut"] == pytest.approx(1 / 3)
-    run(CaptionBack(options_for(server), str(bert), words=300), long, images[:1], tmp_path / "fixed")
+    run(score(words=300), long, images[:1], tmp_path / "fixed")
     assert "about 300 words" in server.asked[-1].prompt
 
 
 def test_failures_count_as_0_and_are_listed(
-    server: ChatServer, bert: Path, suite: Suite, images: list[Drawn], tmp_path: Path
+    score: Score, server: ChatServer, suite: Suite, images: list[Drawn], tmp_path: Path
 ) -> None:
     server.answer = lambda asked: ("" if which(asked) == 2 else TEXTS[which(asked)], "stop")
     images[0].file.unlink()
     images[1].file.write_bytes(b"GIF89a")
-    result = run(CaptionBack(options_for(server), str(bert)), suite, images, tmp_path)
-    assert [bool(score.error) for score in result.images] == [True, True, True, False, False]
-    assert result.images[2].error == "the model wrote nothing about it"
+    result = run(score(), suite, images, tmp_path)
+    errors = [one.error for one in result.images]
+    assert "cannot be read" in errors[0] and "does not decode" in errors[1]
+    assert errors[2:] == ["the model wrote nothing about it", "", ""]
     assert values(result, "caption_back")[:3] == values(result, "caption_back_retrieval")[:3] == [0, 0, 0]
     assert values(result, "caption_back_retrieval")[3:] == [1, 1] and "3 of 5 images failed" in result.warnings[0]
-    nothing = run(CaptionBack(options_for(server), str(bert)), suite, images[:2], tmp_path / "nothing")
-    assert values(nothing, "caption_back") == [0, 0]
-    assert "does not decode" in nothing.images[1].error and "cannot be read" in nothing.images[0].error
-
-
-def test_one_prompt_has_no_retrieval(
-    server: ChatServer, bert: Path, suite: Suite, images: list[Drawn], tmp_path: Path
-) -> None:
-    server.answer = lambda asked: (TEXTS[which(asked)], "stop")
-    alone = Suite("one", "One", suite.prompts[:1])
-    own = [images[0], Drawn("p0_1", "p0", tmp_path / "none.png")]
-    result = run(CaptionBack(options_for(server), str(bert)), alone, own, tmp_path)
-    assert [score.values.keys() for score in result.images] == [{"caption_back"}] * 2
-    assert [one.name for one in result.measures] == ["caption_back"] and "not computed" in result.warnings[0]
+    assert values(run(score(), suite, images[:2], tmp_path / "nothing"), "caption_back") == [0, 0]
 
 
 def test_nothing_is_asked_or_embedded_twice(
-    server: ChatServer, bert: Path, suite: Suite, images: list[Drawn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    score: Score, server: ChatServer, suite: Suite, images: list[Drawn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.answer = lambda asked: (TEXTS[which(asked)], "stop")
-    score, work = (
-        CaptionBack(options_for(server), EmbeddingOptions(str(bert), batch_size=2)),
-        tmp_path / "s" / "caption_back",
-    )
+    made, work = score(), tmp_path / "s" / "caption_back"
     with pytest.raises(InterruptedError):
-        score.prepare(suite, images[:3], work, LoneRun(0, 2, checks_left=3))
-    score.prepare(suite, images[3:], work, LoneRun(1, 2))
-    score.prepare(suite, images[:3], work, LoneRun(0, 2))
+        made.prepare(suite, images[:3], work, LoneRun(0, 2, checks_left=3))
+    made.prepare(suite, images[3:], work, LoneRun(1, 2))
+    made.prepare(suite, images[:3], work, LoneRun(0, 2))
     assert len(server.asked) == 5 and len(list(work.glob("vectors.rank*.safetensors"))) == 2
     embedded: list[str] = []
     embed = TextEmbedder.embed
@@ -170,13 +152,17 @@ def test_nothing_is_asked_or_embedded_twice(
         return embed(self, texts, *more)
 
     monkeypatch.setattr(TextEmbedder, "embed", noted)
-    score.prepare(suite, images, work, LoneRun())
+    made.prepare(suite, images, work, LoneRun())
     assert len(server.asked) == 5 and not embedded
-    assert values(score.result(suite, images, work), "caption_back_retrieval") == [1.0] * 5
+    assert values(made.result(suite, images, work), "caption_back_retrieval") == [1.0] * 5
     broken = sorted(work.glob("vectors.rank1*"))[0]
     broken.write_bytes(broken.read_bytes()[:40])
-    score.prepare(suite, images, work, LoneRun())
+    made.prepare(suite, images, work, LoneRun())
     assert sorted(embedded) == sorted(TEXTS[3:]) and all(text in Vectors(work) for text in TEXTS)
+
+
+def embedder(folder: Path, **more: Any) -> TextEmbedder:
+    return TextEmbedder(EmbeddingOptions(str(folder), device="cpu", **more))
 
 
 def test_a_local_model_describes(bert: Path, suite: Suite, images: list[Drawn], tmp_path: Path) -> None:
@@ -191,7 +177,6 @@ def test_a_local_model_describes(bert: Path, suite: Suite, images: list[Drawn], 
 
 def states(folder: Path, text: str) -> torch.Tensor:
     """Token features [L, D] of one text by itself, from transformers."""
-    from transformers import AutoModel, AutoTokenizer
 
     inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
     with torch.inference_mode():
@@ -209,31 +194,28 @@ def unit(vector: torch.Tensor) -> torch.Tensor:
         ({"pooling_mode_mean_tokens": True}, lambda s: s.mean(0)),
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, lambda s: s[0]),
         ({"pooling_mode_max_tokens": True}, lambda s: s.max(0).values),
-        ({"pooling_mode_lasttoken": True}, lambda s: s[-1]),
-        ({"pooling_mode_mean_sqrt_len_tokens": True}, lambda s: s.mean(0)),
         ({"pooling_mode": "lasttoken"}, lambda s: s[-1]),
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, lambda s: torch.cat([s[0], s.mean(0)])),
     ],
 )
 def test_poolings_are_those_of_the_files(
-    pooling: dict[str, object], expected: object, bert: Path, tmp_path: Path
+    pooling: dict[str, object], expected: Callable[..., torch.Tensor], bert: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(bert, folder)
     (folder / "modules.json").write_text(json.dumps(modules("", "Normalize")))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": WIDTH, **pooling}))
-    vectors, cut = TextEmbedder(EmbeddingOptions(str(folder), device="cpu", batch_size=3)).embed(TEXTS)
-    right = torch.stack([unit(expected(states(folder, text))) for text in TEXTS])  # type: ignore[operator]
+    vectors, cut = embedder(folder, batch_size=3).embed(TEXTS)
+    right = torch.stack([unit(expected(states(folder, text))) for text in TEXTS])
     assert torch.allclose(vectors, right, atol=1e-5) and cut == [False] * 5  # whatever they are padded to
 
 
 def test_a_decoder_gives_its_last_token(tmp_path: Path) -> None:
     folder = write_embedder(tmp_path / "decoder", WORDS, decoder=True)
-    vectors, _ = TextEmbedder(EmbeddingOptions(str(folder), device="cpu")).embed(TEXTS)
     right = torch.stack([unit(states(folder, text)[-1]) for text in TEXTS])
-    assert torch.allclose(vectors, right, atol=1e-5)
-    mean, _ = TextEmbedder(EmbeddingOptions(str(folder), device="cpu", pooling="mean")).embed(TEXTS[:1])
+    assert torch.allclose(embedder(folder).embed(TEXTS)[0], right, atol=1e-5)
+    mean = embedder(folder, pooling="mean").embed(TEXTS[:1])[0]
     assert torch.allclose(mean[0], unit(states(folder, TEXTS[0]).mean(0)), atol=1e-5)
 
 
@@ -245,22 +227,19 @@ def test_limits_prefixes_and_folders_of_sentence_transformers(tmp_path: Path) ->
     (folder / "config_sentence_transformers.json").write_text(
         json.dumps({"prompts": {"doc": "a field "}, "default_prompt_name": "doc"})
     )
-    embedder = TextEmbedder(EmbeddingOptions(str(folder), device="cpu"))
-    assert embedder.max_length == 10 and embedder.prefix == "a field "
-    vectors, cut = embedder.embed([TEXTS[0].upper(), TEXTS[3]])  # with the prefix and two marks, 11 and 12 tokens
-    assert cut == [True, True]
-    plain = TextEmbedder(EmbeddingOptions(str(folder), device="cpu", prefix=""))
-    assert plain.embed([TEXTS[0]])[1] == [False] and plain.embed(["a field " + TEXTS[0]])[0].shape == (1, WIDTH)
+    own = embedder(folder)
+    assert own.max_length == 10 and own.prefix == "a field "
+    vectors, cut = own.embed([TEXTS[0].upper(), TEXTS[3]])  # with the prefix and two marks, 11 and 12 tokens
+    assert cut == [True, True] and own.embed([])[1] == []
+    plain = embedder(folder, prefix="")
+    assert plain.embed([TEXTS[0]])[1] == [False]
     assert torch.allclose(plain.embed(["a field " + TEXTS[0]])[0], vectors[:1], atol=1e-5)
-    assert embedder.embed([])[1] == []
 
 
 def test_wrong_models_are_refused_in_a_sentence(bert: Path, tmp_path: Path) -> None:
-    from transformers import T5Config, T5Model
-
-    def refuse(message: str, model: object, **more: object) -> None:
+    def refuse(message: str, model: Any, **more: Any) -> None:
         with pytest.raises(UserError, match=message):
-            TextEmbedder(EmbeddingOptions(str(model), device="cpu", **more))  # type: ignore[arg-type]
+            embedder(model, **more)
 
     refuse("text_embedding=nothing is neither a folder nor a hub id", "nothing")
     refuse("embedder=no/such-model cannot be had", "no/such-model", key="embedder")
@@ -270,24 +249,29 @@ def test_wrong_models_are_refused_in_a_sentence(bert: Path, tmp_path: Path) -> N
     dense = write_embedder(tmp_path / "dense", WORDS, modules=modules("", "Dense"), pooling={"pooling_mode": "mean"})
     refuse("has a module Dense, which is not known here", dense)
     weighted = {"pooling_mode_weightedmean_tokens": True}
-    refuse(
-        "pools in a way that is not known", write_embedder(tmp_path / "w", WORDS, modules=modules(), pooling=weighted)
-    )
-    TextEmbedder(EmbeddingOptions(str(tmp_path / "w"), device="cpu", pooling="mean"))  # said by hand
-    T5Model(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1)).save_pretrained(
-        tmp_path / "t5"
-    )
+    own = write_embedder(tmp_path / "w", WORDS, modules=modules(), pooling=weighted)
+    refuse("pools in a way that is not known", own)
+    embedder(own, pooling="mean")  # said by hand
+    shape = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1)
+    T5Model(shape).save_pretrained(tmp_path / "t5")
     refuse("is an encoder with a decoder", tmp_path / "t5")
-    pickled = tmp_path / "pickled"
-    shutil.copytree(bert, pickled)
+    pickled, foreign = (shutil.copytree(bert, tmp_path / name) for name in ("pickled", "foreign"))
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     refuse("cannot be loaded", pickled)
-    foreign = tmp_path / "foreign"
-    shutil.copytree(bert, foreign)
     config = json.loads((bert / "config.json").read_text())
     (foreign / "config.json").write_text(
         json.dumps({**config, "model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}})
     )
     (foreign / "code.py").write_text("raise SystemExit('ran')")
     refuse("cannot be loaded", foreign)
+
+
+Score = Callable[..., CaptionBack]
+
+
+@pytest.fixture
+def score(server: ChatServer, bert: Path) -> Score:
+    """``score(words=300)``: with the server, which describes each picture by its prompt, and the tiny BERT."""
+    server.answer = lambda asked: (TEXTS[which(asked)], "stop")
+    return lambda **more: CaptionBack(options_for(server), **{"embedding": str(bert), **more})

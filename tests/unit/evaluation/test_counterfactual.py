@@ -12,7 +12,7 @@ from sampling_models import TinyModels
 from tiny_clip import write_clip
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.records import Drawn, Painter, Request, ScoreResult
+from paradiffusion.evaluation.records import Drawn, Painter, Request, ScoreResult, Table
 from paradiffusion.evaluation.scores.counterfactual import LIMIT, Counterfactual, removals_of
 from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, NoJudge, SceneJudge
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
@@ -30,6 +30,16 @@ def drawn(suite: Suite, painter: Painter, folder: Path) -> list[Drawn]:
 def run(score: Counterfactual, suite: Suite, images: list[Drawn], work: Path) -> ScoreResult:
     score.prepare(suite, images, work, Alone())
     return score.result(suite, images, work)
+
+
+def of_painter(painter: Painter, judge: Any, suite: Suite, folder: Path) -> ScoreResult:
+    """The score of every prompt, whose pictures the same painter has painted."""
+    images = drawn(suite, painter, folder / "images")
+    return run(Counterfactual(painter, judge, len(suite.prompts)), suite, images, folder / "work")
+
+
+def titled(result: ScoreResult, beginning: str) -> Table:
+    return next(table for table in result.tables if table.title.startswith(beginning))
 
 
 def area(heard: list[float], ignored: list[float]) -> float:
@@ -65,24 +75,18 @@ def parts_of(result: ScoreResult, suite: Suite) -> list[tuple[dict[str, Any], Cl
 
 
 def test_a_painter_that_is_deaf_to_backgrounds(tmp_path: Path) -> None:
-    suite = scenes_suite(30)
-    painter = Reader(deaf=lambda claim: claim.ground is not None)
-    result = run(
-        Counterfactual(painter, SceneJudge(), 30), suite, drawn(suite, painter, tmp_path / "i"), tmp_path / "w"
-    )
-    parts = parts_of(result, suite)
+    suite = scenes_suite(24)
+    result = of_painter(Reader(deaf=lambda claim: claim.ground is not None), SceneJudge(), suite, tmp_path)
     heard = [detail for detail, _ in said_once(result, suite)]
-    ignored = [detail for detail, claim, _ in parts if claim.kind == "background"]
-    assert len(heard) > 30 and len(ignored) >= 30
+    ignored = [detail for detail, claim, _ in parts_of(result, suite) if claim.kind == "background"]
+    assert len(heard) > 24 and len(ignored) >= 24
     for value in ("drop", "change"):
         assert area([one[value] for one in heard], [one[value] for one in ignored]) >= 0.99
     assert not any(one["matters"] for one in ignored) and np.mean([one["matters"] for one in heard]) >= 0.95
     assert all(one["change"] == 0 for one in ignored)
-    by_kind = next(table for table in result.tables if table.title == "Sentences that matter, by what they say")
-    shares = {row[0]: row[1].mean for row in by_kind.rows}
+    shares = {row[0]: row[1].mean for row in titled(result, "Sentences that matter, by what they say").rows}
     assert shares["background"] == 0 and shares["object"] >= 0.95
-    noise = next(table for table in result.tables if table.title.startswith("How much a sentence changes"))
-    change = {row[0]: row[1] for row in noise.rows}
+    change = {row[0]: row[1] for row in titled(result, "How much a sentence changes").rows}
     assert change["a sentence that nothing can show"].mean == 0 and change["another seed"] == 1
     inside = change["the same, inside the cells that the sentence speaks of"].mean
     assert inside > 1.5 * change["a sentence that is judged"].mean  # what changes is where the object was
@@ -90,30 +94,26 @@ def test_a_painter_that_is_deaf_to_backgrounds(tmp_path: Path) -> None:
 
 def test_a_painter_that_reads_the_first_words_only(tmp_path: Path) -> None:
     suite = scenes_suite(30)
-    painter = Reader(words=30)
-    result = run(
-        Counterfactual(painter, SceneJudge(), 30), suite, drawn(suite, painter, tmp_path / "i"), tmp_path / "w"
-    )
+    result = of_painter(Reader(words=30), SceneJudge(), suite, tmp_path)
     objects = said_once(result, suite)
     heard = [detail for detail, end in objects if end <= 30]
     ignored = [detail for detail, end in objects if end - len(detail["text"].split()) >= 30]
     assert len(heard) >= 15 and len(ignored) >= 10
     assert area([one["drop"] for one in heard], [one["drop"] for one in ignored]) >= 0.95
     assert np.mean([one["matters"] for one in heard]) > 0.9 > 0.1 > np.mean([one["matters"] for one in ignored])
-    places = next(table for table in result.tables if table.title.startswith("Sentences that matter, by place"))
+    places = titled(result, "Sentences that matter, by place")
     assert places.rows[0][1].mean > 0.25 and places.rows[-1][1].mean < 0.15
-    beside = next(table for table in result.tables if table.title.startswith("Beside"))
+    beside = titled(result, "Beside")
     assert [row[0] for row in beside.rows] == ["followed", "not followed"]
     assert beside.rows[0][1].mean > 0.5 > 0.3 > beside.rows[1][1].mean  # what is followed in part can still lose that
-    rho = next(table for table in result.tables if table.title.startswith("Rank correlation")).rows[0][1]
+    rho = titled(result, "Rank correlation").rows[0][1]
     assert rho.low > 0.3 and rho.mean <= 1 and rho.n == beside.rows[0][1].n + beside.rows[1][1].n
 
 
 def test_without_a_judge_the_picture_itself_tells(tmp_path: Path) -> None:
     """What a suite without truth and without CLIP still gets: sentences whose removal leaves the picture as it is."""
     suite = scenes_suite(12)
-    painter = Reader(words=30)
-    result = run(Counterfactual(painter, NoJudge(), 12), suite, drawn(suite, painter, tmp_path / "i"), tmp_path / "w")
+    result = of_painter(Reader(words=30), NoJudge(), suite, tmp_path)
     assert [measure.name for measure in result.measures] == ["without_effect", "change"]
     # Where another seed paints the same picture a change has no scale.
     parts = [part for part in parts_of(result, suite) if part[0]["change"] is not None]
@@ -124,10 +124,6 @@ def test_without_a_judge_the_picture_itself_tells(tmp_path: Path) -> None:
     still = [sum(part["change"] < 0.05 for part in one.detail["sentences"]) for one in known]
     assert [one.values["without_effect"] * one.weights["without_effect"] for one in known] == pytest.approx(still)
     assert len(result.tables) == 2 and result.tables[1].rows[0][0] == "a sentence"
-    failed = run(
-        Counterfactual(Broken("a"), NoJudge(), 12), suite, drawn(suite, painter, tmp_path / "i"), tmp_path / "f"
-    )
-    assert failed.images[0].values == {"without_effect": 1}
 
 
 def test_a_sentence_matters_above_the_noise() -> None:
@@ -150,15 +146,13 @@ def test_a_sentence_matters_above_the_noise() -> None:
 
 
 def test_a_stopped_counterfactual_paints_nothing_twice(tmp_path: Path) -> None:
-    suite = scenes_suite(6)
-    painter = Reader()
+    suite, painter = scenes_suite(6), Reader()
     images = drawn(suite, painter, tmp_path / "i")
     whole = run(Counterfactual(Reader(), SceneJudge(), 4), suite, images, tmp_path / "whole")
     painter.asked.clear()
     score = Counterfactual(painter, SceneJudge(), 4)
-    assert (
-        score.settings() == Counterfactual(painter, SceneJudge(), 2).settings()
-    )  # so that more prompts go on from fewer
+    # So that more prompts go on from fewer.
+    assert score.settings() == Counterfactual(painter, SceneJudge(), 2).settings()
     with pytest.raises(KeyboardInterrupt):
         score.prepare(suite, images, tmp_path / "w", Alone(stop_after=3))
     before = len(painter.asked)
@@ -195,24 +189,17 @@ def test_prompts_that_cannot_be_painted_or_have_one_sentence(tmp_path: Path) -> 
     images = drawn(suite, Reader(), tmp_path / "i")
     result = run(Counterfactual(Broken("Zebra"), SceneJudge(), 4), suite, images, tmp_path / "w")
     assert [one.prompt for one in result.images] == [first.id, "odd", scenes[2].id]
-    assert "not a multiple of 16" in result.images[1].error and result.images[1].values == {
-        "matters": 0,
-        "without_effect": 1,
-    }
+    failed = result.images[1]
+    assert "not a multiple of 16" in failed.error and failed.values == {"matters": 0, "without_effect": 1}
     assert any(sentence.startswith("1 prompts of a single sentence") for sentence in result.warnings)
-    alone = Suite("scenes", "", (single,))
-    assert run(Counterfactual(Reader(), SceneJudge(), 4), alone, images[1:2], tmp_path / "a").skipped
-    # The same command tries a failed prompt again.
     mended = Counterfactual(Reader(), SceneJudge(), 4)
-    mended.prepare(suite, images, tmp_path / "w", Alone())
-    assert not any(one.error for one in mended.result(suite, images, tmp_path / "w").images)
-    # Also where the second of two processes failed and one alone tries again.
+    assert run(mended, Suite("scenes", "", (single,)), images[1:2], tmp_path / "a").skipped
+    # The same command tries a failed prompt again, also where the second of two processes failed and one alone tries again.
     for rank in (0, 1):
-        Counterfactual(Broken("Zebra"), SceneJudge(), 4).prepare(
-            suite, images[1 - rank :: 2], tmp_path / "t", Alone(rank, 2)
-        )
-    mended.prepare(suite, images, tmp_path / "t", Alone())
-    assert not any(one.error for one in mended.result(suite, images, tmp_path / "t").images)
+        share = images[1 - rank :: 2]
+        Counterfactual(Broken("Zebra"), SceneJudge(), 4).prepare(suite, share, tmp_path / "t", Alone(rank, 2))
+    for work in ("w", "t"):
+        assert not any(one.error for one in run(mended, suite, images, tmp_path / work).images)
     with pytest.raises(UserError, match="counterfactual=0"):
         Counterfactual(Reader(), SceneJudge(), 0)
 
@@ -239,22 +226,16 @@ def test_a_model_judged_by_clip(tmp_path: Path) -> None:
     long = " ".join(f"Thing {word} is here." for word in ("red", "big", "old", "new", "far", "odd") * 3)
     suite = Suite("mine", "", (SuitePrompt("a", "A cat sits. A dog runs. It rains."), SuitePrompt("b", long)))
     painter = CheckpointPainter()
-    images = drawn(suite, painter, tmp_path / "i")
-    painter.asked = 0
-    judge = ClipJudge(str(write_clip(tmp_path / "clip")))
-    result = run(Counterfactual(painter, judge, 2), suite, images, tmp_path / "w")
-    assert painter.asked == (3 + 2) + (LIMIT + 2)
+    result = of_painter(painter, ClipJudge(str(write_clip(tmp_path / "clip"))), suite, tmp_path)
+    assert painter.asked == 2 + (3 + 2) + (LIMIT + 2)
     assert [len(one.detail["sentences"]) for one in result.images] == [3, LIMIT]
     for one in result.images:
-        assert set(one.values) == {"matters", "drop", "change", "without_effect"} and one.weights["change"] == len(
-            one.detail["sentences"]
-        )
-        assert 0 < one.values["change"] < 3
+        assert set(one.values) == {"matters", "drop", "change", "without_effect"}
+        assert one.weights["change"] == len(one.detail["sentences"]) and 0 < one.values["change"] < 3
     assert f"Of 1 prompts with over {LIMIT} sentences" in " ".join(result.warnings)
-    noise = next(table for table in result.tables if table.title.startswith("How much a sentence changes"))
+    noise = titled(result, "How much a sentence changes")
     assert noise.rows[0][2].mean > 0 and noise.rows[-1] == ["another seed", 1.0, 1.0]
     # "red" is among the first 16 words that this model reads, the last sentences are not: leaving them out changes nothing.
     changes = {part["position"]: part["change"] for part in result.images[1].detail["sentences"]}
     assert changes[0] > 0 and changes[max(changes)] == 0
-    picture = tmp_path / "w" / "pictures" / "a"
-    assert sorted(path.name for path in picture.iterdir())[-1] == "without_2.png"
+    assert sorted(path.name for path in (tmp_path / "work" / "pictures" / "a").iterdir())[-1] == "without_2.png"

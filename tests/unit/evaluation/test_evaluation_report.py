@@ -15,8 +15,7 @@ from report_fixtures import FID, SHARE, Page, evaluation, suite, written
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, difference, mean
-from paradiffusion.evaluation.records import ImageScore, ScoreResult, Table
-from paradiffusion.evaluation.reporting.evaluation_report import write_report
+from paradiffusion.evaluation.records import Evaluation, ImageScore, ScoreResult, Table
 from paradiffusion.evaluation.reporting.report_tables import read_votes, vote_tables
 
 
@@ -74,21 +73,17 @@ def test_models_are_compared_by_paired_differences(tmp_path: Path) -> None:
 
 
 def test_best_is_the_lowest_where_lower_is_better_and_rests_on_enough_prompts(tmp_path: Path) -> None:
-    lower = replace(SHARE, higher_is_better=False)
-
-    def best(count: int) -> str | None:
-        made = [
-            evaluation(tmp_path / "images", suite(count=count), x, [v] * count) for x, v in (("a", 0.2), ("b", 0.4))
-        ]
+    # An interval of few prompts that are alike has no width, and says nothing.
+    for count, best in ((8, "a"), (3, None)):
+        of = suite(count=count)
+        made = [evaluation(tmp_path / "images", of, x, [v] * count) for x, v in (("a", 0.2), ("b", 0.4))]
         for one in made:
-            one.scores[0].measures = [lower]
-        return written(tmp_path / "out", *made)[2]["suites"][0]["scores"][0]["measures"][0]["all"]["best"]  # type: ignore[no-any-return]
-
-    assert best(8) == "a"
-    assert best(3) is None, "an interval of few prompts that are alike has no width, and says nothing"
+            one.scores[0].measures = [replace(SHARE, higher_is_better=False)]
+        found = written(tmp_path / "out", *made)[2]["suites"][0]["scores"][0]["measures"][0]["all"]
+        assert found["best"] == best
 
 
-def test_models_scored_with_other_settings_are_not_compared(tmp_path: Path) -> None:
+def test_what_is_unlike_is_not_compared(tmp_path: Path) -> None:
     made = [evaluation(tmp_path / "images", suite(), label, [v] * 12) for label, v in (("a", 0.1), ("b", 0.9))]
     made[1].scores[0].settings = {"judge": "another"}
     page, _, record = written(tmp_path / "out", *made)
@@ -96,17 +91,20 @@ def test_models_scored_with_other_settings_are_not_compared(tmp_path: Path) -> N
     assert score["unlike"] == ["judge"] and score["measures"][0]["all"]["differences"] == {"b": None}
     assert score["measures"][0]["all"]["best"] is None
     assert "scored with different settings (judge)" in Page(page).text
+    # Nor are other prompts under one name.
+    made = [evaluation(tmp_path / str(n), suite(count=n), f"m{n}") for n in (12, 8)]
+    found = written(tmp_path / "out", *made)[2]["suites"]
+    assert [[m["label"] for m in s["models"]] for s in found] == [["m12"], ["m8"]]
 
 
-def test_numbers_of_the_whole_set(tmp_path: Path) -> None:
-    made = [evaluation(tmp_path / "images", suite(), label) for label in ("a", "b")]
-    for one, value in zip(made, (31.25, 28.5), strict=True):
-        warnings = ["Fewer than 2,000 images."]
+def test_numbers_of_the_whole_set(pair: list[Evaluation], tmp_path: Path) -> None:
+    for one, value in zip(pair, (31.25, 28.5), strict=True):
         overall = {"fid": Estimate(value, value - 2, value + 2, 12, 12)}
+        warnings = ["Fewer than 2,000 images."]
         one.scores.append(ScoreResult("fid", "FID", measures=[FID], overall=overall, warnings=warnings))
         # An overall number with a formula of its own beside images whose plain mean is another one.
         one.scores[0].overall = {"right": Estimate(value / 100, 0.2, 0.4, 12, 12)}
-    page, text, record = written(tmp_path / "out", *made)
+    page, text, record = written(tmp_path / "out", *pair)
     truth, fid = record["suites"][0]["scores"]
     assert truth["measures"][0]["all"]["values"]["a"]["mean"] == 0.3125
     assert truth["measures"][0]["all"]["differences"] == {"b": None}, "that of the images would be 0"
@@ -117,11 +115,12 @@ def test_numbers_of_the_whole_set(tmp_path: Path) -> None:
 
 def test_rows_of_a_markdown_table_have_as_many_cells_as_its_head(tmp_path: Path) -> None:
     made = [evaluation(tmp_path / "images", suite(), label) for label in ("a|b", "c\\|d")]
-    _, text, _ = written(tmp_path / "out", *made)
-    blocks = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    first = written(tmp_path / "out", *made)
+    blocks = [block.splitlines() for block in first[1].split("\n\n") if block.startswith("|")]
     assert len(blocks) == 3
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in block}) == 1
+    assert written(tmp_path / "two", *made) == first, "the same evaluations give the same bytes"
 
 
 def test_failures_stay_in_the_mean_and_are_listed(tmp_path: Path) -> None:
@@ -142,62 +141,42 @@ def test_failures_stay_in_the_mean_and_are_listed(tmp_path: Path) -> None:
     assert "2 failures" in page
 
 
-def test_skipped_scores_say_why(tmp_path: Path) -> None:
-    made = [evaluation(tmp_path / "images", suite(), label) for label in ("a", "b")]
-    for one in made:
-        one.scores.append(ScoreResult("clip", "CLIP alignment", skipped="no clip= was given; name a model."))
-    made[0].scores.append(ScoreResult("seen", "Seen by a", skipped="only there."))
-    page, text, record = written(tmp_path / "out", *made)
+def test_skipped_scores_say_why(pair: list[Evaluation], tmp_path: Path) -> None:
+    reason = "no clip= was given; name a model."
+    for one in pair:
+        one.scores.append(ScoreResult("clip", "CLIP alignment", skipped=reason))
+    pair[0].scores.append(ScoreResult("seen", "Seen by a", skipped="only there."))
+    page, text, record = written(tmp_path / "out", *pair)
     for where in (Page(page).text, text.replace("\\", "")):
-        assert where.count("no clip= was given; name a model.") == 1
-        assert "Seen by a (a)" in where and "only there." in where
-    assert [r["skipped"] for r in record["suites"][0]["scores"][1]["results"]] == [
-        "no clip= was given; name a model."
-    ] * 2
-    none = evaluation(tmp_path / "images", suite(), scores=[])
-    page, _, record = written(tmp_path / "out", none)
+        assert where.count(reason) == 1 and "Seen by a (a)" in where and "only there." in where
+    assert [r["skipped"] for r in record["suites"][0]["scores"][1]["results"]] == [reason] * 2
+    page, _, record = written(tmp_path / "out", replace(pair[0], scores=[]))
     assert "No score was computed." in page and record["suites"][0]["scores"] == [] and page.count("<img") == 12
-
-
-def test_other_prompts_under_one_name_are_not_compared(tmp_path: Path) -> None:
-    made = [evaluation(tmp_path / str(n), suite(count=n), f"m{n}") for n in (12, 8)]
-    found = written(tmp_path / "out", *made)[2]["suites"]
-    assert [[m["label"] for m in s["models"]] for s in found] == [["m12"], ["m8"]]
-
-
-def test_the_same_evaluations_give_the_same_bytes(tmp_path: Path) -> None:
-    made = [evaluation(tmp_path / "images", suite(), label) for label in ("a", "b")]
-    assert written(tmp_path / "one", *made) == written(tmp_path / "two", *made)
 
 
 def test_what_is_no_number_is_null_and_no_key_is_shown(tmp_path: Path) -> None:
     made = evaluation(tmp_path / "images", suite(count=2), rights=[0.5, math.nan])
     made.source["settings"] = {"api_key": "sk-secret", "steps": 30}
     made.scores[0].settings["endpoint_token"] = "sk-secret"
-    made.scores[0].tables = [
-        Table("T", ["a", "b"], [["x", math.nan], ["y", Estimate(math.inf, math.nan, math.nan, 1, 1)], ["z", None]])
-    ]
+    rows = [["x", math.nan], ["y", Estimate(math.inf, math.nan, math.nan, 1, 1)], ["z", None]]
+    made.scores[0].tables = [Table("T", ["a", "b"], rows)]
     page, text, record = written(tmp_path / "out", made)
     assert "sk-secret" not in page + text + json.dumps(record)
     score = record["suites"][0]["scores"][0]
     assert score["measures"][0]["all"]["values"]["stage 1"]["n"] == 1
-    assert [row[1] if row[1] is None else row[1]["mean"] for row in score["results"][0]["tables"][0]["rows"]] == [
-        None
-    ] * 3
+    assert [row[1] and row[1]["mean"] for row in score["results"][0]["tables"][0]["rows"]] == [None] * 3
 
 
-def test_own_tables_of_models_stand_together(tmp_path: Path) -> None:
-    made = [evaluation(tmp_path / "images", suite(), label) for label in ("a", "b")]
-    for one in made:
+def test_own_tables_of_models_stand_together(pair: list[Evaluation], tmp_path: Path) -> None:
+    for one in pair:
         rows = [[place, mean([0.2, 0.8], ["x", "y"]), 1234] for place in ("first", "second")]
-        one.scores[0].tables = [
-            Table("Recall by position", ["sentence", "followed", "n"], rows, "A note.", plot="lines")
-        ]
-    page, text, _ = written(tmp_path / "out", *made)
+        table = Table("Recall by position", ["sentence", "followed", "n"], rows, "A note.", plot="lines")
+        one.scores[0].tables = [table]
+    page, text, _ = written(tmp_path / "out", *pair)
     assert text.count("#### Recall by position") == 1 and text.count("| first | 50.0 %") == 2 and "1,234" in text
     assert 'aria-label="Recall by position. a: first 50.0 %' in page and text.count("A note.") == 1
-    made[1].scores[0].tables[0].note = "Another."
-    assert "a: A note. b: Another." in written(tmp_path / "out", *made)[1]
+    pair[1].scores[0].tables[0].note = "Another."
+    assert "a: A note. b: Another." in written(tmp_path / "out", *pair)[1]
 
 
 def test_votes_are_shown(tmp_path: Path) -> None:
@@ -210,14 +189,13 @@ def test_votes_are_shown(tmp_path: Path) -> None:
         "rates": [rate], "by_band": {"26-77": [rate]}, "by_category": {}, "warnings": ["few raters"],
         "strengths": {"sets": {"sdxl": share(-0.3), "ours": share(0.3)}, "warnings": []},
     }  # fmt: skip
-    page, text, record = written(
-        tmp_path / "out", evaluation(tmp_path / "images", suite()), votes={"answers": [answers]}
-    )
+    made = evaluation(tmp_path / "images", suite())
+    page, text, record = written(tmp_path / "out", made, votes={"answers": [answers]})
     for where in (Page(page).text, text):
         assert "ours against sdxl" in where and "50.0 % (40.0 to 60.0)" in where and "faithfulness: few raters" in where
     assert record["votes"]["answers"][0]["rates"][0]["win"]["mean"] == 0.5
     assert text.index("| ours | 0.300") < text.index("| sdxl | −0.300"), "the strongest first"
-    assert "There are no votes yet" in written(tmp_path / "out", evaluation(tmp_path / "images", suite()), votes={})[0]
+    assert "There are no votes yet" in written(tmp_path / "out", made, votes={})[0]
 
 
 def test_votes_are_read_from_what_the_vote_command_wrote(tmp_path: Path) -> None:
@@ -235,6 +213,7 @@ def test_votes_are_read_from_what_the_vote_command_wrote(tmp_path: Path) -> None
     assert vote_tables({"answers": [{"rates": [rate], "strengths": {"sets": {"a": wrong_share}}}]}) == []
 
 
-def test_a_report_needs_an_evaluation(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="needs an evaluation"):
-        write_report(tmp_path, [])
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Evaluation]:
+    """The same evaluation of two models, a and b."""
+    return [evaluation(tmp_path / "images", suite(), label) for label in ("a", "b")]

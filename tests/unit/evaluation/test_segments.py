@@ -19,8 +19,6 @@ from paradiffusion.evaluation.scores.sentence_judges import (
     Judgement,
     SceneJudge,
     SentenceRow,
-    prepare_rows,
-    read_rows,
 )
 from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
@@ -33,45 +31,27 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("judge") / "clip")
 
 
-def truth(suite: Suite, images: list[Drawn], work: Path, others: int = 8) -> ScoreResult:
-    score = SegmentAlignment(SceneJudge(), others=others)
-    score.prepare(suite, images, work, Alone())
-    return score.result(suite, images, work)
-
-
 def test_truth_ranks_the_right_picture_first(tmp_path: Path) -> None:
     suite = scenes_suite(24)
     images = put(tmp_path / "images", suite, lambda number: pixels(make_scene("val", 0, number)))
-    right = truth(suite, images, tmp_path / "right" / "segments")
+    right = judged(SceneJudge(), suite, images, tmp_path / "right" / "segments", others=8)
     assert np.mean([one.values["mean"] for one in right.images]) >= 0.99
     assert np.mean([one.values["percentile"] for one in right.images]) >= 0.9
-    # Every sentence together: the sum over a prompt's sentences is highest on its own picture.
-    judge = SceneJudge()
-    for prompt, own in zip(suite.prompts[:6], range(6), strict=True):
-        sums = [
-            sum(
-                one.score for one in judge.judge(prompt, sentences(prompt.text), pixels(make_scene("val", 0, n))) if one
-            )
-            for n in range(24)
-        ]
-        assert int(np.argmax(sums)) == own
     shifted = put(tmp_path / "wrong", suite, lambda number: pixels(make_scene("val", 0, (number + 1) % 24)))
-    wrong = truth(suite, shifted, tmp_path / "other" / "segments")
+    wrong = judged(SceneJudge(), suite, shifted, tmp_path / "other" / "segments", others=8)
     assert np.mean([one.values["mean"] for one in wrong.images]) < 0.5
     assert np.mean([one.values["percentile"] for one in wrong.images]) < 0.65
     first = [np.mean([one.values["first"] for one in result.images]) for result in (right, wrong)]
     assert first[0] > 3 * first[1]
 
 
-def test_rank_counts_ties_half() -> None:
-    def row(own: float, others: list[float]) -> SentenceRow:
-        return SentenceRow("", 0, 1, Judgement(own), np.array(others))
-
-    assert (row(2, [1, 0, 1]).first(), row(2, [1, 0, 1]).percentile()) == (1, 1)
-    assert (row(1, [1, 0, 2]).first(), row(1, [1, 0, 2]).percentile()) == (0, 0.5)
-    assert (row(1, [1, 0]).first(), row(1, [1, 0]).percentile()) == (0.5, 0.75)
-    assert (row(1, [1, 1, 1]).first(), row(1, [1, 1, 1]).percentile()) == (0.25, 0.5)
-    assert (row(0, [1]).first(), row(0, [1]).percentile()) == (0, 0)
+@pytest.mark.parametrize(
+    ("own", "others", "first", "percentile"),
+    [(2, [1, 0, 1], 1, 1), (1, [1, 0, 2], 0, 0.5), (1, [1, 0], 0.5, 0.75), (1, [1, 1, 1], 0.25, 0.5), (0, [1], 0, 0)],
+)
+def test_rank_counts_ties_half(own: float, others: list[float], first: float, percentile: float) -> None:
+    row = SentenceRow("", 0, 1, Judgement(own), np.array(others))
+    assert (row.first(), row.percentile()) == (first, percentile)
 
 
 TEXTS = (
@@ -141,11 +121,8 @@ def test_clip_numbers_are_its_cosines(tmp_path: Path, clip_folder: Path) -> None
 def test_what_is_cut_is_told(tmp_path: Path, clip_folder: Path) -> None:
     """CLIP's tokeniser has one token for each of these words, and two for the ends."""
     suite, images = small_suite(tmp_path / "images")
-    score = SegmentAlignment(str(clip_folder))
-    work = tmp_path / "scores" / "segments"
-    score.prepare(suite, images, work, Alone())
-    result = score.result(suite, images, work)
-    clip = score.judge.clip  # type: ignore[union-attr]
+    result = judged(str(clip_folder), suite, images, tmp_path / "scores" / "segments")
+    clip = ClipJudge(str(clip_folder)).clip
     assert words_read(clip, ["one two three", "a " * 40, ""]) == [3, CONTEXT - 2, 0]
     table = next(one for one in result.tables if one.title == f"What {CONTEXT} tokens leave out")
     read = words_read(clip, list(TEXTS))
@@ -162,9 +139,8 @@ def test_what_is_cut_is_told(tmp_path: Path, clip_folder: Path) -> None:
 def test_a_failure_is_not_better_than_a_picture(tmp_path: Path, clip_folder: Path) -> None:
     suite, images = small_suite(tmp_path / "images")
     images[3].file.unlink()
-    score, work = SegmentAlignment(str(clip_folder)), tmp_path / "scores" / "segments"
-    score.prepare(suite, images, work, Alone())
-    result = score.result(suite, images, work)
+    work = tmp_path / "scores" / "segments"
+    result = judged(str(clip_folder), suite, images, work)
     lowest = min(part["score"] for one in result.images[:3] for part in one.detail["sentences"])
     assert lowest < 0, "so that 0 would be no failure"
     failed = result.images[3].values
@@ -172,7 +148,9 @@ def test_a_failure_is_not_better_than_a_picture(tmp_path: Path, clip_folder: Pat
     assert failed["whole"] == min(0, *(one.values["whole"] for one in result.images[:3]))
     assert {one.name: one.worst for one in result.measures} == failed
     alone, own = Suite("mine", "Mine", suite.prompts[:1]), [images[0], Drawn("p0_1", "p0", tmp_path / "none.png")]
-    result = score.result(alone, own, work)  # of one prompt there is no retrieval to fail at
+    result = SegmentAlignment(str(clip_folder)).result(
+        alone, own, work
+    )  # of one prompt there is no retrieval to fail at
     assert [one.name for one in result.measures] == ["mean", "minimum", "whole"]
     assert not any("first" in one.values for one in result.images) and "not computed" in result.warnings[0]
 
@@ -181,35 +159,25 @@ def test_features_are_shared_and_kept(tmp_path: Path, clip_folder: Path) -> None
     """Two scores look at the pictures once; another model looks again; a picture drawn anew is looked at again."""
     suite, images = small_suite(tmp_path / "images")
     scores = tmp_path / "scores"
-    SegmentAlignment(str(clip_folder)).prepare(suite, images, scores / "segments", Alone())
+    before = judged(str(clip_folder), suite, images, scores / "segments").images[0].values
     kept = sorted(scores.rglob("features.*"))
-    SentenceReport(ClipJudge(str(clip_folder))).prepare(suite, images, scores / "sentences", Alone())
+    report = SentenceReport(ClipJudge(str(clip_folder)))
+    report.prepare(suite, images, scores / "sentences", Alone())
+    assert "at least 10 other prompts' pictures" in report.result(suite, images, scores / "sentences").skipped
     assert kept and sorted(scores.rglob("features.*")) == kept
-    before = SegmentAlignment(str(clip_folder)).result(suite, images, scores / "segments").images[0].values
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(images[0].file)
-    SegmentAlignment(str(clip_folder)).prepare(suite, images, scores / "segments", Alone())
-    after = SegmentAlignment(str(clip_folder)).result(suite, images, scores / "segments").images[0].values
-    assert before["mean"] != after["mean"]
-    another = shutil.copytree(clip_folder, tmp_path / "another")
-    SegmentAlignment(str(another)).prepare(suite, images, scores / "segments", Alone())
+    assert judged(str(clip_folder), suite, images, scores / "segments").images[0].values["mean"] != before["mean"]
+    judged(str(shutil.copytree(clip_folder, tmp_path / "another")), suite, images, scores / "segments")
     assert len({path.parent for path in scores.rglob("features.*")}) == 2
 
 
 def test_sentence_report_by_clip_is_an_estimate(tmp_path: Path, clip_folder: Path) -> None:
-    suite, images = small_suite(tmp_path / "few")
+    suite, work = scenes_suite(40), tmp_path / "scores" / "sentences"
+    images = put(tmp_path / "images", suite, lambda number: pixels(make_scene("val", 0, number)))
+    images[3] = replace(images[3], error="refused")
     report = SentenceReport(ClipJudge(str(clip_folder)))
-    report.prepare(suite, images, tmp_path / "a" / "sentences", Alone())
-    assert "at least 10 other prompts' pictures" in report.result(suite, images, tmp_path / "a" / "sentences").skipped
-
-    images[1].file.unlink()  # a failed image alone says nothing of the others
-    report.prepare(suite, images, tmp_path / "a" / "sentences", Alone())
-    assert "at least 10" in report.result(suite, images, tmp_path / "a" / "sentences").skipped
-
-    many = scenes_suite(40)
-    drawn = put(tmp_path / "images", many, lambda number: pixels(make_scene("val", 0, number)))
-    drawn[3] = replace(drawn[3], error="refused")
-    report.prepare(many, drawn, tmp_path / "b" / "sentences", Alone())
-    result = report.result(many, drawn, tmp_path / "b" / "sentences")
+    report.prepare(suite, images, work, Alone())
+    result = report.result(suite, images, work)
     assert "estimated" in result.title and any("estimate" in sentence for sentence in result.warnings)
     told = [part for one in result.images if not one.error for part in one.detail["sentences"]]
     assert {part["followed"] for part in told} == {True, False}
@@ -221,20 +189,7 @@ def test_sentence_report_by_clip_is_an_estimate(tmp_path: Path, clip_folder: Pat
     assert not any("say" in one.title for one in result.tables)  # it does not know what sentences are about
 
 
-def test_prompts_with_the_same_sentence_are_no_rivals(tmp_path: Path, clip_folder: Path) -> None:
-    suite, images = small_suite(tmp_path / "images")
-    judge = ClipJudge(str(clip_folder))
-    work = tmp_path / "scores" / "segments"
-    prepare_rows(judge, suite, images, work, Alone(), 0, "")
-    rows = {row.text: row for found in read_rows(judge, suite, images, work, 0) for row in found.rows}
-    assert len(rows["It is high."].others) == 2 and len(rows["A red kite flies."].others) == 3
-
-    scenes = scenes_suite(5)
-    twin = replace(scenes.prompts[0], id="twin")
-    suite = Suite("scenes", "", (*scenes.prompts, twin))
-    images = put(tmp_path / "drawn", suite, lambda number: pixels(make_scene("val", 0, number % 5)))
-    work = tmp_path / "truth" / "segments"
-    prepare_rows(SceneJudge(), suite, images, work, Alone(), 9, "")
-    found = list(read_rows(SceneJudge(), suite, images, work, 9))
-    assert {len(row.others) for row in found[0].rows + found[5].rows} == {4}
-    assert max(len(row.others) for row in found[1].rows) == 5
+def judged(judge: str | SceneJudge, suite: Suite, images: list[Drawn], work: Path, **more: int) -> ScoreResult:
+    score = SegmentAlignment(judge, **more)
+    score.prepare(suite, images, work, Alone())
+    return score.result(suite, images, work)

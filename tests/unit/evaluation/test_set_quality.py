@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import io
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from judged_scenes import Alone
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_clip import write_clip
 from torch import nn
+from torchvision.models import Inception3
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn
@@ -45,14 +42,6 @@ def picture(seed: int, height: int = 40, width: int = 56) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def test_the_layout_is_the_published_one() -> None:
-    state = inception.build().state_dict()
-    assert tuple(state["fc.weight"].shape) == (1008, 2048) and not any(name.startswith("Aux") for name in state)
-    assert tuple(state["Mixed_7c.branch_pool.conv.weight"].shape) == (192, 2048, 1, 1)
-    assert tuple(state["Mixed_6b.branch7x7dbl_5.conv.weight"].shape) == (192, 128, 1, 7)
-    assert sum(value.numel() for name, value in state.items() if not name.endswith("num_batches_tracked")) == 23_885_392
-
-
 def test_pooling_is_that_of_the_published_graph() -> None:
     network = inception.build().eval()
     with torch.inference_mode():
@@ -63,16 +52,6 @@ def test_pooling_is_that_of_the_published_graph() -> None:
         seen = network.Mixed_7c(spot)[:, -192:]
         alone = network.Mixed_7c.branch_pool(torch.ones(1, 2048, 1, 1))
         assert torch.allclose(seen[..., 3:6, 3:6], alone.expand(1, 192, 3, 3), atol=1e-5), "the last pool is a maximum"
-
-
-def test_the_resize_is_tensorflows_first() -> None:
-    row = torch.tensor([[0.0, 10.0]])
-    assert inception.resize(row, 1, 4).tolist() == [[0.0, 5.0, 10.0, 10.0]]
-    assert inception.resize(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 1, 2).tolist() == [[0.0, 2.0]], "nothing is smoothed"
-    assert inception.resize(torch.tensor([[0.0], [9.0]]), 3, 1)[:, 0].tolist() == pytest.approx([0, 6, 9])
-    grey = inception.prepare(Image.new("RGB", (7, 5), (0, 128, 255)))
-    assert tuple(grey.shape) == (3, 299, 299)
-    assert grey[:, 3, 5].tolist() == pytest.approx([-1.0, 0.0, 127 / 128])
 
 
 def test_features_do_not_depend_on_the_batch(weights: Path, tmp_path: Path) -> None:
@@ -89,8 +68,6 @@ def test_features_do_not_depend_on_the_batch(weights: Path, tmp_path: Path) -> N
 
 
 def test_other_weights_are_refused(weights: Path, tmp_path: Path) -> None:
-    from torchvision.models import Inception3
-
     state = torch.load(weights, weights_only=True)
     wrong: dict[str, Any] = {
         "1000 classes": Inception3(init_weights=False).state_dict(),
@@ -102,38 +79,14 @@ def test_other_weights_are_refused(weights: Path, tmp_path: Path) -> None:
         "no file of weights alone": Path,
     }
     for said, content in wrong.items():
-        path = tmp_path / "other.pth"
-        torch.save(content, path)
+        torch.save(content, tmp_path / "other.pth")
         with pytest.raises(UserError, match=said) as caught:
-            inception.load_inception(path)
+            inception.load_inception(tmp_path / "other.pth")
         assert inception.WEIGHTS in str(caught.value) and "\n" not in str(caught.value)
-    for path in (tmp_path / "none.pth", tmp_path / "empty.pth", tmp_path / "empty.safetensors"):
-        if path.stem == "empty":
-            path.touch()
+    (tmp_path / "empty.safetensors").touch()
+    for name in ("none.pth", "empty.safetensors"):
         with pytest.raises(UserError, match="no file|cannot be read"):
-            inception.load_inception(path)
-
-
-@dataclass
-class Running:
-    """One process, which stops once ``checks`` pieces are on disk."""
-
-    rank: int = 0
-    size: int = 1
-    checks: int = 10**9
-    done: int = 0
-
-    @contextmanager
-    def bar(self, total: int, title: str) -> Iterator[Any]:
-        class Bar:
-            def update(self, count: int) -> None: ...
-
-        yield Bar()
-
-    def check(self) -> None:
-        self.checks -= 1
-        if self.checks <= 0:
-            raise KeyboardInterrupt
+            inception.load_inception(tmp_path / name)
 
 
 def drawn(folder: Path, count: int, per_prompt: int = 1) -> list[Drawn]:
@@ -165,15 +118,19 @@ def test_features_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("paradiffusion.evaluation.scores.image_features._SECONDS", 0.0)
     images, seen, work = drawn(tmp_path / "images", 10), [], tmp_path / "work"
     with pytest.raises(KeyboardInterrupt):
-        image_features(images, corner(seen), work, Running(checks=2), batch_size=3)
+        image_features(images, corner(seen), work, Alone(stop_after=1), batch_size=3)
     assert sum(seen) == 6
     for rank in range(2):  # and on another number of processes
-        image_features(images[rank::2], corner(seen), work, Running(rank, 2), batch_size=3)
+        image_features(images[rank::2], corner(seen), work, Alone(rank, 2), batch_size=3)
     assert sum(seen) == 10
     names, features, errors = read_features(work, [image.name for image in images])
     assert names == [image.name for image in images] and not errors and features.dtype == np.float32
     assert features.tolist() == [np.array(picture(number))[0, :2, 0].tolist() for number in range(10)]
     assert read_features(work, [names[4], "other"])[2] == {"other": "no features were made"}
+    broken = Extractor(corner().prepare, lambda pixels: torch.full((len(pixels), 2), torch.nan))
+    image_features(images, broken, tmp_path / "broken", Alone())
+    found, features, errors = read_features(tmp_path / "broken", names[:2])
+    assert not found and features.shape == (0, 0) and set(errors.values()) == {"its features are not finite"}
 
 
 def test_what_cannot_be_read_is_noted_and_looked_at_again_once_it_changes(tmp_path: Path) -> None:
@@ -181,41 +138,29 @@ def test_what_cannot_be_read_is_noted_and_looked_at_again_once_it_changes(tmp_pa
     images[1].file.write_bytes(b"no picture")
     images[2].file.unlink()
     images.append(Drawn("00004", "p4", tmp_path / "none.png", error="the model refused"))
-    names = [image.name for image in images]
-    image_features(images, corner(seen), work, Running(), batch_size=2)
-    found, features, errors = read_features(work, names)
-    assert found == ["00000", "00003"] and features.shape == (2, 2)
+
+    def found() -> tuple[list[str], np.ndarray, dict[str, str]]:
+        image_features(images, corner(seen), work, Alone(), batch_size=2)
+        return read_features(work, [image.name for image in images])
+
+    names, features, errors = found()
+    assert names == ["00000", "00003"] and features.shape == (2, 2)
     assert "does not decode" in errors["00001"] and "No such file" in errors["00002"]
     assert errors["00004"] == "the model refused"
-    image_features(images, corner(seen), work, Running(), batch_size=2)
-    assert sum(seen) == 2 and len(list(work.iterdir())) == 1, "nothing is done twice"
+    assert found()[0] == names and sum(seen) == 2 and len(list(work.iterdir())) == 1, "nothing is done twice"
     picture(77).save(images[1].file)
-    image_features(images, corner(seen), work, Running(), batch_size=2)
-    found, features, errors = read_features(work, names)
-    assert "00001" in found and features[1].tolist() == np.array(picture(77))[0, :2, 0].tolist() and sum(seen) == 3
+    names, features, errors = found()
+    assert "00001" in names and features[1].tolist() == np.array(picture(77))[0, :2, 0].tolist() and sum(seen) == 3
     min(work.iterdir()).write_bytes(b"torn")
-    image_features(images, corner(seen), work, Running(), batch_size=2)
-    assert read_features(work, names)[0] == found, "a damaged file is made again"
-
-
-def test_features_that_are_not_finite_are_a_failure(tmp_path: Path) -> None:
-    images = drawn(tmp_path / "images", 3)
-    broken = Extractor(corner().prepare, lambda pixels: torch.full((len(pixels), 2), torch.nan))
-    image_features(images, broken, tmp_path / "work", Running())
-    found, features, errors = read_features(tmp_path / "work", ["00000", "00001"])
-    assert not found and features.shape == (0, 0) and set(errors.values()) == {"its features are not finite"}
+    assert found()[0] == names, "a damaged file is made again"
 
 
 def test_fid_and_kid_of_pictures(weights: Path, tmp_path: Path) -> None:
-    images = drawn(tmp_path / "images", 3)
-    fid = FrechetInception(tmp_path / "images", weights=weights)
-    kid = KernelInception(tmp_path / "images", weights=weights)
-    made = tmp_path / "scores"
-    for score in (fid, kid):
-        score.prepare(suite_of(images), images, made / score.name, Running())
+    images, made = drawn(tmp_path / "images", 3), tmp_path / "scores"
+    fid, kid = (kind(tmp_path / "images", weights=weights) for kind in (FrechetInception, KernelInception))
+    result, near = (scored(score, images, made / score.name) for score in (fid, kid))
     kept = sorted(path.name for path in (made / "features").rglob("*.safetensors"))
     assert len(kept) == 2, "both read the same features, of the images and of the reference"
-    result = fid.result(suite_of(images), images, made / "fid")
     found = result.overall["fid"]
     assert found.mean == pytest.approx(0, abs=1e-6) and found.low >= 0 and (found.n, found.prompts) == (3, 3)
     assert result.measures[0].worst is None and not result.measures[0].higher_is_better
@@ -223,7 +168,6 @@ def test_fid_and_kid_of_pictures(weights: Path, tmp_path: Path) -> None:
     assert "3 images, fewer than 2,000" in result.warnings[0] and "full rank" in result.warnings[0]
     features = read_features(next(p.parent for p in (made / "features").glob("[!r]*/*")), ["00000", "00002"])[1]
     assert features.shape == (2, 2048)
-    near = kid.result(suite_of(images), images, made / "kid")
     assert near.overall["kid"].mean < 0, "a set without itself is further from itself than it is with itself"
     assert "subsets are of 3" in " ".join(near.warnings) and near.settings["features"] == result.settings["features"]
 
@@ -233,9 +177,9 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "model")
 
 
-def scored(score: FrechetClip, images: list[Drawn], work: Path, processes: int = 1) -> Any:
+def scored(score: Any, images: list[Drawn], work: Path, processes: int = 1) -> Any:
     for rank in range(processes):
-        score.prepare(suite_of(images), images[rank::processes], work, Running(rank, processes))
+        score.prepare(suite_of(images), images[rank::processes], work, Alone(rank, processes))
     return score.result(suite_of(images), images, work)
 
 
@@ -273,10 +217,13 @@ def test_clip_fd_of_a_folder_and_of_its_statistics(clip_folder: Path, tmp_path: 
 
 
 def test_failures_are_listed_and_two_images_are_needed(clip_folder: Path, tmp_path: Path) -> None:
-    images = drawn(tmp_path / "images", 5)
-    reference = tmp_path / "real"
+    images, reference = drawn(tmp_path / "images", 5), tmp_path / "real"
     drawn(reference, 3)
     (reference / "broken.png").write_bytes(b"no")
+    # The overview of a drawn folder is no picture of it.
+    picture(9).save(reference / "grid.png")
+    assert "grid.png" in [image.name for image in open_reference(reference).images]
+    (reference / "manifest.jsonl").write_text("")
     images[0].file.unlink()
     score = FrechetClip(reference, spec=str(clip_folder))
     result = scored(score, images, tmp_path / "scores" / "clip_fd")
@@ -288,39 +235,45 @@ def test_failures_are_listed_and_two_images_are_needed(clip_folder: Path, tmp_pa
     assert "1 of 2 images" in alone.skipped and not alone.overall and alone.images
 
 
-def test_the_overview_of_a_drawn_folder_is_no_picture_of_the_reference(tmp_path: Path) -> None:
-    drawn(tmp_path / "real", 3)
-    picture(9).save(tmp_path / "real" / "grid.png")
-    assert len(open_reference(tmp_path / "real").images) == 4, "somebody's own picture of that name"
-    (tmp_path / "real" / "manifest.jsonl").write_text("")
-    assert "grid.png" not in [image.name for image in open_reference(tmp_path / "real").images]
+@pytest.mark.parametrize(
+    ("name", "said", "arrays"),
+    [
+        ("none", "no such folder", None), ("empty", "0 pictures", None), ("torn.npz", "cannot be used", b"PK\x03\x04"),
+        ("half.npz", "no sigma", {"mu": np.zeros(3)}), ("odd.npz", "do not fit", {"mu": np.zeros(3), "sigma": np.ones((2, 2))}),
+        ("negative.npz", "symmetric", {"mu": np.zeros(2), "sigma": -np.eye(2)}),
+        ("nan.npz", "not finite", {"mu": np.full(2, np.nan), "sigma": np.eye(2)}),
+        ("objects.npz", "cannot be used", {"mu": np.array([{}], dtype=object), "sigma": np.eye(2)}),
+    ],
+)  # fmt: skip
+def test_a_wrong_reference_is_refused_at_once(name: str, said: str, arrays: Any, tmp_path: Path) -> None:
+    if name == "empty":
+        (tmp_path / name).mkdir()
+    elif isinstance(arrays, bytes):
+        (tmp_path / name).write_bytes(arrays)
+    elif arrays:
+        np.savez(tmp_path / name, **arrays)
+    with pytest.raises(UserError, match=said) as caught:
+        FrechetClip(tmp_path / name, spec="unused")
+    assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_reference_is_refused_at_once(weights: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    np.savez(tmp_path / "half.npz", mu=np.zeros(3))
-    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.ones((2, 2)))
-    np.savez(tmp_path / "negative.npz", mu=np.zeros(2), sigma=-np.eye(2))
-    np.savez(tmp_path / "nan.npz", mu=np.full(2, np.nan), sigma=np.eye(2))
-    np.savez(tmp_path / "objects.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2))
+def test_statistics_of_other_features_are_refused(weights: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(2), sigma=np.eye(2))
-    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04")
-    np.save(tmp_path / "plain.npy", np.zeros(3))
-    (tmp_path / "plain.npy").rename(tmp_path / "plain.npz")
-    head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, {"descr": "<f8", "fortran_order": False, "shape": (10**13,)})
-    with zipfile.ZipFile(tmp_path / "vast.npz", "w") as file:
-        for name in ("mu.npy", "sigma.npy"):
-            file.writestr(name, head.getvalue())
-    for name, said in [
-        ("none", "no such folder"), ("empty", "0 pictures"), ("half.npz", "no sigma"), ("odd.npz", "do not fit"),
-        ("negative.npz", "symmetric"), ("nan.npz", "not finite"), ("objects.npz", "cannot be used"), ("torn.npz", "cannot be used"),
-        ("plain.npz", "no archive"), ("vast.npz", "cannot be used"),
-    ]:  # fmt: skip
-        with pytest.raises(UserError, match=said) as caught:
-            FrechetClip(tmp_path / name, spec="unused")
-        assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="2 features where the FID's are of 2048"):
         FrechetInception(tmp_path / "narrow.npz", weights=weights)
     with pytest.raises(UserError, match="KID needs a folder"):
         KernelInception(tmp_path / "narrow.npz", weights=weights)
+
+
+def test_the_layout_and_the_resize_are_the_published_ones() -> None:
+    state = inception.build().state_dict()
+    assert tuple(state["fc.weight"].shape) == (1008, 2048) and not any(name.startswith("Aux") for name in state)
+    assert tuple(state["Mixed_7c.branch_pool.conv.weight"].shape) == (192, 2048, 1, 1)
+    assert tuple(state["Mixed_6b.branch7x7dbl_5.conv.weight"].shape) == (192, 128, 1, 7)
+    assert sum(value.numel() for name, value in state.items() if not name.endswith("num_batches_tracked")) == 23_885_392
+    # The resize is tensorflow's first, which smooths nothing.
+    assert inception.resize(torch.tensor([[0.0, 10.0]]), 1, 4).tolist() == [[0.0, 5.0, 10.0, 10.0]]
+    assert inception.resize(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), 1, 2).tolist() == [[0.0, 2.0]]
+    grey = inception.prepare(Image.new("RGB", (7, 5), (0, 128, 255)))
+    assert tuple(grey.shape) == (3, 299, 299)
+    assert grey[:, 3, 5].tolist() == pytest.approx([-1.0, 0.0, 127 / 128])

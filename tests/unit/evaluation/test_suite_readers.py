@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from commands import ROOT
+from programs import script
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.load import load_suite
@@ -83,7 +80,6 @@ def test_damaged_dpg_bench(tmp_path: Path) -> None:
         DPG.replace("zoo2,A red fox,,2", ",A red fox,,2"): r"row 2 \(line 3\) has an empty item_id",
         DPG.replace("tuple", "triple"): "expected one named tuple",
         DPG_HEAD: "holds no prompts",
-        "": "is empty",
         DPG + '"': r"line 6 is not valid CSV",
     }
     for number, (table, words) in enumerate(cases.items()):
@@ -124,12 +120,9 @@ def test_vilg(tmp_path: Path) -> None:
     table = '\ufeffPrompt,文本,类别,来源\n"A blue\ncup.",蓝色的杯子。,颜色,Mine\nA moon,月亮,地理类,Mine\n'
     (tmp_path / "ViLG-300.csv").write_text(table, "utf-8")
     cup, moon = load("vilg", tmp_path).prompts
-    assert (cup.text, cup.category, cup.meta) == (
-        "A blue cup.",
-        "colours",
-        {"chinese": "蓝色的杯子。", "origin": "Mine"},
-    )
-    assert load("vilg_zh", tmp_path).prompts[1].text == "月亮" and moon.id == "00001"
+    assert (cup.text, cup.category, moon.id) == ("A blue cup.", "colours", "00001")
+    assert cup.meta == {"chinese": "蓝色的杯子。", "origin": "Mine"}
+    assert load("vilg_zh", tmp_path).prompts[1].text == "月亮"
     assert load("vilg", tmp_path, options={"language": "zh"}).name == "vilg_zh"
     with pytest.raises(UserError, match="vilg_fr is unknown"):
         load("vilg", tmp_path, options={"language": "fr"})
@@ -202,53 +195,32 @@ def test_detailmaster(tmp_path: Path) -> None:
                              {"scene_attribute": "spatial", "content": ["The jug is on the shelf.",
                               "[\"['one' is left.]\", \"['two' is right.]\"]"]}],
     }  # fmt: skip
-    (tmp_path / "DetailMaster_Dataset.json").write_text(
-        json.dumps([row, {**row, "polished_prompt": "The same again."}])
-    )
+    rows = [row, {**row, "polished_prompt": "The same again."}]
+    (tmp_path / "DetailMaster_Dataset.json").write_text(json.dumps(rows))
     first, second = load("detailmaster", tmp_path).prompts
     assert (first.id, second.id, first.category) == ("ours_7", "ours_7-2", "ours")
     asked = {q.id: (q.category, q.about, q.parents) for q in first.questions}
     assert asked["1.attribute.1"] == ("attribute", "color: blue", ("1",))
     assert asked["2"][1] == "shelf" and asked["2.location.1"][2] == ("2",)
     assert asked["light.1"] == ("scene", "It is dim.", ())
-    assert [asked[f"spatial.{n}"][1] for n in (1, 2, 3)] == [
-        "The jug is on the shelf.",
-        "one' is left.",
-        "two' is right.",
-    ]
-
-
-@pytest.fixture(scope="module")
-def download() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("download_suites", ROOT / "scripts" / "download.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["download_suites"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    spatial = [asked[f"spatial.{n}"][1] for n in (1, 2, 3)]
+    assert spatial == ["The jug is on the shelf.", "one' is left.", "two' is right."]
 
 
 def test_download_says_where_and_checks(
-    download: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert download.main(["what=suites"]) == 0
-    said = capsys.readouterr().out
-    assert (
-        "paraprompts " in said
-        and "TencentQQGYLab/ELLA" in said
-        and "licence: none published" in said
-        and "size: " in said
-    )
-    assert download.main(["what=dpg"]) == 0
-    said = capsys.readouterr().out
-    assert all(
-        word in said for word in ("TencentQQGYLab/ELLA", "licence: ", "git clone", "is not in data/suites/dpg yet")
-    )
-    folder = dpg_folder(tmp_path / "mine")
+    main, folder = script("download").main, dpg_folder(tmp_path / "mine")
+    for arguments, words in (
+        (["what=suites"], ["paraprompts ", "TencentQQGYLab/ELLA", "licence: none published", "size: "]),
+        (["what=dpg"], ["TencentQQGYLab/ELLA", "licence: ", "git clone", "is not in data/suites/dpg yet"]),
+        (["what=dpg", f"to={folder}", "allow_other=true"], ["2 prompts of 3 to 4 words"]),
+    ):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        assert all(word in said for word in words), said
     with pytest.raises(UserError, match="expected 1065"):
-        download.main(["what=dpg", f"check={folder}"])
-    assert download.main(["what=dpg", f"to={folder}", "allow_other=true"]) == 0
-    assert "2 prompts of 3 to 4 words" in capsys.readouterr().out
+        main(["what=dpg", f"check={folder}"])
     with pytest.raises(UserError, match="what=suites lists them"):
-        download.main(["what=llm", "check=here"])
+        main(["what=llm", "check=here"])
