@@ -122,12 +122,4 @@ def test_fused_steps_are_those_of_the_plain_optimiser() -> None:
         states.append({n: (p.detach(), sorted(optimizer.state[p])) for n, p in named.items()})
     for name, (value, keys) in states[0].items():
         torch.testing.assert_close(value, states[1][name][0], rtol=1e-6, atol=1e-7)
-        assert (
-            keys
-            == states[1][name][1]
-            == [
-                "exp_avg",
-                "exp_avg_sq",
-                "step",
-            ]
-        )
+        assert keys == states[1][name][1] == ["exp_avg", "exp_avg_sq", "step"]

@@ -114,7 +114,7 @@ def test_two_processes_and_one_is_lost(
     both = [
         subprocess.Popen(
             [sys.executable, "train.py", *arguments], cwd=ROOT, env={**common, "RANK": rank, "LOCAL_RANK": rank}, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         for rank in ("0", "1")
     ]  # fmt: skip

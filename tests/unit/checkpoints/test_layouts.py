@@ -37,7 +37,7 @@ ARMS = {
     "paper": ConditioningConfig(max_tokens=32),
     "modern": ConditioningConfig(
         name="modern", layer_tap="mean", projection="refiner", refiner_width=16, refiner_layers=1, refiner_heads=2, refiner_kernel=3,
-        layout_patch=2, mask_padding=True, max_tokens=32,
+        layout_patch=2, mask_padding=True, max_tokens=32
     ),
 }  # fmt: skip
 PROMPTS = ["a red circle at the left", ""]

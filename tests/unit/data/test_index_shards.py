@@ -271,7 +271,7 @@ def test_script_goes_on_past_a_bad_shard(
         ([], "shards= is missing"), (["shards=/nowhere"], "shards=/nowhere matches no .tar"),
         (["shards={data}", "tokenizer=nothing"], "neither a folder nor one of"), (["shards={data}", "processes=0"], "processes"),
         (["shards={data}", "output={twice}"], "is a file"), (["shard={data}"], "not understood"),
-        (["shards={twin}/*/*.tar", "output={data}"], "have one name"),
+        (["shards={twin}/*/*.tar", "output={data}"], "have one name")
     ],
 )  # fmt: skip
 def test_script_refuses(tmp_path: Path, index_shards: Callable[..., int], arguments: list[str], said: str) -> None:

@@ -75,7 +75,7 @@ def test_layouts_of_others(tmp_path: Path) -> None:
             ("./000.jpg", IMAGE), ("./000.json", as_json(caption="from json", width=7)), ("./000.txt", b"from\n text"),
             ("sub/001.JPEG", IMAGE), ("sub/001.json", as_json(caption="only json here")),
             ("002.webp", encoded(picture(2, 50, 70), "WEBP")), ("002.txt", "tout \u00e0 fait".encode()),
-            ("003.png", IMAGE), ("003.json", as_json(captions={"long": "x y"}, caption="z")),
+            ("003.png", IMAGE), ("003.json", as_json(captions={"long": "x y"}, caption="z"))
         ],
     )  # fmt: skip
     index = load_index([path])
@@ -290,7 +290,7 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("nowhere/{000..009}.tar", "matches no .tar"), ("a/{00000..00004}.tar", "missing, the first one a/00001.tar"),
         ("a/{00000..", "brace"), ([], "empty"), ("{0..99999999999}.tar", "over 1000000"), ("empty", "matches no .tar"),
         ("simplecache::https://host/x.tar", "chain"), ("memory://empty/", "matches no .tar"),
-        ("https://host/{0..99999999}.tar", "over 1000000"), ("https://host/{0..9.tar", "brace"),
+        ("https://host/{0..99999999}.tar", "over 1000000"), ("https://host/{0..9.tar", "brace")
     ],
 )  # fmt: skip
 def test_expand_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str | list[str], said: str) -> None:

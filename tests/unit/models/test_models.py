@@ -33,9 +33,7 @@ PAPER = ConditioningConfig()
 
 
 def make(
-    arguments: dict[str, Any] = TINY_UNET,
-    conditioning: ConditioningConfig = MODERN,
-    **changes: Any,
+    arguments: dict[str, Any] = TINY_UNET, conditioning: ConditioningConfig = MODERN, **changes: Any
 ) -> JointModel:
     config = TrainConfig(
         seed=3,

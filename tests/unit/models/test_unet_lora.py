@@ -29,7 +29,7 @@ def make(arguments: dict[str, Any], rank: int = 2, seed: int = 3, **changes: Any
     return build_joint(
         TrainConfig(
             seed=seed, unet=UNetConfig(**unet), conditioning=conditioning, objective=ObjectiveConfig(),
-            gradient_checkpointing=saving,
+            gradient_checkpointing=saving
         ),
         WIDTH,
     )  # fmt: skip

@@ -27,14 +27,7 @@ from paradiffusion.scenes.grammar import (
     place_phrases,
 )
 from paradiffusion.scenes.unseen import UNSEEN, unseen_places
-from paradiffusion.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    Scene,
-    SceneObject,
-    places,
-    row_and_column,
-)
+from paradiffusion.scenes.world import BACKGROUNDS, COLOURS, Scene, SceneObject, places, row_and_column
 
 STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 GRIDS = {"small": 2, "large": 3}

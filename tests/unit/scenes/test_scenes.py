@@ -11,15 +11,7 @@ from PIL import Image, ImageFilter
 from paradiffusion.config import WORLDS
 from paradiffusion.scenes.dataset import draw, make_scene
 from paradiffusion.scenes.judge import SceneScore, by_objects, score, summarise, unbound
-from paradiffusion.scenes.world import (
-    NINE_PLACES,
-    PLACES,
-    SETS,
-    Background,
-    Scene,
-    SceneObject,
-    scene_from_meta,
-)
+from paradiffusion.scenes.world import NINE_PLACES, PLACES, SETS, Background, Scene, SceneObject, scene_from_meta
 
 
 def pixels(scene: Scene) -> np.ndarray:
