@@ -140,21 +140,14 @@ def test_what_is_typed() -> None:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("/a", "not a list of mappings"),
-        ("[/a]", "not a list of mappings"),
-        ("{shards: /a}", "not a list of mappings"),
-        ("[{shards: /a", "not understood"),
-        ("[{shards: /a, wieght: 1}]", "data.sources\\[0\\].wieght is unknown"),
-        ("[{shards: /a, weight: -1}]", "weight=-1.0 is out of range"),
-        ("[{shards: /a, weight: 0}]", "weight=0.0 is out of range"),
-        ("[{shards: /a, weight: much}]", "could not be converted"),
-        ("[{shards: /a}, {shards: /b/a}]", "two sources called a"),
-        ("[{shards: /a, folder: /b}]", "both of shards and folder"),
-        ("[{weight: 1}]", "neither of shards and folder"),
+        ("[/a]", "not a list of mappings"), ("{shards: /a}", "not a list of mappings"), ("[{shards: /a", "not understood"),
+        ("[{shards: /a, wieght: 1}]", "data.sources\\[0\\].wieght is unknown"), ("[{weight: 1}]", "neither of shards and folder"),
+        ("[{shards: /a, weight: 0}]", "weight=0.0 is out of range"), ("[{shards: /a, weight: much}]", "could not be converted"),
+        ("[{shards: /a}, {shards: /b/a}]", "two sources called a"), ("[{shards: /a, folder: /b}]", "both of shards and folder"),
         ("[{shards: /a, captions: {long: -1}}]", "no caption kind a weight"),
         ("[{shards: /a}] data.shards=/b", "both data.shards and data.sources"),
     ],
-)
+)  # fmt: skip
 def test_what_is_typed_wrongly(typed: str, said: str) -> None:
     text, _, beside = typed.partition(" data.")
     with pytest.raises(UserError, match=said):
