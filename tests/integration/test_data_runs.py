@@ -26,20 +26,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments_of(tiny_arguments: list[str], run: Path, *more: str) -> list[str]:
     kept = [
-        argument
-        for argument in tiny_arguments
-        if not argument.startswith(("data.shards=", "data.val_shards=", "data=", "data.demo"))
+        one for one in tiny_arguments if not one.startswith(("data.shards=", "data.val_shards=", "data=", "data.demo"))
     ]
-    return [
-        *kept,
-        "stage=1",
-        f"run_dir={run}",
-        "max_steps=4",
-        "validate_every=1000",
-        "checkpoint_every=4",
-        "log_every=1",
-        *more,
-    ]
+    own = ["stage=1", f"run_dir={run}", "max_steps=4", "validate_every=1000", "checkpoint_every=4", "log_every=1"]
+    return [*kept, *own, *more]
 
 
 def test_a_folder_of_pictures(tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
