@@ -71,7 +71,7 @@ def test_what_contradicts_itself_or_is_not_there(
 ) -> None:
     (tmp_path / "file").write_text("")
     missing = "data.shards='" + str(demo_folder / "web" / "{000000..000002}.tar") + "'"
-    for argument, said in (
+    mistakes = (
         ("data.val_shards=nowhere", r"^data\.val_shards=nowhere matches no \.tar"),
         ("micro_batch_size=3", r"batch_size=4 is not a whole multiple of micro_batch_size=3"),
         ("data.bucket_multiple=8", r"data\.bucket_multiple=8 must be a multiple of 16"),
@@ -79,9 +79,10 @@ def test_what_contradicts_itself_or_is_not_there(
         (missing, r"of which 2 are missing, the first one .*000001\.tar"),
         ("data.shards='pipe:cat x.tar'", "pipe"),
         (f"run_dir={tmp_path / 'file'}", r"run_dir: .* cannot be written .*choose another run_dir="),
-    ):
+    )
+    for number, (argument, said) in enumerate(mistakes):
         with pytest.raises(UserError, match=said):
-            train(argument)
+            train(f"run_dir={tmp_path / str(number)}", argument)
     with pytest.raises(UserError, match=r"run `python train\.py preset=paper stage=1 run_dir=runs/none` first"):
         find_init(compose_train(["preset=paper", "stage=2", "run_dir=runs/none", "data.shards=unused"]))
     with pytest.raises(UserError, match=r"text_encoder has keys of its own; set text_encoder\.path or"):

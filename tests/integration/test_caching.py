@@ -60,7 +60,9 @@ def test_a_stopped_run_goes_on_after_its_last_whole_shard(arguments: list[str], 
     before = {path: path.stat().st_mtime_ns for path in folder.glob("0*.tar")}
     assert 2 <= len(before) < 12 and not list(folder.glob(".*"))
     for name in ("cache", "whole"):
-        assert make_cache(compose_train(slow), CacheOptions(str(tmp_path / name), what="latents", at_once=1)) == 0
+        assert (
+            make_cache(compose_train(slow), CacheOptions(output=str(tmp_path / name), what="latents", at_once=1)) == 0
+        )
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert files(folder) == files(tmp_path / "whole" / "latents")
 

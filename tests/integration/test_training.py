@@ -189,17 +189,16 @@ def test_micro_batches_and_recomputation_change_nothing(
 def test_held_out_loss_falls_over_a_longer_run(train: Callable[..., int], tmp_path: Path) -> None:
     write_shards(demo_samples("web", 8), tmp_path / "few", 8)
     assert train(
-        "stage=1", "max_steps=90", "validate_every=30", "log_every=10", "checkpoint_every=90", "validation.samples=8",
-        f"data.shards={tmp_path / 'few'}", f"data.val_shards={tmp_path / 'few'}", "optimizer.lr=0.004",
-        "optimizer.lr_conditioning=0.004", "optimizer.warmup_steps=5", "ema_decay=0.9", "codec.sample=false",
+        "stage=1", "max_steps=120", "validate_every=10", "log_every=10", "checkpoint_every=120", "validation.samples=8",
+        f"data.shards={tmp_path / 'few'}", f"data.val_shards={tmp_path / 'few'}", "optimizer.lr=0.003",
+        "optimizer.lr_conditioning=0.003", "optimizer.warmup_steps=5", "ema_decay=0.9", "codec.sample=false",
     ) == 0  # fmt: skip
     held_out = records(tmp_path / "run" / "stage1", "validation")
-    assert [row["step"] for row in held_out] == [30, 60, 90]
+    assert [row["step"] for row in held_out] == list(range(10, 121, 10))
+    for kind in ("loss_short", "loss_long"):
+        assert held_out[-1][kind] < 0.6 * held_out[0][kind]
     trained = records(tmp_path / "run" / "stage1")
-    first = trained[0]["loss"]
-    assert trained[-1]["loss"] < 0.6 * first and all(
-        held_out[-1][key] < 0.6 * first for key in ("loss_short", "loss_long")
-    )
+    assert trained[-1]["loss"] < 0.6 * trained[0]["loss"]
 
 
 def test_bf16_keeps_masters_and_average_in_fp32(train: Callable[..., int], tmp_path: Path) -> None:
