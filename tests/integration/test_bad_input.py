@@ -8,8 +8,7 @@ import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,58 +53,42 @@ def refused(result: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-# ---- overrides
-
-
-def test_unknown_stage_preset_and_key_at_the_command_line(command: Command) -> None:
-    assert "stage=9 is unknown; choose one of 1, 2, 3" in refused(command("train.py", "stage=9"))
-    assert "preset=huge is unknown; choose one of" in refused(command("train.py", "preset=huge"))
-    assert "the key max_step is unknown; did you mean max_steps?" in refused(command("train.py", "max_step=3"))
-    assert "did you mean prompt" in refused(command("sample.py", "ckpt=x", "promt=x"))
-
-
-def test_sample_has_no_groups_but_paths() -> None:
-    with pytest.raises(UserError, match=r"text_encoder has keys of its own; set text_encoder\.path or"):
-        compose_sample(["ckpt=x", "prompt=a", "text_encoder=qwen3_4b"])
-
-
-def test_the_command_to_run_first_has_the_preset() -> None:
-    with pytest.raises(UserError, match=r"run `python train\.py preset=paper stage=1 run_dir=runs/none` first"):
-        find_init(compose_train(["preset=paper", "stage=2", "run_dir=runs/none", "data.shards=unused"]))
-
-
-def test_held_out_shards_are_missed_by_their_own_name(train: Train) -> None:
-    with pytest.raises(UserError, match=r"^data\.val_shards=nowhere matches no \.tar"):
-        train("data.val_shards=nowhere")
-
-
-def test_a_device_that_is_not_here(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"device=cuda:99 is not to be had here, where torch finds"):
-        sample_here(f"ckpt={run}", "prompt=a", "device=cuda:99", f"output_dir={tmp_path / 'out'}")
-
-
-def test_no_scenes_to_score(command: Command) -> None:
+def test_mistakes_at_the_command_line(
+    command: Command, trained: Path, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    """What a program ends with; the sentences are told from within, below and in tests/unit/config."""
+    (tmp_path / "none.txt").write_text("\n  \n")
+    new = tmp_path / "new"
+    said = refused(command("train.py", *tiny_arguments, "stage=2", f"run_dir={new}"))
+    assert f"run `python train.py stage=1 run_dir={new}` first, or set init_from=" in said
+    said = refused(command("sample.py", f"ckpt={trained}", f"prompt_file={tmp_path / 'none.txt'}"))
+    assert f"prompt_file={tmp_path / 'none.txt'} holds no prompts" in said
     assert "--scenes 0 is out of range" in refused(command("scripts/score_scenes.py", "--scenes", "0"))
 
 
-def test_batch_that_does_not_divide(train: Train) -> None:
-    with pytest.raises(UserError, match=r"batch_size=4 is not a whole multiple of micro_batch_size=3"):
-        train("micro_batch_size=3")
-
-
-def test_buckets_that_the_unet_cannot_halve(train: Train) -> None:
-    with pytest.raises(UserError, match=r"data\.bucket_multiple=8 must be a multiple of 16"):
-        train("data.bucket_multiple=8")
-
-
-# ---- stages
-
-
-def test_stage_2_without_stage_1_at_the_command_line(
-    command: Command, tiny_arguments: list[str], tmp_path: Path
+def test_what_contradicts_itself_or_is_not_there(
+    train: Train, trained: Path, demo_folder: Path, tmp_path: Path
 ) -> None:
-    said = refused(command("train.py", *tiny_arguments, "stage=2", f"run_dir={tmp_path / 'new'}"))
-    assert f"run `python train.py stage=1 run_dir={tmp_path / 'new'}` first, or set init_from=" in said
+    (tmp_path / "file").write_text("")
+    missing = "data.shards='" + str(demo_folder / "web" / "{000000..000002}.tar") + "'"
+    mistakes = (
+        ("data.val_shards=nowhere", r"^data\.val_shards=nowhere matches no \.tar"),
+        ("micro_batch_size=3", r"batch_size=4 is not a whole multiple of micro_batch_size=3"),
+        ("data.bucket_multiple=8", r"data\.bucket_multiple=8 must be a multiple of 16"),
+        (f"data.shards={tmp_path}/nothing/*.tar", r"data\.shards=.*nothing.* matches no \.tar file"),
+        (missing, r"of which 2 are missing, the first one .*000001\.tar"),
+        ("data.shards='pipe:cat x.tar'", "pipe"),
+        (f"run_dir={tmp_path / 'file'}", r"run_dir: .* cannot be written .*choose another run_dir="),
+    )
+    for number, (argument, said) in enumerate(mistakes):
+        with pytest.raises(UserError, match=said):
+            train(f"run_dir={tmp_path / str(number)}", argument)
+    with pytest.raises(UserError, match=r"run `python train\.py preset=paper stage=1 run_dir=runs/none` first"):
+        find_init(compose_train(["preset=paper", "stage=2", "run_dir=runs/none", "data.shards=unused"]))
+    with pytest.raises(UserError, match=r"text_encoder has keys of its own; set text_encoder\.path or"):
+        compose_sample(["ckpt=x", "prompt=a", "text_encoder=qwen3_4b"])
+    with pytest.raises(UserError, match=r"device=cuda:99 is not to be had here, where torch finds"):
+        sample_here(f"ckpt={trained}", "prompt=a", "device=cuda:99", f"output_dir={tmp_path / 'out'}")
 
 
 def test_stage_without_the_one_before(train: Train, run: Path) -> None:
@@ -121,18 +104,6 @@ def test_stage_without_the_one_before(train: Train, run: Path) -> None:
         (run / "stage1" / "checkpoints" / f"step_{step:06d}" / "checkpoint.json").unlink()
     with pytest.raises(UserError, match=r"holds no whole checkpoint; run `python train\.py stage=1"):
         train("stage=2")
-
-
-# ---- shards
-
-
-def test_shards_that_match_nothing(train: Train, demo_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.shards=.*nothing.* matches no \.tar file"):
-        train(f"data.shards={tmp_path}/nothing/*.tar")
-    with pytest.raises(UserError, match=r"of which 2 are missing, the first one .*000001\.tar"):
-        train("data.shards='" + str(demo_folder / "web" / "{000000..000002}.tar") + "'")
-    with pytest.raises(UserError, match="pipe"):
-        train("data.shards='pipe:cat x.tar'")
 
 
 def test_tar_cut_in_the_middle(train: Train, demo_folder: Path, tmp_path: Path) -> None:
@@ -205,23 +176,6 @@ def test_captions_missing_empty_and_of_5000_words(
         train(f"data.shards={nothing}", f"run_dir={tmp_path / 'mute_run'}")
 
 
-# ---- sample.py
-
-
-def test_empty_prompt_file(trained: Path, tmp_path: Path, command: Command) -> None:
-    prompts = tmp_path / "none.txt"
-    prompts.write_text("\n  \n")
-    said = refused(command("sample.py", f"ckpt={trained}", f"prompt_file={prompts}"))
-    assert f"prompt_file={prompts} holds no prompts" in said
-
-
-def test_odd_prompt_at_the_command_line(trained: Path, tmp_path: Path, command: Command) -> None:
-    result = command("sample.py", f"ckpt={trained}", f"prompt={PROMPT}", "steps=1", f"output_dir={tmp_path / 'out'}")
-    assert result.returncode == 0, result.stderr
-    (row,) = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
-    assert row["prompt"] == PROMPT
-
-
 def test_odd_prompts_from_a_file(trained: Path, tmp_path: Path) -> None:
     prompts = [PROMPT, "two\nlines\n\nand more", "null", "'quoted'", "${seed}", "{a,b}", "a=b", "x" * 5000]
     path = tmp_path / "prompts.jsonl"
@@ -231,116 +185,66 @@ def test_odd_prompts_from_a_file(trained: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in sorted(rows, key=lambda row: row["file"])] == prompts
     assert len(list(out.glob("0*.png"))) == len(prompts)
-    for prompt in prompts[3:7]:  # the command line takes them as they are, too
-        assert compose_sample([f"ckpt={trained}", f"prompt={prompt}"]).prompt == prompt
 
 
-@pytest.mark.parametrize(
-    ("size", "named"),
-    [("height=50", "50"), ("width=68", "68"), ("height=-16", "height=-16"), ("width=0", "width=0"), ("height=4", "4")],
-)
-def test_size_that_the_model_cannot_take(size: str, named: str, trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        sample_here(f"ckpt={trained}", "prompt=a", size, f"output_dir={tmp_path / 'out'}")
-    assert named in str(caught.value) and size.partition("=")[0] in str(caught.value)
-    assert "multiple of 8" in str(caught.value) or "out of range" in str(caught.value)
+def test_size_that_the_model_cannot_take(trained: Path, tmp_path: Path) -> None:
+    for size, said in (
+        ("height=50", "height=50.*multiple of 8"), ("width=68", "width=68.*multiple of 8"),
+        ("height=-16", "height=-16.*out of range"), ("height=4", "height=4.*multiple of 8"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            sample_here(f"ckpt={trained}", "prompt=a", size, f"output_dir={tmp_path / 'out'}")
     assert not list((tmp_path / "out").glob("*.png"))
 
 
-def test_sampling_from_a_damaged_checkpoint(
-    run: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = newest(run / "stage1")
+def test_sampling_from_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def draw(ckpt: Path) -> int:
+        return sample_here(f"ckpt={ckpt}", "prompt=a", "steps=1", f"output_dir={tmp_path / 'out'}")
+
+    checkpoint, older = newest(run / "stage1"), run / "stage1" / "checkpoints" / "step_000004"
     weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
     with weights.open("r+b") as file:
         file.truncate(weights.stat().st_size - 7)
-    said = refused(command("sample.py", f"ckpt={checkpoint}", "prompt=a", f"output_dir={tmp_path / 'out'}"))
-    assert "is damaged: unet/diffusion_pytorch_model.safetensors has" in said
-    # The run as a whole has an older one.
-    assert sample_here(f"ckpt={run}", "prompt=a", "steps=1", f"output_dir={tmp_path / 'out'}") == 0
+    with pytest.raises(UserError, match=r"is damaged: unet/diffusion_pytorch_model\.safetensors has"):
+        draw(checkpoint)
+    assert draw(run) == 0  # which has an older one
     assert "step_000004, step 4" in capsys.readouterr().out
-    older = run / "stage1" / "checkpoints" / "step_000004"
     (older / "refiner" / "model.safetensors").unlink()
     for ckpt, sentence in (
-        (older, "refiner/model.safetensors is missing"),
-        (run, "no whole checkpoint is left"),
+        (older, "refiner/model.safetensors is missing"), (run, "no whole checkpoint is left"),
         (tmp_path / "no", "holds no checkpoint; expected a run"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(UserError, match=re.escape(sentence)):
-            sample_here(f"ckpt={ckpt}", "prompt=a", f"output_dir={tmp_path / 'out2'}")
-
-
-def test_checkpoint_whose_parts_do_not_fit(run: Path, tmp_path: Path) -> None:
+            draw(ckpt)
     # Somebody put the files together by hand, and made a manifest of them.
-    checkpoint = newest(run / "stage1")
     (checkpoint / "checkpoint.json").write_text("{}")
     write_manifest(checkpoint)
     with pytest.raises(UserError, match=r"checkpoint\.json does not describe a checkpoint"):
-        sample_here(f"ckpt={checkpoint}", "prompt=a", f"output_dir={tmp_path / 'out'}")
+        draw(checkpoint)
 
 
-# ---- the disk
+def test_a_full_disk_while_saving(train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of step 4 fits and that of step 8 does not; with room the run ends as if nothing had been.
 
-
-@contextmanager
-def tmpfs(folder: Path, megabytes: int) -> Iterator[None]:
-    """A file system of its own with little room."""
-    folder.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )  # fmt: skip
-    if made.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here, which needs root ({made.stderr.strip()})")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def check_full_disk(train: Train, run: Path, trained: Path, make_room: Callable[[], object]) -> None:
-    """The checkpoint of step 4 fits and that of step 8 does not; with room the run ends as if nothing had been."""
-    stage = run / "stage1"
-    with pytest.raises(UserError, match=r"step 8 could not be saved in .*step_000004 is whole: make room") as caught:
-        train(f"run_dir={run}", "optimizer.warmup_steps=0")
-    assert "\n" not in str(caught.value)
-    assert steps_saved(stage) == [4] and find_fault(newest(stage)) is None
-    assert not list((stage / "checkpoints").glob(".writing*"))
-    make_room()
-    assert train(f"run_dir={run}", "optimizer.warmup_steps=0") == 0
-    assert_same_bits(newest(trained / "stage1"), newest(stage))
-
-
-def test_no_space_left_while_saving(train: Train, trained: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    with tmpfs(disk, 6):  # a checkpoint is 3.7 MB
-        remount = ["mount", "-o", "remount,size=30m", str(disk)]
-        check_full_disk(train, disk / "run", trained, lambda: subprocess.run(remount, check=True))
-
-
-def test_file_too_large_while_saving(
-    train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same without root: from the second checkpoint on, the system refuses files over a megabyte."""
+    From the second checkpoint on, the system refuses files over a megabyte.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = module.save_checkpoint
+    save, stage = module.save_checkpoint, tmp_path / "run" / "stage1"
 
     def limited(*arguments: Any) -> Path:
         if arguments[5].step == 8:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
         return save(*arguments)
 
-    def make_room() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        monkeypatch.undo()
-
-    monkeypatch.setattr(module, "save_checkpoint", limited)
+    said = r"step 8 could not be saved in .*step_000004 is whole: make room"
     try:
-        check_full_disk(train, tmp_path / "run", trained, make_room)
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=said) as caught:
+            patch.setattr(module, "save_checkpoint", limited)
+            train("optimizer.warmup_steps=0")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_run_folder_that_cannot_be_made(train: Train, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"run_dir: .* cannot be written .*choose another run_dir="):
-        train(f"run_dir={tmp_path / 'file'}")
+    assert "\n" not in str(caught.value)
+    assert steps_saved(stage) == [4] and find_fault(newest(stage)) is None
+    assert not list((stage / "checkpoints").glob(".writing*"))
+    assert train("optimizer.warmup_steps=0") == 0
+    assert_same_bits(newest(trained / "stage1"), newest(stage))

@@ -50,8 +50,11 @@ def flip(path: Path, part: str) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("part", ["values", "length", "checksum", "header"])
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [("values", torch.bfloat16), ("values", torch.float32), ("length", torch.float32), ("checksum", torch.float32),
+     ("header", torch.float32)],
+)  # fmt: skip
 def test_a_flipped_bit_is_noticed(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
     path, values = tmp_path / "one.tar", [torch.randn(2, 3, 5), torch.randn(2, 4, 4)]
     with writing(path, dtype) as add:
@@ -66,16 +69,22 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, part: str, dtype: torch.dtype)
     assert Members(path).get(1) is not None and Members(path).get(2) is None
 
 
-def test_a_cache_is_made_of_ordinary_shards(arguments: list[str], tmp_path: Path) -> None:
-    assert make(arguments, tmp_path / "cache", what="latents") == 0
-    tars = sorted(str(path) for path in (tmp_path / "cache" / "latents").glob("*.tar"))
+@pytest.fixture(scope="module")
+def latents(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of latents, to be copied."""
+    cache = tmp_path_factory.mktemp("cache") / "cache"
+    assert make(arguments, cache, what="latents") == 0
+    return cache
+
+
+def test_a_cache_is_made_of_ordinary_shards(latents: Path) -> None:
+    tars = sorted(str(path) for path in (latents / "latents").glob("*.tar"))
     samples = [load(sample["safetensors"]) for sample in webdataset.WebDataset(tars, shardshuffle=False)]
     assert len(samples) == 24 and all(sample["values"].shape[:2] == (2, 4) for sample in samples)
 
 
-def test_training_replaces_what_is_damaged(arguments: list[str], tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    assert make(arguments, cache, what="latents") == 0
+def test_training_replaces_what_is_damaged(arguments: list[str], latents: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(latents, tmp_path / "cache")
     damaged = sorted((cache / "latents").glob("*.tar"))[0]
     flip(damaged, "values")
     assert train_here([*arguments, f"data.cache={cache}", f"run_dir={tmp_path / 'run'}", "max_steps=6"]) == 0
@@ -88,38 +97,34 @@ def test_training_replaces_what_is_damaged(arguments: list[str], tmp_path: Path)
 
 def test_folders_whose_files_are_numbered_alike(tiny_arguments: list[str], tmp_path: Path) -> None:
     """Same names, sizes of images and numbers of words, as in two small folders of products or pets."""
-    for thing, first in (("dog", 0), ("cat", 100)):
-        folder = tmp_path / thing / "pictures"
+    folders = {thing: tmp_path / thing / "pictures" for thing in ("dog", "cat")}
+    for first, (thing, folder) in enumerate(folders.items()):
         folder.mkdir(parents=True)
         for number in range(4):
-            (folder / f"{number}.png").write_bytes(encoded(picture(first + number), compress_level=0))
+            (folder / f"{number}.png").write_bytes(encoded(picture(100 * first + number), compress_level=0))
             (folder / f"{number}.txt").write_text(f"photo of {thing} {number}")
-    sources = [f"{{name: {thing}, folder: {tmp_path / thing / 'pictures'}, weight: 0.5}}" for thing in ("dog", "cat")]
+    sources = ", ".join(f"{{name: {thing}, folder: {folder}, weight: 0.5}}" for thing, folder in folders.items())
     here = [
         *tiny_arguments,
         "stage=1",
-        f"data.sources=[{', '.join(sources)}]",
+        f"data.sources=[{sources}]",
         "log_every=1",
         "data.max_bad_fraction=1",
+        "max_steps=4",
     ]
+    cache = f"data.cache={tmp_path / 'cache'}"
     assert make(here, tmp_path / "cache") == 0
     assert len(list((tmp_path / "cache" / "latents").glob("*.tar"))) == 2
     losses = []
-    for name, more in (("plain", []), ("cached", [f"data.cache={tmp_path / 'cache'}"])):
-        assert train_here([*here, *more, f"run_dir={tmp_path / name}", "max_steps=4"]) == 0
+    for name, more in (("plain", []), ("cached", [cache])):
+        assert train_here([*here, *more, f"run_dir={tmp_path / name}"]) == 0
         losses.append([row["loss"] for row in records(tmp_path / name / "stage1")])
         assert not any(row["bad_samples"] for row in records(tmp_path / name / "stage1"))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     # Put elsewhere one by one, neither is taken for the other.
-    for thing in ("dog", "cat"):
-        alone = [
-            *tiny_arguments,
-            "stage=1",
-            f"data.folder={tmp_path / thing / 'pictures'}",
-            f"run_dir={tmp_path / thing}",
-        ]
+    for thing, folder in folders.items():
         with pytest.raises(UserError, match="lacks 1 of 1 shards"):
-            build_here([*alone, f"data.cache={tmp_path / 'cache'}"])
+            build_here([*tiny_arguments, "stage=1", f"data.folder={folder}", f"run_dir={tmp_path / thing}", cache])
 
 
 def test_shards_added_with_fewer_kinds_get_all_of_the_cache(arguments: list[str], tmp_path: Path) -> None:
@@ -164,7 +169,6 @@ def test_other_weights_or_another_tokenizer_are_noticed(arguments: list[str], tm
             parameter.add_(1e-3)
         assert weights_hash(model) != before
     before = tokenizer_hash(encoder)
-    assert before == tokenizer_hash(encoder)
     encoder.tokenizer.add_tokens(["<new>"])
     assert tokenizer_hash(encoder) != before
     cache = tmp_path / "cache"
@@ -182,12 +186,8 @@ def test_other_weights_or_another_tokenizer_are_noticed(arguments: list[str], tm
         with pytest.raises(UserError, match=f"made with {part}='another', and this command says"):
             build_here([*arguments, f"data.cache={cache}", f"run_dir={tmp_path / 'cached'}"])
         path.write_text(kept)
-
-
-def test_how_far_batches_are_padded_is_no_part_of_a_cache(arguments: list[str], tmp_path: Path) -> None:
-    masked, cache = [*arguments, "conditioning.mask_padding=true"], tmp_path / "cache"
-    assert make(masked, cache, what="text") == 0
-    build_here([*masked, "conditioning.pad_multiple=32", f"data.cache={cache}", f"run_dir={tmp_path / 'run'}"])
+    # How far batches are padded is no part of a cache.
+    build_here([*arguments, "conditioning.pad_multiple=32", f"data.cache={cache}", f"run_dir={tmp_path / 'padded'}"])
 
 
 def test_captions_are_read_without_their_images(
@@ -203,7 +203,3 @@ def test_captions_are_read_without_their_images(
     monkeypatch.setattr(caching, "read_place", counted)
     assert make(arguments, tmp_path / "cache", what="text") == 0
     assert sizes == [0] * 24
-    shutil.rmtree(tmp_path / "cache")
-    sizes.clear()
-    assert make(arguments, tmp_path / "cache", what="latents") == 0
-    assert len(sizes) == 24 and all(sizes)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import ROOT, wait_for
 from data_fixtures import sample
-from training_runs import free_port
+from ranks import run_on_two
 
 from paradiffusion.compose import compose_train
 from paradiffusion.data.cache import Members, remove_abandoned, writing
@@ -37,13 +37,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_make_what_one_makes(arguments: list[str], tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = subprocess.run(
-        [sys.executable, *launcher, "scripts/cache.py", *arguments, f"output={tmp_path / 'two'}"], cwd=ROOT,
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("48 samples in 12 files") == 2  # latents and text, each told once
+    ended, said = run_on_two("scripts/cache.py", *arguments, f"output={tmp_path / 'two'}")
+    assert ended == [0, 0], said
+    assert said.count("48 samples in 12 files") == 2  # latents and text, each told once
     assert make_cache(compose_train(arguments), CacheOptions(output=str(tmp_path / "one"))) == 0
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     assert len(one) == 2 * (2 * 12 + 1) + 2 and one == two  # each tar with its index, and a key
@@ -51,8 +47,7 @@ def test_two_processes_make_what_one_makes(arguments: list[str], tmp_path: Path)
 
 def test_a_stopped_run_goes_on_after_its_last_whole_shard(arguments: list[str], tmp_path: Path) -> None:
     # Large pictures one by one, so that there is time to stop.
-    slow = [*arguments, "data.resolution=256"]
-    folder = tmp_path / "cache" / "latents"
+    slow, folder = [*arguments, "data.resolution=256"], tmp_path / "cache" / "latents"
     started = subprocess.Popen(
         [sys.executable, "scripts/cache.py", *slow, "what=latents", "at_once=1", "readers=1", f"output={tmp_path / 'cache'}"],
         cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -64,24 +59,21 @@ def test_a_stopped_run_goes_on_after_its_last_whole_shard(arguments: list[str], 
     assert "stopped; finished shards are kept: run the same command again" in output
     before = {path: path.stat().st_mtime_ns for path in folder.glob("0*.tar")}
     assert 2 <= len(before) < 12 and not list(folder.glob(".*"))
-    options = {"what": "latents", "at_once": 1}
-    assert make_cache(compose_train(slow), CacheOptions(output=str(tmp_path / "cache"), **options)) == 0  # type: ignore[arg-type]
-    assert len(list(folder.glob("0*.tar"))) == 12
+    for name in ("cache", "whole"):
+        assert (
+            make_cache(compose_train(slow), CacheOptions(output=str(tmp_path / name), what="latents", at_once=1)) == 0
+        )
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert make_cache(compose_train(slow), CacheOptions(output=str(tmp_path / "whole"), **options)) == 0  # type: ignore[arg-type]
     assert files(folder) == files(tmp_path / "whole" / "latents")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (1 << 16, hard)
-    )  # stands for a disk: a larger file is refused by the system
+    # It stands for a disk: a larger file is refused by the system.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    said = r"one.tar could not be written \(.*\); make room, then run the same"
     try:
-        with (
-            pytest.raises(UserError, match=r"one.tar could not be written \(.*\); make room, then run the same"),
-            writing(tmp_path / "one.tar", torch.float32) as add,
-        ):
+        with pytest.raises(UserError, match=said), writing(tmp_path / "one.tar", torch.float32) as add:
             add(1, torch.zeros(1 << 16))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

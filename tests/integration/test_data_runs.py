@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from remote_fixtures import serving
-from training_runs import build_here, newest, records, tensors, train_here
+from training_runs import build_here, records, train_here
 
 from paradiffusion.data.index import load_index
 from paradiffusion.data.shards import write_shards
@@ -26,20 +26,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments_of(tiny_arguments: list[str], run: Path, *more: str) -> list[str]:
     kept = [
-        argument
-        for argument in tiny_arguments
-        if not argument.startswith(("data.shards=", "data.val_shards=", "data=", "data.demo"))
+        one for one in tiny_arguments if not one.startswith(("data.shards=", "data.val_shards=", "data=", "data.demo"))
     ]
-    return [
-        *kept,
-        "stage=1",
-        f"run_dir={run}",
-        "max_steps=4",
-        "validate_every=1000",
-        "checkpoint_every=4",
-        "log_every=1",
-        *more,
-    ]
+    own = ["stage=1", f"run_dir={run}", "max_steps=4", "validate_every=1000", "checkpoint_every=4", "log_every=1"]
+    return [*kept, *own, *more]
 
 
 def test_a_folder_of_pictures(tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,17 +49,6 @@ def test_a_folder_of_pictures(tiny_arguments: list[str], tmp_path: Path, capsys:
     with pytest.raises(UserError, match=r"^the data has changed since .* run_dir=<new folder> init_from="):
         train_here([*arguments, "max_steps=6"])
     assert train_here([*arguments, f"run_dir={tmp_path / 'more'}", f"init_from={stage}", "max_steps=1"]) == 0
-
-
-def test_shards_of_a_web_server(tiny_arguments: list[str], shards: Path, tmp_path: Path) -> None:
-    assert train_here(arguments_of(tiny_arguments, tmp_path / "local", f"data.shards={shards}")) == 0
-    with serving(shards) as server:
-        spec = f"data.shards={server.url}{{000000..000002}}.tar"
-        cache = [f"data.cache_dir={tmp_path / 'cache'}", "data.cache_gb=1", "data.retries=2"]
-        assert train_here(arguments_of(tiny_arguments, tmp_path / "remote", spec, *cache)) == 0
-    assert len(list((tmp_path / "cache").glob("*.shard"))) == 3
-    one, other = (tensors(newest(tmp_path / name / "stage1")) for name in ("local", "remote"))
-    assert one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
 
 
 def test_a_stream(tiny_arguments: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

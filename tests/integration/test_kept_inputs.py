@@ -84,15 +84,13 @@ def test_company_does_not_change_a_bit_of_the_real_language_model(precision: str
         pytest.skip("bfloat16 is slower than fp32 here, or emulated")
     config = compose_train(["preset=nano", "stage=1"])
     captions = [f"A {size} {colour} circle stands at the top {side}. " * 3 for size in ("small", "large")
-                for colour in ("red", "blue", "cyan", "dark green") for side in ("left", "right")]  # fmt: skip
+                for colour in ("red", "dark green") for side in ("left", "right")]  # fmt: skip
     codec = load_codec(CodecConfig(path=str(codec_folder)))
     encoder = load_text_encoder(config.text_encoder, config.conditioning)
-    several, few = (
-        Memory(encoder, codec, 1, CPU, lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"))
-        for _ in range(2)
-    )
+    cast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")  # noqa: E731
+    several, few = (Memory(encoder, codec, 1, CPU, cast) for _ in range(2))
     among_many = several.texts(captions)
-    for chosen in (captions[5:8], captions[11:], captions[:4], captions[::-1]):
+    for chosen in (captions[3:5], captions[5:], captions[:2], captions[::-1]):
         for caption, entry in few.texts(chosen).items():
             assert torch.equal(entry.values, among_many[caption].values)
 
@@ -124,8 +122,7 @@ def test_what_does_not_fit_is_made_each_time(make: Make) -> None:
     calls = calls_of(memory.encoder)
     kept, made = ([one(memory, caption) for _ in range(3)] for caption in ("a star", LONG))
     assert len(calls) == 1 + 3
-    assert all(torch.equal(again, made[0]) for again in made) and torch.equal(kept[0], kept[2])
-    assert torch.equal(one(make(), LONG), made[0])
+    assert all(torch.equal(again, made[0]) for again in [*made, one(make(), LONG)]) and torch.equal(kept[0], kept[2])
 
 
 def test_padding_that_is_attended_to_is_kept_whole(make: Make) -> None:
@@ -186,8 +183,7 @@ def test_auto_settles_by_what_the_processor_multiplies(
     monkeypatch.setattr(machine, "Path", lambda _: file)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert compose_train(["precision=auto"]).precision == settled
-    for asked in ("fp32", "bf16"):
-        assert compose_train([f"precision={asked}"]).precision == asked
+    assert compose_train(["precision=bf16"]).precision == "bf16"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for has in (False, True):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has: has)
@@ -198,17 +194,13 @@ def test_the_layout_loss_is_a_number_of_its_own(train: Callable[..., int], tmp_p
     """Runs that hardly move, so that they differ by the weight of that loss alone."""
     still = ["max_steps=2", "log_every=1", "optimizer.lr=1e-30", "optimizer.lr_conditioning=1e-30"]
     seen = []
-    for name, change in (
-        ("light", "objective.layout_weight=0"),
-        ("heavy", "objective.layout_weight=1000"),
-        ("none", "conditioning.layout_patch=0"),
-    ):
-        assert train(*still, change, f"run_dir={tmp_path / name}") == 0
-        stage = tmp_path / name / "stage1"
-        rows = records(stage)
-        held_out = json.loads((stage / "summary.json").read_text())["validation"]
-        typical = json.loads((newest(stage) / "training_state" / "state.json").read_text())["typical_loss"]
-        seen.append(([row["loss"] for row in rows], [row.get("loss_layout") for row in rows], held_out, typical))
+    for change in ("objective.layout_weight=0", "objective.layout_weight=1000", "conditioning.layout_patch=0"):
+        run = tmp_path / change
+        assert train(*still, change, f"run_dir='{run}'") == 0
+        rows, state = records(run / "stage1"), newest(run / "stage1") / "training_state" / "state.json"
+        held_out = json.loads((run / "stage1" / "summary.json").read_text())["validation"]
+        losses = [row["loss"] for row in rows], [row.get("loss_layout") for row in rows], held_out
+        seen.append((*losses, json.loads(state.read_text())["typical_loss"]))
     light, heavy, none = seen
     assert light == heavy and all(value > 0 for value in light[1])
     assert light[2].keys() >= {"loss_short", "loss_long"} and none[1] == [None, None]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,16 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from browser import chromium, in_browser
-from commands import ROOT
 from data_fixtures import encoded
 from PIL import Image
+from ranks import run_on_two
 from spoiled_train import spoil_latents
-from training_runs import build_here, free_port, records, train_here
+from training_runs import build_here, records, train_here
 
 from paradiffusion.compose import compose_options, compose_train
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.loader import LoaderSettings, make_loader
-from paradiffusion.data.shards import expand_shards, write_shards
+from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.training import spikes
 from paradiffusion.training.caching import CacheOptions, make_cache
@@ -87,9 +85,8 @@ def test_page_lines_and_pictures(stage: Path) -> None:
     losses = [row["loss"] for row in rows]
     assert losses == sorted(losses, reverse=True) and len(rows) == 4
     html = page.read_text()
-    assert [html.index(f'id="slot{row["slot"]}"') for row in rows] == sorted(
-        html.index(f'id="slot{row["slot"]}"') for row in rows
-    )
+    places = [html.index(f'id="slot{row["slot"]}"') for row in rows]
+    assert places == sorted(places)
     assert "<script" not in html and "http" not in html.replace("http-equiv", "")
     seen = read_seen(stage, 5)
     assert seen is not None
@@ -101,6 +98,13 @@ def test_page_lines_and_pictures(stage: Path) -> None:
         assert row["caption"], "a dropped caption is shown as well"
         assert row["dropped"] == (row["kept"] == "")
         assert 0 <= row["noise_share"] <= 1
+    samples = [s for step in range(3) for s in replay_here(f"run={stage}", f"step={step}")[0].samples]
+    assert any(s.dropped for s in samples) and any(s.truncated for s in samples)
+    for sample in samples:
+        if sample.truncated:
+            assert sample.kept and len(sample.kept) < len(sample.caption)
+        elif not sample.dropped:
+            assert sample.tokens <= sample.limit and sample.kept.split() == sample.caption.split()
 
 
 @in_browser
@@ -123,51 +127,51 @@ def test_page_is_shown_by_a_browser(stage: Path, tmp_path: Path) -> None:
     assert said == []
 
 
-def test_captions_are_shown_as_cut(stage: Path) -> None:
-    samples = [s for step in range(6) for s in replay_here(f"run={stage}", f"step={step}")[0].samples]
-    assert any(s.dropped for s in samples) and any(s.truncated for s in samples)
-    for sample in samples:
-        if sample.truncated:
-            assert sample.kept and len(sample.kept) < len(sample.caption)
-        elif not sample.dropped:
-            assert sample.tokens <= sample.limit
-            assert sample.kept.split() == sample.caption.split()
-
-
-@pytest.mark.parametrize("spoiled", ["caption", "pixels"])
-def test_changed_data_is_noticed(
-    spoiled: str, stage: Path, own_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def spoil_shards(own_shards: Path) -> Iterator[Callable[[Callable[[RawSample], None]], None]]:
+    """Changes every sample of the run's data, until the test ends."""
     kept = {path: path.read_bytes() for path in own_shards.glob("*.tar")}
     index = load_index(expand_shards(own_shards))
     samples = [read_sample(index, row) for row in range(48)]
-    for sample in samples:
-        if spoiled == "caption":
-            sample.meta["captions"] = {kind: f"{text} too" for kind, text in sample.meta["captions"].items()}
-        else:  # Same size and words: the fingerprint does not tell, the digests do.
-            size = Image.open(io.BytesIO(sample.image)).size
-            sample.image, sample.extension = encoded(Image.new("RGB", size, "red")), "png"
-    try:
+
+    def spoil(change: Callable[[RawSample], None]) -> None:
+        for sample in samples:
+            change(sample)
         write_shards(samples, own_shards, 16)
-        output = f"output={tmp_path / 'out'}"
-        if spoiled == "caption":
-            with pytest.raises(UserError, match=r"the data has changed since .*fingerprint.*force=true"):
-                replay_here(f"run={stage}", "step=2", output)
-            assert not (tmp_path / "out").exists()
-            found, _ = replay_here(f"run={stage}", "step=2", output, "force=true")
-        else:
-            found, _ = replay_here(f"run={stage}", "step=2", output)
-        assert found.certain == "different"
-        words = {"caption": "another caption", "pixels": "other pixels"}
-        slots = [sample.slot for sample in found.samples if spoiled == "pixels" or not sample.dropped]
-        assert slots
-        for slot in slots:
-            assert f"slot {slot} (" in found.verdict
-        assert found.verdict.count(words[spoiled]) == len(slots)
-        assert words["pixels" if spoiled == "caption" else "caption"] not in found.verdict
-    finally:
-        for path, data in kept.items():
-            path.write_bytes(data)
+
+    yield spoil
+    for path, data in kept.items():
+        path.write_bytes(data)
+
+
+def more_words(sample: RawSample) -> None:
+    sample.meta["captions"] = {kind: f"{text} too" for kind, text in sample.meta["captions"].items()}
+
+
+def red(sample: RawSample) -> None:
+    """Same size and words: the fingerprint does not tell, the digests do."""
+    sample.image, sample.extension = encoded(Image.new("RGB", Image.open(io.BytesIO(sample.image)).size, "red")), "png"
+
+
+@pytest.mark.parametrize(("change", "said", "unsaid"), [
+    (more_words, "another caption", "other pixels"), (red, "other pixels", "another caption"),
+])  # fmt: skip
+def test_changed_data_is_noticed(
+    change: Callable[[RawSample], None], said: str, unsaid: str, stage: Path, tmp_path: Path,
+    spoil_shards: Callable[[Callable[[RawSample], None]], None],
+) -> None:  # fmt: skip
+    spoil_shards(change)
+    arguments = [f"run={stage}", "step=2", f"output={tmp_path / 'out'}"]
+    if change is more_words:
+        with pytest.raises(UserError, match=r"the data has changed since .*fingerprint.*force=true"):
+            replay_here(*arguments)
+        assert not (tmp_path / "out").exists()
+        arguments.append("force=true")
+    found, _ = replay_here(*arguments)
+    assert found.certain == "different"
+    slots = [sample.slot for sample in found.samples if change is red or not sample.dropped]
+    assert slots and all(f"slot {slot} (" in found.verdict for slot in slots)
+    assert found.verdict.count(said) == len(slots) and unsaid not in found.verdict
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -176,28 +180,25 @@ def test_digests_do_not_depend_on_the_number_of_processes(
 ) -> None:
     recorded = read_seen(stage, 3)
     assert recorded is not None and recorded.world_size == 1 and recorded.micro_batches == 2
-    setup = build_here(
-        [*tiny_arguments, f"data.shards={own_shards}", "data.caption_dropout=0.4", f"run_dir={tmp_path / 'again'}"]
-    )
+    more = [f"data.shards={own_shards}", "data.caption_dropout=0.4", f"run_dir={tmp_path / 'again'}"]
+    setup = build_here([*tiny_arguments, *more])
     setup.close()
     (tmp_path / "samples_seen").mkdir()
+    settings = LoaderSettings(
+        first_step=3, last_step=4, world_size=world, accumulation=2, caption_dropout=0.4, workers=0
+    )
     for rank in range(world):
-        settings = LoaderSettings(
-            first_step=3, last_step=4, rank=rank, world_size=world, accumulation=2, caption_dropout=0.4, workers=0
-        )
-        batches = list(make_loader(setup.plan.index, setup.plan, settings))
+        batches = list(make_loader(setup.plan.index, setup.plan, replace(settings, rank=rank)))
         path = tmp_path / "samples_seen" / f"rank{rank}_from000000.jsonl"
         path.write_text(line_of(3, rank, world, batches))
     again = read_seen(tmp_path, 3)
-    assert again is not None and again.world_size == world
-    assert again.samples == recorded.samples
-    found, _ = replay_here(f"run={stage}", "step=3", "world=2", "ckpt=" + str(stage), f"output={tmp_path / 'two'}")
-    assert found.certain == "identical"
-    assert {sample.rank for sample in found.samples} == {0, 1}
+    assert again is not None and again.world_size == world and again.samples == recorded.samples
+    found, _ = replay_here(f"run={stage}", "step=3", "world=2", f"ckpt={stage}", f"output={tmp_path / 'two'}")
+    assert found.certain == "identical" and {sample.rank for sample in found.samples} == {0, 1}
 
 
 def test_step_of_a_run_without_records(train: Train, tmp_path: Path) -> None:
-    assert train("max_steps=4", "checkpoint_every=2", "keep_last=1") == 0
+    assert train("max_steps=2", "checkpoint_every=2") == 0
     found, _ = replay_here(f"run={tmp_path / 'run' / 'stage1'}", "step=1")
     assert found.certain == "unknown" and "log_samples=true" in found.verdict
     assert "the oldest there is, after the step" in found.facts["losses"]
@@ -236,59 +237,54 @@ def test_shards_that_have_moved(stage: Path, own_shards: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["step=1"], "run= is missing"),
-        (["run={stage}"], "step= is missing"),
-        (["run={stage}", "step=-1"], "step=-1 is negative"),
-        (["run={stage}", "step=6"], "step=6 is beyond the run .*the last one is 5"),
-        (["run={stage}", "step=two"], "step=two: Value.*Integer"),
-        (["run={stage}", "step=1.5"], "step=1.5: Value.*Integer"),
-        (["run={stage}/..", "step=1", "world=3"], "not a whole multiple"),
-        (["run={stage}", "step=1", "world=0"], "world=0 is out of range"),
-        (["run={stage}/checkpoints", "step=1"], "holds no config.json"),
-        (["run=nowhere", "step=1"], "run=nowhere holds no config.json"),
-        (["run={stage}", "step=1", "ckpt=nowhere"], "ckpt=nowhere holds no checkpoint"),
-        (["run={stage}", "step=1", "output={stage}/config.json"], "is a file"),
-        (["run={stage}", "step=1", "output={stage}/config.json/inside"], "config.json is a file"),
-        (["run={stage}", "stepp=1"], "'stepp=1' is not understood"),
+        ("step=1", "run= is missing"), ("run={stage}", "step= is missing"), ("run={stage} step=-1", "step=-1 is negative"),
+        ("run={stage} step=6", "step=6 is beyond the run .*the last one is 5"), ("run={stage} step=two", "step=two: Value.*Integer"),
+        ("run={stage}/.. step=1 world=3", "not a whole multiple"), ("run={stage} step=1 world=0", "world=0 is out of range"),
+        ("run={stage}/checkpoints step=1", "holds no config.json"), ("run=nowhere step=1", "run=nowhere holds no config.json"),
+        ("run={stage} step=1 ckpt=nowhere", "ckpt=nowhere holds no checkpoint"),
+        ("run={stage} step=1 output={stage}/config.json", "is a file"),
+        ("run={stage} step=1 output={stage}/config.json/inside", "config.json is a file"),
+        ("run={stage} stepp=1", "'stepp=1' is not understood"),
     ],
-)
-def test_wrong_arguments_are_one_sentence(arguments: list[str], sentence: str, stage: Path) -> None:
+)  # fmt: skip
+def test_wrong_arguments_are_one_sentence(arguments: str, sentence: str, stage: Path) -> None:
     with pytest.raises(UserError, match=sentence):
-        replay_here(*(argument.replace("{stage}", str(stage)) for argument in arguments))
+        replay_here(*(argument.replace("{stage}", str(stage)) for argument in arguments.split()))
 
 
-def test_spike_leaves_its_page(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen = spoil_latents(monkeypatch, {5}, math.nan)
-    assert train("on_spike=skip") == 0
-    folder = tmp_path / "run" / "stage1" / "replay" / "step_000005" / "spike"
-    assert f"{folder / 'index.html'} shows them" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert [row["key"] for row in rows] == seen[5] and {row["loss"] for row in rows} == {"nan"}
-    assert "loss spike at step 5" in (folder / "index.html").read_text()
-    assert len(list((folder / "images").glob("*.png"))) == 4
-    # The replay by hand lies beside it and leaves it as it is.
-    page = (folder / "index.html").read_bytes()
-    replay_here(f"run={tmp_path / 'run' / 'stage1'}", "step=5")
-    assert (folder / "index.html").read_bytes() == page
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
 
 
-def test_page_of_a_spike_has_the_pictures_of_cached_latents(
-    train: Train, tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache = tmp_path / "cache"
-    assert make_cache(compose_train([*tiny_arguments, "stage=1"]), CacheOptions(output=str(cache))) == 0
-    seen = spoil_latents(monkeypatch, {5}, math.nan)
-    assert train("on_spike=skip", f"data.cache={cache}", "log_samples=true") == 0
-    folder = tmp_path / "run" / "stage1" / "replay" / "step_000005" / "spike"
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert [row["key"] for row in rows] == seen[5] and all(row["image"] for row in rows)
-    assert (folder / "index.html").read_text().count("data:image/") == 4
-    found, page = replay_here(f"run={tmp_path / 'run' / 'stage1'}", "step=5")
-    assert found.certain == "identical" and "its latents came from a cache" in found.verdict
-    for path in (folder / "images").iterdir():
+def same_pictures(spike: Path, page: Path) -> None:
+    """The pictures of the run and those of the replay are the same to the byte."""
+    for path in (spike / "images").iterdir():
         assert path.read_bytes() == (page.parent / "images" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_spike_leaves_its_page(
+    cached: bool, train: Train, tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With its pictures, also where only their latents were read; the replay by hand lies beside it."""
+    cache, stage = tmp_path / "cache", tmp_path / "run" / "stage1"
+    if cached:
+        assert make_cache(compose_train([*tiny_arguments, "stage=1"]), CacheOptions(output=str(cache))) == 0
+    seen = spoil_latents(monkeypatch, {5}, math.nan)
+    assert train("on_spike=skip", "max_steps=6", "log_samples=true", *([f"data.cache={cache}"] if cached else [])) == 0
+    folder = stage / "replay" / "step_000005" / "spike"
+    assert f"{folder / 'index.html'} shows them" in capsys.readouterr().out
+    rows = rows_of(folder)
+    assert [row["key"] for row in rows] == seen[5] and {row["loss"] for row in rows} == {"nan"}
+    html = (folder / "index.html").read_text()
+    assert "loss spike at step 5" in html and html.count("data:image/") == 4 == len(
+        list((folder / "images").glob("*.png"))
+    )
+    found, page = replay_here(f"run={stage}", "step=5")
+    assert found.certain == "identical" and ("its latents came from a cache" in found.verdict) == cached
+    assert (folder / "index.html").read_text() == html
+    same_pictures(folder, page)
 
 
 def test_pages_of_spikes_are_few_and_never_stop_a_run(
@@ -312,29 +308,13 @@ def test_pages_of_spikes_are_few_and_never_stop_a_run(
 
 def test_two_processes_write_one_page_and_are_replayed(tiny_arguments: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
     arguments = [*tiny_arguments, "log_samples=true", "on_spike=skip", "max_steps=4", f"run_dir={run}"]
-    result = subprocess.run(
-        [*launcher, "tests/support/spoiled_train.py", "2", *arguments], cwd=ROOT, env={**environment, "ACCELERATE_USE_CPU": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
+    ended, said = run_on_two("tests/support/spoiled_train.py", "2", *arguments)
+    assert ended == [0, 0], said[-4000:]
     folder = run / "stage1" / "replay" / "step_000002" / "spike"
-    assert result.stdout.count(f"{folder / 'index.html'} shows them") == 1
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert sorted((row["slot"], row["rank"]) for row in rows) == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert said.count(f"{folder / 'index.html'} shows them") == 1
+    assert sorted((row["slot"], row["rank"]) for row in rows_of(folder)) == [(0, 0), (1, 1), (2, 0), (3, 1)]
     assert len(list((folder / "images").glob("*.png"))) == 4
-    # Who had what is recorded; the pictures of the run and those of the replay are the same to the byte.
     found, page = replay_here(f"run={run / 'stage1'}", "step=2")
     assert found.certain == "identical" and {(s.slot, s.rank) for s in found.samples} == {(s, s % 2) for s in range(4)}
-    for path in (folder / "images").iterdir():
-        assert path.read_bytes() == (page.parent / "images" / path.name).read_bytes()
+    same_pictures(folder, page)

@@ -28,8 +28,9 @@ def test_huge_learning_rate_stops_and_names_step_and_samples(train: Train, tmp_p
     assert steps_saved(wild / "stage2") == []
 
 
-@pytest.mark.parametrize("on_spike", ["stop", "skip", "rollback"])
-@pytest.mark.parametrize("factor", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize(
+    ("on_spike", "factor"), [("stop", math.nan), ("skip", math.inf), ("rollback", 1e30), ("rollback", math.nan)]
+)
 def test_loss_that_is_not_finite(
     on_spike: str, factor: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -49,8 +50,7 @@ def test_loss_that_is_not_finite(
         skipped = [5] if on_spike == "skip" else [4, 5]
         assert json.loads((stage / "summary.json").read_text())["skipped_steps"] == skipped
         assert all(torch.isfinite(tensor).all() for tensor in tensors(newest(stage)).values())
-    assert "step 5: the loss is" in said
-    assert all(key in said for key in seen[5])
+    assert "step 5: the loss is" in said and all(key in said for key in seen[5])
     if on_spike != "skip":
         assert str(stage / "checkpoints" / "step_000004") in said
     assert find_fault(stage / "checkpoints" / "step_000004") is None

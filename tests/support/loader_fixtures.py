@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 import torch
 from data_fixtures import as_json, encoded, picture, write_tar
 
@@ -44,13 +44,13 @@ def damaged(folder: Path, count: int, bad: dict[int, bytes]) -> SampleIndex:
 
 
 def children() -> list[int]:
-    """Living processes started by this one (zombies apart)."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        if int(parent) == os.getpid() and state != "Z":
-            found.append(int(stat.parent.name))
-    return found
+    """Living processes started by this one."""
+    return [one.pid for one in psutil.Process().children() if alive(one.pid)]
+
+
+def alive(process: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

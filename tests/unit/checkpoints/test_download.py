@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from commands import ROOT
-from official_models import as_bin, make_official
+from official_models import as_bin, make_official, same
 
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.tensors import convert_bins, find_tensors, read_tensors
+from paradiffusion.config import CodecConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
+from scripts import download
 
 OLD = ("google/t5-v1_1-xxl",)  # has its weights as .bin alone
-
-
-@pytest.fixture(scope="module")
-def download() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("download", ROOT / "scripts" / "download.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["download"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -50,7 +37,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict
 
 
 def test_a_dry_run_says_sizes_and_licences_and_fetches_nothing(
-    download: ModuleType, hub: list[Any], capsys: pytest.CaptureFixture[str]
+    hub: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert download.main(["what=all", "dry_run=true", "to=weights"]) == 0
     said = capsys.readouterr().out
@@ -59,7 +46,7 @@ def test_a_dry_run_says_sizes_and_licences_and_fetches_nothing(
     assert not hub
 
 
-def test_what_is_asked_for_is_fetched(download: ModuleType, hub: list[Any], tmp_path: Path) -> None:
+def test_what_is_asked_for_is_fetched(hub: list[Any], tmp_path: Path) -> None:
     assert download.main(["what=vae", "yes=true"]) == 0
     assert download.main(["what=official", "yes=true", f"to={tmp_path}", "id=me/mine", "revision=abc"]) == 0
     (vae, first), (mine, second) = hub
@@ -68,12 +55,12 @@ def test_what_is_asked_for_is_fetched(download: ModuleType, hub: list[Any], tmp_
     assert not any("*.py" in pattern or pattern == "*" for pattern in second["allow_patterns"])
 
 
-def test_old_weights_are_fetched_where_there_are_no_others(download: ModuleType, hub: list[Any]) -> None:
+def test_old_weights_are_fetched_where_there_are_no_others(hub: list[Any]) -> None:
     assert download.main(["what=llm", f"id={OLD[0]}", "yes=true"]) == 0
     assert [call["allow_patterns"] == ["*.bin"] for _, call in hub] == [False, True]
 
 
-def test_nothing_is_fetched_unasked(download: ModuleType, hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_fetched_unasked(hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
     with pytest.raises(UserError, match="yes=true"):
         download.main(["what=llm"])
@@ -89,38 +76,31 @@ def test_nothing_is_fetched_unasked(download: ModuleType, hub: list[Any], monkey
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "one of what="),
-        (["what=llm", "convert=x"], "one of what="),
-        (["what=everything"], "llm, vae, official, all"),
-        (["what=all", "id=a/b"], "choose one repository"),
-        (["what=llm", "force=true"], "the keys are what, to, id"),
-        (["what=llm", "yes=maybe"], "yes"),
+        ([], "one of what="), (["what=llm", "convert=x"], "one of what="), (["what=everything"], "llm, vae, official, all"),
+        (["what=all", "id=a/b"], "choose one repository"), (["what=llm", "force=true"], "the keys are what, to, id"),
     ],
-)
-def test_wrong_keys(download: ModuleType, hub: list[Any], arguments: list[str], words: str) -> None:
+)  # fmt: skip
+def test_wrong_keys(hub: list[Any], arguments: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         download.main(arguments)
     assert not hub
 
 
-@pytest.mark.parametrize(
-    ("message", "words"),
-    [
-        ("401 Client Error: gated repo", "accept its licence"),
-        ("\nName or service not known\nmore", "not known.*try again"),
-    ],
-)
-def test_a_hub_that_fails(download: ModuleType, monkeypatch: pytest.MonkeyPatch, message: str, words: str) -> None:
-    def fail(*_: Any, **__: Any) -> str:
-        raise OSError(message)
+def test_a_hub_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for message, words in (
+        ("401 Client Error: gated repo", "accept its licence"), ("\nName or service not known\nmore", "not known.*try again"),
+    ):  # fmt: skip
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(UserError, match=words) as caught:
-        download.main(["what=llm", "yes=true"])
-    assert "\n" not in str(caught.value)
+        def fail(*_: Any, said: str = message, **__: Any) -> str:
+            raise OSError(said)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+        with pytest.raises(UserError, match=words) as caught:
+            download.main(["what=llm", "yes=true"])
+        assert "\n" not in str(caught.value)
 
 
-def test_old_files_become_safetensors(download: ModuleType, tmp_path: Path, codec_folder: Path) -> None:
+def test_old_files_become_safetensors(tmp_path: Path, codec_folder: Path) -> None:
     folder = make_official(tmp_path / "w", codec_folder, {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
     before, codec = open_layout(folder).weights(), open_layout(folder).description["codec"]
     as_bin(folder / "unet", "diffusion_pytorch_model")
@@ -130,11 +110,8 @@ def test_old_files_become_safetensors(download: ModuleType, tmp_path: Path, code
     assert download.main([f"convert={folder}"]) == 0
     for path in folder.rglob("*.bin"):
         path.unlink()
-    after = open_layout(folder).weights()
-    assert after.keys() == before.keys() and all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert (folder / "Llama-2-7b-hf" / "model.safetensors").is_file() and codec["path"] is not None
-    from paradiffusion.config import CodecConfig
-
+    assert same(open_layout(folder).weights(), before)
+    assert (folder / "Llama-2-7b-hf" / "model.safetensors").is_file()
     load_codec(CodecConfig(path=codec["path"]))
     with pytest.raises(UserError, match=r"holds no \.bin files"):
         convert_bins(folder)

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from official_models import MODERN, latents, make_official, make_ours, reference, same
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,6 +22,7 @@ from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.config import ConditioningConfig, ObjectiveConfig, UNetConfig
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.pipeline import load_models
+from scripts.export import main as export
 from scripts.publish import main as publish
 
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}}
@@ -45,14 +48,14 @@ def test_ours_to_official_keeps_what_it_has_no_place_for(tmp_path: Path, codec_f
     export_official(open_layout(ours), tmp_path / "weights", frozen="copy")
     assert same(open_layout(ours).weights(), open_layout(tmp_path / "weights").weights())
     assert torch.equal(latents(ours), latents(tmp_path / "weights"))
-    before, after = open_layout(ours).description, open_layout(tmp_path / "weights").description
+    descriptions = [open_layout(folder).description for folder in (ours, tmp_path / "weights")]
     for key in ("conditioning", "sampler", "resolution", "step", "objective", "lora", "stage"):
-        kept = {k: v for k, v in after[key].items() if k != "name"} if isinstance(after[key], dict) else after[key]
-        wanted = {k: v for k, v in before[key].items() if k != "name"} if isinstance(after[key], dict) else before[key]
-        assert kept == wanted, key
+        values = [about[key] for about in descriptions]
+        before, after = ({**v, "name": ""} if isinstance(v, dict) else v for v in values)
+        assert before == after, key
     assert str(tmp_path) not in (tmp_path / "weights" / "paradiffusion.json").read_text()
     config = json.loads((tmp_path / "weights" / "unet" / "config.json").read_text())
-    assert config["sample_size"] * 8 == before["resolution"]
+    assert config["sample_size"] * 8 == descriptions[0]["resolution"]
 
 
 @pytest.mark.parametrize(
@@ -87,41 +90,30 @@ def test_lora_of_the_unet_is_stored_apart_and_merged(tmp_path: Path, codec_folde
     layer = next(name for name in state if name.endswith("to_q.base_layer.weight")).removesuffix(".base_layer.weight")
     down, up = (state[f"{layer}.lora_{half}.default.weight"] for half in "AB")
     merged = state[f"{layer}.base_layer.weight"] + 3.0 * up @ down
-    models = load_models(open_layout(folder), device="cpu")
-    torch.testing.assert_close(models.joint.state_dict()[f"{layer}.weight"], merged, atol=1e-6, rtol=0)
-    assert not any(".lora_" in name for name in models.joint.unet.state_dict())
-    assert up.abs().sum() > 0
+    unet = load_models(open_layout(folder), device="cpu").joint.unet.state_dict()
+    torch.testing.assert_close(unet[f"{layer.removeprefix('unet.')}.weight"], merged, atol=1e-6, rtol=0)
+    assert not any(".lora_" in name for name in unet) and up.abs().sum() > 0
     export_ours(open_layout(folder), tmp_path / "published", frozen="none")
     assert not (tmp_path / "published" / "unet_lora").exists()
     assert torch.equal(latents(folder), latents(tmp_path / "published", codec_folder))
-
-
-def test_peft_loads_the_unets_adapter_by_itself(tmp_path: Path, codec_folder: Path) -> None:
-    from diffusers import UNet2DConditionModel
-    from peft import PeftModel
-
-    folder = make_ours(tmp_path / "ours", codec_folder, unet=UNetConfig(lora_rank=2, lora_alpha=6))
+    # PEFT loads it by itself.
     base = UNet2DConditionModel.from_pretrained(folder / "unet")
-    adapted = PeftModel.from_pretrained(base, folder / "unet_lora").merge_and_unload()
-    ours = load_models(open_layout(folder), device="cpu").joint.unet
-    for name, tensor in adapted.state_dict().items():
-        torch.testing.assert_close(tensor, ours.state_dict()[name], atol=1e-6, rtol=0)
+    for name, tensor in PeftModel.from_pretrained(base, folder / "unet_lora").merge_and_unload().state_dict().items():
+        torch.testing.assert_close(tensor, unet[name], atol=1e-6, rtol=0)
 
 
 def test_publishing_says_nothing_of_this_machine(tmp_path: Path, codec_folder: Path) -> None:
     folder = make_ours(tmp_path / "ours", codec_folder, **MODERN)
-    publish(["--ckpt", str(folder), "--output", str(tmp_path / "out"), "--dtype", "bfloat16"])
+    for name, more in (("out", []), ("larger", ["--resolution", "96"])):
+        publish(["--ckpt", str(folder), "--output", str(tmp_path / name), "--dtype", "bfloat16", *more])
     sizes = [sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in (tmp_path / "out", folder)]
     assert sizes[0] < 0.7 * sizes[1]
     assert str(codec_folder) not in (tmp_path / "out" / "checkpoint.json").read_text()
     stored = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(tensor.dtype == torch.bfloat16 for tensor in stored.values())
     assert all(tensor.dtype == torch.float32 for tensor in open_layout(tmp_path / "out").weights().values())
-    publish(["--ckpt", str(folder), "--output", str(tmp_path / "larger"), "--dtype", "bfloat16", "--resolution", "96"])
-    assert open_layout(tmp_path / "larger").description == {
-        **open_layout(tmp_path / "out").description,
-        "resolution": 96,
-    }
+    out, larger = (open_layout(tmp_path / name).description for name in ("out", "larger"))
+    assert larger == {**out, "resolution": 96}
     export_ours(open_layout(folder), tmp_path / "linked")
     assert str(codec_folder) in (tmp_path / "linked" / "checkpoint.json").read_text()
     assert torch.equal(latents(folder), latents(tmp_path / "linked"))
@@ -149,31 +141,31 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, codec_folder: Path, mon
         export_ours(weights, tmp_path / "file" / "below")
     full = lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # noqa: E731
     monkeypatch.setattr("peft.LoraConfig.save_pretrained", full)
-    for export in (
+    for write in (
         lambda folder: export_ours(weights, folder),
         lambda folder: export_official(weights, folder, frozen="link"),
         lambda folder: export_pipeline(weights, folder),
     ):
         with pytest.raises(UserError, match="No space left on device.*nothing is left of it"):
-            export(tmp_path / "out")
+            write(tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "ours"]
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_the_command_line(tmp_path: Path, codec_folder: Path, command: Callable[..., Any]) -> None:
-    ours = make_ours(tmp_path / "ours", codec_folder)
-    done = command(
-        "scripts/export.py", f"ckpt={ours}", "to=official", f"output={tmp_path / 'w'}", "frozen=none", "dtype=float16"
-    )
-    assert done.returncode == 0 and "in the layout official" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "w").iterdir()) == [
-        "paradiffusion.json", "scheduler", "text_encoder_lora", "unet",
-    ]  # fmt: skip
+def test_the_command_line(
+    tmp_path: Path, codec_folder: Path, command: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = f"ckpt={make_ours(tmp_path / 'ours', codec_folder)}"
+    assert export([ours, "to=official", f"output={tmp_path / 'w'}", "frozen=none", "dtype=float16"]) == 0
+    assert "in the layout official" in capsys.readouterr().out
+    found = sorted(path.name for path in (tmp_path / "w").iterdir())
+    assert found == ["paradiffusion.json", "scheduler", "text_encoder_lora", "unet"]
     for arguments, words in (
-        (["to=onnx", f"ckpt={ours}", "output=x"], "official, pipeline, ours"),
-        (["ckpt=x", "output=y"], "to= is missing"),
+        (["to=onnx", ours, "output=x"], "official, pipeline, ours"),
         (["ckpt=x", "to=ours", "out=y"], "the keys are ckpt, to, output"),
-        ([f"ckpt={ours}", "to=ours", f"output={tmp_path / 'z'}", "text_encoder.path=/nowhere"], "holds no config.json"),
+        ([ours, "to=ours", f"output={tmp_path / 'z'}", "text_encoder.path=/nowhere"], "holds no config.json"),
     ):
-        refused = command("scripts/export.py", *arguments)
-        assert refused.returncode == 2 and words in refused.stderr and "Traceback" not in refused.stderr
+        with pytest.raises(UserError, match=words):
+            export(arguments)
+    refused = command("scripts/export.py", "ckpt=x", "output=y")
+    assert refused.returncode == 2 and "to= is missing" in refused.stderr and "Traceback" not in refused.stderr

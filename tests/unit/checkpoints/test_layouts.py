@@ -37,7 +37,7 @@ ARMS = {
     "paper": ConditioningConfig(max_tokens=32),
     "modern": ConditioningConfig(
         name="modern", layer_tap="mean", projection="refiner", refiner_width=16, refiner_layers=1, refiner_heads=2, refiner_kernel=3,
-        layout_patch=2, mask_padding=True, max_tokens=32,
+        layout_patch=2, mask_padding=True, max_tokens=32
     ),
 }  # fmt: skip
 PROMPTS = ["a red circle at the left", ""]
@@ -128,7 +128,7 @@ def test_peft_loads_the_adapter_by_itself(make: Callable[..., Made]) -> None:
 
 
 def test_files_written_twice_are_equal_and_say_one_thing(make: Callable[..., Made]) -> None:
-    first, second = make("modern", True, "first")[0], make("modern", True, "second")[0]
+    first, second = (make("modern", True, name)[0] for name in ("first", "second"))
     files = [path.relative_to(first) for path in sorted(first.rglob("*")) if path.is_file()]
     assert sum(path.suffix == ".safetensors" for path in files) == 3
     for path in files:
@@ -138,27 +138,30 @@ def test_files_written_twice_are_equal_and_say_one_thing(make: Callable[..., Mad
                 assert file.metadata() == {"format": "pt"}
     adapter = json.loads((first / "text_encoder_lora" / "adapter_config.json").read_text())
     assert adapter["target_modules"] == ["o_proj", "q_proj", "v_proj"] and adapter["lora_alpha"] == 6
+    description = open_layout(first).description
+    assert description["lora"]["rank"] == 2 and description["coordinates"] == 2
+    assert len(description["text_encoder"]["hash"]) == len(description["codec"]["hash"]) == 16
+    assert description["conditioning"]["layer_tap"] == "mean" and description["conditioning"]["max_tokens"] == 32
+    assert set(description["provenance"]["libraries"]) >= {"torch", "diffusers", "transformers", "peft"}
+    assert load_file(first / "refiner" / "model.safetensors").keys() >= {"mean", "std"}
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "codec"])
-def test_another_frozen_model_is_refused(make: Callable[..., Made], part: str) -> None:
-    folder = make("paper", False)[0]
-    description = open_layout(folder).description
-    description[part]["hash"] = "0123456789abcdef"
-    (folder / "checkpoint.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match=f"trained with 0123456789abcdef.*{part}.path=<folder>"):
-        load_models(open_layout(folder), device="cpu")
-
-
-def test_a_moved_codec_is_found_by_its_new_path(make: Callable[..., Made], codec_folder: Path, tmp_path: Path) -> None:
+def test_another_frozen_model_is_refused_and_a_moved_one_found(
+    make: Callable[..., Made], codec_folder: Path, tmp_path: Path
+) -> None:
     folder, joint, encoder = make("paper", False)
-    description = open_layout(folder).description
-    description["codec"]["path"] = "/no/longer/here"
-    (folder / "checkpoint.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match="/no/longer/here"):
-        load_models(open_layout(folder), device="cpu")
-    moved = tmp_path / "moved"
-    shutil.copytree(codec_folder, moved)
+    whole = (folder / "checkpoint.json").read_text()
+    for part, key, value, said in (
+        ("text_encoder", "hash", "0123456789abcdef", r"trained with 0123456789abcdef.*text_encoder\.path=<folder>"),
+        ("codec", "hash", "0123456789abcdef", r"trained with 0123456789abcdef.*codec\.path=<folder>"),
+        ("codec", "path", "/no/longer/here", "/no/longer/here"),
+    ):
+        description = json.loads(whole)
+        description[part][key] = value
+        (folder / "checkpoint.json").write_text(json.dumps(description))
+        with pytest.raises(UserError, match=said):
+            load_models(open_layout(folder), device="cpu")
+    moved = shutil.copytree(codec_folder, tmp_path / "moved")
     models = load_models(open_layout(folder), SampleConfig(codec=FrozenConfig(path=str(moved))), device="cpu")
     assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
 
@@ -219,12 +222,3 @@ def test_a_checkpoint_from_before_a_key_is_one_with_its_default(make: Callable[.
     check_init(config, folder, description)
     with pytest.raises(UserError, match=r"conditioning\.layout_layers=2, and this command says 3"):
         check_init(replace(config, conditioning=replace(ARMS["paper"], layout_layers=3)), folder, description)
-
-
-def test_the_description_says_what_made_it(make: Callable[..., Made]) -> None:
-    description = open_layout(make("modern", True)[0]).description
-    assert description["lora"]["rank"] == 2 and description["coordinates"] == 2
-    assert len(description["text_encoder"]["hash"]) == len(description["codec"]["hash"]) == 16
-    assert description["conditioning"]["layer_tap"] == "mean" and description["conditioning"]["max_tokens"] == 32
-    assert set(description["provenance"]["libraries"]) >= {"torch", "diffusers", "transformers", "peft"}
-    assert load_file(make("modern", True)[0] / "refiner" / "model.safetensors").keys() >= {"mean", "std"}

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
-from commands import ROOT
 from omegaconf import OmegaConf
 
+import sample
+import train
 from paradiffusion.compose import CONFIGS, compose_sample, compose_train, groups, options
 from paradiffusion.config import TrainConfig, keys_of
+from paradiffusion.entry import run as enter
 from paradiffusion.errors import UserError
 from paradiffusion.scenes.dataset import DEFAULT_SIZES
 
 AWKWARD = [
-    "a \"red\", {blue} = 'x' ${oops}",
-    "two\nlines\\",
-    "'quoted'",
-    '"',
-    "[1, 2]",
-    "",
-    "123",
-    "~+a=b",
-    "  spaces  ",
-    "é ✓",
-]
+    "a \"red\", {blue} = 'x' ${oops}", "two\nlines\\", "'quoted'", '"', "[1, 2]", "", "123", "~+a=b", "  spaces  ", "é ✓",
+]  # fmt: skip
 
 # (preset, stage) for which there is a preset_stage file.
 STAGES = [tuple(name.rsplit("_", 1)) for name in options("preset_stage")]
@@ -44,13 +38,7 @@ def test_every_stage_composes(preset: str, stage: str, conditioning: str) -> Non
     # What the files say, and nothing besides: a default in the schema would be mixed in.
     assert config.data.captions == {**of_stage, **file.get("data", {}).get("captions", {})}
     assert config.max_steps == file["max_steps"] and config.optimizer.lr == file["optimizer"]["lr"]
-
-
-def test_every_preset_has_its_three_stages_and_a_default_conditioning() -> None:
     assert set(STAGES) >= {(preset, stage) for preset in options("preset") for stage in "123"}
-    assert compose_train(["preset=nano"]).conditioning.name == "modern"
-    config = compose_train([])
-    assert (config.preset, config.stage, config.run_dir) == ("nano", 1, "runs/nano")
 
 
 @pytest.mark.parametrize("group", [g for g in groups() if g not in ("preset", "stage", "recipe")])
@@ -71,8 +59,6 @@ def test_the_large_world_is_one_key() -> None:
     assert small.demo_sizes == DEFAULT_SIZES["small"] and large.demo_sizes == DEFAULT_SIZES["large"]
     own = compose_train(["data.world=large", "data.demo_folder=/mine", "data.demo_sizes={web: 8, val: 4}"]).data
     assert (own.shards, own.demo_sizes) == ("/mine/web", {"web": 8, "val": 4})
-    with pytest.raises(UserError, match="data.world=huge"):
-        compose_train(["data.world=huge"])
 
 
 @pytest.mark.parametrize("name", options("recipe"))
@@ -83,35 +69,32 @@ def test_a_recipe_wins_over_preset_and_stage_and_not_over_the_command_line(name:
     assert compose_train([f"recipe={name}", "stage=2", "batch_size=6"]).batch_size == 6
 
 
-@pytest.mark.parametrize("lower", ["[64]", "[96]", "[60]", "[32, 30]", "[0]"])
-def test_lower_resolutions_must_lie_apart(lower: str) -> None:
-    with pytest.raises(UserError, match=r"data\.lower_resolutions=\[.*\] does not go with data\.resolution=64"):
-        compose_train([f"data.lower_resolutions={lower}"])
+def test_lower_resolutions_must_lie_apart() -> None:
+    for lower in ("[64]", "[96]", "[60]", "[32, 30]", "[0]"):
+        with pytest.raises(UserError, match=r"data\.lower_resolutions=\[.*\] does not go with data\.resolution=64"):
+            compose_train([f"data.lower_resolutions={lower}"])
     assert compose_train(["data.lower_resolutions=[48,32]"]).data.lower_resolutions == [48, 32]
 
 
-def test_own_shards_are_not_validated_on_the_built_in_scenes() -> None:
-    for arguments in (["data.shards=mine"], ["data=shards", "data.shards=mine"]):
-        data = compose_train(arguments).data
-        assert (data.shards, data.val_shards, data.demo) == ("mine", None, False)
-    assert compose_train(["data.shards=mine", "data.val_shards=kept"]).data.val_shards == "kept"
-    with pytest.raises(UserError, match="shards"):
-        compose_train(["data=shards"])
-
-
 def test_the_command_line_wins_over_everything() -> None:
+    config = compose_train([])
+    assert (config.preset, config.stage, config.run_dir, config.conditioning.name) == ("nano", 1, "runs/nano", "modern")
     config = compose_train(
         ["stage=2", "max_steps=7", "optimizer.lr=0.5", "data.shards=mine", "conditioning=paper", "sampler.steps=3",
-         "lora.target_modules=[o_proj]", "text_encoder=tiny", "unet.arguments.layers_per_block=2"]
+         "lora.target_modules=[o_proj]", "text_encoder=tiny", "unet.arguments.layers_per_block=2", "max_steps=9"]
     )  # fmt: skip
-    assert (config.max_steps, config.optimizer.lr, config.data.shards, config.sampler.steps) == (7, 0.5, "mine", 3)
+    # Own shards are not validated on the built-in scenes.
+    assert (config.data.shards, config.data.val_shards, config.data.demo) == ("mine", None, False)
+    assert (config.max_steps, config.optimizer.lr, config.sampler.steps, config.conditioning.name) == (
+        9,
+        0.5,
+        3,
+        "paper",
+    )
     assert config.lora.target_modules == ["o_proj"] and config.text_encoder.name == "tiny"
     assert config.unet.arguments["layers_per_block"] == 2 and "block_out_channels" in config.unet.arguments
-    assert (
-        config.conditioning.name == "paper"
-        and config.optimizer.schedule == compose_train(["stage=2"]).optimizer.schedule
-    )
-    assert compose_train(["max_steps=5", "stage=2", "max_steps=9"]).max_steps == 9
+    assert config.optimizer.schedule == compose_train(["stage=2"]).optimizer.schedule
+    assert compose_train(["data.demo_folder=/elsewhere", "stage=3"]).data.shards == "/elsewhere/small"
 
 
 @pytest.mark.parametrize(
@@ -123,22 +106,18 @@ def test_the_command_line_wins_over_everything() -> None:
     ],
 )
 def test_each_text_encoder_names_its_own_lora_layers(encoder: str, nano: list[str], paper: list[str]) -> None:
-    chosen = ["stage=2", f"text_encoder={encoder}"]
+    chosen = ["stage=2", f"text_encoder={encoder}", "lora.rank=3"]
     assert compose_train(chosen).lora.target_modules == nano
     assert compose_train([*chosen, "preset=paper", "data.shards=mine"]).lora.target_modules == paper
-    given = compose_train([*chosen, "lora.target_modules=[wi_0]", "lora.rank=3"]).lora
+    given = compose_train([*chosen, "lora.target_modules=[wi_0]"]).lora
     assert (given.target_modules, given.rank) == (["wi_0"], 3)
-    assert compose_train([f"text_encoder={encoder}", "lora.rank=3"]).lora.rank == 3
 
 
 def test_the_last_of_two_values_wins_however_it_is_written() -> None:
     assert compose_train(["data.shards=[a.tar]", "data.shards=b"]).data.shards == "b"
-    assert compose_train(["data.shards=b", "data.shards=[a.tar]"]).data.shards == ["a.tar"]
+    assert compose_train(["data.shards=b", "data.shards=[a.tar, b.tar]"]).data.shards == ["a.tar", "b.tar"]
     assert compose_train(["data.captions={clean: 1}", "data.captions.web=2"]).data.captions == {"clean": 1, "web": 2}
-    assert compose_train(["data.world=large", "data.demo_sizes.web=8"]).data.demo_sizes["web"] == 8
-
-
-def test_a_dictionary_given_whole_replaces_and_a_key_adds() -> None:
+    # A dictionary given whole replaces, and a key adds.
     assert compose_train(["stage=2", "data.captions={clean: 1.0}"]).data.captions == {"clean": 1.0}
     before = compose_train(["stage=3"]).data.captions
     assert compose_train(["stage=3", "data.captions.web=0.5"]).data.captions == {**before, "web": 0.5}
@@ -153,101 +132,45 @@ def test_paths_arrive_as_typed(path: str) -> None:
     assert (config.data.shards, config.run_dir, config.codec.path) == (expected,) * 3
 
 
-def test_lists_of_shards_and_references() -> None:
-    assert compose_train(["data.shards=[a.tar, b.tar]"]).data.shards == ["a.tar", "b.tar"]
-    assert compose_train(["data.demo_folder=/elsewhere", "stage=3"]).data.shards == "/elsewhere/small"
+# What is typed, and what is said of it.
+MISTAKES = {
+    "stage=4": "stage=4 is unknown; choose one of 1, 2, 3", "preset=huge": "preset=huge is unknown; choose one of .*nano",
+    "tracker=mlflow": "choose one of jsonl, tensorboard, wandb", "sed=1": "the key sed is unknown; did you mean seed",
+    "optimizr.lr=1": r"did you mean optimizer\.lr", "seed.x=1": r"the key seed\.x is unknown", "hydra.run.dir=x": "is unknown",
+    "qqqqqqq=1": "the keys are preset, stage", "--stage=1": "expected key=value", "-m stage=1,2": "multirun",
+    "launch=ddp": "is for the launcher; write `accelerate launch --config_file", "--config_file": "is for the launcher",
+    "lora=8": r"lora=8 is not understood, since lora has keys of its own; set lora\.rank or", "seed=${nowhere}": "nowhere",
+    "lora.target_modules=q_proj": r"lora\.target_modules: expected a list, such as \[a,b\]",
+    "seed=abc": "seed: Value 'abc' .* Integer", "seed=1,2": "seed=1,2 names several values", "data.captions=3": r"data\.captions",
+    "max_steps=0": "max_steps=0 is out of range; expected a number above 0", "micro_batch_size=0": "above 0",
+    "ema_decay=1": "at least 0 and below 1", "spike_factor=nan": "above 1", "train_text=full": "frozen, lora, adapter",
+    "precision=fp64": "fp32, bf16", "on_spike=panic": "stop, skip, rollback", "conditioning.layer_tap=first": "last, mean",
+    "text_encoder.dtype=int8": "float32, bfloat16, float16", "conditioning.projection=mlp": "linear, refiner",
+    "conditioning.max_tokens=0": "above 0", "conditioning.refiner_width=30": "multiple of twice",
+    "conditioning.refiner_heads=0": "multiple of twice", "conditioning.refiner_kernel=4": "must be odd",
+    "lora.target_modules=[]": r"such as \[q_proj,v_proj\]", "codec.factor=0": r"codec\.factor=0 .* above 0",
+    "data.bucket_multiple=12": r"multiple of codec\.factor=8", "data.workers=-1": "at least 0",
+    "data.caption_dropout=1.5": "expected 0 to 1", "data.max_aspect=0.5": "1 or more",
+    "data.captions={short: 0}": "gives no caption kind a weight", "objective.prediction=x0": "epsilon, v_prediction, flow",
+    "objective=paper objective.zero_terminal_snr=true": "use objective.prediction=v_prediction", "optimizer.lr=inf": "above 0",
+    "optimizer.beta2=1": "below 1", "optimizer.schedule=step": "constant, cosine, linear", "data=shards": "shards",
+    "sampler.solver=heun": "dpm, ddim, euler", "data.world=huge": "data.world=huge",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["stage=4"], "stage=4 is unknown; choose one of 1, 2, 3"),
-        (["stage=two"], "choose one of 1, 2, 3"),
-        (["preset=huge"], "preset=huge is unknown; choose one of .*nano"),
-        (["conditioning=old"], "choose one of modern, paper"),
-        (["tracker=mlflow"], "choose one of jsonl, tensorboard, wandb"),
-        (["sed=1"], "the key sed is unknown; did you mean seed"),
-        (["max_step=1"], "did you mean max_steps"),
-        (["optimizer.lrr=1"], r"did you mean optimizer\.lr"),
-        (["optimizr.lr=1"], r"did you mean optimizer\.lr"),
-        (["seed.x=1"], r"the key seed\.x is unknown"),
-        (["hydra.run.dir=x"], "is unknown"),
-        (["qqqqqqq=1"], "the keys are preset, stage"),
-        (["stage"], "expected key=value"),
-        (["--stage=1"], "expected key=value"),
-        (["-m", "stage=1,2"], "multirun"),
-        (["launch=ddp"], "is for the launcher; write `accelerate launch --config_file"),
-        (["--config_file"], "is for the launcher"),
-        (["lora=8"], r"lora=8 is not understood, since lora has keys of its own; set lora\.rank or"),
-        (["lora.target_modules=q_proj"], r"lora\.target_modules: expected a list, such as \[a,b\]"),
-        (["seed=abc"], "seed: Value 'abc' .* Integer"),
-        (["seed=1,2"], "seed=1,2 names several values"),
-        (["max_steps=1.5"], "max_steps: Value '1.5'"),
-        (["resume=perhaps"], "resume: Value 'perhaps'"),
-        (["data.captions=3"], r"data\.captions"),
-        (["seed=${nowhere}"], "nowhere"),
-        (["max_steps=0"], "max_steps=0 is out of range; expected a number above 0"),
-        (["batch_size=-1"], "above 0"),
-        (["micro_batch_size=0"], "above 0"),
-        (["threads=0"], "above 0"),
-        (["keep_every=0"], "above 0"),
-        (["ema_decay=1"], "at least 0 and below 1"),
-        (["spike_factor=nan"], "above 1"),
-        (["train_text=full"], "frozen, lora, adapter"),
-        (["precision=fp64"], "fp32, bf16"),
-        (["on_spike=panic"], "stop, skip, rollback"),
-        (["text_encoder.dtype=int8"], "float32, bfloat16, float16"),
-        (["text_encoder.layers=0"], "above 0"),
-        (["conditioning.layer_tap=first"], "last, mean"),
-        (["conditioning.projection=mlp"], "linear, refiner"),
-        (["conditioning.max_tokens=0"], "above 0"),
-        (["conditioning.refiner_width=30"], "multiple of twice"),
-        (["conditioning.refiner_heads=0"], "multiple of twice"),
-        (["conditioning.refiner_kernel=4"], "must be odd"),
-        (["conditioning.refiner_kernel=-3"], "must be odd"),
-        (["optimizer.name=sgd"], "adamw, adamw8bit, muon"),
-        (["lora.rank=0"], "above 0"),
-        (["lora.target_modules=[]"], r"such as \[q_proj,v_proj\]"),
-        (["codec.factor=0"], r"codec\.factor=0 .* above 0"),
-        (["codec.dtype=int8"], "float32, bfloat16, float16"),
-        (["data.bucket_multiple=12"], r"multiple of codec\.factor=8"),
-        (["data.resolution=0"], "above 0"),
-        (["data.workers=-1"], "at least 0"),
-        (["data.caption_dropout=1.5"], "expected 0 to 1"),
-        (["data.max_bad_fraction=nan"], "expected 0 to 1"),
-        (["data.max_aspect=0.5"], "1 or more"),
-        (["data.captions={short: 0}"], "gives no caption kind a weight"),
-        (["data.captions={short: -1, long: 2}"], "gives no caption kind a weight"),
-        (["objective.prediction=x0"], "epsilon, v_prediction, flow"),
-        (["objective=paper", "objective.zero_terminal_snr=true"], "use objective.prediction=v_prediction"),
-        (["objective.min_snr_gamma=5"], "set objective.min_snr_gamma=null"),
-        (["optimizer.lr=0"], r"optimizer\.lr=0\.0 .* above 0"),
-        (["optimizer.lr=nan"], "above 0"),
-        (["optimizer.lr=inf"], "above 0"),
-        (["optimizer.lr_lora=-1"], "above 0"),
-        (["optimizer.beta2=1"], "below 1"),
-        (["optimizer.weight_decay=-0.1"], "at least 0"),
-        (["optimizer.schedule=step"], "constant, cosine, linear"),
-        (["optimizer.final_lr=2"], "expected 0 to 1"),
-        (["sampler.solver=heun"], "dpm, ddim, euler"),
-        (["sampler.guidance=-1"], "expected 0 to 100"),
-        (["validation.batch_size=0"], "above 0"),
-        (["validation.images=-1"], "at least 0"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_mistakes_are_one_sentence(arguments: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words) as error:
-        compose_train(arguments)
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_mistakes_are_one_sentence(typed: str) -> None:
+    with pytest.raises(UserError, match=MISTAKES[typed]) as error:
+        compose_train([typed] if "{" in typed else typed.split())
     message = str(error.value)
     assert "\n" not in message and message.endswith((".", "?")) and "Traceback" not in message
 
 
-@pytest.mark.parametrize("prompt", AWKWARD)
-def test_prompts_arrive_exactly(prompt: str) -> None:
-    config = compose_sample(["ckpt=x", f"prompt={prompt}", f"negative_prompt={prompt}"])
-    assert config.prompt == prompt and config.negative_prompt == prompt
-    assert compose_sample(["ckpt=x", f"+prompt={prompt}"]).prompt == prompt
+def test_prompts_arrive_exactly() -> None:
+    for prompt in AWKWARD:
+        config = compose_sample(["ckpt=x", f"prompt={prompt}", f"negative_prompt={prompt}"])
+        assert config.prompt == config.negative_prompt == prompt
+    assert compose_sample(["ckpt=x", "+prompt=a b"]).prompt == "a b"
 
 
 def test_sample_files_and_values() -> None:
@@ -262,50 +185,23 @@ def test_sample_files_and_values() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["prompt=a"], "ckpt= is missing"),
-        (["ckpt=x"], "found neither"),
-        (["ckpt=x", "prompt=null"], "found neither"),
-        (["ckpt=x", "prompt=a", "prompt_file=b"], "found both"),
-        (["ckpt=x", "prompt=a", "stesp=3"], "did you mean steps"),
-        (["ckpt=x", "prompt=a", "steps=0"], "steps=0 .* above 0"),
-        (["ckpt=x", "prompt=a", "height=-8"], "above 0"),
-        (["ckpt=x", "prompt=a", "batch_size=0"], "above 0"),
-        (["ckpt=x", "prompt=a", "threads=0"], "above 0"),
+        (["prompt=a"], "ckpt= is missing"), (["ckpt=x"], "found neither"), (["ckpt=x", "prompt=null"], "found neither"),
+        (["ckpt=x", "prompt=a", "prompt_file=b"], "found both"), (["ckpt=x", "prompt=a", "stesp=3"], "did you mean steps"),
+        (["ckpt=x", "prompt=a", "height=-8"], "above 0"), (["ckpt=x", "a red circle"], "expected key=value"),
         (["ckpt=x", "prompt=a", "dtype=int4"], "float32, bfloat16, float16"),
-        (["ckpt=x", "prompt=a", "seed=x"], "seed: Value 'x'"),
-        (["ckpt=x", "a red circle"], "expected key=value"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
+)  # fmt: skip
 def test_sample_mistakes_are_one_sentence(arguments: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
         compose_sample(arguments)
     assert "\n" not in str(error.value)
 
 
-def test_tracker_stays_offline_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert compose_train(["tracker=wandb"]).tracker.mode == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    assert compose_train(["tracker=wandb"]).tracker.mode == "online"
-    assert compose_train(["tracker=wandb", "tracker.mode=disabled"]).tracker.mode == "disabled"
-
-
-@pytest.fixture
-def programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
-def run(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> int:
+def run(patch: pytest.MonkeyPatch, program: ModuleType, *arguments: str) -> int:
     """What the shell sees: the exit status of a program with these arguments."""
-    import importlib
-
-    from paradiffusion.entry import run as enter
-
-    module = importlib.import_module(program)
-    monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
+    patch.setattr(sys, "argv", [f"{program.__name__}.py", *arguments])
     with pytest.raises(SystemExit) as leaving:
-        enter(module.main, getattr(module, "help_text", lambda: module.__doc__))
+        enter(program.main, getattr(program, "help_text", lambda: program.__doc__))
     assert isinstance(leaving.value.code, int)
     return leaving.value.code
 
@@ -320,28 +216,22 @@ def test_output_that_nobody_reads_any_more() -> None:
     assert child.stderr.read() == "" and child.wait(60) == 141
 
 
-@pytest.mark.usefixtures("programs")
-def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "train", "--help") == 0
+def test_help_and_what_would_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, train, "--help") == 0
     text = capsys.readouterr().out
     assert "stage=1|2|3" in text and "preset=" in text and "optimizer.lr_lora" in text
     assert all(f"  {key}\n" in text + "\n" for key in keys_of(TrainConfig))
-    assert run(monkeypatch, "sample", "-h", "nonsense") == 0
+    assert run(monkeypatch, sample, "-h", "nonsense") == 0
     assert "prompt_file=" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("programs")
-def test_cfg_prints_what_would_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "train", "--cfg", "stage=2", "seed=7") == 0
+    assert run(monkeypatch, train, "--cfg", "stage=2", "seed=7") == 0
     printed = OmegaConf.create(capsys.readouterr().out)
     assert printed.stage == 2 and printed.seed == 7 and printed.data.shards == "data/demo/big"
 
 
-@pytest.mark.usefixtures("programs")
 def test_a_mistake_ends_with_two_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for program, arguments in (("train", ["stage=9"]), ("sample", ["ckpt=x"])):
-        assert run(monkeypatch, program, *arguments) == 2
+    for program, argument in ((train, "stage=9"), (sample, "ckpt=x")):
+        assert run(monkeypatch, program, argument) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error

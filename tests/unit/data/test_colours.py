@@ -69,17 +69,10 @@ def test_inks_are_mixed_as_their_printer_does() -> None:
 
 
 @pytest.mark.parametrize("profile", [b"no profile at all" * 20, P3[:200], bytes(9_000_000), ink_profile("Inks"),
-                                     grey_profile("Grey", 1.8)])  # fmt: skip
+                                     grey_profile("Grey", 1.8), SRGB])  # fmt: skip
 def test_a_profile_of_no_use_changes_nothing(profile: bytes) -> None:
-    plain = picture(3, *SIZE)
-    data = encoded(plain, "JPEG", icc_profile=profile)
-    assert np.array_equal(np.asarray(decode(data)), np.asarray(decode(encoded(plain, "JPEG"))))
-
-
-@pytest.mark.parametrize("options", [{}, {"icc_profile": SRGB}])
-def test_srgb_is_not_touched(options: dict[str, Any]) -> None:
-    plain = picture(3, *SIZE)
-    assert np.array_equal(np.asarray(decode(encoded(plain, **options))), np.asarray(plain))
+    data = encoded(picture(3, *SIZE), "JPEG", icc_profile=profile)
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(decode(encoded(picture(3, *SIZE), "JPEG"))))
 
 
 def test_a_picture_decoded_smaller_keeps_its_extent() -> None:
@@ -107,28 +100,15 @@ def test_building_counts_and_converts(tmp_path: Path) -> None:
     mended, kept = made("kept")
     assert mended == {"kept, and converted when read, from Display P3": 2, "unusable colour profile passed over": 1,
                       "kept, and converted when read, from Adobe RGB (1998)": 1}  # fmt: skip
-    assert all(kept[name].image == (folder / f"{name}.png").read_bytes() for name in profiles)
     mended, anew = made("anew", encode="png")
     assert mended == {"encoded as png": 6, "converted from Display P3": 2, "converted from Adobe RGB (1998)": 1,
                       "unusable colour profile passed over": 1}  # fmt: skip
     for name in profiles:
-        assert b"iCCP" not in anew[name].image
+        assert kept[name].image == (folder / f"{name}.png").read_bytes() and b"iCCP" not in anew[name].image
         assert np.array_equal(np.asarray(decode(anew[name].image)), np.asarray(decode(kept[name].image)))
     # The same pixels under two profiles are two pictures; the same picture under two profiles is one.
-    (folder / "g.png").write_bytes(encoded(picture(0, *SIZE)))
-    (folder / "h.png").write_bytes(anew["a"].image)
-    for name in "gh":
+    for name, data in (("g", encoded(picture(0, *SIZE))), ("h", anew["a"].image)):
+        (folder / f"{name}.png").write_bytes(data)
         (folder / f"{name}.txt").write_text("once more")
     report = build(BuildOptions(input=str(folder), output=str(tmp_path / "again"), processes=1))
     assert report.dropped == {"exact duplicate": 1} and report.kept == 7
-
-
-def test_profiles_by_the_dozen_are_one_row(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    for number in range(24):
-        profile = rgb_profile(f"Screen {number % 23:02d}", *DISPLAY_P3[1:])
-        (tmp_path / "in" / f"{number:02d}.png").write_bytes(encoded(picture(number, *SIZE), icc_profile=profile))
-        (tmp_path / "in" / f"{number:02d}.txt").write_text("some words")
-    report = build(BuildOptions(input=str(tmp_path / "in"), output=str(tmp_path / "out"), processes=1, encode="webp"))
-    assert report.mended["converted from Screen 00"] == 2 and report.mended["other colour profiles"] == 3
-    assert sum(count for note, count in report.mended.items() if note.startswith("converted from")) == 21

@@ -12,7 +12,7 @@ from PIL import Image
 from paradiffusion.data.images import BadImage, assign_buckets, decode, make_buckets, probe_size, to_array
 from paradiffusion.errors import UserError
 
-RED = (255, 0, 0)
+RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
 def first_pixel(data: bytes) -> tuple[int, ...]:
@@ -21,28 +21,26 @@ def first_pixel(data: bytes) -> tuple[int, ...]:
     return image.getpixel((0, 0))
 
 
-def test_plain_formats() -> None:
-    image = picture(0, 30, 20)
-    assert np.array_equal(np.asarray(decode(encoded(image, "PNG"))), np.asarray(image))
-    assert np.array_equal(np.asarray(decode(encoded(image, "WEBP", lossless=True))), np.asarray(image))
-    assert decode(encoded(image, "JPEG")).size == (30, 20)
+def shade(mode: str, value: object) -> Image.Image:
+    return Image.new(mode, (8, 8), value)  # type: ignore[arg-type]
 
 
-def test_modes() -> None:
-    size = (8, 8)
-    assert first_pixel(encoded(Image.new("RGBA", size, (255, 0, 0, 0)))) == (255, 255, 255)
-    assert first_pixel(encoded(Image.new("RGBA", size, (255, 0, 0, 255)))) == RED
-    assert first_pixel(encoded(Image.new("RGBA", size, (0, 0, 0, 128)), "WEBP", lossless=True)) == (127, 127, 127)
-    assert first_pixel(encoded(Image.new("LA", size, (0, 0)))) == (255, 255, 255)
-    assert first_pixel(encoded(Image.new("L", size, 77))) == (77, 77, 77)
-    assert first_pixel(encoded(Image.new("1", size, 1))) == (255, 255, 255)
-    palette = Image.new("RGB", size, RED).convert("P", palette=Image.Palette.ADAPTIVE)
-    assert first_pixel(encoded(palette)) == RED
-    assert first_pixel(encoded(palette, transparency=palette.getpixel((0, 0)))) == (255, 255, 255)
-    cmyk = first_pixel(encoded(Image.new("CMYK", size, (0, 255, 255, 0)), "JPEG", quality=95))
-    assert cmyk[0] > 240 and max(cmyk[1:]) < 15
-    for value, grey in ((0, 0), (0x8000, 128), (0xFFFF, 255)):
-        assert first_pixel(encoded(Image.fromarray(np.full((8, 8), value, np.uint16)))) == (grey,) * 3
+PALETTE = shade("RGB", RED).convert("P", palette=Image.Palette.ADAPTIVE)
+
+
+@pytest.mark.parametrize(
+    ("data", "seen"),
+    [
+        (encoded(shade("RGBA", (255, 0, 0, 0))), WHITE), (encoded(shade("RGBA", (255, 0, 0, 255))), RED),
+        (encoded(shade("RGBA", (0, 0, 0, 128)), "WEBP", lossless=True), (127,) * 3), (encoded(shade("LA", (0, 0))), WHITE),
+        (encoded(shade("L", 77)), (77,) * 3), (encoded(shade("1", 1)), WHITE), (encoded(PALETTE), RED),
+        (encoded(PALETTE, transparency=PALETTE.getpixel((0, 0))), WHITE),
+        *((encoded(Image.fromarray(np.full((8, 8), deep, np.uint16))), (grey,) * 3)
+          for deep, grey in ((0, 0), (0x8000, 128), (0xFFFF, 255))),
+    ],
+)  # fmt: skip
+def test_modes(data: bytes, seen: tuple[int, int, int]) -> None:
+    assert first_pixel(data) == seen
 
 
 def test_exif_rotation_and_first_frame() -> None:
@@ -60,9 +58,8 @@ def test_exif_rotation_and_first_frame() -> None:
 
 
 def test_bad_images() -> None:
-    good = encoded(picture(0, 64, 64), "JPEG")
+    good, png = encoded(picture(0, 64, 64), "JPEG"), encoded(picture(0, 64, 64))
     gif = encoded(Image.new("P", (8, 8)), "GIF")
-    png = encoded(picture(0, 64, 64))
     for data in (b"", b"<html>404</html>", good[: len(good) // 2], png[:100], png[:30] + b"\0" * 500, gif):
         with pytest.raises(BadImage, match="does not decode"):
             decode(data)
@@ -81,26 +78,23 @@ def test_a_bomb_is_not_unpacked(recwarn: pytest.WarningsRecorder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("resolution", "multiple", "aspect"), [(64, 16, 2.0), (64, 8, 2.0), (512, 64, 2.0), (1024, 64, 2.5), (256, 32, 1.0)]
+    ("resolution", "multiple", "aspect", "count"),
+    [(64, 16, 2.0, 3), (64, 8, 2.0, 5), (512, 64, 2.0, 5), (1024, 64, 2.0, 9), (256, 32, 1.0, 1)],
 )
-def test_buckets(resolution: int, multiple: int, aspect: float) -> None:
+def test_buckets(resolution: int, multiple: int, aspect: float, count: int) -> None:
     buckets = make_buckets(resolution, multiple, aspect)
-    assert (resolution, resolution) in buckets and len(set(buckets)) == len(buckets)
+    assert (resolution, resolution) in buckets and len(set(buckets)) == len(buckets) == count
     for height, width in buckets:
         assert height % multiple == 0 and width % multiple == 0
         assert 0.8 * resolution**2 <= height * width <= 1.1 * resolution**2
         assert max(height, width) / min(height, width) <= aspect
         assert (width, height) in buckets
-    if aspect == 1.0:
-        assert buckets == [(resolution, resolution)]
 
 
-def test_bucket_examples() -> None:
-    assert make_buckets(64, 16, 2.0) == [(80, 48), (64, 64), (48, 80)]
-    assert len(make_buckets(1024, 64, 2.0)) == 9
-    for wrong in ((100, 16, 2.0), (8, 16, 2.0), (64, 0, 2.0), (64, 16, 0.5)):
-        with pytest.raises(UserError):
-            make_buckets(*wrong)
+@pytest.mark.parametrize("wrong", [(100, 16, 2.0), (8, 16, 2.0), (64, 0, 2.0), (64, 16, 0.5)])
+def test_impossible_buckets(wrong: tuple[int, int, float]) -> None:
+    with pytest.raises(UserError):
+        make_buckets(*wrong)
 
 
 def test_assign() -> None:
@@ -112,26 +106,19 @@ def test_assign() -> None:
 
 
 def test_an_image_goes_to_the_largest_resolution_that_does_not_enlarge_it() -> None:
-    levels = [make_buckets(side, 64, 2.0) for side in (512, 256, 1024)]
-    buckets = [bucket for level in levels for bucket in level]
+    levels = {bucket: side for side in (512, 256, 1024) for bucket in make_buckets(side, 64, 2.0)}
     width = np.array([512, 511, 1024, 4000, 100, 0, 2048, 700, 340])
     height = np.array([512, 512, 1024, 3000, 100, 9, 512, 380, 170])
-    chosen = [buckets[number] for number in assign_buckets(width, height, buckets)]
-    level_of = [
-        next(side for level, side in zip(levels, (512, 256, 1024), strict=True) if one in level) for one in chosen
-    ]
-    assert level_of == [512, 256, 1024, 1024, 256, 256, 1024, 512, 256]
-    for one, level, tall, wide in zip(chosen, level_of, height, width, strict=True):
-        alone = make_buckets(level, 64, 2.0)  # Within it the aspect decides, as where there is no other.
-        assert one == alone[int(assign_buckets(np.array([wide]), np.array([tall]), alone)[0])]
-
-
-def test_to_array_is_exact_where_it_can_be() -> None:
-    image = picture(3, 80, 48)
-    assert np.array_equal(to_array(image, (48, 80), 5), np.asarray(image))
+    chosen = [list(levels)[number] for number in assign_buckets(width, height, list(levels))]
+    assert [levels[bucket] for bucket in chosen] == [512, 256, 1024, 1024, 256, 256, 1024, 512, 256]
+    for place, bucket in enumerate(chosen):
+        alone = make_buckets(levels[bucket], 64, 2.0)  # Within it the aspect decides, as where there is no other.
+        assert bucket == alone[int(assign_buckets(width[[place]], height[[place]], alone)[0])]
 
 
 def test_to_array_covers_antialiases_and_does_not_stretch() -> None:
+    image = picture(3, 80, 48)
+    assert np.array_equal(to_array(image, (48, 80), 5), np.asarray(image)), "exact where it can be"
     checks = Image.fromarray(np.tile(np.array([[0, 255], [255, 0]], np.uint8), (256, 256))).convert("RGB")
     small = to_array(checks, (64, 64), 0)
     assert small.shape == (64, 64, 3) and small.dtype == np.uint8

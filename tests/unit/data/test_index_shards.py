@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from commands import ROOT
+from commands import ROOT, wait_for
 from data_fixtures import as_json, encoded, picture, sample, shards_of, write_tar
 from remote_fixtures import serving
 
@@ -27,6 +23,7 @@ from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.remote import Storage
 from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
+from scripts import index_shards as script
 
 LETTERS = TokenCounter("letters", lambda texts: [len(text) for text in texts])
 
@@ -36,24 +33,37 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PARADIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture
+def index_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The script within this process."""
+    monkeypatch.setattr(signal, "signal", lambda *both: None)
+    return lambda *arguments: int(script.main(list(arguments)))
+
+
 def many(folder: Path, count: int = 12) -> list[Path]:
     return write_shards((sample(number) for number in range(count * 2)), folder, 2)
 
 
 def test_several_processes_make_the_same(tmp_path: Path) -> None:
     one, other = many(tmp_path / "a"), many(tmp_path / "b")
-    assert [type(index).__name__ for index in build_indexes(other, LETTERS, processes=3)] == ["SampleIndex"] * 12
-    assert (
-        load_index(one, counter=LETTERS).fingerprint() == load_index(other).fingerprint()
-    )  # What is stored has tokens.
+    assert all(isinstance(index, SampleIndex) for index in build_indexes(other, LETTERS, processes=3))
+    # What is stored has tokens.
+    assert load_index(one, counter=LETTERS).fingerprint() == load_index(other).fingerprint()
     assert sorted(path.name for path in (tmp_path / "b").glob("*.npz")) == [f"{n:06d}.index.npz" for n in range(12)]
 
 
-def test_an_error_of_another_process_comes_through(tmp_path: Path) -> None:
+def test_an_error_of_another_process_comes_through(
+    tmp_path: Path, index_shards: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training stops at a bad shard; the script goes on past it."""
     paths = many(tmp_path)
     paths[5].write_bytes(os.urandom(3000))
     with pytest.raises(UserError, match=r"000005.tar cannot be read as an uncompressed tar"):
         load_index(paths)
+    paths[1].write_bytes(paths[1].read_bytes()[:-9000])
+    assert index_shards(f"shards={tmp_path}") == 1
+    told = capsys.readouterr().out
+    assert "11 shards" in told and "not indexed: The shard" in told and f"cut short: {paths[1]}" in told
 
 
 def test_the_first_process_of_a_machine_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,14 +111,12 @@ def test_a_large_index_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr("paradiffusion.data.index._parse", lambda *_: pytest.fail("the parts are not read again"))
         assert same_index(load_index(paths), small)
-    (plan, other), steps = (
-        [BatchPlan(index, 4, 1, [(64, 64), (64, 96)], {"long": 1.0}, 3) for index in (small, large)],
-        40,
-    )
-    assert all(np.array_equal(plan.batch(n).rows, other.batch(n).rows) for n in range(steps))
-    assert [folder.name[:8] for folder in large.columns.iterdir() if folder.is_dir()] == ["buckets-"]
-    again = BatchPlan(load_index(paths), 4, 1, [(64, 64), (64, 96)], {"long": 1.0}, 3)
-    assert again.bucket_sizes() == plan.bucket_sizes() and again.expected_kinds() == plan.expected_kinds()
+    plans = [
+        BatchPlan(index, 4, 1, [(64, 64), (64, 96)], {"long": 1.0}, 3) for index in (small, large, load_index(paths))
+    ]
+    for plan in plans[1:]:
+        assert all(np.array_equal(plans[0].batch(n).rows, plan.batch(n).rows) for n in range(40))
+        assert plan.bucket_sizes() == plans[0].bucket_sizes() and plan.expected_kinds() == plans[0].expected_kinds()
 
 
 def test_mapped_columns_follow_the_shards(tmp_path: Path, mapped: None) -> None:
@@ -135,22 +143,21 @@ def test_mapped_columns_elsewhere(
     tmp_path: Path, mapped: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = many(tmp_path / "data")
-    assert load_index(paths, index_dir=str(tmp_path)).columns.parent == tmp_path
+    assert load_index(paths, index_dir=str(tmp_path)).columns.parent == tmp_path  # type: ignore[union-attr]
     with serving(tmp_path / "data") as server:
         shards = expand_shards(f"{server.url}{{000000..000011}}.tar", storage=Storage(index_dir=str(tmp_path / "data")))
-        remote = load_index(shards)
-        assert remote.columns is not None and remote.columns.parent == tmp_path / "data"
-        again = load_index(shards)
-        assert again.shards[0].size and again.fingerprint() == remote.fingerprint() == load_index(paths).fingerprint()
-    monkeypatch.setattr("paradiffusion.data.columns._write_columns", refuse)
+        for remote in (load_index(shards), load_index(shards)):
+            assert remote.columns is not None and remote.columns.parent == tmp_path / "data"
+            assert remote.shards[0].size and remote.fingerprint() == load_index(paths).fingerprint()  # type: ignore[union-attr]
     assert not capsys.readouterr().err
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("paradiffusion.data.columns._write_columns", refuse)
     index = load_index(many(tmp_path / "b"))
     assert index.columns is None and len(index) == 24
     assert "No space left on device): each process holds this index in its own memory" in capsys.readouterr().err
-
-
-def refuse(*arguments: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 def test_large_sources_are_joined_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,11 +176,9 @@ def test_tokens(tmp_path: Path) -> None:
     assert index.tokens is None and index.lengths is index.words
     counted = load_index(expand_shards(tmp_path), counter=LETTERS)
     assert counted.tokens is not None and counted.tokenizer == "letters" and counted.lengths is counted.tokens
-    short = counted.kinds.index("short")
-    assert counted.tokens[:, short].tolist() == [len(f"thing {number}") for number in range(50)]
+    assert counted.tokens[:, counted.kinds.index("short")].tolist() == [len(f"thing {number}") for number in range(50)]
     assert counted.fingerprint() != index.fingerprint()
-    again = load_index(expand_shards(tmp_path))
-    assert again.fingerprint() == counted.fingerprint()
+    assert load_index(expand_shards(tmp_path)).fingerprint() == counted.fingerprint()
     # Of two tokenizers, or of some shards alone, they say nothing.
     index_shard(tmp_path / "000001.tar", counter=TokenCounter("other", lambda texts: [7] * len(texts)))
     mixed = load_index(expand_shards(tmp_path))
@@ -197,53 +202,25 @@ def test_joined_sources(tmp_path: Path) -> None:
     assert join_indexes([one], ["one"]).fingerprint() == one.fingerprint()
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("index_shards", ROOT / "scripts" / "index_shards.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["index_shards"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def index_shards(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The script within this process."""
-    monkeypatch.setattr(signal, "signal", lambda *both: None)
-    return lambda *arguments: int(script.main(list(arguments)))
-
-
 def test_script(tmp_path: Path, index_shards: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     paths = many(tmp_path / "data", 3)
     write_tar(tmp_path / "data" / "odd.tar", [("a.png", encoded(picture(1))), ("b.json", b"{}"), ("c.exe", b"x")])
     output = tmp_path / "indexes"
-    assert index_shards(f"shards={tmp_path}/data", f"output={output}", "tokenizer=tiny", "processes=1") == 0
+    common = (f"shards={tmp_path}/data", f"output={output}", "tokenizer=tiny", "processes=1")
+    assert index_shards(*common) == 0
     told = capsys.readouterr().out
-    assert (
-        "4 shards, 7 samples, 1 of them without a caption" in told
-        and "kind long: 6, " in told
-        and " tokens on average" in told
-    )
-    assert (
-        "1 keys without an image" in told
-        and "1 files that are no part of a sample" in told
-        and "data.index_dir=" in told
-    )
-    assert not list((tmp_path / "data").glob("*.npz")) and len(list(output.iterdir())) == 4
+    for part in ("4 shards, 7 samples, 1 of them without a caption", "kind long: 6, ", " tokens on average",
+                 "1 keys without an image", "1 files that are no part of a sample", "data.index_dir="):  # fmt: skip
+        assert part in told
     stamps = {path: path.stat().st_mtime_ns for path in output.iterdir()}
-    assert index_shards(f"shards={tmp_path}/data", f"output={output}", "tokenizer=tiny") == 0
-    assert told.endswith(capsys.readouterr().out) and stamps == {
-        path: path.stat().st_mtime_ns for path in output.iterdir()
-    }
+    assert index_shards(*common) == 0 and told.endswith(capsys.readouterr().out)
+    assert len(stamps) == 4 and stamps == {path: path.stat().st_mtime_ns for path in output.iterdir()}
     index = load_index(paths, index_dir=str(output))
     assert index.tokenizer == "tiny" and index.tokens is not None and index.tokens.any(axis=1).all()
     assert not list((tmp_path / "data").glob("*.npz"))
 
 
-def test_script_on_remote_shards(
-    tmp_path: Path, index_shards: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_script_on_remote_shards(tmp_path: Path, index_shards: Callable[..., int]) -> None:
     paths = many(tmp_path / "data", 3)
     with serving(tmp_path / "data") as server:
         spec = f"{server.url}{{000000..000002}}.tar"
@@ -254,50 +231,31 @@ def test_script_on_remote_shards(
         assert remote.fingerprint() == load_index(paths).fingerprint()
 
 
-def test_script_goes_on_past_a_bad_shard(
-    tmp_path: Path, index_shards: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    paths = many(tmp_path, 3)
-    paths[0].write_bytes(os.urandom(3000))
-    paths[1].write_bytes(paths[1].read_bytes()[:-9000])
-    assert index_shards(f"shards={tmp_path}") == 1
-    told = capsys.readouterr().out
-    assert "2 shards" in told and "not indexed: The shard" in told and f"cut short: {paths[1]}" in told
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ([], "shards= is missing"), (["shards=/nowhere"], "shards=/nowhere matches no .tar"),
         (["shards={data}", "tokenizer=nothing"], "neither a folder nor one of"), (["shards={data}", "processes=0"], "processes"),
-        (["shards={data}", "output={twice}"], "is a file"), (["shard={data}"], "not understood"),
-        (["shards={twin}/*/*.tar", "output={data}"], "have one name"),
+        (["shards={data}", "output={data}/000000.tar"], "is a file"), (["shard={data}"], "not understood"),
+        (["shards={data}/*/*.tar", "output={data}"], "have one name"),
     ],
 )  # fmt: skip
 def test_script_refuses(tmp_path: Path, index_shards: Callable[..., int], arguments: list[str], said: str) -> None:
-    many(tmp_path / "data", 1)
-    many(tmp_path / "twin" / "a", 1), many(tmp_path / "twin" / "b", 1)
-    (tmp_path / "twice").write_text("a file")
-    names = {name: str(tmp_path / name) for name in ("data", "twin", "twice")}
-    with pytest.raises(UserError, match=said) as error:
-        index_shards(*(argument.format(**names) for argument in arguments))
-    assert "\n" not in str(error.value)
+    for folder in (tmp_path, tmp_path / "a", tmp_path / "b"):
+        many(folder, 1)
+    with pytest.raises(UserError, match=said):
+        index_shards(*(argument.format(data=tmp_path) for argument in arguments))
 
 
 def test_script_can_be_stopped(tmp_path: Path) -> None:
     """SIGTERM ends it, and its processes with it, without a traceback; what was made stays."""
-    many(tmp_path, 600)
+    many(tmp_path, 300)
     with subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "index_shards.py"), f"shards={tmp_path}", "processes=2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     ) as process:  # fmt: skip
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("*.npz"))) < 5 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for(lambda: len(list(tmp_path.glob("*.npz"))) >= 5, timeout=60, interval=0.002)
         process.send_signal(signal.SIGTERM)
         told, errors = process.communicate(timeout=60)
-    made = len(list(tmp_path.glob("*.npz")))
-    assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors and 5 <= made < 600, (
-        errors
-    )
-    assert not list(tmp_path.glob(".*.npz.*")) and json.dumps(told) == '""'
+    assert process.returncode == 130 and "Traceback" not in errors and "interrupted" in errors, errors
+    assert 5 <= len(list(tmp_path.glob("*.npz"))) < 300 and not list(tmp_path.glob(".*.npz.*")) and told == ""

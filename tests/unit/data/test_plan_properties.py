@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paradiffusion.data.captions import choose_kinds, draw_kinds, drawable_kinds
+from paradiffusion.data.captions import choose_kinds, draw_kinds
 from paradiffusion.data.images import assign_buckets
 from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.plan import BatchPlan, GlobalBatch, Share
@@ -231,27 +231,3 @@ def test_proportions_are_kept(case: Case) -> None:
         served += np.bincount(plan.source_of(plan.batch(step).rows), minlength=len(weights))
         exact = (step + 1) * case.batch_size * np.array(weights) / sum(weights)
         assert (abs(served - exact) <= waiting + window + len(weights)).all()
-
-
-@given(cases())
-@PROPERTIES
-def test_expected_kinds_are_the_mean_over_epochs(case: Case) -> None:
-    plan, rounds = case.plan(), 60
-    for number, (name, expected) in enumerate(plan.expected_kinds().items()):
-        rows = np.flatnonzero(case.usable & (case.source == number))
-        index, weights, pairs = case.index, case.shares[number].captions or case.captions, Counter[tuple[int, int]]()
-        for epoch in range(rounds):
-            chosen = choose_kinds(index.words[rows], index.kinds, weights, case.seed, epoch, index.ids[rows])
-            wanted = draw_kinds(index.kinds, weights, case.seed, epoch, index.ids[rows])
-            pairs.update(zip(chosen.tolist(), wanted.tolist(), strict=True))
-        read, drawn, lacking = defaultdict(int), defaultdict(int), defaultdict(int)
-        for (kind, wanted), count in pairs.items():
-            read[case.index.kinds[kind]] += count
-            drawn[drawable_kinds(case.index.kinds)[wanted]] += count
-            lacking[drawable_kinds(case.index.kinds)[wanted]] += count if kind != wanted else 0
-        assert name == case.index.sources[number] and math.isclose(sum(expected.read.values()), 1)
-        for kind, count in read.items():
-            assert abs(count / (rounds * len(rows)) - expected.read[kind]) < 0.3
-        for kind, count in lacking.items():
-            assert (count > 0) <= (expected.fell_back[kind] > 0)
-            assert abs(count / drawn[kind] - expected.fell_back[kind]) < 0.5

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_fixtures import sample
+from training_runs import records
 
 from paradiffusion.compose import compose_train, parse_sources
 from paradiffusion.config import DataConfig, SourceConfig
 from paradiffusion.data.index import SampleIndex, join_indexes, load_index
-from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
+from paradiffusion.data.loader import LoaderSettings, make_loader
 from paradiffusion.data.plan import BatchPlan, Share, describe_plan, make_plan, open_index
 from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
@@ -61,26 +61,19 @@ def plan_of(index: SampleIndex) -> BatchPlan:
 Seen = dict[int, list[tuple[str, str, str, str]]]
 
 
-def see(batches: Iterator[Batch], seen: Seen, size: int = 8) -> None:
-    """Note what each slot of each step holds: key, kind, caption and a hash of the pixels."""
-    for batch in batches:
-        slots = seen.setdefault(batch.step, [("", "", "", "")] * size)
-        for place, slot in enumerate(batch.slots.tolist()):
-            assert slots[slot] == ("", "", "", ""), "two processes read the same slot"
-            pixels = hashlib.blake2b(batch.pixels[place].numpy().tobytes(), digest_size=8).hexdigest()
-            slots[slot] = (batch.keys[place], batch.kinds[place], batch.captions[place], pixels)
-
-
 def run(index: SampleIndex, first: int, last: int, world_size: int, workers: int, accumulation: int = 1) -> Seen:
-    """What all processes of one launch see from step ``first`` to ``last``, each with a plan of its own."""
-    seen: Seen = {}
+    """What all processes of one launch see in each slot of each step: key, kind, caption and a hash of the pixels."""
+    seen: Seen = {step: [("", "", "", "")] * 8 for step in range(first, last)}
+    settings = replace(
+        SETTINGS, first_step=first, last_step=last, world_size=world_size, workers=workers, accumulation=accumulation
+    )
     for rank in range(world_size):
-        settings = replace(
-            SETTINGS, first_step=first, last_step=last, rank=rank, world_size=world_size, workers=workers,
-            accumulation=accumulation,
-        )  # fmt: skip
-        loader = make_loader(index, plan_of(index), settings)
-        see(loader, seen)
+        loader = make_loader(index, plan_of(index), replace(settings, rank=rank))
+        for batch in loader:
+            for place, slot in enumerate(batch.slots.tolist()):
+                assert seen[batch.step][slot] == ("", "", "", ""), "two processes read the same slot"
+                pixels = hashlib.blake2b(batch.pixels[place].numpy().tobytes(), digest_size=8).hexdigest()
+                seen[batch.step][slot] = (batch.keys[place], batch.kinds[place], batch.captions[place], pixels)
         loader.close()
     return seen
 
@@ -90,41 +83,15 @@ def test_every_launch_sees_the_same(index: SampleIndex) -> None:
     plan = plan_of(index)
     last = plan.first_step(2)
     assert last > 15 and {plan.batch(step).bucket for step in range(last)} == set(TWO_BUCKETS)
+    mixed = [len(set(plan.source_of(plan.batch(step).rows).tolist())) > 1 for step in range(30)]
+    assert np.mean(mixed) > 0.8, "a batch holds samples of several sources"
     whole = run(index, 0, last, 1, 0)
-    assert sorted(whole) == list(range(last))
     assert {kind for slots in whole.values() for _, kind, _, _ in slots} == {"short", "long"}
-    for world_size, workers in ((1, 1), (1, 3), (2, 0), (4, 0), (4, 1)):
-        assert run(index, 0, last, world_size, workers) == whole, (world_size, workers)
-    assert run(index, 0, last, 2, 0, accumulation=2) == whole
-    pieces: Seen = {}
-    stops = [0, 3, 4, 11, last]
+    assert run(index, 0, last, 4, 1) == run(index, 0, last, 2, 0, accumulation=2) == whole
+    stops, pieces = [0, 3, 4, 11, last], dict[int, list[tuple[str, str, str, str]]]()
     for first, stop, (world_size, workers) in zip(stops, stops[1:], ((2, 1), (4, 0), (1, 3), (2, 0)), strict=False):
         pieces |= run(index, first, stop, world_size, workers)
     assert pieces == whole
-
-
-def test_epochs_are_counted_per_source(index: SampleIndex) -> None:
-    """As often as every other sample of its source, but for what waits; the smallest source comes round most often."""
-    plan = plan_of(index)
-    last = plan.first_step(4)
-    times = Counter(int(row) for step in range(last) for row in plan.batch(step).rows)
-    source, bucket = plan.source_of(np.arange(len(index))), np.array([row % 4 in (1,) for row in range(len(index))])
-    for number in range(3):
-        for rows in (np.flatnonzero((source == number) & (bucket == wide)) for wide in (False, True)):
-            counts = [times[row] for row in rows.tolist()]
-            assert max(counts) - min(counts) <= 1 and min(counts) >= 3
-    epochs = np.array([plan.batch(step).epochs for step in range(last)])
-    assert (np.diff(epochs, axis=0) >= 0).all() and plan.batch(last - 1).epoch == epochs[-1].min()
-    shares = np.bincount(np.concatenate([plan.source_of(plan.batch(step).rows) for step in range(3000)])) / 24_000
-    assert shares.round(2).tolist() == [0.6, 0.3, 0.1]
-    for epoch, (count, weight) in zip(plan.batch(100_000).epochs, COUNTS.values(), strict=True):
-        assert epoch == pytest.approx(800_000 * weight / count, abs=2)
-
-
-def test_a_batch_holds_samples_of_several_sources(index: SampleIndex) -> None:
-    plan = plan_of(index)
-    mixed = [len(set(plan.source_of(plan.batch(step).rows).tolist())) > 1 for step in range(30)]
-    assert np.mean(mixed) > 0.8
 
 
 def test_one_source_is_as_its_shards_alone(folder: Path) -> None:
@@ -139,17 +106,10 @@ def test_one_source_is_as_its_shards_alone(folder: Path) -> None:
 
 def test_captions_of_a_source(folder: Path) -> None:
     """A source's own caption weights; what falls back is told by kind."""
-    data = DataConfig(
-        captions={"long": 1.0},
-        sources=[
-            SourceConfig(shards=str(folder / "book")),
-            SourceConfig(shards=str(folder / "mine"), captions={"short": 1.0}),
-        ],
-    )
+    mine = SourceConfig(shards=str(folder / "mine"), captions={"short": 1.0})
+    data = DataConfig(captions={"long": 1.0}, sources=[SourceConfig(shards=str(folder / "book")), mine])
     plan = make_plan(open_index(data), data, 4, 0)
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for step in range(200):
-        counts += plan.choices(step, np.arange(4))
+    counts = sum((plan.choices(step, np.arange(4)) for step in range(200)), Counter[tuple[str, str, str]]())
     assert set(counts) == {("book", "long", "long"), ("book", "long", "short"), ("mine", "short", "short")}
     assert counts.total() == 800
     record = mixture(counts)
@@ -171,11 +131,8 @@ def test_what_is_typed() -> None:
     assert data.sources[0].shards == "/a/{00000..00099}.tar" and data.sources[1].folder == "~/my pictures"
     assert [source.weight for source in data.sources] == [0.7, 1.0] and data.sources[1].captions == {"long": 1.0}
     assert data.shards is None and data.val_shards is None and not data.demo
-    assert (
-        compose_train(["preset=paper", "data.sources=[{shards: s3://b/web-{0..9}.tar}]"]).data.sources[0].title == "web"
-    )
-    assert compose_train([typed, "data.val_shards=/held"]).data.val_shards == "/held"
-    assert compose_train(["data.sources=[]"]).data.demo
+    (named,) = compose_train(["preset=paper", "data.sources=[{shards: s3://b/web-{0..9}.tar}]"]).data.sources
+    assert named.title == "web" and compose_train([typed, "data.val_shards=/held"]).data.val_shards == "/held"
     assert parse_sources("[{shards: [/x.tar, '/y/{0..1}.tar']}]") == [{"shards": ["/x.tar", "/y/{0..1}.tar"]}]
     assert parse_sources("[{shards: /a/[0-9]*.tar, folder: null}]") == [{"shards": "/a/[0-9]*.tar", "folder": None}]
 
@@ -183,21 +140,14 @@ def test_what_is_typed() -> None:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("/a", "not a list of mappings"),
-        ("[/a]", "not a list of mappings"),
-        ("{shards: /a}", "not a list of mappings"),
-        ("[{shards: /a", "not understood"),
-        ("[{shards: /a, wieght: 1}]", "data.sources\\[0\\].wieght is unknown"),
-        ("[{shards: /a, weight: -1}]", "weight=-1.0 is out of range"),
-        ("[{shards: /a, weight: 0}]", "weight=0.0 is out of range"),
-        ("[{shards: /a, weight: much}]", "could not be converted"),
-        ("[{shards: /a}, {shards: /b/a}]", "two sources called a"),
-        ("[{shards: /a, folder: /b}]", "both of shards and folder"),
-        ("[{weight: 1}]", "neither of shards and folder"),
+        ("[/a]", "not a list of mappings"), ("{shards: /a}", "not a list of mappings"), ("[{shards: /a", "not understood"),
+        ("[{shards: /a, wieght: 1}]", "data.sources\\[0\\].wieght is unknown"), ("[{weight: 1}]", "neither of shards and folder"),
+        ("[{shards: /a, weight: 0}]", "weight=0.0 is out of range"), ("[{shards: /a, weight: much}]", "could not be converted"),
+        ("[{shards: /a}, {shards: /b/a}]", "two sources called a"), ("[{shards: /a, folder: /b}]", "both of shards and folder"),
         ("[{shards: /a, captions: {long: -1}}]", "no caption kind a weight"),
         ("[{shards: /a}] data.shards=/b", "both data.shards and data.sources"),
     ],
-)
+)  # fmt: skip
 def test_what_is_typed_wrongly(typed: str, said: str) -> None:
     text, _, beside = typed.partition(" data.")
     with pytest.raises(UserError, match=said):
@@ -219,25 +169,25 @@ def test_a_source_that_cannot_be_used(folder: Path, tmp_path: Path, index: Sampl
         BatchPlan(index, 4, 0, TWO_BUCKETS, {"short": 1.0}, shares=[Share(), Share(1.0, {"lnog": 1.0}), Share()])
 
 
-def test_training_on_sources(train: Callable[..., int], demo_folder: Path, tmp_path: Path, capsys: object) -> None:
+def test_training_on_sources(
+    train: Callable[..., int], demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From the command line to the log, over a stop; other weights are refused by name on resume."""
 
     def sources(weight: float) -> str:
-        return (
-            f"data.sources=[{{shards: {demo_folder}/web, weight: {weight}}}, {{shards: {demo_folder}/big, weight: 1}}]"
-        )
+        both = f"{{shards: {demo_folder}/web, weight: {weight}}}, {{shards: {demo_folder}/big, weight: 1}}"
+        return f"data.sources=[{both}]"
 
     common = ["data.captions={short: 0.5, long: 0.5}", "validation.samples=0", "log_samples=true"]
     assert train(sources(3), *common, "max_steps=4") == 0
-    said = capsys.readouterr().out  # type: ignore[attr-defined]
+    said = capsys.readouterr().out
     assert "sources: web 75.0% (120 samples" in said and "captions of" in said
     assert train(sources(3), *common, "max_steps=8") == 0
-    log = [json.loads(line) for line in (tmp_path / "run/stage1/log.jsonl").read_text().splitlines()]
-    records = [record for record in log if record["kind"] == "train"]
-    assert [record["step"] for record in records] == [2, 4, 6, 8]
-    for record in records:
-        assert record["source/web"] + record["source/big"] == pytest.approx(1)
-        assert sum(value for key, value in record.items() if key.startswith("caption/")) == pytest.approx(1)
-    assert 0.55 <= np.mean([record["source/web"] for record in records]) <= 0.95
+    rows = records(tmp_path / "run/stage1")
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    for row in rows:
+        assert row["source/web"] + row["source/big"] == pytest.approx(1)
+        assert sum(value for key, value in row.items() if key.startswith("caption/")) == pytest.approx(1)
+    assert 0.55 <= np.mean([row["source/web"] for row in rows]) <= 0.95
     with pytest.raises(UserError, match=r"data\.sources"):
         train(sources(2), *common, "max_steps=9")

@@ -88,7 +88,7 @@ def test_noise_levels_of_the_steps(
     [
         {"guidance": -1.0}, {"guidance": 101.0}, {"guidance": float("nan")}, {"guidance_rescale": 1.5}, {"steps": 0},
         {"guidance_sigma_min": -1.0}, {"guidance_sigma_min": 2.0, "guidance_sigma_max": 2.0}, {"guidance_sigma_max": 0.0},
-        {"guidance_start": 0.8, "guidance_stop": 0.2}, {"guidance_stop": 1.5}, {"solver": "heun"},
+        {"guidance_start": 0.8, "guidance_stop": 0.2}, {"guidance_stop": 1.5}, {"solver": "heun"}
     ],
 )  # fmt: skip
 def test_refused_settings(wrong: dict[str, float]) -> None:

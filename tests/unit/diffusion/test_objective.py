@@ -76,9 +76,6 @@ def test_min_snr_weights(prediction: str, below: float, above: float) -> None:
     # Signal-to-noise ratios of 0.5 and 20, on either side of gamma.
     objective.alphas_cumprod = torch.tensor([0.5 / 1.5, 20 / 21])
     torch.testing.assert_close(objective.weight(torch.tensor([0.0, 1.0])), torch.tensor([below, above]))
-
-
-def test_no_gamma_means_equal_weights() -> None:
     assert torch.equal(make_objective(ObjectiveConfig()).weight(torch.tensor([3.0, 900.0])), torch.ones(2))
 
 
@@ -155,57 +152,28 @@ def test_flow_times_shift_with_the_size_in_training_as_in_sampling() -> None:
         assert torch.equal(large.sigmas, fixed.sigmas)
 
 
-@pytest.mark.parametrize("solver", ["dpm", "euler"])
-@pytest.mark.parametrize("config", [ALL[0], ALL[1], ALL[3]], ids=["epsilon", "v", "flow"])
-def test_a_perfect_denoiser_is_sampled_back(config: ObjectiveConfig, solver: str) -> None:
-    """With the one picture that there is as the truth, every solver must end at it: training and sampling agree."""
-    objective = make_objective(config)
-    truth, noise = draws(1)
-    scheduler = objective.scheduler(solver)
-    scheduler.set_timesteps(20)
-    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
-    for step, timestep in enumerate(scheduler.timesteps):
-        scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-        time = scheduler.sigmas[step : step + 1] * 1000 if config.prediction == "flow" else timestep.float().view(1)
-        alpha, sigma = objective.at(time, x)
-        estimate = (scaled - alpha * truth) / sigma
-        x = scheduler.step(objective.target(truth, estimate, time), timestep, x).prev_sample
-    torch.testing.assert_close(x, truth, atol=0.05, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prediction": "x0"}, "epsilon, v_prediction, flow"),
-        ({"density": "beta"}, "uniform, logit_normal"),
-        ({"beta_schedule": "cosine"}, "scaled_linear, linear"),
-        ({"zero_terminal_snr": True}, "objective.prediction=v_prediction"),
+        ({"prediction": "x0"}, "epsilon, v_prediction, flow"), ({"density": "beta"}, "uniform, logit_normal"),
+        ({"beta_schedule": "cosine"}, "scaled_linear, linear"), ({"zero_terminal_snr": True}, "objective.prediction=v_prediction"),
         ({"prediction": "flow", "min_snr_gamma": 5.0}, "min_snr_gamma=null"),
         ({"prediction": "v_prediction", "zero_terminal_snr": True, "min_snr_gamma": 5.0}, "leave one of them out"),
-        ({"min_snr_gamma": 0.0}, "positive number"),
-        ({"logit_std": 0.0}, "above 0"),
-        ({"flow_shift": -1.0}, "above 0"),
-        ({"flow_shift_side": 0}, "above 0"),
-        ({"train_timesteps": 0}, "above 0"),
+        ({"min_snr_gamma": 0.0}, "positive number"), ({"logit_std": 0.0}, "above 0"), ({"flow_shift_side": 0}, "above 0"),
         ({"beta_start": 0.5}, "start first"),
     ],
-)
+)  # fmt: skip
 def test_refused_objectives(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         make_objective(ObjectiveConfig(**changes))
+    with pytest.raises(UserError, match="use dpm or euler"):
+        make_objective(ALL[3]).scheduler("ddim")
 
 
 def test_a_checkpoint_whose_weights_are_refused_today_is_still_sampled() -> None:
     config = ObjectiveConfig(prediction="v_prediction", zero_terminal_snr=True, min_snr_gamma=5.0)
     objective = objective_of({"objective": asdict(config)})
     assert objective.scheduler().alphas_cumprod[-1] < 1e-6 and objective.config.prediction == "v_prediction"
-
-
-def test_refused_solvers() -> None:
-    with pytest.raises(UserError, match="dpm, ddim, euler"):
-        make_objective(ObjectiveConfig()).scheduler("heun")
-    with pytest.raises(UserError, match="use dpm or euler"):
-        make_objective(ALL[3]).scheduler("ddim")
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler, LCMScheduler, TCDScheduler])

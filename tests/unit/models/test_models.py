@@ -33,9 +33,7 @@ PAPER = ConditioningConfig()
 
 
 def make(
-    arguments: dict[str, Any] = TINY_UNET,
-    conditioning: ConditioningConfig = MODERN,
-    **changes: Any,
+    arguments: dict[str, Any] = TINY_UNET, conditioning: ConditioningConfig = MODERN, **changes: Any
 ) -> JointModel:
     config = TrainConfig(
         seed=3,
@@ -145,12 +143,6 @@ def test_coordinates(octaves: int) -> None:
         assert len(out[0].flatten(1).T.unique(dim=0)) == 15, "every place is told from every other"
 
 
-def test_coordinates_widen_the_first_convolution_only() -> None:
-    modern, paper = make().unet.config, make(TINY_UNET, PAPER).unet.config
-    assert (modern["in_channels"], modern["out_channels"]) == (10, 4)
-    assert (paper["in_channels"], paper["out_channels"]) == (4, 4)
-
-
 def test_plain_attention_changes_no_prediction() -> None:
     def build(**changes: Any) -> Any:
         return build_unet(UNetConfig(arguments=TINY_UNET, **changes), CodecConfig(), PAPER, WIDTH, seed=1)
@@ -178,18 +170,14 @@ def test_weights_are_a_function_of_the_seed_alone() -> None:
 def test_the_linear_projection_is_the_unets_own() -> None:
     paper, modern = make(TINY_UNET, PAPER), make()
     assert paper.refiner is None and paper.unet.encoder_hid_proj.weight.shape == (32, WIDTH)
-    assert modern.unet.encoder_hid_proj.weight.shape == (32, 16)
-    assert downsampling(modern.unet) == 2
+    assert modern.unet.encoder_hid_proj.weight.shape == (32, 16) and downsampling(modern.unet) == 2
+    # Coordinates widen the first convolution only.
+    channels = [(one.unet.config["in_channels"], one.unet.config["out_channels"]) for one in (modern, paper)]
+    assert channels == [(10, 4), (4, 4)]
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        {"layers_per_blok": 1},
-        {"down_block_types": ["NoSuchBlock2D", "DownBlock2D"]},
-        {"down_block_types": ["DownBlock2D"]},
-        {"norm_num_groups": 7},
-    ],
+    "wrong", [{"layers_per_blok": 1}, {"down_block_types": ["NoSuchBlock2D", "DownBlock2D"]}, {"norm_num_groups": 7}]
 )
 def test_arguments_that_make_no_unet(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"unet\.arguments .* configs/unet") as error:
@@ -248,38 +236,28 @@ def test_the_vae_brings_its_own_scale(codec_folder: Path, tmp_path: Path, own: d
 def test_another_scale_than_the_vaes_own_is_refused(codec_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has the scaling_factor 0\.6348 .*codec\.scaling_factor=0\.13025"):
         load_codec(codec_config(codec_folder, scaling_factor=0.13025))
-    assert load_codec(codec_config(codec_folder, scaling_factor=0.6348)).scale == 0.6348
     silent = described(codec_folder, tmp_path / "silent", scaling_factor=None)
     assert load_codec(codec_config(silent, scaling_factor=0.13025)).scale == 0.13025
     assert load_codec(codec_config(silent)).scale == 0.18215  # diffusers' default
     trained = load_codec(codec_config(codec_folder)).source["hash"]  # a checkpoint from when any factor was taken
     assert load_codec(codec_config(codec_folder, scaling_factor=0.13025), trained).scale == 0.13025
-    with pytest.raises(UserError, match=r"codec\.scaling_factor"):
-        compose_train(["codec.scaling_factor=0"])
-
-
-def test_the_shipped_codec_is_as_configured() -> None:
-    config = compose_train(["preset=nano"]).codec
-    assert load_codec(config).config == config
+    shipped = compose_train(["preset=nano"]).codec
+    assert load_codec(shipped).config == shipped
 
 
 def test_codecs_that_are_refused(codec_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"codec\.path=/nowhere holds no config\.json"):
-        load_codec(codec_config(Path("/nowhere")))
-    with pytest.raises(UserError, match=r"found nowhere.*codec\.path=<folder>"):
-        load_codec(CodecConfig())
-    with pytest.raises(UserError, match="has 4 latent channels and factor 8"):
-        load_codec(codec_config(codec_folder, latent_channels=8))
-    with pytest.raises(UserError, match=r"codec\.factor=4"):
-        load_codec(codec_config(codec_folder, factor=4))
+    for config, said in (
+        (codec_config(Path("/nowhere")), r"codec\.path=/nowhere holds no config\.json"),
+        (CodecConfig(), r"found nowhere.*codec\.path=<folder>"),
+        (codec_config(codec_folder, latent_channels=8), "has 4 latent channels and factor 8"),
+        (codec_config(codec_folder, factor=4), r"codec\.factor=4"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_codec(config)
     with pytest.raises(UserError, match="trained with beef"):
         load_codec(codec_config(codec_folder), expected_hash="beef")
-    folder = tmp_path / "codec"
-    shutil.copytree(codec_folder, folder)
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-500])
-    with pytest.raises(UserError, match="could not be read"):
-        load_codec(codec_config(folder))
-    weights.unlink()
-    with pytest.raises(UserError, match="could not be read"):
-        load_codec(codec_config(folder))
+    weights = shutil.copytree(codec_folder, tmp_path / "codec") / "diffusion_pytorch_model.safetensors"
+    for damage in (lambda: weights.write_bytes(weights.read_bytes()[:-500]), weights.unlink):
+        damage()
+        with pytest.raises(UserError, match="could not be read"):
+            load_codec(codec_config(tmp_path / "codec"))

@@ -10,7 +10,7 @@ from tiny_unet import SIMPLE, TINY_UNET, WIDTH, a_batch
 from torch import Tensor
 
 from paradiffusion.checkpoints.layouts import copy_tensors, merge_unet_lora
-from paradiffusion.config import ConditioningConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, UNetConfig
+from paradiffusion.config import ConditioningConfig, OptimizerConfig, TrainConfig, UNetConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel, LossBatch, build_joint
 from paradiffusion.models.unet import lora_names
@@ -19,20 +19,24 @@ from paradiffusion.training.optim import build_optimizer, part_of
 STYLES = pytest.mark.parametrize("arguments", [TINY_UNET, SIMPLE], ids=["CrossAttn", "SimpleCrossAttn"])
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_KEYS = ["add_k_proj", "add_v_proj"]  # of SimpleCrossAttn blocks alone
+REFINED = ConditioningConfig(
+    name="modern",
+    mask_padding=True,
+    layout_patch=2,
+    projection="refiner",
+    refiner_width=16,
+    refiner_layers=1,
+    refiner_heads=2,
+)
 
 
 def make(arguments: dict[str, Any], rank: int = 2, seed: int = 3, **changes: Any) -> JointModel:
-    unet: dict[str, Any] = {"arguments": arguments, "lora_rank": rank, "lora_alpha": 4, **changes}
-    unet.setdefault("lora_target_modules", TARGETS + (TEXT_KEYS if arguments is SIMPLE else []))
-    conditioning = unet.pop("conditioning", ConditioningConfig())
-    saving = unet.pop("gradient_checkpointing", False)
-    return build_joint(
-        TrainConfig(
-            seed=seed, unet=UNetConfig(**unet), conditioning=conditioning, objective=ObjectiveConfig(),
-            gradient_checkpointing=saving,
-        ),
-        WIDTH,
-    )  # fmt: skip
+    conditioning = changes.pop("conditioning", ConditioningConfig())
+    saving = changes.pop("gradient_checkpointing", False)
+    targets = TARGETS + (TEXT_KEYS if arguments is SIMPLE else [])
+    unet = UNetConfig(arguments=arguments, lora_rank=rank, lora_alpha=4, **{"lora_target_modules": targets, **changes})
+    config = TrainConfig(seed=seed, unet=unet, conditioning=conditioning, gradient_checkpointing=saving)
+    return build_joint(config, WIDTH)
 
 
 @torch.no_grad()
@@ -92,9 +96,7 @@ def test_a_plain_checkpoint_starts_an_adapter_and_merging_leads_back(arguments: 
 
 
 def test_what_a_pretrained_unet_cannot_know_is_trained_whole() -> None:
-    refiner = {"projection": "refiner", "refiner_width": 16, "refiner_layers": 1, "refiner_heads": 2}
-    conditioning = ConditioningConfig(name="modern", mask_padding=True, layout_patch=2, **refiner)  # type: ignore[arg-type]
-    whole = {n for n in make(TINY_UNET, conditioning=conditioning).trained() if ".lora_" not in n}
+    whole = {n for n in make(TINY_UNET, conditioning=REFINED).trained() if ".lora_" not in n}
     assert {"unet.conv_in.weight", "unet.encoder_hid_proj.weight", "refiner.embed.weight"} <= whole
     assert not any("down_blocks" in n for n in whole)
     assert "unet.conv_in.weight" in make(TINY_UNET, coordinates=2).trained()
@@ -144,8 +146,6 @@ def test_a_bfloat16_unet_takes_fp32_inputs(arguments: dict[str, Any]) -> None:
 
 
 def test_a_bfloat16_refiner_takes_fp32_features() -> None:
-    refiner = {"projection": "refiner", "refiner_width": 16, "refiner_layers": 1, "refiner_heads": 2}
-    conditioning = ConditioningConfig(name="modern", mask_padding=True, layout_patch=2, **refiner)  # type: ignore[arg-type]
-    joint, batch = make(TINY_UNET, rank=0, conditioning=conditioning), a_batch()
+    joint, batch = make(TINY_UNET, rank=0, conditioning=REFINED), a_batch()
     loss = joint(batch).total
     assert joint.to(torch.bfloat16)(batch)[0].item() == pytest.approx(loss.item(), rel=0.02)

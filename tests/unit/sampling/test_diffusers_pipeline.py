@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
+from diffusers import FlowMatchEulerDiscreteScheduler
 from official_models import MODERN, latents, make_official, make_ours, same
 from PIL import Image
 from tiny_encoders import write_llama_tokenizer
+from training_runs import sample_here
 
 from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline
 from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
-from paradiffusion.compose import compose_sample
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
-from paradiffusion.sampling.run import sample
 
 PROMPT = "a red circle at the left of a blue square"
 IN_A_FRESH_PROCESS = """
@@ -38,9 +37,8 @@ for folder in sys.argv[3:]:
 """
 
 
-def drawn(folder: Path, out: Path, *arguments: str) -> np.ndarray:
-    keys = [f"ckpt={folder}", f"prompt={PROMPT}", "seed=7", "steps=3", f"output_dir={out}", *arguments]
-    assert sample(compose_sample(keys)) == 0
+def drawn(folder: Path, out: Path) -> np.ndarray:
+    assert sample_here(f"ckpt={folder}", f"prompt={PROMPT}", "seed=7", "steps=3", f"output_dir={out}") == 0
     return np.asarray(Image.open(out / "00000.png"))
 
 
@@ -67,6 +65,11 @@ def pipe(folders: dict[str, Path]) -> ParaDiffusionPipeline:
     loaded = ParaDiffusionPipeline.from_pretrained(str(folders["modern"]))
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+def arrays(pipe: ParaDiffusionPipeline, prompt: str = PROMPT, seed: int = 7, **settings: Any) -> np.ndarray:
+    """What it draws from a seed, [N, H, W, 3]."""
+    return pipe(prompt, **{"generator": seeded(seed), "output_type": "np", "num_inference_steps": 3, **settings}).images
 
 
 def seeded(seed: int = 7) -> torch.Generator:
@@ -98,72 +101,53 @@ def test_back_to_checkpoints(checkpoints: dict[str, Path], folders: dict[str, Pa
 def test_saving_changes_nothing_and_links_stay_links(
     checkpoints: dict[str, Path], pipe: ParaDiffusionPipeline, tmp_path: Path
 ) -> None:
-    before = pipe(PROMPT, generator=seeded(), output_type="np").images
+    before = arrays(pipe)
     pipe.save_pretrained(tmp_path / "again")
-    assert np.array_equal(pipe(PROMPT, generator=seeded(), output_type="np").images, before)
     again = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "again"))
-    assert np.array_equal(again(PROMPT, generator=seeded(), output_type="np").images, before)
+    assert np.array_equal(arrays(pipe), before) and np.array_equal(arrays(again), before)
     assert str(tmp_path) not in (tmp_path / "again" / "model_index.json").read_text()
 
     export_pipeline(open_layout(checkpoints["modern"]), tmp_path / "linked", frozen="link")
     assert (tmp_path / "linked" / "text_encoder").is_symlink() and (tmp_path / "linked" / "vae").is_symlink()
-    linked = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "linked"))
-    assert np.array_equal(linked(PROMPT, generator=seeded(), output_type="np").images, before)
+    assert np.array_equal(arrays(ParaDiffusionPipeline.from_pretrained(str(tmp_path / "linked"))), before)
     export_pipeline(open_layout(checkpoints["modern"]), tmp_path / "bare", frozen="none")
     index = json.loads((tmp_path / "bare" / "model_index.json").read_text())
     index["refiner"][0] = "paradiffusion.sampling.pipeline_components"  # as exported before November 2026
     (tmp_path / "bare" / "model_index.json").write_text(json.dumps(index))
     parts = {"text_encoder": again.text_encoder, "vae": again.vae}
     again._encoder.model = again._encoder.model.unload()
-    bare = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "bare"), **parts)
-    assert np.array_equal(bare(PROMPT, generator=seeded(), output_type="np").images, before)
+    assert np.array_equal(arrays(ParaDiffusionPipeline.from_pretrained(str(tmp_path / "bare"), **parts)), before)
 
 
 def test_outputs_and_numbers_of_images(pipe: ParaDiffusionPipeline) -> None:
-    pil = pipe(PROMPT, generator=seeded()).images
-    array = pipe(PROMPT, generator=seeded(), output_type="np").images
-    tensor = pipe(PROMPT, generator=seeded(), output_type="pt").images
-    (latent,) = pipe(PROMPT, generator=seeded(), output_type="latent", return_dict=False)
-    assert np.array_equal(np.asarray(pil[0]), (array[0] * 255).round().astype(np.uint8))
-    assert np.array_equal(tensor.permute(0, 2, 3, 1).numpy(), array) and latent.shape == (1, 4, 8, 8)
-    two = pipe(
-        [PROMPT, "a dog"],
-        generator=[seeded(7), seeded(8), seeded(9), seeded(10)],
-        num_images_per_prompt=2,
-        output_type="np",
-    )
-    assert two.images.shape == (4, 64, 64, 3) and np.abs(two.images[0] - array[0]).max() < 1e-5
-    other = pipe("a dog", generator=seeded(9), output_type="np").images[0]
-    assert np.abs(two.images[2] - other).max() < 1e-5 and np.abs(two.images[0] - two.images[1]).max() > 0.01
-    assert pipe("a", height=32, width=48, output_type="np").images.shape == (1, 32, 48, 3)
+    array = arrays(pipe)
+    assert np.array_equal(np.asarray(arrays(pipe, output_type="pil")[0]), (array[0] * 255).round().astype(np.uint8))
+    assert np.array_equal(arrays(pipe, output_type="pt").permute(0, 2, 3, 1).numpy(), array)
+    (latent,) = pipe(PROMPT, num_inference_steps=3, output_type="latent", return_dict=False)
+    assert latent.shape == (1, 4, 8, 8)
+    two = arrays(pipe, [PROMPT, "a dog"], generator=[seeded(7 + n) for n in range(4)], num_images_per_prompt=2)
+    assert two.shape == (4, 64, 64, 3) and np.abs(two[0] - array[0]).max() < 1e-5
+    assert np.abs(two[2] - arrays(pipe, "a dog", 9)[0]).max() < 1e-5 and np.abs(two[0] - two[1]).max() > 0.01
+    assert arrays(pipe, "a", height=32, width=48).shape == (1, 32, 48, 3)
     pipe.enable_vae_slicing()
-    np.testing.assert_allclose(pipe(PROMPT, generator=seeded(), output_type="np").images, array, atol=1e-5)
+    np.testing.assert_allclose(arrays(pipe), array, atol=1e-5)
     pipe.enable_vae_tiling()  # this codec's tiles are smaller than the image, and each is normalised by itself
-    tiled = pipe(PROMPT, generator=seeded(), output_type="np").images
+    tiled = arrays(pipe)
     assert tiled.shape == array.shape and np.abs(tiled - array).max() > 1e-3
     pipe.disable_vae_tiling()
-    np.testing.assert_allclose(pipe(PROMPT, generator=seeded(), output_type="np").images, array, atol=1e-5)
+    np.testing.assert_allclose(arrays(pipe), array, atol=1e-5)
 
 
 def test_settings_reach_the_sampler(pipe: ParaDiffusionPipeline) -> None:
-    draw = lambda **settings: pipe(PROMPT, generator=seeded(), output_type="latent", **settings).images  # noqa: E731
-    plain = draw()
+    plain = arrays(pipe, output_type="latent")
     for settings in (
-        {"guidance_scale": 1.0},
-        {"negative_prompt": "a dog"},
-        {"num_inference_steps": 5},
-        {"guidance_rescale": 0.5},
-        {"guidance_start": 0.9},
-        {"guidance_stop": 0.2},
-        {"guidance_sigma_min": 5.0},
-        {"guidance_sigma_max": 0.5},
-    ):
-        assert not torch.allclose(draw(**settings), plain, atol=1e-4), settings
-    assert torch.equal(draw(negative_prompt=""), plain)
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
+        {"guidance_scale": 1.0}, {"negative_prompt": "a dog"}, {"num_inference_steps": 5}, {"guidance_rescale": 0.5},
+        {"guidance_start": 0.9}, {"guidance_stop": 0.2}, {"guidance_sigma_min": 5.0}, {"guidance_sigma_max": 0.5},
+    ):  # fmt: skip
+        assert not torch.allclose(arrays(pipe, output_type="latent", **settings), plain, atol=1e-4), settings
+    assert torch.equal(arrays(pipe, output_type="latent", negative_prompt=""), plain)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    assert not torch.allclose(draw(), plain, atol=1e-4)
+    assert not torch.allclose(arrays(pipe, output_type="latent"), plain, atol=1e-4)
 
 
 def test_callbacks_see_and_change_and_end(pipe: ParaDiffusionPipeline) -> None:
@@ -173,18 +157,17 @@ def test_callbacks_see_and_change_and_end(pipe: ParaDiffusionPipeline) -> None:
         seen.append((step, float(timestep)))
         return tensors
 
-    plain = pipe(PROMPT, generator=seeded(), output_type="latent", num_inference_steps=4).images
-    watched = pipe(
-        PROMPT, generator=seeded(), output_type="latent", num_inference_steps=4, callback_on_step_end=watch
-    ).images
-    assert torch.equal(plain, watched) and [step for step, _ in seen] == [0, 1, 2, 3]
+    assert np.array_equal(arrays(pipe), arrays(pipe, callback_on_step_end=watch)) and [step for step, _ in seen] == [
+        0,
+        1,
+        2,
+    ]
     assert all(first > second for (_, first), (_, second) in pairwise(seen))
 
     def change(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        return {"latents": tensors["latents"] * 0} if step == 3 else {}
+        return {"latents": tensors["latents"] * 0} if step == 2 else {}
 
-    changed = pipe(PROMPT, output_type="latent", num_inference_steps=4, callback_on_step_end=change).images
-    assert changed.abs().max() == 0
+    assert arrays(pipe, output_type="latent", callback_on_step_end=change).abs().max() == 0
 
     def stop(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
         seen.append((step, 0.0))
@@ -192,35 +175,32 @@ def test_callbacks_see_and_change_and_end(pipe: ParaDiffusionPipeline) -> None:
         return {}
 
     seen.clear()
-    pipe(PROMPT, num_inference_steps=4, callback_on_step_end=stop)
+    arrays(pipe, num_inference_steps=4, callback_on_step_end=stop)
     assert [step for step, _ in seen] == [0, 1]
 
 
-def test_components_may_be_replaced_and_shared(
-    folders: dict[str, Path], checkpoints: dict[str, Path], tmp_path: Path
-) -> None:
+def test_components_may_be_replaced_and_shared(folders: dict[str, Path], tmp_path: Path) -> None:
     load = lambda **parts: ParaDiffusionPipeline.from_pretrained(str(folders["official"]), **parts)  # noqa: E731
-    draw = lambda pipe: pipe(PROMPT, generator=seeded(), output_type="np", num_inference_steps=2).images  # noqa: E731
     pipe = load()
-    before, unet, vae = draw(pipe), copy.deepcopy(pipe.unet), copy.deepcopy(pipe.vae)
+    before, unet, vae = arrays(pipe), copy.deepcopy(pipe.unet), copy.deepcopy(pipe.vae)
     shared = ParaDiffusionPipeline(**pipe.components, description=pipe.config["description"])
-    assert np.array_equal(draw(shared), before) and np.array_equal(draw(ParaDiffusionPipeline.from_pipe(pipe)), before)
-    assert np.array_equal(draw(load(text_encoder=pipe.text_encoder)), before)
+    for other in (shared, ParaDiffusionPipeline.from_pipe(pipe), load(text_encoder=pipe.text_encoder)):
+        assert np.array_equal(arrays(other), before)
     shared.save_pretrained(tmp_path / "shared")
-    assert np.array_equal(draw(ParaDiffusionPipeline.from_pretrained(str(tmp_path / "shared"))), before)
-    assert np.array_equal(draw(pipe), before)
+    assert np.array_equal(arrays(ParaDiffusionPipeline.from_pretrained(str(tmp_path / "shared"))), before)
+    assert np.array_equal(arrays(pipe), before)
     with torch.no_grad():
         unet.conv_out.weight.mul_(2)
         vae.decoder.conv_out.bias.add_(0.2)
     for name, part in (("unet", unet), ("vae", vae)):
-        changed = draw(load(**{name: part}))
+        changed = arrays(load(**{name: part}))
         setattr(pipe, name, part)
-        assert np.array_equal(draw(pipe), changed) and np.abs(changed - before).max() > 0.01
+        assert np.array_equal(arrays(pipe), changed) and np.abs(changed - before).max() > 0.01
         pipe = load()
     calls: list[int] = []
     pipe.unet = torch.compile(pipe.unet, backend=lambda graph, _: calls.append(1) or graph.forward)
     pipe.text_encoder = copy.deepcopy(shared.text_encoder)  # with its adapter inside
-    np.testing.assert_allclose(draw(pipe), before, atol=1e-5)
+    np.testing.assert_allclose(arrays(pipe), before, atol=1e-5)
     assert calls
     with torch.no_grad():
         next(p for n, p in shared.text_encoder.named_parameters() if ".lora_B" in n).add_(1)
@@ -233,10 +213,8 @@ def test_the_tokenizers_own_rules_hold(folders: dict[str, Path], tmp_path: Path)
     shutil.copytree(folders["official"], tmp_path / "pipe")
     shutil.rmtree(tmp_path / "pipe" / "tokenizer")
     rules = write_llama_tokenizer(tmp_path / "pipe" / "tokenizer")
-    index = json.loads((tmp_path / "pipe" / "model_index.json").read_text())
-    (tmp_path / "pipe" / "model_index.json").write_text(
-        json.dumps({**index, "tokenizer": ["transformers", "LlamaTokenizer"]})
-    )
+    path = tmp_path / "pipe" / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer": ["transformers", "LlamaTokenizer"]}))
     pipe = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "pipe"))
     pipe.save_pretrained(tmp_path / "again")
     for tokenizer in (pipe.tokenizer, ParaDiffusionPipeline.from_pretrained(str(tmp_path / "again")).tokenizer):
@@ -261,19 +239,10 @@ def test_wrong_arguments(pipe: ParaDiffusionPipeline) -> None:
             pipe("a", **arguments)
 
 
-def test_dtypes_are_those_of_training_unless_one_is_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
-    path = folders["modern"]
-    index = json.loads((path / "model_index.json").read_text())
-    assert index["description"]["text_encoder"]["dtype"] == "float32"
-    pipe = ParaDiffusionPipeline.from_pretrained(str(path), torch_dtype=torch.bfloat16)
-    assert pipe.unet.dtype == pipe.text_encoder.dtype == pipe.refiner.dtype == torch.bfloat16
-    pipe.set_progress_bar_config(disable=True)
-    assert torch.isfinite(pipe(PROMPT, output_type="latent").images).all()
-
-
-def test_the_command_line(folders: dict[str, Path], tmp_path: Path, command: Callable[..., Any]) -> None:
-    done = command(
-        "scripts/export.py", f"ckpt={folders['modern']}", "to=ours", f"output={tmp_path / 'o'}", "dtype=float16"
-    )
-    assert done.returncode == 0, done.stderr
-    assert drawn(tmp_path / "o", tmp_path / "out").std() > 1
+def test_dtypes_are_those_of_training_unless_one_is_asked_for(
+    folders: dict[str, Path], pipe: ParaDiffusionPipeline
+) -> None:
+    assert pipe.text_encoder.dtype == torch.float32
+    half = ParaDiffusionPipeline.from_pretrained(str(folders["modern"]), torch_dtype=torch.bfloat16)
+    assert half.unet.dtype == half.text_encoder.dtype == half.refiner.dtype == torch.bfloat16
+    assert torch.isfinite(arrays(half, output_type="latent")).all()

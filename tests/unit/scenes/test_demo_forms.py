@@ -27,14 +27,7 @@ from paradiffusion.scenes.grammar import (
     place_phrases,
 )
 from paradiffusion.scenes.unseen import UNSEEN, unseen_places
-from paradiffusion.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    Scene,
-    SceneObject,
-    places,
-    row_and_column,
-)
+from paradiffusion.scenes.world import BACKGROUNDS, COLOURS, Scene, SceneObject, places, row_and_column
 
 STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 GRIDS = {"small": 2, "large": 3}
@@ -167,7 +160,7 @@ def read(scene: Scene, text: str) -> list[tuple[SceneObject, str]]:
 )
 def test_objects_are_where_their_sentences_put_them(world: str, kind: str) -> None:
     objects = seen = 0
-    for number, scene in enumerate(scenes(world, "val" if kind == "unseen" else "big", 400)):
+    for number, scene in enumerate(scenes(world, "val" if kind == "unseen" else "big", 300)):
         text = captions(scene, 0, number)[kind]
         told = read(scene, text)
         for item, place in told:
@@ -227,18 +220,12 @@ def frames(skeleton: str) -> set[str]:
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_training_has_hundreds_of_sentence_forms_and_none_of_the_held_out_ones(world: str) -> None:
-    grid = GRIDS[world]
-    trained = [
-        skeleton
-        for number, scene in enumerate(scenes(world, "web", 2000))
-        for skeleton in skeletons(captions(scene, 0, number)["varied"], grid)
-    ]
-    asked = [
-        skeleton
-        for number, scene in enumerate(scenes(world, "val", 300))
-        for skeleton in skeletons(captions(scene, 0, number)["unseen"], grid)
-    ]
-    assert len(set(trained)) > 2000 and len(set(asked)) > 40
+    def forms(set_name: str, kind: str, count: int) -> list[str]:
+        told = (captions(scene, 0, number)[kind] for number, scene in enumerate(scenes(world, set_name, count)))
+        return [skeleton for text in told for skeleton in skeletons(text, GRIDS[world])]
+
+    trained, asked = forms("web", "varied", 1200), forms("val", "unseen", 300)
+    assert len(set(trained)) > 1200 and len(set(asked)) > 40
     assert not set(trained) & set(asked)
     frame = {one for skeleton in asked for one in frames(skeleton)}
     assert len(frame) > 8 and not frame & {one for skeleton in trained for one in frames(skeleton)}
