@@ -12,7 +12,7 @@ from paradiffusion.training.folder import restore_checkpoint
 from paradiffusion.training.step_record import (
     PAGE,
     Replay,
-    mean_loss,
+    facts_of,
     samples_of,
     with_pictures,
     write_images,
@@ -88,7 +88,7 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
     Every process calls this: each writes the pictures of its own samples, the main one the page. Whatever goes wrong is a
     warning, since the answer to the spike matters more.
     """
-    step, config, error = trainer.state.step, trainer.config, ""
+    step, error = trainer.state.step, ""
     folder = trainer.folder / "replay" / f"step_{step:06d}" / "spike"
     written = sum(1 for _ in trainer.folder.glob(f"replay/step_*/spike/{PAGE}")) if trainer.main else 0
     if trainer.gather([written])[0] >= MAX_PAGES:  # as the main process sees it: all of them must go the same way
@@ -97,10 +97,8 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
     try:
         for batch, times, losses in taken:
             pictured = with_pictures(batch, trainer.plan)
-            parts += samples_of(
-                pictured, trainer.rank, times.cpu(), losses.errors.cpu(), trainer.encoder, trainer.plan,
-                config.objective.train_timesteps, config.data.caption_dropout,
-            )  # fmt: skip
+            errors = losses.errors.cpu()
+            parts += samples_of(pictured, trainer.rank, times.cpu(), errors, trainer.inputs, trainer.plan)
             write_images(folder, pictured)
     except Exception as caught:  # Of a page that nobody asked for nothing may end a run.
         error = f"{type(caught).__name__}: {caught}"
@@ -109,11 +107,8 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
         try:
             facts = {
                 "loss": fault,
-                "mean loss": mean_loss(samples),
                 "losses": "of the weights as they were in this step",
-                "samples": f"{len(samples)}, over {trainer.processes} process(es) x {trainer.micro_batches} micro-batch(es)",
-                "captions dropped": sum(sample.dropped for sample in samples),
-                "unreadable": sum(not sample.weight for sample in samples),
+                **facts_of(samples, trainer.processes, trainer.micro_batches),
             }
             title = f"loss spike at step {step} of {trainer.folder.parent.name}/{trainer.folder.name}"
             verdict = "Written by the run itself, from the samples that it had in memory"
