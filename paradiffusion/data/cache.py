@@ -31,7 +31,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from paradiffusion.atomic import atomic_file, write_atomic
-from paradiffusion.data.images import Bucket
 from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.remote import RemotePath
 from paradiffusion.data.shards import Place, ShardPath, Span
@@ -211,13 +210,11 @@ class Cache:
 
     Attributes:
         latents, text: the tar of each shard; None for what is not cached.
-        factor: of the codec, to see that latents fit their bucket.
         null: the null prompt's features [L, D], where text is cached.
     """
 
     latents: dict[ShardPath, Path] | None = None
     text: dict[ShardPath, Path] | None = None
-    factor: int = 8
     null: Entry | None = None
     _open: OrderedDict[Path, Members] = field(default_factory=OrderedDict, repr=False)
 
@@ -228,7 +225,7 @@ class Cache:
         """``place`` without its image, where no image has to be read."""
         return place if self.latents is None else replace(place, image=Span(0, 0))
 
-    def read(self, place: Place, caption: str, bucket: Bucket) -> Stored:
+    def read(self, place: Place, caption: str) -> Stored:
         """What is cached of one sample with that caption.
 
         Raises:
@@ -239,9 +236,7 @@ class Cache:
             found = self._members(self.latents[place.shard]).get(place.id)
             if found is None:
                 raise ValueError("is not in the cache")
-            latents, size = found.values[:, None], (bucket[0] // self.factor, bucket[1] // self.factor)
-            if tuple(latents.shape[-2:]) != size:
-                raise ValueError(f"has cached latents of {tuple(latents.shape[-2:])}, and its bucket needs {size}")
+            latents = found.values[:, None]
         if self.text is not None:
             members = self._members(self.text[place.shard])
             text = members.get(caption_name(caption))
@@ -276,8 +271,7 @@ def read_key(folder: Path) -> dict[str, Any]:
     path = folder / KEY_FILE
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        version = stored["format_version"]
-        if isinstance(stored["key"], dict) and isinstance(stored["what"], str) and version == FORMAT_VERSION:
+        if (version := stored["format_version"]) == FORMAT_VERSION:
             return dict(stored)
         reason = f"format_version {version}, and this repository reads {FORMAT_VERSION}"
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -148,7 +148,6 @@ class Loader(Iterator[Batch]):
         self._size = batch_size // shares
         self._deliveries: Iterator[tuple[Order, Delivery]] | None = None
         self._end: weakref.finalize[..., Loader] | None = None
-        self._at_exit = partial(_close, weakref.ref(self))
 
     def __next__(self) -> Batch:
         if self._deliveries is None:
@@ -176,7 +175,6 @@ class Loader(Iterator[Batch]):
 
     def close(self) -> None:
         """End the worker processes; the loader yields nothing more."""
-        atexit.unregister(self._at_exit)
         if self._end:
             self._end()  # First: the thread waits for a worker, which may be at a slow store for minutes.
         if isinstance(self._deliveries, HandOver):
@@ -221,8 +219,8 @@ class Loader(Iterator[Batch]):
         if on_child_exit is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, on_child_exit)
         # Registered after the workers have started, so called before multiprocessing waits for them: they ignore its
-        # SIGTERM, and a program that ends without close() would wait for ever.
-        atexit.register(self._at_exit)
+        # SIGTERM, and a program that ends without close() would wait for ever. Nothing of the loader is kept by it.
+        atexit.register(self._end)
         return _unpack(deliveries)
 
     def _judge(self, delivery: Delivery) -> None:
@@ -261,11 +259,6 @@ def slots_of(rank: int, world_size: int, size: int, micro: int) -> range:
 
 def make_loader(index: SampleIndex, plan: BatchPlan, settings: LoaderSettings) -> Loader:
     return Loader(index, plan, settings)
-
-
-def _close(loader: weakref.ref[Loader]) -> None:
-    if alive := loader():
-        alive.close()
 
 
 def _tell_workers(ended: Connection, end: Connection, owner: int) -> None:
@@ -444,7 +437,7 @@ class Reader(Dataset[tuple[Order, Delivery]]):
             caption = raw.meta["captions"].get(kind)
             if not caption:
                 raise ValueError(f"no caption of kind {kind}: the shard has changed since it was indexed")
-            stored = None if self.cache is None else self.cache.read(place, caption, bucket)
+            stored = None if self.cache is None else self.cache.read(place, caption)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             return Failure(place.shard.name, place.key, reason)

@@ -39,6 +39,7 @@ from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.sampling.run import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
 from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
 from paradiffusion.training.folder import find_resume, stage_folder
+from paradiffusion.training.inputs import read_captions
 from paradiffusion.training.start import NEEDS_ADAPTER, check_init, find_init, start_from, startable
 
 STOPPED = 130
@@ -201,7 +202,7 @@ def open_cache(config: TrainConfig, index: SampleIndex, encoder: TextEncoder, co
                 f"data.cache: {found['text'] / stored.NULL_FILE} is missing or damaged; delete it, and make it again with "
                 f"{command('text', config, found['text'].parent)}."
             )
-    return Cache(files.get("latents"), files.get("text"), config.codec.factor, null)
+    return Cache(files.get("latents"), files.get("text"), null)
 
 
 def spares_models(config: TrainConfig, cache: Cache | None, what: str, held_out: SampleIndex | None) -> bool:
@@ -502,13 +503,8 @@ class TextMaker(Maker):
             return [captions[kind] for kind in kinds]
         return [caption for caption in captions.values() if caption]
 
-    @torch.no_grad()
     def encode(self, captions: list[str], add: Add) -> None:
         """The members of some captions."""
-        tokens = self.encoder.tokenize(captions).to(self.device)
-        features: Tensor = self.encoder(tokens.ids, tokens.mask, tokens.prefix).cpu()
-        masked = self.encoder.settings.mask_padding
-        for caption, values, length in zip(captions, features, tokens.lengths, strict=True):
-            kept = values[: min(length, self.encoder.limit)] if masked else values
-            check_finite(kept, self.dtype, f"the features of {caption[:60]!r}", "text_encoder.dtype")
-            add(caption_name(caption), kept, length)
+        for caption, entry in zip(captions, read_captions(self.encoder, captions, self.device), strict=True):
+            check_finite(entry.values, self.dtype, f"the features of {caption[:60]!r}", "text_encoder.dtype")
+            add(caption_name(caption), entry.values, entry.length)

@@ -7,7 +7,6 @@ What a step saw is a function of the configuration, the data and the step, so no
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from tqdm import tqdm
 from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, find_checkpoint, open_layout
 from paradiffusion.checkpoints.manifest import checkpoints_of, find_fault
 from paradiffusion.config import TrainConfig, identity
-from paradiffusion.data.loader import LoaderSettings, make_loader
 from paradiffusion.data.plan import BatchPlan, make_plan, open_index
 from paradiffusion.diffusion.objective import make_objective
 from paradiffusion.errors import UserError
@@ -240,20 +238,15 @@ def replay_batches(
     # As in training: a micro-batch by itself, since a language model in bfloat16 rounds differently in another batch.
     with tqdm(total=config.batch_size, desc=f"step {step}", unit="sample", dynamic_ncols=True) as bar:
         for rank in range(world):
-            settings = LoaderSettings(
-                config.seed, step, step + 1, rank, world, micro_batches, config.data.caption_dropout,
-                max_bad_fraction=1.0, workers=0,  # one step says nothing of their share, and bad samples are looked for
-            )  # fmt: skip
-            with closing(make_loader(plan.index, plan, settings)) as loader:
-                for batch in loader:
-                    digests |= {seen.slot: seen for seen in step_record.seen_in(batch)}
-                    with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
-                        given = inputs(batch, Meters())
-                        losses = inputs.joint(given)
-                    total += float(losses.diffusion) * len(batch.keys)
-                    samples += step_record.samples_of(batch, rank, given.times.cpu(), losses.errors.cpu(), inputs, plan)
-                    step_record.write_images(output, batch)
-                    bar.update(len(batch.keys))
+            for batch in step_record.read_again(config, plan, step, rank, world, micro_batches):
+                digests |= {seen.slot: seen for seen in step_record.seen_in(batch)}
+                with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
+                    given = inputs(batch, Meters())
+                    losses = inputs.joint(given)
+                total += float(losses.diffusion) * len(batch.keys)
+                samples += step_record.samples_of(batch, rank, given.times.cpu(), losses.errors.cpu(), inputs, plan)
+                step_record.write_images(output, batch)
+                bar.update(len(batch.keys))
     return samples, digests, total / max(sum(sample.weight for sample in samples), 1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from paradiffusion.training.step_record import (
     PAGE,
     Replay,
     facts_of,
+    has_pixels,
+    read_again,
     samples_of,
-    with_pictures,
     write_images,
     write_replay,
 )
@@ -95,11 +97,14 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
         return None
     parts: list[Any] = []
     try:
+        again = read_again(trainer.config, trainer.plan, step, trainer.rank, trainer.processes, trainer.micro_batches)
         for batch, times, losses in taken:
-            pictured = with_pictures(batch, trainer.plan)
+            # Cached latents come without pictures. Where a sample cannot be read, another may stand in its slot.
+            if not has_pixels(batch) and (pictured := next(again)).keys == batch.keys:
+                batch = replace(batch, pixels=pictured.pixels)
             errors = losses.errors.cpu()
-            parts += samples_of(pictured, trainer.rank, times.cpu(), errors, trainer.inputs, trainer.plan)
-            write_images(folder, pictured)
+            parts += samples_of(batch, trainer.rank, times.cpu(), errors, trainer.inputs, trainer.plan)
+            write_images(folder, batch)
     except Exception as caught:  # Of a page that nobody asked for nothing may end a run.
         error = f"{type(caught).__name__}: {caught}"
     samples = trainer.gather(parts)  # pictures only as thumbnails, some kilobytes each

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -18,10 +19,9 @@ import torch
 from PIL import Image
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.config import TrainConfig
 from paradiffusion.data.captions import is_dropped
-from paradiffusion.data.images import decode, to_array
-from paradiffusion.data.index import read_sample
-from paradiffusion.data.loader import Batch, join_pixels
+from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import read_place
 from paradiffusion.pages import render, thumbnail_uri
@@ -231,8 +231,9 @@ def samples_of(
         dropped = is_dropped(plan.seed, batch.step, slot, config.data.caption_dropout)
         # The batch has only the empty text; what was dropped lies in the shard. A stream has another sample in its place.
         if dropped and weight:
-            same = _key(plan, int(rows[slot])) == batch.keys[i]
-            caption = read_sample(plan.index, int(rows[slot])).meta["captions"].get(batch.kinds[i], "") if same else ""
+            place = plan.index.place(int(rows[slot]))
+            same = f"{place.shard.name}/{place.key}" == batch.keys[i]
+            caption = read_place(place).meta["captions"].get(batch.kinds[i], "") if same else ""
         if not dropped:
             real = texts.ids[i, texts.prefix :][texts.mask[i, texts.prefix :]]
             kept = encoder.tokenizer.decode(real.tolist(), skip_special_tokens=True).strip()
@@ -248,31 +249,18 @@ def samples_of(
     return samples
 
 
-def _key(plan: BatchPlan, row: int) -> str:
-    """The sample's name as batches have it."""
-    return f"{plan.index.shards[plan.index.shard[row]].name}/{plan.index.key(row)}"
-
-
 def _array(pixels: torch.Tensor) -> Any:
     return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
-def with_pictures(batch: Batch, plan: BatchPlan) -> Batch:
-    """``batch`` with the pictures that its cached latents were made of, from the shards; as it is where one cannot be read."""
-    if has_pixels(batch):
-        return batch
-    planned = plan.batch(batch.step)
-    by_key = {_key(plan, row): row for row in planned.rows.tolist()}
-    pictures = []
-    try:
-        for slot, key in zip(batch.slots.tolist(), batch.keys, strict=True):
-            row = int(planned.rows[slot])
-            # In a slot of weight 0 stands another sample of the step.
-            place = plan.index.place(row if _key(plan, row) == key else by_key[key])
-            pictures.append(to_array(decode(read_place(place).image, cover=planned.bucket), planned.bucket, place.id))
-    except (OSError, ValueError, KeyError):
-        return batch
-    return replace(batch, pixels=join_pixels(pictures))
+def read_again(config: TrainConfig, plan: BatchPlan, step: int, rank: int, world: int, parts: int) -> Iterator[Batch]:
+    """One process's ``parts`` micro-batches of a step, with their pictures, from the shards."""
+    settings = LoaderSettings(
+        config.seed, step, step + 1, rank, world, parts, config.data.caption_dropout,
+        max_bad_fraction=1.0, workers=0,  # one step says nothing of their share, and bad samples are looked for
+    )  # fmt: skip
+    with closing(make_loader(plan.index, plan, settings)) as loader:
+        yield from loader
 
 
 def facts_of(samples: Sequence[ReplayedSample], processes: int, micro_batches: int) -> dict[str, Any]:

@@ -32,8 +32,8 @@ PHASES = ("setup", "save", "validate", "data", "encode", "forward", "backward", 
 LONG = ("setup", "validate", "save")
 STALLED, FAILED = 3, 2  # exit statuses
 SHOWN = 8
-# Seconds that a process has for leaving by itself once another has failed, or once the main process has gone.
-GRACE, ORPHANED = 5.0, 20.0
+# Seconds that a process has for leaving by itself once another has failed.
+GRACE = 5.0
 # Seconds between two messages to the store from the steps themselves; the thread sends its own besides.
 PROMPT = 0.05
 
@@ -100,12 +100,11 @@ class Watch:
         self._silence = 3 * self.interval  # after which a process counts as dead, where a connection broke
         self._ahead = 0.0  # this machine's clock before the main process's
         self._store = self._open_store(rank) if world_size > 1 else None
-        self._lost_at: float | None = None  # when the store went, and the main process with it
         now = self._heard = self._told = self.now()
         self.place = Place(rank, socket.gethostname(), at=now, alive=now)
         self.known = [Place(other, at=now, alive=now) for other in range(world_size)]
         self._ended, self.failing = threading.Event(), threading.Event()
-        work = [self._judge, self._talk] if world_size > 1 else [self._judge]
+        work = (self._judge, self._talk)
         self._threads = [threading.Thread(target=target, name="watch", daemon=True) for target in work]
         for thread in self._threads:
             thread.start()
@@ -168,7 +167,7 @@ class Watch:
         try:
             return getattr(store, request)(*values) if store is not None else None
         except (RuntimeError, OSError):
-            self._store, self._lost_at = None, self._lost_at or self.now()
+            self._store = None
             return None
 
     def _post(self) -> None:
@@ -183,7 +182,7 @@ class Watch:
 
     def _talk(self) -> None:
         """Post and read, until this process or any other ends."""
-        while self._store is not None and not self.failing.is_set():
+        while not self.failing.is_set():
             self._post()
             # To read them all is much work where they are thousands: only once this one waits.
             self._read(range(self.world_size if self.now() - self.place.at > self.seconds / 2 else 1))
@@ -202,13 +201,9 @@ class Watch:
             if now - before > max(4 * self.interval, 5.0):
                 self.place.at = self._heard = now  # this process itself stood still, as on a machine that was suspended
             before = now
-            if self.world_size == 1:
-                self.place.alive = now
             if self.failing.is_set():
                 if not self._ended.wait(GRACE):
                     self._leave(FAILED)
-            elif self._lost_at is not None and now - self._lost_at > ORPHANED:
-                self._accuse(describe_stall([self.known[0]], now, 0.0, 0.0))
             elif now - self.place.at > self.seconds:
                 self._accuse(describe_stall(self._places(), now, self.seconds))
 
