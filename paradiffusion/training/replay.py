@@ -263,14 +263,11 @@ def judge(seen: SeenStep | None, digests: dict[int, Seen], changed: bool, logged
     if found := step_record.differences(seen, digests):
         more = f", and {len(found) - 8} more" if len(found) > 8 else ""
         return "different", f"Not what the step saw: {'; '.join(found[:8])}{more}."
-    if not all(sample.pixels for sample in seen.samples.values()):
-        return "identical", (
-            f"Samples, captions and weights of all {len(digests)} slots are those that the step saw; its latents came from a "
-            "cache, so that there are no pixels to compare."
-        )
+    pictured = all(sample.pixels for sample in seen.samples.values())
+    end = "." if pictured else "; its latents came from a cache, so that there are no pixels to compare."
     return "identical", (
-        f"Identical to what the step saw: samples, pixels, captions and weights of all {len(digests)} slots have the "
-        "recorded digests."
+        f"Identical to what the step saw: samples, {'pixels, ' if pictured else ''}captions and weights of all {len(digests)} "
+        f"slots have the recorded digests{end}"
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TextIO
 
 import torch
 from PIL import Image
@@ -86,21 +86,11 @@ def line_of(step: int, rank: int, world_size: int, batches: Sequence[Batch]) -> 
     return json.dumps(row | dict(zip(COLUMNS, columns, strict=True))) + "\n"
 
 
-class SamplesSeen:
-    """One process's lines of a run that begins at ``first_step``, in the stage ``folder``."""
-
-    def __init__(self, folder: Path, rank: int, world_size: int, first_step: int) -> None:
-        self.rank, self.world_size = rank, world_size
-        path = folder / SEEN_FOLDER / f"rank{rank}_from{first_step:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        self._file = path.open("w", buffering=1, encoding="utf-8")  # each line is on the disk at once
-
-    def write(self, step: int, batches: Sequence[Batch]) -> None:
-        """Add a step."""
-        self._file.write(line_of(step, self.rank, self.world_size, batches))
-
-    def close(self) -> None:
-        self._file.close()
+def open_seen(folder: Path, rank: int, first_step: int) -> TextIO:
+    """Where one process of a run that begins at ``first_step``, in the stage ``folder``, writes its lines."""
+    path = folder / SEEN_FOLDER / f"rank{rank}_from{first_step:06d}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    return path.open("w", buffering=1, encoding="utf-8")  # each line is on the disk at once
 
 
 def read_seen(folder: Path, step: int) -> SeenStep | None:
