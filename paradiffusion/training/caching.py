@@ -103,9 +103,8 @@ def tokenizer_hash(encoder: TextEncoder) -> str:
     """A hash of what the tokenizer makes of text: its pieces, and what it puts around them."""
     pieces = sorted(encoder.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     tokens = encoder.tokenize([_PROBE, ""])
-    kept = [
-        row[real].tolist() for row, real in zip(tokens.ids, tokens.mask, strict=True)
-    ]  # however far they are padded
+    # However far they are padded.
+    kept = [row[real].tolist() for row, real in zip(tokens.ids, tokens.mask, strict=True)]
     return hashlib.sha256(repr((pieces, kept, tokens.lengths, encoder.pad_id)).encode()).hexdigest()[:16]
 
 

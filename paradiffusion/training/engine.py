@@ -245,11 +245,11 @@ class ZeroEngine(Engine):
                     f"{key}={str(works).lower()}, or launch without DeepSpeed."
                 )
         plugin: Any = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config |= {
+        plugin.deepspeed_config.update({
             "train_micro_batch_size_per_gpu": config.batch_size // (micro_batches * accelerator.num_processes),
             "gradient_accumulation_steps": micro_batches,
             "gradient_clipping": config.optimizer.max_grad_norm,
-        }
+        })  # fmt: skip
         accelerator.gradient_accumulation_steps = micro_batches
         stage = check_zero(plugin)
         parameters = joint.trained()
