@@ -261,7 +261,7 @@ def make_cache(config: TrainConfig, options: CacheOptions) -> int:
         for what in kinds:
             folder, rate, status = Path(str(options.output)).expanduser() / what, 0.0, 0
             try:
-                make = LatentMaker if what == "latents" else TextMaker
+                make: type[LatentMaker | TextMaker] = LatentMaker if what == "latents" else TextMaker
                 rate = make_kind(what, folder, make(config, options, index, device, source, pool, stop), processes)
             except Stopped:
                 status = STOPPED

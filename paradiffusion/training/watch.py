@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -230,7 +230,8 @@ class Watch:
     def _places(self) -> list[Place]:
         """Everybody's place. While the store does not answer only the main process is known to be silent."""
         known = self.known if self._answers() else self.known[:1]
-        return [*(place for place in known if place.rank != self.place.rank), self.place]
+        others = [place for place in known if place.rank != self.place.rank]
+        return [*others, replace(self.place, alive=self.now())]
 
     def _notice(self) -> None:
         self.failing.set()
