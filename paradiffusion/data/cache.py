@@ -251,10 +251,12 @@ class Cache:
         return Stored(latents, text.values, [len(text.values)], [text.length])
 
     def _members(self, path: Path) -> Members:
-        members = self._open[path] = self._open.pop(path, None) or Members(path)
+        if path not in self._open:
+            self._open[path] = Members(path)
+        self._open.move_to_end(path)
         if len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)
-        return members
+        return self._open[path]
 
 
 def folders_of(folder: Path) -> dict[str, Path]:
