@@ -17,12 +17,12 @@ import re
 import tarfile
 import time
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from paradiffusion.atomic import atomic_file, write_atomic
-from paradiffusion.data.images import Bucket
 from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.remote import RemotePath
 from paradiffusion.data.shards import Place, ShardPath, Span
@@ -44,13 +43,14 @@ NULL_FILE: Final = "null.tar"
 FORMAT_VERSION: Final = 2
 # How an encoded image becomes the codec's input (see images.py): another number for another crop, filter or colour.
 PIXELS_VERSION: Final = "crop 1, lanczos, JPEG reduced, on white, profiles to sRGB"
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A window of shards of each of several sources, latents and text.
 _OPEN_FILES: Final = 64
 _ABANDONED_SECONDS: Final = 86400.0
 # Of each member where its bytes lie, by name; size 0 for a sample that could not be read. The last row is the tar itself.
 _INDEX: Final = np.dtype([("name", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 _WHOLE: Final = 2**64 - 1
+
+Add = Callable[..., None]  # see ``writing``
 
 
 def caption_name(caption: str) -> int:
@@ -66,40 +66,31 @@ class Entry:
     length: int
 
 
-class Add(Protocol):
-    """Appends a member to a tar; ``values`` None for a sample that could not be read."""
-
-    def __call__(self, name: int, values: Tensor | None, length: int = 0) -> None: ...
-
-
 @contextmanager
 def writing(path: Path, dtype: torch.dtype) -> Iterator[Add]:
     """Write one tar of a cache and its index, whole or not at all: several commands may be at work on it.
 
-    Raises:
-        UserError: when the disk is full or refuses.
+    Gives ``add(name, values, length=0)``, which appends a member; ``values`` are None for a sample that could not be read.
+    Raises UserError when the disk is full or refuses.
     """
     rows: list[tuple[int, int, int]] = []
+
+    def add(name: int, values: Tensor | None, length: int = 0) -> None:
+        data = b""
+        if values is not None:
+            values = values.detach().to("cpu", dtype).contiguous()
+            facts = {"length": length, "checksum": checksum(name, length, values)}
+            data = save({"values": values, **{key: torch.tensor(fact) for key, fact in facts.items()}})
+        member = tarfile.TarInfo(f"{name:016x}.safetensors")
+        member.size = len(data)
+        rows.append((name, tar.offset + tarfile.BLOCKSIZE, len(data)))  # after its header
+        if data:
+            tar.addfile(member, io.BytesIO(data))
+
     try:
         with atomic_file(path, shared=True) as partial:
-            with open(partial, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-
-                def add(name: int, values: Tensor | None, length: int = 0) -> None:
-                    data = b""
-                    if values is not None:
-                        values = values.detach().to("cpu", dtype).contiguous()
-                        facts = {"length": length, "checksum": checksum(name, length, values)}
-                        data = save({"values": values, **{key: torch.tensor(fact) for key, fact in facts.items()}})
-                        member = tarfile.TarInfo(f"{name:016x}.safetensors")
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
-                    # The member's data end where the next one begins, but for filling up its last block.
-                    rows.append((name, tar.offset - -(-len(data) // 512) * 512, len(data)))
-
+            with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
                 yield add
-                tar.close()
-                file.flush()
-                os.fsync(file.fileno())
             rows.append((_WHOLE, partial.stat().st_size, 0))
         with atomic_file(_index_of(path), shared=True) as partial, open(partial, "wb") as file:
             np.save(file, np.array(sorted(rows), _INDEX))
@@ -138,25 +129,20 @@ def remove_abandoned(folder: Path) -> None:
 
 
 class Members:
-    """Reads single members of one tar. Raises OSError for one that is gone, ValueError for an index that is damaged."""
+    """Reads single members of one tar. Raises OSError for one that is gone, ValueError for an index that is damaged.
+
+    ``rows`` is the index: where the bytes of each member lie, sorted by name.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._index = np.load(_index_of(path))[:-1]
-        self._names = np.ascontiguousarray(self._index["name"])
+        self.rows = np.load(_index_of(path))[:-1]
+        self._names = np.ascontiguousarray(self.rows["name"])
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the object
 
-    def _row(self, name: int) -> Any:
-        at = int(np.searchsorted(self._names, np.uint64(name)))
-        return self._index[at] if at < len(self._names) and self._names[at] == name else None
-
     def __contains__(self, name: int) -> bool:
-        return self._row(name) is not None
-
-    @property
-    def bad(self) -> int:
-        """How many samples could not be read."""
-        return int((self._index["size"] == 0).sum())
+        at = np.searchsorted(self._names, np.uint64(name))
+        return bool(at < len(self._names) and self._names[at] == name)
 
     def get(self, name: int) -> Entry | None:
         """The entry of that name; None where there is none.
@@ -164,9 +150,9 @@ class Members:
         Raises:
             ValueError: for a sample that could not be read, and for an entry that is not as it was written.
         """
-        row = self._row(name)
-        if row is None:
+        if name not in self:
             return None
+        row = self.rows[np.searchsorted(self._names, np.uint64(name))]
         if row["size"] == 0:
             raise ValueError("did not decode when its latents were cached")
         try:
@@ -181,20 +167,11 @@ class Members:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a cache has of one sample: ``latents`` [2, C, h, w], the posterior's mean and standard deviation before
-    scaling, and ``text``, the features [L, D] of its caption; None for what is not cached."""
-
-    latents: Tensor | None
-    text: Entry | None
-
-
-@dataclass(frozen=True)
-class StoredBatch:
-    """What a cache has of b samples.
+    """What a cache has of b samples, in few tensors: each takes a file handle on its way between processes.
 
     Attributes:
-        latents: [2, b, C, h, w], or None.
-        features: [sum of counts, D], all captions' one after another, or None.
+        latents: [2, b, C, h, w], the posterior's mean and standard deviation before scaling; None where not cached.
+        features: [sum of counts, D], those of all captions one after another; None where not cached.
         counts: rows of ``features`` of each sample; ``lengths``: tokens of its caption before any cut.
     """
 
@@ -203,7 +180,7 @@ class StoredBatch:
     counts: list[int]
     lengths: list[int]
 
-    def pin_memory(self) -> StoredBatch:
+    def pin_memory(self) -> Stored:
         """The same in pinned memory, from which it travels to a GPU while that computes."""
         latents, features = (None if t is None else t.pin_memory() for t in (self.latents, self.features))
         return replace(self, latents=latents, features=features)
@@ -215,19 +192,29 @@ class StoredBatch:
         return Entry(self.features[start : start + self.counts[slot]], self.lengths[slot])
 
 
+def collate(samples: Sequence[Stored]) -> Stored:
+    """Those of all ``samples``, which have the same parts, as one."""
+    latents = [sample.latents for sample in samples if sample.latents is not None]
+    features = [sample.features for sample in samples if sample.features is not None]
+    return Stored(
+        torch.cat(latents, dim=1) if latents else None,
+        torch.cat(features) if features else None,
+        [count for sample in samples for count in sample.counts],
+        [length for sample in samples for length in sample.lengths],
+    )
+
+
 @dataclass
 class Cache:
     """What the readers take in the place of images and captions. Pickles, and opens files where it is used.
 
     Attributes:
         latents, text: the tar of each shard; None for what is not cached.
-        factor: of the codec, to see that latents fit their bucket.
         null: the null prompt's features [L, D], where text is cached.
     """
 
     latents: dict[ShardPath, Path] | None = None
     text: dict[ShardPath, Path] | None = None
-    factor: int = 8
     null: Entry | None = None
     _open: OrderedDict[Path, Members] = field(default_factory=OrderedDict, repr=False)
 
@@ -238,20 +225,18 @@ class Cache:
         """``place`` without its image, where no image has to be read."""
         return place if self.latents is None else replace(place, image=Span(0, 0))
 
-    def read(self, place: Place, caption: str, bucket: Bucket) -> Stored:
+    def read(self, place: Place, caption: str) -> Stored:
         """What is cached of one sample with that caption.
 
         Raises:
             ValueError: when it is not there, or is damaged; OSError when the file cannot be read.
         """
-        latents = text = None
+        latents, text = None, None
         if self.latents is not None:
             found = self._members(self.latents[place.shard]).get(place.id)
             if found is None:
                 raise ValueError("is not in the cache")
-            latents, size = found.values, (bucket[0] // self.factor, bucket[1] // self.factor)
-            if tuple(latents.shape[-2:]) != size:
-                raise ValueError(f"has cached latents of {tuple(latents.shape[-2:])}, and its bucket needs {size}")
+            latents = found.values[:, None]
         if self.text is not None:
             members = self._members(self.text[place.shard])
             text = members.get(caption_name(caption))
@@ -261,28 +246,17 @@ class Cache:
                 raise ValueError(
                     f"has a caption that is not in the cache, changed since: {first}run scripts/cache.py again"
                 )
-        return Stored(latents, text)
+        if text is None:
+            return Stored(latents, None, [], [])
+        return Stored(latents, text.values, [len(text.values)], [text.length])
 
     def _members(self, path: Path) -> Members:
-        if path in self._open:
-            self._open.move_to_end(path)
-        else:
+        if path not in self._open:
             self._open[path] = Members(path)
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)
+        self._open.move_to_end(path)
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)
         return self._open[path]
-
-
-def collate(samples: Sequence[Stored]) -> StoredBatch:
-    """One batch, in few tensors: each takes a file handle on its way between processes."""
-    latents = [sample.latents for sample in samples if sample.latents is not None]
-    text = [sample.text for sample in samples if sample.text is not None]
-    return StoredBatch(
-        latents=torch.stack(latents, dim=1) if latents else None,
-        features=torch.cat([entry.values for entry in text]) if text else None,
-        counts=[len(entry.values) for entry in text],
-        lengths=[entry.length for entry in text],
-    )
 
 
 def folders_of(folder: Path) -> dict[str, Path]:
@@ -299,8 +273,7 @@ def read_key(folder: Path) -> dict[str, Any]:
     path = folder / KEY_FILE
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        version = stored["format_version"]
-        if isinstance(stored["key"], dict) and isinstance(stored["what"], str) and version == FORMAT_VERSION:
+        if (version := stored["format_version"]) == FORMAT_VERSION:
             return dict(stored)
         reason = f"format_version {version}, and this repository reads {FORMAT_VERSION}"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -317,17 +290,6 @@ def write_key(folder: Path, what: str, key: dict[str, Any], about: dict[str, Any
     write_atomic(folder / KEY_FILE, json.dumps(content, indent=1) + "\n", shared=True)
 
 
-def find_difference(stored: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first part of ``wanted`` that ``stored`` says otherwise, with both values; caption kinds may be fewer."""
-    for name, value in json.loads(json.dumps(wanted)).items():
-        found = stored.get(name)
-        if name == "data.captions" and isinstance(found, list) and set(value) <= set(found):
-            continue
-        if found != value:
-            return name, found, value
-    return None
-
-
 def file_names(index: SampleIndex, what: str) -> list[str]:
     """The name of each shard's file: its own name, and a hash of what the cached values are functions of besides the key.
 
@@ -335,25 +297,22 @@ def file_names(index: SampleIndex, what: str) -> list[str]:
     all of that is equal in two shards (small folders, whose files are numbered alike), their paths tell them apart.
     """
     starts = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
-    columns = [name for name in ("image_size", "width", "height") if name in (index.table.dtype.names or ())]
-    stems = []
+    stems: dict[ShardPath, str] = {}
     for shard, start, end in zip(index.shards, starts, starts[1:], strict=False):
         rows = slice(int(start), int(end))
         digest = hashlib.blake2b(np.ascontiguousarray(index.ids[rows]).tobytes(), digest_size=8)
         if what == "latents":
-            for name in columns:
+            for name in ("image_size", "width", "height"):
                 digest.update(np.ascontiguousarray(index.table[name][rows]).tobytes())
         else:
             for kind, column in sorted(zip(index.kinds, index.words[rows].T, strict=True), key=lambda pair: pair[0]):
                 if column.any():  # the columns of a joined index depend on the other shards, too
                     digest.update(kind.encode("utf-8", "surrogateescape") + np.ascontiguousarray(column).tobytes())
         stem = re.sub(r"[^\w.-]", "_", shard.stem)[:100]  # of a remote shard it may be anything
-        stems.append(f"{stem}-{digest.hexdigest()}")
-    shards_of: dict[str, set[ShardPath]] = {}
-    for stem, shard in zip(stems, index.shards, strict=True):
-        shards_of.setdefault(stem, set()).add(shard)
-    pairs = zip(stems, index.shards, strict=True)
-    return [f"{stem}{_path_mark(shard) if len(shards_of[stem]) > 1 else ''}.tar" for stem, shard in pairs]
+        stems[shard] = f"{stem}-{digest.hexdigest()}"
+    alike = Counter(stems.values())
+    marks = {shard: _path_mark(shard) if alike[stem] > 1 else "" for shard, stem in stems.items()}
+    return [f"{stems[shard]}{marks[shard]}.tar" for shard in index.shards]
 
 
 def _path_mark(shard: ShardPath) -> str:

@@ -10,7 +10,6 @@ import atexit
 import math
 import os
 import pickle
-import queue
 import signal
 import sys
 import threading
@@ -18,7 +17,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import Pipe
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from paradiffusion.data.cache import Cache, Stored, StoredBatch, collate
+from paradiffusion.data.cache import Cache, Stored, collate
 from paradiffusion.data.captions import is_dropped
 from paradiffusion.data.images import Bucket, decode, to_array
 from paradiffusion.data.index import SampleIndex
@@ -47,8 +46,9 @@ _JUDGED_FROM, _DEVIATIONS = 64, 3.0
 _SMALL_SLICE, _SPARES = 8, 4
 # Requests of one worker at a time: each waits for its store or disk, and half of a batch on the way is enough to stay ahead.
 _THREADS: Final = 16
-_LOOK, _JOIN = 0.2, 10.0  # seconds between looks at whether anybody still wants batches, and for a thread to end
+_JOIN = 10.0  # seconds for a thread to end
 T = TypeVar("T")
+Tokenize = Callable[[list[str]], Tokens]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class LoaderSettings:
     max_bad_fraction: float = 0.01
     workers: int | None = 2
     cache: Cache | None = None
-    tokenize: Callable[[list[str]], Tokens] | None = None
+    tokenize: Tokenize | None = None
 
 
 @dataclass(eq=False)
@@ -94,7 +94,7 @@ class Batch:
     weights: torch.Tensor
     bad: list[str]
     micro: int = 0
-    stored: StoredBatch | None = None
+    stored: Stored | None = None
     tokens: tuple[Tokens, torch.Tensor] | None = None
 
     @property
@@ -148,7 +148,6 @@ class Loader(Iterator[Batch]):
         self._size = batch_size // shares
         self._deliveries: Iterator[tuple[Order, Delivery]] | None = None
         self._end: weakref.finalize[..., Loader] | None = None
-        self._at_exit = partial(_close, weakref.ref(self))
 
     def __next__(self) -> Batch:
         if self._deliveries is None:
@@ -172,26 +171,10 @@ class Loader(Iterator[Batch]):
                 else f"A process that reads data has died ({type(error).__name__} {error}), probably out of memory: "
                 "set data.workers lower, or enlarge /dev/shm in a container."
             ) from error
-        captions, tokenize = order.kept(delivery.captions), self.settings.tokenize
-        return Batch(
-            step=order.step,
-            pixels=delivery.pixels,
-            captions=captions,
-            kinds=delivery.kinds,
-            words=[len(caption.split()) for caption in captions],
-            keys=delivery.keys,
-            slots=torch.tensor(order.slots),
-            weights=torch.tensor(delivery.weights, dtype=torch.float32),
-            bad=[str(failure) for failure in delivery.failures],
-            micro=order.micro,
-            stored=delivery.stored,
-            # A stream's captions are dropped here, where the step is known, and not by who reads them.
-            tokens=tokenize_once(tokenize, captions) if tokenize and delivery.tokens is None else delivery.tokens,
-        )
+        return batch_of(order, delivery, self.settings.tokenize)
 
     def close(self) -> None:
         """End the worker processes; the loader yields nothing more."""
-        atexit.unregister(self._at_exit)
         if self._end:
             self._end()  # First: the thread waits for a worker, which may be at a slow store for minutes.
         if isinstance(self._deliveries, HandOver):
@@ -236,8 +219,8 @@ class Loader(Iterator[Batch]):
         if on_child_exit is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, on_child_exit)
         # Registered after the workers have started, so called before multiprocessing waits for them: they ignore its
-        # SIGTERM, and a program that ends without close() would wait for ever.
-        atexit.register(self._at_exit)
+        # SIGTERM, and a program that ends without close() would wait for ever. Nothing of the loader is kept by it.
+        atexit.register(self._end)
         return _unpack(deliveries)
 
     def _judge(self, delivery: Delivery) -> None:
@@ -276,11 +259,6 @@ def slots_of(rank: int, world_size: int, size: int, micro: int) -> range:
 
 def make_loader(index: SampleIndex, plan: BatchPlan, settings: LoaderSettings) -> Loader:
     return Loader(index, plan, settings)
-
-
-def _close(loader: weakref.ref[Loader]) -> None:
-    if alive := loader():
-        alive.close()
 
 
 def _tell_workers(ended: Connection, end: Connection, owner: int) -> None:
@@ -369,7 +347,7 @@ class Delivery:
     keys: list[str]
     weights: list[float]
     failures: list[Failure]
-    stored: StoredBatch | None = None
+    stored: Stored | None = None
     tokens: tuple[Tokens, torch.Tensor] | None = None
 
     def pin_memory(self) -> Delivery:
@@ -390,10 +368,30 @@ class Sample:
     stored: Stored | None = None
 
 
+def batch_of(order: Order, delivery: Delivery, tokenize: Tokenize | None = None) -> Batch:
+    """What was read for ``order``, as training takes it."""
+    captions = order.kept(delivery.captions)
+    return Batch(
+        step=order.step,
+        pixels=delivery.pixels,
+        captions=captions,
+        kinds=delivery.kinds,
+        words=[len(caption.split()) for caption in captions],
+        keys=delivery.keys,
+        slots=torch.tensor(order.slots),
+        weights=torch.tensor(delivery.weights, dtype=torch.float32),
+        bad=[str(failure) for failure in delivery.failures],
+        micro=order.micro,
+        stored=delivery.stored,
+        # A stream's captions are dropped here, where the step is known, and not by who reads them.
+        tokens=tokenize_once(tokenize, captions) if tokenize and delivery.tokens is None else delivery.tokens,
+    )
+
+
 class Reader(Dataset[tuple[Order, Delivery]]):
     """Reads one order at a time. Holds no index, so that workers stay small."""
 
-    def __init__(self, cache: Cache | None = None, tokenize: Callable[[list[str]], Tokens] | None = None) -> None:
+    def __init__(self, cache: Cache | None = None, tokenize: Tokenize | None = None) -> None:
         self.cache, self.tokenize = cache, tokenize
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[tuple[int, int], list[Future[RawSample]]] = {}
@@ -408,8 +406,7 @@ class Reader(Dataset[tuple[Order, Delivery]]):
             sample = self._read(*spare, order.bucket, partial(self._fetch, spare[0]))
             good += [] if isinstance(sample, Failure) else [sample]
         filled = [good[slot % len(good)] if isinstance(one, Failure) else one for slot, one in enumerate(read) if good]
-        weights = [float(not isinstance(one, Failure)) for one in read if good]
-        delivery = deliver(filled, weights, failures)
+        delivery = deliver(filled, [float(not isinstance(one, Failure)) for one in read if good], failures)
         if self.tokenize and filled:
             delivery.tokens = tokenize_once(self.tokenize, order.kept(delivery.captions))
         return order, delivery
@@ -440,7 +437,7 @@ class Reader(Dataset[tuple[Order, Delivery]]):
             caption = raw.meta["captions"].get(kind)
             if not caption:
                 raise ValueError(f"no caption of kind {kind}: the shard has changed since it was indexed")
-            stored = None if self.cache is None else self.cache.read(place, caption, bucket)
+            stored = None if self.cache is None else self.cache.read(place, caption)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             return Failure(place.shard.name, place.key, reason)
@@ -514,14 +511,15 @@ def pass_on(item: Any) -> Any:
     if get_worker_info() is None:
         return item
     delivery: Delivery = item[1]
-    tensors = [delivery.pixels]
+    tensors: list[torch.Tensor | None] = [delivery.pixels]
     if delivery.stored is not None:
-        tensors += [part for part in (delivery.stored.latents, delivery.stored.features) if part is not None]
+        tensors += [delivery.stored.latents, delivery.stored.features]
     if delivery.tokens is not None:
         tensors += [delivery.tokens[0].ids, delivery.tokens[0].mask, delivery.tokens[1]]
     try:
         for tensor in tensors:
-            tensor.share_memory_()
+            if tensor is not None:
+                tensor.share_memory_()
     except (RuntimeError, OSError) as error:
         return Copied(pickle.dumps(item, pickle.HIGHEST_PROTOCOL), str(error).rpartition(": ")[2])
     return item
@@ -552,42 +550,15 @@ class HandOver(Iterator[T], Generic[T]):
     """
 
     def __init__(self, source: Iterator[T]) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(1)
-        stopped = threading.Event()
-        self._ended = False
-        # The thread knows nothing of this object, which can therefore be freed while it works.
-        self._stop = weakref.finalize(self, stopped.set)
-        self._thread = threading.Thread(target=_carry, args=(source, self._queue, stopped), daemon=True, name="batches")
-        self._thread.start()
+        self._source, self._pool = source, ThreadPoolExecutor(1, "batches")
+        self._coming = self._pool.submit(next, source)
 
     def __next__(self) -> T:
-        if self._ended:
-            raise StopIteration
-        item: T
-        item, error = self._queue.get()
-        if error is not None:
-            self._ended = True
-            raise error
+        item = self._coming.result()  # After an error or the end the same comes again.
+        self._coming = self._pool.submit(next, self._source)
         return item
 
     def close(self) -> None:
-        """End the thread; nothing more comes. Waits while the source makes its next item, but not for ever."""
-        self._ended = True
-        self._stop()
-        self._thread.join(_JOIN)
-
-
-def _carry(source: Iterator[Any], found: queue.Queue[Any], stopped: threading.Event) -> None:
-    error: BaseException | None = None
-    while error is None and not stopped.is_set():
-        item = None
-        try:
-            item = next(source)
-        except BaseException as raised:  # The StopIteration of its end, too.
-            error = raised
-        while not stopped.is_set():
-            try:
-                found.put((item, error), timeout=_LOOK)
-                break
-            except queue.Full:
-                continue
+        """Nothing more is taken. Waits while the source makes its next item, but not for ever."""
+        wait([self._coming], _JOIN)
+        self._pool.shutdown(wait=False)

@@ -8,11 +8,13 @@ on after it.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -22,44 +24,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from paradiffusion.checkpoints.layouts import load_adapter, open_layout
-from paradiffusion.checks import choice, positive
-from paradiffusion.config import DataConfig, TrainConfig, identity
-from paradiffusion.data.cache import (
-    DTYPES,
-    KEY_FILE,
-    NULL_FILE,
-    PIXELS_VERSION,
-    Add,
-    Cache,
-    Entry,
-    Members,
-    caption_name,
-    file_names,
-    find_difference,
-    folders_of,
-    is_whole,
-    read_key,
-    remove_abandoned,
-    write_key,
-    writing,
-)  # fmt: skip
-from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, to_array
+from paradiffusion.checks import one_of, positive
+from paradiffusion.config import DataConfig, TrainConfig, check_values, identity, option
+from paradiffusion.data import cache as stored
+from paradiffusion.data.cache import Add, Cache, Members, caption_name, is_whole
+from paradiffusion.data.images import assign_buckets, buckets_of, decode, to_array
 from paradiffusion.data.index import SampleIndex
-from paradiffusion.data.loader import scale_pixels
+from paradiffusion.data.loader import join_pixels, scale_pixels
 from paradiffusion.data.plan import open_index
 from paradiffusion.data.remote import RemotePath
-from paradiffusion.data.shards import ShardPath, Span, read_place
+from paradiffusion.data.shards import Place, RawSample, ShardPath, Span, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.sampling.run import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
-from paradiffusion.text.encoder import TextEncoder, load_text_encoder
+from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
 from paradiffusion.training.folder import find_resume, stage_folder
-from paradiffusion.training.start import NEEDS_ADAPTER, check_init, find_init, start_from
+from paradiffusion.training.inputs import read_captions
+from paradiffusion.training.start import NEEDS_ADAPTER, check_init, find_init, start_from, startable
 
 STOPPED = 130
 T = TypeVar("T")
 R = TypeVar("R")
-Count = Callable[[int], object]
 CALLED: Final = {"latents": "latents", "text": "text features"}
 LORA_TEXT: Final = (
     "train_text=lora trains the language model's adapter, so the features of a caption change in every step and cannot "
@@ -69,34 +54,31 @@ _PICKED: Final = 64
 # Cases, digits, marks, runs of spaces and letters outside ASCII: where tokenizers of one vocabulary differ.
 _PROBE: Final = "Two RED kites, 3.5 m above the caf\u00e9's  roof -- (sunset); \u732b!"
 
+# What the values are functions of.
 
-def latent_key(config: TrainConfig, codec: Codec | None) -> dict[str, Any]:
-    """Everything that cached latents are functions of; without ``codec`` what can be told before it is loaded."""
-    key = {**identity(config, "latents"), "pixels": PIXELS_VERSION}
-    key["data.lower_resolutions"] = sorted(config.data.lower_resolutions)
-    if codec is not None:
+
+def key_of(config: TrainConfig, what: str, model: Any = None) -> dict[str, Any]:
+    """Everything that cached values are functions of; without ``model`` (the codec, or the text encoder) what can be told
+    before it is loaded."""
+    key = identity(config, what)
+    if what == "latents":
+        key |= {"pixels": stored.PIXELS_VERSION, "data.lower_resolutions": sorted(config.data.lower_resolutions)}
+        if model is not None:
+            key |= {
+                "codec.hash": model.source["hash"],
+                "codec.weights": weights_hash(model.vae),
+                "codec.tiling": bool(getattr(model.vae, "use_tiling", False)),
+            }
+        return key
+    key["data.captions"] = weighted_kinds(config.data)
+    if model is not None:
         key |= {
-            "codec.hash": codec.source["hash"],
-            "codec.weights": weights_hash(codec.vae),
-            "codec.tiling": bool(getattr(codec.vae, "use_tiling", False)),
+            "text_encoder.hash": model.source["hash"],
+            "text_encoder.weights": weights_hash(model.model),
+            "text_encoder.tokenizer": tokenizer_hash(model),
+            "lora.hash": adapter_hash(config, model),
         }
     return key
-
-
-def text_key(config: TrainConfig, encoder: TextEncoder | None) -> dict[str, Any]:
-    """Everything that cached features are functions of; without ``encoder`` what can be told before it is loaded."""
-    key = {**identity(config, "text"), "data.captions": weighted_kinds(config.data)}
-    if encoder is not None:
-        key |= {
-            "text_encoder.hash": encoder.source["hash"],
-            "text_encoder.weights": weights_hash(encoder.model),
-            "text_encoder.tokenizer": tokenizer_hash(encoder),
-            "lora.hash": adapter_hash(config, encoder),
-        }
-    return key
-
-
-KEYS: Final[dict[str, Callable[..., dict[str, Any]]]] = {"latents": latent_key, "text": text_key}
 
 
 def weighted_kinds(data: DataConfig) -> list[str]:
@@ -121,9 +103,8 @@ def tokenizer_hash(encoder: TextEncoder) -> str:
     """A hash of what the tokenizer makes of text: its pieces, and what it puts around them."""
     pieces = sorted(encoder.tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     tokens = encoder.tokenize([_PROBE, ""])
-    kept = [
-        row[real].tolist() for row, real in zip(tokens.ids, tokens.mask, strict=True)
-    ]  # however far they are padded
+    # However far they are padded.
+    kept = [row[real].tolist() for row, real in zip(tokens.ids, tokens.mask, strict=True)]
     return hashlib.sha256(repr((pieces, kept, tokens.lengths, encoder.pad_id)).encode()).hexdigest()[:16]
 
 
@@ -140,31 +121,35 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
+# A cache that training reads.
+
+
 def command(what: str, config: TrainConfig, output: Path | str = "<folder>") -> str:
     """What makes a fitting cache in ``output``, for messages."""
     preset = f"preset={config.preset} stage={config.stage}"
     return f"`python scripts/cache.py what={what} {preset} output={output}` with the other arguments of this command"
 
 
-def check_cache(config: TrainConfig) -> dict[str, Path]:
+def check_cache(config: TrainConfig, models: dict[str, Any] | None = None) -> dict[str, Path]:
     """The folders of ``data.cache`` by what they hold, none where it is not set; a part of their keys that contradicts the
-    configuration is refused by name before any model is loaded."""
+    configuration, or the loaded ``models`` ("latents": the codec, "text": the encoder), is refused by name."""
     if config.data.cache is None:
         return {}
     refuse_streaming(config)
     folder = Path(config.data.cache).expanduser()
-    found = folders_of(folder)
+    found = stored.folders_of(folder)
     if not found:
         raise UserError(
             f"data.cache={folder} holds no cache (latents/ or text/); make it with {command('both', config)}."
         )
     if "text" in found and config.train_text == "lora":
-        advice = (
+        alone = (
             f"set data.cache={found['latents']} for the latents alone" if "latents" in found else "leave data.cache out"
         )
-        raise UserError(f"data.cache={folder} holds text features, and {LORA_TEXT}; {advice}.")
+        raise UserError(f"data.cache={folder} holds text features, and {LORA_TEXT}; {alone}.")
     for what, held in found.items():
-        compare(config, what, held, KEYS[what](config, None))
+        advice = f"put that back, or make a fitting cache with {command(what, config)}"
+        compare(held, what, key_of(config, what, (models or {}).get(what)), f"data.cache: {held}", advice)
     return found
 
 
@@ -177,63 +162,46 @@ def refuse_streaming(config: TrainConfig) -> None:
         )
 
 
-def compare(config: TrainConfig, what: str, folder: Path, wanted: dict[str, Any]) -> None:
-    """Raise UserError where the key in ``folder`` says otherwise than ``wanted``."""
-    different = find_difference(read_key(folder)["key"], wanted)
-    if different is not None:
-        name, stored, value = different
-        raise UserError(
-            f"data.cache: {folder} holds {CALLED[what]} made with {name}={stored!r}, and this command says {value!r}; put that "
-            f"back, or make a fitting cache with {command(what, config)}."
-        )
+def compare(folder: Path, what: str, wanted: dict[str, Any], called: str, advice: str) -> dict[str, Any]:
+    """The key in ``folder``. Raises UserError, with that advice, where it says otherwise than ``wanted``; it may have more
+    kinds of captions."""
+    key: dict[str, Any] = stored.read_key(folder)["key"]
+    for name, value in json.loads(json.dumps(wanted)).items():
+        found = key.get(name)
+        if found != value and not (name == "data.captions" and isinstance(found, list) and set(value) <= set(found)):
+            raise UserError(
+                f"{called} holds {CALLED[what]} made with {name}={found!r}, and this command says {value!r}; {advice}."
+            )
+    return key
 
 
 def open_cache(config: TrainConfig, index: SampleIndex, encoder: TextEncoder, codec: Codec) -> Cache | None:
     """The cache that ``data.cache`` names, checked whole against the loaded models (the adapter of stage 3 among them) and
-    the data; None where it is not set."""
-    found = check_cache(config)
+    the data; None where it is not set. Raises UserError for what does not fit, is missing or damaged."""
+    found = check_cache(config, {"latents": codec, "text": encoder})
+    if not found:
+        return None
     files: dict[str, dict[ShardPath, Path]] = {}
     for what, folder in found.items():
-        compare(config, what, folder, KEYS[what](config, encoder if what == "text" else codec))
-        files[what] = files_of(config, what, folder, index)
-    null = read_null(config, found["text"]) if "text" in found else None
-    return Cache(files.get("latents"), files.get("text"), config.codec.factor, null) if found else None
-
-
-def files_of(config: TrainConfig, what: str, folder: Path, index: SampleIndex) -> dict[ShardPath, Path]:
-    """The file of each shard of ``index``. Raises UserError for what is missing or damaged."""
-    files = [folder / name for name in file_names(index, what)]
-    missing = [number for number, file in enumerate(files) if not file.is_file()]
-    if missing:
-        samples = sum(int((index.shard == number).sum()) for number in missing)
-        raise UserError(
-            f"data.cache: {folder} lacks {len(missing)} of {len(files)} shards ({samples} of {len(index)} samples), "
-            f"{index.shards[missing[0]]} the first, since they were never cached or have changed; add them with "
-            f"{command(what, config, folder.parent)}."
-        )
-    for file in files:
-        if not is_whole(file):
-            raise damaged(file, what, config)
-    return dict(zip(index.shards, files, strict=True))
-
-
-def read_null(config: TrainConfig, folder: Path) -> Entry:
-    """The null prompt's features."""
-    try:
-        found = Members(folder / NULL_FILE).get(caption_name(""))
-    except (OSError, ValueError):
-        found = None
-    if found is None:
-        raise damaged(folder / NULL_FILE, "text", config)
-    return found
-
-
-def damaged(file: Path, what: str, config: TrainConfig) -> UserError:
-    """A file that is not as it was written."""
-    return UserError(
-        f"data.cache: {file} is missing or cut short; run {command(what, config, file.parent.parent)}: it makes again what "
-        "is not whole."
-    )
+        names = stored.file_names(index, what)
+        lacking = [number for number, name in enumerate(names) if not is_whole(folder / name)]
+        if lacking:
+            raise UserError(
+                f"data.cache: {folder} lacks {len(lacking)} of {len(names)} shards ({np.isin(index.shard, lacking).sum()} of "
+                f"{len(index)} samples), {index.shards[lacking[0]]} the first, which was never cached or has changed, or whose "
+                f"{names[lacking[0]]} is missing or cut short; add them with {command(what, config, folder.parent)}."
+            )
+        files[what] = {shard: folder / name for shard, name in zip(index.shards, names, strict=True)}
+    null = None
+    if "text" in found:
+        with suppress(OSError, ValueError):
+            null = Members(found["text"] / stored.NULL_FILE).get(caption_name(""))
+        if null is None:
+            raise UserError(
+                f"data.cache: {found['text'] / stored.NULL_FILE} is missing or damaged; delete it, and make it again with "
+                f"{command('text', config, found['text'].parent)}."
+            )
+    return Cache(files.get("latents"), files.get("text"), null)
 
 
 def spares_models(config: TrainConfig, cache: Cache | None, what: str, held_out: SampleIndex | None) -> bool:
@@ -252,24 +220,23 @@ def describe_cache(config: TrainConfig, cache: Cache | None) -> str:
     return f"\n  cache: {called} from {config.data.cache}: no step runs the {spared}" if held else ""
 
 
+# The making.
+
+
 @dataclass
 class CacheOptions:
     """What ``scripts/cache.py`` takes besides the overrides of train.py; see its help."""
 
-    what: str = "both"
+    what: str = option("both", accepts=one_of("latents", "text", "both"))
     output: str | None = None
-    dtype: str | None = None
-    at_once: int = 16
-    readers: int = 4
+    dtype: str | None = option(None, accepts=one_of(*DTYPES))
+    at_once: int = option(16, accepts=positive)
+    readers: int = option(4, accepts=positive)
 
     def check(self) -> None:
-        choice("what", self.what, ("latents", "text", "both"))
+        check_values(self)
         if not self.output:
             raise UserError("output= is missing; name the cache's folder, which data.cache= then names in training.")
-        if self.dtype is not None:
-            choice("dtype", self.dtype, tuple(DTYPES))
-        positive("at_once", self.at_once)
-        positive("readers", self.readers)
 
 
 def make_cache(config: TrainConfig, options: CacheOptions) -> int:
@@ -283,148 +250,104 @@ def make_cache(config: TrainConfig, options: CacheOptions) -> int:
     refuse_streaming(config)
     kinds = ("latents", "text") if options.what == "both" else (options.what,)
     if "text" in kinds and config.train_text == "lora":
-        advice = "; what=latents caches the images alone" if options.what == "both" else ""
-        raise UserError(f"{LORA_TEXT}{advice}.")
-    with stop_on_signals() as stop, joined_processes() as processes:
+        raise UserError(f"{LORA_TEXT}{'; what=latents caches the images alone' if options.what == 'both' else ''}.")
+    with (
+        stop_on_signals() as stop, joined_processes() as processes, ThreadPoolExecutor(options.readers) as pool,
+    ):  # fmt: skip
         processes.set_threads(config.threads)
         device = torch.device(processes.device() or ("cuda" if torch.cuda.is_available() else "cpu"))
         config, source = starting_point(config)
         index = open_index(config.data)
-        status = 0
         for what in kinds:
-            folder = Path(str(options.output)).expanduser() / what
-            rate = 0.0
+            folder, rate, status = Path(str(options.output)).expanduser() / what, 0.0, 0
             try:
-                rate = make_kind(what, folder, config, options, index, source, device, processes, stop)
+                make: type[LatentMaker | TextMaker] = LatentMaker if what == "latents" else TextMaker
+                rate = make_kind(what, folder, make(config, options, index, device, source, pool, stop), processes)
             except Stopped:
                 status = STOPPED
             try:
                 status = processes.agree(status)
             except RuntimeError:  # One that has left has said why.
                 status = STOPPED
-            if status:
-                break
             if processes.rank == 0:
-                print(report(what, folder, index, rate), flush=True)
-    if status and processes.rank == 0:
-        print("stopped; finished shards are kept: run the same command again to go on.", flush=True)
-    return status
+                stopped = "stopped; finished shards are kept: run the same command again to go on."
+                print(stopped if status else report(what, folder, index, rate), flush=True)
+            if status:
+                return status
+    return 0
 
 
 def starting_point(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
-    """The configuration as training would have it, and the checkpoint that the adapter of stage 3 comes from."""
-    applies, source = config.train_text == "adapter", None
-    try:
-        source = (find_resume(config, stage_folder(config)) if applies else None) or find_init(config)
-    except UserError:
-        if applies or config.init_from is not None:
-            raise  # else the stage before has not run yet: only where models lie would be taken from it
+    """The configuration as training would have it, and the checkpoint that the adapter of stage 3 comes from. Without one
+    the stage before need not have run: only where models lie would be taken from it."""
+    applies = config.train_text == "adapter"
+    config = startable(config)
+    source = (find_resume(config, stage_folder(config)) if applies else None) or find_init(config)
     start = start_from(config, source, resumes=False)
-    if source is None or start.description is None:
-        if applies:
-            raise UserError(NEEDS_ADAPTER)
-        return config, None
-    check_init(start.config, source, start.description)
+    if source is not None and start.description is not None:
+        check_init(start.config, source, start.description)
+    elif applies:
+        raise UserError(NEEDS_ADAPTER)
     return start.config, source if applies else None
 
 
-def make_kind(
-    what: str, folder: Path, config: TrainConfig, options: CacheOptions, index: SampleIndex, source: Path | None,
-    device: torch.device, processes: Processes, stop: StopSignal,
-) -> float:  # fmt: skip
-    """This process's share of the latents or of the text features; its samples per second."""
-    key: dict[str, Any]
-    maker: LatentMaker | TextMaker
-    with ThreadPoolExecutor(options.readers) as pool:
-        reading = Reading(index, pool, stop, ahead=4 * options.at_once)
-        if what == "latents":
-            codec = load_codec(config.codec)
-            key, dtype = latent_key(config, codec), options.dtype or config.codec.dtype
-            codec.to(device)
-            maker = LatentMaker(reading, codec, device, DTYPES[dtype], options.at_once, config)
-        else:
-            encoder = load_text_encoder(config.text_encoder, config.conditioning)
-            if source is not None:
-                load_adapter(encoder, open_layout(source).weights(), config.lora)
-            key = text_key(config, encoder)
-            encoder.to(device)
-            # The mean over layers is taken in fp32, whatever the model computes in.
-            computed = "float32" if config.conditioning.layer_tap == "mean" else config.text_encoder.dtype
-            dtype = options.dtype or computed
-            maker = TextMaker(reading, encoder, device, DTYPES[dtype], options.at_once, key["data.captions"])
-        settled = settle_key(folder, what, {**key, "dtype": dtype}, about(config, what, index))
-        remove_abandoned(folder)
-        if isinstance(maker, TextMaker):
-            # Of a cache begun with more kinds all tars have them, the new ones too.
-            maker.kinds = settled["data.captions"]
-            if processes.rank == 0 and not is_whole(folder / NULL_FILE):
-                with writing(folder / NULL_FILE, maker.dtype) as add:
-                    maker.encode([""], add)
-        return make_shards(what, [folder / name for name in file_names(index, what)], maker, processes)
+def make_kind(what: str, folder: Path, maker: LatentMaker | TextMaker, processes: Processes) -> float:
+    """Make this process's shards of ``folder`` that are not there yet; its samples per second, 0 where all were there.
+
+    Shards are dealt by place among all: processes that start a moment later see more of them finished.
+    """
+    index = maker.index
+    settle_key(folder, what, maker)
+    stored.remove_abandoned(folder)
+    if isinstance(maker, TextMaker) and processes.rank == 0 and not is_whole(folder / stored.NULL_FILE):
+        with stored.writing(folder / stored.NULL_FILE, maker.dtype) as add:
+            maker.encode([""], add)
+    files = [folder / name for name in stored.file_names(index, what)]
+    mine = range(processes.rank, len(files), processes.size)
+    parts = {number: np.arange(*np.searchsorted(index.shard, [number, number + 1])) for number in mine}
+    share = f" (process 1 of {processes.size})" if processes.size > 1 else ""
+    seen, made, seconds = 0, 0, 0.0
+    with tqdm(total=sum(map(len, parts.values())), desc=f"{CALLED[what]}{share}", unit="sample", dynamic_ncols=True,
+              disable=None if processes.rank == 0 else True, mininterval=1.0) as bar:  # fmt: skip
+        for number, rows in parts.items():
+            maker.stop.check()
+            if maker.is_done(files[number], index.shards[number], rows):
+                bar.initial = getattr(bar, "initial", 0) + len(rows)  # The rate is that of what is made.
+            else:
+                began = time.monotonic()
+                with stored.writing(files[number], maker.dtype) as add:
+                    for done in maker.make(rows, add):
+                        bar.update(seen + round(done * len(rows)) - bar.n)
+                made, seconds = made + len(rows), seconds + time.monotonic() - began
+            seen += len(rows)
+            bar.update(seen - bar.n)
+    return made / seconds if made else 0.0
 
 
-def about(config: TrainConfig, what: str, index: SampleIndex) -> dict[str, Any]:
-    """What a person may want to know of a cache; nothing of it is compared."""
+def settle_key(folder: Path, what: str, maker: LatentMaker | TextMaker) -> None:
+    """Write the key of a new cache, with what a person may want to know of it, and refuse one that was begun with another.
+    Of a cache begun with more kinds of captions all tars have them, the new ones too."""
+    config, index = maker.config, maker.index
     model = config.codec if what == "latents" else config.text_encoder
-    return {
-        "model": {"name": model.name, "hub": model.hub, "revision": model.revision},
-        "stage": config.stage,
-        "shards": len(index.shards),
-        "samples": len(index),
-        "data": index.fingerprint(),
-        "torch": torch.__version__,
-    }
-
-
-def settle_key(folder: Path, what: str, key: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Write the key of a new cache, and return the cache's; a cache that was begun with another one is refused."""
+    key = {**maker.key, "dtype": str(maker.dtype).removeprefix("torch.")}
+    about = {
+        "model": {"name": model.name, "hub": model.hub, "revision": model.revision}, "stage": config.stage,
+        "shards": len(index.shards), "samples": len(index), "data": index.fingerprint(), "torch": torch.__version__,
+    }  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / KEY_FILE).is_file():
-            write_key(folder, what, key, facts)
+        if not (folder / stored.KEY_FILE).is_file():
+            stored.write_key(folder, what, key, about)
     except OSError as error:
         raise UserError(f"output: {folder} cannot be written ({error.strerror}); choose another output=.") from None
-    settled: dict[str, Any] = read_key(folder)["key"]
-    different = find_difference(settled, key)
-    if different is not None:
-        name, stored, value = different
-        raise UserError(
-            f"{folder} holds {CALLED[what]} made with {name}={stored!r}, and this command says {value!r}; choose another "
-            "output=, or delete that folder."
-        )
-    return settled
-
-
-def make_shards(what: str, files: list[Path], maker: LatentMaker | TextMaker, processes: Processes) -> float:
-    """Make this process's shards that are not there yet, and return its samples per second.
-
-    Dealt by place among all shards: processes that start a moment later see more of them finished.
-    """
-    first = {file: number for number, file in reversed(list(enumerate(files)))}  # a shard may be named twice
-    mine = [n for n in range(processes.rank, len(files), processes.size) if first[files[n]] == n]
-    made, seconds = 0, 0.0
-    share = f" (process 1 of {processes.size})" if processes.size > 1 else ""
-    with tqdm(total=sum(len(maker.reading.rows(n)) for n in mine), desc=f"{CALLED[what]}{share}", unit="sample",
-              dynamic_ncols=True, disable=None if processes.rank == 0 else True, mininterval=1.0) as bar:  # fmt: skip
-        for number in mine:
-            maker.reading.stop.check()
-            rows = maker.reading.rows(number)
-            if maker.is_done(files[number], number):
-                bar.initial = getattr(bar, "initial", 0) + len(rows)  # The rate is that of what is made.
-                bar.update(len(rows))
-                continue
-            began = time.monotonic()
-            with writing(files[number], maker.dtype) as add:
-                maker.make(rows, add, bar.update)
-            made, seconds = made + len(rows), seconds + time.monotonic() - began
-    return made / max(seconds, 1e-9)
+    maker.key = compare(folder, what, key, str(folder), "choose another output=, or delete that folder")
 
 
 def report(what: str, folder: Path, index: SampleIndex, rate: float) -> str:
     """What is there now, for a person."""
-    files = {folder / name for name in file_names(index, what)}
+    files = {folder / name for name in stored.file_names(index, what)}
     size = sum(path.stat().st_size for path in files)
-    bad = sum(Members(path).bad for path in files)
+    bad = sum(int((Members(path).rows["size"] == 0).sum()) for path in files)
     per_thousand = size / 2**30 / max(len(index), 1) * 1000
     return (
         f"{CALLED[what]}: {len(index)} samples in {len(files)} files, {size:,} bytes, {per_thousand:.4g} GiB per 1000 samples"
@@ -432,41 +355,6 @@ def report(what: str, folder: Path, index: SampleIndex, rate: float) -> str:
         + (f", {bad} images could not be read" if bad else "")
         + f", in {folder}"
     )
-
-
-class Reading:
-    """Reads samples ahead in threads: decoding and resizing leave the interpreter to the others."""
-
-    def __init__(self, index: SampleIndex, pool: ThreadPoolExecutor, stop: StopSignal, ahead: int) -> None:
-        self.index, self.pool, self.stop, self.ahead = index, pool, stop, ahead
-        self._starts = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
-
-    def rows(self, number: int) -> np.ndarray:
-        """All rows of a shard, int64."""
-        return np.arange(self._starts[number], self._starts[number + 1])
-
-    def map(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """``function`` of each item, in order, a few of them ahead. Raises Stopped when a signal has come."""
-        waiting: deque[Future[R]] = deque()
-        try:
-            for item in items:
-                waiting.append(self.pool.submit(function, item))
-                if len(waiting) > self.ahead:
-                    self.stop.check()
-                    yield waiting.popleft().result()
-            while waiting:
-                self.stop.check()
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-    def unreadable(self, row: int, error: OSError) -> UserError:
-        """Bytes that cannot be had now may be had later: no reason to remember the sample as a bad one."""
-        return UserError(
-            f"{self.index.place(row).shard} cannot be read ({error.strerror or error}); mend that, then run the same command "
-            "again: finished shards are kept."
-        )
 
 
 def check_finite(values: Tensor, dtype: torch.dtype, whose: str, computed: str) -> None:
@@ -485,121 +373,137 @@ def check_finite(values: Tensor, dtype: torch.dtype, whose: str, computed: str) 
 
 
 @dataclass
-class LatentMaker:
-    """The latents of a shard: mean and standard deviation [2, C, h, w] of each image as it is cropped in training."""
+class Maker:
+    """What both makers are given (``source`` is the checkpoint whose adapter is applied, ``pool`` reads ahead), and what they
+    have once their model is loaded: the ``key`` of their values, and the ``dtype`` that these are stored in."""
 
-    reading: Reading
-    codec: Codec
-    device: torch.device
-    dtype: torch.dtype
-    at_once: int
     config: TrainConfig
+    options: CacheOptions
+    index: SampleIndex
+    device: torch.device
+    source: Path | None
+    pool: ThreadPoolExecutor
+    stop: StopSignal
+    key: dict[str, Any] = field(init=False)
+    dtype: torch.dtype = field(init=False)
 
-    def __post_init__(self) -> None:
-        index = self.reading.index
-        self.buckets = buckets_of(self.config.data)
-        self.assigned = assign_buckets(index.width, index.height, self.buckets)
+    def ahead(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+        """``function`` of each item, in order, a few of them ahead: decoding and resizing leave the interpreter to others.
+        Raises Stopped when a signal has come."""
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(self.pool.submit(function, item))
+            if len(waiting) > 2 * self.options.readers:
+                self.stop.check()
+                yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
-    def is_done(self, path: Path, number: int) -> bool:
-        """Whether that shard's tar is there; another image would have another size, and the tar another name."""
-        return is_whole(path)
-
-    def make(self, rows: np.ndarray, add: Add, count: Count) -> None:
-        """The members of one shard."""
-        rows = rows[np.argsort(self.assigned[rows], kind="stable")]
-        batch: list[tuple[int, np.ndarray]] = []
-        for row, pixels in self.reading.map(self.read, rows.tolist()):
-            if batch and (len(batch) == self.at_once or pixels is None or pixels.shape != batch[0][1].shape):
-                self.encode(batch, add, count)
-                batch = []
-            if pixels is None:
-                add(int(self.reading.index.ids[row]), None)
-                count(1)
-            else:
-                batch.append((row, pixels))
-        if batch:
-            self.encode(batch, add, count)
-
-    def read(self, row: int) -> tuple[int, np.ndarray | None]:
-        """The pixels, uint8 [H, W, 3], as the loader makes them; None for an image that does not decode."""
-        place = self.reading.index.place(row)
-        bucket: Bucket = self.buckets[int(self.assigned[row])]
+    def read(self, place: Place) -> RawSample:
+        """The sample there. Bytes that cannot be had now may be had later: no reason to remember it as a bad one."""
         try:
-            return row, to_array(decode(read_place(place).image, cover=bucket), bucket, place.id)
+            return read_place(place)
         except OSError as error:
-            raise self.reading.unreadable(row, error) from None
-        except ValueError:
-            return row, None
-
-    def encode(self, batch: list[tuple[int, np.ndarray]], add: Add, count: Count) -> None:
-        """The members of a batch of one bucket."""
-        index = self.reading.index
-        pixels = torch.from_numpy(np.stack([picture for _, picture in batch])).permute(0, 3, 1, 2)
-        mean, std = self.codec.posterior(scale_pixels(pixels.contiguous().to(self.device)))
-        values = torch.stack([mean, std], dim=1).cpu()  # [b, 2, C, h, w]
-        place = index.place(batch[0][0])
-        check_finite(values, self.dtype, f"the latents of {place.shard.name}/{place.key}", "codec.dtype")
-        for (row, _), value in zip(batch, values, strict=True):
-            add(int(index.ids[row]), value)
-        count(len(batch))
+            raise UserError(
+                f"{place.shard} cannot be read ({error.strerror or error}); mend that, then run the same command again: "
+                "finished shards are kept."
+            ) from None
 
 
 @dataclass
-class TextMaker:
+class LatentMaker(Maker):
+    """The latents of a shard: mean and standard deviation [2, C, h, w] of each image as it is cropped in training."""
+
+    def __post_init__(self) -> None:
+        self.codec = load_codec(self.config.codec)
+        self.key = key_of(self.config, "latents", self.codec)
+        self.dtype = DTYPES[self.options.dtype or self.config.codec.dtype]
+        self.codec.to(self.device)
+        self.buckets = buckets_of(self.config.data)
+        self.assigned = assign_buckets(self.index.width, self.index.height, self.buckets)
+
+    def is_done(self, path: Path, shard: ShardPath, rows: np.ndarray) -> bool:
+        """Whether that shard's tar is there; another image would have another size, and the tar another name."""
+        return is_whole(path)
+
+    def make(self, rows: np.ndarray, add: Add) -> Iterator[float]:
+        """The members of one shard's ``rows``, int64; gives the share that is done."""
+        rows = rows[np.argsort(self.assigned[rows], kind="stable")]
+        buckets = np.split(rows, np.flatnonzero(np.diff(self.assigned[rows])) + 1)
+        groups = (
+            one[i : i + self.options.at_once] for one in buckets for i in range(0, len(one), self.options.at_once)
+        )
+        done = 0
+        for group, pictures in self.ahead(self.pictures, groups):
+            for row in set(group.tolist()) - set(pictures):
+                add(int(self.index.ids[row]), None)
+            if pictures:
+                pixels = join_pixels(list(pictures.values())).to(self.device)
+                values = torch.stack(self.codec.posterior(scale_pixels(pixels)), dim=1).cpu()  # [b, 2, C, h, w]
+                place = self.index.place(next(iter(pictures)))
+                check_finite(values, self.dtype, f"the latents of {place.shard.name}/{place.key}", "codec.dtype")
+                for row, value in zip(pictures, values, strict=True):
+                    add(int(self.index.ids[row]), value)
+            done += len(group)
+            yield done / len(rows)
+
+    def pictures(self, rows: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """``rows``, and by row the pixels, uint8 [H, W, 3], as the loader makes them, of those whose images decode."""
+        found = {}
+        for row in rows.tolist():
+            place, bucket = self.index.place(row), self.buckets[int(self.assigned[row])]
+            raw = self.read(place)
+            with suppress(ValueError):
+                found[row] = to_array(decode(raw.image, cover=bucket), bucket, place.id)
+        return rows, found
+
+
+@dataclass
+class TextMaker(Maker):
     """The features of a shard's captions: of real tokens alone, or to the maximum where padding is attended to."""
 
-    reading: Reading
-    encoder: TextEncoder
-    device: torch.device
-    dtype: torch.dtype
-    at_once: int
-    kinds: list[str]
+    def __post_init__(self) -> None:
+        config = self.config
+        self.encoder = load_text_encoder(config.text_encoder, config.conditioning)
+        if self.source is not None:
+            load_adapter(self.encoder, open_layout(self.source).weights(), config.lora)
+        self.key = key_of(config, "text", self.encoder)
+        # The mean over layers is taken in fp32, whatever the model computes in.
+        computed = "float32" if config.conditioning.layer_tap == "mean" else config.text_encoder.dtype
+        self.dtype = DTYPES[self.options.dtype or computed]
+        self.encoder.to(self.device)
 
-    def is_done(self, path: Path, number: int) -> bool:
+    def is_done(self, path: Path, shard: ShardPath, rows: np.ndarray) -> bool:
         """Whether that shard's tar is there with all captions that the shard has now. Of a remote shard only whether it is
         there: a request for each sample would take longer than the work that it may save."""
-        if not is_whole(path):
-            return False
-        if isinstance(self.reading.index.shards[number], RemotePath):
-            return True
+        if not is_whole(path) or isinstance(shard, RemotePath):
+            return is_whole(path)
         members = Members(path)
-        texts = self.reading.map(self.read, self.reading.rows(number).tolist())
-        return all(caption_name(text) in members for captions in texts for text in captions)
+        return all(
+            caption_name(text) in members for texts in self.ahead(self.captions, rows.tolist()) for text in texts
+        )
 
-    def make(self, rows: np.ndarray, add: Add, count: Count) -> None:
-        """The members of one shard."""
-        captions = {text for texts in self.reading.map(self.read, rows.tolist()) for text in texts}
+    def make(self, rows: np.ndarray, add: Add) -> Iterator[float]:
+        """The members of one shard's ``rows``, int64; gives the share that is done."""
+        captions = {text for texts in self.ahead(self.captions, rows.tolist()) for text in texts}
         # By length, so that little is padded; by text too, so that the tar is a function of its captions.
         ordered = sorted(captions, key=lambda text: (len(text), text))
-        counted = 0
-        for start in range(0, len(ordered), self.at_once):
-            self.reading.stop.check()
-            some = ordered[start : start + self.at_once]
-            self.encode(some, add)
-            reached = round((start + len(some)) * len(rows) / len(ordered))
-            count(reached - counted)
-            counted = reached
-        count(len(rows) - counted)
+        size = self.options.at_once
+        for start in range(0, len(ordered), size):
+            self.stop.check()
+            self.encode(ordered[start : start + size], add)
+            yield min(1.0, (start + size) / len(ordered))
 
-    def read(self, row: int) -> list[str]:
+    def captions(self, row: int) -> list[str]:
         """The captions of a sample that training may draw: those of the weighted kinds; where one of them is missing, all
         that it has, since another one then stands in."""
-        place = replace(self.reading.index.place(row), image=Span(0, 0))
-        try:
-            captions: dict[str, str] = read_place(place).meta["captions"]
-        except OSError as error:
-            raise self.reading.unreadable(row, error) from None
-        if all(captions.get(kind) for kind in self.kinds):
-            return [captions[kind] for kind in self.kinds]
+        captions: dict[str, str] = self.read(replace(self.index.place(row), image=Span(0, 0))).meta["captions"]
+        kinds = self.key["data.captions"]
+        if all(captions.get(kind) for kind in kinds):
+            return [captions[kind] for kind in kinds]
         return [caption for caption in captions.values() if caption]
 
-    @torch.no_grad()
     def encode(self, captions: list[str], add: Add) -> None:
         """The members of some captions."""
-        tokens = self.encoder.tokenize(captions).to(self.device)
-        features: Tensor = self.encoder(tokens.ids, tokens.mask, tokens.prefix).cpu()
-        masked = self.encoder.settings.mask_padding
-        for caption, values, length in zip(captions, features, tokens.lengths, strict=True):
-            kept = values[: min(length, self.encoder.limit)] if masked else values
-            check_finite(kept, self.dtype, f"the features of {caption[:60]!r}", "text_encoder.dtype")
-            add(caption_name(caption), kept, length)
+        for caption, entry in zip(captions, read_captions(self.encoder, captions, self.device), strict=True):
+            check_finite(entry.values, self.dtype, f"the features of {caption[:60]!r}", "text_encoder.dtype")
+            add(caption_name(caption), entry.values, entry.length)

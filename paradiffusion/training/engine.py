@@ -27,12 +27,7 @@ from paradiffusion.training.optim import build_optimizer
 
 Values = Sequence[Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# What the launchers export for keys that their configuration does not set.
-UNSET = {
-    "ACCELERATE_MIXED_PRECISION": ("no",),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "auto", "none"),
-    "ACCELERATE_GRADIENT_CLIPPING": ("1.0", "auto", "none"),
-}
+BATCHES = "batch_size and micro_batch_size"
 
 
 class WholeMasters:
@@ -242,23 +237,20 @@ class ZeroEngine(Engine):
     """DeepSpeed with ZeRO stage 1, 2 or 3."""
 
     def __init__(self, accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> None:
-        if config.optimizer.name != "adamw":
-            raise UserError(
-                f"optimizer.name={config.optimizer.name} does not work under DeepSpeed, which cuts weights into flat "
-                "pieces; use optimizer.name=adamw, or launch without DeepSpeed."
-            )
-        if config.channels_last:
-            raise UserError(
-                "channels_last=true does not work under DeepSpeed, which cuts weights into flat pieces; use "
-                "channels_last=false, or launch without DeepSpeed."
-            )
+        given = (("optimizer.name", config.optimizer.name, "adamw"), ("channels_last", config.channels_last, False))
+        for key, value, works in given:
+            if value != works:
+                raise UserError(
+                    f"{key}={str(value).lower()} does not work under DeepSpeed, which cuts weights into flat pieces; use "
+                    f"{key}={str(works).lower()}, or launch without DeepSpeed."
+                )
         plugin: Any = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.batch_size // (
-            micro_batches * accelerator.num_processes
-        )
-        plugin.deepspeed_config["gradient_accumulation_steps"] = micro_batches
+        plugin.deepspeed_config.update({
+            "train_micro_batch_size_per_gpu": config.batch_size // (micro_batches * accelerator.num_processes),
+            "gradient_accumulation_steps": micro_batches,
+            "gradient_clipping": config.optimizer.max_grad_norm,
+        })  # fmt: skip
         accelerator.gradient_accumulation_steps = micro_batches
-        plugin.deepspeed_config["gradient_clipping"] = config.optimizer.max_grad_norm
         stage = check_zero(plugin)
         parameters = joint.trained()
         adamw = build_optimizer(parameters, config.optimizer)
@@ -484,15 +476,16 @@ def check_launch(config: TrainConfig, micro_batches: int) -> None:
     if is_deepspeed() and config.objective.layout_steps:
         # Its optimiser would decay the weights of a denoiser that has no gradient yet; others leave them alone.
         raise UserError("objective.layout_steps does not go with DeepSpeed; launch with configs/launch/ddp.yaml.")
-    wanted = {
-        "ACCELERATE_MIXED_PRECISION": ("mixed_precision", "precision", {"fp32": "no"}.get(config.precision, config.precision)),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "batch_size and micro_batch_size", str(micro_batches)),
-        "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "optimizer.max_grad_norm", str(config.optimizer.max_grad_norm)),
-    }  # fmt: skip
-    for variable, (theirs, ours, value) in wanted.items():
-        found = os.environ.get(variable, "").lower()
-        if found and found not in UNSET[variable] and found != value:
-            raise contradiction(theirs, found, ours, value)
+    precision = "no" if config.precision == "fp32" else config.precision
+    norm = config.optimizer.max_grad_norm
+    # With what launchers export for a key that their configuration does not set.
+    for variable, unset, theirs, ours, value in (
+        ("MIXED_PRECISION", ("no",), "mixed_precision", "precision", precision),
+        ("GRADIENT_ACCUMULATION_STEPS", ("1", "auto", "none"), "gradient_accumulation_steps", BATCHES, str(micro_batches)),
+        ("GRADIENT_CLIPPING", ("1.0", "auto", "none"), "gradient_clipping", "optimizer.max_grad_norm", str(norm)),
+    ):  # fmt: skip
+        found = os.environ.get(f"ACCELERATE_{variable}", "").lower()
+        refuse_unless(found in ("", value, *unset), theirs, found, ours, value)
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if is_deepspeed() and path.lower() != "none":
         check_deepspeed_file(Path(path), config, micro_batches)
@@ -506,25 +499,24 @@ def check_deepspeed_file(path: Path, config: TrainConfig, micro_batches: int) ->
         raise UserError(
             f"the DeepSpeed configuration {path} could not be read ({error}); expected a JSON file."
         ) from None
-    wanted: dict[str, tuple[str, Any]] = {
-        "train_batch_size": ("batch_size", config.batch_size),
-        "gradient_accumulation_steps": ("batch_size and micro_batch_size", micro_batches),
-        "gradient_clipping": ("optimizer.max_grad_norm", config.optimizer.max_grad_norm),
-        "optimizer": ("optimizer", "its own group"),
-        "scheduler": ("optimizer.schedule", config.optimizer.schedule),
-    }
-    for key, (ours, value) in wanted.items():
-        found = settings.get(key, "auto")
-        if found not in ("auto", value):
-            raise contradiction(key, found, ours, value)
-    for key in ("bf16", "fp16"):
-        if settings.get(key, {}).get("enabled") is True:
-            raise contradiction(f"{key}.enabled", True, "precision", config.precision)
+    for theirs, ours, value in (
+        ("train_batch_size", "batch_size", config.batch_size),
+        ("gradient_accumulation_steps", BATCHES, micro_batches),
+        ("gradient_clipping", "optimizer.max_grad_norm", config.optimizer.max_grad_norm),
+        ("optimizer", "optimizer", "its own group"),
+        ("scheduler", "optimizer.schedule", config.optimizer.schedule),
+    ):
+        found = settings.get(theirs, "auto")
+        refuse_unless(found in ("auto", value), theirs, found, ours, value)
+    for kind in ("bf16", "fp16"):
+        enabled = settings.get(kind, {}).get("enabled")
+        refuse_unless(enabled is not True, f"{kind}.enabled", enabled, "precision", config.precision)
 
 
-def contradiction(theirs: str, found: Any, ours: str, value: Any) -> UserError:
-    """Two sources that disagree."""
-    return UserError(
-        f"the launch configuration says {theirs}={found}, and {ours} makes it {value}; take {theirs} out of the launch "
-        f"configuration, since {ours} alone decides."
-    )
+def refuse_unless(agrees: bool, theirs: str, found: Any, ours: str, value: Any) -> None:
+    """Raise UserError where the launch configuration's key and ours do not agree."""
+    if not agrees:
+        raise UserError(
+            f"the launch configuration says {theirs}={found}, and {ours} makes it {value}; take {theirs} out of the launch "
+            f"configuration, since {ours} alone decides."
+        )

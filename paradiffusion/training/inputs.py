@@ -4,10 +4,10 @@ from an epoch before, or read from the cache."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -88,14 +88,12 @@ class Inputs:
         """Whether text features are stored, or kept in memory, so that captions need no tokens."""
         return self.null is not None or (self.memory is not None and self.joint.text_encoder is None)
 
-    def _made_text(self, batch: Batch) -> Callable[[str, int], Entry] | None:
-        """Where the features of captions are to be had without running the language model on all of them, if anywhere."""
-        stored, null = batch.stored, self.null
-        if stored is not None and null is not None:
-            return lambda caption, slot: stored.text(slot) if caption else null
+    def _made_text(self, batch: Batch) -> dict[str, Entry] | None:
+        """The features of a batch's captions, where they are to be had without running the language model on all of them."""
+        if batch.stored is not None and self.null is not None:
+            return {caption: batch.stored.text(slot) for slot, caption in enumerate(batch.captions)} | {"": self.null}
         if self.memory is not None and self.joint.text_encoder is None:
-            found = self.memory.texts(batch.captions)
-            return lambda caption, _: found[caption]
+            return self.memory.texts(batch.captions)
         return None
 
 
@@ -115,8 +113,7 @@ def draw_uniform(seed: int, step: int, slots: Tensor, batch_size: int, repeats: 
     return torch.from_numpy((uniform("times", seed, step) + places) / count % 1)
 
 
-@dataclass(frozen=True)
-class TextInputs:
+class TextInputs(NamedTuple):
     """Features [b, L, D] and mask [b, L] of a batch's captions on the device; ``tokens`` real ones, prefixes included, and
     ``truncated`` captions among them."""
 
@@ -188,7 +185,6 @@ class Memory:
         self._room -= values.nbytes * fits
         return fits
 
-    @torch.no_grad()
     def texts(self, captions: Iterable[str]) -> dict[str, Entry]:
         """Features [L, D] of captions, in bfloat16 on the CPU."""
         found: dict[str, Entry] = {}
@@ -201,12 +197,8 @@ class Memory:
                 missing.setdefault(encoder.tokenize([caption]).ids.shape[1], []).append(caption)
 
         def run(captions: list[str]) -> Iterable[Entry]:
-            tokens = on_device(encoder, self.device).tokenize(captions).to(self.device)
             with self.autocast():
-                features = encoder(tokens.ids, tokens.mask, tokens.prefix).to("cpu", torch.bfloat16)
-            ends = (tokens.mask.sum(1) - tokens.prefix).tolist()
-            for row, end, length in zip(features, ends, tokens.lengths, strict=True):
-                yield Entry(row[:end].clone() if encoder.settings.mask_padding else row, length)
+                return read_captions(on_device(encoder, self.device), captions, self.device, torch.bfloat16)
 
         for alike in missing.values():
             for caption, entry in in_calls_of_one_size(alike, run):
@@ -239,31 +231,37 @@ class Memory:
         return mean, std
 
 
+@torch.no_grad()
+def read_captions(
+    encoder: TextEncoder, captions: list[str], device: torch.device, dtype: torch.dtype | None = None
+) -> list[Entry]:
+    """Features [L, D] of each caption, on the CPU: of real tokens alone, or to the maximum where padding is attended to."""
+    tokens = encoder.tokenize(captions).to(device)
+    features = encoder(tokens.ids, tokens.mask, tokens.prefix).to("cpu", dtype)
+    ends = (tokens.mask.sum(1) - tokens.prefix).tolist() if encoder.settings.mask_padding else [None] * len(captions)
+    return [Entry(row[:end].clone(), length) for row, end, length in zip(features, ends, tokens.lengths, strict=True)]
+
+
 def stored_text(
-    encoder: TextEncoder, made: Callable[[str, int], Entry], captions: list[str], device: torch.device
+    encoder: TextEncoder, made: Mapping[str, Entry], captions: list[str], device: torch.device
 ) -> TextInputs:
-    """Features that are there already, padded as ``TextEncoder.tokenize`` pads ids.
+    """Features that are there already, ``made`` by caption, padded as ``TextEncoder.tokenize`` pads ids.
 
-    Where padding is masked, its features are zeros: nothing reads them.
-
-    Args:
-        made: the features of a caption, and the first slot that has it, to its entry. A dropped caption is empty.
+    Where padding is masked, its features are zeros: nothing reads them. A dropped caption is empty.
     """
     settings, limit = encoder.settings, encoder.limit
-    different = {caption: slot for slot, caption in reversed(list(enumerate(captions)))}
-    entries = [made(caption, slot) for caption, slot in different.items()]
-    numbers = {caption: number for number, caption in enumerate(different)}
+    numbers = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    entries = [made[caption] for caption in numbers]
     rows = torch.tensor([numbers[caption] for caption in captions])
     real = torch.tensor([min(entry.length, limit) for entry in entries])  # [U]
     width = padded_length(int(real.max()), limit, settings.mask_padding, settings.pad_multiple)
     features = entries[0].values.new_zeros(len(entries), width, entries[0].values.shape[-1])  # [U, L, D]
     for row, entry in zip(features, entries, strict=True):
         row[: len(entry.values)] = entry.values
-    mask = (torch.arange(width) < real[:, None]).to(device) if settings.mask_padding else None
     places = rows.to(device)
     return TextInputs(
         features=features.to(device)[places].float(),
-        mask=None if mask is None else mask[places],
+        mask=(torch.arange(width) < real[:, None]).to(device)[places] if settings.mask_padding else None,
         tokens=int(real[rows].sum()) + len(captions) * len(encoder.prefix_ids),
         truncated=sum(entries[row].length > limit for row in rows.tolist()),
     )

@@ -99,16 +99,10 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
 
     def select(wanted: bool) -> list[dict[str, Any]]:
         return [
-            {
-                "params": members,
-                "lr": rates[part],
-                "base_lr": rates[part],
-                "weight_decay": config.weight_decay if decayed else 0.0,
-                "part": part,
-            }
-            for (muon, part, decayed), members in groups.items()
-            if muon == wanted
-        ]
+            {"params": members, "lr": rates[part], "base_lr": rates[part], "part": part,
+             "weight_decay": config.weight_decay if decayed else 0.0}
+            for (muon, part, decayed), members in groups.items() if muon == wanted
+        ]  # fmt: skip
 
     if config.name == "adamw8bit":
         check_8bit(parameters)

@@ -18,16 +18,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.config import TrackerConfig, TrainConfig
-from paradiffusion.data.cache import collate
-from paradiffusion.data.images import decode, to_array
-from paradiffusion.data.index import read_sample
-from paradiffusion.data.loader import Batch, slots_of
+from paradiffusion.data.loader import Batch, Order, Reader, batch_of, slots_of
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.errors import UserError
 from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.log import human_time, memory_gb
+from paradiffusion.training.start import startable
 from paradiffusion.training.trainer import Trainer
 from paradiffusion.training.watch import Watch, together
 
@@ -103,14 +100,6 @@ def clean_up(trial: Path, made: list[Path]) -> None:
             parent.rmdir()
 
 
-def startable(config: TrainConfig) -> TrainConfig:
-    """The same stage from fresh weights where the stage before it has not run yet: what is tried is the size."""
-    if config.stage == 1 or config.init_from is not None or config.train_text == "adapter":
-        return config
-    previous, _ = newest_valid(Path(config.run_dir) / f"stage{config.stage - 1}")
-    return config if previous is not None else replace(config, init_from="scratch")
-
-
 def measure(trainer: Trainer) -> Findings:
     """Steps, validation and a save."""
     bucket, rows, kinds = hardest(trainer.plan, trainer.config.batch_size)
@@ -150,39 +139,20 @@ def hardest(plan: BatchPlan, size: int) -> tuple[tuple[int, int], np.ndarray, np
 
 
 def batches(trainer: Trainer, bucket: tuple[int, int], rows: np.ndarray, kinds: np.ndarray) -> Iterator[Batch]:
-    """This process's micro-batches of one global batch made of ``rows``."""
-    size = len(rows) // (trainer.processes * trainer.micro_batches)
-    index, cache = trainer.plan.index, trainer.cache
+    """This process's micro-batches of one global batch made of ``rows``, as the run's cache has them where there is one."""
+    size, index = len(rows) // (trainer.processes * trainer.micro_batches), trainer.plan.index
+    reader = Reader(trainer.cache)
     for micro in range(trainer.micro_batches):
         slots = slots_of(trainer.rank, trainer.processes, size, micro)
-        samples = [read_sample(index, int(rows[slot])) for slot in slots]
-        names = [index.kinds[kinds[slot]] for slot in slots]
-        captions = [s.meta["captions"].get(name, "") for s, name in zip(samples, names, strict=True)]
-        try:
-            pixels = np.stack([to_array(decode(sample.image), bucket, 0) for sample in samples])
-            stored = None  # else as the run's cache has it, so that what is tried is what will run
-            if cache is not None:
-                places = [index.place(int(rows[slot])) for slot in slots]
-                stored = collate(
-                    [cache.read(place, text, bucket) for place, text in zip(places, captions, strict=True)]
-                )
-        except ValueError as error:
+        places = [index.place(int(rows[slot])) for slot in slots]
+        named = [index.kinds[kinds[slot]] for slot in slots]
+        order = Order(trainer.state.step, micro, bucket, places, named, slots, dropped=[False] * size, spares=[])
+        order, delivery = reader[order]
+        if delivery.failures:
             raise UserError(
-                f"a sample of the largest bucket cannot be read ({error}); mend or leave out its shard."
-            ) from None
-        yield Batch(
-            step=trainer.state.step,
-            pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
-            captions=captions,
-            kinds=names,
-            words=[len(caption.split()) for caption in captions],
-            keys=[sample.key for sample in samples],
-            slots=torch.tensor(slots),
-            weights=torch.ones(len(slots)),
-            bad=[],
-            micro=micro,
-            stored=stored,
-        )
+                f"a sample of the largest bucket cannot be read ({delivery.failures[0]}); mend or leave out its shard."
+            )
+        yield batch_of(order, delivery)
 
 
 def report(config: TrainConfig, found: Findings) -> str:

@@ -7,10 +7,9 @@ What a step saw is a function of the configuration, the data and the step, so no
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
@@ -20,31 +19,20 @@ from tqdm import tqdm
 
 from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, find_checkpoint, open_layout
 from paradiffusion.checkpoints.manifest import checkpoints_of, find_fault
-from paradiffusion.config import TrainConfig
-from paradiffusion.data.loader import LoaderSettings, make_loader
+from paradiffusion.config import TrainConfig, identity
 from paradiffusion.data.plan import BatchPlan, make_plan, open_index
+from paradiffusion.diffusion.objective import make_objective
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
 from paradiffusion.sampling.pipeline import choose_device, load_models
 from paradiffusion.text.encoder import load_text_encoder
+from paradiffusion.training import step_record
 from paradiffusion.training.engine import count_micro_batches, set_threads
 from paradiffusion.training.folder import CONFIG_FILE, STATE
 from paradiffusion.training.inputs import Inputs
 from paradiffusion.training.log import Meters
 from paradiffusion.training.start import build_models, find_init, start_from
-from paradiffusion.training.step_record import (
-    Replay,
-    ReplayedSample,
-    Seen,
-    SeenStep,
-    differences,
-    mean_loss,
-    read_seen,
-    samples_of,
-    seen_in,
-    write_images,
-    write_replay,
-)
+from paradiffusion.training.step_record import Replay, ReplayedSample, Seen, SeenStep
 
 
 @dataclass
@@ -70,8 +58,7 @@ class ReplayOptions:
             raise UserError(f"world={self.world} is out of range; expected the number of processes, 1 or more.")
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(NamedTuple):
     """A stage as its folder tells it: the configuration that it runs with, and what was found at its start."""
 
     folder: Path
@@ -119,7 +106,7 @@ def replay(options: ReplayOptions) -> tuple[Replay, Path]:
             f"step={step} is beyond the run {recorded.folder}, which has {config.max_steps} steps: the last one is "
             f"{config.max_steps - 1}, since they are counted from 0."
         )
-    seen = read_seen(recorded.folder, step)
+    seen = step_record.read_seen(recorded.folder, step)
     plan, changed = open_plan(recorded, options.shards, options.force)
     world = options.world or (seen.world_size if seen else 1)
     micro_batches = seen.micro_batches if seen and seen.world_size == world else count_micro_batches(config, world)
@@ -131,23 +118,18 @@ def replay(options: ReplayOptions) -> tuple[Replay, Path]:
 
     samples, digests, weighted = replay_batches(inputs, plan, step, world, micro_batches, output)
     certain, verdict = judge(seen, digests, changed, config.log_samples)
-    batch = plan.batch(step)
+    batch, logged = plan.batch(step), logged_loss(recorded, step)
     facts: dict[str, Any] = {
         "epoch": batch.epoch,
         "bucket": f"{batch.bucket[1]}x{batch.bucket[0]} pixels",
-        "samples": f"{len(samples)}, over {world} process(es) x {micro_batches} micro-batch(es)",
         "losses": weights.note,
-        "mean loss": mean_loss(samples),
+        **step_record.facts_of(samples, world, micro_batches),
         "mean loss, weighted as trained": weighted,
-        "captions dropped": sum(sample.dropped for sample in samples),
-        "captions cut": sum(sample.truncated for sample in samples),
-        "unreadable": sum(not sample.weight for sample in samples),
+        **({} if logged is None else {"mean loss in log.jsonl": logged}),
     }
-    if (logged := logged_loss(recorded, step)) is not None:
-        facts["mean loss in log.jsonl"] = logged
     title = f"step {step} of {recorded.folder.parent.name}/{recorded.folder.name}"
     found = Replay(title, step, facts, verdict, certain, samples)
-    return found, write_replay(output, found)
+    return found, step_record.write_replay(output, found)
 
 
 def open_plan(recorded: Recorded, shards: str | None, force: bool) -> tuple[BatchPlan, bool]:
@@ -156,8 +138,7 @@ def open_plan(recorded: Recorded, shards: str | None, force: bool) -> tuple[Batc
     Args:
         shards: where the shards lie now; None for where they lay.
     """
-    config = recorded.config
-    data = config.data
+    config, data = recorded.config, recorded.config.data
     if shards is not None:
         if data.sources or data.folder:
             raise UserError(
@@ -186,8 +167,7 @@ def open_plan(recorded: Recorded, shards: str | None, force: bool) -> tuple[Batc
     return make_plan(index, data, config.batch_size, config.seed), was != now
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """What the losses are taken with: ``checkpoint``, None for what the stage starts from; ``trained`` weights as training has
     them, else their EMA; a ``note`` on it for the page."""
 
@@ -202,22 +182,19 @@ def choose_weights(folder: Path, step: int, wanted: str | None) -> Weights:
     if wanted is not None:
         path = find_checkpoint(wanted).folder
         return Weights(path, False, f"with the EMA weights of {path.name}, as asked for")
-    found = checkpoints_of(folder)
-    before = [path for path in found if int(path.name[5:]) <= step]
-    after = [path for path in found if int(path.name[5:]) > step][::-1]
-    for path in (*before, *after):
+    found = {int(path.name[5:]): path for path in checkpoints_of(folder)}  # the newest first
+    for number in (*(n for n in found if n <= step), *sorted(n for n in found if n > step)):
+        path = found[number]
         if find_fault(path) is not None:
             continue
-        if int(path.name[5:]) == step and (path / STATE).is_dir():
+        if number == step and (path / STATE).is_dir():
             return Weights(path, True, f"with the weights that the step had, those of {path.name}")
-        which = "the newest before the step" if path in before else "the oldest there is, after the step"
+        which = "the newest before the step" if number <= step else "the oldest there is, after the step"
         return Weights(path, False, f"with the EMA weights of {path.name}, {which}")
     return Weights(None, True, "with the weights that the stage would start from now, since there is no checkpoint")
 
 
-def open_models(
-    config: TrainConfig, folder: Path, plan: BatchPlan, weights: Weights, device: str | None
-) -> Inputs:  # fmt: skip
+def open_models(config: TrainConfig, folder: Path, plan: BatchPlan, weights: Weights, device: str | None) -> Inputs:
     """The models with ``weights``: as a step of training has them where those are trained ones, else as the sampler does."""
     target = choose_device(device)
     set_threads(config, 1)
@@ -235,12 +212,13 @@ def open_models(
         checkpoint = open_layout(weights.checkpoint)
         checkpoint.place(config.text_encoder.path, config.codec.path)
         models = load_models(checkpoint, device=device)
-        if models.objective.config != config.objective:
+        if identity(models.objective.config, "noise") != identity(config.objective, "noise"):
             raise UserError(
                 f"ckpt={weights.checkpoint} was trained with another objective than {folder}, so its losses would say "
                 "nothing of this step; choose a checkpoint of the run."
             )
         encoder, codec, joint = models.text_encoder, models.codec, models.joint
+        joint.objective = make_objective(config.objective)  # which draws the times and weighs the losses as in the run
     for model in (encoder, codec, joint):
         model.to(target)
     if target.type == "cuda":
@@ -251,35 +229,25 @@ def open_models(
 def replay_batches(
     inputs: Inputs, plan: BatchPlan, step: int, world: int, micro_batches: int, output: Path
 ) -> tuple[list[ReplayedSample], dict[int, Seen], float]:
-    """Samples with their losses, digests by slot, and the step's weighted loss; writes the pictures as it goes."""
-    config, device = inputs.config, inputs.device
+    """Samples with their losses, digests by slot, and the step's loss as it was trained on: weighted by the objective, and
+    the mean over the samples that could be read. Writes the pictures as it goes."""
+    config, kind = inputs.config, inputs.device.type
     samples: list[ReplayedSample] = []
     digests: dict[int, Seen] = {}
     total = 0.0
     # As in training: a micro-batch by itself, since a language model in bfloat16 rounds differently in another batch.
     with tqdm(total=config.batch_size, desc=f"step {step}", unit="sample", dynamic_ncols=True) as bar:
         for rank in range(world):
-            settings = LoaderSettings(
-                config.seed, step, step + 1, rank, world, micro_batches, config.data.caption_dropout,
-                max_bad_fraction=1.0, workers=0,  # one step says nothing of their share, and bad samples are looked for
-            )  # fmt: skip
-            with closing(make_loader(plan.index, plan, settings)) as loader:
-                for batch in loader:
-                    digests.update({seen.slot: seen for seen in seen_in(batch)})
-                    with (
-                        torch.no_grad(),
-                        torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
-                    ):
-                        given = inputs(batch, Meters())
-                        losses = inputs.joint(given)
-                    total += float(losses.diffusion) / (world * micro_batches)
-                    samples += samples_of(
-                        batch, rank, given.times.cpu(), losses.errors.cpu(), inputs.encoder, plan,
-                        config.objective.train_timesteps, config.data.caption_dropout,
-                    )  # fmt: skip
-                    write_images(output, batch)
-                    bar.update(len(batch.keys))
-    return samples, digests, total
+            for batch in step_record.read_again(config, plan, step, rank, world, micro_batches):
+                digests |= {seen.slot: seen for seen in step_record.seen_in(batch)}
+                with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=config.precision == "bf16"):
+                    given = inputs(batch, Meters())
+                    losses = inputs.joint(given)
+                total += float(losses.diffusion) * len(batch.keys)
+                samples += step_record.samples_of(batch, rank, given.times.cpu(), losses.errors.cpu(), inputs, plan)
+                step_record.write_images(output, batch)
+                bar.update(len(batch.keys))
+    return samples, digests, total / max(sum(sample.weight for sample in samples), 1)
 
 
 def judge(seen: SeenStep | None, digests: dict[int, Seen], changed: bool, logged: bool) -> tuple[str, str]:
@@ -292,29 +260,22 @@ def judge(seen: SeenStep | None, digests: dict[int, Seen], changed: bool, logged
             f"The data's fingerprint is that of the run, but there are no digests of this step ({reason}), so that the pixels "
             "are the same could not be checked."
         )
-    found = differences(seen, digests)
-    if found:
+    if found := step_record.differences(seen, digests):
         more = f", and {len(found) - 8} more" if len(found) > 8 else ""
         return "different", f"Not what the step saw: {'; '.join(found[:8])}{more}."
-    if not all(sample.pixels for sample in seen.samples.values()):
-        return "identical", (
-            f"Samples, captions and weights of all {len(digests)} slots are those that the step saw; its latents came from a "
-            "cache, so that there are no pixels to compare."
-        )
+    pictured = all(sample.pixels for sample in seen.samples.values())
+    end = "." if pictured else "; its latents came from a cache, so that there are no pixels to compare."
     return "identical", (
-        f"Identical to what the step saw: samples, pixels, captions and weights of all {len(digests)} slots have the "
-        "recorded digests."
+        f"Identical to what the step saw: samples, {'pixels, ' if pictured else ''}captions and weights of all {len(digests)} "
+        f"slots have the recorded digests{end}"
     )
 
 
 def logged_loss(recorded: Recorded, step: int) -> float | None:
     """The loss that log.jsonl has for exactly this step: where it is written for every one of them."""
     path = recorded.folder / "log.jsonl"
-    if recorded.config.log_every != 1 or not path.is_file():
-        return None
-    start = f'{{"step": {step + 1}, "kind": "train"'
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.startswith(start) and line.endswith("\n"):
+    if recorded.config.log_every == 1 and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.startswith(f'{{"step": {step + 1}, "kind": "train"') and line.endswith("\n"):
                 return float(json.loads(line)["loss"])
     return None

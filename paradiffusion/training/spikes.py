@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from paradiffusion.training.folder import restore_checkpoint
 from paradiffusion.training.step_record import (
     PAGE,
     Replay,
-    mean_loss,
+    facts_of,
+    has_pixels,
+    read_again,
     samples_of,
-    with_pictures,
     write_images,
     write_replay,
 )
@@ -91,20 +93,21 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
     Every process calls this: each writes the pictures of its own samples, the main one the page. Whatever goes wrong is a
     warning, since the answer to the spike matters more.
     """
-    step, config, error = trainer.state.step, trainer.config, ""
+    step, error = trainer.state.step, ""
     folder = trainer.folder / "replay" / f"step_{step:06d}" / "spike"
     written = sum(1 for _ in trainer.folder.glob(f"replay/step_*/spike/{PAGE}")) if trainer.main else 0
     if trainer.gather([written])[0] >= MAX_PAGES:  # as the main process sees it: all of them must go the same way
         return None
     parts: list[Any] = []
     try:
+        again = read_again(trainer.config, trainer.plan, step, trainer.rank, trainer.processes, trainer.micro_batches)
         for batch, times, losses in taken:
-            pictured = with_pictures(batch, trainer.plan)
-            parts += samples_of(
-                pictured, trainer.rank, times.cpu(), losses.errors.cpu(), trainer.encoder, trainer.plan,
-                config.objective.train_timesteps, config.data.caption_dropout,
-            )  # fmt: skip
-            write_images(folder, pictured)
+            # Cached latents come without pictures. Where a sample cannot be read, another may stand in its slot.
+            if not has_pixels(batch) and (pictured := next(again)).keys == batch.keys:
+                batch = replace(batch, pixels=pictured.pixels)
+            errors = losses.errors.cpu()
+            parts += samples_of(batch, trainer.rank, times.cpu(), errors, trainer.inputs, trainer.plan)
+            write_images(folder, batch)
     except Exception as caught:  # Of a page that nobody asked for nothing may end a run.
         error = f"{type(caught).__name__}: {caught}"
     samples = trainer.gather(parts)  # pictures only as thumbnails, some kilobytes each
@@ -112,11 +115,8 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
         try:
             facts = {
                 "loss": fault,
-                "mean loss": mean_loss(samples),
                 "losses": "of the weights as they were in this step",
-                "samples": f"{len(samples)}, over {trainer.processes} process(es) x {trainer.micro_batches} micro-batch(es)",
-                "captions dropped": sum(sample.dropped for sample in samples),
-                "unreadable": sum(not sample.weight for sample in samples),
+                **facts_of(samples, trainer.processes, trainer.micro_batches),
             }
             title = f"loss spike at step {step} of {trainer.folder.parent.name}/{trainer.folder.name}"
             verdict = "Written by the run itself, from the samples that it had in memory"

@@ -83,6 +83,14 @@ def find_start(config: TrainConfig, folder: Path, main: bool = True) -> Start:
     return start
 
 
+def startable(config: TrainConfig) -> TrainConfig:
+    """The same stage from fresh weights where the stage before it has not run yet: for what does not need its result."""
+    if config.stage == 1 or config.init_from is not None or config.train_text == "adapter":
+        return config
+    previous, _ = newest_valid(Path(config.run_dir) / f"stage{config.stage - 1}")
+    return config if previous is not None else replace(config, init_from="scratch")
+
+
 def start_from(config: TrainConfig, found: Path | None, resumes: bool) -> Start:
     """A start from ``found``, unchecked."""
     if found is None or is_unet_folder(found):

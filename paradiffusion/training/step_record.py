@@ -9,33 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TextIO
 
 import torch
 from PIL import Image
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.config import TrainConfig
 from paradiffusion.data.captions import is_dropped
-from paradiffusion.data.images import decode, to_array
-from paradiffusion.data.index import read_sample
-from paradiffusion.data.loader import Batch, join_pixels
+from paradiffusion.data.loader import Batch, LoaderSettings, make_loader
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import read_place
 from paradiffusion.pages import render, thumbnail_uri
 from paradiffusion.sampling.gallery import save_png
-from paradiffusion.text.encoder import TextEncoder
+from paradiffusion.training.inputs import Inputs
 
 SEEN_FOLDER: Final = "samples_seen"
 PAGE, LINES, FACTS, IMAGES = "index.html", "samples.jsonl", "replay.json", "images"
 MAX_EMBEDDED: Final = 600  # pictures; a page with more shows those with the smaller losses by their files
 PARTS: Final = {"pixels": "other pixels", "caption": "another caption", "weight": "another loss weight"}
+COLUMNS: Final = ("slots", "keys", "pixels", "captions", "weights")  # of a line: the fields of Seen
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """One sample as a step saw it.
 
     Attributes:
@@ -73,9 +73,7 @@ def digest(data: bytes, shape: tuple[int, ...] = ()) -> str:
 
 def seen_in(batch: Batch) -> list[Seen]:
     """What a micro-batch holds."""
-    pixels = [""] * len(batch.keys)
-    if has_pixels(batch):
-        pixels = [digest(row.numpy().tobytes(), tuple(row.shape)) for row in batch.pixels]
+    pixels = [digest(row.numpy().tobytes(), tuple(row.shape)) if has_pixels(batch) else "" for row in batch.pixels]
     captions = [digest(caption.encode("utf-8", "surrogatepass")) for caption in batch.captions]
     columns = (batch.slots.tolist(), batch.keys, pixels, captions, batch.weights.tolist())
     return [Seen(*row) for row in zip(*columns, strict=True)]
@@ -83,37 +81,16 @@ def seen_in(batch: Batch) -> list[Seen]:
 
 def line_of(step: int, rank: int, world_size: int, batches: Sequence[Batch]) -> str:
     """One process's line for a step, with its end."""
-    seen = [sample for batch in batches for sample in seen_in(batch)]
-    row = {
-        "step": step,
-        "rank": rank,
-        "world_size": world_size,
-        "micro_batches": len(batches),
-        "keys": [sample.key for sample in seen],
-        "slots": [sample.slot for sample in seen],
-        "pixels": [sample.pixels for sample in seen],
-        "captions": [sample.caption for sample in seen],
-        "weights": [sample.weight for sample in seen],
-    }
-    return json.dumps(row) + "\n"
+    row = {"step": step, "rank": rank, "world_size": world_size, "micro_batches": len(batches)}
+    columns = zip(*(sample for batch in batches for sample in seen_in(batch)), strict=True)
+    return json.dumps(row | dict(zip(COLUMNS, columns, strict=True))) + "\n"
 
 
-class SamplesSeen:
-    """One process's lines of a run that begins at ``first_step``, in the stage ``folder``."""
-
-    def __init__(self, folder: Path, rank: int, world_size: int, first_step: int) -> None:
-        self.rank, self.world_size = rank, world_size
-        path = folder / SEEN_FOLDER / f"rank{rank}_from{first_step:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        self._file = path.open("w", encoding="utf-8")
-
-    def write(self, step: int, batches: Sequence[Batch]) -> None:
-        """Add a step, on the disk at once."""
-        self._file.write(line_of(step, self.rank, self.world_size, batches))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+def open_seen(folder: Path, rank: int, first_step: int) -> TextIO:
+    """Where one process of a run that begins at ``first_step``, in the stage ``folder``, writes its lines."""
+    path = folder / SEEN_FOLDER / f"rank{rank}_from{first_step:06d}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    return path.open("w", buffering=1, encoding="utf-8")  # each line is on the disk at once
 
 
 def read_seen(folder: Path, step: int) -> SeenStep | None:
@@ -122,35 +99,28 @@ def read_seen(folder: Path, step: int) -> SeenStep | None:
     A step that was done again after a stop counts as it was done last.
     """
     starts = (folder / SEEN_FOLDER).glob("rank0_from*.jsonl")
-    for main_file in sorted(starts, key=lambda path: int(path.stem.partition("_from")[2]), reverse=True):
-        main = _find(main_file, step)
-        if main is None:
+    for path in sorted(starts, key=lambda path: int(path.stem.partition("_from")[2]), reverse=True):
+        if (main := _find(path, step)) is None:
             continue
-        # Files of ranks beyond are of an earlier start with more processes.
-        others = [
-            main_file.with_name(main_file.name.replace("rank0", f"rank{r}", 1)) for r in range(1, main["world_size"])
-        ]
-        rows = [main, *(_find(path, step) for path in others)]
         samples: dict[int, Seen] = {}
-        for row in rows:
+        for rank in range(main["world_size"]):  # files of ranks beyond are of an earlier start with more processes
+            row = _find(path.with_name(path.name.replace("rank0", f"rank{rank}", 1)), step)
             if row is None:
                 return None
-            columns = (row["slots"], row["keys"], row["pixels"], row["captions"], row["weights"])
-            samples.update({values[0]: Seen(*values) for values in zip(*columns, strict=True)})
+            samples |= {one[0]: Seen(*one) for one in zip(*(row[column] for column in COLUMNS), strict=True)}
         return SeenStep(main["world_size"], main["micro_batches"], samples)
     return None
 
 
 def _find(path: Path, step: int) -> dict[str, Any] | None:
     """The row of ``step``; None where there is none."""
-    if not path.is_file():
-        return None
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            # The last line of a run that is killed may be a part.
-            if line.startswith(f'{{"step": {step}, ') and line.endswith("\n"):
-                row: dict[str, Any] = json.loads(line)
-                return row if "pixels" in row else None  # written before digests were
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                # The last line of a run that is killed may be a part.
+                if line.startswith(f'{{"step": {step}, ') and line.endswith("\n"):
+                    row: dict[str, Any] = json.loads(line)
+                    return row if "pixels" in row else None  # written before digests were
     return None
 
 
@@ -179,8 +149,8 @@ class ReplayedSample:
         rank, micro: which process had it, in which of its micro-batches.
         caption: as chosen, whole; ``kept`` is what the text encoder read of it, decoded from the tokens, "" where the
             caption was dropped; ``tokens`` counts all, ``limit`` what is kept at most.
-        time: in the objective's own units; ``noise_share`` the same from 0 (clean) to 1 (noise).
-        loss: unweighted.
+        time: in the objective's own units; ``noise_share`` the same from 0 (clean) to 1 (noise). With ``repeats`` the first.
+        loss: unweighted, the mean over ``repeats``.
         weight: 0 where the sample stands in for one that could not be read.
         image: its file beside the page, pixels as they are given to the VAE; None where its latents came from a cache and
             it could not be read.
@@ -231,84 +201,77 @@ class Replay:
 
 
 def samples_of(
-    batch: Batch, rank: int, times: torch.Tensor, errors: torch.Tensor, encoder: TextEncoder, plan: BatchPlan,
-    train_timesteps: int, dropout: float,
-) -> list[ReplayedSample]:  # fmt: skip
+    batch: Batch, rank: int, times: torch.Tensor, errors: torch.Tensor, inputs: Inputs, plan: BatchPlan
+) -> list[ReplayedSample]:
     """What there is to say of a micro-batch's samples; pictures are named, not written.
 
     Args:
-        times, errors: [b], of the objective and of the model.
-        dropout: the share of captions that are dropped, which tells dropped ones from empty ones.
+        times, errors: [R * b], of the objective and of the model.
+        inputs: what the micro-batch went through.
     """
+    encoder, config = inputs.encoder, inputs.config
     texts = encoder.tokenize(batch.captions)
     rows = plan.batch(batch.step).rows
-    pictured = has_pixels(batch)
-    height, width = batch.pixels.shape[-2:] if pictured else (0, 0)
+    losses = errors.view(-1, len(batch.keys)).mean(0).tolist()
+    height, width = batch.pixels.shape[-2:] if has_pixels(batch) else (0, 0)
     samples = []
     for i, slot in enumerate(batch.slots.tolist()):
-        weight, caption, kept = float(batch.weights[i]), batch.captions[i], ""
-        dropped = is_dropped(plan.seed, batch.step, slot, dropout)
-        if dropped and weight:  # The batch has only the empty text; what was dropped lies in the shard.
-            row = int(rows[slot])
-            # A stream has another sample in its place.
-            same = _key(plan, row) == batch.keys[i]
-            caption = read_sample(plan.index, row).meta["captions"].get(batch.kinds[i], "") if same else ""
+        weight, caption, kept, time = float(batch.weights[i]), batch.captions[i], "", float(times[i])
+        # By the draw, which tells dropped captions from empty ones.
+        dropped = is_dropped(plan.seed, batch.step, slot, config.data.caption_dropout)
+        # The batch has only the empty text; what was dropped lies in the shard. A stream has another sample in its place.
+        if dropped and weight:
+            place = plan.index.place(int(rows[slot]))
+            same = f"{place.shard.name}/{place.key}" == batch.keys[i]
+            caption = read_place(place).meta["captions"].get(batch.kinds[i], "") if same else ""
         if not dropped:
             real = texts.ids[i, texts.prefix :][texts.mask[i, texts.prefix :]]
             kept = encoder.tokenizer.decode(real.tolist(), skip_special_tokens=True).strip()
+        image, thumbnail = None, ""
+        if has_pixels(batch):
+            image, thumbnail = f"{IMAGES}/{slot:05d}.png", thumbnail_uri(Image.fromarray(_array(batch.pixels[i])))
         samples.append(
             ReplayedSample(
-                slot=slot, rank=rank, micro=batch.micro, key=batch.keys[i], kind=batch.kinds[i], caption=caption,
-                dropped=dropped, kept=kept, tokens=texts.lengths[i], limit=encoder.limit, time=float(times[i]),
-                noise_share=float(times[i]) / train_timesteps, weight=weight, loss=float(errors[i]),
-                image=f"{IMAGES}/{slot:05d}.png" if pictured else None, height=height, width=width,
-                thumbnail=thumbnail_uri(Image.fromarray(_array(batch.pixels[i]))) if pictured else "",
+                slot, rank, batch.micro, batch.keys[i], batch.kinds[i], caption, dropped, kept, texts.lengths[i], encoder.limit,
+                time, time / config.objective.train_timesteps, weight, losses[i], image, height, width, thumbnail,
             )
         )  # fmt: skip
     return samples
-
-
-def _key(plan: BatchPlan, row: int) -> str:
-    """The sample's name as batches have it."""
-    return f"{plan.index.shards[plan.index.shard[row]].name}/{plan.index.key(row)}"
 
 
 def _array(pixels: torch.Tensor) -> Any:
     return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
-def with_pictures(batch: Batch, plan: BatchPlan) -> Batch:
-    """``batch`` with the pictures that its cached latents were made of, from the shards; as it is where one cannot be read."""
-    if has_pixels(batch):
-        return batch
-    planned = plan.batch(batch.step)
-    by_key = {_key(plan, row): row for row in planned.rows.tolist()}
-    pictures = []
-    try:
-        for slot, key in zip(batch.slots.tolist(), batch.keys, strict=True):
-            row = int(planned.rows[slot])
-            # In a slot of weight 0 stands another sample of the step.
-            place = plan.index.place(row if _key(plan, row) == key else by_key[key])
-            image = decode(read_place(place).image, cover=planned.bucket)
-            pictures.append(to_array(image, planned.bucket, place.id))
-    except (OSError, ValueError, KeyError):
-        return batch
-    return replace(batch, pixels=join_pixels(pictures))
+def read_again(config: TrainConfig, plan: BatchPlan, step: int, rank: int, world: int, parts: int) -> Iterator[Batch]:
+    """One process's ``parts`` micro-batches of a step, with their pictures, from the shards."""
+    settings = LoaderSettings(
+        config.seed, step, step + 1, rank, world, parts, config.data.caption_dropout,
+        max_bad_fraction=1.0, workers=0,  # one step says nothing of their share, and bad samples are looked for
+    )  # fmt: skip
+    with closing(make_loader(plan.index, plan, settings)) as loader:
+        yield from loader
 
 
-def mean_loss(samples: Sequence[ReplayedSample]) -> float | None:
-    """The mean unweighted loss of the samples that could be read, as log.jsonl reports it."""
+def facts_of(samples: Sequence[ReplayedSample], processes: int, micro_batches: int) -> dict[str, Any]:
+    """What is told of every step. The mean loss is that of the samples that could be read, unweighted, as in log.jsonl."""
     losses = [sample.loss for sample in samples if sample.weight]
-    return sum(losses) / len(losses) if losses else None
+    return {
+        "samples": f"{len(samples)}, over {processes} process(es) x {micro_batches} micro-batch(es)",
+        "mean loss": sum(losses) / len(losses) if losses else None,
+        "captions dropped": sum(sample.dropped for sample in samples),
+        "captions cut": sum(sample.truncated for sample in samples),
+        "unreadable": sum(not sample.weight for sample in samples),
+    }
 
 
 def write_images(folder: Path, batch: Batch) -> None:
     """The crops of a micro-batch as PNG, which keeps every pixel, named by slot."""
-    if not has_pixels(batch):
-        return
-    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
-    for slot, pixels, key in zip(batch.slots.tolist(), batch.pixels, batch.keys, strict=True):
-        save_png(folder / IMAGES / f"{slot:05d}.png", _array(pixels), {"key": key, "step": batch.step, "slot": slot})
+    if has_pixels(batch):
+        (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        for slot, pixels, key in zip(batch.slots.tolist(), batch.pixels, batch.keys, strict=True):
+            record = {"key": key, "step": batch.step, "slot": slot}
+            save_png(folder / IMAGES / f"{slot:05d}.png", _array(pixels), record)
 
 
 def write_replay(folder: Path, replay: Replay) -> Path:
@@ -321,20 +284,15 @@ def write_replay(folder: Path, replay: Replay) -> Path:
     write_atomic(folder / LINES, "".join(f"{line}\n" for line in lines))
     facts = {"step": replay.step, "certain": replay.certain, "verdict": replay.verdict, **replay.facts}
     write_atomic(folder / FACTS, json.dumps(_finite(facts), indent=1, ensure_ascii=False) + "\n")
-    write_atomic(folder / PAGE, page_of(replay, ordered))
+    dots = [sample for sample in ordered if math.isfinite(sample.loss)]
+    page = render(
+        "training/step_record.html", title=replay.title, replay=replay, samples=ordered, dots=dots,
+        highest=max((sample.loss for sample in dots), default=0.0) or 1.0, embedded=MAX_EMBEDDED,
+    )  # fmt: skip
+    write_atomic(folder / PAGE, page)
     return folder / PAGE
 
 
 def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no word for what is not a number: such values become texts ("nan", "inf")."""
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-def page_of(replay: Replay, samples: Sequence[ReplayedSample]) -> str:
-    """The HTML of a step, one file: its facts, a picture of losses over noise levels, and a card for each sample in order."""
-    dots = [sample for sample in samples if math.isfinite(sample.loss)]
-    highest = max((sample.loss for sample in dots), default=0.0) or 1.0
-    return render(
-        "training/step_record.html", title=replay.title, replay=replay, samples=samples, dots=dots, highest=highest,
-        embedded=MAX_EMBEDDED,
-    )  # fmt: skip

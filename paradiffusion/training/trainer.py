@@ -49,7 +49,7 @@ from paradiffusion.training.log import Log, Meters, human_time, log_line, mixtur
 from paradiffusion.training.optim import schedule, set_learning_rate
 from paradiffusion.training.spikes import Spikes
 from paradiffusion.training.start import Start, build_models, find_start
-from paradiffusion.training.step_record import SamplesSeen
+from paradiffusion.training.step_record import line_of, open_seen
 from paradiffusion.training.validation import Scorer, Validation
 from paradiffusion.training.watch import Watch, together
 
@@ -169,7 +169,7 @@ class Trainer:
         rank, processes, gather = (self.rank, self.processes, self.gather) if whole else (0, 1, list)
         self.validation = Validation(held_out, config, rank, processes, gather, self.main, scorer)
         self.spikes = Spikes(self)
-        self.seen = SamplesSeen(self.folder, self.rank, self.processes, self.state.step) if config.log_samples else None
+        self.seen = open_seen(self.folder, self.rank, self.state.step) if config.log_samples else None
         self.meters = Meters()
         self.log = Log(self.folder, config, self.description(), self.state.step) if self.main else None
         self.say(announcement(self, start))
@@ -280,7 +280,7 @@ class Trainer:
             if not self.config.data.streaming:  # where another order than the plan's comes
                 self.meters.choices += self.plan.choices(batch.step, batch.slots[batch.weights > 0].numpy())
         if self.seen is not None:
-            self.seen.write(self.state.step, [batch for batch, _, _ in taken])
+            self.seen.write(line_of(self.state.step, self.rank, self.processes, [batch for batch, _, _ in taken]))
 
     def report(self) -> None:
         """Reduce the meters over all processes, write the line and the record, and start anew."""

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -32,8 +32,8 @@ PHASES = ("setup", "save", "validate", "data", "encode", "forward", "backward", 
 LONG = ("setup", "validate", "save")
 STALLED, FAILED = 3, 2  # exit statuses
 SHOWN = 8
-# Seconds that a process has for leaving by itself once another has failed, or once the main process has gone.
-GRACE, ORPHANED = 5.0, 20.0
+# Seconds that a process has for leaving by itself once another has failed.
+GRACE = 5.0
 # Seconds between two messages to the store from the steps themselves; the thread sends its own besides.
 PROMPT = 0.05
 
@@ -62,20 +62,17 @@ def describe_stall(places: list[Place], now: float, seconds: float, silence: flo
         silence: after how many seconds without a sign of life a process counts as dead; None for ``seconds``.
     """
     waiting = [place for place in places if place.phase != "done"]
-    if not waiting:
-        return None
-    last = min(place.progress() for place in waiting)
+    last = min((place.progress() for place in waiting), default=None)
     behind = [place for place in waiting if place.progress() == last]
     dead = [place for place in waiting if now - place.alive > (seconds if silence is None else silence)]
-    if not dead and len(behind) == len(waiting) and behind[0].phase in LONG:
-        return None
     named = dead or behind
-    if min(now - place.at for place in named) < seconds:
+    at_work = not dead and len(behind) == len(waiting) and all(place.phase in LONG for place in behind)
+    if at_work or min(now - place.at for place in named) < seconds:
         return None
     parts = []
     for place in named[:SHOWN]:
-        more = f" and {len(place.keys) - SHOWN} more" if len(place.keys) > SHOWN else ""
         where = f"phase {place.phase!r} of step {place.step}"
+        more = f" and {len(place.keys) - SHOWN} more" if len(place.keys) > SHOWN else ""
         parts.append(
             f"process {place.rank} ({place.host}) "
             + (f"gave its last sign of life {now - place.alive:.0f} s ago, in {where}" if place in dead
@@ -103,12 +100,11 @@ class Watch:
         self._silence = 3 * self.interval  # after which a process counts as dead, where a connection broke
         self._ahead = 0.0  # this machine's clock before the main process's
         self._store = self._open_store(rank) if world_size > 1 else None
-        self._lost_at: float | None = None  # when the store went, and the main process with it
         now = self._heard = self._told = self.now()
         self.place = Place(rank, socket.gethostname(), at=now, alive=now)
         self.known = [Place(other, at=now, alive=now) for other in range(world_size)]
-        self._lock, self._ended, self.failing = threading.Lock(), threading.Event(), threading.Event()
-        work = [self._judge, self._talk] if world_size > 1 else [self._judge]
+        self._ended, self.failing = threading.Event(), threading.Event()
+        work = (self._judge, self._talk)
         self._threads = [threading.Thread(target=target, name="watch", daemon=True) for target in work]
         for thread in self._threads:
             thread.start()
@@ -121,8 +117,7 @@ class Watch:
         """Come to ``phase`` of ``step`` with the samples ``keys`` (None: the same as before)."""
         place = self.place
         place.phase, place.step, place.at = phase, step, self.now()
-        if keys is not None:
-            place.keys = keys
+        place.keys = place.keys if keys is None else keys
         if place.at - place.alive > PROMPT:  # a process that is killed right here cannot say so later
             self._post()
 
@@ -172,7 +167,7 @@ class Watch:
         try:
             return getattr(store, request)(*values) if store is not None else None
         except (RuntimeError, OSError):
-            self._store, self._lost_at = None, self._lost_at or self.now()
+            self._store = None
             return None
 
     def _post(self) -> None:
@@ -187,13 +182,12 @@ class Watch:
 
     def _talk(self) -> None:
         """Post and read, until this process or any other ends."""
-        while self._store is not None:
+        while not self.failing.is_set():
             self._post()
             # To read them all is much work where they are thousands: only once this one waits.
             self._read(range(self.world_size if self.now() - self.place.at > self.seconds / 2 else 1))
             if self._ask("check", ["failures"]):
                 self._notice()
-                return
             if self._store is not None:
                 self._heard = self.now()
             if self._ended.wait(self.interval):
@@ -207,13 +201,9 @@ class Watch:
             if now - before > max(4 * self.interval, 5.0):
                 self.place.at = self._heard = now  # this process itself stood still, as on a machine that was suspended
             before = now
-            if self.world_size == 1:
-                self.place.alive = now
             if self.failing.is_set():
                 if not self._ended.wait(GRACE):
                     self._leave(FAILED)
-            elif self._lost_at is not None and now - self._lost_at > ORPHANED:
-                self._accuse(describe_stall([self.known[0]], now, 0.0, 0.0))
             elif now - self.place.at > self.seconds:
                 self._accuse(describe_stall(self._places(), now, self.seconds))
 
@@ -225,36 +215,34 @@ class Watch:
             if self.now() - self._told >= self.seconds:
                 self._told = self.now()
                 print(f"warning: no step for a while: {sentence}.", file=sys.stderr, flush=True)
-            return
-        if self._answers() and not self.fail():
-            return  # another has told it
-        print(
-            f"error: {sentence}; process {self.place.rank} ends here. The last checkpoint is whole: look at that process "
-            "or its data, then run the same command again (a slow machine: raise stall_seconds=).",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        self._linger()
-        self._leave(STALLED)
+        elif not self._answers() or self.fail():  # else another has told it
+            print(
+                f"error: {sentence}; process {self.place.rank} ends here. The last checkpoint is whole: look at that process "
+                "or its data, then run the same command again (a slow machine: raise stall_seconds=).",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            self._linger()
+            self._leave(STALLED)
 
     def _answers(self) -> bool:
         return self._store is not None and self.now() - self._heard < self._silence
 
     def _places(self) -> list[Place]:
         """Everybody's place. While the store does not answer only the main process is known to be silent."""
-        ranks = range(self.world_size) if self._answers() else sorted({0, self.place.rank})
-        return [self.place if rank == self.place.rank else self.known[rank] for rank in ranks]
+        known = self.known if self._answers() else self.known[:1]
+        others = [place for place in known if place.rank != self.place.rank]
+        return [*others, replace(self.place, alive=self.now())]
 
     def _notice(self) -> None:
-        with self._lock:  # the main thread and the one that talks may both come here
-            if not self.failing.is_set():
-                self.failing.set()
-                self._ask("add", "noticed", 1)
+        self.failing.set()
+        self._ask("set", f"noticed/{self.place.rank}", "")
 
     def _linger(self) -> None:
         """The store goes with the main process: where one has failed, all must have looked before."""
         deadline = time.monotonic() + 2 * self.interval + 1
+        everybody = [f"noticed/{rank}" for rank in range(self.world_size)]
         while self.failing.is_set() and self.place.rank == 0 and time.monotonic() < deadline:
-            if (self._ask("add", "noticed", 0) or 0) >= self.world_size:
+            if self._ask("check", everybody):
                 return
             time.sleep(0.05)
 
@@ -272,41 +260,41 @@ def together(watch: Watch) -> Iterator[None]:
 
     Raises:
         UserError: in the process that failed first, or in the first to notice that another has died.
-        SystemExit: in the others, without a word of their own.
+        SystemExit: in the others, without a word of their own: what they would say is the same, or a consequence.
     """
     try:
         yield
     except SystemExit:  # all of them leave, and have agreed on it
         raise
-    except UserError:
-        _leave_unless_first(watch)
-        raise
-    except torch.OutOfMemoryError as error:
-        _leave_unless_first(watch)
-        raise UserError(
-            f"a batch does not fit into this GPU's memory ({str(error).splitlines()[0]}); lower micro_batch_size= first, then "
-            "set gradient_checkpointing=true, ema_device=cpu, or launch with configs/launch/zero2.yaml or zero2_offload.yaml (and "
-            "for a run that has not begun, text_encoder.quantization=4bit); scripts/describe.py says what each saves."
-        ) from None
     except BaseException as error:
-        # A collective operation fails where another process has died.
-        broken = isinstance(error, RuntimeError) and (
-            isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
-        )
-        lost = watch.who_is_lost() if broken else None
-        if not broken or (lost is None and not watch.failing.is_set()):
-            watch.fail()
+        told = what_to_tell(error, watch)
+        first = watch.fail()
+        if told is None:
             raise
-        _leave_unless_first(watch)
-        raise UserError(
-            f"{lost}; the others cannot go on without it. The last checkpoint is whole: look at that process's log, then "
-            "run the same command again."
-        ) from None
+        raise told if first else SystemExit(FAILED) from None
     finally:
         watch.close()
 
 
-def _leave_unless_first(watch: Watch) -> None:
-    """The first process that fails tells why; what the others would say is the same, or a consequence."""
-    if not watch.fail():
-        raise SystemExit(FAILED) from None
+def what_to_tell(error: BaseException, watch: Watch) -> UserError | None:
+    """What a person is told of an error that ends this process; None for a bug, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            f"a batch does not fit into this GPU's memory ({str(error).splitlines()[0]}); lower micro_batch_size= first, then "
+            "set gradient_checkpointing=true, ema_device=cpu, or launch with configs/launch/zero2.yaml or zero2_offload.yaml (and "
+            "for a run that has not begun, text_encoder.quantization=4bit); scripts/describe.py says what each saves."
+        )
+    # A collective operation fails where another process has died.
+    signs = ("gloo", "NCCL", "Connection")
+    if isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    ):
+        lost = watch.who_is_lost()
+        if lost is not None or watch.failing.is_set():
+            return UserError(
+                f"{lost}; the others cannot go on without it. The last checkpoint is whole: look at that process's log, then "
+                "run the same command again."
+            )
+    return None

@@ -44,7 +44,7 @@ def calls_of(module: nn.Module) -> list[int]:
 
 def text(memory: Memory, *captions: str) -> tuple[Tensor, Tensor | None]:
     made = memory.texts(captions)
-    found = stored_text(memory.encoder, lambda caption, _: made[caption], list(captions), CPU)
+    found = stored_text(memory.encoder, made, list(captions), CPU)
     return found.features, found.mask
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from browser import chromium, in_browser
-from data_fixtures import encoded
+from data_fixtures import encoded, half_unreadable
 from PIL import Image
 from ranks import run_on_two
 from spoiled_train import spoil_latents
@@ -30,6 +30,7 @@ from paradiffusion.training import spikes
 from paradiffusion.training.caching import CacheOptions, make_cache
 from paradiffusion.training.replay import Replay, ReplayOptions, replay
 from paradiffusion.training.step_record import digest, line_of, read_seen
+from paradiffusion.training.trainer import Trainer
 
 Train = Callable[..., int]
 RECORDED = ["log_samples=true", "log_every=1", "validate_every=100", "data.caption_dropout=0.4"]
@@ -220,6 +221,32 @@ def test_stages_with_an_adapter(train: Train, tmp_path: Path) -> None:
         first, _ = replay_here(f"run={moved / f'stage{stage}'}", "step=0")
         assert "would start from now, since there is no checkpoint" in first.facts["losses"]
         assert first.facts["mean loss"] == pytest.approx(first.facts["mean loss in log.jsonl"], rel=1e-6)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_the_mean_losses_are_those_of_training_where_samples_cannot_be_read(
+    repeats: int, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the samples that could be read: unweighted, as in the log, and weighted by the noise, as was trained on."""
+    trained, train_step = [], Trainer.train_step
+
+    def noted(trainer: Trainer, *given: Any) -> tuple[float, bool]:
+        trained.append(train_step(trainer, *given))
+        return trained[-1]
+
+    monkeypatch.setattr(Trainer, "train_step", noted)
+    bad = [f"data.shards={half_unreadable(tmp_path / 'bad')}", "data.max_bad_fraction=0.9", "micro_batch_size=2"]
+    arguments = [*bad, "objective=paper", "objective.min_snr_gamma=1", f"repeats={repeats}", "max_steps=4"]
+    assert train(*RECORDED, *arguments, "checkpoint_every=1", "keep_last=9") == 0
+    replay_here(f"run={tmp_path / 'run' / 'stage1'}", "step=0")  # with the EMA weights of the first checkpoint
+    unreadable = set()
+    for step in range(1, 4):
+        facts = replay_here(f"run={tmp_path / 'run' / 'stage1'}", f"step={step}")[0].facts
+        assert facts["mean loss"] == pytest.approx(facts["mean loss in log.jsonl"], rel=1e-6)
+        assert facts["mean loss, weighted as trained"] == pytest.approx(trained[step][0], rel=1e-6)
+        assert facts["mean loss"] != pytest.approx(trained[step][0], rel=1e-2)
+        unreadable.add(facts["unreadable"])
+    assert unreadable & {1, 2, 3}
 
 
 def test_shards_that_have_moved(stage: Path, own_shards: Path, tmp_path: Path) -> None:
