@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -27,6 +26,7 @@ from paradiffusion.checkpoints.layouts import (
     read_json,
     split_parts,
     write_adapter,
+    write_config,
     write_parts,
 )
 from paradiffusion.checkpoints.manifest import write_manifest
@@ -166,11 +166,6 @@ def parts_of(checkpoint: Layout, dtype: str) -> dict[str, dict[str, Tensor]]:
     """``split_parts`` of the weights, a U-Net's LoRA merged, in ``dtype``."""
     kind, state = DTYPES[dtype], checkpoint.weights()
     return split_parts({n: (t.to(kind) if t.is_floating_point() else t).contiguous() for n, t in state.items()})
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def place_frozen(source: Path, target: Path, frozen: str) -> None:
