@@ -321,11 +321,8 @@ class SamplerConfig:
             raise UserError(
                 f"guidance_start={self.guidance_start} and guidance_stop={self.guidance_stop} must lie within 0 to 1, start first."
             )
-        if (
-            not 0
-            <= self.guidance_sigma_min
-            < (math.inf if self.guidance_sigma_max is None else self.guidance_sigma_max)
-        ):
+        highest = math.inf if self.guidance_sigma_max is None else self.guidance_sigma_max
+        if not 0 <= self.guidance_sigma_min < highest:
             raise UserError(
                 f"guidance_sigma_min={self.guidance_sigma_min} must lie below guidance_sigma_max={self.guidance_sigma_max}, and "
                 "neither below 0."
@@ -601,16 +598,8 @@ class FrozenConfig:
 
 @dataclass
 class SampleConfig:
-    """What ``sample.py`` takes; None means the checkpoint's own default, or the prompt line's own value.
-
-    Attributes:
-        unet: which U-Net of a folder in the official layout, such as "unet_384".
-        sampler: a set of the sampler's values from configs/sampler, such as "fast"; single keys win over it.
-        dtype: of the denoiser; the language model and the autoencoder keep their own.
-        compile, channels_last: torch.compile of the denoiser, and its memory layout; images change by rounding only.
-        offload_text_encoder: encode prompts in chunks, and keep the language model off the GPU while images are drawn.
-        vae_tiling: decode large images in overlapping tiles, in less memory.
-    """
+    """What ``sample.py`` takes; None means the checkpoint's own default, or the prompt line's own value. configs/sample.yaml
+    says what each key is."""
 
     ckpt: str | None = option(None, typed="path")
     unet: str = option("unet", typed="text")
