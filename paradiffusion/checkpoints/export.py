@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
+from paradiffusion.atomic import atomic_folder
 from paradiffusion.checkpoints.layouts import (
     LLM_FOLDERS,
     LORA,
@@ -189,16 +190,11 @@ def whole_folder(output: Path) -> Iterator[Path]:
         UserError: when ``output`` exists, or cannot be written.
     """
     check_absent(output)
-    building = output.absolute().with_name(f".{output.name}.partial")
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        yield building
-        building.rename(output)
+        with atomic_folder(output.absolute()) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise UserError(
             f"{output} could not be written ({reason}), and nothing is left of it; make room, or choose another output."
         ) from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

@@ -18,8 +18,8 @@ from typing import Final
 import numpy as np
 from tqdm import tqdm
 
+from paradiffusion.atomic import cached_index, locked
 from paradiffusion.data.captions import captions_of, parse_meta
-from paradiffusion.data.columns import cached_index, locked
 from paradiffusion.data.index import (
     DAMAGED,
     SampleIndex,

@@ -26,9 +26,9 @@ from typing import Any, BinaryIO, Final, TypeAlias
 import numpy as np
 from tqdm import tqdm
 
-from paradiffusion.atomic import atomic_file
+from paradiffusion.atomic import atomic_file, cached_index, locked
 from paradiffusion.data.captions import captions_of, parse_meta
-from paradiffusion.data.columns import New, cached_index, digest, locked, map_columns, shared_columns
+from paradiffusion.data.columns import New, digest, map_columns, shared_columns
 from paradiffusion.data.images import probe_size
 from paradiffusion.data.remote import RemoteError, RemotePath, open_shard, read_whole, with_state
 from paradiffusion.data.shards import (
