@@ -24,7 +24,7 @@ from paradiffusion.checkpoints.export import export_official, export_ours, expor
 from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
 from paradiffusion.compose import compose_sample
 from paradiffusion.errors import UserError
-from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
+from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline, unload_adapter
 from paradiffusion.sampling.run import sample
 
 PROMPT = "a red circle at the left of a blue square"
@@ -114,7 +114,7 @@ def test_saving_changes_nothing_and_links_stay_links(
     index["refiner"][0] = "paradiffusion.sampling.pipeline_components"  # as exported before November 2026
     (tmp_path / "bare" / "model_index.json").write_text(json.dumps(index))
     parts = {"text_encoder": again.text_encoder, "vae": again.vae}
-    again._encoder.model = again._encoder.model.unload()
+    unload_adapter(again.text_encoder)
     bare = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "bare"), **parts)
     assert np.array_equal(bare(PROMPT, generator=seeded(), output_type="np").images, before)
 
