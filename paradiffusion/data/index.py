@@ -352,11 +352,9 @@ _counter: TokenCounter | None = None
 
 
 def build_indexes(
-    shards: Sequence[Path | RemotePath],
-    counter: TokenCounter | None = None,
-    folder: Path | None = None,
+    shards: Sequence[Path | RemotePath], counter: TokenCounter | None = None, folder: Path | None = None,
     processes: int | None = None,
-) -> Iterator[SampleIndex | UserError]:
+) -> Iterator[SampleIndex | UserError]:  # fmt: skip
     """Yield the index of each shard, in order, made and stored by several processes where there are many.
 
     What is stored already is taken as it is. Truncated shards are indexed as far as they go; for a shard that cannot be
@@ -413,11 +411,8 @@ def _index_one(
 
 
 def index_shard(
-    path: Path | RemotePath,
-    allow_truncated: bool = False,
-    counter: TokenCounter | None = None,
-    folder: Path | None = None,
-) -> SampleIndex:
+    path: Path | RemotePath, allow_truncated: bool = False, counter: TokenCounter | None = None, folder: Path | None = None
+) -> SampleIndex:  # fmt: skip
     """What lies where in a shard, stored beside it as ``<stem>.index.npz`` and rebuilt when its size or time differ.
 
     Where it cannot be written, the index goes to ``$PARADIFFUSION_CACHE`` (``~/.cache/paradiffusion``). Raises UserError

@@ -43,7 +43,6 @@ from paradiffusion.sampling.pipeline import (
     sampler_settings,
 )
 from paradiffusion.sampling.prompts import PromptRequest, read_prompts
-from paradiffusion.stopping import REPEAT_SECONDS as REPEAT_SECONDS  # for training/loop.py
 from paradiffusion.stopping import Stopped, StopSignal, stop_on_signals
 
 DONE, STOPPED, FAILED = 0, 1, 2
@@ -131,10 +130,8 @@ def draw_all(
             rate = f"{new} new in {seconds:.0f} s, {seconds / new:.2g} s each" if new else "none new"
             told = f"{made} images ({rate})."
             if status != DONE:
-                early = (
-                    f"{'Stopped' if status == STOPPED else 'Ended early'} with {made} of {len(jobs)} images ({rate})"
-                )
-                told = f"{early}; the same command goes on from here."
+                ended = "Stopped" if status == STOPPED else "Ended early"
+                told = f"{ended} with {made} of {len(jobs)} images ({rate}); the same command goes on from here."
             print(f"{told} Look at {page}", flush=True)
     if failure is not None:
         raise failure
@@ -183,12 +180,8 @@ def _draw_share(
 
 def record_of(job: Job, models: InferenceModels) -> ImageRecord:
     """The record of an image before it is drawn."""
-    return ImageRecord(
-        **{**vars(job), "settings": asdict(job.settings)},
-        checkpoint=models.checkpoint,
-        step=models.step,
-        dtype=str(models.dtype).removeprefix("torch."),
-    )
+    dtype = str(models.dtype).removeprefix("torch.")
+    return ImageRecord(**asdict(job), checkpoint=models.checkpoint, step=models.step, dtype=dtype)
 
 
 def metadata_of(record: ImageRecord, models: InferenceModels) -> dict[str, object]:
