@@ -34,7 +34,7 @@ from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.checkpoints.tensors import UNET_STEM, write_tensors
 from paradiffusion.config import CodecConfig, TextEncoderConfig
 from paradiffusion.diffusion.objective import Flow
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 from paradiffusion.models.codec import locate_codec
 from paradiffusion.models.unet import DENOISERS, class_of
 from paradiffusion.repository import ROOT
@@ -194,7 +194,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
         with atomic_folder(output.absolute()) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(
             f"{output} could not be written ({reason}), and nothing is left of it; make room, or choose another output."
         ) from None

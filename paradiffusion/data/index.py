@@ -54,7 +54,6 @@ _FEW: Final = 8
 _MAPPED_FROM: Final = 1 << 18
 # Indexes of single shards that are kept until the whole is put together: with few of them none is read twice.
 _KEPT_PARTS: Final = 64
-_ROWS_AT_ONCE: Final = 1 << 20
 _CONNECTIONS: Final = 32
 _HEAD_BYTES: Final = 1 << 16
 # What np.load raises for files that are no .npz, or one with a flipped bit (zipfile then finds it encrypted, say).
@@ -159,22 +158,16 @@ class SampleIndex:
         """
         if self.columns is not None:
             return str(self.facts["fingerprint"])
-        digest = hashlib.blake2b(digest_size=8)
-
-        def add(column: np.ndarray, of: np.ndarray | None = None) -> None:
-            for start in range(0, len(column), _ROWS_AT_ONCE):
-                part = column[start : start + _ROWS_AT_ONCE]
-                digest.update(np.ascontiguousarray(part if of is None else of[part]).tobytes())
-
+        found = hashlib.blake2b(digest_size=8)
         for column in (self.ids, self.words, self.width, self.height):
-            add(column)
+            found.update(np.ascontiguousarray(column).reshape(-1))
         if self.tokens is not None:
-            digest.update(f"tokens {self.tokenizer}\n".encode())
-            add(self.tokens)
+            found.update(f"tokens {self.tokenizer}\n".encode())
+            found.update(np.ascontiguousarray(self.tokens).reshape(-1))
         if len(self.sources) > 1:
-            digest.update("\n".join(["sources", *self.sources]).encode("utf-8", "surrogateescape"))
-            add(self.shard, self.shard_source)
-        return digest.hexdigest()
+            found.update("\n".join(["sources", *self.sources]).encode("utf-8", "surrogateescape"))
+            found.update(self.shard_source[self.shard])
+        return found.hexdigest()
 
     def state(self) -> str:
         """A short name of these samples where they lie: unlike the fingerprint another one when a shard is written anew."""

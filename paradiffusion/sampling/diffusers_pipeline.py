@@ -243,20 +243,6 @@ class ParaDiffusionPipeline(_Base):
         model.to(device)
         self._adapter = adapter
 
-    def enable_vae_tiling(self) -> None:
-        """Decode large images in overlapping tiles."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        self.vae.disable_tiling()
-
-    def enable_vae_slicing(self) -> None:
-        """Decode a batch one image at a time."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        self.vae.disable_slicing()
-
     @property
     def models(self) -> InferenceModels:
         """The components that the pipeline has now (``pipe.unet = torch.compile(pipe.unet)`` is usual) as ``sample.py`` has its

@@ -136,12 +136,12 @@ def test_outputs_and_numbers_of_images(pipe: ParaDiffusionPipeline) -> None:
     other = pipe("a dog", generator=seeded(9), output_type="np").images[0]
     assert np.abs(two.images[2] - other).max() < 1e-5 and np.abs(two.images[0] - two.images[1]).max() > 0.01
     assert pipe("a", height=32, width=48, output_type="np").images.shape == (1, 32, 48, 3)
-    pipe.enable_vae_slicing()
+    pipe.vae.enable_slicing()
     np.testing.assert_allclose(pipe(PROMPT, generator=seeded(), output_type="np").images, array, atol=1e-5)
-    pipe.enable_vae_tiling()  # this codec's tiles are smaller than the image, and each is normalised by itself
+    pipe.vae.enable_tiling()  # this codec's tiles are smaller than the image, and each is normalised by itself
     tiled = pipe(PROMPT, generator=seeded(), output_type="np").images
     assert tiled.shape == array.shape and np.abs(tiled - array).max() > 1e-3
-    pipe.disable_vae_tiling()
+    pipe.vae.disable_tiling()
     np.testing.assert_allclose(pipe(PROMPT, generator=seeded(), output_type="np").images, array, atol=1e-5)
 
 
