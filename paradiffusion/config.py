@@ -18,10 +18,7 @@ from paradiffusion.checks import Check, below_one, choice, fraction, not_negativ
 from paradiffusion.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
-TRAIN_TEXT = ("frozen", "lora", "adapter")
-PRECISIONS = ("fp32", "bf16", "auto")  # fp16 would need its loss scale in every checkpoint
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
-DENSITIES = ("uniform", "logit_normal")
 SOLVERS = ("dpm", "ddim", "euler")
 DENOISERS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 WORLDS = ("small", "large")  # of the built-in scenes
@@ -258,7 +255,7 @@ class ObjectiveConfig:
     beta_end: float = option(0.012, of="noise")
     train_timesteps: int = option(1000, of="noise", accepts=positive)
     zero_terminal_snr: bool = option(False, of="noise")
-    density: str = option("uniform", accepts=one_of(*DENSITIES))
+    density: str = option("uniform", accepts=one_of("uniform", "logit_normal"))
     logit_mean: float = 0.0
     logit_std: float = option(1.0, accepts=positive)
     min_snr_gamma: float | None = None
@@ -520,7 +517,8 @@ class TrainConfig:
         batch_size, micro_batch_size: samples of one optimiser step over all processes, and of one process at once;
             accumulation is their whole-number ratio over the processes.
         repeats: noise levels at which each sample of a batch is seen; its text is read, and its image encoded, once for all.
-        precision: "fp32", "bf16", or "auto": bf16 on GPUs and on processors with instructions for it, else fp32.
+        precision: "fp32", "bf16", or "auto": bf16 on GPUs and on processors with instructions for it, else fp32. (fp16 would need
+            its loss scale in every checkpoint.)
         keep_gb: keep text features and latents of the frozen models in memory, made once, while each process has so many GB of
             them; 0 to make them in every epoch.
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
@@ -539,13 +537,13 @@ class TrainConfig:
     resume: bool = option(True, free="always")
     seed: int = 0
 
-    train_text: str = option("frozen", accepts=one_of(*TRAIN_TEXT))
+    train_text: str = option("frozen", accepts=one_of("frozen", "lora", "adapter"))
     max_steps: int = option(1000, free="resume", accepts=positive)
     batch_size: int = option(32, accepts=positive)
     micro_batch_size: int | None = option(None, free="always", accepts=positive)
     repeats: int = option(1, accepts=positive)
     keep_gb: float = option(0.0, free="resume", accepts=not_negative)
-    precision: str = option("fp32", accepts=one_of(*PRECISIONS))
+    precision: str = option("fp32", accepts=one_of("fp32", "bf16", "auto"))
     gradient_checkpointing: bool = option(False, free="always")
     threads: int | None = option(None, free="always", accepts=positive)
     log_every: int = option(10, free="always", accepts=positive)

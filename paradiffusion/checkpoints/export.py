@@ -121,8 +121,7 @@ def check_official(checkpoint: Layout) -> None:
         "a flow objective": isinstance(objective, Flow),
         "a schedule of zero terminal SNR": objective.config.zero_terminal_snr,
     }
-    found = [reason for reason, present in reasons.items() if present]
-    if found:
+    if found := [reason for reason, present in reasons.items() if present]:
         raise UserError(
             f"the official layout has no place for {', '.join(found)}, which this checkpoint was trained with "
             "(conditioning=paper trains one that fits); use to=pipeline instead."
@@ -145,9 +144,9 @@ def export_pipeline(checkpoint: Layout, output: Path, dtype: str = "float32", fr
     check_absent(output)
     description = checkpoint.description
     pipe = ParaDiffusionPipeline.from_models(load_models(checkpoint, device="cpu"), description)
-    for part in (pipe.unet, pipe.refiner):
-        if part is not None:
-            part.to(DTYPES[dtype])
+    pipe.unet.to(DTYPES[dtype])
+    if pipe.refiner is not None:
+        pipe.refiner.to(DTYPES[dtype])
     with whole_folder(output) as folder:
         if frozen == "copy":
             pipe.save_pretrained(folder)

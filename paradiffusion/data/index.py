@@ -53,7 +53,7 @@ _FEW: Final = 8
 # A larger index, over 22 MB, is mapped and shared.
 _MAPPED_FROM: Final = 1 << 18
 # Indexes of single shards that are kept until the whole is put together: with few of them none is read twice.
-_KEPT_PARTS: Final = 64
+_KEPT_PARTS: Final = 128
 _CONNECTIONS: Final = 32
 _HEAD_BYTES: Final = 1 << 16
 # What np.load raises for files that are no .npz, or one with a flipped bit (zipfile then finds it encrypted, say).
