@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -147,13 +147,13 @@ def _draw_share(
     """Draw and store jobs; Stopped after a signal, which leaves the batch that is being drawn."""
     if not share:
         return
-    manifest = Manifest(folder / (NAME if processes.size == 1 else f"manifest.rank{processes.rank}.jsonl"))
+    path = folder / (NAME if processes.size == 1 else f"manifest.rank{processes.rank}.jsonl")
     bar = tqdm(
         total=len(share), desc="drawing" if processes.size == 1 else f"drawing (process 0 of {processes.size})", unit="image",
         disable=processes.rank > 0, dynamic_ncols=True, miniters=0,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
     )  # fmt: skip
-    try:
+    with closing(Manifest(path)) as manifest, bar:
         batches = make_batches(share, config.batch_size)
         for number, batch in enumerate(batches):
             if config.offload_text_encoder and number % BATCHES_AHEAD == 0:
@@ -173,9 +173,6 @@ def _draw_share(
                 size = save_png(folder / record.file, image, metadata_of(record, models))
                 manifest.append(replace(record, bytes=size))
             bar.update(len(batch))
-    finally:
-        bar.close()
-        manifest.close()
 
 
 def record_of(job: Job, models: InferenceModels) -> ImageRecord:
@@ -186,9 +183,7 @@ def record_of(job: Job, models: InferenceModels) -> ImageRecord:
 
 def metadata_of(record: ImageRecord, models: InferenceModels) -> dict[str, object]:
     """What a PNG says about itself."""
-    keys = ("prompt", "negative_prompt", "seed", "height", "width", "settings", "checkpoint", "step", "dtype")
-    values = asdict(record)
-    described = {key: values[key] for key in keys if values[key] is not None}
+    described = {key: v for key, v in asdict(record).items() if v is not None and key not in ("name", "bytes")}
     return {**described, "provenance": models.provenance, "Software": "ParaDiffusion"}
 
 
