@@ -314,8 +314,8 @@ def explain(error: BaseException) -> tuple[bool, str]:
     if isinstance(error, _ShortRead):
         return True, str(error)
     chain = [error]  # and what caused it, outermost first
-    while (found := chain[-1].__cause__) is not None and found not in chain:
-        chain.append(found)
+    while (deeper := chain[-1].__cause__) is not None and deeper not in chain:
+        chain.append(deeper)
     names = {kind.__name__ for one in chain for kind in type(one).__mro__}
     status = next((found for one in chain if (found := _status(one)) is not None), None)
     code = next((word for one in chain if (word := _code(one))), "")
