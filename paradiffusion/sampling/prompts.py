@@ -66,11 +66,8 @@ def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = Non
         rows, source = iter([("prompt=", {"prompt": prompt})]), "prompt="
     else:
         path = find_shipped(str(prompt_file))
-        source, kind, readers = (
-            f"prompt_file={path}",
-            path.suffix.lower(),
-            {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl},
-        )
+        source, kind = f"prompt_file={path}", path.suffix.lower()
+        readers = {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl}
         if kind not in readers:
             found = f"a name that ends in {kind}" if kind else "a name without an ending"
             raise UserError(
