@@ -160,13 +160,13 @@ class SampleIndex:
             return str(self.facts["fingerprint"])
         found = hashlib.blake2b(digest_size=8)
         for column in (self.ids, self.words, self.width, self.height):
-            found.update(np.ascontiguousarray(column).reshape(-1))
+            found.update(np.ascontiguousarray(column).reshape(-1).data)
         if self.tokens is not None:
             found.update(f"tokens {self.tokenizer}\n".encode())
-            found.update(np.ascontiguousarray(self.tokens).reshape(-1))
+            found.update(np.ascontiguousarray(self.tokens).reshape(-1).data)
         if len(self.sources) > 1:
             found.update("\n".join(["sources", *self.sources]).encode("utf-8", "surrogateescape"))
-            found.update(self.shard_source[self.shard])
+            found.update(self.shard_source[self.shard].data)
         return found.hexdigest()
 
     def state(self) -> str:
