@@ -357,14 +357,13 @@ class SourceConfig:
             found = "neither" if self.shards is None else "both"
             raise UserError(f"{key} has {found} of shards and folder; expected one of them.")
         positive(f"{key}.weight", self.weight)
-        check_captions(f"{key}.captions", self.captions, optional=True)
+        if self.captions:
+            check_captions(f"{key}.captions", self.captions)
 
 
-def check_captions(key: str, weights: dict[str, float], *, optional: bool = False) -> None:
+def check_captions(key: str, weights: dict[str, float]) -> None:
     """Raise UserError unless some caption kind has a weight, and none a negative one."""
-    if optional and not weights:
-        return
-    if not weights or any(not weight >= 0 for weight in weights.values()) or not sum(weights.values()):
+    if not sum(weights.values()) > 0 or any(not weight >= 0 for weight in weights.values()):
         raise UserError(
             f"{key}={weights} gives no caption kind a weight; expected for example {{short: 0.5, long: 0.5}}."
         )

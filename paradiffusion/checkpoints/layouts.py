@@ -25,14 +25,7 @@ from torch import Tensor
 
 from paradiffusion.checkpoints.manifest import find_fault, newest_valid
 from paradiffusion.checkpoints.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors, write_tensors
-from paradiffusion.config import (
-    CodecConfig,
-    DataConfig,
-    LoraConfig,
-    ObjectiveConfig,
-    TextEncoderConfig,
-    TrainConfig,
-)
+from paradiffusion.config import CodecConfig, DataConfig, LoraConfig, ObjectiveConfig, TextEncoderConfig, TrainConfig
 from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_objective
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec

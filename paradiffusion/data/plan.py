@@ -35,14 +35,7 @@ from paradiffusion.data.captions import (
 from paradiffusion.data.columns import shared_columns
 from paradiffusion.data.folder import load_folder
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of
-from paradiffusion.data.index import (
-    New,
-    SampleIndex,
-    TokenCounter,
-    index_head,
-    join_indexes,
-    load_index,
-)
+from paradiffusion.data.index import New, SampleIndex, TokenCounter, index_head, join_indexes, load_index
 from paradiffusion.data.remote import storage_of
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
