@@ -343,6 +343,11 @@ def is_unet(folder: Path) -> bool:
     return path.is_file() and read_json(path).get("_class_name") in DENOISERS
 
 
+def is_unet_folder(folder: Path) -> bool:
+    """Whether all that a folder holds is a U-Net to start from."""
+    return isinstance(layout_of(folder), UNetAlone)
+
+
 def describe(
     config: TrainConfig, step: int, text_source: dict[str, Any], codec_source: dict[str, Any]
 ) -> dict[str, Any]:

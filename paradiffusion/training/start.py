@@ -14,10 +14,11 @@ from paradiffusion.checkpoints.layouts import (
     check_complete,
     copy_tensors,
     find_checkpoint,
+    is_unet_folder,
     load_adapter,
     open_layout,
     parse,
-)
+)  # fmt: skip
 from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.checkpoints.starting import fit
 from paradiffusion.compose import CONFIGS
@@ -84,8 +85,9 @@ def find_start(config: TrainConfig, folder: Path, main: bool = True) -> Start:
 
 def start_from(config: TrainConfig, found: Path | None, resumes: bool) -> Start:
     """A start from ``found``, unchecked."""
-    if found is None or not (description := open_layout(found).description):  # a U-Net alone says nothing of itself
+    if found is None or is_unet_folder(found):
         return Start(config, found, resumes, None)
+    description = open_layout(found).description
     return Start(adopt(config, description, found), found, resumes, description)
 
 
