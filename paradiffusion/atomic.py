@@ -1,11 +1,15 @@
-"""Files that are written whole or not at all: a kill or a full disk leaves what was there before."""
+"""Files and folders that are written whole or not at all: a kill or a full disk leaves what was there before. Locks, and the
+user's cache."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -30,3 +34,47 @@ def write_atomic(path: Path, text: str, shared: bool = False) -> None:
     """Write a text file. Half of a surrogate pair, which other people's texts may hold, cannot be encoded, and is replaced."""
     with atomic_file(path, shared) as partial:
         partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+
+
+@contextmanager
+def atomic_folder(path: Path, shared: bool = False) -> Iterator[Path]:
+    """As ``atomic_file``: an empty folder beside ``path``, made with its parents, which has its name when the block ends. Only a
+    ``shared`` one takes the place of a folder that is there."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part" if shared else f".{path.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if shared:
+            shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """``$PARADIFFUSION_CACHE``, else ``~/.cache/paradiffusion``: what can be made again at any time."""
+    return Path(os.environ.get("PARADIFFUSION_CACHE") or Path.home() / ".cache" / "paradiffusion")
+
+
+def cached_index(path: object, suffix: str) -> Path:
+    """Where in the user's cache the index of ``path`` lies, when it cannot lie beside it."""
+    name = hashlib.blake2b(str(path).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return cache_folder() / "index" / (name + suffix)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Held by one process of a machine at a time, for what lies at ``path``. The lock is in the user's cache, since the
+    disks that data lie on may be read only; where there can be none, nobody waits."""
+    lock = cached_index(path, ".lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a")  # noqa: SIM115, closed below
+    except OSError:
+        yield
+        return
+    with file:
+        with suppress(OSError):  # Some network disks have no locks.
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -18,10 +18,7 @@ from paradiffusion.checks import Check, below_one, choice, fraction, not_negativ
 from paradiffusion.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
-TRAIN_TEXT = ("frozen", "lora", "adapter")
-PRECISIONS = ("fp32", "bf16", "auto")  # fp16 would need its loss scale in every checkpoint
 PREDICTIONS = ("epsilon", "v_prediction", "flow")
-DENSITIES = ("uniform", "logit_normal")
 SOLVERS = ("dpm", "ddim", "euler")
 DENOISERS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 WORLDS = ("small", "large")  # of the built-in scenes
@@ -262,7 +259,7 @@ class ObjectiveConfig:
     beta_end: float = option(0.012, of="noise")
     train_timesteps: int = option(1000, of="noise", accepts=positive)
     zero_terminal_snr: bool = option(False, of="noise")
-    density: str = option("uniform", accepts=one_of(*DENSITIES))
+    density: str = option("uniform", accepts=one_of("uniform", "logit_normal"))
     logit_mean: float = 0.0
     logit_std: float = option(1.0, accepts=positive)
     min_snr_gamma: float | None = None
@@ -326,11 +323,8 @@ class SamplerConfig:
             raise UserError(
                 f"guidance_start={self.guidance_start} and guidance_stop={self.guidance_stop} must lie within 0 to 1, start first."
             )
-        if (
-            not 0
-            <= self.guidance_sigma_min
-            < (math.inf if self.guidance_sigma_max is None else self.guidance_sigma_max)
-        ):
+        highest = math.inf if self.guidance_sigma_max is None else self.guidance_sigma_max
+        if not 0 <= self.guidance_sigma_min < highest:
             raise UserError(
                 f"guidance_sigma_min={self.guidance_sigma_min} must lie below guidance_sigma_max={self.guidance_sigma_max}, and "
                 "neither below 0."
@@ -368,14 +362,13 @@ class SourceConfig:
             found = "neither" if self.shards is None else "both"
             raise UserError(f"{key} has {found} of shards and folder; expected one of them.")
         positive(f"{key}.weight", self.weight)
-        check_captions(f"{key}.captions", self.captions, optional=True)
+        if self.captions:
+            check_captions(f"{key}.captions", self.captions)
 
 
-def check_captions(key: str, weights: dict[str, float], *, optional: bool = False) -> None:
+def check_captions(key: str, weights: dict[str, float]) -> None:
     """Raise UserError unless some caption kind has a weight, and none a negative one."""
-    if optional and not weights:
-        return
-    if not weights or any(not weight >= 0 for weight in weights.values()) or not sum(weights.values()):
+    if not sum(weights.values()) > 0 or any(not weight >= 0 for weight in weights.values()):
         raise UserError(
             f"{key}={weights} gives no caption kind a weight; expected for example {{short: 0.5, long: 0.5}}."
         )
@@ -528,7 +521,8 @@ class TrainConfig:
         batch_size, micro_batch_size: samples of one optimiser step over all processes, and of one process at once;
             accumulation is their whole-number ratio over the processes.
         repeats: noise levels at which each sample of a batch is seen; its text is read, and its image encoded, once for all.
-        precision: "fp32", "bf16", or "auto": bf16 on GPUs and on processors that multiply it faster, else fp32.
+        precision: "fp32", "bf16", or "auto": bf16 on GPUs and on processors that multiply it faster, else fp32. (fp16 would need
+            its loss scale in every checkpoint.)
         keep_gb: keep text features and latents of the frozen models in memory, made once, while each process has so many GB of
             them; 0 to make them in every epoch.
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
@@ -547,13 +541,13 @@ class TrainConfig:
     resume: bool = option(True, free="always")
     seed: int = 0
 
-    train_text: str = option("frozen", accepts=one_of(*TRAIN_TEXT))
+    train_text: str = option("frozen", accepts=one_of("frozen", "lora", "adapter"))
     max_steps: int = option(1000, free="resume", accepts=positive)
     batch_size: int = option(32, accepts=positive)
     micro_batch_size: int | None = option(None, free="always", accepts=positive)
     repeats: int = option(1, accepts=positive)
     keep_gb: float = option(0.0, free="resume", accepts=not_negative)
-    precision: str = option("fp32", accepts=one_of(*PRECISIONS))
+    precision: str = option("fp32", accepts=one_of("fp32", "bf16", "auto"))
     gradient_checkpointing: bool = option(False, free="always")
     threads: int | None = option(None, free="always", accepts=positive)
     log_every: int = option(10, free="always", accepts=positive)
@@ -610,16 +604,8 @@ class FrozenConfig:
 
 @dataclass
 class SampleConfig:
-    """What ``sample.py`` takes; None means the checkpoint's own default, or the prompt line's own value.
-
-    Attributes:
-        unet: which U-Net of a folder in the official layout, such as "unet_384".
-        sampler: a set of the sampler's values from configs/sampler, such as "fast"; single keys win over it.
-        dtype: of the denoiser; the language model and the autoencoder keep their own.
-        compile, channels_last: torch.compile of the denoiser, and its memory layout; images change by rounding only.
-        offload_text_encoder: encode prompts in chunks, and keep the language model off the GPU while images are drawn.
-        vae_tiling: decode large images in overlapping tiles, in less memory.
-    """
+    """What ``sample.py`` takes; None means the checkpoint's own default, or the prompt line's own value. configs/sample.yaml
+    says what each key is."""
 
     ckpt: str | None = option(None, typed="path")
     unet: str = option("unet", typed="text")

@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause and mend."""
+"""The one exception for what a user can cause and mend, and what a library's error says."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ class UserError(Exception):
     """
 
     told: bool = False
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what a library's error says; its type, where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

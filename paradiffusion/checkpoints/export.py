@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
+from paradiffusion.atomic import atomic_folder
 from paradiffusion.checkpoints.layouts import (
     LLM_FOLDERS,
     LORA,
@@ -27,13 +27,14 @@ from paradiffusion.checkpoints.layouts import (
     read_json,
     split_parts,
     write_adapter,
+    write_config,
     write_parts,
 )
 from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.checkpoints.tensors import UNET_STEM, write_tensors
 from paradiffusion.config import CodecConfig, TextEncoderConfig
 from paradiffusion.diffusion.objective import Flow
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 from paradiffusion.models.codec import locate_codec
 from paradiffusion.models.unet import DENOISERS, class_of
 from paradiffusion.repository import ROOT
@@ -120,8 +121,7 @@ def check_official(checkpoint: Layout) -> None:
         "a flow objective": isinstance(objective, Flow),
         "a schedule of zero terminal SNR": objective.config.zero_terminal_snr,
     }
-    found = [reason for reason, present in reasons.items() if present]
-    if found:
+    if found := [reason for reason, present in reasons.items() if present]:
         raise UserError(
             f"the official layout has no place for {', '.join(found)}, which this checkpoint was trained with "
             "(conditioning=paper trains one that fits); use to=pipeline instead."
@@ -144,9 +144,9 @@ def export_pipeline(checkpoint: Layout, output: Path, dtype: str = "float32", fr
     check_absent(output)
     description = checkpoint.description
     pipe = ParaDiffusionPipeline.from_models(load_models(checkpoint, device="cpu"), description)
-    for part in (pipe.unet, pipe.refiner):
-        if part is not None:
-            part.to(DTYPES[dtype])
+    pipe.unet.to(DTYPES[dtype])
+    if pipe.refiner is not None:
+        pipe.refiner.to(DTYPES[dtype])
     with whole_folder(output) as folder:
         if frozen == "copy":
             pipe.save_pretrained(folder)
@@ -166,11 +166,6 @@ def parts_of(checkpoint: Layout, dtype: str) -> dict[str, dict[str, Tensor]]:
     """``split_parts`` of the weights, a U-Net's LoRA merged, in ``dtype``."""
     kind, state = DTYPES[dtype], checkpoint.weights()
     return split_parts({n: (t.to(kind) if t.is_floating_point() else t).contiguous() for n, t in state.items()})
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def place_frozen(source: Path, target: Path, frozen: str) -> None:
@@ -194,16 +189,11 @@ def whole_folder(output: Path) -> Iterator[Path]:
         UserError: when ``output`` exists, or cannot be written.
     """
     check_absent(output)
-    building = output.absolute().with_name(f".{output.name}.partial")
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        yield building
-        building.rename(output)
+        with atomic_folder(output.absolute()) as folder:
+            yield folder
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise UserError(
             f"{output} could not be written ({reason}), and nothing is left of it; make room, or choose another output."
         ) from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

@@ -25,15 +25,7 @@ from torch import Tensor
 
 from paradiffusion.checkpoints.manifest import find_fault, newest_valid
 from paradiffusion.checkpoints.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors, write_tensors
-from paradiffusion.config import (
-    CodecConfig,
-    ConditioningConfig,
-    LoraConfig,
-    ObjectiveConfig,
-    SamplerConfig,
-    TextEncoderConfig,
-    TrainConfig,
-)
+from paradiffusion.config import CodecConfig, DataConfig, LoraConfig, ObjectiveConfig, TextEncoderConfig, TrainConfig
 from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_objective
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec
@@ -269,29 +261,21 @@ class Official(Layout):
 
     def describe(self) -> dict[str, Any]:
         adapter = describe_adapter(self.adapter)
-        codec = describe_codec(first_model(self.folder, VAE_FOLDERS))
+        codec = codec_in(first_model(self.folder, VAE_FOLDERS))
         settings = scheduler_settings(read_json(self.folder / SCHEDULER / "scheduler_config.json"))
         path = None if self.language_model is None else str(self.language_model)
         encoder = TextEncoderConfig(name="llama2_7b", hub="meta-llama/Llama-2-7b-hf", path=path)
         size = self.unet_config.get("sample_size")
         sides = size if isinstance(size, list) else [size]
-        resolution = max(sides) * codec["factor"] if all(isinstance(side, int) and side > 0 for side in sides) else None
-        description: dict[str, Any] = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "preset": "official",
-            "stage": 3,
-            "step": 0,
-            "seed": 0,
-            "resolution": resolution or DEFAULT_RESOLUTION,
-            "text_encoder": {**asdict(encoder), "hash": None},
+        resolution = max(sides) * codec.factor if all(isinstance(side, int) and side > 0 for side in sides) else None
+        as_trained = TrainConfig(
+            preset="official", stage=3, text_encoder=encoder, codec=codec, objective=describe_objective(settings),
+            data=DataConfig(resolution=resolution or DEFAULT_RESOLUTION),
+        )  # fmt: skip
+        description = {
+            **describe(as_trained, 0, {"hash": None}, {"hash": None, "scaling_factor": codec.scaling_factor}),
             "lora": adapter,
-            "conditioning": asdict(ConditioningConfig()),
-            "coordinates": 0,
-            "codec": codec,
-            "objective": asdict(describe_objective(settings)),
             "scheduler": settings,
-            "sampler": asdict(SamplerConfig()),
             "provenance": {"layout": "official", "unet": self.unet.name, "init_from": None},
         }
         if not (self.folder / SIDECAR).is_file():
@@ -305,8 +289,8 @@ class Official(Layout):
     def place(self, text_encoder_path: str | None, codec_path: str | None) -> None:
         super().place(text_encoder_path, codec_path)
         if codec_path is not None:  # it has a scaling factor of its own, which only its configuration tells
-            found = describe_codec(locate_codec(CodecConfig(path=codec_path)))
-            self.description["codec"] = {**found, "path": codec_path}
+            found = codec_in(locate_codec(CodecConfig(path=codec_path)))
+            self.description["codec"] = {**asdict(found), "path": codec_path, "hash": None}
 
 
 def layout_of(folder: Path, unet: str = UNET) -> Layout | None:
@@ -316,8 +300,7 @@ def layout_of(folder: Path, unet: str = UNET) -> Layout | None:
 
 def open_layout(folder: Path, unet: str = UNET) -> Layout:
     """As ``layout_of``. Raises UserError where it is none."""
-    layout = layout_of(folder, unet)
-    if layout is None:
+    if (layout := layout_of(folder, unet)) is None:
         raise UserError(f"{folder} holds no checkpoint; use another one.")
     return layout
 
@@ -430,8 +413,7 @@ def save_weights(folder: Path, joint: JointModel, state: dict[str, Tensor], desc
     whole = {**base, **buffers, **state}
     parts = split_parts({name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()})
     if joint.refiner is not None:
-        (folder / REFINER).mkdir(parents=True, exist_ok=True)
-        (folder / REFINER / "config.json").write_text(json.dumps(joint.refiner.config, indent=1))
+        write_config(folder / REFINER, joint.refiner.config)
     unet = folder / kind_of(joint.unet).folder
     joint.unet.save_config(unet)
     write_parts(folder, parts, description, unet)
@@ -448,6 +430,12 @@ def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]], description: 
     (folder / "checkpoint.json").write_text(json.dumps(description, indent=1))
 
 
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write ``config.json``, the arguments of a part, to its ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+
 def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: dict[str, Any]) -> None:
     """An adapter as PEFT itself can load it."""
     from peft import LoraConfig as PeftLoraConfig
@@ -457,8 +445,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: dict[str, Any]
     PeftLoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=0.0, **targets).save_pretrained(str(folder))
     # PEFT writes a set in the order of this process's string hashes.
     path = folder / "adapter_config.json"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "target_modules": targets["target_modules"]}, indent=1))
+    path.write_text(json.dumps({**read_json(path), "target_modules": targets["target_modules"]}, indent=1))
 
 
 def parse(cls: type[T], values: dict[str, Any]) -> T:
@@ -526,20 +513,12 @@ def load_adapter(
     Args:
         settings: what else PEFT must be told of a published adapter (``describe_adapter``).
     """
-    if settings:
-        from peft import LoraConfig as PeftLoraConfig
-        from peft import get_peft_model
-
-        arguments = {"target_modules": list(lora.target_modules), **settings}
-        try:
-            config = PeftLoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, **arguments)
-            encoder.model = get_peft_model(encoder.model, config)
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{LORA}/adapter_config.json does not fit the text encoder ({error}); copy both again."
-            ) from None
-    else:
-        attach_lora(encoder, lora)
+    try:
+        attach_lora(encoder, lora, **(settings or {}))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{LORA}/adapter_config.json does not fit the text encoder ({error}); copy both again."
+        ) from None
     adapter = {name.removeprefix("text_encoder."): t for name, t in state.items() if name.startswith("text_encoder.")}
     check_complete({name for name, p in encoder.named_parameters() if p.requires_grad}, adapter)
     copy_tensors(encoder, adapter)
@@ -598,8 +577,8 @@ def describe_adapter(folder: Path) -> dict[str, Any] | None:
     return {**described, "settings": settings} if settings else described
 
 
-def describe_codec(folder: Path | None) -> dict[str, Any]:
-    """CodecConfig as a dictionary for the autoencoder in ``folder``, or for SDXL's where that is None."""
+def codec_in(folder: Path | None) -> CodecConfig:
+    """The configuration of the autoencoder in ``folder``, or of SDXL's where that is None."""
     config = CodecConfig(name="sdxl", hub="madebyollin/sdxl-vae-fp16-fix", scaling_factor=0.13025)
     if folder is not None:
         vae = read_json(folder / "config.json")
@@ -607,7 +586,7 @@ def describe_codec(folder: Path | None) -> dict[str, Any]:
         config.latent_channels = int(vae.get("latent_channels", 4))
         config.factor = 2 ** (len(vae.get("block_out_channels", [64])) - 1)
         config.scaling_factor = float(vae.get("scaling_factor") or DIFFUSERS_SCALING_FACTOR)
-    return {**asdict(config), "hash": None}
+    return config
 
 
 def scheduler_settings(config: dict[str, Any]) -> dict[str, Any]:

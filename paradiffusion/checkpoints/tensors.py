@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paradiffusion.atomic import atomic_file
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 
 UNET_STEM, ADAPTER_STEM = "diffusion_pytorch_model", "adapter_model"
 
@@ -76,8 +76,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors raises its own type, which it does not export; pickle raises anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} could not be read ({reason}); use another checkpoint, or copy it again.") from None
+        raise UserError(
+            f"{path} could not be read ({reason_of(error)}); use another checkpoint, or copy it again."
+        ) from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds something else than named tensors; expected the weights of a model.")
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -126,7 +127,7 @@ def _convert(path: Path, target: Path) -> None:
             write_tensors(building, tensors)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{target} could not be written ({str(error).splitlines()[0]}); make room, then run the same command again."
+            f"{target} could not be written ({reason_of(error)}); make room, then run the same command again."
         ) from None
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import numpy as np
+
+from paradiffusion.atomic import atomic_folder, locked
 
 _FACTS: Final = "facts.json"
 _ABANDONED_SECONDS: Final = 86400.0
@@ -62,58 +62,29 @@ def map_columns(places: Sequence[Path], state: str) -> Columns | None:
 
 
 def _write_columns(place: Path, state: str, fill: Callable[[New], dict[str, Any]]) -> None:
-    partial = place.with_name(f".{place.name}.{uuid.uuid4().hex}.part")
     written: list[np.memmap[Any, Any]] = []
-
-    def new(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-        path = partial / f"{name}.npy"
-        written.append(np.lib.format.open_memmap(path, "w+", dtype, shape))
-        if hasattr(os, "posix_fallocate"):  # Where the disk is full, writing to what is mapped would kill the process.
-            with open(path, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        return written[-1]
-
     for old in place.parent.glob(
         f".{place.name}.*.part"
     ):  # What a killed process has left; another machine may be at work.
         if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(old, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with atomic_folder(place, shared=True) as partial:
+
+        def new(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+            path = partial / f"{name}.npy"
+            written.append(np.lib.format.open_memmap(path, "w+", dtype, shape))
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # Where the disk is full, writing to what is mapped would kill the process.
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            return written[-1]
+
         facts = fill(new)
         for array in written:
             array.flush()
         (partial / _FACTS).write_text(json.dumps({**facts, "state": state}), encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def digest(*parts: str) -> str:
     return hashlib.blake2b("\n".join(parts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Held by one process of a machine at a time, for what lies at ``path``. The lock is in the user's cache, since the
-    disks that data lie on may be read only; where there can be none, nobody waits."""
-    lock = cached_index(path, ".lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "a")  # noqa: SIM115, closed below
-    except OSError:
-        yield
-        return
-    with file:
-        with suppress(OSError):  # Some network disks have no locks.
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def cached_index(path: object, suffix: str) -> Path:
-    """Where in the user's cache (``$PARADIFFUSION_CACHE``, else ``~/.cache/paradiffusion``) the index of ``path`` lies, when
-    it cannot lie beside it."""
-    cache = Path(os.environ.get("PARADIFFUSION_CACHE") or Path.home() / ".cache" / "paradiffusion")
-    name = hashlib.blake2b(str(path).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
-    return cache / "index" / (name + suffix)

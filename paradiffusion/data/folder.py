@@ -18,31 +18,27 @@ from typing import Final
 import numpy as np
 from tqdm import tqdm
 
+from paradiffusion.atomic import cached_index, locked
 from paradiffusion.data.captions import captions_of, parse_meta
-from paradiffusion.data.columns import cached_index, locked
-from paradiffusion.data.images import probe_size
 from paradiffusion.data.index import (
     DAMAGED,
-    ROW,
     SampleIndex,
     TokenCounter,
     arrays_of,
     assemble,
-    count_captions,
     index_of,
-    of_one_shard,
     save_arrays,
+    size_of,
+    tabulated,
 )
-from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, read_beside
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, Span, TarEntry, read_beside
 from paradiffusion.errors import UserError
-from paradiffusion.randomness import seed_from
 
 INDEX_NAME: Final = ".paradiffusion.index.npz"
 _VERSION: Final = 2
 _PER_PART: Final = 1000
 _REPEATS: Final = re.compile(r"([1-9]\d{0,5})_.")
 _TOLD_FOLDERS: Final = 8
-_HEAD_BYTES: Final = 1 << 16
 _BUILD, _CONVERT = "scripts/build_shards.py reads them", "convert them first"
 _OTHER_PICTURES: Final = {
     "avif": _BUILD, "bmp": _BUILD, "gif": _BUILD, "tif": _BUILD, "tiff": _BUILD, "heic": _CONVERT, "heif": _CONVERT,
@@ -65,9 +61,7 @@ def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: st
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
         raise UserError(f"{key}={folder} {found}: expected a folder of pictures with .txt or .json beside them.")
-    with locked(
-        root.resolve()
-    ):  # The processes of one machine: the first looks at the files, the others find its index.
+    with locked(root.resolve()):  # Of the processes of one machine the first looks at the files, others find its index.
         return _load(root, counter, key)
 
 
@@ -182,19 +176,12 @@ def _look_at(
     with ThreadPoolExecutor(_READERS) as pool:
         looking = pool.map(lambda one: look(root, one), found)
         looked = list(tqdm(looking, "indexing pictures", len(found), unit="file", disable=shown))
-    kinds, words, tokens = count_captions([one.captions for one in looked], counter, root)
-    table = np.zeros(len(found), ROW)
-    for row, one, saw in zip(table, found, looked, strict=True):
-        for name, size in zip(("image", "json", "text"), one.stamps[::2], strict=True):
-            row[f"{name}_size"] = max(size, 0)
-        row["width"], row["height"] = saw.width, saw.height
-        row["extension"] = IMAGE_EXTENSIONS.index(one.key.rpartition(".")[2].lower())
-        row["key_hash"] = seed_from("folder", one.key)
-    keys = [one.key.encode() for one in found]
-    index = of_one_shard(
-        FolderPart(root, 0), table, words=words, kinds=kinds, tokens=tokens, tokenizer=counter.name if counter else None,
-        key_bytes=np.frombuffer(b"".join(keys), np.uint8), key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64),
-    )  # fmt: skip
+    entries = []
+    for one in found:
+        spans = [Span(0, max(size, 0)) for size in one.stamps[::2]]
+        entries.append(TarEntry(one.key, one.key.rpartition(".")[2].lower(), *spans))
+    sizes, captions = [(saw.width, saw.height) for saw in looked], [saw.captions for saw in looked]
+    index = tabulated(FolderPart(root, 0), entries, sizes, captions, counter)
     stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)
     return index, stamps, np.array([saw.bad_json for saw in looked], bool)
 
@@ -203,10 +190,7 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
     path = root / found.key
     try:
         with open(path, "rb") as file:
-            width, height = probe_size(file.read(_HEAD_BYTES))
-            if not width and found.stamps[0] > _HEAD_BYTES:
-                file.seek(0)
-                width, height = probe_size(file.read())
+            width, height = size_of(file, Span(0, found.stamps[0]))
         meta_bytes, text = read_beside(path, found.stamps[2] >= 0, found.stamps[4] >= 0)
     except OSError:
         return LookedAt()

@@ -32,12 +32,9 @@ class BadImage(ValueError):
 
 
 def decode(
-    data: bytes,
-    max_pixels: int = MAX_PIXELS,
-    background: tuple[int, int, int] = (255, 255, 255),
-    formats: tuple[str, ...] = FORMATS,
-    cover: Bucket | None = None,
-) -> Image.Image:
+    data: bytes, max_pixels: int = MAX_PIXELS, background: tuple[int, int, int] = (255, 255, 255),
+    formats: tuple[str, ...] = FORMATS, cover: Bucket | None = None,
+) -> Image.Image:  # fmt: skip
     """Decode JPEG, PNG or WebP (or others of Pillow's ``formats``) into an upright RGB image.
 
     EXIF rotation is applied, transparency laid on ``background``, palettes, CMYK, 16-bit greys and colours of an embedded

@@ -19,15 +19,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
 
-from paradiffusion.atomic import atomic_file
+from paradiffusion.atomic import atomic_file, cached_index, locked
 from paradiffusion.data.captions import captions_of, parse_meta
-from paradiffusion.data.columns import New, cached_index, digest, locked, map_columns, shared_columns
+from paradiffusion.data.columns import New, digest, map_columns, shared_columns
 from paradiffusion.data.images import probe_size
 from paradiffusion.data.remote import RemoteError, RemotePath, open_shard, read_whole, with_state
 from paradiffusion.data.shards import (
@@ -37,6 +38,7 @@ from paradiffusion.data.shards import (
     RawSample,
     ShardPath,
     Span,
+    TarEntry,
     list_tar,
     read_place,
 )
@@ -50,7 +52,8 @@ _MAX_KINDS: Final = 16
 _FEW: Final = 8
 # A larger index, over 22 MB, is mapped and shared.
 _MAPPED_FROM: Final = 1 << 18
-_ROWS_AT_ONCE: Final = 1 << 20
+# Indexes of single shards that are kept until the whole is put together: with few of them none is read twice.
+_KEPT_PARTS: Final = 128
 _CONNECTIONS: Final = 32
 _HEAD_BYTES: Final = 1 << 16
 # What np.load raises for files that are no .npz, or one with a flipped bit (zipfile then finds it encrypted, say).
@@ -155,22 +158,16 @@ class SampleIndex:
         """
         if self.columns is not None:
             return str(self.facts["fingerprint"])
-        digest = hashlib.blake2b(digest_size=8)
-
-        def add(column: np.ndarray, of: np.ndarray | None = None) -> None:
-            for start in range(0, len(column), _ROWS_AT_ONCE):
-                part = column[start : start + _ROWS_AT_ONCE]
-                digest.update(np.ascontiguousarray(part if of is None else of[part]).tobytes())
-
+        found = hashlib.blake2b(digest_size=8)
         for column in (self.ids, self.words, self.width, self.height):
-            add(column)
+            found.update(np.ascontiguousarray(column).reshape(-1).data)
         if self.tokens is not None:
-            digest.update(f"tokens {self.tokenizer}\n".encode())
-            add(self.tokens)
+            found.update(f"tokens {self.tokenizer}\n".encode())
+            found.update(np.ascontiguousarray(self.tokens).reshape(-1).data)
         if len(self.sources) > 1:
-            digest.update("\n".join(["sources", *self.sources]).encode("utf-8", "surrogateescape"))
-            add(self.shard, self.shard_source)
-        return digest.hexdigest()
+            found.update("\n".join(["sources", *self.sources]).encode("utf-8", "surrogateescape"))
+            found.update(self.shard_source[self.shard].data)
+        return found.hexdigest()
 
     def state(self) -> str:
         """A short name of these samples where they lie: unlike the fingerprint another one when a shard is written anew."""
@@ -186,12 +183,9 @@ def read_sample(index: SampleIndex, row: int) -> RawSample:
 
 
 def load_index(
-    shards: Sequence[Path | RemotePath],
-    allow_truncated: bool = False,
-    counter: TokenCounter | None = None,
-    key: str = "data.shards",
-    index_dir: str | None = None,
-) -> SampleIndex:
+    shards: Sequence[Path | RemotePath], allow_truncated: bool = False, counter: TokenCounter | None = None,
+    key: str = "data.shards", index_dir: str | None = None,
+) -> SampleIndex:  # fmt: skip
     """Index all ``shards`` (as ``expand_shards`` lists them); builds and stores what is not there yet.
 
     Many new indexes are made by several processes; of the processes of one machine, the first makes them and the others
@@ -206,11 +200,43 @@ def load_index(
         # Threads wait for a store, far longer than they work.
         each: Each = pool.map if any(isinstance(shard, RemotePath) for shard in shards) else map
         settled = list(each(_settled, shards))
-        loading = _Loading(settled, folder, counter, each, _column_folders(settled, folder))
-        whole = loading.mapped()
+        places = _column_folders(settled, folder)
+        stored = lru_cache(_KEPT_PARTS)(lambda shard: _load_stored(shard, folder, counter))
+
+        def state() -> str:
+            return digest(*each(lambda shard: _state_of(shard, folder), settled))
+
+        def mapped() -> SampleIndex | None:
+            """The whole, where it is stored and neither shards nor their indexes have changed since."""
+            found = map_columns(places, state()) if any(place.is_dir() for place in places) else None
+            if found is None or (counter is not None and found[2]["tokenizer"] != counter.name):
+                return None
+            return _of_columns(settled, *found)
+
+        def parts() -> Iterator[SampleIndex]:
+            for shard, part in zip(settled, each(stored, settled), strict=True):
+                yield index_shard(shard, True, counter) if part is None else part
+
+        def made() -> SampleIndex:
+            """The whole of what is stored of each shard, once all of them are."""
+            missing = [shard for shard, part in zip(settled, each(stored, settled), strict=True) if part is None]
+            if lacking := [shard for shard in missing if isinstance(shard, RemotePath)]:
+                raise UserError(
+                    f"{len(lacking)} of the {len(settled)} remote shards have no index, or one of an earlier state, the first "
+                    f"one {lacking[0]}: run `python scripts/index_shards.py shards=... output=DIR` and set data.index_dir=DIR, "
+                    "or set data.streaming=true, which cannot resume exactly."
+                )
+            for one in build_indexes(missing, counter):
+                if isinstance(one, UserError):
+                    raise one
+            if missing:
+                stored.cache_clear()
+            return assemble(parts, key, places, state)
+
+        whole = mapped()
         if whole is None:
-            with locked(loading.places[0].with_suffix(".making")) if len(settled) > _FEW else nullcontext():
-                whole = loading.mapped() or loading.made(key)
+            with locked(places[0].with_suffix(".making")) if len(settled) > _FEW else nullcontext():
+                whole = mapped() or made()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it.
         trim(0)  # The freed indexes of many shards would stay with this process, and with its workers.
     _refuse_truncated(whole, allow_truncated)
@@ -222,79 +248,16 @@ def load_index(
     return whole
 
 
-@dataclass(frozen=True)
-class _Loading:
-    """How the index of ``shards`` comes about: ``each`` is map, or that of threads; see ``load_index``."""
-
-    shards: list[Path | RemotePath]
-    folder: Path | None
-    counter: TokenCounter | None
-    each: Each
-    places: list[Path]
-
-    def mapped(self) -> SampleIndex | None:
-        """The whole, where it is stored and neither shards nor their indexes have changed since."""
-        if not any(place.is_dir() for place in self.places):
-            return None
-        found = map_columns(self.places, self._state())
-        if found is None or (self.counter is not None and found[2]["tokenizer"] != self.counter.name):
-            return None
-        return _of_columns(self.shards, *found)
-
-    def made(self, key: str) -> SampleIndex:
-        """The whole of what is stored of each shard, once all of them are."""
-        kept: dict[int, SampleIndex] = {}
-        missing, rows = [], 0
-
-        def keep(number: int, part: SampleIndex) -> None:
-            nonlocal rows
-            rows += len(part)
-            if rows > _MAPPED_FROM:  # They are read once more, one after the other.
-                kept.clear()
-            else:
-                kept[number] = part
-
-        for number, part in enumerate(self.each(self._load, self.shards)):
-            if part is None:
-                missing.append(number)
-            else:
-                keep(number, part)
-        if lacking := [self.shards[number] for number in missing if isinstance(self.shards[number], RemotePath)]:
-            raise UserError(
-                f"{len(lacking)} of the {len(self.shards)} remote shards have no index, or one of an earlier state, the first one "
-                f"{lacking[0]}: run `python scripts/index_shards.py shards=... output=DIR` and set data.index_dir=DIR, or set "
-                "data.streaming=true, which cannot resume exactly."
-            )
-        new = build_indexes([self.shards[number] for number in missing], self.counter)
-        for number, made in zip(missing, new, strict=True):
-            if isinstance(made, UserError):
-                raise made
-            keep(number, made)
-        if rows <= _MAPPED_FROM:
-            return assemble(lambda: (kept[number] for number in sorted(kept)), key)
-
-        def parts() -> Iterator[SampleIndex]:
-            for shard, part in zip(self.shards, self.each(self._load, self.shards), strict=True):
-                yield index_shard(shard, True, self.counter) if part is None else part
-
-        return assemble(parts, key, self.places, self._state())
-
-    def _load(self, shard: Path | RemotePath) -> SampleIndex | None:
-        return _load_stored(shard, self.folder, self.counter)
-
-    def _state(self) -> str:
-        return digest(*self.each(self._state_of, self.shards))
-
-    def _state_of(self, shard: Path | RemotePath) -> str:
-        """Names the state of a shard and of its stored index."""
-        stamps = [shard.version if isinstance(shard, RemotePath) else ""]
+def _state_of(shard: Path | RemotePath, folder: Path | None) -> str:
+    """Names the state of a shard and of its stored index."""
+    stamps = [shard.version if isinstance(shard, RemotePath) else ""]
+    with suppress(OSError):
+        stamps += map(str, _stamp(shard))
+    for place in _candidates(shard, folder):
         with suppress(OSError):
-            stamps += map(str, _stamp(shard))
-        for place in _candidates(shard, self.folder):
-            with suppress(OSError):
-                stat = place.stat()
-                return " ".join((*stamps, str(stat.st_size), str(stat.st_mtime_ns)))
-        return " ".join(stamps)
+            stat = place.stat()
+            return " ".join((*stamps, str(stat.st_size), str(stat.st_mtime_ns)))
+    return " ".join(stamps)
 
 
 def join_indexes(indexes: Sequence[SampleIndex], names: Sequence[str]) -> SampleIndex:
@@ -303,21 +266,19 @@ def join_indexes(indexes: Sequence[SampleIndex], names: Sequence[str]) -> Sample
     if len(indexes) == 1:
         return replace(indexes[0], sources=list(names))
     source = np.repeat(np.arange(len(indexes), dtype=np.int16), [len(index.shards) for index in indexes])
-    places: list[Path] = []
-    state = ""
-    if sum(map(len, indexes)) > _MAPPED_FROM:
-        places = _column_folders([shard for index in indexes for shard in index.shards], None)
-        places = [index.columns.with_name(places[0].name) for index in indexes if index.columns] + places
-        state = digest(*names, *(index.state() for index in indexes))
-    return assemble(lambda: indexes, "data.sources", places, state, {"sources": list(names), "shard_source": source})
+    places = _column_folders([shard for index in indexes for shard in index.shards], None)
+    places = [index.columns.with_name(places[0].name) for index in indexes if index.columns] + places
+    more = {"sources": list(names), "shard_source": source}
+    state = lambda: digest(*names, *(index.state() for index in indexes))  # noqa: E731
+    return assemble(lambda: indexes, "data.sources", places, state, more)
 
 
 def assemble(
-    parts: Callable[[], Iterable[SampleIndex]], where: object, places: Sequence[Path] = (), state: str = "",
-    sources: dict[str, Any] | None = None,
+    parts: Callable[[], Iterable[SampleIndex]], where: object, places: Sequence[Path] = (),
+    state: Callable[[], str] = str, sources: dict[str, Any] | None = None,
 ) -> SampleIndex:  # fmt: skip
-    """The samples of all ``parts``, which are gone through twice so that none need be held, mapped from one of ``places``
-    where there are any and one can be written."""
+    """The samples of all ``parts``, which are gone through twice so that none need be held; many are mapped from one of
+    ``places``, where there are any and one can be written, and are there in that ``state``."""
     shards: list[ShardPath] = []
     kinds: dict[str, None] = {}
     truncated, tokenizers, counts, dtype = [], set(), np.zeros(5, np.int64), ROW
@@ -331,6 +292,7 @@ def assemble(
     names, tokenizer = list(kinds), tokenizers.pop() if len(tokenizers) == 1 else None
     _check_kinds(names, where)
     rows, letters = int(counts[0]), int(counts[1])
+    places = places if rows > _MAPPED_FROM else ()
     facts = {"kinds": names, "tokenizer": tokenizer, "truncated": truncated, "counts": counts[2:].tolist()}
 
     def fill(new: New) -> dict[str, Any]:
@@ -355,7 +317,7 @@ def assemble(
         whole = _of_columns(shards, None, {**arrays, "key_starts": key_starts}, facts, sources)
         return {**facts, "fingerprint": whole.fingerprint()}
 
-    return _of_columns(shards, *shared_columns(places, state, fill), sources)
+    return _of_columns(shards, *shared_columns(places, state() if places else "", fill), sources)
 
 
 def _of_columns(
@@ -383,11 +345,9 @@ _counter: TokenCounter | None = None
 
 
 def build_indexes(
-    shards: Sequence[Path | RemotePath],
-    counter: TokenCounter | None = None,
-    folder: Path | None = None,
+    shards: Sequence[Path | RemotePath], counter: TokenCounter | None = None, folder: Path | None = None,
     processes: int | None = None,
-) -> Iterator[SampleIndex | UserError]:
+) -> Iterator[SampleIndex | UserError]:  # fmt: skip
     """Yield the index of each shard, in order, made and stored by several processes where there are many.
 
     What is stored already is taken as it is. Truncated shards are indexed as far as they go; for a shard that cannot be
@@ -444,11 +404,8 @@ def _index_one(
 
 
 def index_shard(
-    path: Path | RemotePath,
-    allow_truncated: bool = False,
-    counter: TokenCounter | None = None,
-    folder: Path | None = None,
-) -> SampleIndex:
+    path: Path | RemotePath, allow_truncated: bool = False, counter: TokenCounter | None = None, folder: Path | None = None
+) -> SampleIndex:  # fmt: skip
     """What lies where in a shard, stored beside it as ``<stem>.index.npz`` and rebuilt when its size or time differ.
 
     Where it cannot be written, the index goes to ``$PARADIFFUSION_CACHE`` (``~/.cache/paradiffusion``). Raises UserError
@@ -515,51 +472,46 @@ def of_one_shard(path: ShardPath, table: np.ndarray, truncated: bool = False, **
     """The index of one shard. A picture of a folder is named by its path alone, so that it may stand in another part."""
     of_shard = 0 if isinstance(path, FolderPart) else seed_from("shard", path.name)
     return SampleIndex(
-        shards=[path],
-        shard=np.zeros(len(table), np.int32),
-        table=table,
-        ids=table["key_hash"] ^ np.uint64(of_shard),
-        truncated=(path,) if truncated else (),
-        **columns,
-    )
+        shards=[path], shard=np.zeros(len(table), np.int32), table=table, ids=table["key_hash"] ^ np.uint64(of_shard),
+        truncated=(path,) if truncated else (), **columns,
+    )  # fmt: skip
 
 
 def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int | None = None) -> SampleIndex:
+    sizes, captions, bad_json = [], [], 0
     with open_shard(path) as file:
         listing = list_tar(file, str(path), at_most)
-        entries = listing.entries
-        table = np.zeros(len(entries), ROW)
-        bad_json = 0
-        captions: list[dict[str, str]] = []
-        for row, entry in zip(table, entries, strict=True):
-            for name, span in (("image", entry.image), ("json", entry.json), ("text", entry.text)):
-                row[f"{name}_offset"], row[f"{name}_size"] = span.offset, span.size
-            row["extension"] = IMAGE_EXTENSIONS.index(entry.extension)
-            row["key_hash"] = seed_from(entry.key)
-            row["width"], row["height"] = _size_of(file, entry.image)
+        for entry in listing.entries:
+            sizes.append(size_of(file, entry.image))
             meta_bytes, text = _pick(file, entry.json), _pick(file, entry.text)
             meta = parse_meta(meta_bytes) if meta_bytes else {}
             bad_json += meta is None
             captions.append(captions_of(meta or {}, text))
-    kinds, words, tokens = count_captions(captions, counter, path)
+    counts = {"without_image": listing.without_image, "stray": listing.stray, "bad_json": bad_json}
+    return tabulated(path, listing.entries, sizes, captions, counter, listing.truncated, **counts)
+
+
+def tabulated(
+    path: ShardPath, entries: list[TarEntry], sizes: list[tuple[int, int]], captions: list[dict[str, str]],
+    counter: TokenCounter | None, truncated: bool = False, **counts: int,
+) -> SampleIndex:  # fmt: skip
+    """The index of one shard's samples, of which ``sizes`` are (width, height) and ``captions`` by kind."""
+    table = np.zeros(len(entries), ROW)
+    for row, entry, size in zip(table, entries, sizes, strict=True):
+        for name, span in (("image", entry.image), ("json", entry.json), ("text", entry.text)):
+            row[f"{name}_offset"], row[f"{name}_size"] = span.offset, span.size
+        row["extension"] = IMAGE_EXTENSIONS.index(entry.extension)
+        row["key_hash"] = seed_from("folder", entry.key) if isinstance(path, FolderPart) else seed_from(entry.key)
+        row["width"], row["height"] = size
+    kinds, words, tokens = _count_captions(captions, counter, path)
     keys = [entry.key.encode("utf-8", "replace") for entry in entries]
     return of_one_shard(
-        path,
-        table,
-        listing.truncated,
-        words=words,
-        kinds=kinds,
-        key_bytes=np.frombuffer(b"".join(keys), np.uint8),
-        key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64),
-        without_image=listing.without_image,
-        stray=listing.stray,
-        bad_json=bad_json,
-        tokens=tokens,
-        tokenizer=counter.name if counter else None,
-    )
+        path, table, truncated, words=words, kinds=kinds, tokens=tokens, tokenizer=counter.name if counter else None,
+        key_bytes=np.frombuffer(b"".join(keys), np.uint8), key_starts=np.cumsum([0, *map(len, keys)], dtype=np.int64), **counts,
+    )  # fmt: skip
 
 
-def count_captions(
+def _count_captions(
     captions: list[dict[str, str]], counter: TokenCounter | None, where: object
 ) -> tuple[list[str], np.ndarray, np.ndarray | None]:
     """The kinds, uint16 [n, K] words of each, and as many tokens where there is a ``counter``; 0 where there is none.
@@ -584,7 +536,7 @@ def _pick(file: BinaryIO, span: Span) -> bytes:
     return file.read(span.size)
 
 
-def _size_of(file: BinaryIO, image: Span) -> tuple[int, int]:
+def size_of(file: BinaryIO, image: Span) -> tuple[int, int]:
     """(width, height) from the head of the image, so that indexing does not read whole shards, else from all of it."""
     size = probe_size(_pick(file, Span(image.offset, min(image.size, _HEAD_BYTES))))
     return probe_size(_pick(file, image)) if size == (0, 0) and image.size > _HEAD_BYTES else size
@@ -631,22 +583,13 @@ def index_of(shard: ShardPath, stored: Any) -> SampleIndex:
     """The index of one shard from stored arrays. Raises KeyError, ValueError for others."""
     if stored["table"].dtype != ROW:
         raise ValueError("another version's")
-    without_image, stray, bad_json, truncated = (int(count) for count in stored["counts"])
-    has_tokens = "tokens" in stored
+    counts = dict(zip(("without_image", "stray", "bad_json", "truncated"), stored["counts"].tolist(), strict=True))
+    tokens = {"tokens": stored["tokens"], "tokenizer": str(stored["tokenizer"])} if "tokens" in stored else {}
     return of_one_shard(
-        shard,
-        stored["table"],
-        bool(truncated),
-        words=stored["words"],
-        kinds=[str(kind) for kind in stored["kinds"]],
-        key_bytes=stored["key_bytes"],
+        shard, stored["table"], bool(counts.pop("truncated")), words=stored["words"], key_bytes=stored["key_bytes"],
+        kinds=[str(kind) for kind in stored["kinds"]], **counts, **tokens,
         key_starts=np.concatenate([[0], stored["key_ends"]]).astype(np.int64),
-        without_image=without_image,
-        stray=stray,
-        bad_json=bad_json,
-        tokens=stored["tokens"] if has_tokens else None,
-        tokenizer=str(stored["tokenizer"]) if has_tokens else None,
-    )
+    )  # fmt: skip
 
 
 def save_arrays(place: Path, arrays: dict[str, Any]) -> bool:

@@ -35,14 +35,7 @@ from paradiffusion.data.captions import (
 from paradiffusion.data.columns import shared_columns
 from paradiffusion.data.folder import load_folder
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of
-from paradiffusion.data.index import (
-    New,
-    SampleIndex,
-    TokenCounter,
-    index_head,
-    join_indexes,
-    load_index,
-)
+from paradiffusion.data.index import New, SampleIndex, TokenCounter, index_head, join_indexes, load_index
 from paradiffusion.data.remote import storage_of
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
@@ -93,11 +86,10 @@ def describe_plan(plan: BatchPlan) -> str:
     names, total = plan.index.sources, sum(share.weight for share in plan.shares)
     if len(names) > 1:
         parts = []
-        for name, stream, share in zip(names, plan.streams, plan.shares, strict=True):
-            steps = stream.size * total / share.weight / plan.batch_size
-            parts.append(
-                f"{name} {share.weight / total:.1%} ({stream.size} samples, once in {steps:.{0 if steps >= 10 else 2}f} steps)"
-            )
+        for number, (name, stream, share) in enumerate(zip(names, plan.streams, plan.shares, strict=True)):
+            steps = plan.steps_of(number)
+            once = f"once in {steps:.{0 if steps >= 10 else 2}f} steps"
+            parts.append(f"{name} {share.weight / total:.1%} ({stream.size} samples, {once})")
         lines.append("sources: " + ", ".join(parts))
     for name, shares in plan.expected_kinds().items():
         if len(shares.read) > 1 or any(shares.fell_back.values()):
@@ -163,15 +155,9 @@ class BatchPlan:
     """
 
     def __init__(
-        self,
-        index: SampleIndex,
-        batch_size: int,
-        seed: int,
-        buckets: list[Bucket],
-        caption_weights: dict[str, float],
-        window_shards: int = 8,
-        shares: Sequence[Share] | None = None,
-    ) -> None:
+        self, index: SampleIndex, batch_size: int, seed: int, buckets: list[Bucket], caption_weights: dict[str, float],
+        window_shards: int = 8, shares: Sequence[Share] | None = None,
+    ) -> None:  # fmt: skip
         if batch_size < 1 or window_shards < 1:
             raise UserError(f"batch_size={batch_size} and window_shards={window_shards} must both be at least 1.")
         self.shares = list(shares) if shares is not None else [Share() for _ in index.sources]
@@ -205,9 +191,8 @@ class BatchPlan:
         self.samples = sum(stream.size for stream in self.streams)
         self.left_out = len(index) - self.samples
         weights_of = [share.weight for share in self.shares]
-        self.schedule: OwnWindows | MixedWindows = (
-            MixedWindows(self.streams, weights_of, batch_size) if several else OwnWindows(self.streams[0])
-        )
+        mixed = MixedWindows(self.streams, weights_of, batch_size) if several else None
+        self.schedule: SourceStream | MixedWindows = mixed or self.streams[0]
         self._lock = threading.Lock()  # The loader plans in a thread of its own.
         self._arrived = lru_cache(_KEPT_COUNTS)(self._count_arrived)
         self._window = lru_cache(_KEPT_WINDOWS)(self._cut)
@@ -216,11 +201,12 @@ class BatchPlan:
     @property
     def steps_per_epoch(self) -> float:
         """The mean number of steps until every source has been walked through; single epochs differ by what waits."""
-        total = sum(share.weight for share in self.shares)
-        if len(self.streams) == 1:
-            return self.samples / self.batch_size
-        sizes = (stream.size * total / share.weight for stream, share in zip(self.streams, self.shares, strict=True))
-        return max(sizes) / self.batch_size
+        return max(self.steps_of(number) for number in range(len(self.streams)))
+
+    def steps_of(self, source: int) -> float:
+        """The mean number of steps until a source has been walked through."""
+        total, weight = sum(share.weight for share in self.shares), self.shares[source].weight
+        return self.streams[source].size * total / weight / self.batch_size
 
     def bucket_sizes(self) -> dict[Bucket, int]:
         """How many samples each bucket has, over all sources."""
@@ -323,34 +309,10 @@ class BatchPlan:
         return np.concatenate(taken)[order[low - start : high - start]]
 
 
-class OwnWindows:
-    """Where the windows of a plan begin that has one source: its own windows."""
-
-    def __init__(self, stream: SourceStream) -> None:
-        self.stream = stream
-
-    def positions(self, window: int) -> list[int]:
-        """The position of each source's stream where ``window`` begins."""
-        return [self.stream.window_start(window)]
-
-    def window_range(self, low: int, high: int) -> tuple[int, int]:
-        """A window by whose start at most ``low`` samples have come, and one by whose start at least ``high`` have."""
-        windows, size = self.stream.windows, self.stream.size
-        return low // size * windows, -(-high // size) * windows
-
-    def first_window(self, epoch: int) -> int:
-        """The first window by whose start every source has been walked through ``epoch`` times."""
-        return epoch * self.stream.windows
-
-    def label(self, window: int) -> tuple[Part, ...]:
-        """What names the window where randomness is drawn for it."""
-        return divmod(window, self.stream.windows)
-
-
 class MixedWindows:
     """Windows of about ``size`` samples, of several sources by their ``weights``: each takes the next samples of each
     stream, as many as its weight says, rounded cumulatively, so that over any number of windows a source is less than one
-    sample off its share. Methods as of ``OwnWindows``.
+    sample off its share. Methods as of ``SourceStream``, which has windows of its own.
 
     ``size`` is the most by which no source gives more than one of its own windows at once. That is never more than its
     epoch, so a mixed window holds a sample twice only where an epoch of its source ends inside. But it is ``least`` (a
@@ -437,15 +399,9 @@ class SourceStream:
     """
 
     def __init__(
-        self,
-        index: SampleIndex,
-        grouped: Grouped,
-        shards: np.ndarray,
-        captions: dict[str, float],
-        seed: int,
-        window_shards: int,
-        salt: tuple[Part, ...],
-    ) -> None:
+        self, index: SampleIndex, grouped: Grouped, shards: np.ndarray, captions: dict[str, float], seed: int,
+        window_shards: int, salt: tuple[Part, ...],
+    ) -> None:  # fmt: skip
         self.index, self.grouped, self.shards, self.captions = index, grouped, shards, captions
         self.seed, self.window_shards, self.salt = seed, window_shards, salt
         self._counts = np.diff(grouped.starts[shards], axis=1)  # int64 [shards, buckets]
@@ -456,10 +412,22 @@ class SourceStream:
         self._order = lru_cache(_KEPT_ORDERS)(self._sort_buckets)
         self._arrivals = lru_cache(_KEPT_ARRIVALS)(self._sort_arrivals)
 
-    def window_start(self, window: int) -> int:
-        """The position where a window begins; windows are counted over all epochs."""
+    def positions(self, window: int) -> list[int]:
+        """The position of each source's stream where ``window`` begins; windows are counted over all epochs."""
         epoch, number = divmod(window, self.windows)
-        return epoch * self.size + int(self._epoch(epoch).totals[number])
+        return [epoch * self.size + int(self._epoch(epoch).totals[number])]
+
+    def window_range(self, low: int, high: int) -> tuple[int, int]:
+        """A window by whose start at most ``low`` samples have come, and one by whose start at least ``high`` have."""
+        return low // self.size * self.windows, -(-high // self.size) * self.windows
+
+    def first_window(self, epoch: int) -> int:
+        """The first window by whose start every source has been walked through ``epoch`` times."""
+        return epoch * self.windows
+
+    def label(self, window: int) -> tuple[Part, ...]:
+        """What names the window where randomness is drawn for it."""
+        return divmod(window, self.windows)
 
     def count_before(self, position: int) -> np.ndarray:
         """Rows of each bucket that come before ``position``: int64 [buckets], over all epochs."""

@@ -11,11 +11,10 @@ import hashlib
 import io
 import os
 import random
-import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -74,9 +73,7 @@ class Storage:
 
 def storage_of(data: DataConfig) -> Storage:
     """What ``data`` says of remote shards."""
-    cache_dir, index_dir = (
-        os.path.expanduser(folder) if folder else None for folder in (data.cache_dir, data.index_dir)
-    )
+    cache_dir, index_dir = (folder and os.path.expanduser(folder) for folder in (data.cache_dir, data.index_dir))
     return Storage(data.retries, cache_dir, int(data.cache_gb * 1e9), index_dir)
 
 
@@ -313,50 +310,39 @@ def explain(error: BaseException) -> tuple[bool, str]:
     """Whether an error may pass, and what it says in a few words, the same words for the same cause."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and cause and not isinstance(cause, FileNotFoundError | KeyError):
-        return explain(cause)  # fsspec's info() calls a broken connection a file that was not found.
+        return explain(cause)  # fsspec's info() calls a broken connection, or a 503, a file that was not found.
     if isinstance(error, _ShortRead):
         return True, str(error)
     chain = [error]  # and what caused it, outermost first
-    while (found := chain[-1].__cause__) is not None and found not in chain:
-        chain.append(found)
+    while (deeper := chain[-1].__cause__) is not None and deeper not in chain:
+        chain.append(deeper)
     names = {kind.__name__ for one in chain for kind in type(one).__mro__}
-    if any(isinstance(one, ssl.SSLCertVerificationError) for one in chain):
-        return False, "the server's certificate is not trusted"
-    if names & _NO_CREDENTIALS:
-        return False, "no credentials are found in the environment (a public bucket of S3 needs FSSPEC_S3_ANON=true)"
-    if "OfflineModeIsEnabled" in names:
-        return False, "HF_HUB_OFFLINE is set, which forbids it"
-    if answer := _explain_answer(error, chain):
-        return answer
-    slips = TypeError | ValueError | AttributeError | ImportError | NotImplementedError
-    if isinstance(error, slips) or (_is_boto(error) and not names & _BOTO_PASSING):
-        return False, f"{type(error).__name__} {error}"
-    return True, f"the connection fails ({type(error).__name__})"
-
-
-def _explain_answer(error: BaseException, chain: list[BaseException]) -> tuple[bool, str] | None:
-    """As ``explain``, by what the server answered; None where it did not."""
-    # An outer error may have no status, or hide it: fsspec's info() calls a 503 a file that was not found.
     status = next((found for one in chain if (found := _status(one)) is not None), None)
     code = next((word for one in chain if (word := _code(one))), "")
     said = f" ({code})" if code else ""
-    if code == "NoSuchBucket":
-        return False, "there is no such bucket"
-    if status == 404 or (status is None and isinstance(error, FileNotFoundError)):
-        return False, "it is not there"
+    is_boto = [type(one).__module__.split(".")[0] in ("botocore", "aiobotocore") for one in chain]
     # gcsfs tells a 403 by this word alone.
-    if status in (401, 403) or isinstance(error, PermissionError) or str(error).startswith("Forbidden"):
-        return False, f"access is denied{said}: check the credentials in the environment"
-    if status == 412:
-        return False, "it was replaced since it was indexed: index it again (or its mirrors disagree on ETags)"
-    if status == 416:
-        return False, "it is empty, or shorter than when it was indexed: index it again"
+    denied = status in (401, 403) or isinstance(error, PermissionError) or str(error).startswith("Forbidden")
+    slip = isinstance(error, TypeError | ValueError | AttributeError | ImportError | NotImplementedError)
+    for is_so, words in (
+        ("SSLCertVerificationError" in names, "the server's certificate is not trusted"),
+        (names & _NO_CREDENTIALS, "no credentials are found in the environment (a public bucket of S3 needs FSSPEC_S3_ANON=true)"),
+        ("OfflineModeIsEnabled" in names, "HF_HUB_OFFLINE is set, which forbids it"),
+        (code == "NoSuchBucket", "there is no such bucket"),
+        (status == 404 or (status is None and isinstance(error, FileNotFoundError)), "it is not there"),
+        (denied, f"access is denied{said}: check the credentials in the environment"),
+        (status == 412, "it was replaced since it was indexed: index it again (or its mirrors disagree on ETags)"),
+        (status == 416, "it is empty, or shorter than when it was indexed: index it again"),
+        (status is None and (slip or (is_boto[0] and not names & _BOTO_PASSING)), f"{type(error).__name__} {error}"),
+    ):  # fmt: skip
+        if is_so:
+            return False, words
     if status is None:
-        return None
+        return True, f"the connection fails ({type(error).__name__})"
     if status in _PASSING or code in _PASSING_CODES or status >= 500:
         return True, f"the server answers {status}{said}"
     # S3 answers 400 to a HEAD with expired credentials, and 301 in the name of another region.
-    advice = ": check address, region and credentials" if code or status < 400 or _is_boto(chain[-1]) else ""
+    advice = ": check address, region and credentials" if code or status < 400 or is_boto[-1] else ""
     return False, f"the server answers {status}{said}{advice}"
 
 
@@ -383,10 +369,6 @@ def _code(error: BaseException) -> str:
     return "" if found.isdigit() else found
 
 
-def _is_boto(error: BaseException) -> bool:
-    return type(error).__module__.split(".")[0] in ("botocore", "aiobotocore")
-
-
 # The cache: each shard is one file, named by its URL and state, written to a temporary name and renamed when it is whole. A
 # lock per shard lets one process fetch while the others wait; a lock for the folder guards the count of bytes. The empty lock
 # files stay: with one of them removed, two processes could hold "the" lock.
@@ -398,7 +380,7 @@ def cached_copy(shard: RemotePath) -> BinaryIO | None:
     Raises RemoteError when it cannot be fetched or kept. A copy that another process evicts meanwhile stays readable.
     """
     storage = shard.storage
-    if storage.cache_dir is None or not storage.cache_bytes:
+    if not storage.cache_dir or not storage.cache_bytes:
         return None
     shard = shard if shard.size else with_state(shard)
     if not 0 < shard.size <= storage.cache_bytes:
@@ -447,24 +429,18 @@ def _fetch(shard: RemotePath, target: Path, limit: int) -> None:
 
 def _make_room(folder: Path, limit: int) -> None:
     """Evict what was used longest ago until at most ``limit`` bytes are left; what is being fetched counts and stays."""
-    kept: list[tuple[float, int, Path]] = []
-    total = 0
-    for path in folder.iterdir():
-        try:
+    found: list[tuple[float, int, Path]] = []
+    for path in (*folder.glob("*.partial"), *folder.glob("*.shard")):
+        with suppress(FileNotFoundError):
             if path.suffix == ".partial" and _is_abandoned(path):
-                path.unlink(missing_ok=True)
+                path.unlink()
             stat = path.stat()
-        except FileNotFoundError:
-            continue
-        if path.suffix in (".partial", ".shard"):
-            total += stat.st_size
-        if path.suffix == ".shard":
-            kept.append((stat.st_mtime, stat.st_size, path))
-    for _, size, path in sorted(kept):
-        if total <= limit:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
+            found.append((stat.st_mtime, stat.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total > limit and path.suffix == ".shard":
+            path.unlink(missing_ok=True)
+            total -= size
 
 
 def _is_abandoned(partial: Path) -> bool:

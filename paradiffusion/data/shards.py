@@ -13,10 +13,9 @@ import math
 import os
 import re
 import tarfile
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
@@ -151,30 +150,25 @@ def _expand_part(part: str, key: str, storage: Storage) -> Sequence[Path | Remot
         raise UserError(f"{key}={part} is a chain of stores, which is refused: give the plain URL of .tar files.")
     shards: list[Path | RemotePath] = []
     missing: list[str] = []
-    if is_remote(part):
-        names = _expand_braces(part, key)
-        for url in names:
-            named = not any(mark in url for mark in "*[") and RemotePath(url).name.endswith(".tar")
-            shards += [RemotePath(url, storage)] if named else list_remote(url, storage)
-    else:
+    where = "check the URL, or name the shards by a range"
+    if not (remote := is_remote(part)):
         part = os.path.expanduser(part.removeprefix("file://"))
-        names = [part] if os.path.exists(part) else _expand_braces(part, key)
-        for name in names:
-            path = Path(name)
-            if path.is_dir():
-                shards += path.glob("*.tar")
-            elif path.exists():
-                shards.append(path)
-            elif glob.has_magic(name):
-                shards += [Path(match) for match in glob.glob(name, recursive=True) if match.endswith(".tar")]
-            else:
-                missing.append(name)
+        where = f"check the path (from {Path.cwd()}) and the range"
+    names = [part] if not remote and os.path.exists(part) else _expand_braces(part, key)
+    for name in names:
+        path = Path(name)
+        if remote:
+            named = not any(mark in name for mark in "*[") and RemotePath(name).name.endswith(".tar")
+            shards += [RemotePath(name, storage)] if named else list_remote(name, storage)
+        elif path.is_dir():
+            shards += path.glob("*.tar")
+        elif path.exists():
+            shards.append(path)
+        elif glob.has_magic(name):
+            shards += [Path(match) for match in glob.glob(name, recursive=True) if match.endswith(".tar")]
+        else:
+            missing.append(name)
     if not shards:
-        where = (
-            "check the URL, or name the shards by a range"
-            if is_remote(part)
-            else f"check the path (from {Path.cwd()}) and the range"
-        )
         raise UserError(f"{key}={part} matches no .tar file: {where}.")
     if missing:
         raise UserError(
@@ -274,21 +268,16 @@ def _add(found: dict[str, TarEntry], member: tarfile.TarInfo) -> str:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     extension = extension.lower()
-    wanted = stem and extension in (*IMAGE_EXTENSIONS, "json", "txt")
+    part = {"json": "json", "txt": "text", **dict.fromkeys(IMAGE_EXTENSIONS, "image")}.get(extension)
     plain = member.isreg() and not member.issparse() and member.size < _MAX_MEMBER
-    if not wanted or not plain or name.startswith("/") or ".." in folder.split("/"):
+    if not stem or not part or not plain or name.startswith("/") or ".." in folder.split("/"):
         return ""
     key = folder + slash + stem
-    span = Span(member.offset_data, member.size)
     entry = found.setdefault(key, TarEntry(key))
-    if extension == "json" and not entry.json.size:
-        entry.json = span
-    elif extension == "txt" and not entry.text.size:
-        entry.text = span
-    elif extension in IMAGE_EXTENSIONS and not entry.extension:
-        entry.image, entry.extension = span, extension
-    else:
+    if getattr(entry, part).size:
         return ""
+    setattr(entry, part, Span(member.offset_data, member.size))
+    entry.extension = extension if part == "image" else entry.extension
     return key
 
 
@@ -303,7 +292,9 @@ def read_place(place: Place) -> RawSample:
         meta_bytes, text = read_beside(path, place.json.size > 0, place.text.size > 0)
         image = path.read_bytes() if place.image.size else b""
     elif not isinstance(shard, RemotePath):
-        image, meta_bytes, text = _read_spans(place, lambda offset, size: _files.read(str(shard), offset, size))
+        found = os.stat(shard)
+        file = _opened(str(shard), found.st_dev, found.st_ino)
+        image, meta_bytes, text = _read_spans(place, lambda offset, size: os.pread(file.fileno(), size, offset))
     elif (copy := cached_copy(shard)) is None:
         image, meta_bytes, text = _read_spans(place, lambda offset, size: read_range(shard, offset, size))
     else:
@@ -340,36 +331,8 @@ def read_beside(path: Path, json: bool, text: bool) -> tuple[bytes, bytes]:
         return meta, path.with_name(f"{path.stem}.caption").read_bytes()  # The habit of kohya's scripts.
 
 
-class _OpenFiles:
-    """The local files read last stay open: on network disks opening one costs as much as reading a sample of it."""
-
-    def __init__(self) -> None:
-        self.files: OrderedDict[str, int] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        """Raises OSError. A file that was replaced is opened anew, and one that is gone is missed at once."""
-        now = os.stat(path)
-        with self.lock:
-            number = self.files.pop(path, None)
-            if number is not None and not os.path.samestat(os.fstat(number), now):
-                os.close(number)
-                number = None
-            if number is None:
-                number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            self.files[path] = number
-            while len(self.files) > _OPEN_FILES:
-                os.close(self.files.popitem(last=False)[1])
-            own = os.dup(number)  # Which no other thread closes, so that all may read at a time.
-        try:
-            return os.pread(own, size, offset)
-        finally:
-            os.close(own)
-
-    def after_fork(self) -> None:
-        """A lock that was held elsewhere at the fork would stay so; the files may be shared, since pread has no place."""
-        self.lock = threading.Lock()
-
-
-_files = _OpenFiles()
-os.register_at_fork(after_in_child=_files.after_fork)
+@lru_cache(_OPEN_FILES)
+def _opened(path: str, *identity: int) -> BinaryIO:
+    """The local files read last stay open, since on network disks opening one costs as much as reading a sample of it.
+    ``identity`` (device, inode) tells a file that was replaced; one that is pushed out closes when its last reader ends."""
+    return open(path, "rb", buffering=0)

@@ -46,13 +46,9 @@ class StreamLoader(Loader):
     """
 
     def __init__(
-        self,
-        shards: Sequence[Path | RemotePath],
-        batch_size: int,
-        buckets: list[Bucket],
-        caption_weights: dict[str, float],
+        self, shards: Sequence[Path | RemotePath], batch_size: int, buckets: list[Bucket], caption_weights: dict[str, float],
         settings: LoaderSettings,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if settings.cache is not None:
             raise UserError(
                 "data.streaming=true cannot use a cache, since which sample comes is not known: index the shards with "

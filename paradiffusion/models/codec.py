@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors
 from paradiffusion.config import CodecConfig
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 from paradiffusion.repository import ROOT
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import download, hash_ends
@@ -148,7 +148,7 @@ def load_codec(config: CodecConfig, expected_hash: str | None = None) -> Codec:
         )
     except (OSError, ValueError, RuntimeError, UnpicklingError, SafetensorError) as error:
         raise UserError(
-            f"the codec in {folder} could not be read ({str(error).splitlines()[0]}); expected an AutoencoderKL in the "
+            f"the codec in {folder} could not be read ({reason_of(error)}); expected an AutoencoderKL in the "
             "diffusers layout with whole weights, so fetch it again."
         ) from None
     channels = vae.config["latent_channels"]

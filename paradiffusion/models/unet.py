@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 from paradiffusion.config import CodecConfig, ConditioningConfig, UNetConfig
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 from paradiffusion.text.conditioning import pad_length
 from paradiffusion.text.encoder import check_targets
 
@@ -146,9 +146,8 @@ def build_unet(
             arguments = unet_arguments(config, codec, conditioning, encoder_width)
             unet = DENOISERS[config.class_name].made(**arguments)
         except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"unet.arguments do not make a {config.class_name} ({first}); see configs/unet/ for sets that do."
+                f"unet.arguments do not make a {config.class_name} ({reason_of(error)}); see configs/unet/ for sets that do."
             ) from None
     if config.plain_attention:
         plain = {

@@ -32,11 +32,13 @@ from diffusers import (
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from paradiffusion.checkpoints.layouts import (
     LORA,
+    PEFT_PREFIX,
     load_adapter,
     objective_of,
     parse,
@@ -59,7 +61,6 @@ logger = logging.get_logger(__name__)
 # Where model_index.json of pipelines exported before looks for the refiner: diffusers takes modules that are imported already.
 sys.modules["paradiffusion.sampling.pipeline_components"] = sys.modules[__name__]
 Prompts = str | list[str]
-ADAPTED = "_paradiffusion_adapted"
 
 
 class RefinerModel(ModelMixin, ConfigMixin):
@@ -98,21 +99,17 @@ def pipeline_objective(pipeline: Any) -> Objective:
     return objective
 
 
-def remember_adapter(model: Any, adapted: Any) -> None:
-    """Note on a language model the PEFT model that has put an adapter into its layers, so that another pipeline that is
-    given the same component finds it; outside of torch's own bookkeeping, where it would be a part of its own part."""
-    vars(plain(model))[ADAPTED] = adapted
-
-
-def with_adapter(model: Any) -> Any:
-    """The PEFT model noted by ``remember_adapter`` while its adapter is in place, else ``model`` itself."""
-    inside = any(".lora_" in name for name, _ in model.named_parameters())
-    return vars(plain(model)).get(ADAPTED, model) if inside else model
-
-
 def plain(model: Any) -> Any:
     """The module that torch.compile has wrapped, or ``model`` itself."""
     return getattr(model, "_orig_mod", model)
+
+
+def unload_adapter(model: Any) -> None:
+    """Take the adapter that PEFT has put into a language model's layers out of it."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            model.set_submodule(name, module.get_base_layer())
+    vars(model).pop("peft_config", None)  # by which PEFT would take the next one for a second adapter
 
 
 class _Interrupted(Exception):
@@ -161,30 +158,16 @@ class ParaDiffusionPipeline(_Base):
         for model in models:
             if model is not None:
                 model.requires_grad_(False).eval()
-        self._read_text()
-        self._codec = Codec(vae, parse(CodecConfig, description["codec"]), {"hash": description["codec"].get("hash")})
-        inner = None if refiner is None else refiner.refiner
-        self._joint = JointModel(unet, inner, pipeline_objective(self), description["coordinates"])
+        self._adapter = self.adapter()
         self._interrupt = False
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self._codec.config.factor)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=parse(CodecConfig, description["codec"]).factor)
 
-    def _read_text(self) -> None:
+    def _text(self) -> TextEncoder:
         description = self.config["description"]
         settings = parse(ConditioningConfig, description["conditioning"])
-        source = {"hash": description["text_encoder"].get("hash")}
-        self._encoder = TextEncoder(with_adapter(self.text_encoder), self.tokenizer, settings, source)
-        self._encoder_read = (plain(self.text_encoder), self.tokenizer)
-
-    def _take_components(self) -> None:
-        """Draw with the components that the pipeline has now: ``pipe.unet = torch.compile(pipe.unet)`` is usual."""
-        self._joint.unet, self._codec.vae = self.unet, self.vae
-        if self.refiner is not None:
-            self._joint.refiner = self.refiner.refiner
-        if self._encoder_read[1] is not self.tokenizer or self._encoder_read[0] is not plain(self.text_encoder):
-            adapter = self.adapter()
-            self._read_text()
-            if adapter and not self.adapter():
-                self._attach({f"text_encoder.{name}": tensor for name, tensor in adapter.items()})
+        return TextEncoder(
+            self.text_encoder, self.tokenizer, settings, {"hash": description["text_encoder"].get("hash")}
+        )
 
     @classmethod
     def from_models(cls, models: InferenceModels, description: dict[str, Any]) -> ParaDiffusionPipeline:
@@ -195,17 +178,10 @@ class ParaDiffusionPipeline(_Base):
             refiner.refiner = models.joint.refiner
         wrapped = models.text_encoder.model
         base = wrapped.get_base_model() if description["lora"] is not None else wrapped
-        pipe = cls(
-            vae=models.codec.vae,
-            text_encoder=base,
-            tokenizer=models.text_encoder.tokenizer,
-            unet=models.joint.unet,
-            scheduler=models.objective.scheduler(models.sampler.solver),
-            refiner=refiner,
-            description=portable(description),
-        )
-        pipe._encoder = models.text_encoder
-        return pipe
+        return cls(
+            vae=models.codec.vae, text_encoder=base, tokenizer=models.text_encoder.tokenizer, unet=models.joint.unet,
+            scheduler=models.objective.scheduler(models.sampler.solver), refiner=refiner, description=portable(description),
+        )  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> ParaDiffusionPipeline:
@@ -230,8 +206,7 @@ class ParaDiffusionPipeline(_Base):
         if pipe.config["description"]["lora"] is not None:
             stored = read_tensors(beside / LORA, ADAPTER_STEM)
             named = {joint_adapter_name(name): tensor.float() for name, tensor in stored.items()}
-            carried = {f"text_encoder.{name}": tensor for name, tensor in pipe.adapter().items()}
-            if not carried:
+            if not (carried := pipe.adapter()):
                 pipe._attach(named)
             elif carried.keys() != named.keys() or not all(t.equal(named[n].to(t)) for n, t in carried.items()):
                 raise ValueError(
@@ -244,12 +219,12 @@ class ParaDiffusionPipeline(_Base):
         folder = Path(save_directory)
         adapter = self.adapter()
         if adapter:
-            self._encoder.model = self._encoder.model.unload()
+            unload_adapter(plain(self.text_encoder))
         try:
             super().save_pretrained(folder, safe_serialization=safe_serialization, **kwargs)
         finally:
             if adapter:
-                self._attach({f"text_encoder.{name}": tensor for name, tensor in adapter.items()})
+                self._attach(adapter)
         # So that the folder alone is a text encoder as text_encoder.path= takes it.
         self.tokenizer.save_pretrained(folder / "text_encoder")
         self.save_adapter(folder)
@@ -258,52 +233,38 @@ class ParaDiffusionPipeline(_Base):
         """Write ``text_encoder_lora/`` below ``folder``, where there is an adapter."""
         adapter = self.adapter()
         if adapter:
-            named = split_parts({f"text_encoder.{name}": tensor for name, tensor in adapter.items()})[LORA]
-            write_adapter(folder / LORA, named, self.config["description"]["lora"])
+            write_adapter(folder / LORA, split_parts(adapter)[LORA], self.config["description"]["lora"])
 
     def adapter(self) -> dict[str, Tensor]:
-        """The text encoder's adapter by our names for it, without ``text_encoder.``; empty where there is none."""
-        named = self._encoder.named_parameters()
-        return {name: p.detach().cpu().contiguous() for name, p in named if ".lora_" in name}
+        """The text encoder's adapter by the joint module's names; empty where there is none."""
+        own = plain(self.text_encoder).named_parameters()
+        prefix = f"text_encoder.model.{PEFT_PREFIX}"
+        return {f"{prefix}{name}": p.detach().cpu().contiguous() for name, p in own if ".lora_" in name}
 
-    def _attach(self, state: dict[str, Tensor]) -> None:
-        lora = self.config["description"]["lora"]
-        load_adapter(self._encoder, state, parse(LoraConfig, dict(lora)), lora.get("settings"))
-        self._encoder.to(self.text_encoder.device)
-        remember_adapter(self.text_encoder, self._encoder.model)
-
-    def enable_vae_tiling(self) -> None:
-        """Decode large images in overlapping tiles."""
-        self.vae.enable_tiling()
-
-    def disable_vae_tiling(self) -> None:
-        self.vae.disable_tiling()
-
-    def enable_vae_slicing(self) -> None:
-        """Decode a batch one image at a time."""
-        self.vae.enable_slicing()
-
-    def disable_vae_slicing(self) -> None:
-        self.vae.disable_slicing()
+    def _attach(self, adapter: dict[str, Tensor]) -> None:
+        """Put an adapter into the text encoder's layers, where the pipelines that share the component find it, too."""
+        lora, model = self.config["description"]["lora"], plain(self.text_encoder)
+        device, encoder = model.device, self._text()
+        encoder.model = model
+        load_adapter(encoder, adapter, parse(LoraConfig, dict(lora)), lora.get("settings"))
+        model.to(device)
+        self._adapter = adapter
 
     @property
     def models(self) -> InferenceModels:
-        """The pipeline's models as ``sample.py`` has them, on the pipeline's execution device."""
+        """The components that the pipeline has now (``pipe.unet = torch.compile(pipe.unet)`` is usual) as ``sample.py`` has its
+        models, on the pipeline's execution device."""
         description = self.config["description"]
-        self._take_components()
+        if self._adapter and not self.adapter():  # another language model was put there
+            self._attach(self._adapter)
+        inner = None if self.refiner is None else self.refiner.refiner
+        joint = JointModel(self.unet, inner, pipeline_objective(self), description["coordinates"])
+        codec = Codec(self.vae, parse(CodecConfig, description["codec"]), {"hash": description["codec"].get("hash")})
         return InferenceModels(
-            joint=self._joint,
-            text_encoder=self._encoder,
-            codec=self._codec,
-            objective=self._joint.objective,
-            sampler=parse(SamplerConfig, description["sampler"]),
-            resolution=description["resolution"],
-            device=self._execution_device,
-            dtype=self.unet.dtype,
-            checkpoint=str(self.config.get("_name_or_path", "")),
-            step=description["step"],
-            provenance=description["provenance"],
-        )
+            joint, self._text(), codec, joint.objective, parse(SamplerConfig, description["sampler"]), description["resolution"],
+            self._execution_device, self.unet.dtype, str(self.config.get("_name_or_path", "")), description["step"],
+            description["provenance"],
+        )  # fmt: skip
 
     @torch.no_grad()
     def __call__(
@@ -364,7 +325,7 @@ class ParaDiffusionPipeline(_Base):
         if cut:
             logger.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut")
         size = height // models.factor, width // models.factor
-        scheduler = self._joint.objective.scheduler(size=size)
+        scheduler = models.objective.scheduler(size=size)
         set_steps(scheduler, settings.steps)
         self._interrupt = False
         reached = torch.empty(0)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -12,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from paradiffusion.atomic import atomic_file, write_atomic
 from paradiffusion.config import SamplerConfig
 from paradiffusion.errors import UserError
-from paradiffusion.pages import render
+from paradiffusion.pages import render, thumbnail_uri
 
 NAME = "manifest.jsonl"
 MAX_EMBEDDED = 400  # images; a page with more refers to the files, or no browser opens it
 THUMBNAIL = 512  # pixels of the longer side; embedded images are not larger, the file is one click away
-MAX_BYTES = 100_000  # of a file that is embedded as it is: a page of MAX_EMBEDDED stays below 50 MB
 MAX_GRID = 32  # images; a picture with more is too large to look at
 GRID_CELL = 256  # pixels that a tiny image is enlarged to in the grid
 TINY = 192  # pixels of the longer side; smaller images are shown enlarged with hard edges
@@ -201,7 +199,7 @@ def write_gallery(folder: Path, rows: Sequence[ImageRecord], title: str) -> Path
         images=len(rows),
         cards=cards,
         tiny=TINY,
-        shown=lambda row: _data_uri(folder / row.file) if len(rows) <= MAX_EMBEDDED else row.file,
+        shown=lambda row: thumbnail_uri(_opened(folder, row), THUMBNAIL) if len(rows) <= MAX_EMBEDDED else row.file,
         settings=lambda row: ", ".join(f"{k} {v}" for k, v in row.settings.items() if v != DEFAULTS.get(k)),
     )
     write_atomic(folder / "index.html", page)
@@ -212,39 +210,26 @@ def write_grid(folder: Path, rows: Sequence[ImageRecord]) -> None:
     """Write ``grid.png``, the images of ``folder`` with their prompts in one picture, unless they are more than MAX_GRID."""
     if not 0 < len(rows) <= MAX_GRID:
         return
-    pictures = [Image.open(folder / row.file).convert("RGB") for row in rows]
+    pictures = [_opened(folder, row) for row in rows]
     scale = max(1, GRID_CELL // max(max(picture.size) for picture in pictures))
     sheet = contact_sheet(pictures, columns=4, labels=[row.prompt for row in rows], scale=scale)
     with atomic_file(folder / "grid.png") as partial:
         sheet.save(partial, format="PNG", optimize=True)
 
 
-def _data_uri(path: Path) -> str:
-    """The image as a data URI: the file's own bytes when it is small, else a reduced JPEG."""
-    with Image.open(path) as image:
-        if max(image.size) <= THUMBNAIL and path.stat().st_size <= MAX_BYTES:
-            kind, data = "png", path.read_bytes()
-        else:
-            image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-            buffer = io.BytesIO()
-            image.convert("RGB").save(buffer, format="JPEG", quality=88)
-            kind, data = "jpeg", buffer.getvalue()
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+def _opened(folder: Path, record: ImageRecord) -> Image.Image:
+    return Image.open(folder / record.file).convert("RGB")
 
 
 def contact_sheet(
-    images: Sequence[np.ndarray | Image.Image],
-    columns: int,
-    labels: Sequence[str] | None = None,
-    scale: int = 1,
-    font_size: int = 12,
-    gap: int = 8,
-) -> Image.Image:
+    images: Sequence[np.ndarray | Image.Image], columns: int, labels: Sequence[str] | None = None, scale: int = 1,
+    font_size: int = 12, gap: int = 8,
+) -> Image.Image:  # fmt: skip
     """A grid of images on white, row by row, each centred in its cell.
 
     Args:
         images: uint8 [H, W, 3] arrays or pictures, of any sizes.
-        labels: one text under each image, wrapped to the width of its cell.
+        labels: one text under each image, wrapped to the width of its cell and cut off at its edge.
         scale: whole number by which the images are enlarged with hard edges.
         gap: pixels between the cells.
     Raises:
@@ -252,47 +237,25 @@ def contact_sheet(
     """
     if not images or (labels is not None and len(labels) != len(images)):
         raise ValueError(f"{len(images)} images with {None if labels is None else len(labels)} labels")
-    pictures = [_enlarged(image, scale) for image in images]
-    width = max(picture.width for picture in pictures)
+    sources = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
+    pictures = [ImageOps.scale(source.convert("RGB"), scale, Image.Resampling.NEAREST) for source in sources]
+    width, columns = max(picture.width for picture in pictures), min(columns, len(pictures))
     font = ImageFont.load_default(font_size)
-    texts = [_wrapped(label, width, font) for label in labels or [""] * len(pictures)]
-    line = round(font_size * 1.35)
-    columns = min(columns, len(pictures))
-    rows = [range(len(pictures))[start : start + columns] for start in range(0, len(pictures), columns)]
-    heights = [max(pictures[i].height for i in row) for row in rows]
-    notes = [max(len(texts[i]) for i in row) * line for row in rows]
-
-    size = (columns * (width + gap) + gap, sum(heights) + sum(notes) + gap * (len(rows) + 1))
-    sheet = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    top = gap
-    for row, height, note in zip(rows, heights, notes, strict=True):
-        for column, i in enumerate(row):
-            picture, left = pictures[i], gap + column * (width + gap)
-            sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
-            for number, text in enumerate(texts[i]):
-                pen.text((left, top + height + 2 + number * line), text, fill="black", font=font)
-        top += height + note + gap
+    letters = max(1, int(width / font.getlength("n")))  # on a line, about
+    texts = ["\n".join(textwrap.wrap(label, letters)) for label in labels or [""] * len(pictures)]
+    strips = []
+    for start in range(0, len(pictures), columns):
+        row, below = pictures[start : start + columns], texts[start : start + columns]
+        height = max(picture.height for picture in row)
+        note = max(round(font_size * 1.35) * (text.count("\n") + 1) if text else 0 for text in below)
+        strip = Image.new("RGB", (columns * (width + gap) + gap, height + note + gap), "white")
+        for number, (picture, text) in enumerate(zip(row, below, strict=True)):
+            cell = Image.new("RGB", (width, height + note), "white")
+            cell.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+            ImageDraw.Draw(cell).multiline_text((0, height + 2), text, "black", font, spacing=round(font_size * 0.15))
+            strip.paste(cell, (gap + number * (width + gap), gap))
+        strips.append(strip)
+    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips) + gap), "white")
+    for number, strip in enumerate(strips):
+        sheet.paste(strip, (0, sum(above.height for above in strips[:number])))
     return sheet
-
-
-def _enlarged(image: np.ndarray | Image.Image, scale: int) -> Image.Image:
-    picture = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines no wider than ``width`` pixels, none for no text; a word that is wider is cut."""
-    lines: list[str] = [""] if text.split() else []
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for letter in word:
-            if lines[-1] and font.getlength(lines[-1] + letter) > width:
-                lines.append("")
-            lines[-1] += letter
-    return lines

@@ -66,22 +66,18 @@ def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = Non
         rows, source = iter([("prompt=", {"prompt": prompt})]), "prompt="
     else:
         path = find_shipped(str(prompt_file))
-        rows, source = _rows_of_file(path), f"prompt_file={path}"
+        source, kind = f"prompt_file={path}", path.suffix.lower()
+        readers = {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl}
+        if kind not in readers:
+            found = f"a name that ends in {kind}" if kind else "a name without an ending"
+            raise UserError(
+                f"{source} has {found}; expected {', '.join(readers)}, or prompt_file=- for standard input."
+            )
+        rows = readers[kind](read_text(path, source), path.name)
     requests = [_request(index, *row) for index, row in enumerate(rows)]
     if not requests:
         raise UserError(f"{source} holds no prompts; expected at least one, as a line of text.")
     return requests
-
-
-def _rows_of_file(path: Path) -> Iterator[Row]:
-    readers = {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl}
-    kind = path.suffix.lower()
-    if kind not in readers:
-        found = f"a name that ends in {kind}" if kind else "a name without an ending"
-        raise UserError(
-            f"prompt_file={path} has {found}; expected {', '.join(readers)}, or prompt_file=- for standard input."
-        )
-    return readers[kind](read_text(path, f"prompt_file={path}"), path.name)
 
 
 def read_text(path: Path, called: str = "") -> str:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +43,6 @@ from paradiffusion.sampling.pipeline import (
     sampler_settings,
 )
 from paradiffusion.sampling.prompts import PromptRequest, read_prompts
-from paradiffusion.stopping import REPEAT_SECONDS as REPEAT_SECONDS  # for training/loop.py
 from paradiffusion.stopping import Stopped, StopSignal, stop_on_signals
 
 DONE, STOPPED, FAILED = 0, 1, 2
@@ -131,10 +130,8 @@ def draw_all(
             rate = f"{new} new in {seconds:.0f} s, {seconds / new:.2g} s each" if new else "none new"
             told = f"{made} images ({rate})."
             if status != DONE:
-                early = (
-                    f"{'Stopped' if status == STOPPED else 'Ended early'} with {made} of {len(jobs)} images ({rate})"
-                )
-                told = f"{early}; the same command goes on from here."
+                ended = "Stopped" if status == STOPPED else "Ended early"
+                told = f"{ended} with {made} of {len(jobs)} images ({rate}); the same command goes on from here."
             print(f"{told} Look at {page}", flush=True)
     if failure is not None:
         raise failure
@@ -150,13 +147,13 @@ def _draw_share(
     """Draw and store jobs; Stopped after a signal, which leaves the batch that is being drawn."""
     if not share:
         return
-    manifest = Manifest(folder / (NAME if processes.size == 1 else f"manifest.rank{processes.rank}.jsonl"))
+    path = folder / (NAME if processes.size == 1 else f"manifest.rank{processes.rank}.jsonl")
     bar = tqdm(
         total=len(share), desc="drawing" if processes.size == 1 else f"drawing (process 0 of {processes.size})", unit="image",
         disable=processes.rank > 0, dynamic_ncols=True, miniters=0,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a log file need not hold every step
     )  # fmt: skip
-    try:
+    with closing(Manifest(path)) as manifest, bar:
         batches = make_batches(share, config.batch_size)
         for number, batch in enumerate(batches):
             if config.offload_text_encoder and number % BATCHES_AHEAD == 0:
@@ -176,26 +173,17 @@ def _draw_share(
                 size = save_png(folder / record.file, image, metadata_of(record, models))
                 manifest.append(replace(record, bytes=size))
             bar.update(len(batch))
-    finally:
-        bar.close()
-        manifest.close()
 
 
 def record_of(job: Job, models: InferenceModels) -> ImageRecord:
     """The record of an image before it is drawn."""
-    return ImageRecord(
-        **{**vars(job), "settings": asdict(job.settings)},
-        checkpoint=models.checkpoint,
-        step=models.step,
-        dtype=str(models.dtype).removeprefix("torch."),
-    )
+    dtype = str(models.dtype).removeprefix("torch.")
+    return ImageRecord(**asdict(job), checkpoint=models.checkpoint, step=models.step, dtype=dtype)
 
 
 def metadata_of(record: ImageRecord, models: InferenceModels) -> dict[str, object]:
     """What a PNG says about itself."""
-    keys = ("prompt", "negative_prompt", "seed", "height", "width", "settings", "checkpoint", "step", "dtype")
-    values = asdict(record)
-    described = {key: values[key] for key in keys if values[key] is not None}
+    described = {key: v for key, v in asdict(record).items() if v is not None and key not in ("name", "bytes")}
     return {**described, "provenance": models.provenance, "Software": "ParaDiffusion"}
 
 

@@ -36,17 +36,10 @@ def _generator(seed: int | torch.Generator) -> torch.Generator:
 
 @torch.no_grad()
 def sample_latents(
-    denoise: Denoiser,
-    objective: Objective,
-    conditioning: Conditioning,
-    seeds: Sequence[int | torch.Generator],
-    shape: tuple[int, int, int],
-    settings: SamplerConfig,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    negative: Conditioning | None = None,
-    on_step: Callable[[int, Tensor], Tensor | None] | None = None,
-) -> Tensor:
+    denoise: Denoiser, objective: Objective, conditioning: Conditioning, seeds: Sequence[int | torch.Generator],
+    shape: tuple[int, int, int], settings: SamplerConfig, device: torch.device | str, dtype: torch.dtype,
+    negative: Conditioning | None = None, on_step: Callable[[int, Tensor], Tensor | None] | None = None,
+) -> Tensor:  # fmt: skip
     """Draw latents, [B, C, h, w] float32 on ``device``.
 
     Args:

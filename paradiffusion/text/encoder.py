@@ -120,24 +120,25 @@ def load_text_encoder(
     return TextEncoder(model, tokenizer, settings, source)
 
 
-def attach_lora(encoder: TextEncoder, config: LoraConfig, seed: int = 0) -> None:
+def attach_lora(encoder: TextEncoder, config: LoraConfig, seed: int = 0, **settings: Any) -> None:
     """Put a LoRA adapter (fp32, dropout 0, weights a function of ``seed``) on the language model.
 
-    Only the adapter is trained after this.
+    Only the adapter is trained after this. ``settings`` is what else PEFT must be told of somebody else's adapter, whose
+    targets are not checked.
 
     Raises:
-        UserError: when no linear layer has a configured name.
+        UserError: when no linear layer has a configured name. What PEFT raises for ``settings`` that do not fit.
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
-    check_targets(encoder.model, config.target_modules, "lora.target_modules", "text encoder")
-    settings = PeftLoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, target_modules=list(config.target_modules)
-    )
+    if not settings:
+        check_targets(encoder.model, config.target_modules, "lora.target_modules", "text encoder")
+    arguments = {"target_modules": list(config.target_modules), **settings}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder.model = get_peft_model(encoder.model, settings)
+        adapter = PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, **arguments)
+        encoder.model = get_peft_model(encoder.model, adapter)
 
 
 def check_targets(model: nn.Module, targets: list[str], key: str, kind: str) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from paradiffusion.config import TextEncoderConfig
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 from paradiffusion.text.sources import find_gguf, locate
 from paradiffusion.text.tokenizer import ids_of, load_tokenizer
 
@@ -53,9 +53,8 @@ def architecture_of(config: TextEncoderConfig) -> Any:
         arguments = dict(config.architecture)
         return _text_only(AutoConfig.for_model(arguments.pop("model_type", ""), **arguments))
     except Exception as error:  # transformers checks a configuration by half a dozen types of its own
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"text_encoder.architecture of {config.name} does not describe a model ({first}); expected model_type and the "
+            f"text_encoder.architecture of {config.name} does not describe a model ({reason_of(error)}); expected model_type and the "
             "arguments of its transformers configuration, as in configs/text_encoder/llama2_7b.yaml."
         ) from None
 
@@ -167,9 +166,8 @@ def count_tokens_with(config: TextEncoderConfig) -> Callable[[list[str]], list[i
         tokenizer = load_tokenizer(folder)
         marks = marks_of(tokenizer, read_architecture(folder))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"the tokenizer in {folder} could not be read ({first}); expected a folder in the transformers layout: config.json "
+            f"the tokenizer in {folder} could not be read ({reason_of(error)}); expected a folder in the transformers layout: config.json "
             "and tokenizer.json, or what its family has instead."
         ) from None
     around = len(marks.start) + len(marks.end)
@@ -216,9 +214,8 @@ def read_model(folder: Path, config: TextEncoderConfig) -> tuple[Any, Any]:
         )  # fmt: skip
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"the text encoder in {folder} could not be read ({first}); expected the transformers layout with safetensors "
+            f"the text encoder in {folder} could not be read ({reason_of(error)}); expected the transformers layout with safetensors "
             "weights, so fetch it again or set text_encoder.path=<folder>."
         ) from None
     missing = sorted(report["missing_keys"])

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from paradiffusion.atomic import atomic_folder, cache_folder, locked
 from paradiffusion.config import TextEncoderConfig
 from paradiffusion.errors import UserError
 
 SOURCE_FILE = "converted_from.json"
 
 
-def cache_folder() -> Path:
-    """``$PARADIFFUSION_CACHE``, else ``~/.cache/paradiffusion``: what can be made again at any time."""
-    return Path(os.environ.get("PARADIFFUSION_CACHE") or Path.home() / ".cache" / "paradiffusion")
-
-
 def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """Run ``build(folder)`` in a temporary folder and rename it to ``target``, once, also when processes race for it."""
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.is_dir():
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            try:
-                build(temporary)
-                temporary.rename(target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+    """Fill the folder ``target`` by ``build(folder)``, whole and once, also when processes race for it."""
+    if not target.is_dir():
+        with locked(target):
+            if not target.is_dir():
+                with atomic_folder(target) as folder:
+                    build(folder)
     return target
 
 

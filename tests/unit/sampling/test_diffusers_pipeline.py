@@ -24,7 +24,7 @@ from training_runs import sample_here
 from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline
 from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
 from paradiffusion.errors import UserError
-from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
+from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline, unload_adapter
 
 PROMPT = "a red circle at the left of a blue square"
 IN_A_FRESH_PROCESS = """
@@ -115,7 +115,7 @@ def test_saving_changes_nothing_and_links_stay_links(
     index["refiner"][0] = "paradiffusion.sampling.pipeline_components"  # as exported before November 2026
     (tmp_path / "bare" / "model_index.json").write_text(json.dumps(index))
     parts = {"text_encoder": again.text_encoder, "vae": again.vae}
-    again._encoder.model = again._encoder.model.unload()
+    unload_adapter(again.text_encoder)
     assert np.array_equal(arrays(ParaDiffusionPipeline.from_pretrained(str(tmp_path / "bare"), **parts)), before)
 
 
@@ -129,12 +129,12 @@ def test_outputs_and_numbers_of_images(pipe: ParaDiffusionPipeline) -> None:
     assert two.shape == (4, 64, 64, 3) and np.abs(two[0] - array[0]).max() < 1e-5
     assert np.abs(two[2] - arrays(pipe, "a dog", 9)[0]).max() < 1e-5 and np.abs(two[0] - two[1]).max() > 0.01
     assert arrays(pipe, "a", height=32, width=48).shape == (1, 32, 48, 3)
-    pipe.enable_vae_slicing()
+    pipe.vae.enable_slicing()
     np.testing.assert_allclose(arrays(pipe), array, atol=1e-5)
-    pipe.enable_vae_tiling()  # this codec's tiles are smaller than the image, and each is normalised by itself
+    pipe.vae.enable_tiling()  # this codec's tiles are smaller than the image, and each is normalised by itself
     tiled = arrays(pipe)
     assert tiled.shape == array.shape and np.abs(tiled - array).max() > 1e-3
-    pipe.disable_vae_tiling()
+    pipe.vae.disable_tiling()
     np.testing.assert_allclose(arrays(pipe), array, atol=1e-5)
 
 
