@@ -100,6 +100,7 @@ class Refiner(nn.Module):
                 "this checkpoint's refiner paints its layout from the mean of the features, which this version no longer has; "
                 "train it anew (make demo), or use data/nano."
             )
+        self.passes = passes
         self.mean: Tensor
         self.std: Tensor
         self.config = {
@@ -129,7 +130,7 @@ class Refiner(nn.Module):
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, L, D] and mask [B, L] (True at real tokens, None to attend to padding) to [B, L, width]."""
         x = self.embed((features - self.mean) / self.std)
-        for _ in range(self.config["passes"]):
+        for _ in range(self.passes):
             for block in self.blocks:
                 x = block(x, mask)
         return self.norm(x)
