@@ -247,7 +247,8 @@ class ObjectiveConfig:
             flow_shift sqrt(h w) / flow_shift_side (section 5.3.2), in training and in sampling. None: sampling alone shifts, by
             flow_shift at every size.
         layout_weight: of the layout head's squared error beside the diffusion loss.
-        layout_steps: the first steps of a stage that train the text path by the layout loss alone, without the denoiser.
+        layout_share: of a stage's steps, the first ones, which train the text path by the layout loss alone, without the
+            denoiser, in less time each. Nothing without a layout head, and under DeepSpeed.
     """
 
     name: str = "paper"
@@ -266,7 +267,7 @@ class ObjectiveConfig:
     flow_shift: float = option(1.0, accepts=positive)
     flow_shift_side: int | None = option(None, accepts=positive)
     layout_weight: float = option(3.0, accepts=not_negative)
-    layout_steps: int = option(0, accepts=not_negative)
+    layout_share: float = option(0.0, accepts=below_one)
 
     def check(self) -> None:
         check_values(self, "objective.")  # a checkpoint's is checked by itself
@@ -584,10 +585,6 @@ class TrainConfig:
             raise UserError(f"spike_factor={self.spike_factor} is out of range; expected a number above 1.")
         for part in (self.conditioning, self.lora, self.objective, self.data, self.sampler):
             part.check()
-        if self.objective.layout_steps and not self.conditioning.layout_patch:
-            raise UserError(
-                "objective.layout_steps trains the layout head, and conditioning.layout_patch=0 has none; set one of both."
-            )
         if self.data.bucket_multiple % self.codec.factor:
             raise UserError(
                 f"data.bucket_multiple={self.data.bucket_multiple} must be a multiple of codec.factor={self.codec.factor}."

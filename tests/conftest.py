@@ -83,6 +83,7 @@ def tiny_arguments(codec_folder: Path, demo_folder: Path) -> list[str]:
         # What nano's own stages choose may change; comparisons to the last bit must not.
         "precision=fp32",
         "keep_gb=0",
+        "objective.layout_share=0",
         "optimizer.schedule=constant",
     ]
 

@@ -32,7 +32,7 @@ class LossBatch:
         features, mask: from the frozen text encoder, [B, L, D] and [B, L]; None where the module reads ``ids`` itself.
         ids, id_mask, prefix: tokens, [U, L], of the batch's different captions, for a text encoder with LoRA inside.
         rows: [B] int64, which row of ``ids`` each sample has.
-        denoise: False: the layout loss alone, without the denoiser (objective.layout_steps).
+        denoise: False: the layout loss alone, without the denoiser (objective.layout_share).
     """
 
     latents: Tensor

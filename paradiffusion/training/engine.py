@@ -329,6 +329,15 @@ def set_threads(config: TrainConfig, local_processes: int) -> None:
     torch.set_num_threads(config.threads or max(1, cores() // max(local_processes, 1)))
 
 
+def layout_steps(config: TrainConfig) -> int:
+    """The first steps of the stage that train the text path alone (objective.layout_share).
+
+    None under DeepSpeed, whose optimiser would decay the weights of a denoiser that has no gradient yet.
+    """
+    objective, has_head = config.objective, config.conditioning.layout_patch and config.objective.layout_weight
+    return 0 if is_deepspeed() or not has_head else int(objective.layout_share * config.max_steps)
+
+
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The launcher's processes and device. The launcher always exports a precision of "no", so ours is passed on.
 
@@ -341,9 +350,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     plugin = deepspeed_plugin(config) if is_deepspeed() else None
     # Gradients as views into the buffers that are exchanged: one copy of all of them less.
     handlers: list[KwargsHandler] = [
-        DistributedDataParallelKwargs(
-            gradient_as_bucket_view=True, find_unused_parameters=config.objective.layout_steps > 0
-        )
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=layout_steps(config) > 0)
     ]
     if world_size > 1 or plugin is not None:
         # The watch, which names who is late, must come before the bare time-out of a collective operation.
@@ -473,9 +480,6 @@ def check_launch(config: TrainConfig, micro_batches: int) -> None:
             raise UserError(
                 f"the launch configuration asks for {kind}, which is not supported; use one of configs/launch/: ddp, zero2 or zero3."
             )
-    if is_deepspeed() and config.objective.layout_steps:
-        # Its optimiser would decay the weights of a denoiser that has no gradient yet; others leave them alone.
-        raise UserError("objective.layout_steps does not go with DeepSpeed; launch with configs/launch/ddp.yaml.")
     precision = "no" if config.precision == "fp32" else config.precision
     norm = config.optimizer.max_grad_norm
     # With what launchers export for a key that their configuration does not set.

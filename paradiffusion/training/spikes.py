@@ -44,7 +44,7 @@ class Spikes:
         state, factor = self.trainer.state, self.trainer.config.spike_factor
         if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
             return f"the loss is {loss} and the gradient norm {'unknown' if norm is None else norm}"
-        begun = self.trainer.config.objective.layout_steps  # with the denoiser another loss begins
+        begun = self.trainer.layout_steps  # with the denoiser another loss begins
         if state.typical_loss is not None and state.step >= begun + SPIKE_WARMUP and loss > factor * state.typical_loss:
             return f"the loss is {loss:.4g}, over {factor:g} times its average of {state.typical_loss:.4g}"
         return None
@@ -60,7 +60,7 @@ class Spikes:
         if fault is None:
             self.in_a_row = 0
             typical = state.typical_loss
-            if typical is None or state.step <= config.objective.layout_steps:
+            if typical is None or state.step <= trainer.layout_steps:
                 typical = loss
             state.typical_loss = typical + SPIKE_SHARE * (loss - typical)
             return

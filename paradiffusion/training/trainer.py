@@ -33,7 +33,7 @@ from paradiffusion.stopping import stop_on_signals
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema
-from paradiffusion.training.engine import count_micro_batches, make_accelerator, make_engine
+from paradiffusion.training.engine import count_micro_batches, layout_steps, make_accelerator, make_engine
 from paradiffusion.training.folder import (
     TrainState,
     check_unchanged,
@@ -100,7 +100,7 @@ class Trainer:
         joint: everything that is trained. Steps call ``engine.model``, its prepared wrapper.
         frozen: tensors that are applied but not trained, and belong to a checkpoint: the adapter in stage 3, the U-Net's
             own weights under its LoRA. Only the main process, which writes, has them, and the ``log``.
-        micro_batches: per process and step.
+        micro_batches: per process and step. layout_steps: the first ones, without the denoiser.
     Raises:
         UserError: for whatever is missing, damaged or contradictory.
     """
@@ -121,6 +121,7 @@ class Trainer:
         self.folder = folder or stage_folder(config)
         self.watch, self._own_watch = watch or Watch(self.rank, self.processes, config.stall_seconds), watch is None
         self.micro_batches = count_micro_batches(config, self.processes)
+        self.layout_steps = layout_steps(config)
         start = find_start(config, self.folder, self.main)
         self.config = config = start.config
         check_cache(config)
@@ -220,7 +221,7 @@ class Trainer:
         for micro, batch in enumerate(read):
             self.enter("encode", batch.keys)
             inputs = self.encode(batch)
-            denoise = self.state.step >= self.config.objective.layout_steps
+            denoise = self.state.step >= self.layout_steps
             inputs = replace(inputs, weights=inputs.weights * scale, denoise=denoise)
             self.enter("forward")
             with self.engine.accumulating(last=micro == self.micro_batches - 1):
@@ -455,7 +456,9 @@ def announcement(trainer: Trainer, start: Start) -> str:
         f"  trained: {sum(sizes.values()) / 1e6:.2f} M parameters ({lora / 1e6:.2f} M of them LoRA), "
         f"{config.precision}, {trainer.device.type}, {trainer.engine.kind}, {trainer.processes} process(es) x "
         f"{trainer.micro_batches} micro-batch(es), {torch.get_num_threads()} thread(s) each\n"
-        f"  text: {config.text_encoder.name} ({config.train_text}), {config.conditioning.name} conditioning\n"
+        f"  text: {config.text_encoder.name} ({config.train_text}), {config.conditioning.name} conditioning"
+        + (f", alone in the first {trainer.layout_steps} steps" if trainer.layout_steps else "")
+        + "\n"
         f"  data: {plan.samples} samples in {len(plan.index.shards)} shards, {plan.steps_per_epoch:.{places}f} steps an epoch, "
         f"buckets {', '.join(f'{w}x{h}' for h, w in plan.bucket_sizes())}"
         + (f"; {plan.left_out} samples without a caption are left out" if plan.left_out else "")

@@ -115,7 +115,7 @@ def test_its_loss_has_a_gradient_into_the_refiner(batch: LossBatch) -> None:
 
 
 def test_the_first_steps_may_leave_the_denoiser_out(batch: LossBatch) -> None:
-    model = joint("objective.layout_weight=3", "objective.layout_steps=9")
+    model = joint("objective.layout_weight=3")
     whole, alone = model(batch), model(replace(batch, denoise=False))
     assert whole.layout == alone.layout == alone.diffusion and alone.errors.shape == (3,)
     torch.testing.assert_close(alone.total, 3 * whole.layout)

@@ -1,4 +1,4 @@
-"""objective.layout_steps: the text path alone first, then the denoiser with it; and a stop in between changes nothing."""
+"""objective.layout_share: the text path alone first, then the denoiser with it; and a stop in between changes nothing."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT
-from training_runs import assert_same_bits, free_port, newest, records, tensors
+from training_runs import assert_same_bits, build_here, free_port, newest, records, tensors
 
+from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
+from paradiffusion.training.engine import layout_steps
 
-FIRST = ["objective.layout_steps=3", "log_every=1", "checkpoint_every=3"]
+FIRST = ["objective.layout_share=0.5", "max_steps=6", "log_every=1", "checkpoint_every=3"]
 
 
-def test_the_denoiser_begins_after_them(train: Callable[..., int], tmp_path: Path) -> None:
+def test_the_denoiser_begins_after_them(tiny_arguments: list[str], train: Callable[..., int], tmp_path: Path) -> None:
     whole, parted = tmp_path / "whole" / "stage1", tmp_path / "parted" / "stage1"
-    assert train(*FIRST, f"run_dir={whole.parent}", "max_steps=6", "keep_last=5", "spike_factor=1.5") == 0
+    assert train(*FIRST, f"run_dir={whole.parent}", "keep_last=5", "spike_factor=1.5") == 0
     before, after = (tensors(whole / "checkpoints" / f"step_{step:06d}") for step in (3, 6))
     moved = {
         name for name in before if ("unet" in name or "refiner" in name) and not torch.equal(before[name], after[name])
@@ -32,16 +34,17 @@ def test_the_denoiser_begins_after_them(train: Callable[..., int], tmp_path: Pat
     assert all(loss == pytest.approx(layout) for loss, layout in losses[:3]) and losses[3][0] != pytest.approx(
         losses[3][1]
     )
-    for steps in (2, 4, 6):  # as if it had been stopped among them, at their end, and after it
-        assert train(*FIRST, f"run_dir={parted.parent}", f"max_steps={steps}", "spike_factor=1.5") == 0
+    for steps in (2, 4, 6):  # stopped among them, after them, and at the end
+        trainer = build_here([*tiny_arguments, *FIRST, f"run_dir={parted.parent}", "spike_factor=1.5"])
+        assert trainer.train(lambda trainer=trainer, steps=steps: trainer.state.step + 1 >= steps) == (steps == 6)  # type: ignore[misc]
     assert_same_bits(newest(whole), newest(parted))
 
 
 def test_two_processes_give_what_one_gives(
     tiny_arguments: list[str], train: Callable[..., int], tmp_path: Path
 ) -> None:
-    given = [*tiny_arguments, *FIRST, "max_steps=6"]
-    assert train(*FIRST, "max_steps=6") == 0
+    given = [*tiny_arguments, *FIRST]
+    assert train(*FIRST) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     done = subprocess.run(
         [*launch, "train.py", *given, f"run_dir={tmp_path / 'two'}"], cwd=ROOT, env=dict(os.environ), capture_output=True,
@@ -66,9 +69,11 @@ def test_a_start_may_run_the_refiner_more_often_but_not_less(train: Callable[...
         train(f"init_from={tmp_path / 'more'}", f"run_dir={tmp_path / 'less'}")
 
 
-def test_what_cannot_be(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="layout_patch=0 has none"):
-        train(*FIRST, "conditioning.layout_patch=0")
+def test_where_there_are_none(tiny_arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps(*overrides: str) -> int:
+        return layout_steps(compose_train([*tiny_arguments, *FIRST, *overrides]))
+
+    assert steps() == 3 and steps("conditioning.layout_patch=0") == steps("objective.layout_weight=0") == 0
+    assert steps("conditioning=paper") == 0
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="does not go with DeepSpeed"):
-        train(*FIRST)
+    assert steps() == 0
