@@ -37,6 +37,7 @@ SHORT = [
     "data.workers=0",
     "optimizer.warmup_steps=5",
     "optimizer.schedule=constant",
+    "objective.layout_share=0",
 ]
 PAPER = ["conditioning=paper", "objective=paper", "unet.coordinates=0"]
 
