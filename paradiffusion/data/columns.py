@@ -73,9 +73,8 @@ def _write_columns(place: Path, state: str, fill: Callable[[New], dict[str, Any]
         def new(name: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
             path = partial / f"{name}.npy"
             written.append(np.lib.format.open_memmap(path, "w+", dtype, shape))
-            if hasattr(
-                os, "posix_fallocate"
-            ):  # Where the disk is full, writing to what is mapped would kill the process.
+            # Where the disk is full, writing to what is mapped would kill the process.
+            if hasattr(os, "posix_fallocate"):
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
             return written[-1]

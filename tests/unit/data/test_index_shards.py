@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def test_tokens(tmp_path: Path) -> None:
     assert mixed.tokens is None and mixed.tokenizer is None and mixed.fingerprint() == index.fingerprint()
 
 
-def test_joined_sources(tmp_path: Path) -> None:
+def test_joined_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = shards_of(tmp_path / "a", 30), shards_of(tmp_path / "b", 45)
     members = [("x.png", encoded(picture(1))), ("x.json", as_json(captions={"clean": "a b", "short": "c"}))]
     third = load_index([write_tar(tmp_path / "c" / "x.tar", members)], counter=LETTERS)
@@ -197,6 +198,11 @@ def test_joined_sources(tmp_path: Path) -> None:
     for row, (index, there) in {29: (one, 29), 30: (third, 0), 75: (other, 44)}.items():
         assert joined.place(row) == index.place(there)
     assert np.array_equal(joined.shard[1:] >= joined.shard[:-1], np.ones(75, bool))
+    whole, moved = joined.fingerprint(), joined.shard_source.copy()
+    moved[-1] = 0
+    assert replace(joined, shard_source=moved).fingerprint() != whole, "the source of every shard takes part"
+    monkeypatch.setattr("paradiffusion.data.index._ROWS_AT_ONCE", 2)
+    assert joined.fingerprint() == whole, "in whatever pieces"
     prints = {joined.fingerprint(), join_indexes([one, third, other], ["one", "third", "another"]).fingerprint()}
     assert len(prints | {join_indexes([one, other, third], ["one", "third", "other"]).fingerprint()}) == 3
     assert join_indexes([one], ["one"]).fingerprint() == one.fingerprint()
