@@ -248,7 +248,7 @@ class ObjectiveConfig:
             flow_shift at every size.
         layout_weight: of the layout head's squared error beside the diffusion loss.
         layout_share: of a stage's steps, the first ones, which train the text path by the layout loss alone, without the
-            denoiser, in less time each. Nothing without a layout head, and under DeepSpeed.
+            denoiser, in less time each.
     """
 
     name: str = "paper"
@@ -585,6 +585,11 @@ class TrainConfig:
             raise UserError(f"spike_factor={self.spike_factor} is out of range; expected a number above 1.")
         for part in (self.conditioning, self.lora, self.objective, self.data, self.sampler):
             part.check()
+        if self.objective.layout_share and not (self.conditioning.layout_patch and self.objective.layout_weight):
+            raise UserError(
+                f"objective.layout_share={self.objective.layout_share} trains by the layout loss alone, and there is none with "
+                "conditioning.layout_patch=0 or objective.layout_weight=0; leave one of them out."
+            )
         if self.data.bucket_multiple % self.codec.factor:
             raise UserError(
                 f"data.bucket_multiple={self.data.bucket_multiple} must be a multiple of codec.factor={self.codec.factor}."

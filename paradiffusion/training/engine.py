@@ -330,12 +330,8 @@ def set_threads(config: TrainConfig, local_processes: int) -> None:
 
 
 def layout_steps(config: TrainConfig) -> int:
-    """The first steps of the stage that train the text path alone (objective.layout_share).
-
-    None under DeepSpeed, whose optimiser would decay the weights of a denoiser that has no gradient yet.
-    """
-    objective, has_head = config.objective, config.conditioning.layout_patch and config.objective.layout_weight
-    return 0 if is_deepspeed() or not has_head else int(objective.layout_share * config.max_steps)
+    """The first steps of the stage that train the text path alone (objective.layout_share)."""
+    return int(config.objective.layout_share * config.max_steps)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -480,6 +476,11 @@ def check_launch(config: TrainConfig, micro_batches: int) -> None:
             raise UserError(
                 f"the launch configuration asks for {kind}, which is not supported; use one of configs/launch/: ddp, zero2 or zero3."
             )
+    if is_deepspeed() and config.objective.layout_share:
+        # Its optimiser would decay the weights of a denoiser that has no gradient yet; others leave them alone.
+        raise UserError(
+            "objective.layout_share does not go with DeepSpeed; launch with configs/launch/ddp.yaml, or set 0."
+        )
     precision = "no" if config.precision == "fp32" else config.precision
     norm = config.optimizer.max_grad_norm
     # With what launchers export for a key that their configuration does not set.

@@ -15,7 +15,6 @@ from training_runs import assert_same_bits, build_here, free_port, newest, recor
 
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
-from paradiffusion.training.engine import layout_steps
 
 FIRST = ["objective.layout_share=0.5", "max_steps=6", "log_every=1", "checkpoint_every=3"]
 
@@ -69,11 +68,13 @@ def test_a_start_may_run_the_refiner_more_often_but_not_less(train: Callable[...
         train(f"init_from={tmp_path / 'more'}", f"run_dir={tmp_path / 'less'}")
 
 
-def test_where_there_are_none(tiny_arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def steps(*overrides: str) -> int:
-        return layout_steps(compose_train([*tiny_arguments, *FIRST, *overrides]))
+@pytest.mark.parametrize("none", ["conditioning.layout_patch=0", "objective.layout_weight=0", "conditioning=paper"])
+def test_without_a_layout_loss_there_is_nothing_to_train_first(none: str, tiny_arguments: list[str]) -> None:
+    with pytest.raises(UserError, match="trains by the layout loss alone"):
+        compose_train([*tiny_arguments, *FIRST, none])
 
-    assert steps() == 3 and steps("conditioning.layout_patch=0") == steps("objective.layout_weight=0") == 0
-    assert steps("conditioning=paper") == 0
+
+def test_deepspeed_would_decay_the_waiting_denoiser(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert steps() == 0
+    with pytest.raises(UserError, match="does not go with DeepSpeed"):
+        train(*FIRST)
