@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import re
 import shlex
 import shutil
@@ -173,3 +174,5 @@ def test_what_runs_here_runs(
         AcceleratorState._reset_state(reset_partial_state=True)
         print(program, *arguments)
         assert main_of(program)(arguments + tiny.get(program, [])) in (0, None), (program, arguments)
+    made = json.loads((place / "data" / "demo" / "demo.json").read_text())["sizes"]
+    assert list(made) == ["val"], "scoring held-out scenes asks for no training set, so that one of another size stays"
