@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,9 +103,12 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
     try:
         again = read_again(trainer.config, trainer.plan, step, trainer.rank, trainer.processes, trainer.micro_batches)
         for batch, times, losses in taken:
-            # Cached latents come without pictures. Where a sample cannot be read, another may stand in its slot.
-            if not has_pixels(batch) and (pictured := next(again)).keys == batch.keys:
-                batch = replace(batch, pixels=pictured.pixels)
+            if not has_pixels(
+                batch
+            ):  # cached latents come without pictures; shards that are gone leave the page without them
+                with suppress(UserError, OSError, StopIteration):
+                    pictured = next(again)  # where a sample cannot be read, another may stand in its slot
+                    batch = replace(batch, pixels=pictured.pixels) if pictured.keys == batch.keys else batch
             errors = losses.errors.cpu()
             parts += samples_of(batch, trainer.rank, times.cpu(), errors, trainer.inputs, trainer.plan)
             write_images(folder, batch)
