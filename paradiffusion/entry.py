@@ -1,4 +1,4 @@
-"""What every command line shares: one sentence instead of a traceback for a user's mistake, and help."""
+"""Runs a program's ``main``: one sentence instead of a traceback for a user's mistake, exit statuses, ``--help``."""
 
 from __future__ import annotations
 

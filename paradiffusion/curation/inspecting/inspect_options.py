@@ -1,4 +1,4 @@
-"""What scripts/inspect_data.py takes beside the keys of train.py."""
+"""Options of the report on a data set (scripts/inspect_data.py), which come beside the keys of train.py."""
 
 from __future__ import annotations
 

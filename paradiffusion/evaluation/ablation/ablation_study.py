@@ -1,4 +1,4 @@
-"""What an ablation compares, as a YAML file says it: named sets of overrides, trained with several seeds and evaluated."""
+"""Ablation studies as YAML files: named sets of overrides, trained with several seeds and evaluated."""
 
 from __future__ import annotations
 

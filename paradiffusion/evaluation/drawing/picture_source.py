@@ -1,4 +1,4 @@
-"""What an evaluation asks of the model, pipeline or folder whose pictures it judges."""
+"""Interface of a source of pictures to judge: a checkpoint, a pipeline or a folder."""
 
 from __future__ import annotations
 
