@@ -57,7 +57,8 @@ SUMMARY = "summary.json"
 
 
 def train(config: TrainConfig, scorer: Scorer | None = None) -> int:
-    """Run a stage from where it stands to ``max_steps``; 0 when it is done or was asked to stop and saved.
+    """Run a stage from where it stands to ``max_steps``; 0 when it is done, 128 + the signal's number when it was asked to stop and has
+    saved.
 
     Args:
         scorer: judges the pictures that validation draws, where somebody can.
@@ -72,11 +73,12 @@ def train(config: TrainConfig, scorer: Scorer | None = None) -> int:
     with together(watch), locked(stage_folder(config)) if accelerator.is_main_process else nullcontext():
         trainer = Trainer(config, accelerator, watch, scorer=scorer)
         with stop_on_signals() as stop:
-            trainer.train(lambda: stop.came_at is not None or (launched and os.getppid() != parent))
+            done = trainer.train(lambda: stop.came_at is not None or (launched and os.getppid() != parent))
     # Not after an error: who waits inside a collective operation is not there for this.
     if accelerator.num_processes > 1:
+        torch.distributed.barrier()  # launchers end the others as soon as one has left with another status than 0
         torch.distributed.destroy_process_group()
-    return 0
+    return 0 if done else stop.status
 
 
 class MicroBatch(NamedTuple):
