@@ -25,7 +25,15 @@ from torch import Tensor
 
 from paradiffusion.checkpoints.manifest import find_fault, newest_valid
 from paradiffusion.checkpoints.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors, write_tensors
-from paradiffusion.config import CodecConfig, DataConfig, LoraConfig, ObjectiveConfig, TextEncoderConfig, TrainConfig
+from paradiffusion.config import (
+    CodecConfig,
+    ConditioningConfig,
+    DataConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    TextEncoderConfig,
+    TrainConfig,
+)  # fmt: skip
 from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_objective
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec
@@ -226,8 +234,8 @@ class Official(Layout):
     ``text_encoder_lora``, ``Llama-2-7b-hf`` and ``sdxl-vae-fp16-fix``.
 
     The description is put together from the configuration files and from what the released inference code does: 256 tokens
-    padded to the maximum and padding attended to, DPM-Solver multistep with 100 steps, guidance 7.5. Frozen models have no
-    hash there, so any are accepted.
+    padded to the maximum and padding attended to, text to the letter, DPM-Solver multistep with 100 steps, guidance 7.5. Frozen
+    models have no hash there, so any are accepted.
     """
 
     @staticmethod
@@ -270,6 +278,7 @@ class Official(Layout):
         resolution = max(sides) * codec.factor if all(isinstance(side, int) and side > 0 for side in sides) else None
         as_trained = TrainConfig(
             preset="official", stage=3, text_encoder=encoder, codec=codec, objective=describe_objective(settings),
+            conditioning=ConditioningConfig(clean_text=False),
             data=DataConfig(resolution=resolution or DEFAULT_RESOLUTION),
         )  # fmt: skip
         description = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,14 +23,19 @@ _NEAREST: Final = {
 }
 _ROWS_AT_ONCE: Final = 1 << 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\ufeff]")
+# Soft hyphens, word joiners and marks of writing direction. The joiner within an emoji is a part of it.
+_INVISIBLE = re.compile(r"[\u00ad\u200e\u200f\u2060\u202a-\u202e\u2066-\u2069]")
 
 
 def clean(text: str) -> str:
-    """``text`` on one line: control characters become spaces, runs of white space one space, lone surrogates go.
+    """``text`` as it is read, of captions in training and of prompts: on one line, control characters as spaces, runs of white
+    space as one, accents composed (NFC), without invisible characters and lone surrogates.
 
     Surrogates, which a JSON file may hold, would stop the tokeniser.
     """
-    return " ".join(_CONTROL.sub(" ", text.encode("utf-8", "ignore").decode()).split())
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text.encode("utf-8", "ignore").decode()))
+    return " ".join(_CONTROL.sub(" ", text).split())
 
 
 def parse_meta(data: bytes) -> dict[str, Any] | None:
