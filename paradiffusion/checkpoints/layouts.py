@@ -62,6 +62,11 @@ ADAPTER_KEYS = (
     "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
     "exclude_modules",
 )  # fmt: skip
+# Keys that PEFT 0.7.1 has a use for. What later versions have is written only where it is not as they have it by default.
+PEFT_KEYS = (
+    "peft_type", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "target_modules", "lora_alpha",
+    "lora_dropout", "bias", "init_lora_weights", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+)  # fmt: skip
 ADAPTER_REFUSED = ("modules_to_save", "layer_replication")
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "flow_prediction": "flow", "sample": "sample"}
 T = TypeVar("T")
@@ -452,9 +457,13 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: dict[str, Any]
     write_tensors(folder / f"{ADAPTER_STEM}.safetensors", tensors)
     targets = {"target_modules": sorted(lora["target_modules"]), **lora.get("settings", {})}
     PeftLoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=0.0, **targets).save_pretrained(str(folder))
-    # PEFT writes a set in the order of this process's string hashes.
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**read_json(path), "target_modules": targets["target_modules"]}, indent=1))
+    path, defaults = folder / "adapter_config.json", PeftLoraConfig().to_dict()
+    # Older versions refuse a file with keys that they do not know, such as 0.7.1, the released code's, whatever their values.
+    kept = {k: v for k, v in read_json(path).items() if k in PEFT_KEYS or v != defaults.get(k)}
+    kept |= {
+        "target_modules": targets["target_modules"]
+    }  # PEFT writes a set in the order of this process's string hashes.
+    path.write_text(json.dumps({k: v for k, v in kept.items() if k != "peft_version"}, indent=1))
 
 
 def parse(cls: type[T], values: dict[str, Any]) -> T:
