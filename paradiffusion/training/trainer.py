@@ -21,7 +21,7 @@ from tqdm import tqdm
 from paradiffusion.atomic import write_atomic
 from paradiffusion.checkpoints.layouts import describe
 from paradiffusion.config import TrainConfig
-from paradiffusion.data.index import SampleIndex
+from paradiffusion.data.index import COUNTS, SampleIndex
 from paradiffusion.data.loader import Batch, Loader, LoaderSettings, make_loader, slots_of
 from paradiffusion.data.plan import describe_plan, make_plan, open_index, open_shards
 from paradiffusion.data.stream import NOT_RESUMABLE, open_stream
@@ -464,6 +464,7 @@ def announcement(trainer: Trainer, start: Start) -> str:
         f"  data: {plan.samples} samples in {len(plan.index.shards)} shards, {plan.steps_per_epoch:.{places}f} steps an epoch, "
         f"buckets {', '.join(f'{w}x{h}' for h, w in plan.bucket_sizes())}"
         + (f"; {plan.left_out} samples without a caption are left out" if plan.left_out else "")
+        + "".join(f"; {getattr(plan.index, name)} {said}" for name, said in COUNTS.items() if getattr(plan.index, name))
         + (f"\n  {NOT_RESUMABLE}" if config.data.streaming else "")
         + describe_plan(plan)
         + describe_cache(config, trainer.cache)
