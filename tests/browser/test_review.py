@@ -16,9 +16,9 @@ from commands import wait_for
 from review_server import Server, at, decisions, logged, started, until
 from tiny_clip import write_candidates
 
+from paradiffusion.apps.review import MAX_TEXT, Review, make_server, open_review
 from paradiffusion.curation.choosing.decisions import DecisionLog, read_decisions
 from paradiffusion.curation.choosing.kept import export
-from paradiffusion.curation.choosing.review import MAX_TEXT, Review, make_server, open_review
 from paradiffusion.curation.choosing.selection import Choosing, choose
 from paradiffusion.errors import UserError
 

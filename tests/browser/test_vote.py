@@ -21,9 +21,9 @@ from commands import ROOT, wait_for
 from programs import script
 from vote_studies import HOSTILE, SECRET, pixels_of, study_of, write_picture
 
-from paradiffusion.apps.local_server import LocalServer, Pace, Refused
+from paradiffusion.apps.serving import LocalServer, Pace, Refused
+from paradiffusion.apps.vote import Voting, make_server, open_keys
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.votes.vote_server import Voting, make_server, open_keys
 from paradiffusion.evaluation.votes.vote_store import Store
 from paradiffusion.evaluation.votes.vote_study import Study
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from paradiffusion.apps.local_server import MAX_BODY
+from paradiffusion.apps.serving import MAX_BODY
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [

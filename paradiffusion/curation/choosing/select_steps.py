@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from paradiffusion.apps.local_server import address_of
+from paradiffusion.apps.serving import address_of
 from paradiffusion.checks import choice, not_understood, parsed, positive
 from paradiffusion.curation.choosing.score_files import move_root, scored_names
 from paradiffusion.errors import UserError
@@ -153,7 +153,7 @@ def _choose(options: SelectOptions, work: Path) -> None:
 
 def _review(options: SelectOptions, work: Path) -> None:
     """Serve the review page until Ctrl-C or SIGTERM."""
-    from paradiffusion.curation.choosing.review import make_server, open_review
+    from paradiffusion.apps.review import make_server, open_review
 
     opened = open_review(work, options.reviewer or _account())
     server = make_server(opened, options.host, options.port)

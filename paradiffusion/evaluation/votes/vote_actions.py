@@ -8,11 +8,11 @@ import threading
 from pathlib import Path
 from urllib.parse import quote
 
-from paradiffusion.apps.local_server import address_of
+from paradiffusion.apps.serving import address_of
+from paradiffusion.apps.vote import Voting, check_set_names, make_server, open_keys
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.evaluation.votes.vote_options import VoteOptions
-from paradiffusion.evaluation.votes.vote_server import Voting, check_set_names, make_server, open_keys
 from paradiffusion.evaluation.votes.vote_store import VOTES, Store
 from paradiffusion.evaluation.votes.vote_study import (
     STUDY,

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from paradiffusion.apps.local_server import MAX_BODY, NUMBER, LocalHandler, LocalServer, Query, Refused, listen, whole
+from paradiffusion.apps.serving import MAX_BODY, NUMBER, LocalHandler, LocalServer, Query, Refused, listen, whole
 from paradiffusion.curation.choosing.candidates import Candidate, Candidates
 from paradiffusion.curation.choosing.decisions import DECISIONS, FIELDS, VERDICTS, DecisionLog
 from paradiffusion.errors import UserError

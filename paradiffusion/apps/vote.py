@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, ClassVar, Final
 
-from paradiffusion.apps.local_server import LocalHandler, LocalServer, Pace, Query, Refused, listen, whole
+from paradiffusion.apps.serving import LocalHandler, LocalServer, Pace, Query, Refused, listen, whole
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.votes.vote_store import SIDES, Refusal, Store, Vote
