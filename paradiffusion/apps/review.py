@@ -1,7 +1,6 @@
-"""The review server: candidates shown one by one in a local web page, every decision on disk before the next picture.
+"""The review app: candidates shown one by one in a local web page, every decision on disk before the next picture.
 
-Only standard library. It listens on 127.0.0.1 unless told otherwise; each request needs the random token of the address
-that is printed, and a Host that no other web site can give. Images are named by candidate number, never by path.
+It listens on 127.0.0.1 unless told otherwise. Images are named by candidate number, never by path.
 """
 
 from __future__ import annotations
@@ -9,24 +8,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
-from paradiffusion.apps.serving import MAX_BODY, NUMBER, LocalHandler, LocalServer, Query, Refused, listen, whole
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from paradiffusion.apps.serving import (
+    LOCAL,
+    MAX_BODY,
+    address_of,
+    json_response,
+    listen,
+    local_app,
+    page,
+    serve,
+    taking_json,
+    whole,
+)
 from paradiffusion.curation.choosing.candidates import Candidate, Candidates
 from paradiffusion.curation.choosing.decisions import DECISIONS, FIELDS, VERDICTS, DecisionLog
 from paradiffusion.errors import UserError
-from paradiffusion.pages import render
-
-__all__ = ["MAX_BODY", "Review", "make_server", "open_review"]
 
 MAX_TEXT: Final = MAX_BODY - 2048
 """Bytes of one text as JSON; what else an event holds takes the rest of a body. About 10,000 English words."""
 WORDS: Final = (50, 100)
 """The band of words that 83 % of ParaImage-Small's descriptions lie in."""
+_NUMBER: Final = re.compile(r"[0-9]{1,9}")
 _TYPES: Final = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
 
@@ -41,11 +56,11 @@ class Review:
     name: str
 
     def decide(self, body: Any) -> dict[str, Any]:
-        """Record the event in ``body`` and answer what it met. Raises Refused for anything that is no event."""
+        """Record the event in ``body`` and answer what it met. Raises HTTPException for anything that is no event."""
         event = _checked(body)
         candidate = self.candidates.by_sample.get(event["sample"])
         if candidate is None:
-            raise Refused(404, "that sample is not among the candidates")
+            raise HTTPException(404, "that sample is not among the candidates")
         base = event.pop("base")
         conflicts = self.log.conflicts(event["sample"], event["reviewer"], event["set"], base)
         self.log.record({**event, "shard": candidate.shard, "key": candidate.key})
@@ -82,71 +97,72 @@ def open_review(work: Path, reviewer: str) -> Review:
     return Review(candidates, DecisionLog(work / DECISIONS), token, reviewer.strip(), work.absolute().name)
 
 
-def make_server(review: Review, host: str, port: int) -> LocalServer:
-    """A server of ``review``, bound and not yet serving; port 0 takes a free one. Raises UserError."""
+def review_app(review: Review, hosts: tuple[str, ...] = ()) -> Starlette:
+    """The app of ``review``; ``hosts`` as ``local_app`` has them."""
 
-    class Own(_Handler):
-        pass
+    def owner(given: str) -> str | None:
+        right = secrets.compare_digest(given.encode("utf-8", "replace"), review.token.encode())
+        return review.reviewer if right else None
 
-    Own.review = review
-    return listen(Own, host, port)
+    def asked_for(request: Request) -> Candidate:
+        number = request.path_params["number"]
+        if not _NUMBER.fullmatch(number) or int(number) >= len(review.candidates.all):
+            raise HTTPException(404, "there is no such candidate")
+        return review.candidates.all[int(number)]
 
+    def show(request: Request) -> Response:
+        # The identity keeps what waits in the browser apart from that of other reviews at the same address.
+        identity = hashlib.blake2b(review.token.encode(), digest_size=8).hexdigest()
+        settings = {
+            "name": review.name, "id": identity, "reviewer": review.reviewer, "words": WORDS, "most": MAX_TEXT,
+        }  # fmt: skip
+        return page("review", f"{review.name}: review", settings)
 
-class _Handler(LocalHandler):
-    review: ClassVar[Review]
-    server_version = "review"
+    def state(request: Request) -> Response:
+        since = request.query_params.get("since", "0")
+        if not _NUMBER.fullmatch(since):
+            raise HTTPException(400, "since is a number")
+        found = review.state(int(since))
+        if request.query_params.get("listing") != found["listing"]:
+            found["samples"] = [candidate.sample for candidate in review.candidates.all]
+        return json_response(found)
 
-    def check_token(self, given: str) -> None:
-        if not secrets.compare_digest(given.encode("utf-8", "replace"), self.review.token.encode()):
-            raise Refused(403, "the token is missing or wrong: open the address that the server printed")
+    def describe(request: Request) -> Response:
+        return json_response(review.candidates.describe(asked_for(request)))
 
-    def get(self, path: str, query: Query) -> None:
-        if path == "/":
-            nonce = secrets.token_urlsafe(16)
-            identity = hashlib.blake2b(self.review.token.encode(), digest_size=8).hexdigest()
-            # The identity keeps what waits in the browser apart from that of other reviews at the same address.
-            settings = {
-                "name": self.review.name, "id": identity, "reviewer": self.review.reviewer, "words": WORDS, "most": MAX_TEXT,
-            }  # fmt: skip
-            title = f"{self.review.name}: review"
-            text = render("apps/templates/review.html", nonce=nonce, title=title, settings=settings)
-            self.send(200, "text/html; charset=utf-8", text.encode(), nonce=nonce)
-        elif path == "/api/state":
-            since = (query.get("since") or ["0"])[0]
-            if not NUMBER.fullmatch(since):
-                raise Refused(400, "since is a number")
-            state = self.review.state(int(since))
-            if (query.get("listing") or [""])[0] != state["listing"]:
-                state["samples"] = [candidate.sample for candidate in self.review.candidates.all]
-            self.send_json(state)
-        elif path.startswith("/api/candidate/"):
-            candidate = self._candidate(path.removeprefix("/api/candidate/"))
-            self.send_json(self.review.candidates.describe(candidate))
-        elif path.startswith("/image/"):
-            candidate = self._candidate(path.removeprefix("/image/"))
-            if (query.get("sample") or [candidate.sample])[0] != candidate.sample:
-                raise Refused(409, "the candidates were chosen anew; load the page again")
-            sample = self.review.candidates.read(candidate)
-            if sample is None:
-                raise Refused(410, "the shard cannot be read")
-            self.send(200, _TYPES[sample.extension], sample.image, cache="private, max-age=3600")
-        else:
-            raise Refused(404, "there is nothing here")
+    def image(request: Request) -> Response:
+        candidate = asked_for(request)
+        if request.query_params.get("sample", candidate.sample) != candidate.sample:
+            raise HTTPException(409, "the candidates were chosen anew; load the page again")
+        sample = review.candidates.read(candidate)
+        if sample is None:
+            raise HTTPException(410, "the shard cannot be read")
+        return Response(sample.image, 200, {"Cache-Control": "private, max-age=3600"}, _TYPES[sample.extension])
 
-    def post(self, path: str, query: Query) -> None:
-        if path != "/api/decision":
-            raise Refused(404, "there is nothing here")
-        body = self.body()
+    def decide(request: Request, body: Any) -> dict[str, Any]:
         try:
-            answer = self.review.decide(body)
+            return review.decide(body)
         except OSError as error:
-            raise Refused(507, f"the decision could not be written ({error.strerror}); make room") from None
-        self.send_json(answer)
+            raise HTTPException(507, f"the decision could not be written ({error.strerror}); make room") from None
 
-    def _candidate(self, text: str) -> Candidate:
-        if not NUMBER.fullmatch(text) or int(text) >= len(self.review.candidates.all):
-            raise Refused(404, "there is no such candidate")
-        return self.review.candidates.all[int(text)]
+    routes = [
+        Route("/", show), Route("/api/state", state), Route("/api/candidate/{number}", describe),
+        Route("/image/{number}", image), Route("/api/decision", taking_json(decide), methods=["POST"]),
+    ]  # fmt: skip
+    return local_app(routes, owner, hosts)
+
+
+def serve_review(work: Path, reviewer: str, host: str, port: int) -> None:
+    """Serve the review page of the candidates in ``work`` until Ctrl-C or SIGTERM. Raises UserError."""
+    review = open_review(work, reviewer)
+    listener = listen(host, port)
+    address = address_of(host, listener.getsockname()[1])
+    lines = [f"{len(review.candidates.all)} candidates; open {address}?token={review.token}"]
+    if host not in LOCAL:
+        lines.append("other machines reach this page, unencrypted: whoever reads the address can decide too.")
+    serve(review_app(review, (host,)), listener, lines)
+    review.log.close()
+    print(f"ended; every decision is in {work / DECISIONS}. The same command goes on, action=export writes the shards.")
 
 
 def _size(text: str) -> int:
@@ -155,21 +171,21 @@ def _size(text: str) -> int:
 
 
 def _checked(body: Any) -> dict[str, Any]:
-    """The event in a request's ``body``, with nothing in it but what an event has. Raises Refused."""
+    """The event in a request's ``body``, with nothing in it but what an event has. Raises HTTPException."""
     if not isinstance(body, dict) or not isinstance(body.get("set"), dict) or not body["set"]:
-        raise Refused(400, "a decision is an object with event, sample, reviewer, at, base and set")
+        raise HTTPException(400, "a decision is an object with event, sample, reviewer, at, base and set")
     for name, most in (("event", 80), ("sample", 40), ("reviewer", 60)):
         if not isinstance(body.get(name), str) or not 1 <= len(body[name].strip()) <= most:
-            raise Refused(400, f"{name} is a text of 1 to {most} characters")
+            raise HTTPException(400, f"{name} is a text of 1 to {most} characters")
     for name in ("at", "base"):
         if type(body.get(name)) is not int or not 0 <= body[name] < 1 << 53:
-            raise Refused(400, f"{name} is a whole number")
+            raise HTTPException(400, f"{name} is a whole number")
     changes = body["set"]
     for name, value in changes.items():
         if name not in FIELDS or not (value is None or isinstance(value, str)) or _size(value or "") > MAX_TEXT:
-            raise Refused(400, f"set has decision, caption or note, each a text of at most {MAX_TEXT} bytes")
+            raise HTTPException(400, f"set has decision, caption or note, each a text of at most {MAX_TEXT} bytes")
     if "decision" in changes and changes["decision"] not in VERDICTS:
-        raise Refused(400, "a decision is keep, drop or null")
+        raise HTTPException(400, "a decision is keep, drop or null")
     kept = {name: body[name] for name in ("event", "sample", "at", "base")} | {"event": whole(body["event"])}
     changes = {name: value and whole(value) for name, value in changes.items()}
     return {**kept, "reviewer": whole(body["reviewer"].strip()), "set": changes}

@@ -16,7 +16,7 @@ from commands import wait_for
 from review_server import Server, at, decisions, logged, started, until
 from tiny_clip import write_candidates
 
-from paradiffusion.apps.review import MAX_TEXT, Review, make_server, open_review
+from paradiffusion.apps.review import MAX_TEXT, Review, open_review, review_app
 from paradiffusion.curation.choosing.decisions import DecisionLog, read_decisions
 from paradiffusion.curation.choosing.kept import export
 from paradiffusion.curation.choosing.selection import Choosing, choose
@@ -72,7 +72,7 @@ def test_the_last_decision_of_each_reviewer_counts_and_a_late_one_does_not(tmp_p
 
 @pytest.fixture
 def served(review: Review) -> Iterator[Served]:
-    served = Served(make_server(review, "127.0.0.1", 0), review.token)
+    served = Served(review_app(review), review.token)
     yield served
     served.close()
     review.log.close()
@@ -122,7 +122,7 @@ def test_what_is_no_decision_is_refused(review: Review, served: Served, tmp_path
     refuses_strangers(served, [("/", None), ("/api/state", None), ("/image/0", None), ("/api/decision", good)])
     serves_no_files(served, [
         "/image/../decisions.jsonl", "/image/..%2f.review_token", "/../../etc/passwd", "/image/-1", "/image/99", "/image/0x1",
-        "/.review_token", "/api/candidate/", "/image/%30", "/image/1111111111",
+        "/.review_token", "/api/candidate/", "/image/1%00", "/image/1111111111", "/static/", "/static/..%2freview.py",
     ])  # fmt: skip
     refuses_bodies(served, "/api/decision", good, [
         {"set": {"decision": "maybe"}}, {"set": {"path": "x"}}, {"set": {"caption": 5}}, {"set": {"note": "x" * MAX_TEXT}},

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import secrets
-import signal
-import threading
 from pathlib import Path
-from urllib.parse import quote
 
-from paradiffusion.apps.serving import address_of
-from paradiffusion.apps.vote import Voting, check_set_names, make_server, open_keys
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.evaluation.votes.vote_options import VoteOptions
@@ -96,7 +91,14 @@ def make_study(options: VoteOptions, folder: Path, suite: Suite | None = None) -
     return study
 
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+def check_set_names(study: Study) -> None:
+    """Raises UserError where a text that raters read names a set, which would tell them whose picture is whose."""
+    texts = [study.title, *(part for q in study.questions for part in (q.name, q.text)), *study.tasks]
+    for name in study.sets:
+        if len(name) > 2 and any(name.lower() in text.lower() for text in texts):
+            raise UserError(
+                f"the set's name {name} stands in the title, a question or a rater's name, which raters see; reword it."
+            )
 
 
 def run_action(options: VoteOptions, suite: Suite | None = None) -> int:
@@ -120,23 +122,10 @@ def run_action(options: VoteOptions, suite: Suite | None = None) -> int:
 
 def serve(options: VoteOptions, suite: Suite | None) -> int:
     """Serve the vote page until Ctrl-C or SIGTERM."""
+    from paradiffusion.apps.vote import serve_votes
+
     study = open_study(options, suite)
-    keys, store = open_keys(study), Store(study)
-    server = make_server(Voting(study, store, keys), options.host, options.port, options.host_names())
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    for line in (*about(study), *addresses(study, options.host, server.server_port)):
-        print(line, flush=True)
-    if options.host not in LOCAL:
-        print("other machines reach this page, unencrypted: who reads an address can vote as that rater.", flush=True)
-    stop.wait()
-    server.shutdown()
-    server.server_close()
-    store.close()
-    print(f"ended; every vote is in {store.path}. action=serve study={study.folder} goes on, action=results counts.")
+    serve_votes(study, options.host, options.port, options.host_names(), about(study))
     return 0
 
 
@@ -156,14 +145,10 @@ def about(study: Study) -> list[str]:
     return lines
 
 
-def addresses(study: Study, host: str, port: int) -> list[str]:
-    """One address for each rater, to be sent to that rater alone."""
-    keys = open_keys(study)
-    return [f"{rater}: {address_of(host, port)}?token={quote(keys.tokens[rater])}" for rater in study.tasks]
-
-
 def tokens(study: Study, options: VoteOptions) -> int:
     """Print the raters' addresses again."""
+    from paradiffusion.apps.vote import addresses
+
     for line in addresses(study, options.host, options.port):
         print(line)
     return 0
