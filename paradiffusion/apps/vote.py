@@ -24,8 +24,7 @@ from starlette.routing import Route
 from paradiffusion.apps.serving import LOCAL, Rates, address_of, listen, local_app, page, serve, taking_json, whole
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.evaluation.votes.vote_store import SIDES, Refusal, Store, Vote
-from paradiffusion.evaluation.votes.vote_study import Study, Task
-from paradiffusion.evaluation.votes.voted_sets import read_picture
+from paradiffusion.evaluation.votes.vote_study import Study, Task, read_picture
 
 TOKENS: Final = ".tokens.json"
 MAX_COMMENT: Final = 2000

@@ -12,12 +12,12 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 
-from paradiffusion.evaluation.estimates import RESAMPLES, Estimate, expanded_tails, ratio
+from paradiffusion.evaluation.estimates import RESAMPLES, Estimate, expanded_tails, mean, of_sums, ratio
 from paradiffusion.evaluation.suites.suite import BAND_NAMES
 from paradiffusion.evaluation.votes.vote_store import Vote
 from paradiffusion.evaluation.votes.vote_study import TIE, Question, Study, Task
@@ -43,11 +43,11 @@ class Outcome:
     band: str
     set_a: str
     set_b: str
-    left: str
     question: str
     choice: str
     rater: str
     occasion: int = 0
+    left: str = ""
     missing: bool = False
     seconds: float | None = None
     at: str = ""
@@ -74,9 +74,8 @@ def _voted(study: Study, task: Task, vote: Vote, comment: str) -> Outcome:
     sides = (pair.set_b, pair.set_a) if task.flipped else (pair.set_a, pair.set_b)
     chosen = {"left": sides[0], "right": sides[1]}.get(vote.choice)
     choice = TIE if chosen is None else "a" if chosen == pair.set_a else "b"
-    return _outcome(
-        study, task, vote.question, choice, vote.rater, left=sides[0], seconds=vote.seconds, at=vote.at, comment=comment
-    )
+    shown = {"left": sides[0], "seconds": vote.seconds, "at": vote.at, "comment": comment}
+    return _outcome(study, task, vote.question, choice, vote.rater, **shown)
 
 
 def _settled(study: Study, votes: Sequence[Vote]) -> Iterator[Outcome]:
@@ -96,24 +95,11 @@ def _settled(study: Study, votes: Sequence[Vote]) -> Iterator[Outcome]:
                         yield _outcome(study, task, question.name, choice, rater, missing=True)
 
 
-def _outcome(
-    study: Study,
-    task: Task,
-    question: str,
-    choice: str,
-    rater: str,
-    *,
-    left: str = "",
-    missing: bool = False,
-    seconds: float | None = None,
-    at: str = "",
-    comment: str = "",
-) -> Outcome:
-    pair = study.pairs[task.pair]
-    prompt = study.prompts[pair.prompt]
+def _outcome(study: Study, task: Task, question: str, choice: str, rater: str, **shown: Any) -> Outcome:
+    pair, prompt = study.pairs[task.pair], study.prompts[study.pairs[task.pair].prompt]
     return Outcome(
-        task.pair, pair.prompt, pair.image, prompt.category, prompt.band, pair.set_a, pair.set_b, left, question, choice,
-        rater, task.occasion, missing, seconds, at, comment,
+        task.pair, pair.prompt, pair.image, prompt.category, prompt.band, pair.set_a, pair.set_b, question, choice, rater,
+        task.occasion, **shown,
     )  # fmt: skip
 
 
@@ -147,7 +133,7 @@ def reliability(outcomes: Sequence[Outcome], seed: int = 0) -> Reliability:
     return Reliability(
         alpha=alpha_of([u for u, _, _ in units], [v for _, v, _ in units], [p for _, _, p in units], 3, seed),
         same=_same(first, seed),
-        left=ratio(left, [1.0] * len(left), [one.prompt for one in sided], seed) if sided else None,
+        left=mean(left, [one.prompt for one in sided], seed) if sided else None,
         again=_again(voted, seed),
     )
 
@@ -187,15 +173,16 @@ def alpha_of(
     for unit, row in given.items():
         if row.sum() > 1:
             tables[names[prompt_of[unit]]] += (np.outer(row, row) - np.diag(row)) / (row.sum() - 1)
-    found = krippendorff_alpha(tables.sum(0))
-    if np.isnan(found):
+    try:
+        # Sums over prompts have their values' two axes first: [choices^2, prompts] -> [resamples, choices, choices].
+        return of_sums(
+            tables.reshape(len(names), -1).T,
+            lambda sums: krippendorff_alpha(np.moveaxis(sums.reshape(choices, choices, -1), -1, 0)),
+            round(float(tables.sum())),
+            seed,
+        )
+    except ValueError:
         return None
-    rng = np.random.Generator(np.random.PCG64(seed_from("alpha", seed, len(names))))
-    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES).astype(float)
-    sampled = krippendorff_alpha(np.tensordot(weights, tables, 1))
-    low, high = np.nanquantile(sampled, expanded_tails(len(names)))
-    alpha = float(found)
-    return Estimate(alpha, min(float(low), alpha), max(float(high), alpha), round(float(tables.sum())), len(names))
 
 
 def _same(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
@@ -219,7 +206,7 @@ def _again(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
     first = {(one.rater, one.pair): one.choice for one in outcomes if one.occasion == 0}
     second = [one for one in outcomes if one.occasion == 1 and (one.rater, one.pair) in first]
     same = [float(first[one.rater, one.pair] == one.choice) for one in second]
-    return ratio(same, [1.0] * len(same), [one.prompt for one in second], seed) if second else None
+    return mean(same, [one.prompt for one in second], seed) if second else None
 
 
 # The spread of a normal prior on log strengths and on the tie parameter, natural logarithm; our choice. A set that won every
@@ -418,22 +405,14 @@ def rates_of(found: Sequence[Outcome], sets: Sequence[str], seed: int = 0) -> li
         own = [one for one in found if (one.set_a, one.set_b) == (first, second)]
         if own:
             prompts = [one.prompt for one in own]
-
-            def share(
-                value: Callable[[str], float], own: list[Outcome] = own, prompts: list[str] = prompts
-            ) -> Estimate:
-                return ratio([value(one.choice) for one in own], [1.0] * len(own), prompts, seed)
-
-            rates.append(
-                Rates(
-                    first,
-                    second,
-                    win=share(lambda choice: choice == "a"),
-                    tie=share(lambda choice: choice == TIE),
-                    loss=share(lambda choice: choice == "b"),
-                    margin=share(lambda choice: (choice == "a") - (choice == "b")),
-                )
-            )
+            worth = (
+                {"a": 1.0},
+                {TIE: 1.0},
+                {"b": 1.0},
+                {"a": 1.0, "b": -1.0},
+            )  # of a vote, for the win, tie, loss and margin
+            shares = [mean([each.get(one.choice, 0.0) for one in own], prompts, seed) for each in worth]
+            rates.append(Rates(first, second, *shares))
     return rates
 
 
