@@ -69,9 +69,7 @@ class Voting:
 
     def __init__(self, study: Study, store: Store, keys: Keys) -> None:
         self.study, self.store, self.keys = study, store, keys
-        self._shown = {
-            r: [t for t in ts if study.settled(study.pairs[t.pair]) is None] for r, ts in study.tasks.items()
-        }
+        self._shown = {rater: study.shown(rater) for rater in study.tasks}
         # Under the random names that a rater's browser gets; another's are not found.
         own = [(rater, task) for rater, tasks in self._shown.items() for task in tasks]
         self._tasks = {(rater, self.name_of(rater, task)): task for rater, task in own}
@@ -165,10 +163,10 @@ class Voting:
         if found is None:
             raise HTTPException(404, "there is no such picture")
         task, side = found
-        pair = self.study.pairs[task.pair]
-        shown = self.study.sets[pair.set_b if task.flipped == (side == LEFT) else pair.set_a]
+        shown = self.study.sides(task)[side]
         try:
-            return plain_png(read_picture(shown.root, shown.pictures[pair.prompt][pair.image]))
+            picture = self.study.picture(self.study.pairs[task.pair], shown)
+            return plain_png(read_picture(self.study.sets[shown].root, picture))
         except BadImage:
             raise HTTPException(410, "this picture cannot be read any more") from None
 

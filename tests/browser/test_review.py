@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from browser import Served, chromium, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
 from commands import wait_for
-from review_server import Server, at, decisions, logged, started, until
+from review_server import Server, at, decisions, logged, until
 from tiny_clip import write_candidates
 
 from paradiffusion.apps.review import MAX_TEXT, Review, open_review, review_app
@@ -168,8 +168,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
         "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>",
         *[f"Number {n}. {LONG}" for n in range(1, 8)],
     ]
-    with started(write_candidates(tmp_path / "work", captions)) as server:
-        yield server
+    server = Server(write_candidates(tmp_path / "work", captions)).start()
+    yield server
+    server.close()
 
 
 @in_browser
@@ -223,7 +224,7 @@ def test_a_walk_with_the_keyboard_and_a_reload_in_the_middle(server: Server, bro
     names = [one["event"] for one in logged(server.work)]
     assert len(names) == len(set(names))
     page.close()
-    assert server.kill(signal.SIGTERM) == 0
+    assert server.end(signal.SIGTERM) == 0
 
 
 @in_browser
@@ -235,7 +236,7 @@ def test_a_server_that_is_killed_loses_nothing_that_it_acknowledged_or_was_sent(
     for number in range(3):
         page.keyboard.press("kdk"[number])
         at(page, number + 1)
-    server.kill()
+    server.end()
     assert [decisions(server.work)[f"picture-{n}"]["decision"] for n in range(3)] == ["keep", "drop", "keep"]
     page.keyboard.press("e")
     page.keyboard.press("End")
@@ -252,7 +253,7 @@ def test_a_server_that_is_killed_loses_nothing_that_it_acknowledged_or_was_sent(
     stored = decisions(server.work)["picture-3"]
     assert stored["decision"] == "keep" and str(stored["caption"]).endswith("Typed while it was away.")
 
-    server.kill()  # and now the tab is closed before the server is back
+    server.end()  # and now the tab is closed before the server is back
     page.keyboard.press("d")
     page.wait_for_selector("#status.bad")
     page.close()
@@ -365,7 +366,7 @@ def test_no_decision_falls_on_another_picture_when_candidates_are_chosen_anew(se
     assert page.evaluate(width) == 96
     page.keyboard.press("k")
     at(page, 1)
-    server.kill()
+    server.end()
     choose(server.work, Choosing(maximum={"aesthetic": 8.985}))  # what was number 2 comes first now
     server.start()
     # The page notices by itself, loads anew and stays at the second. (Asking its script meanwhile would race that.)

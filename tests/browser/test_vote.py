@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from browser import Served, chromium, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
-from commands import ROOT, wait_for
+from browser import Program, Served, chromium, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
+from commands import wait_for
 from programs import script
 from vote_studies import HOSTILE, SECRET, pixels_of, study_of, write_picture
 
@@ -262,34 +259,15 @@ def test_mistakes_on_the_command_line_are_one_sentence(command: Any, tmp_path: P
 # --- the command
 
 
-class Server:
-    """The command line, as a process that can be killed and started again at its port."""
+class Server(Program):
+    """The vote of ``study``."""
 
     def __init__(self, study: Study) -> None:
-        self.study, self.port = study, 0
-        self.urls: dict[str, str] = {}
-        self.process: subprocess.Popen[str] | None = None
+        super().__init__("scripts/vote.py", "action=serve", f"study={study.folder}", addresses=len(study.tasks))
+        self.study = study
 
-    def start(self) -> Server:
-        self.process = subprocess.Popen(
-            [sys.executable, "scripts/vote.py", "action=serve", f"study={self.study.folder}", f"port={self.port}"],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if found := re.match(r"(\w+): (http://127\.0\.0\.1:(\d+)/\S+)", line):
-                self.urls[found[1]], self.port = found[2], int(found[3])
-            if len(self.urls) == len(self.study.tasks):
-                break
-        assert self.port
-        return self
-
-    def end(self, number: int = signal.SIGKILL) -> int:
-        assert self.process is not None
-        self.process.send_signal(number)
-        assert self.process.communicate(timeout=20)[1] == ""  # it has nothing to complain of
-        self.urls = {}
-        return self.process.returncode
+    def url(self, rater: str) -> str:
+        return self.urls[list(self.study.tasks).index(rater)]
 
     def votes(self, rater: str) -> list[str]:
         """The choices as they lie on disk."""
@@ -317,8 +295,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     yield start
     for server in servers:
-        if server.process is not None and server.process.poll() is None:
-            server.end()
+        server.close()
 
 
 def at(page: Any, done: int) -> None:
@@ -338,7 +315,7 @@ def test_the_server_ends_without_a_word_on_what_it_cut_off(started: Any, number:
     held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
     held[0].sendall(b"garbage\r\n\r\n")
     assert held[0].recv(99).startswith(b"HTTP/1.1 400")
-    token = server.urls["anna"].partition("=")[2].encode()
+    token = server.url("anna").partition("=")[2].encode()
     held[1].sendall(b"POST /api/vote HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
     held[1].sendall(b"X-Token: " + token + b"\r\nContent-Length: 50\r\n\r\n{")  # and never the rest
     assert server.end(number) == 0
@@ -354,7 +331,7 @@ def test_two_raters_vote_at_once_one_reloads_and_the_server_is_killed(started: A
     for rater, context in zip(("anna", "ben"), contexts, strict=True):
         pages[rater] = context.new_page()
         listen(pages[rater], wrong)
-        pages[rater].goto(server.urls[rater])
+        pages[rater].goto(server.url(rater))
     anna, ben = pages["anna"], pages["ben"]
     keys, choices = {"anna": "alt", "ben": "tla"}, {"a": "left", "l": "right", "t": "tie"}
     for number in range(2):  # both walk on, by turns
@@ -394,7 +371,7 @@ def test_two_raters_vote_at_once_one_reloads_and_the_server_is_killed(started: A
     server.start()
     anna = contexts[0].new_page()
     listen(anna, wrong)
-    anna.goto(server.urls["anna"])
+    anna.goto(server.url("anna"))
     at(anna, 2)
     assert server.votes("anna") == ["left", "right", "right"]
     for page, rater in ((anna, "anna"), (ben, "ben")):
@@ -426,7 +403,7 @@ def test_the_page_by_mouse_and_keys_with_both_questions_on_one_screen(
     server = started(3, raters="[anna]", ask="together", title="</script><i>Look</i>")
     page, wrong = browser.new_page(viewport={"width": 1200, "height": 760}), []
     listen(page, wrong)
-    page.goto(server.urls["anna"])
+    page.goto(server.url("anna"))
     at(page, 0)
     assert page.inner_text("h1") == page.title() == "</script><i>Look</i>" and page.evaluate("window.hit") is None
     rows = page.query_selector_all(".question")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
+import re
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
+from commands import ROOT
 
 from paradiffusion.apps import serving
 
@@ -74,6 +80,42 @@ class Served:
         found = answer.status, answer.read(), {name.title(): value for name, value in answer.headers.items()}
         connection.close()
         return found
+
+
+class Program:
+    """The command line of the vote or the review, as a process that can be killed and started again at its port.
+
+    Attributes:
+        urls: what it printed: the first ``addresses`` of them.
+    """
+
+    def __init__(self, *arguments: str, addresses: int = 1) -> None:
+        self.arguments, self.addresses, self.port = arguments, addresses, 0
+        self.urls: list[str] = []
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> Self:
+        self.process = subprocess.Popen(
+            [sys.executable, *self.arguments, f"port={self.port}"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        found = (re.search(r"http://127\.0\.0\.1:(\d+)/\S+", line) for line in self.process.stdout)
+        printed = list(itertools.islice(filter(None, found), self.addresses))
+        assert len(printed) == self.addresses
+        self.urls, self.port = [one[0] for one in printed], int(printed[0][1])
+        return self
+
+    def end(self, number: int = signal.SIGKILL) -> int:
+        """Its exit status, after the signal ``number``; it must not have complained of anything."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        assert self.process.communicate(timeout=20)[1] == ""
+        return self.process.returncode
+
+    def close(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.end()
 
 
 def refuses_strangers(served: Served, requests: list[tuple[str, Any]]) -> None:

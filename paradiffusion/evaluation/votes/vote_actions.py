@@ -313,8 +313,7 @@ def serve(options: VoteOptions, suite: Suite | None) -> int:
 
 def about(study: Study) -> list[str]:
     """What there is to vote on, in a few lines."""
-    shown = [[t for t in tasks if study.settled(study.pairs[t.pair]) is None] for tasks in study.tasks.values()]
-    counts = sorted({len(tasks) for tasks in shown})  # as the raters' pages count them
+    counts = sorted({len(study.shown(rater)) for rater in study.tasks})  # as the raters' pages count them
     lines = [
         f"{len(study.prompts)} prompts of {study.suite}, {len(study.sets)} sets, {len(study.pairs)} pairs; "
         f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} screens for each of {len(study.tasks)} raters."

@@ -70,11 +70,9 @@ def outcomes(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str, s
 
 
 def _voted(study: Study, task: Task, vote: Vote, comment: str) -> Outcome:
-    pair = study.pairs[task.pair]
-    sides = (pair.set_b, pair.set_a) if task.flipped else (pair.set_a, pair.set_b)
-    chosen = {"left": sides[0], "right": sides[1]}.get(vote.choice)
-    choice = TIE if chosen is None else "a" if chosen == pair.set_a else "b"
-    shown = {"left": sides[0], "seconds": vote.seconds, "at": vote.at, "comment": comment}
+    # The first set is "a"; where it is on the right, a vote for the left is one for "b".
+    choice = TIE if vote.choice == TIE else "a" if (vote.choice == "left") != task.flipped else "b"
+    shown = {"left": study.sides(task)[0], "seconds": vote.seconds, "at": vote.at, "comment": comment}
     return _outcome(study, task, vote.question, choice, vote.rater, **shown)
 
 
@@ -405,12 +403,8 @@ def rates_of(found: Sequence[Outcome], sets: Sequence[str], seed: int = 0) -> li
         own = [one for one in found if (one.set_a, one.set_b) == (first, second)]
         if own:
             prompts = [one.prompt for one in own]
-            worth = (
-                {"a": 1.0},
-                {TIE: 1.0},
-                {"b": 1.0},
-                {"a": 1.0, "b": -1.0},
-            )  # of a vote, for the win, tie, loss and margin
+            # What each choice adds to the win, the tie, the loss and the margin.
+            worth = ({"a": 1.0}, {TIE: 1.0}, {"b": 1.0}, {"a": 1.0, "b": -1.0})
             shares = [mean([each.get(one.choice, 0.0) for one in own], prompts, seed) for each in worth]
             rates.append(Rates(first, second, *shares))
     return rates
@@ -449,13 +443,11 @@ def _answers(study: Study, question: Question, found: Sequence[Outcome], seed: i
 
 def _rater(study: Study, rater: str, votes: Sequence[Vote], found: Sequence[Outcome]) -> Rater:
     own = [vote for vote in votes if vote.rater == rater]
-    shown = {t.key: t.round for t in study.tasks[rater] if study.settled(study.pairs[t.pair]) is None}
-    answered = {(vote.task, vote.question) for vote in own}
-    done = sum(all((key, q.name) in answered for q in study.asked(number)) for key, number in shown.items())
+    shown, answered = study.shown(rater), {(vote.task, vote.question) for vote in own}
     sided = [one for one in found if one.rater == rater and not one.missing and one.choice != TIE]
     return Rater(
         name=rater,
-        done=done,
+        done=sum(all((task.key, q.name) in answered for q in study.asked(task.round)) for task in shown),
         total=len(shown),
         votes=len(own),
         seconds=round(median(vote.seconds for vote in own), 1) if own else None,

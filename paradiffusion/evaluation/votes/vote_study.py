@@ -145,6 +145,15 @@ class Study:
         missing = (bool(self.picture(pair, pair.set_a).error), bool(self.picture(pair, pair.set_b).error))
         return {(True, False): "b", (False, True): "a", (True, True): TIE, (False, False): None}[missing]
 
+    def sides(self, task: Task) -> tuple[str, str]:
+        """The sets on the left and on the right."""
+        pair = self.pairs[task.pair]
+        return (pair.set_b, pair.set_a) if task.flipped else (pair.set_a, pair.set_b)
+
+    def shown(self, rater: str) -> list[Task]:
+        """The rater's tasks that no missing picture settles."""
+        return [task for task in self.tasks[rater] if self.settled(self.pairs[task.pair]) is None]
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the pairs and of who sees them how: votes of another study are not read as this one's."""
@@ -154,8 +163,7 @@ class Study:
     def failures(self) -> list[tuple[str, str, int, str]]:
         """(set, prompt, image, why) of all pictures that are missing."""
         used = dict.fromkeys((name, p.prompt, p.image) for p in self.pairs for name in (p.set_a, p.set_b))
-        found = [(*key, self.sets[key[0]].pictures[key[1]][key[2]].error) for key in used]
-        return [row for row in found if row[3]]
+        return [(*key, why) for key in used if (why := self.sets[key[0]].pictures[key[1]][key[2]].error)]
 
 
 def write_study(study: Study) -> Path:
