@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
 from dataclasses import dataclass
@@ -22,16 +21,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from paradiffusion.apps.serving import (
-    LOCAL,
     MAX_BODY,
     address_of,
     json_response,
-    listen,
     local_app,
     page,
     serve,
     taking_json,
     whole,
+    write_private,
 )
 from paradiffusion.curation.choosing.candidates import Candidate, Candidates
 from paradiffusion.curation.choosing.decisions import DECISIONS, FIELDS, VERDICTS, DecisionLog
@@ -91,9 +89,7 @@ def open_review(work: Path, reviewer: str) -> Review:
         token = ""
     if len(token) < 20:
         token = secrets.token_urlsafe(24)
-        path.unlink(missing_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(token)
+        write_private(path, token)
     return Review(candidates, DecisionLog(work / DECISIONS), token, reviewer.strip(), work.absolute().name)
 
 
@@ -111,12 +107,8 @@ def review_app(review: Review, hosts: tuple[str, ...] = ()) -> Starlette:
         return review.candidates.all[int(number)]
 
     def show(request: Request) -> Response:
-        # The identity keeps what waits in the browser apart from that of other reviews at the same address.
-        identity = hashlib.blake2b(review.token.encode(), digest_size=8).hexdigest()
-        settings = {
-            "name": review.name, "id": identity, "reviewer": review.reviewer, "words": WORDS, "most": MAX_TEXT,
-        }  # fmt: skip
-        return page("review", f"{review.name}: review", settings)
+        settings = {"name": review.name, "reviewer": review.reviewer, "words": WORDS, "most": MAX_TEXT}
+        return page("review", f"{review.name}: review", review.token, **settings)
 
     def state(request: Request) -> Response:
         since = request.query_params.get("since", "0")
@@ -155,12 +147,12 @@ def review_app(review: Review, hosts: tuple[str, ...] = ()) -> Starlette:
 def serve_review(work: Path, reviewer: str, host: str, port: int) -> None:
     """Serve the review page of the candidates in ``work`` until Ctrl-C or SIGTERM. Raises UserError."""
     review = open_review(work, reviewer)
-    listener = listen(host, port)
-    address = address_of(host, listener.getsockname()[1])
-    lines = [f"{len(review.candidates.all)} candidates; open {address}?token={review.token}"]
-    if host not in LOCAL:
-        lines.append("other machines reach this page, unencrypted: whoever reads the address can decide too.")
-    serve(review_app(review, (host,)), listener, lines)
+    count = len(review.candidates.all)
+    serve(
+        review_app(review, (host,)), host, port,
+        lambda port: [f"{count} candidates; open {address_of(host, port)}?token={review.token}"],
+        "whoever reads the address can decide too",
+    )  # fmt: skip
     review.log.close()
     print(f"ended; every decision is in {work / DECISIONS}. The same command goes on, action=export writes the shards.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import logging
@@ -27,12 +28,12 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from paradiffusion.atomic import atomic_file
 from paradiffusion.errors import UserError
 from paradiffusion.pages import ROOT, render
 
 MAX_BODY: Final = 1 << 16
 MAX_CONNECTIONS: Final = 256
-LOCAL: Final = ("127.0.0.1", "localhost", "::1")
 _HEADERS: Final = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -159,8 +160,10 @@ def whole(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def page(app: str, title: str, settings: dict[str, Any]) -> Response:
-    """The page of templates/``app``.html, whose script finds ``settings``."""
+def page(app: str, title: str, token: str, /, **settings: Any) -> Response:
+    """The page of templates/``app``.html, whose script finds ``settings`` and an ``id``, which keeps what waits in the browser
+    apart from that of other tokens."""
+    settings["id"] = hashlib.blake2b(token.encode(), digest_size=8).hexdigest()
     text = render(f"apps/templates/{app}.html", app=app, title=title, settings=settings)
     return HTMLResponse(text.encode("utf-8", "replace"))
 
@@ -198,6 +201,14 @@ def address_of(host: str, port: int) -> str:
     return f"http://{shown}:{port}/"
 
 
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read."""
+    with atomic_file(path) as partial:
+        partial.unlink(missing_ok=True)
+        partial.touch(0o600, exist_ok=False)
+        partial.write_text(text, encoding="utf-8")
+
+
 class Server(uvicorn.Server):
     """Uvicorn as these apps need it: it says nothing but errors, since tokens do not belong in logs."""
 
@@ -215,10 +226,16 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(app: Starlette, listener: socket.socket, lines: Iterable[str]) -> None:
-    """Print ``lines`` and answer until Ctrl-C or SIGTERM."""
-    server = Server(app)
+def serve(app: Starlette, host: str, port: int, lines: Callable[[int], Iterable[str]], risk: str) -> None:
+    """Answer until Ctrl-C or SIGTERM; before that, print ``lines(port)`` and, where other machines reach it, the ``risk``.
+
+    Raises:
+        UserError: where nothing can listen there.
+    """
+    listener, server = listen(host, port), Server(app)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)  # uvicorn's own begins later, and raises the signal anew at the end
-    print(*lines, sep="\n", flush=True)
+    local = host in ("127.0.0.1", "localhost", "::1")
+    warning = [] if local else [f"other machines reach this page, unencrypted: {risk}."]
+    print(*lines(listener.getsockname()[1]), *warning, sep="\n", flush=True)
     server.run(sockets=[listener])

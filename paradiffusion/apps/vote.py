@@ -7,7 +7,6 @@ import hmac
 import io
 import json
 import math
-import os
 import secrets
 import sqlite3
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from paradiffusion.apps.serving import LOCAL, Rates, address_of, listen, local_app, page, serve, taking_json, whole
+from paradiffusion.apps.serving import Rates, address_of, local_app, page, serve, taking_json, whole, write_private
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.evaluation.votes.vote_store import SIDES, Refusal, Store, Vote
 from paradiffusion.evaluation.votes.vote_study import Study, Task, read_picture
@@ -56,11 +55,8 @@ def open_keys(study: Study) -> Keys:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     keys = Keys({rater: secrets.token_urlsafe(24) for rater in study.tasks}, secrets.token_bytes(32))
-    partial = path.with_name(f"{TOKENS}.part")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        json.dump({"secret": keys.secret.hex(), "raters": keys.tokens}, file, ensure_ascii=False, indent=1)
-    os.replace(partial, path)
+    record = {"secret": keys.secret.hex(), "raters": keys.tokens}
+    write_private(path, json.dumps(record, ensure_ascii=False, indent=1))
     return keys
 
 
@@ -191,10 +187,8 @@ def vote_app(voting: Voting, hosts: tuple[str, ...] = (), rates: Rates | None = 
 
     def show(request: Request) -> Response:
         study, rater = voting.study, request.state.owner
-        # The identity keeps what waits in the browser apart from that of other raters and studies.
-        identity = hashlib.blake2b(voting.keys.tokens[rater].encode(), digest_size=8).hexdigest()
-        settings = {"title": study.title, "id": identity, "rater": rater, "together": study.ask == "together"}
-        return page("vote", study.title, settings)
+        together = study.ask == "together"
+        return page("vote", study.title, voting.keys.tokens[rater], title=study.title, rater=rater, together=together)
 
     def picture(request: Request) -> Response:
         return Response(voting.picture(request.state.owner, request.path_params["name"]), media_type="image/png")
@@ -237,10 +231,7 @@ def serve_votes(study: Study, host: str, port: int, hosts: tuple[str, ...], abou
     """Print ``about`` and the addresses, and serve the vote page until Ctrl-C or SIGTERM. Raises UserError."""
     store = Store(study)
     app = vote_app(Voting(study, store, open_keys(study)), (host, *hosts))
-    listener = listen(host, port)
-    lines = [*about, *addresses(study, host, listener.getsockname()[1])]
-    if host not in LOCAL:
-        lines.append("other machines reach this page, unencrypted: who reads an address can vote as that rater.")
-    serve(app, listener, lines)
+    risk = "who reads an address can vote as that rater"
+    serve(app, host, port, lambda port: [*about, *addresses(study, host, port)], risk)
     store.close()
     print(f"ended; every vote is in {store.path}. action=serve study={study.folder} goes on, action=results counts.")

@@ -25,7 +25,7 @@ from paradiffusion.evaluation.votes.vote_study import (
     VotedPrompt,
     all_pairs,
     assign,
-    common_prompts,
+    common_suite,
     look_at,
     open_sources,
     read_study,
@@ -240,19 +240,20 @@ def make_study(options: VoteOptions, folder: Path, suite: Suite | None = None) -
     raters = options.rater_names()
     repeats = options.repeats or min(USUAL_REPEATS, len(raters))
     sources = open_sources(options.set_paths(), suite)
-    suite_name, prompts = common_prompts(sources, suite)
-    prompts = list(Suite(suite_name, suite_name, tuple(prompts)).first(options.count).prompts)
-    pairs = all_pairs([prompt.id for prompt in prompts], [source.name for source in sources], options.images_per_prompt)
+    common = common_suite(sources, suite).first(options.count)
+    pairs = all_pairs(
+        [prompt.id for prompt in common.prompts], [source.name for source in sources], options.images_per_prompt
+    )
     if options.pairs_per_rater is not None:
         pairs = spread(pairs, max(1, options.pairs_per_rater * len(raters) // repeats), seed)
     shown = {pair.prompt for pair in pairs}
-    prompts = [prompt for prompt in prompts if prompt.id in shown]
+    prompts = [prompt for prompt in common.prompts if prompt.id in shown]
     questions = options.asked()
     rounds = 1 if options.ask == "together" else len(questions)
     study = Study(
         folder=folder,
         title=options.title.strip(),
-        suite=suite_name,
+        suite=common.name,
         settings=settings,
         ask=options.ask,
         questions=questions,

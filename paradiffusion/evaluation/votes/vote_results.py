@@ -7,6 +7,7 @@ Bradley and Terry's; its estimates depend on the votes through wins and half tie
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,19 +186,13 @@ def alpha_of(
 
 def _same(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
     """The share of equal votes among all pairs of votes on one pair of pictures."""
-    groups: dict[int, list[Outcome]] = defaultdict(list)
+    groups: dict[tuple[int, str], list[str]] = defaultdict(list)
     for one in outcomes:
-        groups[one.pair].append(one)
-    equal: list[float] = []
-    all_pairs: list[float] = []
-    prompts: list[str] = []
-    for group in groups.values():
-        counts = [sum(one.choice == choice for one in group) for choice in CHOICES]
-        if len(group) > 1:
-            equal.append(sum(count * (count - 1) / 2 for count in counts))
-            all_pairs.append(len(group) * (len(group) - 1) / 2)
-            prompts.append(group[0].prompt)
-    return ratio(equal, all_pairs, prompts, seed) if prompts else None
+        groups[one.pair, one.prompt].append(one.choice)
+    several = {prompt: choices for prompt, choices in groups.items() if len(choices) > 1}
+    equal = [float(sum(math.comb(choices.count(choice), 2) for choice in CHOICES)) for choices in several.values()]
+    all_pairs = [float(math.comb(len(choices), 2)) for choices in several.values()]
+    return ratio(equal, all_pairs, [prompt for _, prompt in several], seed) if several else None
 
 
 def _again(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:

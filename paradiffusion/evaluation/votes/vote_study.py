@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -377,50 +377,41 @@ def open_sources(paths: dict[str, str], suite: Suite | None) -> list[Source]:
     return [evaluations.get(name) or _from_folder(name, folder, suite) for name, folder in folders.items()]
 
 
-def common_prompts(sources: Sequence[Source], suite: Suite | None) -> tuple[str, list[SuitePrompt]]:
-    """The suite's name and the prompts that all evaluations were made for, in its order.
+def common_suite(sources: Sequence[Source], suite: Suite | None) -> Suite:
+    """The prompts that all evaluations were made for, in the suite's order.
 
     Raises:
         UserError: where there are none, or one id stands for two texts.
     """
-    suites = [source.suite for source in sources if source.suite is not None]
-    first = suite or suites[0]
-    known = [{prompt.id: prompt.text for prompt in one.prompts} for one in suites]
+    made = [(source.name, source.suite) for source in sources if source.suite is not None]
+    first = suite or made[0][1]
+    known = {name: {prompt.id: prompt.text for prompt in one.prompts} for name, one in made}
     for prompt in first.prompts:
-        for source, texts in zip((s for s in sources if s.suite is not None), known, strict=True):
+        for name, texts in known.items():
             if texts.get(prompt.id, prompt.text) != prompt.text:
                 raise UserError(
-                    f"the prompt {prompt.id} has another text in the set {source.name}; draw the sets from the same prompts."
+                    f"the prompt {prompt.id} has another text in the set {name}; draw the sets from the same prompts."
                 )
-    prompts = [prompt for prompt in first.prompts if all(prompt.id in texts for texts in known)]
+    prompts = tuple(prompt for prompt in first.prompts if all(prompt.id in texts for texts in known.values()))
     if not prompts:
         raise UserError("the sets have no prompt in common; draw them from the same suite with the same count=.")
-    return first.name, prompts
+    return Suite(first.name, first.name, prompts)
 
 
 def look_at(source: Source, prompts: Sequence[SuitePrompt], images: int) -> PictureSet:
     """Decode each picture once, so that one that cannot be shown is known before the first vote."""
-    wanted = [(prompt.id, number) for prompt in prompts for number in range(images)]
-
-    def look(key: tuple[str, int]) -> Picture:
-        files = source.files.get(key[0], [])
-        if key[1] >= len(files):
-            return Picture("", error=ABSENT)
-        file = files[key[1]]
-        return Picture("", error=file) if isinstance(file, str) else _looked_at(file, source.root)
-
+    files = [file for p in prompts for file in [*source.files.get(p.id, []), *[ABSENT] * images][:images]]
     threads = min(4, os.cpu_count() or 1)
     pause = 0.5 if sys.stderr.isatty() else 10.0  # a log file stays readable
     pool = ThreadPoolExecutor(threads)
     try:
-        name = f"pictures of {source.name}"
-        found = list(tqdm(pool.map(look, wanted), total=len(wanted), desc=name, mininterval=pause))
+        looked = pool.map(partial(_looked_at, root=source.root), files)
+        found = list(tqdm(looked, total=len(files), desc=f"pictures of {source.name}", mininterval=pause))
     finally:  # after Ctrl-C too, which would else wait for all
         pool.shutdown(cancel_futures=True)
-    pictures: dict[str, list[Picture]] = {prompt.id: [] for prompt in prompts}
-    for (prompt_id, _), picture in zip(wanted, found, strict=True):
-        pictures[prompt_id].append(picture)
-    return PictureSet(source.name, source.root, pictures)
+    return PictureSet(
+        source.name, source.root, {p.id: found[n * images : (n + 1) * images] for n, p in enumerate(prompts)}
+    )
 
 
 def read_picture(root: Path, picture: Picture) -> bytes:
@@ -440,7 +431,9 @@ def digest_of(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _looked_at(file: Path, root: Path) -> Picture:
+def _looked_at(file: Path | str, root: Path) -> Picture:
+    if isinstance(file, str):
+        return Picture("", error=file)
     relative = Path(os.path.relpath(file, root)).as_posix()
     try:
         data = _bytes(file, root)
