@@ -63,11 +63,8 @@ def local_app(
             raise HTTPException(403, "the token is missing or wrong: open the address that you were given")
 
     checks = [Middleware(_checked, check=check) for check in (check_origin, *([rates.check] if rates else []))]
-    names = [
-        "localhost",
-        socket.gethostname(),
-        *(name for name in hosts if "*" not in name),
-    ]  # which would be a pattern
+    # To TrustedHostMiddleware a star is a pattern; no host is called so.
+    names = ["localhost", socket.gethostname(), *(name for name in hosts if "*" not in name)]
     static = [
         Route("/static/base.css", lambda request: FileResponse(ROOT / "templates" / "base.css")),
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),

@@ -119,7 +119,8 @@ class Program:
 
 
 def refuses_strangers(served: Served, requests: list[tuple[str, Any]]) -> None:
-    """None of these requests is answered without the token, under a foreign name, or from another site's page."""
+    """None of these requests is answered without the token, under a foreign name, or from another site's page; a style is
+    without the token, but nowhere else."""
     for path, body in requests:
         for headers in (
             {"X_Token": None},
@@ -127,9 +128,14 @@ def refuses_strangers(served: Served, requests: list[tuple[str, Any]]) -> None:
             {"X_Token": "\xff"},
             {"Origin": "http://evil.example"},
         ):
-            assert served.ask(path, body, **headers)[0] == 403, (path, headers)
+            status, _, given = served.ask(path, body, **headers)
+            assert (status, given["X-Content-Type-Options"]) == (403, "nosniff"), (path, headers)
         for host in ("evil.example:80", "127.0.0.1.evil.example", "", None):
             assert served.ask(path, body, Host=host)[0] == 400, (path, host)
+    status, _, given = served.ask("/static/base.css", X_Token=None)
+    assert status == 200 and given["Content-Type"].startswith("text/css") and given["Cache-Control"] == "no-store"
+    assert served.ask("/static/app.css", Host="evil.example")[0] == 400
+    assert served.ask("/static/app.css", Origin="http://evil.example")[0] == 403
     for host in ("localhost:99", "192.168.7.7:8766", "[::1]:8766"):  # through a tunnel, or from the same network
         assert served.ask("/", Host=host)[0] == 200
 
