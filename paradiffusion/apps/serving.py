@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import ipaddress
 import json
@@ -27,6 +28,7 @@ from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from paradiffusion.atomic import atomic_file
 from paradiffusion.errors import UserError
@@ -34,6 +36,7 @@ from paradiffusion.pages import ROOT, render
 
 MAX_BODY: Final = 1 << 16
 MAX_CONNECTIONS: Final = 256
+PATIENCE = 30  # seconds, with a connection that says nothing and with a body that does not come
 _HEADERS: Final = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -173,8 +176,8 @@ def taking_json(act: Callable[[Request, Any], Any]) -> Callable[[Request], Await
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise HTTPException(415, "what is sent is application/json")
         try:
-            body = await request.json()
-        except (ValueError, RecursionError, ClientDisconnect) as error:
+            body = await asyncio.wait_for(request.json(), PATIENCE)
+        except (ValueError, RecursionError, ClientDisconnect, TimeoutError) as error:
             raise HTTPException(400, f"not understood: {error}") from None
         return json_response(await run_in_threadpool(act, request, body))
 
@@ -206,13 +209,20 @@ def write_private(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+class _Protocol(H11Protocol):
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Uvicorn's patience begins after a first answer; a connection that never asks must not keep its place either."""
+        super().connection_made(transport)
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+
 class Server(uvicorn.Server):
     """Uvicorn as these apps need it: it says nothing but errors, since tokens do not belong in logs."""
 
     def __init__(self, app: Starlette) -> None:
         config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="error", access_log=False,
-            server_header=False, proxy_headers=False, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=30,
+            app, http=_Protocol, ws="none", lifespan="off", loop="asyncio", log_config=None, log_level="error", access_log=False,
+            server_header=False, proxy_headers=False, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=PATIENCE,
             timeout_graceful_shutdown=2,
         )  # fmt: skip
         super().__init__(config)

@@ -220,7 +220,7 @@ def test_two_tabs_of_one_rater_do_not_undo_each_other(serving: Any) -> None:
     assert served.json("/api/vote", vote(task, "right", stamp=20))["choices"] == {"faithfulness": "right"}
 
 
-def test_too_many_requests_and_connections_are_refused(serving: Any) -> None:
+def test_too_many_requests_and_connections_are_refused(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     served = serving(rates=Rates(rate=0.001, burst=3))
     asked = [
         ("/", None),
@@ -230,15 +230,21 @@ def test_too_many_requests_and_connections_are_refused(serving: Any) -> None:
         ("/static/app.css", None),
     ]
     assert [served.ask(path, X_Token=token)[0] for path, token in asked] == [403, 404, 200, 429, 429]
+    monkeypatch.setattr("paradiffusion.apps.serving.PATIENCE", 4)
     served = serving()
-    served.server.config.limit_concurrency = 2
+    served.server.config.limit_concurrency = 3
     idle = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(2)]
+    half = (
+        f"POST /api/state HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nX-Token: {served.token}\r\n"
+    )
+    idle[0].sendall(f"{half}Content-Length: 9\r\n\r\n{{".encode())
     wait_for(lambda: len(served.server.server_state.connections) == 2)
     assert served.ask("/")[0] == 503
-    for one in idle:
-        one.close()
+    assert idle[1].recv(99) == b"" and idle[0].recv(99).startswith(b"HTTP/1.1 400")  # what says nothing has to go
     wait_for(lambda: not served.server.server_state.connections)
     assert served.ask("/")[0] == 200
+    for one in idle:
+        one.close()
 
 
 def test_mistakes_on_the_command_line_are_one_sentence(command: Any, tmp_path: Path) -> None:
