@@ -62,7 +62,8 @@ def run(function: Callable[[list[str]], int], help_text: Callable[[], str] = str
             raise
         print(
             f"error: the package of the module {error.name} is not installed; what evaluation, data tools and pages need beside "
-            "training are the extras evaluation, curation and apps: `pip install 'paradiffusion[all]'` (in a checkout `pip install '.[all]'` or `make setup`).",
+            "training are the extras evaluation, curation and apps: `pip install 'paradiffusion[all]'` (in a checkout "
+            "`pip install '.[all]'` or `make setup`).",
             file=sys.stderr,
         )
         status = 2
