@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_kernel, poly_mmd
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, mean
@@ -85,8 +87,6 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     them on an orthonormal basis of what they span: the distance is the same, without the eigenvalues of a matrix [2048, 2048]
     of little rank, which take seconds and are inexact at 0.
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
     spanned = np.concatenate([a.factor, b.factor, (a.mean - b.mean)[None]])  # [K, D]
     basis = np.linalg.qr(spanned.T)[0]  # [D, min(K, D)]
     given = torch.nn.Identity()
@@ -134,8 +134,6 @@ def kernel_distance(
     Raises:
         ValueError: for fewer than 2 of either.
     """
-    from torchmetrics.image.kid import poly_mmd
-
     size = min(size, len(a), len(b))
     if size < 2:
         raise ValueError(f"{len(a)} and {len(b)} features have no unbiased discrepancy")
@@ -155,8 +153,6 @@ def kernel_influence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     Image x gets 2 (mean over the other images of k(x, .) - mean over the reference of k(x, .)), less the mean over all.
     """
-    from torchmetrics.image.kid import poly_kernel
-
     rows, others = torch.from_numpy(a).double(), torch.from_numpy(b).double()
     own = (rows.square().mean(dim=1) + 1) ** 3  # the kernel of each with itself
     found = []
