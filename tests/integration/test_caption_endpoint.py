@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -274,10 +275,22 @@ def test_a_shard_whose_lines_were_deleted_is_written_again(run: Run, server: Cha
     assert not list(out.glob("*.journal"))
 
 
-def test_a_server_may_ask_for_patience() -> None:
+def test_a_server_may_ask_for_patience(
+    run: Run, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert [_pause(text) for text in ("7", "1.5", "-3", "", "soon", "1e9", "nan")] == [7, 1.5, 0, 0, 0, 600, 0]
     assert 60 < _pause(formatdate(time.time() + 120, usegmt=True)) <= 120
     assert _pause(formatdate(time.time() - 120, usegmt=True)) == 0
+    shards_of(tmp_path / "in", 1, 1)
+    server.faults, server.retry_after = {0: (429, b"{}", 0)}, "7"
+    pauses, sleep = [], asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    assert run() == 0 and pauses == [7.0] and len(server.asked) == 2
 
 
 def test_a_refused_picture_is_counted_and_the_key_is_told_to_nobody(

@@ -143,8 +143,8 @@ def kernel_distance(
     rng = np.random.Generator(np.random.PCG64(seed_from("kernel distance", seed)))
     found = []
     for _ in range(subsets):
-        drawn = [torch.from_numpy(rows[rng.choice(len(rows), size, replace=False)]).double() for rows in (a, b)]
-        found.append(float(poly_mmd(*drawn)))
+        one, other = (torch.from_numpy(x[rng.choice(len(x), size, replace=False)]).double() for x in (a, b))
+        found.append(float(poly_mmd(one, other)))
     return float(np.mean(found))
 
 
