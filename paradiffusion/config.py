@@ -133,6 +133,8 @@ class ConditioningConfig:
         pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens: 8 is what
             tensor cores are aligned to; more makes fewer shapes, for compile=true, and more padding (docs/data.md).
         max_tokens: longer prompts are cut, and counted. A stage may set its own (256 / 512 / 512 in the paper).
+        clean_text: prompts are read as captions of training are (data/captions.py: one line, single spaces, composed accents, no
+            invisible characters). False: to the letter, as the released code reads them.
     """
 
     name: str = "paper"
@@ -150,6 +152,7 @@ class ConditioningConfig:
     mask_padding: bool = option(False, of="text weights")
     pad_multiple: int = option(8, free="always", accepts=positive)
     max_tokens: int = option(256, of="text", accepts=positive)
+    clean_text: bool = option(True, free="always")
 
     def check(self) -> None:
         if self.layout_patch and self.projection != "refiner":

@@ -18,7 +18,7 @@ SECONDS_TO_BE_ENDED = 30.0
 
 
 def run(function: Callable[[list[str]], int], help_text: Callable[[], str] = str) -> NoReturn:
-    """Call ``function(arguments)`` and exit with its status; 2 for a UserError, 130 for an interrupt before work began."""
+    """Call ``function(arguments)`` and exit with its status; 2 for a UserError, 128 + its number for a signal."""
     arguments = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in arguments):
         try:
@@ -62,13 +62,13 @@ def run(function: Callable[[list[str]], int], help_text: Callable[[], str] = str
             raise
         print(
             f"error: the package of the module {error.name} is not installed; what evaluation, data tools and pages need beside "
-            "training comes with `pip install 'paradiffusion[all]'` (in a checkout `pip install '.[all]'` or `make setup`).",
+            "training are the extras evaluation, curation and apps: `pip install 'paradiffusion[all]'` (in a checkout `pip install '.[all]'` or `make setup`).",
             file=sys.stderr,
         )
         status = 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted.", file=sys.stderr)
-        status = 130
+        status = getattr(interrupt, "status", 130)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)

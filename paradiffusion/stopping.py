@@ -13,26 +13,37 @@ from types import FrameType
 REPEAT_SECONDS = 2.0  # launchers pass Ctrl-C on to processes that the terminal has told already
 
 
-class Stopped(Exception):
-    """A signal asked the process to stop."""
+class Stopped(KeyboardInterrupt):
+    """A signal, Ctrl-C or another, asked the process to stop; ``status`` is that of StopSignal."""
+
+    def __init__(self, status: int = 128 + signal.SIGTERM) -> None:
+        super().__init__()
+        self.status = status
 
 
 @dataclass
 class StopSignal:
-    """Whether SIGINT or SIGTERM came."""
+    """Whether SIGINT or SIGTERM came.
+
+    Attributes:
+        status: what a program that a signal stopped exits with: 128 + the signal's number, as a shell tells it, so that a command
+            behind ``&&`` does not start. Where another process was told, as if this one had been.
+    """
 
     came_at: float | None = None
+    status: int = 128 + signal.SIGTERM
 
     def check(self) -> None:
         """Raise Stopped once a signal has come."""
         if self.came_at is not None:
-            raise Stopped
+            raise Stopped(self.status)
 
     def handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self.came_at is not None and number == signal.SIGINT and now - self.came_at > REPEAT_SECONDS:
             raise KeyboardInterrupt
-        self.came_at = self.came_at or now
+        if self.came_at is None:
+            self.came_at, self.status = now, 128 + number
 
 
 @contextmanager

@@ -64,9 +64,9 @@ def main(arguments: list[str]) -> int:
         counter = TokenCounter(encoder.name, count_tokens_with(encoder))
     try:
         report = build(options, counter)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted: nothing is lost, the same command goes on.", file=sys.stderr)
-        return 130
+        return getattr(interrupt, "status", 130)
     print(as_markdown(report))
     return 0 if report.kept else 1
 

@@ -92,7 +92,9 @@ def main(arguments: list[str]) -> int:
                 failure = failure or error
     if failure is not None and processes.size == 1:
         raise failure
-    return FAILED if failure is not None or status == FAILED else 0
+    if failure is not None or status == FAILED:
+        return FAILED
+    return signal.status if status == STOPPED else 0
 
 
 def work_on(

@@ -60,7 +60,13 @@ def main(arguments: list[str]) -> int:
     options = compose_options(ExportOptions, arguments)
     options.check()
     output = Path(str(options.output)).expanduser()
-    from paradiffusion.checkpoints.export import check_absent, export_official, export_ours, export_pipeline
+    from paradiffusion.checkpoints.export import (
+        check_absent,
+        export_official,
+        export_ours,
+        export_pipeline,
+        official_differs,
+    )
     from paradiffusion.checkpoints.layouts import find_checkpoint
 
     check_absent(output)
@@ -70,6 +76,8 @@ def main(arguments: list[str]) -> int:
     write(checkpoint, output, options.dtype, options.frozen or ("link" if options.to == "ours" else "copy"))
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 2**20:.1f} MiB in the layout {options.to}")
+    if options.to == "official":
+        print(*(f"the released code: {reason}." for reason in official_differs(checkpoint, options.dtype)), sep="\n")
     return 0
 
 

@@ -26,6 +26,7 @@ from paradiffusion.compose import compose_options, text_encoder_named
 from paradiffusion.config import option
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
+from paradiffusion.stopping import Stopped
 
 
 @dataclass
@@ -79,7 +80,7 @@ def main(arguments: list[str]) -> int:
 
 def interrupt(number: int, frame: object) -> None:
     """A scheduler's SIGTERM ends the work as Ctrl-C does."""
-    raise KeyboardInterrupt
+    raise Stopped(128 + number)
 
 
 if __name__ == "__main__":

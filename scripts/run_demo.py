@@ -16,6 +16,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from paradiffusion.entry import run  # noqa: E402
+from paradiffusion.stopping import stop_on_signals  # noqa: E402
+
+
+def run_to_its_end(command: list[str]) -> int:
+    """The exit status of a command, which saves what it has where a signal asks us to stop, and passes it on."""
+    with stop_on_signals() as stop, subprocess.Popen(command) as process:
+        while True:
+            try:
+                status = process.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                if stop.came_at is not None:
+                    process.terminate()
+            else:
+                return status if status >= 0 else 128 - status
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +42,7 @@ def main(arguments: list[str]) -> int:
     commands.append(["scripts/report_demo.py", run_dir])
     for command in commands:
         print(f"\n$ python {' '.join(command)}", flush=True)
-        status = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False).returncode
+        status = run_to_its_end([sys.executable, str(ROOT / command[0]), *command[1:]])
         if status:
             return status
     print(f"\nall of it took {(time.monotonic() - began) / 60:.1f} minutes; look at {run_dir}/samples/index.html")

@@ -47,8 +47,7 @@ from paradiffusion.entry import run
 def main(arguments: list[str]) -> int:
     """Do what ``action=`` names."""
     from paradiffusion.compose import CONFIGS, compose_options
-    from paradiffusion.evaluation.votes.vote_actions import run_action
-    from paradiffusion.evaluation.votes.vote_options import VoteOptions
+    from paradiffusion.evaluation.votes.vote_actions import VoteOptions, run_action
     from paradiffusion.evaluation.votes.vote_study import STUDY
 
     options = compose_options(VoteOptions, arguments)

@@ -41,6 +41,8 @@ from paradiffusion.repository import ROOT
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import locate
 
+OFFICIAL_TOKENS = 256  # what the released demo reads of a prompt, whatever the checkpoint was trained with
+
 
 def export_ours(checkpoint: Layout, output: Path, dtype: str = "float32", frozen: str = "link") -> None:
     """Write our layout: weights and description, without training state.
@@ -126,6 +128,21 @@ def check_official(checkpoint: Layout) -> None:
             f"the official layout has no place for {', '.join(found)}, which this checkpoint was trained with "
             "(conditioning=paper trains one that fits); use to=pipeline instead."
         )
+
+
+def official_differs(checkpoint: Layout, dtype: str) -> list[str]:
+    """Why the released code draws other pictures than we do from the same weights, in a sentence each."""
+    tokens, encoder = checkpoint.description["conditioning"]["max_tokens"], checkpoint.description["text_encoder"]
+    reasons = []
+    if tokens != OFFICIAL_TOKENS:
+        reasons.append(
+            f"it reads {OFFICIAL_TOKENS} tokens of a prompt, and this checkpoint {tokens}: set that number there"
+        )
+    if dtype != "float32" or encoder.get("dtype", "float32") != "float32":
+        reasons.append("what is stored or computed in 16 bits draws slightly other pictures than float32")
+    if checkpoint.description["conditioning"].get("clean_text", True):
+        reasons.append("it reads text to the letter: give it prompts on one line, with single spaces, as in training")
+    return reasons
 
 
 def export_pipeline(checkpoint: Layout, output: Path, dtype: str = "float32", frozen: str = "copy") -> None:

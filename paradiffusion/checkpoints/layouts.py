@@ -25,7 +25,15 @@ from torch import Tensor
 
 from paradiffusion.checkpoints.manifest import find_fault, newest_valid
 from paradiffusion.checkpoints.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors, write_tensors
-from paradiffusion.config import CodecConfig, DataConfig, LoraConfig, ObjectiveConfig, TextEncoderConfig, TrainConfig
+from paradiffusion.config import (
+    CodecConfig,
+    ConditioningConfig,
+    DataConfig,
+    LoraConfig,
+    ObjectiveConfig,
+    TextEncoderConfig,
+    TrainConfig,
+)  # fmt: skip
 from paradiffusion.diffusion.objective import OBJECTIVES, Objective, make_objective
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec
@@ -53,6 +61,11 @@ LLAMA_WIDTH = 4096  # of the features of Llama-2-7B, which the published weights
 ADAPTER_KEYS = (
     "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
     "exclude_modules",
+)  # fmt: skip
+# Keys that PEFT 0.7.1 has a use for. What later versions have is written only where it is not as they have it by default.
+PEFT_KEYS = (
+    "peft_type", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "target_modules", "lora_alpha",
+    "lora_dropout", "bias", "init_lora_weights", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
 )  # fmt: skip
 ADAPTER_REFUSED = ("modules_to_save", "layer_replication")
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v_prediction", "flow_prediction": "flow", "sample": "sample"}
@@ -226,8 +239,8 @@ class Official(Layout):
     ``text_encoder_lora``, ``Llama-2-7b-hf`` and ``sdxl-vae-fp16-fix``.
 
     The description is put together from the configuration files and from what the released inference code does: 256 tokens
-    padded to the maximum and padding attended to, DPM-Solver multistep with 100 steps, guidance 7.5. Frozen models have no
-    hash there, so any are accepted.
+    padded to the maximum and padding attended to, text to the letter, DPM-Solver multistep with 100 steps, guidance 7.5. Frozen
+    models have no hash there, so any are accepted.
     """
 
     @staticmethod
@@ -270,6 +283,7 @@ class Official(Layout):
         resolution = max(sides) * codec.factor if all(isinstance(side, int) and side > 0 for side in sides) else None
         as_trained = TrainConfig(
             preset="official", stage=3, text_encoder=encoder, codec=codec, objective=describe_objective(settings),
+            conditioning=ConditioningConfig(clean_text=False),
             data=DataConfig(resolution=resolution or DEFAULT_RESOLUTION),
         )  # fmt: skip
         description = {
@@ -443,9 +457,13 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: dict[str, Any]
     write_tensors(folder / f"{ADAPTER_STEM}.safetensors", tensors)
     targets = {"target_modules": sorted(lora["target_modules"]), **lora.get("settings", {})}
     PeftLoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=0.0, **targets).save_pretrained(str(folder))
-    # PEFT writes a set in the order of this process's string hashes.
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**read_json(path), "target_modules": targets["target_modules"]}, indent=1))
+    path, defaults = folder / "adapter_config.json", PeftLoraConfig().to_dict()
+    # Older versions refuse a file with keys that they do not know, such as 0.7.1, the released code's, whatever their values.
+    kept = {k: v for k, v in read_json(path).items() if k in PEFT_KEYS or v != defaults.get(k)}
+    kept |= {
+        "target_modules": targets["target_modules"]
+    }  # PEFT writes a set in the order of this process's string hashes.
+    path.write_text(json.dumps({k: v for k, v in kept.items() if k != "peft_version"}, indent=1))
 
 
 def parse(cls: type[T], values: dict[str, Any]) -> T:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from paradiffusion.data.index import SampleIndex
+from paradiffusion.data.index import COUNTS, SampleIndex
 from paradiffusion.data.shards import ShardPath
 from paradiffusion.errors import UserError
 
@@ -25,9 +25,7 @@ def describe_indexes(indexes: Iterable[SampleIndex | UserError]) -> tuple[list[s
         cut_short += [
             f"  cut short: {path} (data.allow_truncated=true uses its whole samples)" for path in index.truncated
         ]
-        counts["keys without an image"] += index.without_image
-        counts["files that are no part of a sample"] += index.stray
-        counts["JSON files that cannot be read"] += index.bad_json
+        counts.update({said: getattr(index, name) for name, said in COUNTS.items()})
         counts["images of unknown size"] += int((index.width == 0).sum())
         for column, kind in enumerate(index.kinds):
             captions[kind] += int((index.words[:, column] > 0).sum())

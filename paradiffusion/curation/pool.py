@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from paradiffusion.errors import UserError
-from paradiffusion.stopping import Stopped, stop_on_signals
+from paradiffusion.stopping import stop_on_signals
 
 Tell = Callable[[int], object]
 """Tells that so many more items are done."""
@@ -31,12 +31,9 @@ class EndedFromOutside(UserError):
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], None]]:
-    """A check to call between items: after Ctrl-C or SIGTERM (a scheduler's stop) it leaves the block with KeyboardInterrupt."""
+    """A check to call between items: after Ctrl-C or SIGTERM (a scheduler's stop) it raises Stopped."""
     with stop_on_signals() as stop:
-        try:
-            yield stop.check
-        except Stopped:
-            raise KeyboardInterrupt from None
+        yield stop.check
 
 
 def make_bar(what: str, unit: str, total: int | None, done: int = 0, shown: bool = True) -> tqdm[Any]:

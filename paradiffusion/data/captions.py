@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
+import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,30 +25,76 @@ _NEAREST: Final = {
 }
 _ROWS_AT_ONCE: Final = 1 << 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\ufeff]")
+LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+# What is said of a text that is not in UTF-8, by its encoding.
+ENCODING_NOTES: Final = {
+    "cp1252": "text not UTF-8, read as cp1252", "unknown": "text in an encoding that cannot be told, left out",
+}  # fmt: skip
+_MARKS: Final = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16's, which is its beginning
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_FOREIGN = re.compile(rb"[\x80-\xff]{4}")
+# Soft hyphens, word joiners and marks of writing direction. The joiner within an emoji is a part of it.
+_INVISIBLE = re.compile(r"[\u00ad\u200e\u200f\u2060\u202a-\u202e\u2066-\u2069]")
+
+
+def decode_text(data: bytes) -> tuple[str, str]:
+    """Text and its encoding: by its byte order mark, else UTF-8, UTF-16 or Windows-1252 ("cp1252"); "" and "unknown" for what none
+    of them explains, and for a Git LFS pointer in a text's place."""
+    if data.startswith(LFS_POINTER):
+        return "", "unknown"
+    for mark, encoding in _MARKS:
+        if data.startswith(mark):
+            return data[len(mark) :].decode(encoding, "replace"), encoding
+    zeros = {"utf-16-le": data[1::2], "utf-16-be": data[::2]}  # of Latin letters, every other byte
+    wide = [name for name, part in zeros.items() if part.count(0) * 2 > len(part)]
+    # What is written with other letters than Latin ones has long runs of bytes that are no ASCII.
+    last = ["cp1252"] if b"\0" not in data and not _FOREIGN.search(data) else []
+    for encoding in wide or ["utf-8", *last]:
+        with suppress(UnicodeDecodeError):
+            return data.decode(encoding), encoding
+    return "", "unknown"
+
+
+def is_odd(*texts: bytes) -> bool:
+    """Whether any of a sample's texts is in another encoding than UTF-8."""
+    return any(text and decode_text(text)[1] != "utf-8" for text in texts)
 
 
 def clean(text: str) -> str:
-    """``text`` on one line: control characters become spaces, runs of white space one space, lone surrogates go.
+    """``text`` as it is read, of captions in training and of prompts: on one line, control characters as spaces, runs of white
+    space as one, accents composed (NFC), without invisible characters and lone surrogates.
 
     Surrogates, which a JSON file may hold, would stop the tokeniser.
     """
-    return " ".join(_CONTROL.sub(" ", text.encode("utf-8", "ignore").decode()).split())
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", _INVISIBLE.sub("", text.encode("utf-8", "ignore").decode()))
+    return " ".join(_CONTROL.sub(" ", text).split())
 
 
 def parse_meta(data: bytes) -> dict[str, Any] | None:
     """The object in a sample's JSON; None when it is none."""
     try:
-        meta = json.loads(data.decode("utf-8-sig"))
+        meta = json.loads(decode_text(data)[0])
     except (ValueError, RecursionError):
         return None
     return meta if isinstance(meta, dict) else None
 
 
 def captions_of(meta: dict[str, Any], text: bytes) -> dict[str, str]:
-    """The cleaned captions by kind, none empty: the JSON's "captions", with "short" from the text or "caption"."""
+    """The cleaned captions by kind, none empty: the JSON's "captions", with "short" from the text, or from the JSON's "caption",
+    "text" or "prompt"; of a list the first."""
     captions = meta.get("captions")
     found = dict(captions) if isinstance(captions, dict) else {}
-    found.setdefault("short", text.decode("utf-8", "ignore") or meta.get("caption"))
+    named = [captions, *(meta.get(name) for name in ("caption", "text", "prompt"))]
+    texts = (one[0] if isinstance(one, list) and one else one for one in named)
+    found.setdefault(
+        "short", decode_text(text)[0] or next((one for one in texts if isinstance(one, str) and one.strip()), "")
+    )
     cleaned = {kind: clean(value) for kind, value in found.items() if kind and isinstance(value, str)}
     return {kind: value for kind, value in cleaned.items() if value}
 

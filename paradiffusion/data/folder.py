@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from paradiffusion.atomic import cached_index, locked
-from paradiffusion.data.captions import captions_of, parse_meta
+from paradiffusion.data.captions import captions_of, is_odd, parse_meta
 from paradiffusion.data.index import (
     DAMAGED,
     SampleIndex,
@@ -31,7 +31,7 @@ from paradiffusion.data.index import (
     size_of,
     tabulated,
 )
-from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, Span, TarEntry, read_beside
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, Span, TarEntry, names_beside, read_beside
 from paradiffusion.errors import UserError
 
 INDEX_NAME: Final = ".paradiffusion.index.npz"
@@ -40,7 +40,8 @@ _PER_PART: Final = 1000
 _REPEATS: Final = re.compile(r"([1-9]\d{0,5})_.")
 _TOLD_FOLDERS: Final = 8
 _BUILD, _CONVERT = "scripts/build_shards.py reads them", "convert them first"
-_OTHER_PICTURES: Final = {
+_OTHER_FILES: Final = {
+    **dict.fromkeys(("csv", "tsv", "jsonl", "parquet"), _BUILD),
     "avif": _BUILD, "bmp": _BUILD, "gif": _BUILD, "tif": _BUILD, "tiff": _BUILD, "heic": _CONVERT, "heif": _CONVERT,
     "jxl": _CONVERT,
 }  # fmt: skip
@@ -50,7 +51,7 @@ _READERS: Final = 16
 
 
 def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: str = "data.folder") -> SampleIndex:
-    """All pictures below ``folder`` that have a caption in a .txt, .caption or .json of the same name (the forms of shards).
+    """All pictures below ``folder`` that have a caption in a .txt, .caption or .json of the same name (``names_beside``).
 
     The index is kept in the folder (``.paradiffusion.index.npz``), else in the user's cache; only files whose size or time
     has changed are looked at again. A sample's key is its path in the folder, and its id is a function of that alone. Up to
@@ -99,6 +100,7 @@ class LookedAt:
     height: int = 0
     captions: dict[str, str] = field(default_factory=dict)
     bad_json: bool = False
+    odd_text: bool = False
 
 
 def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPicture]:
@@ -124,23 +126,25 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
             seen.add(identity)
             kept.append(name)
         below[:] = kept
-        present = set(files)
+        present, strays = set(files), set(files)
         for name in files:
             stem, _, extension = name.rpartition(".")
             extension = extension.lower()
             if not stem or name.startswith("."):
+                strays.discard(name)
                 continue
             if extension not in IMAGE_EXTENSIONS:
-                if advice := _OTHER_PICTURES.get(extension):
-                    passed_over[f"{extension} pictures ({advice})"] += 1
+                if advice := _OTHER_FILES.get(extension):
+                    passed_over[f"{extension} files ({advice})"] += 1
+                    strays.discard(name)
                 continue
             key = PurePosixPath(Path(folder, name).relative_to(root)).as_posix()
-            text = "txt" if f"{stem}.txt" in present else "caption"  # In the order in which they are read.
+            beside = [next((side for side in names if side in present), "") for names in names_beside(name)]
+            strays -= {name, *beside}
             try:
                 key.encode("utf-8")
                 image = _stamp(Path(folder, name))
-                beside = [f"{stem}.json", f"{stem}.{text}"]
-                stamps = [_stamp(Path(folder, side)) if side in present else (-1, -1) for side in beside]
+                stamps = [_stamp(Path(folder, side)) if side else (-1, -1) for side in beside]
             except UnicodeEncodeError:
                 passed_over["names that are not UTF-8"] += 1
             except OSError:
@@ -150,6 +154,9 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
                     yield FoundPicture(key, (*image, *stamps[0], *stamps[1]))
                 else:
                     passed_over["files over 1 GiB"] += 1
+        if strays:
+            one = sorted(strays)[0].encode("utf-8", "replace").decode()
+            passed_over[f"files that are no part of a sample (such as {one})"] += len(strays)
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -181,7 +188,8 @@ def _look_at(
         spans = [Span(0, max(size, 0)) for size in one.stamps[::2]]
         entries.append(TarEntry(one.key, one.key.rpartition(".")[2].lower(), *spans))
     sizes, captions = [(saw.width, saw.height) for saw in looked], [saw.captions for saw in looked]
-    index = tabulated(FolderPart(root, 0), entries, sizes, captions, counter)
+    odd = sum(saw.odd_text for saw in looked)
+    index = tabulated(FolderPart(root, 0), entries, sizes, captions, counter, odd_text=odd)
     stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)
     return index, stamps, np.array([saw.bad_json for saw in looked], bool)
 
@@ -195,7 +203,7 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
     except OSError:
         return LookedAt()
     meta = parse_meta(meta_bytes) if meta_bytes else {}
-    return LookedAt(width, height, captions_of(meta or {}, text), meta is None)
+    return LookedAt(width, height, captions_of(meta or {}, text), meta is None, is_odd(meta_bytes, text))
 
 
 def _to_index(
@@ -211,8 +219,9 @@ def _to_index(
     told = ", ".join(f"{count} {reason}" for reason, count in passed_over.items() if count)
     rows = np.flatnonzero(readable & captioned)
     if not len(rows):
+        told = told if len(whole) else ", ".join(["no picture at all", *([told] if told else [])])
         raise UserError(
-            f"{name}={root} holds no picture with a caption ({told or 'no picture at all'}): expected for example "
+            f"{name}={root} holds no picture with a caption ({told}): expected for example "
             "cat.jpg with cat.txt or cat.json beside it."
         )
     if os.environ.get("RANK", "0") == "0" and told:

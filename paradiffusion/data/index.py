@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from paradiffusion.atomic import atomic_file, cached_index, locked
-from paradiffusion.data.captions import captions_of, parse_meta
+from paradiffusion.data.captions import captions_of, is_odd, parse_meta
 from paradiffusion.data.columns import New, digest, map_columns, shared_columns
 from paradiffusion.data.images import probe_size
 from paradiffusion.data.remote import RemoteError, RemotePath, open_shard, read_whole, with_state
@@ -48,6 +48,11 @@ from paradiffusion.randomness import seed_from
 
 _VERSION: Final = 2
 _MAX_KINDS: Final = 16
+# What an index counts of its files, in the order in which that is stored, and what a person is told of them.
+COUNTS: Final = {
+    "without_image": "keys without an image", "stray": "files that are no part of a sample",
+    "bad_json": "JSON files that cannot be read", "odd_text": "texts that are not UTF-8 (read as Windows-1252 or UTF-16 where that fits)",
+}  # fmt: skip
 # So few new indexes are made faster here than a pool starts; above it, one process of each machine makes them.
 _FEW: Final = 8
 # A larger index, over 22 MB, is mapped and shared.
@@ -86,7 +91,8 @@ class SampleIndex:
 
     ``shard`` is int32 [N], the number in ``shards``, ascending; ``words`` uint16 [N, K], the words of the caption of
     each of the ``kinds`` (0: none); ``ids`` uint64 [N], stable names for randomness: functions of key and shard name.
-    ``without_image``, ``stray`` and ``bad_json`` count what was passed over, ``truncated`` lists the shards cut short.
+    ``without_image``, ``stray`` and ``bad_json`` count what was passed over, ``odd_text`` texts that are not UTF-8, ``truncated``
+    lists the shards cut short.
     ``tokens`` is uint16 [N, K], the tokens of each caption for the tokenizer called ``tokenizer``; None unless every
     shard has them for one tokenizer. ``shard_source`` is int16 [shards], each shard's number in ``sources``.
     """
@@ -102,6 +108,7 @@ class SampleIndex:
     without_image: int = 0
     stray: int = 0
     bad_json: int = 0
+    odd_text: int = 0
     truncated: tuple[ShardPath, ...] = ()
     tokens: np.ndarray | None = None
     tokenizer: str | None = None
@@ -291,13 +298,13 @@ def assemble(
     ``places``, where there are any and one can be written, and are there in that ``state``."""
     shards: list[ShardPath] = []
     kinds: dict[str, None] = {}
-    truncated, tokenizers, counts, dtype = [], set(), np.zeros(5, np.int64), ROW
+    truncated, tokenizers, counts, dtype = [], set(), np.zeros(6, np.int64), ROW
     for part in parts():
         truncated += [len(shards) + part.shards.index(shard) for shard in part.truncated]
         shards += part.shards
         kinds |= dict.fromkeys(part.kinds)
         tokenizers.add(part.tokenizer)
-        counts += (len(part), len(part.key_bytes), part.without_image, part.stray, part.bad_json)
+        counts += (len(part), len(part.key_bytes), *(getattr(part, name) for name in COUNTS))
         dtype = part.table.dtype
     names, tokenizer = list(kinds), tokenizers.pop() if len(tokenizers) == 1 else None
     _check_kinds(names, where)
@@ -334,11 +341,10 @@ def _of_columns(
     shards: Sequence[ShardPath], folder: Path | None, columns: dict[str, Any], facts: dict[str, Any],
     sources: dict[str, Any] | None = None,
 ) -> SampleIndex:  # fmt: skip
-    without_image, stray, bad_json = facts["counts"]
     return SampleIndex(
-        shards=list(shards), kinds=facts["kinds"], tokenizer=facts["tokenizer"], without_image=without_image, stray=stray,
-        bad_json=bad_json, truncated=tuple(shards[number] for number in facts["truncated"]), columns=folder, facts=facts,
-        **columns, **(sources or {}),
+        shards=list(shards), kinds=facts["kinds"], tokenizer=facts["tokenizer"], columns=folder, facts=facts,
+        truncated=tuple(shards[number] for number in facts["truncated"]), **columns, **(sources or {}),
+        **dict(zip(COUNTS, facts["counts"], strict=False)),  # earlier versions have fewer
     )  # fmt: skip
 
 
@@ -488,7 +494,7 @@ def of_one_shard(path: ShardPath, table: np.ndarray, truncated: bool = False, **
 
 
 def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int | None = None) -> SampleIndex:
-    sizes, captions, bad_json = [], [], 0
+    sizes, captions, bad_json, odd_text = [], [], 0, 0
     with open_shard(path) as file:
         listing = list_tar(file, str(path), at_most)
         for entry in listing.entries:
@@ -496,8 +502,14 @@ def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int |
             meta_bytes, text = _pick(file, entry.json), _pick(file, entry.text)
             meta = parse_meta(meta_bytes) if meta_bytes else {}
             bad_json += meta is None
+            odd_text += is_odd(meta_bytes, text)
             captions.append(captions_of(meta or {}, text))
-    counts = {"without_image": listing.without_image, "stray": listing.stray, "bad_json": bad_json}
+    counts = {
+        "without_image": listing.without_image,
+        "stray": listing.stray,
+        "bad_json": bad_json,
+        "odd_text": odd_text,
+    }
     return tabulated(path, listing.entries, sizes, captions, counter, listing.truncated, **counts)
 
 
@@ -581,7 +593,9 @@ def _store(path: Path | RemotePath, index: SampleIndex, stamp: np.ndarray, folde
 
 def arrays_of(index: SampleIndex) -> dict[str, Any]:
     """What is stored of the index of one shard; ``index_of`` reads it."""
-    counts = np.array([index.without_image, index.stray, index.bad_json, len(index.truncated)], np.int64)
+    counts = np.array(
+        [index.without_image, index.stray, index.bad_json, len(index.truncated), index.odd_text], np.int64
+    )
     arrays = {
         "table": index.table, "words": index.words, "kinds": np.array(index.kinds, dtype=np.str_), "counts": counts,
         "key_bytes": index.key_bytes, "key_ends": index.key_starts[1:],
@@ -593,7 +607,8 @@ def index_of(shard: ShardPath, stored: Any) -> SampleIndex:
     """The index of one shard from stored arrays. Raises KeyError, ValueError for others."""
     if stored["table"].dtype != ROW:
         raise ValueError("another version's")
-    counts = dict(zip(("without_image", "stray", "bad_json", "truncated"), stored["counts"].tolist(), strict=True))
+    names = ("without_image", "stray", "bad_json", "truncated", "odd_text")
+    counts = dict(zip(names, stored["counts"].tolist(), strict=False))  # earlier versions have four
     tokens = {"tokens": stored["tokens"], "tokenizer": str(stored["tokenizer"])} if "tokens" in stored else {}
     return of_one_shard(
         shard, stored["table"], bool(counts.pop("truncated")), words=stored["words"], key_bytes=stored["key_bytes"],

@@ -14,6 +14,7 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
@@ -28,7 +29,9 @@ from paradiffusion.data.captions import captions_of, parse_meta
 from paradiffusion.data.remote import RemotePath, Storage, cached_copy, is_remote, list_remote, read_range
 from paradiffusion.errors import UserError
 
-IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "jfif")
+# What a file is of its sample, by its extension in small letters: in tars, folders and streams. kohya's scripts write .caption.
+PARTS: Final = {"json": "json", "txt": "text", "caption": "text", **dict.fromkeys(IMAGE_EXTENSIONS, "image")}
 _MAX_SHARDS: Final = 1_000_000
 _BLOCK: Final = 512
 _MAX_MEMBER: Final = 1 << 30  # Larger files are no images; sizes are stored in 32 bits.
@@ -258,21 +261,35 @@ def list_tar(file: BinaryIO, name: str, at_most: int | None = None) -> Listing:
         entry = found[last]
         if not (entry.extension and (entry.json.size or entry.text.size)):
             del found[last]
+    # Of a name with further dots both must be there: cat.seg.png is a mask of cat, img.v1.07.jpg with its .txt a sample.
+    for key in [key for key in found if "." in key.rpartition("/")[2]]:
+        entry = found[key]
+        if not (entry.extension and (entry.json.size or entry.text.size)):
+            stray += sum(bool(span.size) for span in (entry.image, entry.json, entry.text))
+            del found[key]
     entries = [entry for entry in found.values() if entry.extension]
     return Listing(entries, len(found) - len(entries), stray, truncated)
+
+
+def split_member(name: str) -> tuple[str, str]:
+    """A member's key and extension in small letters: up to the first dot, as WebDataset has it, or to the last where only that
+    gives a part of a sample (img.v1.07.jpg)."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    if extension.lower() not in PARTS and extension.lower().rpartition(".")[2] in PARTS:
+        stem, _, extension = base.rpartition(".")
+    return folder + slash + stem, extension.lower()
 
 
 def _add(found: dict[str, TarEntry], member: tarfile.TarInfo) -> str:
     """Put a member into its sample; its key, or "" for a stray file."""
     name = member.name.removeprefix("./")
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    extension = extension.lower()
-    part = {"json": "json", "txt": "text", **dict.fromkeys(IMAGE_EXTENSIONS, "image")}.get(extension)
+    key, extension = split_member(name)
+    folder, _, stem = key.rpartition("/")
+    part = PARTS.get(extension)
     plain = member.isreg() and not member.issparse() and member.size < _MAX_MEMBER
     if not stem or not part or not plain or name.startswith("/") or ".." in folder.split("/"):
         return ""
-    key = folder + slash + stem
     entry = found.setdefault(key, TarEntry(key))
     if getattr(entry, part).size:
         return ""
@@ -320,15 +337,28 @@ def _read_spans(place: Place, read: Callable[[int, int], bytes]) -> tuple[bytes,
     return pieces[0], pieces[1], pieces[2]
 
 
+def names_beside(name: str) -> tuple[list[str], list[str]]:
+    """How the JSON and the text of a picture ``name`` may be called, the first that is there being taken: cat.txt, cat.TXT,
+    cat.caption, cat.jpg.txt."""
+
+    def names(*extensions: str) -> list[str]:
+        cased = [one for extension in extensions for one in (extension, extension.upper())]
+        return [f"{stem}.{extension}" for stem in (name.rpartition(".")[0], name) for extension in cased]
+
+    return names("json"), names("txt", "caption")
+
+
 def read_beside(path: Path, json: bool, text: bool) -> tuple[bytes, bytes]:
     """The JSON and the text beside a picture, those that are asked for. Raises OSError when one is not there."""
-    meta = path.with_name(f"{path.stem}.json").read_bytes() if json else b""
-    if not text:
-        return meta, b""
-    try:
-        return meta, path.with_name(f"{path.stem}.txt").read_bytes()
-    except FileNotFoundError:
-        return meta, path.with_name(f"{path.stem}.caption").read_bytes()  # The habit of kohya's scripts.
+
+    def read(names: list[str]) -> bytes:
+        for name in names[:-1]:
+            with suppress(FileNotFoundError):
+                return path.with_name(name).read_bytes()
+        return path.with_name(names[-1]).read_bytes()
+
+    jsons, texts = names_beside(path.name)
+    return read(jsons) if json else b"", read(texts) if text else b""
 
 
 @lru_cache(_OPEN_FILES)

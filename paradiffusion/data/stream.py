@@ -24,7 +24,7 @@ from paradiffusion.data.captions import captions_of, choose_kinds, is_dropped, p
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, probe_size, to_array
 from paradiffusion.data.loader import Delivery, Failure, Loader, LoaderSettings, Order, Sample, deliver, slots_of
 from paradiffusion.data.remote import RemoteError, RemotePath, explain, open_shard, storage_of
-from paradiffusion.data.shards import IMAGE_EXTENSIONS, expand_shards
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, PARTS, expand_shards, split_member
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 
@@ -141,7 +141,8 @@ class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
             failures.append(_failure(shards[url].name if url else "a shard", error))
             return True
 
-        grouped = group_by_keys(tar_file_expander(opened(), handler=note, select_files=_is_wanted), handler=note)
+        members = tar_file_expander(opened(), handler=note, select_files=_is_wanted)
+        grouped = group_by_keys(members, keys=split_member, handler=note)
         for sample in wds.shuffle(_BUFFER, initial=_BUFFER // 10, seed=settings.seed)(iter(grouped)):
             url = sample["__url__"]
             # Shards come again and again: the number of times stands for the epoch.
@@ -154,7 +155,7 @@ class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
         key = str(sample["__key__"])
         extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
         meta = parse_meta(sample["json"]) if "json" in sample else {}
-        captions = captions_of(meta or {}, sample.get("txt", b""))
+        captions = captions_of(meta or {}, sample.get("txt") or sample.get("caption", b""))
         if extension is None or not captions:
             return 0, None
         kinds = list(dict.fromkeys([*captions, *self.caption_weights]))
@@ -184,7 +185,7 @@ def _failure(shard: str, error: BaseException) -> Failure:
 
 
 def _is_wanted(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in (*IMAGE_EXTENSIONS, "json", "txt")
+    return split_member(name)[1] in PARTS
 
 
 def open_stream(data: DataConfig, batch_size: int, settings: LoaderSettings) -> StreamLoader:

@@ -89,7 +89,7 @@ def evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> int:
         except Stopped:
             if processes.rank == 0:
                 print("Stopped; the same command goes on from here.", flush=True)
-            return 0
+            return signal.status
         first_does(processes, lambda: _report(options, subjects, results, suites, said))
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from paradiffusion.data.captions import ENCODING_NOTES, LFS_POINTER, decode_text
 from paradiffusion.errors import UserError
 from paradiffusion.repository import find_shipped
 
@@ -93,17 +94,18 @@ def read_text(path: Path, called: str = "") -> str:
 
 
 def _decode(data: bytes, source: str) -> str:
+    if data.startswith(LFS_POINTER):
+        raise UserError(f"{source} is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`.")
+    text, encoding = decode_text(data)
+    if encoding not in ENCODING_NOTES and "\0" not in text:
+        return text
     try:
-        text = data.decode("utf-8-sig")
+        at = data.index(0) if 0 in data else len(data.decode())
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}; save it with the encoding UTF-8."
-        ) from None
-    if "\0" in text:  # UTF-16 without a mark decodes as UTF-8 with a zero after each letter
-        line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"{source} is not a text file: a zero byte in line {line}; save it with the encoding UTF-8.")
-    return text
+        at = error.start
+    raise UserError(
+        f"{source} is not UTF-8: byte 0x{data[at]:02x} in line {data[:at].count(10) + 1}; save it with the encoding UTF-8."
+    )
 
 
 def _split(text: str) -> list[str]:

@@ -137,7 +137,7 @@ def draw_all(
         raise failure
     if status == FAILED:
         raise UserError("another process could not go on; its own message says why, and the same command continues.")
-    return 0
+    return stop.status if status == STOPPED else 0
 
 
 def _draw_share(

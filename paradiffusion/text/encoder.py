@@ -66,6 +66,7 @@ class TextEncoder(nn.Module):
             self.limit,
             settings.mask_padding,
             settings.pad_multiple,
+            settings.clean_text,
         )
 
     def forward(self, ids: Tensor, mask: Tensor, prefix: int = 0) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from paradiffusion.data.captions import clean
 from paradiffusion.text.conditioning import padded_length
 
 SPACE = "\u2581"  # SentencePiece's mark for a space
@@ -49,7 +50,8 @@ class CaptionTokenizer:
     Attributes:
         tokenizer: a fast tokenizer of transformers.
         start, end, pad: the family's marks (``Marks``); ``prefix``: the ids of the instruction at the front, marks among them.
-        limit: tokens of a caption at most; ``mask_padding`` and ``pad_multiple``: as of ``padded_length``.
+        limit: tokens of a caption at most; ``mask_padding`` and ``pad_multiple``: as of ``padded_length``; ``clean_text``:
+            conditioning.clean_text.
     """
 
     tokenizer: Any
@@ -60,11 +62,12 @@ class CaptionTokenizer:
     limit: int
     mask_padding: bool
     pad_multiple: int
+    clean_text: bool
 
     def __call__(self, captions: list[str]) -> Tokens:
         """Token ids and masks; captions over ``limit`` are cut, their end mark kept, and counted."""
         limit, end, prefix = self.limit, self.end, len(self.prefix)
-        rows = ids_of(self.tokenizer, captions)
+        rows = ids_of(self.tokenizer, [clean(caption) for caption in captions] if self.clean_text else captions)
         # An instruction brings its own first token, and then an empty caption still needs one of its own.
         rows = [row if self.prefix and (row or end) else self.start + row for row in rows]
         lengths = [len(row) + len(end) for row in rows]

@@ -42,7 +42,6 @@ from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.inputs import read_captions
 from paradiffusion.training.start import NEEDS_ADAPTER, check_init, find_init, start_from, startable
 
-STOPPED = 130
 T = TypeVar("T")
 R = TypeVar("R")
 CALLED: Final = {"latents": "latents", "text": "text features"}
@@ -240,7 +239,7 @@ class CacheOptions:
 
 
 def make_cache(config: TrainConfig, options: CacheOptions) -> int:
-    """Make what is missing of the cache; 0 when it is whole, 130 when it was asked to stop.
+    """Make what is missing of the cache; 0 when it is whole, 128 + the signal's number when it was asked to stop.
 
     Raises:
         UserError: for a stage whose text cannot be cached, another key in the folder, a shard that cannot be read, and a
@@ -264,11 +263,11 @@ def make_cache(config: TrainConfig, options: CacheOptions) -> int:
                 make: type[LatentMaker | TextMaker] = LatentMaker if what == "latents" else TextMaker
                 rate = make_kind(what, folder, make(config, options, index, device, source, pool, stop), processes)
             except Stopped:
-                status = STOPPED
+                status = stop.status
             try:
                 status = processes.agree(status)
             except RuntimeError:  # One that has left has said why.
-                status = STOPPED
+                status = stop.status
             if processes.rank == 0:
                 stopped = "stopped; finished shards are kept: run the same command again to go on."
                 print(stopped if status else report(what, folder, index, rate), flush=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +161,8 @@ class Log:
         self.path = folder / "log.jsonl"
         self._forget_after(first_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._tracker = open_tracker(
-            config.tracker, folder, f"{Path(config.run_dir).name}-stage{config.stage}", settings
-        )
+        name = config.tracker.run_name or f"{Path(config.run_dir).name}-stage{config.stage}"
+        self._tracker = Tracker(config.tracker, folder, name, settings, first_step)
 
     def _forget_after(self, step: int) -> None:
         """Drop records of steps that were done after the checkpoint that the run resumes from: they are done again."""
@@ -180,38 +181,87 @@ class Log:
         """Add one record ("train", "validation", ...)."""
         self._file.write(json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **record}) + "\n")
         self._file.flush()
-        if self._tracker is not None:
-            self._tracker(
-                step, {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
-            )
+        self._tracker.write(
+            step, {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
+        )
 
     def close(self) -> None:
         self._file.close()
-        if self._tracker is not None:
-            self._tracker(None, {})
+        self._tracker.close()
 
 
-def open_tracker(config: TrackerConfig, folder: Path, name: str, settings: dict[str, Any]) -> Any:
-    """A function (step, numbers) for the chosen tracker, closed by step None; the tracker is imported only when used."""
-    if config.name == "wandb":
-        import wandb
+class Tracker:
+    """The chosen tracker, imported only when used. One that fails, such as a server out of reach, is left out from then on, and a
+    sentence says so: it never takes the training down.
 
-        run = wandb.init(
-            project=config.project, name=config.run_name or name, dir=str(folder), config=settings,
-            mode=config.mode,  # type: ignore[arg-type]
-            id=name, resume="allow",
-        )  # fmt: skip
-        return lambda step, numbers: run.finish() if step is None else run.log(numbers, step=step)
-    if config.name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+    Args:
+        name: of the run, for people; first_step: steps after it are done again, and shown once.
+    """
 
-        writer = SummaryWriter(str(folder / "tensorboard"))
+    def __init__(
+        self, config: TrackerConfig, folder: Path, name: str, settings: dict[str, Any], first_step: int
+    ) -> None:
+        self._name, self._write, self._close = config.name, _nothing, _nothing
+        if config.name != "jsonl":
+            opened = {"wandb": open_wandb, "tensorboard": open_tensorboard}[config.name]
+            self._guarded(lambda: self._open(*opened(config, folder, name, settings, first_step)))
 
-        def write(step: int | None, numbers: dict[str, float]) -> None:
-            if step is None:
-                writer.close()
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        self._guarded(lambda: self._write(step, numbers))
 
-        return write
-    return None
+    def close(self) -> None:
+        self._guarded(self._close)
+
+    def _open(self, write: Callable[..., None], close: Callable[..., None]) -> None:
+        self._write, self._close = write, close
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except ImportError:
+            raise
+        except Exception as error:  # whatever a tracker or its server raises
+            self._open(_nothing, _nothing)
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            print(f"warning: tracker={self._name} failed ({reason}); the run goes on without it.", flush=True)
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+def open_wandb(
+    config: TrackerConfig, folder: Path, name: str, settings: dict[str, Any], _: int
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """What writes a step's numbers to Weights & Biases, and what ends it. The id is the stage's own, kept in ``wandb_id``: a
+    folder's name may be that of another run, too."""
+    import wandb
+
+    kept = folder / "wandb_id"
+    if not kept.is_file():
+        write_atomic(kept, secrets.token_hex(8))
+    run = wandb.init(
+        project=config.project, name=name, dir=str(folder), config=settings, mode=config.mode,  # type: ignore[arg-type]
+        id=kept.read_text().strip(), resume="allow",
+    )  # fmt: skip
+
+    def write(step: int, numbers: dict[str, float]) -> None:
+        if step >= run.step:  # a step that is done again is there already
+            run.log(numbers, step=step)
+
+    return write, run.finish
+
+
+def open_tensorboard(
+    _: TrackerConfig, folder: Path, name: str, settings: dict[str, Any], first_step: int
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """The same of TensorBoard, in the stage's ``tensorboard/``."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(step: int, numbers: dict[str, float]) -> None:
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+
+    return write, writer.close

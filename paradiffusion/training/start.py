@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from paradiffusion.models.joint import JointModel, build_joint
 from paradiffusion.models.unet import DENOISERS, class_of, downsampling, lora_names, own_arguments
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora
-from paradiffusion.training.folder import check_unchanged, find_resume
+from paradiffusion.training.folder import CONFIG_FILE, check_unchanged, find_resume
 
 NEEDS_ADAPTER = "train_text=adapter needs a stage 2 checkpoint to take the LoRA adapter from; set init_from=."
 # Captions from which the refiner's input statistics are taken.
@@ -56,7 +57,12 @@ class Start:
         """For a person."""
         if self.found is None:
             return "fresh weights"
-        return f"{'resuming' if self.resumes else 'starting'} from {self.found}"
+        told = f"{'resuming' if self.resumes else 'starting'} from {self.found}"
+        record = self.found.parent.parent / CONFIG_FILE  # of the stage that the checkpoint is of
+        if not self.resumes and self.description is not None and record.is_file():
+            step, steps = self.description["step"], json.loads(record.read_text())["max_steps"]
+            told += f" (step {step} of {steps}: not the end of that stage)" if step < steps else ""
+        return told
 
 
 def find_start(config: TrainConfig, folder: Path, main: bool = True) -> Start:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from paradiffusion.atomic import write_atomic
 from paradiffusion.checkpoints.layouts import describe
 from paradiffusion.config import TrainConfig
-from paradiffusion.data.index import SampleIndex
+from paradiffusion.data.index import COUNTS, SampleIndex
 from paradiffusion.data.loader import Batch, Loader, LoaderSettings, make_loader, slots_of
 from paradiffusion.data.plan import describe_plan, make_plan, open_index, open_shards
 from paradiffusion.data.stream import NOT_RESUMABLE, open_stream
@@ -57,7 +57,8 @@ SUMMARY = "summary.json"
 
 
 def train(config: TrainConfig, scorer: Scorer | None = None) -> int:
-    """Run a stage from where it stands to ``max_steps``; 0 when it is done or was asked to stop and saved.
+    """Run a stage from where it stands to ``max_steps``; 0 when it is done, 128 + the signal's number when it was asked to stop and has
+    saved.
 
     Args:
         scorer: judges the pictures that validation draws, where somebody can.
@@ -72,11 +73,12 @@ def train(config: TrainConfig, scorer: Scorer | None = None) -> int:
     with together(watch), locked(stage_folder(config)) if accelerator.is_main_process else nullcontext():
         trainer = Trainer(config, accelerator, watch, scorer=scorer)
         with stop_on_signals() as stop:
-            trainer.train(lambda: stop.came_at is not None or (launched and os.getppid() != parent))
+            done = trainer.train(lambda: stop.came_at is not None or (launched and os.getppid() != parent))
     # Not after an error: who waits inside a collective operation is not there for this.
     if accelerator.num_processes > 1:
+        torch.distributed.barrier()  # launchers end the others as soon as one has left with another status than 0
         torch.distributed.destroy_process_group()
-    return 0
+    return 0 if done else stop.status
 
 
 class MicroBatch(NamedTuple):
@@ -462,6 +464,7 @@ def announcement(trainer: Trainer, start: Start) -> str:
         f"  data: {plan.samples} samples in {len(plan.index.shards)} shards, {plan.steps_per_epoch:.{places}f} steps an epoch, "
         f"buckets {', '.join(f'{w}x{h}' for h, w in plan.bucket_sizes())}"
         + (f"; {plan.left_out} samples without a caption are left out" if plan.left_out else "")
+        + "".join(f"; {getattr(plan.index, name)} {said}" for name, said in COUNTS.items() if getattr(plan.index, name))
         + (f"\n  {NOT_RESUMABLE}" if config.data.streaming else "")
         + describe_plan(plan)
         + describe_cache(config, trainer.cache)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from browser import Served, chromium, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
 from commands import wait_for
-from review_server import Server, at, decisions, logged, started, until
+from review_server import Server, at, decisions, logged, until
 from tiny_clip import write_candidates
 
+from paradiffusion.apps.review import MAX_TEXT, Review, open_review, review_app
 from paradiffusion.curation.choosing.decisions import DecisionLog, read_decisions
 from paradiffusion.curation.choosing.kept import export
-from paradiffusion.curation.choosing.review import MAX_TEXT, Review, make_server, open_review
 from paradiffusion.curation.choosing.selection import Choosing, choose
 from paradiffusion.errors import UserError
 
@@ -72,7 +72,7 @@ def test_the_last_decision_of_each_reviewer_counts_and_a_late_one_does_not(tmp_p
 
 @pytest.fixture
 def served(review: Review) -> Iterator[Served]:
-    served = Served(make_server(review, "127.0.0.1", 0), review.token)
+    served = Served(review_app(review), review.token)
     yield served
     served.close()
     review.log.close()
@@ -122,7 +122,7 @@ def test_what_is_no_decision_is_refused(review: Review, served: Served, tmp_path
     refuses_strangers(served, [("/", None), ("/api/state", None), ("/image/0", None), ("/api/decision", good)])
     serves_no_files(served, [
         "/image/../decisions.jsonl", "/image/..%2f.review_token", "/../../etc/passwd", "/image/-1", "/image/99", "/image/0x1",
-        "/.review_token", "/api/candidate/", "/image/%30", "/image/1111111111",
+        "/.review_token", "/api/candidate/", "/image/1%00", "/image/1111111111", "/static/", "/static/..%2freview.py",
     ])  # fmt: skip
     refuses_bodies(served, "/api/decision", good, [
         {"set": {"decision": "maybe"}}, {"set": {"path": "x"}}, {"set": {"caption": 5}}, {"set": {"note": "x" * MAX_TEXT}},
@@ -168,8 +168,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
         "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>",
         *[f"Number {n}. {LONG}" for n in range(1, 8)],
     ]
-    with started(write_candidates(tmp_path / "work", captions)) as server:
-        yield server
+    server = Server(write_candidates(tmp_path / "work", captions)).start()
+    yield server
+    server.close()
 
 
 @in_browser
@@ -223,7 +224,7 @@ def test_a_walk_with_the_keyboard_and_a_reload_in_the_middle(server: Server, bro
     names = [one["event"] for one in logged(server.work)]
     assert len(names) == len(set(names))
     page.close()
-    assert server.kill(signal.SIGTERM) == 0
+    assert server.end(signal.SIGTERM) == 0
 
 
 @in_browser
@@ -235,7 +236,7 @@ def test_a_server_that_is_killed_loses_nothing_that_it_acknowledged_or_was_sent(
     for number in range(3):
         page.keyboard.press("kdk"[number])
         at(page, number + 1)
-    server.kill()
+    server.end()
     assert [decisions(server.work)[f"picture-{n}"]["decision"] for n in range(3)] == ["keep", "drop", "keep"]
     page.keyboard.press("e")
     page.keyboard.press("End")
@@ -252,7 +253,7 @@ def test_a_server_that_is_killed_loses_nothing_that_it_acknowledged_or_was_sent(
     stored = decisions(server.work)["picture-3"]
     assert stored["decision"] == "keep" and str(stored["caption"]).endswith("Typed while it was away.")
 
-    server.kill()  # and now the tab is closed before the server is back
+    server.end()  # and now the tab is closed before the server is back
     page.keyboard.press("d")
     page.wait_for_selector("#status.bad")
     page.close()
@@ -365,7 +366,7 @@ def test_no_decision_falls_on_another_picture_when_candidates_are_chosen_anew(se
     assert page.evaluate(width) == 96
     page.keyboard.press("k")
     at(page, 1)
-    server.kill()
+    server.end()
     choose(server.work, Choosing(maximum={"aesthetic": 8.985}))  # what was number 2 comes first now
     server.start()
     # The page notices by itself, loads anew and stays at the second. (Asking its script meanwhile would race that.)

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import re
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from browser import Served, chromium, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
-from commands import ROOT, wait_for
+from browser import Program, Served, chromium, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
+from commands import wait_for
 from programs import script
 from vote_studies import HOSTILE, SECRET, pixels_of, study_of, write_picture
 
-from paradiffusion.apps.local_server import LocalServer, Pace, Refused
+from paradiffusion.apps.serving import Rates
+from paradiffusion.apps.serving import listen as listen_at
+from paradiffusion.apps.vote import Voting, open_keys, vote_app
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.votes.vote_server import Voting, make_server, open_keys
 from paradiffusion.evaluation.votes.vote_store import Store
 from paradiffusion.evaluation.votes.vote_study import Study
 
@@ -34,7 +31,7 @@ class Asking(Served):
     def __init__(self, study: Study, **options: Any) -> None:
         self.study, self.store, self.keys = study, Store(study), open_keys(study)
         self.voting = Voting(study, self.store, self.keys)
-        super().__init__(make_server(self.voting, "127.0.0.1", 0, **options), self.keys.tokens["anna"])
+        super().__init__(vote_app(self.voting, **options), self.keys.tokens["anna"])
 
     def close(self) -> None:
         super().close()
@@ -54,11 +51,11 @@ class Asking(Served):
 
 @pytest.fixture
 def serving(tmp_path: Path) -> Iterator[Callable[..., Asking]]:
-    """``serving(prompts=3, ...)``: a study, served; the keywords are those of ``study_of``, ``names`` the server's."""
+    """``serving(prompts=3, ...)``: a study, served; the keywords are those of ``study_of``, ``hosts`` and ``rates`` the app's."""
     opened: list[Asking] = []
 
-    def start(prompts: int = 3, names: tuple[str, ...] = (), **options: Any) -> Asking:
-        opened.append(Asking(study_of(tmp_path, prompts, **options), names=names))
+    def start(prompts: int = 3, hosts: tuple[str, ...] = (), rates: Rates | None = None, **options: Any) -> Asking:
+        opened.append(Asking(study_of(tmp_path, prompts, **options), hosts=hosts, rates=rates))
         return opened[-1]
 
     yield start
@@ -118,13 +115,13 @@ def test_a_whole_study_and_no_answer_names_a_set_or_gives_a_file_away(serving: A
 
 
 def test_what_is_no_vote_is_refused(serving: Any) -> None:
-    served = serving(names=("Votes.lab.example",))
+    served = serving(hosts=("Votes.lab.example",))
     task, url = served.state()["task"], "/api/vote"
     refuses_strangers(served, [("/", None), (f"/picture/{task['left']}", None), (url, vote(task))])
-    assert served.ask("/", Host="votes.lab.example:8766")[0] == 200 and served.ask("/", Host="lab.example")[0] == 403
+    assert served.ask("/", Host="votes.lab.example:8766")[0] == 200 and served.ask("/", Host="lab.example")[0] == 400
     serves_no_files(served, [
         "/picture/../study.json", "/picture/..%2f..%2fetc%2fpasswd", "/../../etc/passwd", "/picture/", "/picture/00000.png",
-        "/images/00000.png", "/.tokens.json", "/picture/%00", "/api/state",
+        "/images/00000.png", "/.tokens.json", "/picture/%00", "/static/../vote.py", "/static/..%2fvote.py", "/static/page.html",
     ])  # fmt: skip
     refuses_bodies(served, url, vote(task), [
         {"choice": "both"}, {"choice": None}, {"question": "appeal"}, {"question": "x"}, {"stamp": "5"}, {"stamp": True},
@@ -134,7 +131,7 @@ def test_what_is_no_vote_is_refused(serving: Any) -> None:
         assert served.ask(url, {**vote(task), "task": name})[0] == 404
     assert served.ask("/api/comment", {"task": task["name"], "text": "x" * 2001})[0] == 400
     assert served.ask("/api/state", {"later": "x"})[0] == 400 == served.ask("/api/state", {"later": [1]})[0]
-    assert served.ask("/", method="PUT")[0] == 501 and served.store.votes() == []
+    assert served.ask("/", method="PUT")[0] == 405 == served.ask("/api/state")[0] and served.store.votes() == []
     served.json(url, vote(task, seconds=10**400))  # more than a float holds
     served.json("/api/comment", {"task": task["name"], "text": "cut \ud83d \0 'quoted"})
     assert served.store.votes()[0].seconds == 86400 and list(served.store.comments().values()) == ["cut ?  'quoted"]
@@ -142,7 +139,7 @@ def test_what_is_no_vote_is_refused(serving: Any) -> None:
     mode = (served.study.folder / ".tokens.json").stat().st_mode & 0o777
     assert mode == 0o600 and open_keys(served.study) == served.keys
     with pytest.raises(UserError, match="cannot be listened on"):
-        make_server(served.voting, "127.0.0.1", served.server.server_port)
+        listen_at("127.0.0.1", served.port)
 
 
 def _chunks(data: bytes) -> Iterator[bytes]:
@@ -224,23 +221,30 @@ def test_two_tabs_of_one_rater_do_not_undo_each_other(serving: Any) -> None:
 
 
 def test_too_many_requests_and_connections_are_refused(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pace = Pace(rate=0.001, burst=3)
-    for _ in range(3):
-        pace.check("one")
-    with pytest.raises(Refused) as caught:
-        pace.check("one")
-    assert caught.value.status == 429
-    pace.check("another")
+    served = serving(rates=Rates(rate=0.001, burst=3))
+    asked = [
+        ("/", None),
+        ("/nothing", served.token),
+        ("/static/app.css", None),
+        ("/", served.token),
+        ("/static/app.css", None),
+    ]
+    assert [served.ask(path, X_Token=token)[0] for path, token in asked] == [403, 404, 200, 429, 429]
+    monkeypatch.setattr("paradiffusion.apps.serving.PATIENCE", 4)
     served = serving()
-    monkeypatch.setattr(LocalServer, "most", 2)
-    idle = [socket.create_connection(("127.0.0.1", served.server.server_port)) for _ in range(2)]
-    wait_for(lambda: sum(served.server._open.values()) == 2)
-    with pytest.raises((ConnectionError, http.client.HTTPException)):
-        served.ask("/")
+    served.server.config.limit_concurrency = 3
+    idle = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(2)]
+    half = (
+        f"POST /api/state HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nX-Token: {served.token}\r\n"
+    )
+    idle[0].sendall(f"{half}Content-Length: 9\r\n\r\n{{".encode())
+    wait_for(lambda: len(served.server.server_state.connections) == 2)
+    assert served.ask("/")[0] == 503
+    assert idle[1].recv(99) == b"" and idle[0].recv(99).startswith(b"HTTP/1.1 400")  # what says nothing has to go
+    wait_for(lambda: not served.server.server_state.connections)
+    assert served.ask("/")[0] == 200
     for one in idle:
         one.close()
-    wait_for(lambda: sum(served.server._open.values()) == 0)
-    assert served.ask("/")[0] == 200
 
 
 def test_mistakes_on_the_command_line_are_one_sentence(command: Any, tmp_path: Path) -> None:
@@ -252,41 +256,29 @@ def test_mistakes_on_the_command_line_are_one_sentence(command: Any, tmp_path: P
     ):
         with pytest.raises(UserError, match=message):
             script("vote").main(arguments)
-    done = command("scripts/vote.py", "action=results", f"study={tmp_path / 'new'}")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    without = "import runpy, sys; sys.modules['starlette'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    for arguments, message in (
+        (("scripts/vote.py", "action=results", f"study={tmp_path / 'new'}"), "holds no study.json"),
+        (("-c", without, "scripts/vote.py", "action=serve", f"study={tmp_path / 'new'}"), "curation and apps"),
+        (("-c", without, "scripts/select.py", "action=review", f"folder={tmp_path / 'new'}"), "curation and apps"),
+    ):
+        done = command(*arguments)
+        assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert message in done.stderr and not (tmp_path / "new").exists()
 
 
-# --- in the browser
+# --- the command
 
 
-class Server:
-    """The command line, as a process that can be killed and started again at its port."""
+class Server(Program):
+    """The vote of ``study``."""
 
     def __init__(self, study: Study) -> None:
-        self.study, self.port = study, 0
-        self.urls: dict[str, str] = {}
-        self.process: subprocess.Popen[str] | None = None
+        super().__init__("scripts/vote.py", "action=serve", f"study={study.folder}", addresses=len(study.tasks))
+        self.study = study
 
-    def start(self) -> Server:
-        self.process = subprocess.Popen(
-            [sys.executable, "scripts/vote.py", "action=serve", f"study={self.study.folder}", f"port={self.port}"],
-            cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if found := re.match(r"(\w+): (http://127\.0\.0\.1:(\d+)/\S+)", line):
-                self.urls[found[1]], self.port = found[2], int(found[3])
-            if len(self.urls) == len(self.study.tasks):
-                break
-        assert self.port
-        return self
-
-    def end(self, number: int = signal.SIGKILL) -> int:
-        assert self.process is not None
-        self.process.send_signal(number)
-        self.process.communicate(timeout=20)
-        self.urls = {}
-        return self.process.returncode
+    def url(self, rater: str) -> str:
+        return self.urls[list(self.study.tasks).index(rater)]
 
     def votes(self, rater: str) -> list[str]:
         """The choices as they lie on disk."""
@@ -314,8 +306,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     yield start
     for server in servers:
-        if server.process is not None and server.process.poll() is None:
-            server.end()
+        server.close()
 
 
 def at(page: Any, done: int) -> None:
@@ -329,6 +320,21 @@ def saved(page: Any) -> None:
     page.wait_for_selector("body[aria-busy=false]")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_server_ends_without_a_word_on_what_it_cut_off(started: Any, number: int) -> None:
+    server = started(2)
+    held = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
+    held[0].sendall(b"garbage\r\n\r\n")
+    assert held[0].recv(99).startswith(b"HTTP/1.1 400")
+    token = server.url("anna").partition("=")[2].encode()
+    held[1].sendall(b"POST /api/vote HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+    held[1].sendall(b"X-Token: " + token + b"\r\nContent-Length: 50\r\n\r\n{")  # and never the rest
+    assert server.end(number) == 0
+
+
+# --- in the browser
+
+
 @in_browser
 def test_two_raters_vote_at_once_one_reloads_and_the_server_is_killed(started: Any, browser: Any) -> None:
     server, wrong, pages = started(3), [], {}
@@ -336,7 +342,7 @@ def test_two_raters_vote_at_once_one_reloads_and_the_server_is_killed(started: A
     for rater, context in zip(("anna", "ben"), contexts, strict=True):
         pages[rater] = context.new_page()
         listen(pages[rater], wrong)
-        pages[rater].goto(server.urls[rater])
+        pages[rater].goto(server.url(rater))
     anna, ben = pages["anna"], pages["ben"]
     keys, choices = {"anna": "alt", "ben": "tla"}, {"a": "left", "l": "right", "t": "tie"}
     for number in range(2):  # both walk on, by turns
@@ -376,7 +382,7 @@ def test_two_raters_vote_at_once_one_reloads_and_the_server_is_killed(started: A
     server.start()
     anna = contexts[0].new_page()
     listen(anna, wrong)
-    anna.goto(server.urls["anna"])
+    anna.goto(server.url("anna"))
     at(anna, 2)
     assert server.votes("anna") == ["left", "right", "right"]
     for page, rater in ((anna, "anna"), (ben, "ben")):
@@ -408,7 +414,7 @@ def test_the_page_by_mouse_and_keys_with_both_questions_on_one_screen(
     server = started(3, raters="[anna]", ask="together", title="</script><i>Look</i>")
     page, wrong = browser.new_page(viewport={"width": 1200, "height": 760}), []
     listen(page, wrong)
-    page.goto(server.urls["anna"])
+    page.goto(server.url("anna"))
     at(page, 0)
     assert page.inner_text("h1") == page.title() == "</script><i>Look</i>" and page.evaluate("window.hit") is None
     rows = page.query_selector_all(".question")

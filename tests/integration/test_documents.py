@@ -24,7 +24,7 @@ from paradiffusion.curation.captioning.caption_options import CaptionOptions
 from paradiffusion.curation.choosing.select_steps import SelectOptions
 from paradiffusion.evaluation.ablation.ablate import AblateOptions, split
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
-from paradiffusion.evaluation.votes.vote_options import VoteOptions
+from paradiffusion.evaluation.votes.vote_actions import VoteOptions
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
 PROGRAM = re.compile(r"(train|sample|scripts/(\w+))\.py$")

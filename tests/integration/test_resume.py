@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import ROOT, wait_for
+from programs import end, fork, script
 from training_runs import assert_same_bits, at_step, newest, records, steps_saved, train_here
 
 from paradiffusion.checkpoints.manifest import find_fault, write_manifest
@@ -116,12 +117,40 @@ def test_a_signal_saves_and_leaves_quietly(
     time.sleep(0.01)
     process.send_signal(signal.SIGINT)  # torchrun passes on what the terminal has sent already
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert "run the same command again to go on" in output and "Traceback" not in output
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert output.rstrip().endswith("run the same command again to go on.") and "Traceback" not in output
     (step,) = steps_saved(stage)
     assert 2 <= step < 30 and f"stopped at step {step}" in output
     assert train_here(arguments) == 0
     assert_same_bits(newest(second_run / "stage2"), newest(stage))
+
+
+def test_a_stage_that_starts_from_one_that_has_not_ended_says_so(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", at_step(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        assert train("stage=1") == 128 + signal.SIGINT
+    assert train("stage=2", "max_steps=1") == 0
+    assert "step_000003 (step 3 of 8: not the end of that stage)" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "stage2")
+    assert train("stage=1") == 0 and train("stage=2", "max_steps=1") == 0
+    said = capsys.readouterr().out
+    assert "starting from" in said and "not the end" not in said
+
+
+def test_the_demo_lets_its_stage_save_before_it_leaves(tmp_path: Path) -> None:
+    saving = (
+        "import pathlib, signal, sys, time; from paradiffusion.stopping import stop_on_signals\n"
+        "with stop_on_signals() as stop:\n"
+        "    pathlib.Path(sys.argv[1], 'begun').touch()\n"
+        "    while stop.came_at is None: time.sleep(0.01)\n"
+        "    time.sleep(1); pathlib.Path(sys.argv[1], 'saved').touch(); sys.exit(stop.status)"
+    )
+    command = [sys.executable, "-c", saving, str(tmp_path)]
+    child = fork(lambda _: int(script("run_demo").run_to_its_end(command)), [], tmp_path / "said.txt")
+    assert end(child, (tmp_path / "begun").exists, signal.SIGINT) == 128 + signal.SIGTERM  # what the stage was told
+    assert (tmp_path / "saved").exists()
 
 
 def test_many_stops_and_other_intervals_change_nothing(
@@ -131,7 +160,9 @@ def test_many_stops_and_other_intervals_change_nothing(
     stage = tmp_path / "run" / "stage1"
     for every, stop in ((7, 3), (1000, 20), (4, 9)):
         monkeypatch.setattr(Trainer, "train_step", at_step(stop, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        assert train(*FIRST, f"checkpoint_every={every}", f"validate_every={every}", "log_every=5") == 0
+        assert (
+            train(*FIRST, f"checkpoint_every={every}", f"validate_every={every}", "log_every=5") == 128 + signal.SIGTERM
+        )
         assert newest(stage).name != "step_000060"
     monkeypatch.undo()
     assert train(*FIRST, "max_steps=40") == 0 and (stage / "summary.json").is_file()
@@ -147,7 +178,7 @@ def test_every_optimizer_comes_back_whole(
     arguments = ["max_steps=12", f"optimizer.name={optimizer}", "optimizer.schedule=linear", f"keep_gb={keep_gb}"]
     assert train(*arguments, f"run_dir={tmp_path / 'whole'}") == 0
     monkeypatch.setattr(Trainer, "train_step", at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    assert train(*arguments, f"run_dir={tmp_path / 'stopped'}") == 0
+    assert train(*arguments, f"run_dir={tmp_path / 'stopped'}") == 128 + signal.SIGTERM
     assert newest(tmp_path / "stopped" / "stage1").name == "step_000006"
     monkeypatch.undo()
     assert train(*arguments, f"run_dir={tmp_path / 'stopped'}") == 0

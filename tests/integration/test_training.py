@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import (
@@ -240,9 +243,41 @@ def test_trackers_get_what_the_log_gets(
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    assert train("tracker=wandb", "max_steps=2", f"run_dir={tmp_path / 'other'}") == 0
-    (run,) = (tmp_path / "other" / "stage1" / "wandb").glob("offline-run-*")
-    assert list(run.glob("*.wandb"))
+    # Two runs of one name, with characters that an id may not have, are two runs there, too.
+    for folder in ("a", "b"):
+        assert train("tracker=wandb", "max_steps=2", f"run_dir={tmp_path / folder / 'my:run'}") == 0
+    stages = [tmp_path / folder / "my:run" / "stage1" for folder in ("a", "b")]
+    ids = [(stage / "wandb_id").read_text() for stage in stages]
+    assert ids[0] != ids[1] and all(re.fullmatch("[0-9a-f]{16}", one) for one in ids)
+    for stage, one in zip(stages, ids, strict=True):
+        (run,) = (stage / "wandb").glob("offline-run-*")
+        assert run.name.endswith(one) and list(run.glob("*.wandb"))
+
+
+def test_a_tracker_shows_a_step_that_is_done_again_once(train: Callable[..., int], tmp_path: Path) -> None:
+    assert train("tracker=tensorboard") == 0
+    stage = tmp_path / "run" / "stage1"
+    shutil.rmtree(stage / "checkpoints" / "step_000008")
+    assert train("tracker=tensorboard") == 0
+    events = EventAccumulator(str(stage / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8]
+
+
+def test_a_tracker_that_fails_does_not_take_the_training_down(
+    train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(**_: object) -> None:
+        raise wandb.errors.CommError("no answer\nafter 90 s")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    assert train("tracker=wandb") == 0
+    assert "warning: tracker=wandb failed (no answer); the run goes on without it." in capsys.readouterr().out
+    (tmp_path / "run" / "stage1" / "tensorboard").touch()  # a file in its folder's place
+    assert train("tracker=tensorboard", "max_steps=12") == 0
+    said = capsys.readouterr().out
+    assert said.count("warning: tracker=tensorboard failed") == 1 and "Traceback" not in said
+    assert [row["step"] for row in records(tmp_path / "run" / "stage1")] == [2, 4, 6, 8, 10, 12]
 
 
 @pytest.mark.parametrize(

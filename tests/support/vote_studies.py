@@ -13,8 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from paradiffusion.evaluation.records import Drawn, Evaluation, write_evaluation
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.evaluation.votes.vote_actions import open_study
-from paradiffusion.evaluation.votes.vote_options import VoteOptions
+from paradiffusion.evaluation.votes.vote_actions import VoteOptions, open_study
 from paradiffusion.evaluation.votes.vote_store import Vote
 from paradiffusion.evaluation.votes.vote_study import Pair, PictureSet, Question, Study, Task, VotedPrompt
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import html
 import re
 from collections.abc import Callable
@@ -13,13 +12,6 @@ import ftfy
 
 from paradiffusion.data.captions import clean
 
-_BOMS: Final = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16's, which is its beginning
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
 _FIX: Final = ftfy.TextFixerConfig(
     unescape_html=False,  # done below, and counted
     uncurl_quotes=False,
@@ -46,20 +38,6 @@ _MISSING: Final = re.compile(r"nan|none|null|n/a|<na>|#n/a|undefined", re.IGNORE
 _LEFT_OVER: Final = re.compile(r"[\W_]*")
 # Characters. Longer ones are whole pages in the wrong column, over which the patterns above would take minutes: our choice.
 MAX_CAPTION: Final = 20_000
-
-
-def decode_text(data: bytes) -> tuple[str, str]:
-    """Text and the encoding that it was in: by its byte order mark, else UTF-8, else Windows-1252.
-
-    Bytes that Windows-1252 does not define become U+FFFD.
-    """
-    for mark, encoding in _BOMS:
-        if data.startswith(mark):
-            return data[len(mark) :].decode(encoding, "replace"), encoding
-    try:
-        return data.decode("utf-8"), "utf-8"
-    except UnicodeDecodeError:
-        return data.decode("cp1252", "replace"), "cp1252"
 
 
 @dataclass

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from paradiffusion.curation.building.cleaning import decode_text
 from paradiffusion.curation.building.places import EXTENSIONS, Place
+from paradiffusion.data.captions import ENCODING_NOTES, decode_text
 
 # Columns and JSON fields that are captions unless captions= says otherwise, for each kind the first one that has text.
 # Our choice, after the layouts of img2dataset, kohya's scripts and the data sets with synthetic captions.
@@ -174,8 +174,8 @@ def add_text(fields: dict[str, Any], notes: list[str], name: str, data: bytes, i
     """Add to ``fields`` what a text file beside an image holds: its text under ``name``, or all of a JSON object; and to
     ``notes`` what was odd about it."""
     text, encoding = decode_text(data)
-    if encoding == "cp1252":
-        notes.append("text not UTF-8, read as cp1252")
+    if encoding in ENCODING_NOTES and data:
+        notes.append(ENCODING_NOTES[encoding])
     if not is_json:
         fields[name] = text
         return

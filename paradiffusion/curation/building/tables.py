@@ -12,7 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
-from paradiffusion.curation.building.cleaning import decode_text
+from paradiffusion.data.captions import ENCODING_NOTES, decode_text
 from paradiffusion.errors import UserError
 
 
@@ -51,7 +51,6 @@ SUFFIXES: Final = (".csv", ".tsv", ".jsonl", ".jsonlines", ".ndjson", ".json", "
 _UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
 _MAX_CELL: Final = 1 << 24
 _MAX_LINES: Final = 1000  # of one row of a CSV: our choice
-_CP1252: Final = "text not UTF-8, read as cp1252"
 
 
 class _Repeated(Exception):
@@ -157,7 +156,7 @@ def _csv_rows(path: Path, delimiter: str | None) -> Iterator[Row]:
             problem = f"it goes on for {reader.line_num - start} lines: a quote is not closed"
         elif len(cells) != width:
             problem = problem or f"{len(cells)} cells, the header has {width}"
-        notes = [_CP1252] if "cp1252" in encodings else []
+        notes = [ENCODING_NOTES[one] for one in sorted(encodings & ENCODING_NOTES.keys())]
         fields = dict(zip(header or [], cells, strict=False))
         yield Row(number, f"line {start + skipped + 1}", fields, notes, problem)
         number += 1
@@ -168,7 +167,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
     for at, (line, encoding) in enumerate(_lines(path), 1):
         if not line.strip():
             continue
-        notes, place = [_CP1252] if encoding == "cp1252" else [], f"line {at}"
+        notes, place = [ENCODING_NOTES[encoding]] if encoding in ENCODING_NOTES else [], f"line {at}"
         try:
             content = json.loads(line, object_pairs_hook=_object)
         except _Repeated as repeated:
@@ -201,7 +200,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
             f"{path} is no JSON; expected a list of objects, or an object from file names to captions (one object a line: "
             "call it .jsonl)."
         ) from None
-    notes = [_CP1252] if encoding == "cp1252" else []
+    notes = [ENCODING_NOTES[encoding]] if encoding in ENCODING_NOTES else []
     if isinstance(content, dict):
         content = [{"file": name, **(v if isinstance(v, dict) else {"caption": v})} for name, v in content.items()]
     if not isinstance(content, list):

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import getpass
 import math
-import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from paradiffusion.apps.local_server import address_of
 from paradiffusion.checks import choice, not_understood, parsed, positive
 from paradiffusion.curation.choosing.score_files import move_root, scored_names
 from paradiffusion.errors import UserError
-from paradiffusion.stopping import stop_on_signals
 
 # What belongs to which step: a key of another one would do nothing, and is refused.
 STEPS = {
@@ -153,24 +149,9 @@ def _choose(options: SelectOptions, work: Path) -> None:
 
 def _review(options: SelectOptions, work: Path) -> None:
     """Serve the review page until Ctrl-C or SIGTERM."""
-    from paradiffusion.curation.choosing.review import make_server, open_review
+    from paradiffusion.apps.review import serve_review
 
-    opened = open_review(work, options.reviewer or _account())
-    server = make_server(opened, options.host, options.port)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = address_of(options.host, server.server_port)
-    print(f"{len(opened.candidates.all)} candidates; open {address}?token={opened.token}", flush=True)
-    if options.host not in ("127.0.0.1", "localhost", "::1"):
-        print("other machines reach this page, unencrypted: whoever reads the address can decide too.", flush=True)
-    with stop_on_signals() as stop:
-        while stop.came_at is None:
-            time.sleep(0.1)
-    server.shutdown()
-    server.server_close()
-    opened.log.close()
-    print(
-        f"ended; every decision is in {work / 'decisions.jsonl'}. The same command goes on, action=export writes the shards."
-    )
+    serve_review(work, options.reviewer or _account(), options.host, options.port)
 
 
 def _export(options: SelectOptions, work: Path) -> None:

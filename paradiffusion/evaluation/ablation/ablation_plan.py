@@ -274,8 +274,8 @@ def as_json_lines(plan: Plan, launcher: Launcher, finished: Sequence[str]) -> st
 def as_slurm(plan: Plan, launcher: Launcher, finished: Sequence[str], again: Sequence[str]) -> str:
     """A script for bash that submits every unit that can start now.
 
-    Not the later ones with dependencies between jobs: a training that its time limit stopped has saved and succeeded, as
-    Slurm sees it, and the next stage would start from half of it.
+    Not the later ones with dependencies between jobs: a training that its time limit stopped goes on when it is submitted
+    again, and what depends on it would never start.
 
     Raises:
         UserError: for a launcher's file, which scripts/slurm.sh replaces.

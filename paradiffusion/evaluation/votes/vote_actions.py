@@ -1,32 +1,208 @@
-"""The four actions of scripts/vote.py: serve (which begins a study, or goes on with one), tokens, results, export."""
+"""The keys and the four actions of scripts/vote.py: serve (which begins a study, or goes on with one), tokens, results, export."""
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
-import signal
-import threading
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any, Final
 
-from paradiffusion.apps.local_server import address_of
+import yaml
+
+from paradiffusion.checks import choice, positive
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.evaluation.votes.vote_options import VoteOptions
-from paradiffusion.evaluation.votes.vote_server import Voting, check_set_names, make_server, open_keys
+from paradiffusion.evaluation.suites.suite_files import read_yaml
 from paradiffusion.evaluation.votes.vote_store import VOTES, Store
 from paradiffusion.evaluation.votes.vote_study import (
+    QUESTIONS,
     STUDY,
+    Question,
     Study,
     VotedPrompt,
     all_pairs,
     assign,
+    common_suite,
+    look_at,
+    open_sources,
     read_study,
     spread,
     write_study,
 )
-from paradiffusion.evaluation.votes.voted_sets import common_prompts, look_at, open_sources
 
-USUAL_REPEATS = 2  # our choice: the least that shows how far raters agree
+SERVING: Final = ("host", "port", "hosts")
+# What makes a study what it is: fixed when it begins.
+STUDY_KEYS: Final = (
+    "sets", "suite", "suite_path", "raters", "title", "questions", "without_text", "ask", "repeats", "retest",
+    "pairs_per_rater", "images_per_prompt", "count", "seed",
+)  # fmt: skip
+ACTIONS: Final = {
+    "serve": (*STUDY_KEYS, *SERVING),
+    "tokens": ("host", "port"),
+    "results": ("seed", "output"),
+    "export": ("output",),
+}
+MOST_RATERS: Final = 200
+USUAL_REPEATS: Final = 2  # our choice: the least that shows how far raters agree
+
+
+@dataclass
+class VoteOptions:
+    """The keys of the command line; scripts/vote.py says what each is."""
+
+    action: str | None = None
+    study: str | None = None
+    sets: str | None = None
+    suite: str | None = None
+    suite_path: str | None = None
+    raters: str | None = None
+    title: str = "Which picture?"
+    questions: str | None = None
+    without_text: str = "[appeal]"
+    ask: str = "separately"
+    repeats: int | None = None
+    retest: int = 0
+    pairs_per_rater: int | None = None
+    images_per_prompt: int = 1
+    count: int | None = None
+    seed: int = 0
+    host: str = "127.0.0.1"
+    port: int = 8766
+    hosts: str | None = None
+    output: str | None = None
+    given: list[str] = field(default_factory=list, metadata={"internal": True})
+
+    def check(self) -> None:
+        """Raise UserError for missing, misplaced or impossible values."""
+        if self.action is None:
+            raise UserError(f"action= is missing; expected action={'|'.join(ACTIONS)} study=<folder>; see --help.")
+        choice("action", self.action, tuple(ACTIONS))
+        if not self.study:
+            raise UserError("study= is missing; name the folder where the study's votes lie, such as study=votes.")
+        for key in self.given:
+            if key not in ("action", "study", *ACTIONS[self.action]):
+                owners = [action for action, keys in ACTIONS.items() if key in keys]
+                raise UserError(
+                    f"{key}= belongs to action={owners[0]}, and does nothing in action={self.action}; leave it out."
+                )
+        choice("ask", self.ask, ("separately", "together"))
+        for key in ("repeats", "pairs_per_rater", "images_per_prompt", "count"):
+            if getattr(self, key) is not None:
+                positive(key, getattr(self, key))
+        positive("retest", self.retest, zero=True)
+        if not 0 <= self.port < 1 << 16:
+            raise UserError(f"port={self.port} is out of range; expected 0 to 65535.")
+        if not 1 <= len(self.title.strip()) <= 200:
+            raise UserError("title= is a text of 1 to 200 characters, which raters see at the top of the page.")
+        self.asked()
+        self.host_names()
+
+    def set_paths(self) -> dict[str, str]:
+        """The sets' folders by name, at least two."""
+        example = "sets='{ours: runs/nano/stage3/evaluation/scenes, other: pictures/other}'"
+        if not self.sets:
+            raise UserError(f"sets= is missing, and there is no study yet; name what is compared: {example}.")
+        value = _yaml("sets", self.sets, example)
+        if not isinstance(value, dict) or not all(isinstance(path, str) for path in value.values()):
+            raise UserError(f"sets={self.sets} is not understood; expected names and folders: {example}.")
+        paths = {str(name).strip(): path for name, path in value.items()}
+        if len(paths) < len(value):
+            raise UserError(f"sets={self.sets} has one name twice, spaces aside; give each set a name of its own.")
+        if len(paths) < 2:
+            raise UserError(f"sets={self.sets} names {len(paths)}; expected at least two to compare: {example}.")
+        for name in paths:
+            _name_of("sets", name)
+        return paths
+
+    def rater_names(self) -> list[str]:
+        """Who votes, each once."""
+        names = _names("raters", self.raters, "raters=[anna,ben]")
+        if not names:
+            raise UserError(
+                "raters= is missing, and there is no study yet; name who votes, each gets an address: raters=[anna,ben]."
+            )
+        if len(names) > MOST_RATERS:
+            raise UserError(f"raters= names {len(names)}; expected at most {MOST_RATERS}.")
+        for name in names:
+            _name_of("raters", name)
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"raters= names {twice[0]} twice; give each rater a name of their own.")
+        return names
+
+    def asked(self) -> tuple[Question, ...]:
+        """The questions, in order."""
+        example = "questions='{faithfulness: Which picture follows the text better?}'"
+        without = _names("without_text", self.without_text, "without_text=[appeal]")
+        known = {question.name: question.text for question in QUESTIONS}
+        if self.questions is None:
+            texts = dict(known)
+        else:
+            value = _yaml("questions", _quote_texts(self.questions), example)
+            value = [value] if isinstance(value, str) else value
+            if isinstance(value, list):
+                for name in value:
+                    if not isinstance(name, str) or name not in known:
+                        raise UserError(
+                            f"the question {name} is unknown; choose of {', '.join(known)}, or write it: {example}."
+                        )
+                value = {name: known[name] for name in value}
+            if not isinstance(value, dict) or not value or not all(isinstance(text, str) for text in value.values()):
+                raise UserError(f"questions={self.questions} is not understood; expected {example}.")
+            texts = {str(name).strip(): text.strip() for name, text in value.items()}
+        if "without_text" in self.given and (unknown := [name for name in without if name not in texts]):
+            raise UserError(f"without_text= names {unknown[0]}, which is not asked; choose of {', '.join(texts)}.")
+        for name, text in texts.items():
+            _name_of("questions", name)
+            if not 1 <= len(text) <= 500:
+                raise UserError(f"the question {name} has {len(text)} characters; expected 1 to 500.")
+        return tuple(Question(name, text, name not in without) for name, text in texts.items())
+
+    def host_names(self) -> tuple[str, ...]:
+        """Names besides its own that this machine is opened under."""
+        return tuple(_names("hosts", self.hosts, "hosts=[votes.lab.example]"))
+
+    def setting(self, key: str) -> Any:
+        """What study.json keeps of ``key``, to be compared when the study is opened again."""
+        made = {
+            "sets": self.set_paths,
+            "raters": self.rater_names,
+            "questions": lambda: {question.name: question.text for question in self.asked()},
+            "without_text": lambda: [question.name for question in self.asked() if not question.shows_text],
+        }
+        return made[key]() if key in made else getattr(self, key)
+
+
+def _yaml(key: str, text: str, example: str) -> Any:
+    try:
+        return read_yaml(text)
+    except yaml.YAMLError as error:
+        reason = f" ({error.problem})" if isinstance(error, yaml.MarkedYAMLError) and error.problem else ""
+        shown = text if len(text) <= 200 else f"{text[:200]}..."
+        raise UserError(f"{key}={shown} is not understood{reason}; expected {example}.") from None
+
+
+def _quote_texts(text: str) -> str:
+    """Quotes around the texts of a mapping: to YAML the "?" that ends a question means something else, and so does a comma."""
+    value = r"([^'\"\s].*?)(?=\s*(?:,\s*[\w -]+:\s|\}\s*$))"
+    return re.sub(r"([{,]\s*[\w -]+:\s+)" + value, lambda match: match[1] + json.dumps(match[2]), text)
+
+
+def _names(key: str, text: str | None, example: str) -> list[str]:
+    if text is None:
+        return []
+    value = _yaml(key, text, example)
+    value = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(one, str | int) and not isinstance(one, bool) for one in value):
+        raise UserError(f"{key}={text} is not understood; expected {example}.")
+    return [str(one).strip() for one in value]
+
+
+def _name_of(key: str, name: str) -> None:
+    if not 1 <= len(name) <= 60 or not name.isprintable():
+        raise UserError(f"{key}= has the name {name!r}; expected 1 to 60 printable characters.")
 
 
 def open_study(options: VoteOptions, suite: Suite | None = None) -> Study:
@@ -47,7 +223,8 @@ def open_study(options: VoteOptions, suite: Suite | None = None) -> Study:
         write_study(study)
         return study
     study = read_study(folder)
-    if changed := options.changed(study.settings):
+    given = [key for key in options.given if key in STUDY_KEYS]
+    if changed := [key for key in given if options.setting(key) != study.settings.get(key)]:
         raise UserError(
             f"the study {folder} began with another {changed[0]}=, and is fixed since; leave {' and '.join(f'{c}=' for c in changed)} "
             "out to go on with it, or choose another study= folder."
@@ -57,25 +234,26 @@ def open_study(options: VoteOptions, suite: Suite | None = None) -> Study:
 
 def make_study(options: VoteOptions, folder: Path, suite: Suite | None = None) -> Study:
     """Look at the sets' pictures and decide who sees which pairs. Raises UserError."""
-    settings = options.settings()
+    settings = {key: options.setting(key) for key in STUDY_KEYS}
     # Sides that follow from names and a known seed could be computed by a rater; study.json keeps what was drawn.
     seed = options.seed if "seed" in options.given else secrets.randbelow(1 << 31)
     raters = options.rater_names()
     repeats = options.repeats or min(USUAL_REPEATS, len(raters))
     sources = open_sources(options.set_paths(), suite)
-    suite_name, prompts = common_prompts(sources, suite)
-    prompts = list(Suite(suite_name, suite_name, tuple(prompts)).first(options.count).prompts)
-    pairs = all_pairs([prompt.id for prompt in prompts], [source.name for source in sources], options.images_per_prompt)
+    common = common_suite(sources, suite).first(options.count)
+    pairs = all_pairs(
+        [prompt.id for prompt in common.prompts], [source.name for source in sources], options.images_per_prompt
+    )
     if options.pairs_per_rater is not None:
         pairs = spread(pairs, max(1, options.pairs_per_rater * len(raters) // repeats), seed)
     shown = {pair.prompt for pair in pairs}
-    prompts = [prompt for prompt in prompts if prompt.id in shown]
+    prompts = [prompt for prompt in common.prompts if prompt.id in shown]
     questions = options.asked()
     rounds = 1 if options.ask == "together" else len(questions)
     study = Study(
         folder=folder,
         title=options.title.strip(),
-        suite=suite_name,
+        suite=common.name,
         settings=settings,
         ask=options.ask,
         questions=questions,
@@ -96,7 +274,14 @@ def make_study(options: VoteOptions, folder: Path, suite: Suite | None = None) -
     return study
 
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+def check_set_names(study: Study) -> None:
+    """Raises UserError where a text that raters read names a set, which would tell them whose picture is whose."""
+    texts = [study.title, *(part for q in study.questions for part in (q.name, q.text)), *study.tasks]
+    for name in study.sets:
+        if len(name) > 2 and any(name.lower() in text.lower() for text in texts):
+            raise UserError(
+                f"the set's name {name} stands in the title, a question or a rater's name, which raters see; reword it."
+            )
 
 
 def run_action(options: VoteOptions, suite: Suite | None = None) -> int:
@@ -120,30 +305,16 @@ def run_action(options: VoteOptions, suite: Suite | None = None) -> int:
 
 def serve(options: VoteOptions, suite: Suite | None) -> int:
     """Serve the vote page until Ctrl-C or SIGTERM."""
+    from paradiffusion.apps.vote import serve_votes
+
     study = open_study(options, suite)
-    keys, store = open_keys(study), Store(study)
-    server = make_server(Voting(study, store, keys), options.host, options.port, options.host_names())
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    for line in (*about(study), *addresses(study, options.host, server.server_port)):
-        print(line, flush=True)
-    if options.host not in LOCAL:
-        print("other machines reach this page, unencrypted: who reads an address can vote as that rater.", flush=True)
-    stop.wait()
-    server.shutdown()
-    server.server_close()
-    store.close()
-    print(f"ended; every vote is in {store.path}. action=serve study={study.folder} goes on, action=results counts.")
+    serve_votes(study, options.host, options.port, options.host_names(), about(study))
     return 0
 
 
 def about(study: Study) -> list[str]:
     """What there is to vote on, in a few lines."""
-    shown = [[t for t in tasks if study.settled(study.pairs[t.pair]) is None] for tasks in study.tasks.values()]
-    counts = sorted({len(tasks) for tasks in shown})  # as the raters' pages count them
+    counts = sorted({len(study.shown(rater)) for rater in study.tasks})  # as the raters' pages count them
     lines = [
         f"{len(study.prompts)} prompts of {study.suite}, {len(study.sets)} sets, {len(study.pairs)} pairs; "
         f"{' to '.join(map(str, counts[:: max(len(counts) - 1, 1)]))} screens for each of {len(study.tasks)} raters."
@@ -156,14 +327,10 @@ def about(study: Study) -> list[str]:
     return lines
 
 
-def addresses(study: Study, host: str, port: int) -> list[str]:
-    """One address for each rater, to be sent to that rater alone."""
-    keys = open_keys(study)
-    return [f"{rater}: {address_of(host, port)}?token={quote(keys.tokens[rater])}" for rater in study.tasks]
-
-
 def tokens(study: Study, options: VoteOptions) -> int:
     """Print the raters' addresses again."""
+    from paradiffusion.apps.vote import addresses
+
     for line in addresses(study, options.host, options.port):
         print(line)
     return 0
@@ -174,11 +341,8 @@ def results(study: Study, options: VoteOptions) -> int:
     from paradiffusion.evaluation.votes.vote_report import summary, write_results
     from paradiffusion.evaluation.votes.vote_results import results_of
 
-    store = Store(study)
-    try:
+    with closing(Store(study)) as store:
         found = results_of(study, store.votes(), store.comments(), options.seed)
-    finally:
-        store.close()
     folder = Path(options.output).expanduser() if options.output else study.folder
     page = write_results(found, folder)
     for line in summary(found):
@@ -191,11 +355,8 @@ def export(study: Study, options: VoteOptions) -> int:
     """Write every vote as a row of a CSV file."""
     from paradiffusion.evaluation.votes.vote_report import write_csv
 
-    store = Store(study)
-    try:
-        path = Path(options.output).expanduser() if options.output else study.folder / "votes.csv"
+    path = Path(options.output).expanduser() if options.output else study.folder / "votes.csv"
+    with closing(Store(study)) as store:
         count = write_csv(study, store.votes(), store.comments(), path)
-    finally:
-        store.close()
     print(f"{count} votes of {study.folder / VOTES} are in {path}.")
     return 0

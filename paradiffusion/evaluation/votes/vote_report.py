@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -26,9 +26,9 @@ MOST_LISTED: Final = 200
 @dataclass
 class _Section:
     title: str
-    lines: list[str]
-    warnings: list[str]
-    tables: list[tuple[str, Grid]]
+    lines: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    tables: list[tuple[str, Grid]] = field(default_factory=list)
 
 
 def write_results(results: Results, folder: Path) -> Path:
@@ -74,11 +74,10 @@ def _sections(results: Results) -> Iterator[_Section]:
             "Raters saw no names; sides were drawn by lot, half and half.",
         ],
         [f"Not finished: {done} of {total} screens are voted on."] if done < total else [],
-        [],
     )
     for answers in results.answers:
         yield _answers(answers)
-    yield _Section("Raters", [], [], [("", _raters(results))])
+    yield _Section("Raters", tables=[("", _raters(results))])
     if results.failures:
         rows = [[name, prompt, str(number), why] for name, prompt, number, why in results.failures[:MOST_LISTED]]
         rest = len(results.failures) - len(rows)
@@ -89,19 +88,18 @@ def _sections(results: Results) -> Iterator[_Section]:
                 "such pairs count once for each rater to whom they fell."
                 + (f" {rest} more are not listed." if rest else "")
             ],
-            [],
-            [("", text_grid(["set", "prompt", "image", "why"], rows, words=4))],
+            tables=[("", text_grid(["set", "prompt", "image", "why"], rows, words=4))],
         )
     if results.comments:
         rows = [list(row) for row in results.comments[:MOST_LISTED]]
-        yield _Section("Comments", [], [], [("", text_grid(["rater", "prompt", "comment"], rows, words=3))])
+        yield _Section("Comments", tables=[("", text_grid(["rater", "prompt", "comment"], rows, words=3))])
 
 
 def _answers(answers: Answers) -> _Section:
     question = answers.question
     lines = [f"“{question.text}”, asked {'beside the text' if question.shows_text else 'without the text'}."]
     if not answers.votes and not answers.missing:
-        return _Section(question.name, [*lines, "No votes yet."], [], [])
+        return _Section(question.name, [*lines, "No votes yet."])
     missing = f", and {answers.missing} decided by a missing picture" if answers.missing else ""
     lines.append(f"{answers.votes} votes{missing}.")
     tables = [("", _rates_table({"": answers.rates}))]
@@ -131,12 +129,7 @@ def _rates_table(groups: dict[str, list[Rates]]) -> Grid:
     for name, rates in groups.items():
         rows = []
         for one in rates:
-            shares = [
-                _share_cell(one.win),
-                _share_cell(one.tie),
-                _share_cell(one.loss),
-                _share_cell(one.margin, signed=True),
-            ]
+            shares = [*map(_share_cell, (one.win, one.tie, one.loss)), _share_cell(one.margin, signed=True)]
             bar = Cell("", bar=(one.win.mean, one.tie.mean, one.loss.mean))
             sets = Cell(f"{one.set_a} against {one.set_b}")
             rows.append([sets, *shares, Cell(str(one.win.n)), Cell(str(one.win.prompts)), bar])

@@ -7,17 +7,18 @@ Bradley and Terry's; its estimates depend on the votes through wins and half tie
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 
-from paradiffusion.evaluation.estimates import RESAMPLES, Estimate, expanded_tails, ratio
+from paradiffusion.evaluation.estimates import RESAMPLES, Estimate, expanded_tails, mean, of_sums, ratio
 from paradiffusion.evaluation.suites.suite import BAND_NAMES
 from paradiffusion.evaluation.votes.vote_store import Vote
 from paradiffusion.evaluation.votes.vote_study import TIE, Question, Study, Task
@@ -43,11 +44,11 @@ class Outcome:
     band: str
     set_a: str
     set_b: str
-    left: str
     question: str
     choice: str
     rater: str
     occasion: int = 0
+    left: str = ""
     missing: bool = False
     seconds: float | None = None
     at: str = ""
@@ -70,13 +71,10 @@ def outcomes(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str, s
 
 
 def _voted(study: Study, task: Task, vote: Vote, comment: str) -> Outcome:
-    pair = study.pairs[task.pair]
-    sides = (pair.set_b, pair.set_a) if task.flipped else (pair.set_a, pair.set_b)
-    chosen = {"left": sides[0], "right": sides[1]}.get(vote.choice)
-    choice = TIE if chosen is None else "a" if chosen == pair.set_a else "b"
-    return _outcome(
-        study, task, vote.question, choice, vote.rater, left=sides[0], seconds=vote.seconds, at=vote.at, comment=comment
-    )
+    # The first set is "a"; where it is on the right, a vote for the left is one for "b".
+    choice = TIE if vote.choice == TIE else "a" if (vote.choice == "left") != task.flipped else "b"
+    shown = {"left": study.sides(task)[0], "seconds": vote.seconds, "at": vote.at, "comment": comment}
+    return _outcome(study, task, vote.question, choice, vote.rater, **shown)
 
 
 def _settled(study: Study, votes: Sequence[Vote]) -> Iterator[Outcome]:
@@ -96,24 +94,11 @@ def _settled(study: Study, votes: Sequence[Vote]) -> Iterator[Outcome]:
                         yield _outcome(study, task, question.name, choice, rater, missing=True)
 
 
-def _outcome(
-    study: Study,
-    task: Task,
-    question: str,
-    choice: str,
-    rater: str,
-    *,
-    left: str = "",
-    missing: bool = False,
-    seconds: float | None = None,
-    at: str = "",
-    comment: str = "",
-) -> Outcome:
-    pair = study.pairs[task.pair]
-    prompt = study.prompts[pair.prompt]
+def _outcome(study: Study, task: Task, question: str, choice: str, rater: str, **shown: Any) -> Outcome:
+    pair, prompt = study.pairs[task.pair], study.prompts[study.pairs[task.pair].prompt]
     return Outcome(
-        task.pair, pair.prompt, pair.image, prompt.category, prompt.band, pair.set_a, pair.set_b, left, question, choice,
-        rater, task.occasion, missing, seconds, at, comment,
+        task.pair, pair.prompt, pair.image, prompt.category, prompt.band, pair.set_a, pair.set_b, question, choice, rater,
+        task.occasion, **shown,
     )  # fmt: skip
 
 
@@ -147,7 +132,7 @@ def reliability(outcomes: Sequence[Outcome], seed: int = 0) -> Reliability:
     return Reliability(
         alpha=alpha_of([u for u, _, _ in units], [v for _, v, _ in units], [p for _, _, p in units], 3, seed),
         same=_same(first, seed),
-        left=ratio(left, [1.0] * len(left), [one.prompt for one in sided], seed) if sided else None,
+        left=mean(left, [one.prompt for one in sided], seed) if sided else None,
         again=_again(voted, seed),
     )
 
@@ -187,39 +172,34 @@ def alpha_of(
     for unit, row in given.items():
         if row.sum() > 1:
             tables[names[prompt_of[unit]]] += (np.outer(row, row) - np.diag(row)) / (row.sum() - 1)
-    found = krippendorff_alpha(tables.sum(0))
-    if np.isnan(found):
+    try:
+        # Sums over prompts have their values' two axes first: [choices^2, prompts] -> [resamples, choices, choices].
+        return of_sums(
+            tables.reshape(len(names), -1).T,
+            lambda sums: krippendorff_alpha(np.moveaxis(sums.reshape(choices, choices, -1), -1, 0)),
+            round(float(tables.sum())),
+            seed,
+        )
+    except ValueError:
         return None
-    rng = np.random.Generator(np.random.PCG64(seed_from("alpha", seed, len(names))))
-    weights = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES).astype(float)
-    sampled = krippendorff_alpha(np.tensordot(weights, tables, 1))
-    low, high = np.nanquantile(sampled, expanded_tails(len(names)))
-    alpha = float(found)
-    return Estimate(alpha, min(float(low), alpha), max(float(high), alpha), round(float(tables.sum())), len(names))
 
 
 def _same(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
     """The share of equal votes among all pairs of votes on one pair of pictures."""
-    groups: dict[int, list[Outcome]] = defaultdict(list)
+    groups: dict[tuple[int, str], list[str]] = defaultdict(list)
     for one in outcomes:
-        groups[one.pair].append(one)
-    equal: list[float] = []
-    all_pairs: list[float] = []
-    prompts: list[str] = []
-    for group in groups.values():
-        counts = [sum(one.choice == choice for one in group) for choice in CHOICES]
-        if len(group) > 1:
-            equal.append(sum(count * (count - 1) / 2 for count in counts))
-            all_pairs.append(len(group) * (len(group) - 1) / 2)
-            prompts.append(group[0].prompt)
-    return ratio(equal, all_pairs, prompts, seed) if prompts else None
+        groups[one.pair, one.prompt].append(one.choice)
+    several = {prompt: choices for prompt, choices in groups.items() if len(choices) > 1}
+    equal = [float(sum(math.comb(choices.count(choice), 2) for choice in CHOICES)) for choices in several.values()]
+    all_pairs = [float(math.comb(len(choices), 2)) for choices in several.values()]
+    return ratio(equal, all_pairs, [prompt for _, prompt in several], seed) if several else None
 
 
 def _again(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
     first = {(one.rater, one.pair): one.choice for one in outcomes if one.occasion == 0}
     second = [one for one in outcomes if one.occasion == 1 and (one.rater, one.pair) in first]
     same = [float(first[one.rater, one.pair] == one.choice) for one in second]
-    return ratio(same, [1.0] * len(same), [one.prompt for one in second], seed) if second else None
+    return mean(same, [one.prompt for one in second], seed) if second else None
 
 
 # The spread of a normal prior on log strengths and on the tie parameter, natural logarithm; our choice. A set that won every
@@ -418,22 +398,10 @@ def rates_of(found: Sequence[Outcome], sets: Sequence[str], seed: int = 0) -> li
         own = [one for one in found if (one.set_a, one.set_b) == (first, second)]
         if own:
             prompts = [one.prompt for one in own]
-
-            def share(
-                value: Callable[[str], float], own: list[Outcome] = own, prompts: list[str] = prompts
-            ) -> Estimate:
-                return ratio([value(one.choice) for one in own], [1.0] * len(own), prompts, seed)
-
-            rates.append(
-                Rates(
-                    first,
-                    second,
-                    win=share(lambda choice: choice == "a"),
-                    tie=share(lambda choice: choice == TIE),
-                    loss=share(lambda choice: choice == "b"),
-                    margin=share(lambda choice: (choice == "a") - (choice == "b")),
-                )
-            )
+            # What each choice adds to the win, the tie, the loss and the margin.
+            worth = ({"a": 1.0}, {TIE: 1.0}, {"b": 1.0}, {"a": 1.0, "b": -1.0})
+            shares = [mean([each.get(one.choice, 0.0) for one in own], prompts, seed) for each in worth]
+            rates.append(Rates(first, second, *shares))
     return rates
 
 
@@ -470,13 +438,11 @@ def _answers(study: Study, question: Question, found: Sequence[Outcome], seed: i
 
 def _rater(study: Study, rater: str, votes: Sequence[Vote], found: Sequence[Outcome]) -> Rater:
     own = [vote for vote in votes if vote.rater == rater]
-    shown = {t.key: t.round for t in study.tasks[rater] if study.settled(study.pairs[t.pair]) is None}
-    answered = {(vote.task, vote.question) for vote in own}
-    done = sum(all((key, q.name) in answered for q in study.asked(number)) for key, number in shown.items())
+    shown, answered = study.shown(rater), {(vote.task, vote.question) for vote in own}
     sided = [one for one in found if one.rater == rater and not one.missing and one.choice != TIE]
     return Rater(
         name=rater,
-        done=done,
+        done=sum(all((task.key, q.name) in answered for q in study.asked(task.round)) for task in shown),
         total=len(shown),
         votes=len(own),
         seconds=round(median(vote.seconds for vote in own), 1) if own else None,

@@ -28,8 +28,7 @@ from vote_studies import (
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.scores.agreement import read_pairs
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.evaluation.votes.vote_actions import about, open_study, run_action
-from paradiffusion.evaluation.votes.vote_options import VoteOptions
+from paradiffusion.evaluation.votes.vote_actions import VoteOptions, about, open_study, run_action
 from paradiffusion.evaluation.votes.vote_report import summary, write_csv, write_results
 from paradiffusion.evaluation.votes.vote_results import (
     alpha_of,

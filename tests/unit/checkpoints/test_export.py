@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline
+from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline, official_differs
 from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.config import ConditioningConfig, ObjectiveConfig, UNetConfig
@@ -157,7 +157,14 @@ def test_the_command_line(
 ) -> None:
     ours = f"ckpt={make_ours(tmp_path / 'ours', codec_folder)}"
     assert export([ours, "to=official", f"output={tmp_path / 'w'}", "frozen=none", "dtype=float16"]) == 0
-    assert "in the layout official" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "in the layout official" in said
+    assert said.count("the released code: ") == 2 and "16 bits" in said and "to the letter" in said
+    longer = open_layout(tmp_path / "ours")
+    longer.description["conditioning"] |= {"max_tokens": 512, "clean_text": False}
+    assert official_differs(longer, "float32") == [
+        "it reads 256 tokens of a prompt, and this checkpoint 512: set that number there"
+    ]
     found = sorted(path.name for path in (tmp_path / "w").iterdir())
     assert found == ["paradiffusion.json", "scheduler", "text_encoder_lora", "unet"]
     for arguments, words in (

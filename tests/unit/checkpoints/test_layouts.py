@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_unet import TINY_UNET
@@ -127,6 +128,14 @@ def test_peft_loads_the_adapter_by_itself(make: Callable[..., Made]) -> None:
     assert not torch.allclose(theirs, bare, atol=1e-3), "the adapter does nothing"
 
 
+# The fields of its LoraConfig; it takes no others.
+KNOWN_TO_PEFT_0_7_1 = {
+    "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "r", "target_modules",
+    "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "modules_to_save", "init_lora_weights", "layers_to_transform",
+    "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "loftq_config",
+}  # fmt: skip
+
+
 def test_files_written_twice_are_equal_and_say_one_thing(make: Callable[..., Made]) -> None:
     first, second = (make("modern", True, name)[0] for name in ("first", "second"))
     files = [path.relative_to(first) for path in sorted(first.rglob("*")) if path.is_file()]
@@ -138,6 +147,8 @@ def test_files_written_twice_are_equal_and_say_one_thing(make: Callable[..., Mad
                 assert file.metadata() == {"format": "pt"}
     adapter = json.loads((first / "text_encoder_lora" / "adapter_config.json").read_text())
     assert adapter["target_modules"] == ["o_proj", "q_proj", "v_proj"] and adapter["lora_alpha"] == 6
+    assert adapter.keys() <= KNOWN_TO_PEFT_0_7_1
+    assert PeftConfig.from_pretrained(str(first / "text_encoder_lora")).r == 2  # today's reads it, too
     description = open_layout(first).description
     assert description["lora"]["rank"] == 2 and description["coordinates"] == 2
     assert len(description["text_encoder"]["hash"]) == len(description["codec"]["hash"]) == 16

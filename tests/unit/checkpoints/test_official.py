@@ -229,6 +229,7 @@ def test_what_the_folder_is_described_as(make: Callable[..., Path]) -> None:
     assert about["lora"] == {"rank": 3, "alpha": 6, "target_modules": ["o_proj", "q_proj", "up_proj"]}
     assert (sampler["steps"], sampler["guidance"], about["resolution"]) == (100, 7.5, 64)
     assert (conditioning["max_tokens"], conditioning["mask_padding"], conditioning["layer_tap"]) == (256, False, "last")
+    assert not conditioning["clean_text"], "the released code reads text to the letter"
     assert about["step"] == 0 and about["coordinates"] == 0 and about["text_encoder"]["hash"] is None
 
 

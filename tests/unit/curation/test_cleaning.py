@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paradiffusion.curation.building.cleaning import clean_caption, decode_text
+from paradiffusion.curation.building.cleaning import clean_caption
 from paradiffusion.curation.building.duplicates import near_duplicates
 from paradiffusion.curation.building.items import Columns, key_of, pick_captions
+from paradiffusion.data.captions import decode_text
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,11 @@ def test_encodings() -> None:
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         assert decode_text("grün 狐".encode(encoding))[0] == "grün 狐"
     assert decode_text("grün".encode("cp1252")) == ("grün", "cp1252")
-    assert decode_text(b"\x81\xff")[1] == "cp1252"
+    assert decode_text("Zwölf Äpfel – „süß“".encode("cp1252"))[0] == "Zwölf Äpfel – „süß“"
+    for data in (b"\x81\xff", "красный круг".encode("cp1251"), "红色的圆".encode("gb18030"), b"\x89PNG\0\0\0\r"):
+        assert decode_text(data) == ("", "unknown"), "no guess is better than a wrong one"
+    assert decode_text(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n") == ("", "unknown")
+    assert decode_text("a red circle".encode("utf-16-be")) == ("a red circle", "utf-16-be")
 
 
 @given(st.text(min_size=1), st.booleans())

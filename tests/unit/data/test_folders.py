@@ -95,9 +95,35 @@ def test_hostile_folder(pictures: Path, capfd: pytest.CaptureFixture[str]) -> No
     (line,) = capfd.readouterr().err.splitlines()
     assert "22 pictures with captions" in line and "2 links to a folder seen already" in line
     assert "2 files that cannot be opened" in line and "1 files that are no picture (such as broken.jpg)" in line
-    assert "1 gif pictures (scripts/build_shards.py reads them)" in line
+    assert "1 gif files (scripts/build_shards.py reads them)" in line
+    assert "1 files that are no part of a sample (such as notes.txt)" in line
     assert "3 pictures without a caption" in line and "1 names that are not UTF-8" in line
     assert load(index, SETTINGS)
+
+
+def test_the_usual_forms_of_a_picture_with_a_caption(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    forms = {
+        "a.png": ("a.TXT", b"in capitals"), "b.jpg": ("b.jpg.txt", b"behind the whole name"), "c.jfif": ("c.txt", b"a JPEG"),
+        "d.png": ("d.JSON", b'{"text": "by text"}'), "e.png": ("e.png.json", b'{"prompt": "by prompt"}'),
+        "f.png": ("f.json", b'{"caption": ["the first", "another"]}'), "g.v1.07.png": ("g.v1.07.caption", b"with dots"),
+        "h.png": ("h.txt", "un café".encode("cp1252")), "i.png": ("i.txt", "\u732b".encode("utf-16")),
+    }  # fmt: skip
+    for name, (text, data) in forms.items():
+        put(tmp_path, name.replace(".jfif", ".jpg"))
+        (tmp_path / text).write_bytes(data)
+    (tmp_path / "c.jpg").rename(tmp_path / "c.jfif")
+    put(tmp_path, "j.png")
+    (tmp_path / "j.txt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (tmp_path / "metadata.jsonl").write_text("{}\n")
+    index = load_folder(tmp_path)
+    found = {index.key(row): read_sample(index, row).meta["captions"]["short"] for row in range(len(index))}
+    assert list(found) == list(forms)
+    assert list(found.values()) == [
+        "in capitals", "behind the whole name", "a JPEG", "by text", "by prompt", "the first", "with dots", "un café", "\u732b",
+    ]  # fmt: skip
+    said = capfd.readouterr().err
+    assert "1 pictures without a caption (such as j.png)" in said and "1 jsonl files (scripts/build_shards.py" in said
+    assert index.odd_text == 3
 
 
 def test_texts_in_the_way_of_kohyas_scripts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -92,6 +92,23 @@ def test_layouts_of_others(tmp_path: Path) -> None:
     assert list(index.width) == [40, 40, 50, 40] and list(index.height) == [30, 30, 70, 30]
 
 
+def test_names_with_dots_and_the_usual_forms_of_captions_in_tars(tmp_path: Path) -> None:
+    members = [
+        ("img.v1.07.png", IMAGE), ("img.v1.07.txt", b"with dots"), ("a.png", IMAGE), ("a.seg.png", IMAGE), ("a.caption", b"by kohya"),
+        ("b.JFIF", IMAGE), ("b.json", b'{"prompt": "by prompt"}'), ("c.png", IMAGE), ("c.txt", "un caf\u00e9".encode("cp1252")),
+        ("d.png", IMAGE), ("d.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    ]  # fmt: skip
+    index = load_index([write_tar(tmp_path / "x.tar", members)])
+    found = {index.key(row): read_sample(index, row).meta["captions"] for row in range(len(index))}
+    assert found == {
+        "img.v1.07": {"short": "with dots"}, "a": {"short": "by kohya"}, "b": {"short": "by prompt"},
+        "c": {"short": "un caf\u00e9"}, "d": {},
+    }  # fmt: skip
+    assert (index.stray, index.odd_text) == (1, 2)
+    again = load_index([tmp_path / "x.tar"])  # from what was kept
+    assert (again.stray, again.odd_text) == (1, 2)
+
+
 def test_stray_and_hostile_members_are_passed_over(tmp_path: Path) -> None:
     marker = tmp_path / "executed"
 
@@ -127,7 +144,7 @@ def test_captions_of_wrong_types(tmp_path: Path) -> None:
     members = [m for n, data in enumerate(contents) for m in ((f"{n:02d}.png", IMAGE), (f"{n:02d}.json", data))]
     index = load_index([write_tar(tmp_path / "x.tar", members)])
     assert len(index) == len(contents) and index.bad_json == 4
-    assert not index.words[:11].any()
+    assert np.flatnonzero(index.words[:11].any(axis=1)).tolist() == [4, 7, 8]  # a text, or a list's first, is the short caption
     assert read_sample(index, 2).meta == {"captions": {}}
     assert read_sample(index, 11).meta["captions"] == {"short": "a b c"}
     assert dict(zip(index.kinds, index.words[12], strict=True))["long"] == 5000

@@ -167,7 +167,7 @@ def test_a_signal_stops_between_steps_and_the_same_command_goes_on(
 
     models.denoise = interrupted
     with stop_on_signals() as stop:
-        assert draw_all(models, requests, config, tmp_path, Processes(), stop) == 0
+        assert draw_all(models, requests, config, tmp_path, Processes(), stop) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is handler
     assert len(calls) == 6 and [row["name"] for row in rows_of(tmp_path)] == ["00000", "00001"]
     said = capsys.readouterr().out

@@ -63,7 +63,8 @@ def test_one_prompt_and_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "content", "expected"),
     [
         ("p.txt", " \n\n", "holds no prompts"), ("p.csv", "prompt,seed\n", "holds no prompts"), ("p.jsonl", "\n", "holds no prompts"),
-        ("p.txt", b"good\nb\xe4d\n", "0xe4 in line 2"), ("p.txt", "good\nbad\n".encode("utf-16-le"), "zero byte in line 1"),
+        ("p.txt", b"good\nb\xe4d\n", "0xe4 in line 2"), ("p.txt", b"good\nb\0d\n", "0x00 in line 2"),
+        ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("p.json", "[]", "ends in .json; expected .txt, .csv, .jsonl"), ("p", "x", "without an ending"),
         ("p.csv", "caption,seed\na,1\n", "columns caption, seed"), ("p.csv", "prompt\na cat, on a mat\n", "line 2 has 2 cells"),
         ("p.csv", 'prompt\n"never closed\n\n', "line 2 is not valid CSV"), ("p.csv", "prompt,seed\na,one\n", "line 2: seed is 'one'"),

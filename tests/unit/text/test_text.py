@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,15 @@ def test_padding_is_on_the_right_and_the_mask_comes_from_lengths() -> None:
     inside = tokens.ids[1, : tokens.lengths[1]]
     assert not (inside == eos).any(), "the name of the padding token is text"
     assert tokens.lengths[2] == 1, "an empty prompt is one token, else it has no feature at all"
+
+
+def test_prompts_are_read_as_captions_of_training_are_or_to_the_letter() -> None:
+    plain, typed = "A caf\u00e9 at night. A red door.", "\ufeff A cafe\u0301  at night.\r\n\r\nA red\tdoor. \u200b"
+    encoder, literal = tiny(), tiny(replace(MODERN, clean_text=False))
+    assert torch.equal(encoder.tokenize([typed]).ids, encoder.tokenize([plain]).ids)
+    assert literal.tokenize([typed]).lengths[0] > literal.tokenize([plain]).lengths[0]
+    assert torch.equal(literal.tokenize([plain]).ids, encoder.tokenize([plain]).ids)
+    assert encoder.tokenize([" \n"]).lengths == [1], "nothing but spaces is the empty prompt"
 
 
 def test_long_captions_are_cut_and_counted() -> None:

@@ -48,9 +48,9 @@ async function ask(path, options = {}) {
   try {
     const answer = await fetch(path, {...options, signal: control.signal, cache: 'no-store',
       headers: {'X-Token': token, ...(options.body ? {'Content-Type': 'application/json'} : {})}});
-    const content = await answer.json();
-    if (!answer.ok) throw Object.assign(new Error(content.error), {status: answer.status});
-    return content;
+    if (answer.ok) return await answer.json();
+    const reason = await answer.json().catch(() => ({}));
+    throw Object.assign(new Error(reason.error || answer.statusText), {status: answer.status});
   } finally { clearTimeout(timer); }
 }
 

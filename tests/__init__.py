@@ -1,0 +1,1 @@
+"""Makes this folder the package of this name: torch-fidelity installs another one."""
