@@ -5,28 +5,27 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import os
+import ssl
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
-import aiohttp
+import openai
+import tenacity
 
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.vlm import Answer, Decoding, Question
-from paradiffusion.randomness import uniform
 
 T = TypeVar("T")
 _LATER: Final = (408, 409, 425, 429)  # and all from 500 on
-_LONGEST_WAIT = 60.0
 _LONGEST_PAUSE: Final = 600.0  # that a server may ask for
-_LOOK_AROUND = 0.5  # seconds between looks at signals
+_LOOK_AROUND: Final = 0.5  # seconds between looks at signals
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Later(Exception):
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
-        self.reason, self.wait = reason, wait
+        self.wait = wait
 
 
 class EndpointModel:
@@ -72,14 +71,24 @@ class EndpointModel:
 
     def __init__(self, address: Address, decoding: Decoding) -> None:
         check_address(address)
-        self._address, self._decoding = address, decoding
-        self._url = address.url.rstrip("/")
-        self._headers = headers_of(address)
+        self._address, self._decoding, self._key = address, decoding, key_of(address)
+        self._client = openai.AsyncOpenAI(
+            base_url=address.url,
+            api_key=self._key or "none",
+            max_retries=0,  # tenacity tries again, after a damaged answer too
+            timeout=openai.Timeout(address.timeout, connect=min(30.0, address.timeout)),
+            # A redirect or a proxy could carry key and pictures to somewhere else.
+            http_client=openai.DefaultAsyncHttpxClient(
+                follow_redirects=False, trust_env=False, verify=ssl.create_default_context()
+            ),
+        )
+        # What the environment holds for another server is not told to this one.
+        absent = ["OpenAI-Organization", "OpenAI-Project", *([] if self._key else ["Authorization"])]
+        self._headers: Any = dict.fromkeys(absent, openai.Omit())
         # A thread of its own, so that requests go on while the next picture is decoded.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._session = self._run(self._open()).result()
         try:
             self.model = self._run(self._find_model()).result()
         except BaseException:
@@ -106,7 +115,7 @@ class EndpointModel:
     def close(self) -> None:
         """Close the connections."""
         if self._thread.is_alive():
-            self._run(self._session.close()).result()
+            self._run(self._client.close()).result()
             self._run(self._loop.shutdown_default_executor()).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
@@ -115,20 +124,18 @@ class EndpointModel:
     def _run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    async def _open(self) -> aiohttp.ClientSession:
-        timeout = aiohttp.ClientTimeout(total=self._address.timeout, connect=min(30.0, self._address.timeout))
-        connector = aiohttp.TCPConnector(limit=self._address.concurrency)
-        return aiohttp.ClientSession(timeout=timeout, connector=connector, headers=self._headers)
-
     async def _find_model(self) -> str:
         """The name to ask for, once the server says that it has it. Not all servers list their models."""
+
+        async def listed() -> list[str]:
+            page = await self._client.models.list(extra_headers=self._headers)
+            return [str(one.id) for one in getattr(page, "data", None) or [] if hasattr(one, "id")]
+
         served = self._address.served
-        status, body = await self._patiently(
-            lambda: self._request("GET", "/models"), "the list of models", min(3, self._address.tries)
-        )  # a wrong address is told soon
-        listed = body.get("data") if status == 200 else None
-        listed = listed if isinstance(listed, list) else []
-        names = [str(one["id"]) for one in listed if isinstance(one, dict) and "id" in one]
+        try:
+            names = await self._patiently(listed, min(3, self._address.tries))  # a wrong address is told soon
+        except openai.APIStatusError:
+            names = []
         if served is None and len(names) != 1:
             raise UserError(
                 f"endpoint={self._address.url} serves {', '.join(names) or 'no models that it lists'}; name one with served=."
@@ -141,82 +148,81 @@ class EndpointModel:
         payload = await asyncio.to_thread(self._payload, question)  # encoding pictures would hold up the other requests
 
         async def once() -> Answer:
-            status, body = await self._request("POST", "/chat/completions", payload)
-            if status != 200:
-                return Answer(error=f"status {status}: {self._message(body)}")
-            return _read(body)
+            return _read(await self._client.chat.completions.create(**payload, extra_headers=self._headers))
 
-        return await self._patiently(once, f"row {question.row}")
+        try:
+            return await self._patiently(once, self._address.tries)
+        except openai.APIStatusError as error:
+            return Answer(error=f"status {error.status_code}: {self._message(error.body)}")
 
-    async def _patiently(self, once: Any, what: str, tries: int | None = None) -> Any:
-        """``await once()``, again after a while as long as it raises Later."""
-        reason, tries = "", tries or self._address.tries
-        for attempt in range(tries):
+    async def _patiently(self, once: Callable[[], Awaitable[T]], tries: int) -> T:
+        """``await once()``, again after a while where that may help; UserError for what no picture can change."""
+
+        async def attempt() -> T:
             try:
-                return await once()
-            except Later as later:
-                reason = later.reason
-                if attempt + 1 < tries:
-                    # Spread by up to a half, so that refused requests do not come back all at once.
-                    wait = self._address.wait * 2**attempt * (1 + uniform("wait", what, attempt) / 2)
-                    await asyncio.sleep(max(min(_LONGEST_WAIT, wait), later.wait))
-        raise UserError(
-            f"the server at {self._address.url} failed {tries} times ({reason}); see that it runs and has room, "
-            "then run the same command again: it goes on where it stopped."
-        )
+                async with asyncio.timeout(self._address.timeout):  # the client's own starts anew with every byte
+                    return await once()
+            except (TimeoutError, openai.APITimeoutError):
+                raise Later(f"no answer within {self._address.timeout:g} s") from None
+            except openai.APIError as error:
+                raise self._meant(error) from None
+            except ValueError:
+                raise Later("an answer that is no JSON object") from None
 
-    async def _request(
-        self, method: str, path: str, payload: dict[str, Any] | None = None
-    ) -> tuple[int, dict[str, Any]]:
-        """(status, body). Raises Later for what may pass, UserError for what no picture can change."""
+        # Spread by up to a half, so that refused requests do not come back all at once.
+        first = self._address.wait
+        growing = tenacity.wait_exponential(first, max=40.0) + tenacity.wait_random_exponential(first / 2, max=20.0)
+        again = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(Later),
+            stop=tenacity.stop_after_attempt(tries),
+            wait=lambda state: max(growing(state), state.outcome.exception().wait),  # type: ignore[union-attr]
+            reraise=True,
+        )
         try:
-            # A redirect could carry key and pictures to somewhere else.
-            async with self._session.request(method, self._url + path, json=payload, allow_redirects=False) as response:
-                raw, status = await response.read(), response.status
-                pause = response.headers.get("Retry-After", "")
-        except aiohttp.ClientConnectorCertificateError as error:
-            reason = str(error.certificate_error).rstrip(".")
+            return await again(attempt)
+        except Later as later:
             raise UserError(
-                f"the certificate of {self._url} is not trusted ({reason}); use the name that it was issued for, or let "
-                "SSL_CERT_FILE name a file with the authority that signed it."
+                f"the server at {self._address.url} failed {tries} times ({later}); see that it runs and has room, "
+                "then run the same command again: it goes on where it stopped."
             ) from None
-        except TimeoutError:
-            raise Later(f"no answer within {self._address.timeout:g} s") from None
-        except aiohttp.ClientError as error:
-            raise Later(str(error) or type(error).__name__) from None
-        try:
-            body = json.loads(raw)
-        except (ValueError, RecursionError):
-            body = None
+
+    def _meant(self, error: openai.APIError) -> Exception:
+        """What to raise for a request that failed; the error itself where it is of this picture alone."""
+        if not isinstance(error, openai.APIStatusError):  # nobody was reached
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                return Later(str(error.__cause__ or error) or type(error.__cause__).__name__)
+            return UserError(
+                f"the certificate of {self._address.url} is not trusted ({str(cause).rstrip('.')}); use the name that it was "
+                "issued for, or let SSL_CERT_FILE name a file with the authority that signed it."
+            )
+        status, said, asked = error.status_code, self._message(error.body), error.request
         if status in _LATER or status >= 500:
-            raise Later(f"status {status}: {self._message(body)}", _pause(pause))
+            return Later(f"status {status}: {said}", _pause(error.response.headers.get("Retry-After", "")))
         if status == 402:  # which would befall every picture from here on
-            raise UserError(
-                f"the server at {self._address.url} wants to be paid (status 402: {self._message(body)}); see to the account, then run "
-                "the same command again: it goes on where it stopped."
+            told = (
+                f"wants to be paid (status 402: {said}); see to the account, then run the same command again: it goes on where it "
+                "stopped."
             )
-        if status in (401, 403):
-            held = f"the key in {self._address.api_key_env}" if self._address.api_key_env else "requests without a key"
-            raise UserError(
-                f"the server at {self._address.url} refuses {held} (status {status}); name the environment variable that holds "
-                "a valid key with api_key_env=."
+        elif status in (401, 403):
+            held = f"the key in {self._address.api_key_env}" if self._key else "requests without a key"
+            told = f"refuses {held} (status {status}); name the environment variable that holds a valid key with api_key_env=."
+        elif (status == 404 and asked.method == "POST") or 300 <= status < 400:
+            told = (
+                f"does not answer at {asked.url.path} (status {status}: {said}); check endpoint=, which ends in /v1 for most "
+                "servers, and served=."
             )
-        if (status == 404 and method == "POST") or 300 <= status < 400:
-            raise UserError(
-                f"the server at {self._address.url} has no {path} for the model {payload and payload['model']} (status {status}: "
-                f"{self._message(body)}); check endpoint=, which ends in /v1 for most servers, and served=."
-            )
-        if status == 200 and not isinstance(body, dict):
-            raise Later("an answer that is no JSON object")
-        return status, body if isinstance(body, dict) else {}
+        else:
+            return error
+        return UserError(f"the server at {self._address.url} {told}")
 
     def _message(self, body: Any) -> str:
         """What a server says about an error, in whichever of the usual places, but for the key if it repeats that."""
-        error = body.get("error", body) if isinstance(body, dict) else body
-        message = error.get("message", error.get("detail", "")) if isinstance(error, dict) else error
+        message = body.get("message", body.get("detail", "")) if isinstance(body, dict) else body
         said = " ".join(str(message or "no reason given").split())
-        key = self._headers.get("Authorization", "").removeprefix("Bearer ")
-        return (said.replace(key, "***") if key else said)[:200]
+        return (said.replace(self._key, "***") if self._key else said)[:200]
 
     def _payload(self, question: Question) -> dict[str, Any]:
         buffer = io.BytesIO()
@@ -247,13 +253,13 @@ def check_address(address: Address) -> None:
             f"endpoint= holds more than the address of {parts.hostname} (a user name, a key or a query); leave that out, and "
             "name the environment variable that holds the key with api_key_env=."
         )
-    headers_of(address)
+    key_of(address)
 
 
-def headers_of(address: Address) -> dict[str, str]:
-    """With the server's key, where it wants one. Raises UserError where the variable that is to hold it is not set."""
+def key_of(address: Address) -> str:
+    """The server's key, "" where it wants none. Raises UserError where the variable that is to hold it is not set."""
     if address.api_key_env is None:
-        return {}
+        return ""
     key = os.environ.get(address.api_key_env, "").strip()  # read from a file, keys end with the line's end
     if not key:
         raise UserError(
@@ -263,7 +269,7 @@ def headers_of(address: Address) -> dict[str, str]:
         raise UserError(
             f"the key in {address.api_key_env} holds characters that no header can carry; export it again, on one line."
         )
-    return {"Authorization": f"Bearer {key}"}
+    return key
 
 
 def _pause(retry_after: str) -> float:
@@ -278,16 +284,16 @@ def _pause(retry_after: str) -> float:
     return min(_LONGEST_PAUSE, seconds) if seconds > 0 else 0.0
 
 
-def _read(body: dict[str, Any]) -> Answer:
+def _read(completion: Any) -> Answer:
     """The answer in a chat completion; Later where it is none, as when a server falls over in the middle."""
     try:
-        choice = body["choices"][0]
-        text = choice["message"]["content"]
+        choice = completion.choices[0]
+        text = choice.message.content
         if isinstance(text, list):  # in parts, as the protocol allows
             text = "".join(part["text"] for part in text if part.get("type", "text") == "text")
         if text is not None and not isinstance(text, str):
             raise TypeError
-        tokens = (body.get("usage") or {}).get("completion_tokens") or 0
-        return Answer(text or "", int(tokens), choice.get("finish_reason") != "length")
+        tokens = completion.usage.completion_tokens if completion.usage else 0
+        return Answer(text or "", int(tokens or 0), choice.finish_reason != "length")
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         raise Later("an answer that is no chat completion") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -26,7 +27,7 @@ from programs import script, two_ranks
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.metrics.endpoint import Address, _pause, _read, headers_of
+from paradiffusion.metrics.endpoint import Address, _pause, key_of
 
 REFUSAL = "I'm sorry, but I can't help with that."
 Run = Callable[..., int]
@@ -78,8 +79,14 @@ def test_failures_that_pass_change_nothing(run: Run, server: ChatServer, tmp_pat
     made = report(tmp_path)
     assert made["captioned"] == 12 and made["captions_per_hour"] > 0 and made["captions_per_gpu_hour"] is None
     assert made["models"] == [f"{NAME}@served"]
-    parts = [{"type": "text", "text": "A dog "}, {"type": "text", "text": "runs."}]
-    assert _read({"choices": [{"message": {"content": parts}}]}).text == "A dog runs."
+
+
+def test_an_answer_may_come_in_parts(run: Run, server: ChatServer, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 1, 1)
+    parts = [{"type": "text", "text": text} for text in (paragraph(b"a"), " And ", paragraph(b"b"))]
+    server.faults = {0: (200, json.dumps({"choices": [{"message": {"content": parts}}]}).encode(), 0)}
+    assert run() == 0 and len(server.asked) == 1
+    assert lines(tmp_path / "out" / "000000.jsonl")[0]["caption"] == f"{paragraph(b'a')} And {paragraph(b'b')}"
 
 
 def test_a_request_is_what_the_protocol_says(
@@ -88,13 +95,17 @@ def test_a_request_is_what_the_protocol_says(
     shards_of(tmp_path / "in", 4, 4)
     server.key = "secret"
     monkeypatch.setenv("CAPTION_KEY", "secret")
+    monkeypatch.setenv("OPENAI_ORG_ID", "of another server")
+    monkeypatch.setenv("OPENAI_API_KEY", "of another server")
     more = ("api_key_env=CAPTION_KEY", "image_side=48", "max_new_tokens=200", "temperature=0.5", "endpoint_gpus=2")
     assert run(*more) == 0
     assert sorted(asked.size() for asked in server.asked) == [(28, 48), (48, 28), (48, 38), (48, 48)]
     asked = server.asked[0]
-    assert asked.headers["Authorization"] == "Bearer secret"
+    headers = {name.lower(): value for name, value in asked.headers.items()}
+    assert headers["authorization"] == "Bearer secret"
     assert (asked.body["max_tokens"], asked.body["temperature"], asked.body["model"]) == (200, 0.5, NAME)
     assert len({one.body["seed"] for one in server.asked}) == 4
+    assert not headers.keys() & {"openai-organization", "openai-project"}, "what another server is told"
     made = report(tmp_path)
     assert made["captions_per_gpu_hour"] == pytest.approx(made["captions_per_hour"] / 2)
 
@@ -173,7 +184,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(
         (("tries=2", "timeout=0.3"), {"faults": dict.fromkeys(range(50), (200, b"", 1.0))}, "no answer within 0.3 s"),
         (("tries=2",), {"faults": dict.fromkeys(range(50), (200, b"{}", 0))}, "no chat completion"),
         ((), {"faults": dict.fromkeys(range(50), (400, b'{"error": {"message": "no multimodal input"}}', 0))}, "refused the first 1. pictures .*no multimodal input"),
-        ((), {"faults": {3: (404, b'{"detail": "Not Found"}', 0)}}, "has no /chat/completions .*Not Found.*ends in /v1"),
+        ((), {"faults": {3: (404, b'{"detail": "Not Found"}', 0)}}, "does not answer at /v1/chat/completions .*Not Found.*ends in /v1"),
         ((), {"faults": {3: (307, b"", 0)}}, "status 307"),
     ],
 )  # fmt: skip
@@ -264,10 +275,22 @@ def test_a_shard_whose_lines_were_deleted_is_written_again(run: Run, server: Cha
     assert not list(out.glob("*.journal"))
 
 
-def test_a_server_may_ask_for_patience() -> None:
+def test_a_server_may_ask_for_patience(
+    run: Run, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert [_pause(text) for text in ("7", "1.5", "-3", "", "soon", "1e9", "nan")] == [7, 1.5, 0, 0, 0, 600, 0]
     assert 60 < _pause(formatdate(time.time() + 120, usegmt=True)) <= 120
     assert _pause(formatdate(time.time() - 120, usegmt=True)) == 0
+    shards_of(tmp_path / "in", 1, 1)
+    server.faults, server.retry_after = {0: (429, b"{}", 0)}, "7"
+    pauses, sleep = [], asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    assert run() == 0 and pauses == [7.0] and len(server.asked) == 2
 
 
 def test_a_refused_picture_is_counted_and_the_key_is_told_to_nobody(
@@ -285,7 +308,7 @@ def test_a_refused_picture_is_counted_and_the_key_is_told_to_nobody(
     for key in ("two\nlines", "schlüssel"):
         monkeypatch.setenv("CAPTION_KEY", key)
         with pytest.raises(UserError, match="the key in CAPTION_KEY holds characters") as refusal:
-            headers_of(Address(server.url, api_key_env="CAPTION_KEY"))
+            key_of(Address(server.url, api_key_env="CAPTION_KEY"))
         assert key not in str(refusal.value)
 
 

@@ -65,6 +65,7 @@ class ChatServer:
     Attributes:
         faults: by the number of the request, from 0: (status, body, seconds to wait) instead of an answer.
         answer: text and finish reason of a request.
+        retry_after: the header of that name with a fault.
         key: the key that it asks for, if any.
     """
 
@@ -72,6 +73,7 @@ class ChatServer:
     models: list[str] = field(default_factory=lambda: [NAME])
     faults: dict[int, tuple[int, bytes, float]] = field(default_factory=dict)
     answer: Callable[[Asked], tuple[str, str]] = lambda asked: (paragraph(asked.image + asked.prompt.encode()), "stop")
+    retry_after: str = "0"
     key: str | None = None
     asked: list[Asked] = field(default_factory=list)
     at_once: int = 0
@@ -132,7 +134,10 @@ def chat_server() -> Iterator[ChatServer]:
                     status, content, wait = state.faults[number]
                     time.sleep(wait)
                     self.reply(
-                        status, content, Retry_After="0", **({"Location": "/v1/elsewhere"} if status == 307 else {})
+                        status,
+                        content,
+                        Retry_After=state.retry_after,
+                        **({"Location": "/v1/elsewhere"} if status == 307 else {}),
                     )
                     return
                 said, reason = state.answer(asked)

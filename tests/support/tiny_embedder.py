@@ -51,7 +51,9 @@ def write_embedder(
     if modules is not None:
         (folder / "modules.json").write_text(json.dumps(modules))
         (folder / "1_Pooling").mkdir(exist_ok=True)
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        (folder / "1_Pooling" / "config.json").write_text(
+            json.dumps({"word_embedding_dimension": WIDTH, **(pooling or {})})
+        )
     for name, content in files.items():
         (inner / f"{name}.json").write_text(json.dumps(content))
     return folder

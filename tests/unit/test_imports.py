@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from commands import ROOT
+
+from paradiffusion.entry import run
 
 PACKAGE = ROOT / "paradiffusion"
 REST = {"scenes", "metrics", "evaluation", "curation", "apps", "budget"}
@@ -33,3 +38,29 @@ def test_the_core_imports_none_of_the_rest() -> None:
     core = {name: path for name, path in files.items() if name.split("/")[0] not in REST}
     assert len(core) > 50
     assert {name for name, path in core.items() if REST & set(imported_rooms(path))} == STILL
+
+
+@pytest.mark.parametrize(
+    ("package", "module"),
+    [
+        ("torchmetrics", "evaluation.scores.set_quality"),
+        ("torch_fidelity", "metrics.inception"),
+        ("sentence_transformers", "metrics.text_embedding"),
+        ("openai", "metrics.endpoint"),
+        ("tenacity", "metrics.endpoint"),
+        ("tenacity", "curation.building.places"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    package: str, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"paradiffusion.{module}", raising=False)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit) as ended:
+        run(lambda _: bool(importlib.import_module(f"paradiffusion.{module}")))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert f"the module {package}" in said and "paradiffusion[all]" in said

@@ -18,10 +18,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from time import sleep
 from typing import Any, Final
 
 import aiohttp
+import tenacity
 from yarl import URL
 
 from paradiffusion.atomic import atomic_file
@@ -151,8 +151,12 @@ def _cells_of(path: str, group: int, column: str) -> Iterator[tuple[int, Any]]:
         yield from enumerate(cell for batch in batches for cell in batch.column(0))
 
 
-class _Busy(Exception):
-    """A site asks to come again: what it said, and after how many seconds."""
+class _Later(Exception):
+    """A failure that may pass: how, and how many seconds a site asks to wait."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
 
 
 async def _download(url: str, limits: FetchLimits) -> bytes:
@@ -164,7 +168,7 @@ async def _download(url: str, limits: FetchLimits) -> bytes:
         session.get(URL(_in_ascii(url), encoded=True), max_redirects=_REDIRECTS) as answer,
     ):
         if answer.status in _MENDABLE:
-            raise _Busy(f"status {answer.status}", _pause_asked(answer.headers.get("Retry-After", "")))
+            raise _Later(f"status {answer.status}", _pause_asked(answer.headers.get("Retry-After", "")))
         if not 200 <= answer.status < 300:
             raise Dropped("not downloaded", f"status {answer.status}")
         tags = ",".join(answer.headers.getall("X-Robots-Tag", [])).lower()
@@ -186,25 +190,34 @@ def fetch(url: str, limits: FetchLimits) -> bytes:
     """
     if not url.lower().startswith(("http://", "https://")):
         raise Dropped("not downloaded", "expected an http or https address")
-    detail, asked = "", 0.0
-    for attempt in range(limits.retries + 1):
-        if attempt:
-            sleep(max(asked, min(0.5 * 2**attempt, 8.0)))
-        try:
-            return asyncio.run(_download(url, limits))
-        except _Busy as busy:
-            detail, asked = busy.args
-        except aiohttp.NonHttpUrlRedirectClientError:
-            raise Dropped("not downloaded", "redirected away from http") from None
-        except aiohttp.TooManyRedirects as error:
-            raise Dropped("not downloaded", f"status {error.history[-1].status}") from None
-        except ValueError as error:  # no address, or a certificate that is not trusted
-            raise Dropped("not downloaded", type(getattr(error, "certificate_error", error)).__name__) from None
-        except (OSError, aiohttp.ClientError) as error:
-            cause = getattr(error, "os_error", error)
-            known = {aiohttp.ClientPayloadError: "IncompleteRead", TimeoutError: "TimeoutError"}
-            detail = next((name for kind, name in known.items() if isinstance(cause, kind)), type(cause).__name__)
-    raise Dropped("not downloaded", detail)
+    growing = tenacity.wait_exponential(1.0, max=8.0)
+    again = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(_Later),
+        stop=tenacity.stop_after_attempt(limits.retries + 1),
+        wait=lambda state: max(growing(state), state.outcome.exception().wait),  # type: ignore[union-attr]
+        reraise=True,
+    )
+    try:
+        return again(_downloaded, url, limits)
+    except _Later as later:
+        raise Dropped("not downloaded", str(later)) from None
+
+
+def _downloaded(url: str, limits: FetchLimits) -> bytes:
+    """One try. Raises Dropped for what another would not change, and _Later for the rest."""
+    try:
+        return asyncio.run(_download(url, limits))
+    except aiohttp.NonHttpUrlRedirectClientError:
+        raise Dropped("not downloaded", "redirected away from http") from None
+    except aiohttp.TooManyRedirects as error:
+        raise Dropped("not downloaded", f"status {error.history[-1].status}") from None
+    except ValueError as error:  # no address, or a certificate that is not trusted
+        raise Dropped("not downloaded", type(getattr(error, "certificate_error", error)).__name__) from None
+    except (OSError, aiohttp.ClientError) as error:
+        cause = getattr(error, "os_error", error)
+        known = {aiohttp.ClientPayloadError: "IncompleteRead", TimeoutError: "TimeoutError"}
+        name = next((name for kind, name in known.items() if isinstance(cause, kind)), type(cause).__name__)
+        raise _Later(name) from None
 
 
 def _in_ascii(url: str) -> str:

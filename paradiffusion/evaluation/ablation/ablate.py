@@ -154,7 +154,9 @@ def ablate(
         print(forms[options.print]())
         return 0
     if options.table:
-        return _table_alone(study, plan, output, finished)
+        if not any(cell.trainings[-1] in finished for cell in plan.cells):
+            raise UserError(f"{output} has no finished run of {study.name}; leave out table=true to run it.")
+        return _finish(study, plan, output, finished, None, {})
     return _run_study(study, plan, output, launcher, options.keep_going, finished)
 
 
@@ -200,29 +202,23 @@ def _run_study(study: Study, plan: Plan, output: Path, launcher: Launcher, keep_
     return _finish(study, plan, output, done, outcome, titles)
 
 
-def _finish(study: Study, plan: Plan, output: Path, done: set[str], outcome: Outcome, titles: dict[str, str]) -> int:
+def _finish(
+    study: Study, plan: Plan, output: Path, done: set[str], outcome: Outcome | None, titles: dict[str, str]
+) -> int:
+    """Write and print the table; 1 where something was run and is not finished."""
     comparison = compare(study, plan, done)
     path = write_comparison(output, comparison, outcome, titles)
-    print(as_markdown(comparison, [(titles[key], reason) for key, reason in outcome.failed.items()]))
+    failed = outcome.failed.items() if outcome else ()
+    print(as_markdown(comparison, [(titles[key], reason) for key, reason in failed]))
     print(f"the report is {path}")
-    if len(done) < len(plan.units):
-        missing = len(plan.units) - len(done)
-        print(
-            f"{missing} of {len(plan.units)} units are not finished; run the same command again to try them.",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
-
-
-def _table_alone(study: Study, plan: Plan, output: Path, finished: set[str]) -> int:
-    if not any(cell.trainings[-1] in finished for cell in plan.cells):
-        raise UserError(f"{output} has no finished run of {study.name}; leave out table=true to run it.")
-    comparison = compare(study, plan, finished)
-    path = write_comparison(output, comparison, None, {})
-    print(as_markdown(comparison, []))
-    print(f"the report is {path}")
-    return 0
+    missing = len(plan.units) - len(done)
+    if outcome is None or not missing:
+        return 0
+    print(
+        f"{missing} of {len(plan.units)} units are not finished; run the same command again to try them.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _say_left_over(plan: Plan, output: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import yaml
+from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite_files import read_yaml
@@ -17,10 +18,48 @@ STAGES: Final = (1, 2, 3)
 OWN_KEYS: Final = ("stage", "seed", "run_dir", "resume", "preflight")
 # And each evaluation.
 _OWN_EVALUATE_KEYS: Final = ("ckpt", "pipeline", "images", "compare", "output_dir")
-_STUDY_KEYS: Final = (
-    "name", "title", "base", "per_stage", "settings", "baseline", "seeds", "stages", "evaluate", "measures",
-)  # fmt: skip
-_SETTING_KEYS: Final = ("overrides", "per_stage", "stages", "evaluate", "group", "note")
+_FIX: Final = "correct the file, and put quotes around entries with braces, brackets or commas"
+
+
+def key_of(argument: str) -> str:
+    """The key of an override, without Hydra's marks."""
+    return argument.partition("=")[0].lstrip("+~")
+
+
+def _argument(text: str, own: tuple[str, ...]) -> str:
+    if "=" not in text:
+        raise ValueError(f"{text!r} is no key=value")
+    if key_of(text) in own:
+        raise ValueError(f"{key_of(text)} is set by the study itself, so it cannot be overridden")
+    return text
+
+
+def _folder_name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w.-]{0,60}", text, re.ASCII):
+        raise ValueError("it becomes part of folder names, so it takes letters, digits, '_', '-' and '.' alone")
+    return text
+
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or len({*seeds}) < len(seeds):
+        raise ValueError(f"{list(seeds)} must be at least one, and each another")
+    return seeds
+
+
+def _rising(stages: tuple[int, ...]) -> tuple[int, ...]:
+    if not stages or list(stages) != sorted({*stages}):
+        raise ValueError(f"{list(stages)} must be stages in rising order, such as [1, 2, 3] or [1, 3]")
+    return stages
+
+
+# What a file may say; pydantic checks it.
+_Name = Annotated[str, AfterValidator(_folder_name)]
+_Overrides = tuple[Annotated[str, AfterValidator(lambda text: _argument(text, OWN_KEYS))], ...]
+_Evaluate = tuple[Annotated[str, AfterValidator(lambda text: _argument(text, _OWN_EVALUATE_KEYS))], ...]
+_Stage = Literal[1, 2, 3]
+_Stages = Annotated[tuple[_Stage, ...], AfterValidator(_rising)]
+_Seeds = Annotated[tuple[Annotated[int, Strict(), Field(ge=0, lt=10**9)], ...], AfterValidator(_distinct)]
+_KEYS: Final = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 
 @dataclass(frozen=True)
@@ -35,11 +74,13 @@ class Setting:
         note: a sentence for the table.
     """
 
-    name: str
-    overrides: tuple[str, ...] = ()
-    per_stage: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    stages: tuple[int, ...] = ()
-    evaluate: tuple[str, ...] = ()
+    __pydantic_config__: ClassVar[ConfigDict] = _KEYS
+
+    name: _Name
+    overrides: _Overrides = ()
+    per_stage: dict[_Stage, _Overrides] = field(default_factory=dict)
+    stages: _Stages = ()
+    evaluate: _Evaluate = ()
     group: str = ""
     note: str = ""
 
@@ -50,20 +91,22 @@ class Study:
 
     Attributes:
         base, per_stage: overrides of every setting, before its own.
-        baseline: the setting that the others are compared with.
+        baseline: the setting that the others are compared with; a file that names none means its first.
         evaluate: arguments of scripts/evaluate.py, the same for all.
         measures: those that the table shows, each ``score/measure`` or ``suite/score/measure``; () for all.
     """
 
-    name: str
+    __pydantic_config__: ClassVar[ConfigDict] = _KEYS
+
+    name: _Name
     settings: tuple[Setting, ...]
-    baseline: str
+    baseline: str = ""
     title: str = ""
-    base: tuple[str, ...] = ()
-    per_stage: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0, 1)
-    stages: tuple[int, ...] = STAGES
-    evaluate: tuple[str, ...] = ()
+    base: _Overrides = ()
+    per_stage: dict[_Stage, _Overrides] = field(default_factory=dict)
+    seeds: _Seeds = (0, 1)
+    stages: _Stages = STAGES
+    evaluate: _Evaluate = ()
     measures: tuple[str, ...] = ()
 
     def only(self, names: list[str]) -> Study:
@@ -72,10 +115,7 @@ class Study:
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"only: {unknown[0]} is no setting of {self.name}; choose from {', '.join(known)}.")
         kept = tuple(s for s in self.settings if s.name in names or s.name == self.baseline)
-        return Study(
-            self.name, kept, self.baseline, self.title, self.base, self.per_stage, self.seeds, self.stages, self.evaluate,
-            self.measures,
-        )  # fmt: skip
+        return replace(self, settings=kept)
 
 
 def read_study(path: Path) -> Study:
@@ -94,122 +134,48 @@ def read_study(path: Path) -> Study:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where is not None else ""
         reason = getattr(error, "problem", None) or "it is no YAML"
+        raise UserError(f"study={path} is not understood{line}: {reason}; {_FIX}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"study={path} is no mapping of keys to values; {_FIX}.")
+    named = values.get("settings")
+    if not isinstance(named, dict) or not named:
         raise UserError(
-            f"study={path} is not understood{line}: {reason}; correct the file, and put quotes around entries with braces, "
-            "brackets or commas."
-        ) from None
-    read = _Reader(path)
-    values = read.mapping("the study", values, _STUDY_KEYS)
-    settings = tuple(
-        _setting(read, name, entry) for name, entry in read.mapping("settings", values.get("settings")).items()
-    )
-    if not settings:
-        read.refuse(
-            "it has no settings; expected such as settings: {baseline: {}, rank_16: {overrides: [lora.rank=16]}}"
+            f"study={path} has no settings; expected such as settings: {{baseline: {{}}, rank_16: {{note: LoRA}}}}."
         )
-    baseline = read.text("baseline", values.get("baseline"), settings[0].name)
-    if baseline not in {setting.name for setting in settings}:
-        read.refuse(f"baseline: {baseline} is none of its settings, {', '.join(s.name for s in settings)}")
-    seeds = read.integers("seeds", values.get("seeds", [0, 1]))
-    if not seeds or len({*seeds}) < len(seeds):
-        read.refuse(f"seeds: {list(seeds)} must be at least one, and each another")
-    return Study(
-        name=read.name("name", read.text("name", values.get("name"), path.stem)),
-        title=read.text("title", values.get("title")),
-        base=read.arguments("base", values.get("base"), own=OWN_KEYS),
-        per_stage=read.stages_of("per_stage", values.get("per_stage")),
-        settings=settings,
-        baseline=baseline,
-        seeds=seeds,
-        stages=read.stages("stages", values.get("stages", list(STAGES))),
-        evaluate=read.arguments("evaluate", values.get("evaluate"), own=_OWN_EVALUATE_KEYS),
-        measures=read.texts("measures", values.get("measures")),
-    )
+    values["settings"] = [_row(name, entry) for name, entry in named.items()]
+    try:
+        study = TypeAdapter(Study).validate_python({"name": path.stem, **_given(values)})
+    except ValidationError as error:
+        raise UserError(f"study={path}: {_sentence(error, list(named))}; {_FIX}.") from None
+    known = [setting.name for setting in study.settings]
+    if study.baseline and study.baseline not in known:
+        raise UserError(
+            f"study={path}: baseline: {study.baseline} is none of its settings, {', '.join(known)}; {_FIX}."
+        )
+    return replace(study, baseline=study.baseline or known[0])
 
 
-def key_of(argument: str) -> str:
-    """The key of an override, without Hydra's marks."""
-    return argument.partition("=")[0].lstrip("+~")
+def _given(values: dict[Any, Any]) -> dict[Any, Any]:
+    """The keys that have a value."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _setting(read: _Reader, name: Any, entry: Any) -> Setting:
-    where = f"settings: {name}"
-    name = read.text(where, name)
-    values = read.mapping(where, entry or {}, _SETTING_KEYS)
-    return Setting(
-        name=read.name(where, name),
-        overrides=read.arguments(f"{where}: overrides", values.get("overrides"), own=OWN_KEYS),
-        per_stage=read.stages_of(f"{where}: per_stage", values.get("per_stage")),
-        stages=read.stages(f"{where}: stages", values["stages"]) if "stages" in values else (),
-        evaluate=read.arguments(f"{where}: evaluate", values.get("evaluate"), own=_OWN_EVALUATE_KEYS),
-        group=read.text(f"{where}: group", values.get("group")),
-        note=read.text(f"{where}: note", values.get("note")),
-    )
+def _row(name: Any, entry: Any) -> Any:
+    """A setting with its name, which is the file's key of it and none of its own; one without anything is as the base."""
+    if not isinstance(entry, dict | None):
+        return entry
+    return {("name: " if key == "name" else key): value for key, value in _given(entry or {}).items()} | {"name": name}
 
 
-class _Reader:
-    """Parts of one file, and refusals that name it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def refuse(self, what: str) -> NoReturn:
-        raise UserError(f"study={self.path}: {what}; correct the file.")
-
-    def mapping(self, where: str, values: Any, known: tuple[str, ...] = ()) -> dict[Any, Any]:
-        if not isinstance(values, dict):
-            self.refuse(f"{where} is no mapping of keys to values")
-        if known and (unknown := [key for key in values if key not in known]):
-            self.refuse(f"{where} has the unknown key {unknown[0]}; the keys are {', '.join(known)}")
-        found: dict[Any, Any] = values
-        return found
-
-    def name(self, where: str, text: str) -> str:
-        if not re.fullmatch(r"\w[\w.-]{0,60}", text, re.ASCII):
-            self.refuse(
-                f"{where}: {text!r} becomes part of folder names, so it takes letters, digits, '_', '-' and '.' alone"
-            )
-        return text
-
-    def text(self, where: str, value: Any, otherwise: str = "") -> str:
-        """A text; ``otherwise`` for an entry without one. To YAML a bare ``no`` or ``on`` is none."""
-        if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
-            self.refuse(f"{where}: {value} is no text; put quotes around it")
-        return otherwise if value is None else str(value)
-
-    def texts(self, where: str, values: Any) -> tuple[str, ...]:
-        if values is None:
-            return ()
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            self.refuse(f"{where} is no list of texts; put quotes around an entry with braces, brackets or commas")
-        return tuple(values)
-
-    def arguments(self, where: str, values: Any, own: tuple[str, ...]) -> tuple[str, ...]:
-        found = self.texts(where, values)
-        for argument in found:
-            if not argument.partition("=")[1]:
-                self.refuse(f"{where}: {argument!r} is no key=value")
-            if key_of(argument) in own:
-                self.refuse(f"{where}: {key_of(argument)} is set by the study itself, so it cannot be overridden")
-        return found
-
-    def integers(self, where: str, values: Any) -> tuple[int, ...]:
-        if not isinstance(values, list) or not all(
-            isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 10**9 for v in values
-        ):
-            self.refuse(f"{where} is no list of whole numbers of at least 0 and at most nine digits")
-        return tuple(values)
-
-    def stages(self, where: str, values: Any) -> tuple[int, ...]:
-        found = self.integers(where, values)
-        if not found or any(stage not in STAGES for stage in found) or list(found) != sorted({*found}):
-            self.refuse(f"{where}: {list(found)} must be stages in rising order, such as [1, 2, 3] or [1, 3]")
-        return found
-
-    def stages_of(self, where: str, values: Any) -> dict[int, tuple[str, ...]]:
-        found = {}
-        for stage, entry in self.mapping(where, values or {}).items():
-            if stage not in STAGES:
-                self.refuse(f"{where}: {stage} is no stage; expected 1, 2 or 3")
-            found[int(stage)] = self.arguments(f"{where}: {stage}", entry, own=OWN_KEYS)
-        return found
+def _sentence(error: ValidationError, names: list[Any]) -> str:
+    """What is wrong first, and where."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    if where[0] == "settings":
+        where[1] = str(names[int(where[1])])
+    if first["type"] == "unexpected_keyword_argument":
+        keys = [one.name for one in fields(Setting if where[0] == "settings" else Study)]
+        *inside, key = where
+        return f"{': '.join([*inside, ''])}unknown key {key}; the keys are {', '.join(keys)}"
+    said = first["msg"].removeprefix("Value error, ").replace("tuple", "list").rstrip(".")
+    return f"{': '.join(where)}: {said} (found {first['input']!r})"

@@ -24,11 +24,10 @@ from paradiffusion.evaluation.reporting.figures import Series, row_figure
 from paradiffusion.evaluation.reporting.texts import (
     MISSING,
     difference_text,
-    estimate_text,
     interval_text,
     value_text,
 )
-from paradiffusion.pages import Cell, Grid, Group, cells, markdown, markdown_table, render
+from paradiffusion.pages import Cell, Grid, Group, cells, grid_markdown, markdown, render
 
 LOSS: Final = "training loss"
 MINUTES: Final = "minutes"
@@ -302,12 +301,10 @@ def write_comparison(folder: Path, comparison: Comparison, outcome: Outcome | No
         outcome: how the run ended; None where nothing was run.
         titles: of units, by key, for those that failed.
     """
-    failures = [] if outcome is None else [(titles[key], reason) for key, reason in outcome.failed.items()]
-    failures += (
-        []
-        if outcome is None
-        else [(titles[key], "not run, since what it starts from failed") for key in outcome.blocked]
-    )
+    failures = []
+    if outcome is not None:
+        failures = [(titles[key], reason) for key, reason in outcome.failed.items()]
+        failures += [(titles[key], "not run, since what it starts from failed") for key in outcome.blocked]
     write_atomic(folder / "report.json", json.dumps(_record(comparison, failures), ensure_ascii=False, indent=1) + "\n")
     write_atomic(folder / "report.md", as_markdown(comparison, failures))
     write_atomic(folder / "report.html", as_page(comparison, failures))
@@ -316,14 +313,7 @@ def write_comparison(folder: Path, comparison: Comparison, outcome: Outcome | No
 
 def as_markdown(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
     """Heading, table, notes."""
-    study, columns = comparison.study, comparison.columns
-    head = ["setting", "seeds", *(_heading(column) for column in columns)]
-    rows = [
-        [markdown(row.setting.name), _seeds(row), *(_markdown_cell(row, column) for column in columns)]
-        for row in comparison.rows
-    ]
-    lines = [f"# {markdown(_title(comparison))}", ""]
-    lines.append(markdown_table([markdown(text) for text in head], rows))
+    lines = [f"# {markdown(_title(comparison))}", "", grid_markdown(_table(comparison))]
     lines += ["", *(f"- {markdown(note)}" for note in notes(comparison))]
     lines += [f"- **{markdown(warning)}**" for warning in comparison.warnings]
     lines += [
@@ -332,7 +322,7 @@ def as_markdown(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
     if failures:
         lines += ["", "## Not finished", ""]
         lines += [f"- {markdown(title)}: {markdown(reason)}" for title, reason in failures]
-    return "\n".join(lines) + f"\n\nBaseline: {markdown(study.baseline)}.\n"
+    return "\n".join(lines) + f"\n\nBaseline: {markdown(comparison.study.baseline)}.\n"
 
 
 def as_page(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
@@ -403,15 +393,6 @@ def _change(row: Row, column: Column) -> tuple[str, str]:
     return difference_text(found, column.unit), "better" if (found.mean > 0) == column.higher_is_better else "worse"
 
 
-def _markdown_cell(row: Row, column: Column) -> str:
-    estimate = row.estimates.get(column.key)
-    if estimate is None:
-        return MISSING
-    change, kind = _change(row, column)
-    shown = f"**{change}**" if kind else change
-    return estimate_text(estimate, column.unit) + (f"<br>{shown}" if change else "")
-
-
 def _table(comparison: Comparison) -> Grid:
     columns = comparison.columns
     groups = []
@@ -430,7 +411,7 @@ def _shown_cell(row: Row, column: Column) -> Cell:
         return Cell(MISSING)
     interval = interval_text(estimate, column.unit)
     change, kind = _change(row, column)
-    small = [f"({interval})"] if interval else []
+    small = [interval] if interval else []
     small += [f"{change}, {kind}" if kind else change] if change else []
     return Cell(value_text(estimate.mean, column.unit), tuple(small), kind)
 

@@ -22,10 +22,10 @@ from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation.ablation_plan import Launcher, Plan, Unit, heading
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import NAME
+from paradiffusion.stopping import StopSignal, stop_on_signals
 
 _DEATH_SIGNAL: Final = 1  # PR_SET_PDEATHSIG of prctl(2)
 _POLL_SECONDS: Final = 0.2
-_REPEAT_SECONDS: Final = 2.0  # a terminal's Ctrl-C may come twice: a second one within this time is the same
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def run_plan(plan: Plan, output: Path, launcher: Launcher, keep_going: bool, aft
     """
     failed: dict[str, str] = {}
     blocked: list[str] = []
-    with _only_one(output), _Stop() as stop, Journal(output) as journal:
+    with _only_one(output), stop_on_signals() as stop, Journal(output) as journal:
         done = finished_units(plan, output)
         bar = _bar(len(plan.units), len(done))
         with bar:
@@ -72,7 +72,7 @@ def run_plan(plan: Plan, output: Path, launcher: Launcher, keep_going: bool, aft
                 began = time.monotonic()
                 bar.set_postfix_str(unit.title, refresh=sys.stderr.isatty())
                 reason = _run(unit, output, launcher, stop, bar)
-                if stop.asked:
+                if stop.came_at is not None:
                     break
                 seconds = round(time.monotonic() - began, 1)
                 record: dict[str, Any] = {"title": unit.title, "seconds": seconds, "command": launcher.typed(unit)}
@@ -86,7 +86,7 @@ def run_plan(plan: Plan, output: Path, launcher: Launcher, keep_going: bool, aft
                 done.add(unit.key)
                 bar.update()
                 after(unit)
-    return Outcome(failed, tuple(blocked), stop.asked)
+    return Outcome(failed, tuple(blocked), stop.came_at is not None)
 
 
 def log_of(unit: Unit, output: Path) -> Path:
@@ -105,13 +105,13 @@ def _evaluated(unit: Unit, record: dict[str, Any]) -> bool:
     return record.get("outcome") == "done" and any(unit.folder.rglob(NAME))
 
 
-def _run(unit: Unit, output: Path, launcher: Launcher, stop: _Stop, bar: tqdm[Any]) -> str:
+def _run(unit: Unit, output: Path, launcher: Launcher, stop: StopSignal, bar: tqdm[Any]) -> str:
     """Run one unit to its end; "" when it is finished, else why not."""
     log = log_of(unit, output)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out, (output / ".unit.lock").open("a+") as lock:
         _wait_for_orphan(lock, unit, stop, bar)
-        if stop.asked:
+        if stop.came_at is not None:
             return "stopped"
         out.write(f"\n$ {shlex.join(launcher.typed(unit))}\n".encode())
         out.flush()
@@ -129,8 +129,8 @@ def _run(unit: Unit, output: Path, launcher: Launcher, stop: _Stop, bar: tqdm[An
     return f"{_last_words(log, start)} (status {status}, see {log})"
 
 
-def _wait(process: subprocess.Popen[bytes], stop: _Stop, log: Path, bar: tqdm[Any]) -> int:
-    told = 0
+def _wait(process: subprocess.Popen[bytes], stop: StopSignal, log: Path, bar: tqdm[Any]) -> int:
+    told = False
     looked = 0.0
     shown = bar.postfix
     while True:
@@ -138,9 +138,11 @@ def _wait(process: subprocess.Popen[bytes], stop: _Stop, log: Path, bar: tqdm[An
             return process.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
             pass
-        if stop.times > told:
-            (process.terminate if told == 0 else process.kill)()
-            told = stop.times
+        except KeyboardInterrupt:  # a second Ctrl-C: it does not save any more
+            process.kill()
+        if stop.came_at is not None and not told:
+            process.terminate()
+            told = True
         if sys.stderr.isatty() and time.monotonic() - looked > 1:
             looked = time.monotonic()
             bar.set_postfix_str(f"{shown} | {_last_line(log)[:70]}")
@@ -152,7 +154,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def _wait_for_orphan(lock: IO[str], unit: Unit, stop: _Stop, bar: tqdm[Any]) -> None:
+def _wait_for_orphan(lock: IO[str], unit: Unit, stop: StopSignal, bar: tqdm[Any]) -> None:
     """Wait for a command that a killed run has left behind, and for whoever writes the stage that is to be trained."""
     said = False
     own = unit.checkpoints / ".lock"
@@ -160,7 +162,7 @@ def _wait_for_orphan(lock: IO[str], unit: Unit, stop: _Stop, bar: tqdm[Any]) -> 
         held = [lock]
         if unit.kind == "train" and own.is_file():  # a launcher does not hand our lock on to its processes
             held.append(stack.enter_context(own.open("a+")))
-        while not all(_free(one) for one in held) and not stop.asked:
+        while not all(_free(one) for one in held) and stop.came_at is None:
             if not said:
                 bar.write("waiting for a command that an earlier run has started, until it has saved.", file=sys.stderr)
                 said = True
@@ -212,30 +214,3 @@ def _bar(total: int, done: int) -> tqdm[Any]:
         total=total, initial=done, desc="ablation", unit="unit", dynamic_ncols=not slow, smoothing=0,
         mininterval=30 if slow else 0.2, maxinterval=60 if slow else 10,
     )  # fmt: skip
-
-
-class _Stop:
-    """Counts SIGINT and SIGTERM while in its block: the first is passed on to the command, the second kills it."""
-
-    def __init__(self) -> None:
-        self.times = 0
-        self._last = 0.0
-        self._before: dict[int, Any] = {}
-
-    @property
-    def asked(self) -> bool:
-        return self.times > 0
-
-    def __enter__(self) -> _Stop:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, *_: object) -> None:
-        now = time.monotonic()
-        if not self.times or now - self._last > _REPEAT_SECONDS:
-            self.times += 1
-            self._last = now

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_kernel, poly_mmd
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, mean
@@ -81,13 +83,20 @@ def gaussian_from_moments(mean: np.ndarray, covariance: np.ndarray, count: int |
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^1/2), of at least 0 (Heusel et al., arXiv 1706.08500, eq. 6).
 
-    The trace of the root is the sum of the singular values of ``factor_a factor_b^T``, since the square of that matrix's
-    singular values are the eigenvalues of cov_a cov_b: no matrix root is taken, so none fails where a covariance is singular,
-    nothing is complex, and no offset is added to the diagonal.
+    torchmetrics computes it, from 2K rows for each that have these moments exactly. Where both are of few images it is given
+    them on an orthonormal basis of what they span: the distance is the same, without the eigenvalues of a matrix [2048, 2048]
+    of little rank, which take seconds and are inexact at 0.
     """
-    root = np.linalg.svd(a.factor @ b.factor.T, compute_uv=False).sum()
-    found = ((a.mean - b.mean) ** 2).sum() + (a.factor**2).sum() + (b.factor**2).sum() - 2 * root
-    return max(0.0, float(found))
+    spanned = np.concatenate([a.factor, b.factor, (a.mean - b.mean)[None]])  # [K, D]
+    basis = np.linalg.qr(spanned.T)[0]  # [D, min(K, D)]
+    given = torch.nn.Identity()
+    given.num_features = basis.shape[1]  # type: ignore[assignment]  # where the metric looks for the width
+    metric = FrechetInceptionDistance(feature=given)
+    for one, real in ((a, False), (b, True)):
+        spread = one.factor * np.sqrt(len(one.factor) - 0.5)
+        rows = np.concatenate([one.mean - b.mean + spread, one.mean - b.mean - spread])
+        metric.update(torch.from_numpy(rows @ basis), real=real)
+    return max(0.0, float(metric.compute()))
 
 
 def frechet_influence(features: np.ndarray, reference: Gaussian) -> np.ndarray:
@@ -130,13 +139,12 @@ def kernel_distance(
         raise ValueError(f"{len(a)} and {len(b)} features have no unbiased discrepancy")
     if size == len(a) == len(b):
         subsets = 1  # each would be the whole
+    # torchmetrics' own class draws its subsets from PyTorch's global generator.
     rng = np.random.Generator(np.random.PCG64(seed_from("kernel distance", seed)))
     found = []
     for _ in range(subsets):
-        one = a[rng.choice(len(a), size, replace=False)].astype(np.float64)
-        other = b[rng.choice(len(b), size, replace=False)].astype(np.float64)
-        within = sum((kernel(rows, rows).sum() - _own(rows).sum()) / (size * (size - 1)) for rows in (one, other))
-        found.append(within - 2 * kernel(one, other).mean())
+        one, other = (torch.from_numpy(x[rng.choice(len(x), size, replace=False)]).double() for x in (a, b))
+        found.append(float(poly_mmd(one, other)))
     return float(np.mean(found))
 
 
@@ -145,24 +153,14 @@ def kernel_influence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
     Image x gets 2 (mean over the other images of k(x, .) - mean over the reference of k(x, .)), less the mean over all.
     """
-    rows, others = a.astype(np.float64), b.astype(np.float64)
-    own = _own(rows)
-    found = np.empty(len(rows))
-    for start in range(0, len(rows), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        within = (kernel(rows[part], rows).sum(axis=1) - own[part]) / (len(rows) - 1)
-        found[part] = 2 * (within - kernel(rows[part], others).mean(axis=1))
-    return found - found.mean()
-
-
-def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(x.y / D + 1)^3 for rows [N, D] and [M, D]: [N, M]."""
-    return (a @ b.T / a.shape[1] + 1) ** 3
-
-
-def _own(rows: np.ndarray) -> np.ndarray:
-    """The kernel of each row with itself."""
-    return ((rows**2).sum(axis=1) / rows.shape[1] + 1) ** 3
+    rows, others = torch.from_numpy(a).double(), torch.from_numpy(b).double()
+    own = (rows.square().mean(dim=1) + 1) ** 3  # the kernel of each with itself
+    found = []
+    for part, alone in zip(rows.split(_BLOCK), own.split(_BLOCK), strict=True):
+        within = (poly_kernel(part, rows).sum(dim=1) - alone) / (len(rows) - 1)
+        found.append(2 * (within - poly_kernel(part, others).mean(dim=1)))
+    influence = torch.cat(found).numpy()
+    return influence - influence.mean()
 
 
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp")
@@ -394,7 +392,7 @@ class _OnInception(_SetDistance):
 
     def __post_init__(self) -> None:
         self.weights = self.weights.expanduser()
-        inception.check_weights(self.weights)
+        inception.load_inception(self.weights)  # wrong ones are refused before anything is drawn
         moments = self._opened.moments
         if moments is not None and len(moments.mean) != inception.WIDTH:
             raise UserError(

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from builds import captions, image, make, pictures_site, samples, write_table
 
-from paradiffusion.curation.building import places
 from paradiffusion.curation.building.build_report import Report
 from paradiffusion.curation.building.places import Dropped, FetchLimits, fetch
 from paradiffusion.errors import UserError
@@ -81,7 +80,7 @@ def test_a_busy_site_is_given_the_time_that_it_asks_for(
     path: str, pause: float, site: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(places, "sleep", pauses.append)
+    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
     assert fetch(site[0] + path, FetchLimits(1 << 20, timeout=5, retries=1)) and pauses == [pause]
 
 

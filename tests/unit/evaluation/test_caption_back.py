@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_embedder import WIDTH, modules, write_embedder
 from tiny_vlm import write_vlm
-from transformers import AutoModel, AutoTokenizer, T5Config, T5Model
+from transformers import AutoModel, AutoTokenizer, BartConfig, BartModel
 from vlm_scoring import LoneRun, options_for
 
 from paradiffusion.errors import UserError
@@ -195,6 +195,7 @@ def unit(vector: torch.Tensor) -> torch.Tensor:
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, lambda s: s[0]),
         ({"pooling_mode_max_tokens": True}, lambda s: s.max(0).values),
         ({"pooling_mode": "lasttoken"}, lambda s: s[-1]),
+        ({"pooling_mode": "weightedmean"}, lambda s: (s * torch.arange(1, len(s) + 1)[:, None]).sum(0)),
         ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, lambda s: torch.cat([s[0], s.mean(0)])),
     ],
 )
@@ -209,6 +210,21 @@ def test_poolings_are_those_of_the_files(
     vectors, cut = embedder(folder, batch_size=3).embed(TEXTS)
     right = torch.stack([unit(expected(states(folder, text))) for text in TEXTS])
     assert torch.allclose(vectors, right, atol=1e-5) and cut == [False] * 5  # whatever they are padded to
+
+
+def test_vectors_are_those_of_our_own_reader_of_the_files(bert: Path, tmp_path: Path) -> None:
+    """Before sentence-transformers: components 0 and 16 of each text's vector, and the first text's cosines."""
+    files: dict[str, Any] = {"modules": modules("0_Transformer"), "pooling": {"pooling_mode_mean_tokens": True}}
+    limited = write_embedder(tmp_path / "model", WORDS, sentence_bert_config={"max_seq_length": 10}, **files)
+    for folder, parts, cosines in (
+        (bert, [-0.137236, 0.352326, 0.288727, 0.035309, 0.133596, 0.219646, -0.109547, 0.350771, -0.073964, 0.005672],
+         [1.0, 0.252666, 0.047951, 0.381214, 0.431309]),
+        (limited, [-0.137236, 0.352326, 0.288727, 0.035309, 0.018297, 0.165405, -0.109547, 0.350771, -0.074881, 0.055437],
+         [1.0, 0.252666, 0.13479, 0.381214, 0.503815]),
+    ):  # fmt: skip
+        vectors = embedder(folder).embed(TEXTS)[0]
+        assert vectors[:, ::16].flatten().tolist() == pytest.approx(parts, abs=1e-5)
+        assert (vectors @ vectors[0]).tolist() == pytest.approx(cosines, abs=1e-5)
 
 
 def test_a_decoder_gives_its_last_token(tmp_path: Path) -> None:
@@ -245,16 +261,22 @@ def test_wrong_models_are_refused_in_a_sentence(bert: Path, tmp_path: Path) -> N
     refuse("embedder=no/such-model cannot be had", "no/such-model", key="embedder")
     refuse("pooling=median is unknown", bert, pooling="median")
     (tmp_path / "empty").mkdir()
-    refuse("has no readable config.json", tmp_path / "empty")
-    dense = write_embedder(tmp_path / "dense", WORDS, modules=modules("", "Dense"), pooling={"pooling_mode": "mean"})
-    refuse("has a module Dense, which is not known here", dense)
-    weighted = {"pooling_mode_weightedmean_tokens": True}
-    own = write_embedder(tmp_path / "w", WORDS, modules=modules(), pooling=weighted)
-    refuse("pools in a way that is not known", own)
-    embedder(own, pooling="mean")  # said by hand
-    shape = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1)
-    T5Model(shape).save_pretrained(tmp_path / "t5")
-    refuse("is an encoder with a decoder", tmp_path / "t5")
+    refuse("cannot be loaded .*config.json", tmp_path / "empty")
+    named = [*modules(), {"idx": 2, "name": "2", "path": "", "type": "code.Layer"}]
+    own = write_embedder(tmp_path / "own", WORDS, modules=named, pooling={"pooling_mode": "mean"})
+    (own / "code.py").write_text("raise SystemExit('ran')")
+    refuse("cannot be loaded .*code.Layer", own)
+    median = write_embedder(tmp_path / "median", WORDS, modules=modules(), pooling={"pooling_mode": "median"})
+    refuse("cannot be loaded .*median", median)
+    shape: dict[str, int] = {
+        f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")
+    }
+    BartModel(BartConfig(vocab_size=8, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, **shape)).save_pretrained(
+        tmp_path / "bart"
+    )
+    for file in bert.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "bart")
+    refuse("one with a decoder", tmp_path / "bart")
     pickled, foreign = (shutil.copytree(bert, tmp_path / name) for name in ("pickled", "foreign"))
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()

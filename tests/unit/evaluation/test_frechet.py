@@ -47,7 +47,7 @@ def test_frechet_is_symmetric_0_to_itself_and_agrees_with_the_matrix_root() -> N
         assert frechet.frechet_distance(one, other) == pytest.approx(expected, rel=1e-6)
         assert frechet.frechet_distance(other, one) == pytest.approx(expected, rel=1e-6)
         assert frechet.frechet_distance(one, frechet.gaussian_from_moments(q.mean(0), d)) == pytest.approx(expected)
-        assert frechet.frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
+        assert frechet.frechet_distance(one, one) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="1 features"):
         frechet.gaussian(p[:1])
 
@@ -84,6 +84,36 @@ def test_the_interval_covers_the_distance_of_as_many_images(count: int, width: i
     truth = np.mean(found)
     assert np.mean((np.array(low) <= truth) & (truth <= np.array(high))) >= 0.92
     assert np.mean(np.array(high) - np.array(low)) < 4 * 1.8 * np.std(found), "it is not made safe by being wide"
+
+
+@pytest.mark.parametrize(
+    ("count", "fid", "kid", "kid_of_subsets", "around_fid", "around_kid"),
+    [
+        (60, 1.5826746496, 0.7505857557, 0.9496959959, (-0.4106665782, 0.4285013455), (-0.3121780084, 0.2987090292)),
+        (9, 5.5778186272, 1.5559925517, 1.4981788730, (-0.8538307509, 1.5278974393), (-1.2587754535, 1.2589522732)),
+    ],
+)
+def test_values_are_those_of_our_own_formulas_before_torchmetrics(
+    count: int,
+    fid: float,
+    kid: float,
+    kid_of_subsets: float,
+    around_fid: tuple[float, float],
+    around_kid: tuple[float, float],
+) -> None:
+    rng = np.random.default_rng(7)
+    mix = rng.normal(size=(16, 16)) / 4
+    made = (np.abs(rng.normal(size=(60, 16))) @ mix + 0.2).astype(np.float32)[:count]
+    real = (np.abs(rng.normal(size=(90, 16))) @ mix).astype(np.float32)[: count + 30]
+    prompts = [f"p{number // 3}" for number in range(count)]
+    reference = frechet.gaussian(real)
+    assert frechet.frechet_distance(frechet.gaussian(made), reference) == pytest.approx(fid, abs=1e-6)
+    assert frechet.kernel_distance(made, real) == pytest.approx(kid, abs=1e-6)
+    assert frechet.kernel_distance(made, real, subsets=20, size=8, seed=1) == pytest.approx(kid_of_subsets, abs=1e-6)
+    near = mean(frechet.frechet_influence(made, reference).tolist(), prompts)
+    assert (near.low, near.high) == pytest.approx(around_fid, abs=1e-6)
+    near = mean(frechet.kernel_influence(made, real).tolist(), prompts)
+    assert (near.low, near.high) == pytest.approx(around_kid, abs=1e-6)
 
 
 def brute_force(a: np.ndarray, b: np.ndarray) -> float:
