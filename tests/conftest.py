@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +15,13 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
-from commands import ROOT
 
 SIZES = {"web": 120, "big": 80, "small": 48, "val": 24}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long first: two processes that take files in this order then end at about the same moment."""
+    items.sort(key=lambda item: "unit" in item.path.parts)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -111,13 +114,8 @@ def train(tiny_arguments: list[str], tmp_path: Path) -> Callable[..., int]:
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``command("train.py", "stage=9")``: a program of the repository's root as a user starts it."""
+    from ranks import Started
 
-    def run(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-            timeout=timeout, check=False,
-        )  # fmt: skip
-
-    return run
+    return lambda *arguments, timeout=300, **environment: Started(*arguments, **environment).completed(timeout)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from commands import ROOT, wait_for
 from programs import end, fork, script
+from ranks import Started
 from training_runs import assert_same_bits, at_step, newest, records, steps_saved, train_here
 
 from paradiffusion.checkpoints.manifest import find_fault, write_manifest
@@ -31,13 +32,6 @@ FIRST = ["stage=1", "max_steps=60", "seed=1", "checkpoint_every=10", "log_every=
 SECOND = ["stage=2", "max_steps=30", "seed=1", "checkpoint_every=7", "log_every=1", "optimizer.schedule=cosine"]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """``python train.py`` as a user starts it."""
-    return subprocess.Popen(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def logged(stage: Path) -> int:
     """The last step of log.jsonl so far."""
     try:
@@ -46,10 +40,10 @@ def logged(stage: Path) -> int:
         return 0
 
 
-def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> str:
+def kill_when(process: subprocess.Popen[str] | Started, condition: Callable[[], bool]) -> str:
     """SIGKILL as soon as ``condition()`` holds, which must be before the process ends by itself; gives what was said.
 
-    The pipe ends when the last process that was started has left, those that read data included.
+    The pipe of a new interpreter ends when the last process that was started has left, those that read data included.
     """
     wait_for(lambda: condition() or process.poll() is not None, interval=0.001)
     assert process.poll() is None, process.communicate()[0]
@@ -78,11 +72,11 @@ def test_stage_1_killed_ends_in_the_same_bits(first_run: Path, tiny_arguments: l
     """Twice, the second time in the midst of saving."""
     stage, arguments = tmp_path / "run" / "stage1", [*tiny_arguments, *FIRST, f"run_dir={tmp_path / 'run'}"]
     for moment in (lambda: logged(stage) >= 13, (stage / "checkpoints" / ".writing_step_000040").exists):
-        kill_when(start(arguments), moment)
+        kill_when(Started("train.py", *arguments), moment)
         assert all(find_fault(stage / "checkpoints" / f"step_{step:06d}") is None for step in steps_saved(stage))
-    last = start(arguments)
-    output, _ = last.communicate(timeout=300)
-    assert last.returncode == 0, output
+    last = Started("train.py", *arguments)
+    output, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, output + errors
     assert "resuming from" in output and "60 of 60" not in output
     assert_same_bits(newest(first_run / "stage1"), newest(stage))
     # Steps that were done again are logged once, and to the same loss.
@@ -97,7 +91,7 @@ def test_stage_2_killed_ends_in_the_same_bits(
     arguments = [*tiny_arguments, *SECOND, f"init_from={newest(first_run / 'stage1')}", f"run_dir={tmp_path / 'run'}"]
     stage = tmp_path / "run" / "stage2"
     for moment in (lambda: logged(stage) >= 3, lambda: logged(stage) >= 12):
-        kill_when(start(arguments), moment)
+        kill_when(Started("train.py", *arguments), moment)
     assert train_here(arguments) == 0
     assert_same_bits(newest(second_run / "stage2"), newest(stage))
     assert [row["step"] for row in records(stage)] == list(range(1, 31))
@@ -111,14 +105,14 @@ def test_a_signal_saves_and_leaves_quietly(
     start_from = f"init_from={newest(first_run / 'stage1')}"
     arguments = [*tiny_arguments, *SECOND, "checkpoint_every=100", start_from, f"run_dir={tmp_path / 'run'}"]
     stage = tmp_path / "run" / "stage2"
-    process = start(arguments)
+    process = Started("train.py", *arguments)
     wait_for(lambda: logged(stage) >= 2 or process.poll() is not None, interval=0.001)
     process.send_signal(signal.SIGINT)
     time.sleep(0.01)
     process.send_signal(signal.SIGINT)  # torchrun passes on what the terminal has sent already
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGINT, output
-    assert output.rstrip().endswith("run the same command again to go on.") and "Traceback" not in output
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGINT, output + errors
+    assert output.rstrip().endswith("run the same command again to go on.") and "Traceback" not in output + errors
     (step,) = steps_saved(stage)
     assert 2 <= step < 30 and f"stopped at step {step}" in output
     assert train_here(arguments) == 0
