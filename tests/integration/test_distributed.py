@@ -21,6 +21,7 @@ from training_runs import newest, records, sample_here, steps_saved, train_here
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.errors import UserError
 from paradiffusion.training.engine import check_gpus
+from paradiffusion.training.folder import locked
 
 LENGTH = ["max_steps=2", "log_every=1", "checkpoint_every=2", "validation.samples=0"]
 
@@ -70,10 +71,10 @@ def test_two_processes_lose_what_one_loses_where_samples_cannot_be_read(
 def test_accelerate_launch_uses_all_cores_and_leaves_nothing_behind(
     alone: Path, tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the README has it, without a configuration file."""
-    arguments = [argument for argument in tiny_arguments if argument != "threads=1"]
-    arguments += ["stage=2", f"init_from={alone / 'stage1'}", f"run_dir={tmp_path / 'run'}", "log_every=1"]
-    stage = tmp_path / "run" / "stage2"
+    """As the README has it, without a configuration file; killed, it leaves a whole checkpoint, and no process that reads data."""
+    arguments = [argument for argument in tiny_arguments if argument not in ("threads=1", "data.workers=0")]
+    run, stage = tmp_path / "run", tmp_path / "run" / "stage2"
+    arguments += ["data.workers=1", "stage=2", f"init_from={alone / 'stage1'}", f"run_dir={run}", "log_every=1"]
     # The launcher sets one thread itself; ours are not to be what decides.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     launched = subprocess.Popen(
@@ -86,7 +87,9 @@ def test_accelerate_launch_uses_all_cores_and_leaves_nothing_behind(
     launched.send_signal(signal.SIGKILL)
     output, _ = launched.communicate(timeout=120)  # the pipe ends with the last process that holds it
     (step,) = steps_saved(stage)
-    assert f"stopped at step {step}" in output and find_fault(newest(stage)) is None
+    assert f"stopped at step {step}, which is saved" in output and find_fault(newest(stage)) is None
+    with locked(stage):
+        pass
     threads = int(re.findall(r"(\d+) thread\(s\) each", output)[0])
     assert threads == len(os.sched_getaffinity(0))
     assert "1 process(es) x 1 micro-batch(es)" in output and "fp32" in output
