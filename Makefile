@@ -8,14 +8,14 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo sample test test-fast lint format clean
+.PHONY: help setup demo sample test test-fast pytest lint format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_PROGRESS_BARS = 1
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN_DIR ?= runs/nano
-# Test processes at once. A file's tests stay together, since they share what it has trained.
+# Test processes at once.
 WORKERS ?= 2
 
 help:
@@ -54,11 +54,12 @@ format: .venv/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Lint, which keeps one core busy, beside the tests: a file's tests stay in one process, long files first (tests/conftest.py).
+test test-fast: .venv/.ready-dev
+	$(MAKE) --no-print-directory --jobs 2 lint pytest TESTS=$(if $(filter test-fast,$@),tests/unit,tests)
 
-test-fast: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/unit
+pytest: .venv/.ready-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 clean:
 	rm -rf .venv runs samples data/demo data/demo_large .pytest_cache .ruff_cache .mypy_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,20 +16,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
-import torch
 from commands import ROOT
 
 SIZES = {"web": 120, "big": 80, "small": 48, "val": 24}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long first: two processes that take files in this order then end at about the same moment."""
+    items.sort(key=lambda item: "unit" in item.path.parts)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
+    import torch  # here, since the process that deals out the tests needs none of it
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random autoencoder of factor 8 in the diffusers layout, a few thousand parameters."""
+    import torch
     from diffusers import AutoencoderKL
 
     folder = tmp_path_factory.mktemp("codec")
@@ -111,13 +119,23 @@ def train(tiny_arguments: list[str], tmp_path: Path) -> Callable[..., int]:
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """``command("train.py", "stage=9")``: a program of the repository's root as a user starts it."""
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``command("train.py", "stage=9")``: what the shell sees of a program of the repository's root, within this process.
 
-    def run(*arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-            timeout=timeout, check=False,
-        )  # fmt: skip
+    New interpreters, which import for seconds, are started in tests/integration, above all in test_launches.py.
+    """
+    from accelerate.state import AcceleratorState
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        capsys.readouterr()
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as leaving:
+            patch.chdir(ROOT)
+            patch.setattr(sys, "argv", list(arguments))
+            runpy.run_path(arguments[0], run_name="__main__")
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, int(leaving.value.code or 0), said.out, said.err)
 
     return run

@@ -35,8 +35,8 @@ from paradiffusion.text.encoder import TextEncoder, attach_lora
 from paradiffusion.training.folder import CONFIG_FILE, check_unchanged, find_resume
 
 NEEDS_ADAPTER = "train_text=adapter needs a stage 2 checkpoint to take the LoRA adapter from; set init_from=."
-# Captions from which the refiner's input statistics are taken.
-STATISTICS_CAPTIONS = 256
+# Captions from which the refiner's input statistics are taken, and how many of them the language model reads at once.
+STATISTICS_CAPTIONS, AT_ONCE = 256, 16
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,6 @@ def take_statistics(joint: JointModel, encoder: TextEncoder, plan: BatchPlan) ->
         for row, kind in zip(batch.rows, batch.kinds, strict=True):
             captions.append(read_sample(plan.index, int(row)).meta["captions"].get(plan.index.kinds[kind], ""))
     tokens = encoder.tokenize(captions[:STATISTICS_CAPTIONS])
-    rows = [tokens.ids[i : i + 1] for i in range(len(tokens.ids))]
-    features = torch.cat(
-        [encoder(row, mask[None], tokens.prefix).float() for row, mask in zip(rows, tokens.mask, strict=True)]
-    )
+    rows = zip(tokens.ids.split(AT_ONCE), tokens.mask.split(AT_ONCE), strict=True)
+    features = torch.cat([encoder(ids, mask, tokens.prefix).float() for ids, mask in rows])
     joint.refiner.set_statistics(features, tokens.mask[:, tokens.prefix :])

@@ -187,16 +187,6 @@ def test_odd_prompts_from_a_file(trained: Path, tmp_path: Path) -> None:
     assert len(list(out.glob("0*.png"))) == len(prompts)
 
 
-def test_size_that_the_model_cannot_take(trained: Path, tmp_path: Path) -> None:
-    for size, said in (
-        ("height=50", "height=50.*multiple of 8"), ("width=68", "width=68.*multiple of 8"),
-        ("height=-16", "height=-16.*out of range"), ("height=4", "height=4.*multiple of 8"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=said):
-            sample_here(f"ckpt={trained}", "prompt=a", size, f"output_dir={tmp_path / 'out'}")
-    assert not list((tmp_path / "out").glob("*.png"))
-
-
 def test_sampling_from_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def draw(ckpt: Path) -> int:
         return sample_here(f"ckpt={ckpt}", "prompt=a", "steps=1", f"output_dir={tmp_path / 'out'}")

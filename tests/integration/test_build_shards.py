@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from data_fixtures import encoded, picture
 from hostile_folder import BLUE, EXPECTED, KEPT, RED, RENAMED, SIDE, make_hostile_folder
 from PIL import Image
 from programs import script
+from ranks import Started
 
 from paradiffusion.curation.building import build as building
 from paradiffusion.data.images import decode
@@ -111,9 +111,7 @@ def test_a_stop_loses_nothing_and_processes_change_nothing(tmp_path: Path) -> No
     whole = tars(tmp_path / "whole")
     assert len(whole) == 3 and "val/000000.tar" in whole
     arguments = [f"input={plain}", f"output={out}", *(f"{key}={value}" for key, value in options.items())]
-    running = subprocess.Popen(
-        [sys.executable, "scripts/build_shards.py", *arguments, "processes=1"], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    running = Started("scripts/build_shards.py", *arguments, "processes=1")
     wait_for(lambda: any(out.glob(".build/chunks/*.json")), interval=0.002)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)

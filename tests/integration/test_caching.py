@@ -5,23 +5,19 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, wait_for
+from commands import wait_for
 from data_fixtures import sample
-from ranks import run_on_two
+from ranks import Started, run_on_two
 
 from paradiffusion.compose import compose_train
 from paradiffusion.data.cache import Members, remove_abandoned, writing
 from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.training.caching import CacheOptions, make_cache
-
-ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +44,8 @@ def test_two_processes_make_what_one_makes(arguments: list[str], tmp_path: Path)
 def test_a_stopped_run_goes_on_after_its_last_whole_shard(arguments: list[str], tmp_path: Path) -> None:
     # Large pictures one by one, so that there is time to stop.
     slow, folder = [*arguments, "data.resolution=256"], tmp_path / "cache" / "latents"
-    started = subprocess.Popen(
-        [sys.executable, "scripts/cache.py", *slow, "what=latents", "at_once=1", "readers=1", f"output={tmp_path / 'cache'}"],
-        cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    more = ("what=latents", "at_once=1", "readers=1", f"output={tmp_path / 'cache'}")
+    started = Started("scripts/cache.py", *slow, *more, ACCELERATE_USE_CPU="1")
     wait_for(lambda: len(list(folder.glob("0*.tar"))) >= 2 or started.poll() is not None, interval=0.01)
     started.send_signal(signal.SIGTERM)
     output, errors = started.communicate(timeout=120)

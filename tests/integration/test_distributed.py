@@ -15,12 +15,13 @@ import pytest
 from commands import ROOT, wait_for
 from data_fixtures import half_unreadable
 from PIL import Image
-from ranks import run_on_two
-from training_runs import free_port, newest, records, sample_here, steps_saved, train_here
+from ranks import launch, run_on_two
+from training_runs import newest, records, sample_here, steps_saved, train_here
 
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.errors import UserError
 from paradiffusion.training.engine import check_gpus
+from paradiffusion.training.folder import locked
 
 LENGTH = ["max_steps=2", "log_every=1", "checkpoint_every=2", "validation.samples=0"]
 
@@ -67,46 +68,37 @@ def test_two_processes_lose_what_one_loses_where_samples_cannot_be_read(
     assert [row["gradient_norm"] for row in two] == pytest.approx([row["gradient_norm"] for row in one], rel=1e-4)
 
 
-def accelerate(arguments: list[str]) -> subprocess.Popen[str]:
-    """``accelerate launch train.py stage=2`` without a configuration file, as the README has it."""
-    program = Path(sys.executable).with_name("accelerate")
+def test_accelerate_launch_uses_all_cores_and_leaves_nothing_behind(
+    alone: Path, tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the README has it, without a configuration file; killed, it leaves a whole checkpoint, and no process that reads data."""
+    arguments = [argument for argument in tiny_arguments if argument not in ("threads=1", "data.workers=0")]
+    run, stage = tmp_path / "run", tmp_path / "run" / "stage2"
+    arguments += ["data.workers=1", "stage=2", f"init_from={alone / 'stage1'}", f"run_dir={run}", "log_every=1"]
     # The launcher sets one thread itself; ours are not to be what decides.
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    return subprocess.Popen(
-        [str(program), "launch", "--quiet", "train.py", *arguments], cwd=ROOT, env={**environment, "ACCELERATE_USE_CPU": "1"},
+    launched = subprocess.Popen(
+        [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet", "train.py", *arguments, "max_steps=100000",
+         "checkpoint_every=100000"], cwd=ROOT, env={**environment, "ACCELERATE_USE_CPU": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-
-
-def test_accelerate_launch_uses_all_cores_and_leaves_nothing_behind(
-    alone: Path, tiny_arguments: list[str], tmp_path: Path
-) -> None:
-    arguments = [argument for argument in tiny_arguments if argument != "threads=1"]
-    arguments += ["stage=2", f"init_from={alone / 'stage1'}", f"run_dir={tmp_path / 'run'}", "log_every=1"]
-    stage = tmp_path / "run" / "stage2"
-    launched = accelerate([*arguments, "max_steps=100000", "checkpoint_every=100000"])
     wait_for(lambda: ((stage / "log.jsonl").exists() and bool(records(stage))) or launched.poll() is not None)
     assert launched.poll() is None, launched.communicate()[0]
     launched.send_signal(signal.SIGKILL)
     output, _ = launched.communicate(timeout=120)  # the pipe ends with the last process that holds it
     (step,) = steps_saved(stage)
-    assert f"stopped at step {step}" in output and find_fault(newest(stage)) is None
+    assert f"stopped at step {step}, which is saved" in output and find_fault(newest(stage)) is None
+    with locked(stage):
+        pass
     threads = int(re.findall(r"(\d+) thread\(s\) each", output)[0])
     assert threads == len(os.sched_getaffinity(0))
     assert "1 process(es) x 1 micro-batch(es)" in output and "fp32" in output
-    # The same command goes on, and ends well.
-    again = accelerate([*arguments, f"max_steps={step + 2}", "checkpoint_every=100000"])
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, output
-    assert "resuming from" in output and steps_saved(stage)[-1] == step + 2
+    assert train_here([*arguments, f"max_steps={step + 2}", "threads=1"]) == 0
+    assert "resuming from" in capsys.readouterr().out and steps_saved(stage)[-1] == step + 2
 
 
 def test_a_mistake_of_all_processes_is_told_once() -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = subprocess.run(
-        [sys.executable, *launcher, "train.py", "stage=2", "max_step=3"], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "ACCELERATE_USE_CPU": "1"}, check=False,
-    )  # fmt: skip
+    done = launch("ddp", "train.py", "stage=2", "max_step=3")
     assert (
         done.returncode != 0 and done.stderr.count("error: the key max_step is unknown; did you mean max_steps?") == 1
     )

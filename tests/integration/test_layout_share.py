@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT
-from training_runs import assert_same_bits, build_here, free_port, newest, records, tensors
+from ranks import run_on_two
+from training_runs import assert_same_bits, build_here, newest, records, tensors
 
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
@@ -44,12 +41,8 @@ def test_two_processes_give_what_one_gives(
 ) -> None:
     given = [*tiny_arguments, *FIRST]
     assert train(*FIRST) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = subprocess.run(
-        [*launch, "train.py", *given, f"run_dir={tmp_path / 'two'}"], cwd=ROOT, env=dict(os.environ), capture_output=True,
-        text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    ended, said = run_on_two("train.py", *given, f"run_dir={tmp_path / 'two'}")
+    assert ended == [0, 0], said
     one, two = (tensors(newest(tmp_path / run / "stage1")) for run in ("run", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=name)

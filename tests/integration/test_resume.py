@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import ROOT, wait_for
+from commands import wait_for
 from programs import end, fork, script
+from ranks import Started
 from training_runs import assert_same_bits, at_step, newest, records, steps_saved, train_here
 
 from paradiffusion.checkpoints.manifest import find_fault, write_manifest
@@ -31,13 +31,6 @@ FIRST = ["stage=1", "max_steps=60", "seed=1", "checkpoint_every=10", "log_every=
 SECOND = ["stage=2", "max_steps=30", "seed=1", "checkpoint_every=7", "log_every=1", "optimizer.schedule=cosine"]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """``python train.py`` as a user starts it."""
-    return subprocess.Popen(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def logged(stage: Path) -> int:
     """The last step of log.jsonl so far."""
     try:
@@ -46,15 +39,12 @@ def logged(stage: Path) -> int:
         return 0
 
 
-def kill_when(process: subprocess.Popen[str], condition: Callable[[], bool]) -> str:
-    """SIGKILL as soon as ``condition()`` holds, which must be before the process ends by itself; gives what was said.
-
-    The pipe ends when the last process that was started has left, those that read data included.
-    """
+def kill_when(process: Started, condition: Callable[[], bool]) -> None:
+    """SIGKILL as soon as ``condition()`` holds, which must be before the process ends by itself."""
     wait_for(lambda: condition() or process.poll() is not None, interval=0.001)
-    assert process.poll() is None, process.communicate()[0]
+    assert process.poll() is None, process.communicate()
     process.kill()
-    return process.communicate(timeout=60)[0]
+    process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +68,11 @@ def test_stage_1_killed_ends_in_the_same_bits(first_run: Path, tiny_arguments: l
     """Twice, the second time in the midst of saving."""
     stage, arguments = tmp_path / "run" / "stage1", [*tiny_arguments, *FIRST, f"run_dir={tmp_path / 'run'}"]
     for moment in (lambda: logged(stage) >= 13, (stage / "checkpoints" / ".writing_step_000040").exists):
-        kill_when(start(arguments), moment)
+        kill_when(Started("train.py", *arguments), moment)
         assert all(find_fault(stage / "checkpoints" / f"step_{step:06d}") is None for step in steps_saved(stage))
-    last = start(arguments)
-    output, _ = last.communicate(timeout=300)
-    assert last.returncode == 0, output
+    last = Started("train.py", *arguments)
+    output, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, output + errors
     assert "resuming from" in output and "60 of 60" not in output
     assert_same_bits(newest(first_run / "stage1"), newest(stage))
     # Steps that were done again are logged once, and to the same loss.
@@ -97,7 +87,7 @@ def test_stage_2_killed_ends_in_the_same_bits(
     arguments = [*tiny_arguments, *SECOND, f"init_from={newest(first_run / 'stage1')}", f"run_dir={tmp_path / 'run'}"]
     stage = tmp_path / "run" / "stage2"
     for moment in (lambda: logged(stage) >= 3, lambda: logged(stage) >= 12):
-        kill_when(start(arguments), moment)
+        kill_when(Started("train.py", *arguments), moment)
     assert train_here(arguments) == 0
     assert_same_bits(newest(second_run / "stage2"), newest(stage))
     assert [row["step"] for row in records(stage)] == list(range(1, 31))
@@ -111,14 +101,14 @@ def test_a_signal_saves_and_leaves_quietly(
     start_from = f"init_from={newest(first_run / 'stage1')}"
     arguments = [*tiny_arguments, *SECOND, "checkpoint_every=100", start_from, f"run_dir={tmp_path / 'run'}"]
     stage = tmp_path / "run" / "stage2"
-    process = start(arguments)
+    process = Started("train.py", *arguments)
     wait_for(lambda: logged(stage) >= 2 or process.poll() is not None, interval=0.001)
     process.send_signal(signal.SIGINT)
     time.sleep(0.01)
     process.send_signal(signal.SIGINT)  # torchrun passes on what the terminal has sent already
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGINT, output
-    assert output.rstrip().endswith("run the same command again to go on.") and "Traceback" not in output
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 128 + signal.SIGINT, output + errors
+    assert output.rstrip().endswith("run the same command again to go on.") and "Traceback" not in output + errors
     (step,) = steps_saved(stage)
     assert 2 <= step < 30 and f"stopped at step {step}" in output
     assert train_here(arguments) == 0
@@ -334,19 +324,3 @@ def test_resume_false_refuses_a_folder_that_is_in_use(stage: Path, train: Train)
         train("max_steps=16", "resume=false")
     shutil.rmtree(stage)
     assert train("max_steps=2", "resume=false") == 0
-
-
-def test_training_leaves_when_its_launcher_is_killed(tiny_arguments: list[str], tmp_path: Path) -> None:
-    stage = tmp_path / "run" / "stage1"
-    arguments = [*tiny_arguments, "max_steps=100000", "checkpoint_every=100000", "log_every=1", "data.workers=1"]
-    launcher = "import subprocess, sys; subprocess.run([sys.executable, 'train.py', *sys.argv[1:]])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", launcher, *arguments, f"run_dir={tmp_path / 'run'}"], cwd=ROOT,
-        env={**os.environ, "ACCELERATE_MIXED_PRECISION": "no"},  # what tells a launcher from a shell
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    output = kill_when(process, lambda: logged(stage) >= 3)
-    (step,) = steps_saved(stage)
-    assert f"stopped at step {step}, which is saved" in output and find_fault(newest(stage)) is None
-    with locked(stage):
-        pass

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import ROOT, wait_for
-from training_runs import free_port
+from commands import wait_for
+from ranks import Started, start_two
 
 from paradiffusion.training.watch import FAILED, STALLED, Place, Watch, describe_stall
 
@@ -71,14 +68,7 @@ def test_two_processes_and_one_is_lost(
 ) -> None:
     log = tmp_path / "run" / "stage1" / "log.jsonl"
     endless = ["max_steps=1000000", "checkpoint_every=1000000", "log_every=1", "stall_seconds=5"]
-    common = {"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "train.py", *tiny_arguments, *endless, f"run_dir={tmp_path / 'run'}"], cwd=ROOT, text=True,
-            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
+    both = start_two("train.py", *tiny_arguments, *endless, f"run_dir={tmp_path / 'run'}")
     try:
         wait_for(lambda: (log.exists() and log.read_text().count("\n") > 3) or both[0].poll() is not None)
         assert both[0].poll() is None, both[0].communicate()[1]
@@ -99,86 +89,6 @@ def test_two_processes_and_one_is_lost(
 
 # ---- processes end as one: an error of any of them ends all, promptly, and is told once -------------------------------
 
-# Pairs of processes, each pair in a scenario, forked from one that has imported everything. "asleep" stands for a wait
-# that nothing ends from within, as in a collective operation of NCCL.
-PROGRAM = """
-import json, os, signal, sys, time
-from datetime import timedelta
-import torch.distributed as dist
-from paradiffusion import entry
-from paradiffusion.errors import UserError
-from paradiffusion.training.watch import Watch, together
-
-def work(name, rank, watch):
-    if name == "all": raise UserError("the same everywhere")
-    if name == "bug" and rank == 1: raise KeyError("a bug")
-    if name == "first" and rank == 0: raise UserError("only the main process")
-    if name == "other" and rank == 1: raise UserError("only the other one")
-    if name == "meeting" and rank == 1: raise UserError("while they meet")
-    if name == "killed" and rank == 0:
-        watch.beat("data", 3, ["000000.tar/bird"])
-        time.sleep(5)  # the other looks every two seconds
-        os.kill(os.getpid(), signal.SIGKILL)
-    if name in ("meeting", "killed"): dist.barrier()
-    watch.beat("backward", 7)
-    if name == "late" and rank == 1: watch.beat("data", 7, ["000000.tar/dog"])
-    if name == "stopped" and rank == 0:
-        time.sleep(0.2)  # sooner after its start a place is posted by the thread alone
-        watch.beat("encode", 7, ["000000.tar/cat"])
-        time.sleep(1.5)
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if name == "paused":
-        open(f"{folder}/ready{rank}", "w").close()
-        while not os.path.exists(f"{folder}/resumed"): time.sleep(0.05)
-    if name in ("fine", "paused"):
-        dist.barrier()
-        return
-    time.sleep(600)
-
-def child(name, rank, folder):
-    sys.stdout = sys.stderr = open(f"{folder}/{name}{rank}.txt", "w", buffering=1)
-    os.dup2(sys.stderr.fileno(), 2)
-    # They meet at a file: a port found free for so many pairs may be taken before it is used.
-    os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "WORLD_SIZE": "2"}
-    meeting = f"file://{folder}/{name}.store"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    dist.barrier()
-    watch = Watch(rank, 2, 4.0 if name in ("late", "paused", "stopped") else 600.0)
-    watch.on_leave = lambda: print("cleaned up")
-    def main(_):
-        with together(watch):
-            work(name, rank, watch)
-        return 0
-    entry.run(main)
-
-folder, scenarios = sys.argv[1], json.loads(sys.argv[2])
-began, running = time.time(), {}
-for name in scenarios:
-    for rank in (0, 1):
-        pid = os.fork()
-        if not pid:
-            child(name, rank, folder)
-        running[pid] = f"{name}{rank}"
-# Both stop at one moment, for longer than a stall takes, and go on at one moment.
-pair, stopped_at, ended = [pid for pid, name in running.items() if name.startswith("paused")], None, {}
-while len(ended) < len(running) and time.time() - began < 120:
-    for pid, name in running.items():
-        if name in ended: continue
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            ended[name] = os.waitstatus_to_exitcode(status)
-    if stopped_at is None and all(os.path.exists(f"{folder}/ready{rank}") for rank in (0, 1)):
-        for pid in pair: os.kill(pid, signal.SIGSTOP)
-        stopped_at = time.time()
-    if stopped_at and time.time() - stopped_at > 7 and not os.path.exists(f"{folder}/resumed"):
-        open(f"{folder}/resumed", "w").close()
-        for pid in pair: os.kill(pid, signal.SIGCONT)
-    if all(name in ended or name == "stopped0" for name in running.values()): break
-    time.sleep(0.05)
-for pid, name in running.items():
-    if name not in ended: os.kill(pid, signal.SIGKILL)
-print(json.dumps(ended))
-"""
 SCENARIOS = ("all", "bug", "first", "other", "meeting", "late", "stopped", "killed", "fine", "paused")
 
 
@@ -196,15 +106,28 @@ Endings = dict[str, list[Ending]]
 @pytest.fixture(scope="module")
 def endings(tmp_path_factory: pytest.TempPathFactory) -> Endings:
     folder = tmp_path_factory.mktemp("together")
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), json.dumps(SCENARIOS)], cwd=ROOT, capture_output=True, text=True,
-        timeout=240, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    ended = json.loads(result.stdout.splitlines()[-1])
-    return {
-        name: [Ending(ended.get(f"{name}{rank}"), (folder / f"{name}{rank}.txt").read_text()) for rank in (0, 1)]
+    pairs = {
+        name: [
+            Started("tests/support/watched_pair.py", name, str(folder), RANK=rank, WORLD_SIZE="2", MASTER_ADDR="localhost")
+            for rank in "01"
+        ]
         for name in SCENARIOS
+    }  # fmt: skip
+    # Both stop at one moment, for longer than a stall takes, and go on at one moment.
+    wait_for(lambda: (folder / "ready0").exists() and (folder / "ready1").exists())
+    for process in pairs["paused"]:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(7)
+    (folder / "resumed").touch()
+    for process in pairs["paused"]:
+        process.send_signal(signal.SIGCONT)
+    left = pairs["stopped"][0]
+    wait_for(
+        lambda: all(process.poll() is not None for pair in pairs.values() for process in pair if process is not left)
+    )
+    return {
+        name: [Ending(process.poll(), "".join(process.communicate(0))) for process in pair]
+        for name, pair in pairs.items()
     }
 
 

@@ -144,7 +144,11 @@ def test_captions_of_wrong_types(tmp_path: Path) -> None:
     members = [m for n, data in enumerate(contents) for m in ((f"{n:02d}.png", IMAGE), (f"{n:02d}.json", data))]
     index = load_index([write_tar(tmp_path / "x.tar", members)])
     assert len(index) == len(contents) and index.bad_json == 4
-    assert np.flatnonzero(index.words[:11].any(axis=1)).tolist() == [4, 7, 8]  # a text, or a list's first, is the short caption
+    assert np.flatnonzero(index.words[:11].any(axis=1)).tolist() == [
+        4,
+        7,
+        8,
+    ]  # a text, or a list's first, is the short caption
     assert read_sample(index, 2).meta == {"captions": {}}
     assert read_sample(index, 11).meta["captions"] == {"short": "a b c"}
     assert dict(zip(index.kinds, index.words[12], strict=True))["long"] == 5000
