@@ -92,6 +92,7 @@ def tiny_arguments(codec_folder: Path, demo_folder: Path) -> list[str]:
         "precision=fp32",
         "keep_gb=0",
         "objective.layout_share=0",
+        "repeats=1",
         "optimizer.schedule=constant",
     ]
 

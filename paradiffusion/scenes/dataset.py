@@ -63,7 +63,7 @@ def ensure_demo_data(folder: Path, sizes: dict[str, int] | None = None, seed: in
     of other sizes or another world is replaced; further sets in it stay. UserError for wrong sizes, an unknown world, or a
     folder that holds anything else.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()  # what a link names may be replaced, a link to a folder not
     if world not in WORLDS:
         raise UserError(f"Unknown demo world '{world}', expected one of {', '.join(WORLDS)}; choose one of these.")
     note: dict[str, Any] = {

@@ -38,6 +38,7 @@ SHORT = [
     "optimizer.warmup_steps=5",
     "optimizer.schedule=constant",
     "objective.layout_share=0",
+    "repeats=1",
 ]
 PAPER = ["conditioning=paper", "objective=paper", "unet.coordinates=0"]
 
