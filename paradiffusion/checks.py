@@ -48,6 +48,15 @@ def one_of(*accepted: str) -> Check:
     return lambda key, value: choice(key, value, accepted)
 
 
+def finite(values: Any, whose: str, key: str) -> None:
+    """Raise UserError, which names the model's part and the ``key`` of its dtype, unless all numbers of a tensor are finite:
+    float16 ends at 65504."""
+    if not bool(values.isfinite().all()):
+        raise UserError(
+            f"{whose} are not finite numbers: they overflowed in its dtype; set {key}=bfloat16 or {key}=float32."
+        )
+
+
 def parsed(key: str, text: str | None, example: str) -> Any:
     """The list or mapping that ``text`` is as YAML; None for None. Raises UserError, as ``not_understood`` says it."""
     try:

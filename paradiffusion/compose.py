@@ -83,12 +83,17 @@ def compose_options(cls: type[Options], arguments: Sequence[str]) -> Options:
                 f"the argument {argument!r} is not understood{hint}; the keys are {', '.join(keys)} (key=value)."
             )
         try:
-            OmegaConf.update(config, key, None if value == "null" else value)
+            OmegaConf.update(config, key, None if value == "null" else to_the_letter(value))
         except OmegaConfBaseException as error:
             raise UserError(_explain(error, argument)) from None
     options = cast(Options, OmegaConf.to_object(config))
     check_values(options)
     return options
+
+
+def to_the_letter(text: str) -> str:
+    """``text`` as OmegaConf has to be given it, to which "${...}" is an interpolation."""
+    return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
 
 
 def split_options(cls: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
@@ -183,7 +188,8 @@ def _override(composed: DictConfig, values: list[tuple[str, str]], keys: dict[st
         if kind == "yaml":
             found: Any = parse_sources(value)
         elif kind == "path" and not value.startswith("["):
-            found = None if value == "null" else re.sub(r"^(['\"])(.*)\1$", r"\2", value, flags=re.DOTALL)
+            text = re.sub(r"^(['\"])(.*)\1$", r"\2", value, flags=re.DOTALL)
+            found = None if value == "null" else to_the_letter(text)
         else:
             override = parser.parse_override(f"++{key}={value}")
             if override.is_sweep_override():

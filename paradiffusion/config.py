@@ -30,7 +30,7 @@ def option(default: Any, *, typed: str = "", free: str = "", of: str = "", accep
     Args:
         default: the value, or what makes it (list, dict, a dataclass).
         typed: reaches the configuration as typed, whatever Hydra's grammar makes of its characters: a "path" (quotes around
-            it come off, a list stays a list), "text", to the letter, or "yaml", which holds paths.
+            it come off, a list stays a list), as every text is by default; "text", to the letter; or "yaml", which holds paths.
         free: why a resumed run may have another value. "always": nothing that is trained depends on it. "resume": it says how
             the run goes on, or where a model lies whose hash is compared. "data": where the data lies whose fingerprint is.
         of: what is a function of it, by spaces: "latents" and "text" features, as caches hold them; "weights", of which a
@@ -54,8 +54,9 @@ def keys_of(cls: Any, prefix: str = "", free: str = "") -> dict[str, dict[str, A
         if one.metadata.get("internal"):
             continue
         default = one.default_factory() if callable(one.default_factory) else one.default
-        known = {"typed": "", "of": [], **one.metadata, "free": one.metadata.get("free") or free}
-        keys[prefix + one.name] = {**known, "open": isinstance(default, dict)}
+        known = {"of": [], **one.metadata, "free": one.metadata.get("free") or free}
+        typed = known.get("typed") or ("path" if one.type in ("str", "str | None") else "")  # 1e45678 may be a revision
+        keys[prefix + one.name] = {**known, "typed": typed, "open": isinstance(default, dict)}
         if is_dataclass(default):
             keys |= keys_of(type(default), f"{prefix}{one.name}.", known["free"])
     return keys
@@ -101,7 +102,7 @@ class TextEncoderConfig:
     """
 
     name: str = option("tiny", of="weights")
-    path: str | None = option(None, typed="path", free="resume")
+    path: str | None = option(None, free="resume")
     package: str | None = option(None, free="resume")
     hub: str | None = option(None, free="resume")
     revision: str | None = option(None, free="resume")
@@ -148,7 +149,7 @@ class ConditioningConfig:
     layout_patch: int = option(0, of="weights", accepts=not_negative)
     layout_layers: int = option(2, of="weights", accepts=positive)
     layout_reads: str = option("tokens", of="weights", accepts=one_of("tokens", "mean"))
-    prefix: str = option("", typed="path", of="text weights")
+    prefix: str = option("", of="text weights")
     mask_padding: bool = option(False, of="text weights")
     pad_multiple: int = option(8, free="always", accepts=positive)
     max_tokens: int = option(256, of="text", accepts=positive)
@@ -223,7 +224,7 @@ class CodecConfig:
     """
 
     name: str = option("nano", of="weights")
-    path: str | None = option(None, typed="path", free="resume")
+    path: str | None = option(None, free="resume")
     hub: str | None = option(None, free="resume")
     revision: str | None = option(None, free="resume")
     subfolder: str | None = option(None, free="resume")
@@ -409,12 +410,12 @@ class DataConfig:
     """
 
     shards: Any = option(None, typed="path", free="data")
-    folder: str | None = option(None, typed="path", free="data")
+    folder: str | None = option(None, free="data")
     sources: list[SourceConfig] = option(list, typed="yaml")
     val_shards: Any = option(None, typed="path", free="resume")
     demo: bool = option(False, free="always")
     world: str = option("small", free="data", accepts=one_of(*WORLDS))
-    demo_folder: str = option("data/demo", typed="path", free="data")
+    demo_folder: str = option("data/demo", free="data")
     demo_set: str = option("web", free="data")
     demo_sizes: dict[str, int] = option(dict, free="data")
     resolution: int = option(64, of="latents", accepts=positive)
@@ -426,13 +427,13 @@ class DataConfig:
     window_shards: int = option(16, accepts=positive)
     workers: int | None = option(None, free="always", accepts=not_negative)
     retries: int = option(5, free="always", accepts=not_negative)
-    cache_dir: str | None = option(None, typed="path", free="always")
+    cache_dir: str | None = option(None, free="always")
     cache_gb: float = option(100.0, free="always", accepts=positive)
-    index_dir: str | None = option(None, typed="path", free="data")
+    index_dir: str | None = option(None, free="data")
     streaming: bool = False
     max_bad_fraction: float = option(0.01, free="resume", accepts=fraction)
     allow_truncated: bool = option(False, free="data")
-    cache: str | None = option(None, typed="path", free="always")
+    cache: str | None = option(None, free="always")
 
     def check(self) -> None:
         levels = sorted([*self.lower_resolutions, self.resolution])
@@ -540,8 +541,8 @@ class TrainConfig:
     preset: str = option("nano", free="always")
     stage: int = 1
     recipe: str = option("none", free="always")
-    run_dir: str = option("runs/nano", typed="path", free="always")
-    init_from: str | None = option(None, typed="path", free="resume")
+    run_dir: str = option("runs/nano", free="always")
+    init_from: str | None = option(None, free="resume")
     resume: bool = option(True, free="always")
     seed: int = 0
 
@@ -603,7 +604,7 @@ class TrainConfig:
 class FrozenConfig:
     """Where a frozen model lies on this machine, and in which dtype it runs; None: as the checkpoint says."""
 
-    path: str | None = option(None, typed="path")
+    path: str | None = option(None)
     dtype: str | None = option(None, accepts=one_of(*DTYPES))
 
 
@@ -612,11 +613,11 @@ class SampleConfig:
     """What ``sample.py`` takes; None means the checkpoint's own default, or the prompt line's own value. configs/sample.yaml
     says what each key is."""
 
-    ckpt: str | None = option(None, typed="path")
+    ckpt: str | None = option(None)
     unet: str = option("unet", typed="text")
     prompt: str | None = option(None, typed="text")
-    prompt_file: str | None = option(None, typed="path")
-    output_dir: str | None = option(None, typed="path")
+    prompt_file: str | None = option(None)
+    output_dir: str | None = option(None)
     seed: int = 0
     steps: int | None = option(None, accepts=positive)
     guidance: float | None = None

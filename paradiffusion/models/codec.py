@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors
+from paradiffusion.checks import finite
 from paradiffusion.config import CodecConfig
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.repository import ROOT
@@ -71,9 +72,13 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in -1..1, fp32, of latents [B, C, H/f, W/f]."""
+        """Images [B, 3, H, W] in -1..1, fp32, of latents [B, C, H/f, W/f]. Raises UserError where they overflow."""
         own = latents / beside(self.scale, latents) + beside(self.shift, latents)
-        return self.vae.decode(own.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        images = self.vae.decode(own.to(self.vae.dtype)).sample.float()
+        finite(
+            images, "the pictures that the autoencoder decodes", "codec.dtype"
+        )  # or they would be black, and be scored
+        return images.clamp(-1, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, H/f, W/f) for an image of ``height`` by ``width`` pixels."""

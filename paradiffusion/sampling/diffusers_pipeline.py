@@ -51,7 +51,7 @@ from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, Sa
 from paradiffusion.diffusion.objective import Objective, set_steps
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel
-from paradiffusion.sampling.pipeline import InferenceModels, checked_side, sample_prompts
+from paradiffusion.sampling.pipeline import InferenceModels, checked_side, is_guided, sample_prompts
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.families import cut_layers
 from paradiffusion.text.refiner import Refiner
@@ -295,6 +295,11 @@ class ParaDiffusionPipeline(_Base):
         Raises:
             ValueError: for arguments that do not go together; UserError for a size or setting that the model cannot take.
         """
+        if self.config["description"]["lora"] is not None and not self.adapter():
+            raise ValueError(
+                "this model was trained with a LoRA adapter on its text encoder, which has none here: load it by "
+                "ParaDiffusionPipeline.from_pretrained (DiffusionPipeline's custom_pipeline= leaves the adapter out)"
+            )
         models = self.models
         given: dict[str, Any] = {
             "steps": num_inference_steps, "guidance": guidance_scale, "guidance_rescale": guidance_rescale,
@@ -321,6 +326,8 @@ class ParaDiffusionPipeline(_Base):
         if len(negatives) not in (0, len(asked)):
             raise ValueError(f"{len(negatives)} negative prompts for {len(asked)} prompts")
         negatives = [one for one in negatives for _ in range(num_images_per_prompt)] if any(negatives) else []
+        if negatives and not is_guided(settings.guidance, models.objective):
+            logger.warning(f"negative_prompt has no effect at guidance_scale={settings.guidance}")
         cut = models.count_truncated(prompts)
         if cut:
             logger.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paradiffusion.checkpoints.layouts import Layout, check_complete, copy_tensors, load_adapter, objective_of, parse
+from paradiffusion.checks import finite
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
@@ -107,6 +109,7 @@ class InferenceModels:
         # depend on its neighbours. The denoiser, which takes nearly all of the time, works in batches.
         for prompt in missing:
             self.kept[prompt] = self._one(prompt)
+            finite(self.kept[prompt], f"the features of {prompt[:40]!r}", "text_encoder.dtype")
         newest = max(KEPT_PROMPTS, len(wanted))
         for prompt in [prompt for prompt in self.kept if prompt][:-newest]:
             del self.kept[prompt]
@@ -149,15 +152,18 @@ class InferenceModels:
 
 def choose_device(name: str | None) -> torch.device:
     """The device that ``name`` says, None for CUDA where there is one, else the CPU; UserError where it is not to be had."""
-    try:
+    mps = int(torch.backends.mps.is_available())
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps, "xpu": torch.xpu.device_count()}
+    with suppress(RuntimeError):  # torch does not know the name
         target = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"device={name} is unknown; choose one of cpu, cuda, or cuda:0 and the like.") from None
-    found = torch.cuda.device_count() if target.type == "cuda" else 1
-    if (target.index or 0) >= found:
-        has = f"{found} CUDA device(s)" if found else "no CUDA device"
-        raise UserError(f"device={name} is not to be had here, where torch finds {has}; choose another, or device=cpu.")
-    return target
+        if target.type in found:
+            if (target.index or 0) < found[target.type]:
+                return target
+            has = f"{found[target.type] or 'no'} {target.type.upper()} device(s)"
+            raise UserError(
+                f"device={name} is not to be had here, where torch finds {has}; choose another, or device=cpu."
+            )
+    raise UserError(f"device={name} is unknown; choose one of {', '.join(found)}, or cuda:0 and the like.")
 
 
 def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: str | None = None) -> InferenceModels:
@@ -268,14 +274,23 @@ def make_jobs(requests: Sequence[PromptRequest], config: SampleConfig, models: I
             raise UserError(
                 f"{request.source}: seed={seed} is out of range; expected 0 to {MAX_SEED} minus the images."
             )
-        negative = config.negative_prompt if request.negative_prompt is None else request.negative_prompt
+        negative = negative_of(request, config) if is_guided(settings.guidance, objective) else None
         for image in range(config.images_per_prompt):
             name = f"{request.index:05d}" + (f"_{image}" if image else "")
-            # An empty negative prompt is the null prompt, so a line can switch the command line's off.
-            jobs.append(Job(name, request.prompt, seed + image, height, width, settings, negative or None))
+            jobs.append(Job(name, request.prompt, seed + image, height, width, settings, negative))
     for solver in {job.settings.solver for job in jobs}:
         objective.scheduler(solver)  # refuses one that the objective does not have
     return jobs
+
+
+def negative_of(request: PromptRequest, config: SampleConfig) -> str | None:
+    """The request's negative prompt; an empty one is the null prompt, so a line can switch the command line's off."""
+    return (config.negative_prompt if request.negative_prompt is None else request.negative_prompt) or None
+
+
+def is_guided(guidance: float, objective: Objective) -> bool:
+    """Whether the null prompt, or the negative one in its place, has a part in the pictures."""
+    return guidance != 1.0 and guidance >= objective.guided_from
 
 
 def _side(key: str, request: PromptRequest, config: SampleConfig, models: InferenceModels) -> int:
@@ -325,10 +340,7 @@ def draw(
     negatives = [job.negative_prompt for job in batch if job.negative_prompt is not None]
     try:
         latents = sample_prompts(models, prompts, negatives, seeds, size, first.settings, on_step)
-        if not torch.isfinite(latents).all():
-            raise UserError(
-                f"image {first.name} overflowed to NaN in {models.dtype}; try dtype=bfloat16 or dtype=float32."
-            )
+        finite(latents, f"the latents of image {first.name}, which the denoiser draws,", "dtype")
         return models.decode(latents).numpy()
     except torch.OutOfMemoryError:
         raise UserError(

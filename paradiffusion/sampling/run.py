@@ -39,6 +39,7 @@ from paradiffusion.sampling.pipeline import (
     load_models,
     make_batches,
     make_jobs,
+    negative_of,
     ordered,
     sampler_settings,
 )
@@ -105,6 +106,12 @@ def draw_all(
         prompts = list({request.prompt: None for request in requests})
         cut = models.count_truncated(prompts)
         print(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut.", flush=True)
+        used = {job.name.partition("_")[0] for job in jobs if job.negative_prompt is not None}
+        if lost := sum(bool(negative_of(one, config)) and f"{one.index:05d}" not in used for one in requests):
+            print(
+                f"negative_prompt has no effect on {lost} of {len(requests)} prompts, whose guidance is off.",
+                flush=True,
+            )
 
     status, failure, start = DONE, None, time.monotonic()
     try:
@@ -198,7 +205,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 f"no space left for {folder}; the images listed in its {NAME} are whole: free some space and run the same "
                 "command again to continue, or choose another output_dir=."
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR):
+        # ENOENT is what a kernel's own file systems answer, such as /proc.
+        refusals = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
+        if error.errno in refusals:
             raise UserError(
                 f"output_dir={folder} cannot be written ({error.strerror}: {error.filename}); choose a folder that can be."
             ) from None

@@ -37,7 +37,7 @@ __all__ = [
 
 VERSION = 3  # raise it when scenes, captions or their layout change, so that old folders are drawn anew
 DEFAULT_SIZES = {
-    "small": {"web": 16_000, "big": 8_000, "small": 6_000, "val": 500},
+    "small": {"web": 8_000, "big": 4_000, "small": 6_000, "val": 500},
     "large": {"web": 16_000, "big": 8_000, "small": 4_000, "val": 500},
 }
 SAMPLES_PER_SHARD = 500

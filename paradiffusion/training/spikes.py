@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.errors import UserError
 from paradiffusion.training.folder import restore_checkpoint
+from paradiffusion.training.log import Meters
 from paradiffusion.training.step_record import (
     PAGE,
     Replay,
@@ -65,6 +66,8 @@ class Spikes:
                 typical = loss
             state.typical_loss = typical + SPIKE_SHARE * (loss - typical)
             return
+        if not math.isfinite(loss):
+            check_inputs(trainer, taken)
         self.in_a_row += 1
         keys = trainer.gather([key for batch, _, _ in taken for key in batch.keys])
         named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
@@ -86,6 +89,27 @@ class Spikes:
             raise UserError(
                 f"{where}; {kept}; look at these samples, lower optimizer.lr, or set on_spike=skip or on_spike=rollback."
             )
+
+
+def check_inputs(trainer: Trainer, taken: list[MicroBatch]) -> None:
+    """Raise UserError in all processes where it is a frozen model's numbers that have overflowed in one of them: no rate and no
+    skipping helps against that."""
+    parts = {"latents": ("the latents that the autoencoder encodes", "codec.dtype"),
+             "features": ("the features of the language model", "text_encoder.dtype")}  # fmt: skip
+    inputs = [trainer.inputs(batch, Meters()) for batch, _, _ in taken]
+    lost = trainer.gather(
+        [
+            name
+            for one in inputs
+            for name in parts
+            if (made := getattr(one, name)) is not None and not made.isfinite().all()
+        ]
+    )
+    if lost:
+        raise UserError(
+            f"step {trainer.state.step}: {parts[lost[0]][0]} are not finite numbers: they overflowed in its dtype; set "
+            f"{parts[lost[0]][1]}=bfloat16 or {parts[lost[0]][1]}=float32."
+        )
 
 
 def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> Path | None:

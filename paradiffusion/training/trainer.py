@@ -259,6 +259,11 @@ class Trainer:
                     self.validate()
                     self.meters.started = time.monotonic() if not self.meters.steps else self.meters.started
             bar.close()
+            if len(state.skipped) >= config.max_steps:
+                raise UserError(
+                    f"the update of each of the {config.max_steps} steps was skipped, so nothing was learned; look at their "
+                    "samples (replay/ in the stage's folder), or lower optimizer.lr, in another run_dir=."
+                )
             self.finish()
             return True
         finally:

@@ -11,15 +11,31 @@ from omegaconf import OmegaConf
 
 import sample
 import train
-from paradiffusion.compose import CONFIGS, compose_sample, compose_train, groups, options
+from paradiffusion.compose import CONFIGS, compose_options, compose_sample, compose_train, groups, options
 from paradiffusion.config import TrainConfig, keys_of
 from paradiffusion.entry import run as enter
 from paradiffusion.errors import UserError
 from paradiffusion.scenes.dataset import DEFAULT_SIZES
+from scripts.export import ExportOptions
 
 AWKWARD = [
     "a \"red\", {blue} = 'x' ${oops}", "two\nlines\\", "'quoted'", '"', "[1, 2]", "", "123", "~+a=b", "  spaces  ", "é ✓",
 ]  # fmt: skip
+
+# What YAML, Hydra or OmegaConf would make something else of.
+TEXTS = [
+    "1e45678",
+    "2024_01_15",
+    "true",
+    "007",
+    "v2 (lr=1e-4), cats",
+    "it's",
+    "a#b",
+    "${oc.env:HOME}/x",
+    "\\\\${x}",
+    "{a: b}",
+    "~",
+]
 
 # (preset, stage) for which there is a preset_stage file.
 STAGES = [tuple(name.rsplit("_", 1)) for name in options("preset_stage")]
@@ -50,6 +66,17 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         for key in file.keys() - {"large", "lora_names"}:  # what the choice of world and of adapted layers comes from
             if not OmegaConf.is_interpolation(file, key) and not OmegaConf.is_missing(file, key):
                 assert getattr(section, str(key)) == file[key], f"{group}={name} does not set {key}"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_every_key_that_holds_a_text_takes_it_as_typed(text: str) -> None:
+    config = compose_train(
+        [f"text_encoder.revision={text}", f"tracker.run_name={text}", f"run_dir={text}", f"codec.hub={text}"]
+    )
+    found = (config.text_encoder.revision, config.tracker.run_name, config.run_dir, config.codec.hub)
+    assert found == (text,) * 4
+    assert compose_options(ExportOptions, [f"ckpt={text}", f"output={text}"]).output == text
+    assert compose_sample(["ckpt=x", "prompt=y", f"output_dir={text}"]).output_dir == text
 
 
 def test_the_large_world_is_one_key() -> None:

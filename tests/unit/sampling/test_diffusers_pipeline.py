@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from official_models import MODERN, latents, make_official, make_ours, same
 from PIL import Image
 from tiny_encoders import write_llama_tokenizer
@@ -237,6 +237,13 @@ def test_wrong_arguments(pipe: ParaDiffusionPipeline) -> None:
     ):
         with pytest.raises(error, match=words):
             pipe("a", **arguments)
+
+
+def test_an_adapter_that_was_left_out_is_missed(folders: dict[str, Path]) -> None:
+    """As by DiffusionPipeline.from_pretrained(custom_pipeline=), which knows nothing of it."""
+    base = DiffusionPipeline.from_pretrained.__func__(ParaDiffusionPipeline, str(folders["official"]))  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"LoRA adapter .* which has none here"):
+        base(PROMPT)
 
 
 def test_dtypes_are_those_of_training_unless_one_is_asked_for(

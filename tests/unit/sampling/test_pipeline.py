@@ -66,6 +66,10 @@ def test_priority_is_line_then_command_line_then_checkpoint() -> None:
     assert {(job.settings.solver, job.settings.guidance) for job in jobs} == {("euler", 2.0)}
     assert [job.negative_prompt for job in jobs] == [None, None, "dull", "dull"]
     assert make_jobs(requests[1:], configured(), models)[0].settings == models.sampler
+    config = configured(guidance=1.0, negative_prompt="dull")
+    assert [job.negative_prompt for job in make_jobs(requests, config, models)] == [None, None], (
+        "it has no effect, nor is it recorded"
+    )
 
 
 @pytest.mark.parametrize(
