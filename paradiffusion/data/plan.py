@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -64,9 +65,12 @@ def open_index(data: DataConfig, counter: TokenCounter | None = None) -> SampleI
 
 
 def open_shards(data: DataConfig, spec: Any, key: str, counter: TokenCounter | None = None) -> SampleIndex:
-    """The index of the shards that ``spec`` names (the value of ``key``)."""
+    """The index of the shards that ``spec`` names (the value of ``key``), or of a folder of pictures that are held out."""
     if not spec:
         raise UserError(f"{key} is not set; name WebDataset shards, such as {key}='shards/{{00000..00099}}.tar'.")
+    folder = Path(spec).expanduser() if key == "data.val_shards" and isinstance(spec, str) else None
+    if folder is not None and folder.is_dir() and not any(folder.glob("*.tar")):
+        return load_folder(folder, counter, key)
     shards = expand_shards(spec, key, storage_of(data))
     if data.streaming and key == "data.shards":
         return index_head(shards)

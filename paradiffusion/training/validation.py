@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,23 +62,35 @@ class Scorer(Protocol):
 
 
 def read_held_out(index: SampleIndex, config: TrainConfig, count: int) -> list[HeldOut]:
-    """The first ``count`` held-out samples with a caption, in their buckets."""
-    buckets = buckets_of(config.data)
-    rows = np.flatnonzero(index.words.any(axis=1))[:count]
-    assigned = assign_buckets(index.width[rows], index.height[rows], buckets)
-    kind = config.validation.paragraph
-    return [_read(index, int(row), buckets[int(bucket)], kind) for row, bucket in zip(rows, assigned, strict=True)]
+    """The first ``count`` held-out samples with a caption, in their buckets. Those that cannot be read are left out, and named.
+
+    Raises:
+        UserError: where none can be read.
+    """
+    buckets, items, bad = buckets_of(config.data), [], []
+    rows = np.flatnonzero(index.words.any(axis=1))
+    sizes = (np.maximum(side[rows], 1) for side in (index.width, index.height))  # 0: of no picture
+    for row, bucket in zip(rows, assign_buckets(*sizes, buckets), strict=True):
+        if len(items) == count:
+            break
+        try:
+            items.append(_read(index, int(row), buckets[int(bucket)], config.validation.paragraph))
+        except ValueError as error:
+            place = index.place(int(row))
+            bad.append(f"{place.shard.name}/{place.key} ({error})")
+    if bad and not items:
+        raise UserError(
+            f"no sample of data.val_shards can be read, {bad[0]} the first; mend them, or set data.val_shards=null."
+        )
+    if bad and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {len(bad)} samples of data.val_shards cannot be read, {bad[0]} the first; they are left out.")
+    return items
 
 
 def _read(index: SampleIndex, row: int, bucket: Bucket, kind: str) -> HeldOut:
     sample = read_sample(index, row)
     captions = sorted((c for c in sample.meta["captions"].values() if c.strip()), key=lambda text: len(text.split()))
-    try:
-        image = to_array(decode(sample.image), bucket, seed_from("validation", sample.key))
-    except ValueError as error:
-        raise UserError(
-            f"the held-out sample {sample.key} in data.val_shards cannot be read ({error}); mend it."
-        ) from None
+    image = to_array(decode(sample.image), bucket, seed_from("validation", sample.key))
     paragraph, unseen = (sample.meta["captions"].get(name, "").strip() for name in (kind, "unseen"))
     return HeldOut(sample.key, image, captions[0], captions[-1], paragraph or captions[-1], unseen, sample.meta)
 

@@ -51,6 +51,27 @@ def test_a_folder_of_pictures(tiny_arguments: list[str], tmp_path: Path, capsys:
     assert train_here([*arguments, f"run_dir={tmp_path / 'more'}", f"init_from={stage}", "max_steps=1"]) == 0
 
 
+def test_held_out_pictures_of_a_folder_some_of_which_cannot_be_read(
+    shards: Path, tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "held out"
+    held_out.mkdir()
+    for one in demo_samples("val", 3, 0):
+        (held_out / f"{one.key}.{one.extension}").write_bytes(one.image)
+        (held_out / f"{one.key}.txt").write_text(one.meta["captions"]["short"])
+    first = sorted(held_out.glob("*.png"))[0]
+    first.write_bytes(first.read_bytes()[:200])  # its size can be read, and nothing else
+    own = (f"data.folder={held_out}", f"data.val_shards={held_out}", "validation.samples=3", "max_steps=1", "batch_size=2",
+           "data.max_bad_fraction=1")  # fmt: skip
+    assert train_here(arguments_of(tiny_arguments, tmp_path / "run", *own)) == 0
+    said = capsys.readouterr().out
+    assert f"warning: 1 samples of data.val_shards cannot be read, held out/{first.name} (" in said
+    for path in held_out.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"no sample of data\.val_shards can be read, held out/"):
+        train_here(arguments_of(tiny_arguments, tmp_path / "none", f"data.shards={shards}", *own[1:]))
+
+
 def test_a_stream(tiny_arguments: list[str], shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(shards) as server:
         spec = f"data.shards={server.url}{{000000..000002}}.tar"
