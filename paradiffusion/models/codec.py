@@ -109,7 +109,7 @@ def locate_codec(config: CodecConfig) -> Path:
             f"codec.path={config.path} holds no config.json; expected an AutoencoderKL in the diffusers layout "
             "(config.json, diffusion_pytorch_model.safetensors)."
         )
-    if config.hub is not None and (found := download(config.hub, config.revision)) is not None:
+    if config.hub is not None and (found := download(config.hub, config.revision, config.subfolder)) is not None:
         return found / config.subfolder if config.subfolder else found
     fetch = f"run `python scripts/download.py what=vae id={config.hub}` where there is a network, or "
     raise UserError(

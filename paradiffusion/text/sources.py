@@ -119,18 +119,24 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     (folder / SOURCE_FILE).write_text(json.dumps({"file": gguf.name, "hash": hash_ends([gguf])}))
 
 
-def download(hub: str, revision: str | None) -> Path | None:
-    """The hub's snapshot as a local folder (weights, configuration and tokenizer only), or None.
+def download(hub: str, revision: str | None, subfolder: str | None = None) -> Path | None:
+    """The hub's snapshot as a local folder, or None: weights, configuration and tokenizer of the one model at its top, or in
+    ``subfolder``, and of no other that the repository holds.
 
     Weights are safetensors; only where a repository has none, its .bin files are taken, which are read with weights_only.
     """
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt"]
+    within = f"{subfolder}/" if subfolder else ""
+
+    def fetch(*patterns: str) -> Path:
+        allowed, deeper = [within + pattern for pattern in patterns], [f"{within}*/*"]  # a star stands for slashes, too
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=allowed, ignore_patterns=deeper))
+
     try:
-        folder = Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
-        if not any(folder.rglob("*.safetensors")):
-            snapshot_download(hub, revision=revision, allow_patterns=["*.bin"])
+        folder = fetch("*.safetensors", "*.json", "*.model", "*.txt")
+        if not any((folder / within).glob("*.safetensors")):
+            fetch("*.bin")
         return folder
     except Exception as error:  # the hub client raises a dozen unrelated types: no network, no licence, no such model
         if "gated" in str(error).lower() or "401" in str(error) or "403" in str(error):

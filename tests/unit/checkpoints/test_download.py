@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from official_models import as_bin, make_official, same
 
 from paradiffusion.checkpoints.layouts import open_layout
@@ -16,6 +17,7 @@ from paradiffusion.checkpoints.tensors import convert_bins, find_tensors, read_t
 from paradiffusion.config import CodecConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
+from paradiffusion.text.sources import download as fetch
 from scripts import download
 
 OLD = ("google/t5-v1_1-xxl",)  # has its weights as .bin alone
@@ -58,6 +60,27 @@ def test_what_is_asked_for_is_fetched(hub: list[Any], tmp_path: Path) -> None:
 def test_old_weights_are_fetched_where_there_are_no_others(hub: list[Any]) -> None:
     assert download.main(["what=llm", f"id={OLD[0]}", "yes=true"]) == 0
     assert [call["allow_patterns"] == ["*.bin"] for _, call in hub] == [False, True]
+
+
+@pytest.mark.parametrize(("subfolder", "wanted"), [(None, {"model.safetensors", "config.json", "tokenizer.model"}),
+                                                   ("vae", {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"})])  # fmt: skip
+def test_of_a_repository_with_many_models_only_one_is_fetched(
+    subfolder: str | None, wanted: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = [
+        "model.safetensors", "config.json", "tokenizer.model", "model.onnx", "original/model.safetensors", "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors", "vae/old/config.json", "unet/config.json", "unet/model.safetensors",
+    ]  # fmt: skip
+
+    def snapshot(_: str, revision: str | None, **patterns: Any) -> str:
+        for name in filter_repo_objects(there, **patterns):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert fetch("somebody/many", None, subfolder) == tmp_path
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == wanted
 
 
 def test_nothing_is_fetched_unasked(hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
