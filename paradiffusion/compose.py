@@ -165,9 +165,6 @@ def _compose(name: str, cls: type[T], arguments: list[str], beside: Sequence[str
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from None
-    for key, value in values:
-        if keys.get(key, {}).get("typed") == "text" and value != "null":
-            setattr(config, key, value)  # A prompt is data: "${...}" in it is no interpolation.
     return cast(T, config)
 
 
@@ -184,10 +181,10 @@ def _override(composed: DictConfig, values: list[tuple[str, str]], keys: dict[st
     for key, value in values:
         kind = keys.get(key, {}).get("typed")
         if kind == "text":
-            continue
-        if kind == "yaml":
-            found: Any = parse_sources(value)
-        elif kind == "path" and not value.startswith("["):
+            found: Any = None if value == "null" else to_the_letter(value)
+        elif kind == "yaml":
+            found = parse_sources(to_the_letter(value))
+        elif kind == "path" or (kind == "paths" and not value.startswith("[")):
             text = re.sub(r"^(['\"])(.*)\1$", r"\2", value, flags=re.DOTALL)
             found = None if value == "null" else to_the_letter(text)
         else:
@@ -255,14 +252,15 @@ def _settle_data(composed: Any, given: dict[str, str]) -> None:
         if folder := data.get("folder"):
             if also := {"data.sources", "data.shards"} & given.keys():
                 raise UserError(f"both data.folder and {also.pop()} are given; keep one of them.")
-            data.sources = [{"folder": folder}]
+            data.sources = [{"folder": to_the_letter(folder)}]
         if data.get("sources"):
             if "data.shards" in given:
                 raise UserError("both data.shards and data.sources are given; name the shards in one of them.")
             data.shards = None
         if data.get("sources") or "data.shards" in given:
             data.demo = False
-            data.val_shards = data.get("val_shards") if "data.val_shards" in given else None
+            if "data.val_shards" not in given:
+                data.val_shards = None
 
 
 def _settle_lora(composed: Any, given: dict[str, str]) -> None:

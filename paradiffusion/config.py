@@ -30,7 +30,7 @@ def option(default: Any, *, typed: str = "", free: str = "", of: str = "", accep
     Args:
         default: the value, or what makes it (list, dict, a dataclass).
         typed: reaches the configuration as typed, whatever Hydra's grammar makes of its characters: a "path" (quotes around
-            it come off, a list stays a list), as every text is by default; "text", to the letter; or "yaml", which holds paths.
+            it come off), as every text is by default; "paths", the same or a list; "text", to the letter; or "yaml".
         free: why a resumed run may have another value. "always": nothing that is trained depends on it. "resume": it says how
             the run goes on, or where a model lies whose hash is compared. "data": where the data lies whose fingerprint is.
         of: what is a function of it, by spaces: "latents" and "text" features, as caches hold them; "weights", of which a
@@ -409,10 +409,10 @@ class DataConfig:
         cache: a folder of latents and text features made beforehand by scripts/cache.py, which must fit; None for none.
     """
 
-    shards: Any = option(None, typed="path", free="data")
+    shards: Any = option(None, typed="paths", free="data")
     folder: str | None = option(None, free="data")
     sources: list[SourceConfig] = option(list, typed="yaml")
-    val_shards: Any = option(None, typed="path", free="resume")
+    val_shards: Any = option(None, typed="paths", free="resume")
     demo: bool = option(False, free="always")
     world: str = option("small", free="data", accepts=one_of(*WORLDS))
     demo_folder: str = option("data/demo", free="data")

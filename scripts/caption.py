@@ -73,23 +73,22 @@ def main(arguments: list[str]) -> int:
     check_names(shards, options)
     check_output(Path(str(options.output)).expanduser(), options, templates)
     failure: UserError | OSError | None = None
-    with stop_on_signals() as signal:
-        # The report is made outside: the processes leave their group together, none of them after the others have gone.
-        with joined_processes() as processes:
-            processes.set_threads(None)
-            status = DONE
-            try:
-                status = work_on(options, templates, shards[processes.rank :: processes.size], processes, signal.check)
-            except (UserError, OSError) as error:
-                processes.tell(error)
-                status, failure = FAILED, error
-            status = processes.agree(status)
+    with stop_on_signals() as signal, joined_processes() as processes:
+        processes.set_threads(None)
+        status = DONE
+        try:
+            status = work_on(options, templates, shards[processes.rank :: processes.size], processes, signal.check)
+        except (UserError, OSError) as error:
+            processes.tell(error)
+            status, failure = FAILED, error
+        status = processes.agree(status)
         if processes.rank == 0:
             try:
                 report(options, [shard.stem for shard in shards], processes.size, status)
             except (UserError, OSError) as error:  # the disk that is full, say; the first failure is the one to tell
                 processes.tell(error)
                 failure = failure or error
+        processes.agree(DONE)  # launchers end the others as soon as one has left with another status than 0
     if failure is not None and processes.size == 1:
         raise failure
     if failure is not None or status == FAILED:

@@ -22,14 +22,12 @@ from paradiffusion.stopping import stop_on_signals  # noqa: E402
 def run_to_its_end(command: list[str]) -> int:
     """The exit status of a command, which saves what it has where a signal asks us to stop, and passes it on."""
     with stop_on_signals() as stop, subprocess.Popen(command) as process:
-        while True:
-            try:
-                status = process.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                if stop.came_at is not None:
-                    process.terminate()
-            else:
-                return status if status >= 0 else 128 - status
+        while stop.came_at is None and process.poll() is None:
+            time.sleep(0.1)
+        if stop.came_at is not None:
+            process.terminate()  # once: Ctrl-C has reached it by itself, and it may be leaving already
+        status = process.wait()
+    return status if status >= 0 else 128 - status
 
 
 def main(arguments: list[str]) -> int:

@@ -40,7 +40,7 @@ MAX_TEXT: Final = MAX_BODY - 2048
 WORDS: Final = (50, 100)
 """The band of words that 83 % of ParaImage-Small's descriptions lie in."""
 _NUMBER: Final = re.compile(r"[0-9]{1,9}")
-_TYPES: Final = {"jpg": "image/jpeg", "jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+_TYPES: Final = {**dict.fromkeys(("jpg", "jpeg", "jfif"), "image/jpeg"), "png": "image/png", "webp": "image/webp"}
 
 
 @dataclass

@@ -213,7 +213,19 @@ class _Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Uvicorn's patience begins after a first answer; a connection that never asks must not keep its place either."""
         super().connection_made(transport)
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if (
+            self.cycle is None or self.cycle.response_complete
+        ):  # half of a request's head, for which uvicorn waits for ever
+            self._wait()
+
+    def _wait(self) -> None:
+        if self.timeout_keep_alive_task is None:
+            later = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+            self.timeout_keep_alive_task = later
 
 
 class Server(uvicorn.Server):

@@ -35,7 +35,7 @@ from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, Span, TarEnt
 from paradiffusion.errors import UserError
 
 INDEX_NAME: Final = ".paradiffusion.index.npz"
-_VERSION: Final = 2
+_VERSION: Final = 3
 _PER_PART: Final = 1000
 _REPEATS: Final = re.compile(r"([1-9]\d{0,5})_.")
 _TOLD_FOLDERS: Final = 8
@@ -70,7 +70,7 @@ def _load(root: Path, counter: TokenCounter | None, name: str) -> SampleIndex:
     passed_over: Counter[str] = Counter()
     found = sorted(walk_pictures(root, passed_over), key=lambda one: one.key)
     # All pictures that were looked at are kept, also those of no use, so that they need not be looked at again.
-    whole, stamps, bad_json = _read_stored(root, counter) or _look_at(root, [], counter)
+    whole, stamps, faults = _read_stored(root, counter) or _look_at(root, [], counter)
     known = {(whole.key(row), *stamps[row].tolist()): row for row in range(len(whole))}
     rows = np.array([known.get((one.key, *one.stamps), -1) for one in found], np.int64)
     if (rows < 0).any() or len(whole) != len(found):
@@ -78,10 +78,10 @@ def _load(root: Path, counter: TokenCounter | None, name: str) -> SampleIndex:
         order = np.where(rows < 0, len(whole) + np.cumsum(rows < 0) - 1, rows)
         parts = [part for part in (whole, new) if len(part)]
         whole = assemble(lambda: parts, root).take(order) if parts else whole
-        stamps, bad_json = (np.concatenate(pair)[order] for pair in zip((stamps, bad_json), more, strict=True))
-        arrays = {"version_of_folder": np.array(_VERSION), "stamps": stamps, "bad_json": bad_json, **arrays_of(whole)}
+        stamps, faults = (np.concatenate(pair)[order] for pair in zip((stamps, faults), more, strict=True))
+        arrays = {"version_of_folder": np.array(_VERSION), "stamps": stamps, "faults": faults, **arrays_of(whole)}
         any(save_arrays(place, arrays) for place in _places(root))  # Nowhere to write: it is made again next time.
-    return _to_index(root, whole, bad_json, passed_over, name)
+    return _to_index(root, whole, faults, passed_over, name)
 
 
 @dataclass
@@ -109,7 +109,7 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
     def complain(error: OSError) -> None:
         passed_over["folders that cannot be opened"] += 1
 
-    seen = {_identity(root)}
+    seen, unused, example = {_identity(root)}, 0, ""
     for folder, below, files in os.walk(root, onerror=complain, followlinks=True):
         kept = []
         for name in sorted(below):
@@ -154,9 +154,10 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
                     yield FoundPicture(key, (*image, *stamps[0], *stamps[1]))
                 else:
                     passed_over["files over 1 GiB"] += 1
-        if strays:
-            one = sorted(strays)[0].encode("utf-8", "replace").decode()
-            passed_over[f"files that are no part of a sample (such as {one})"] += len(strays)
+        unused, example = unused + len(strays), example or min(strays, default="")
+    if unused:
+        example = example.encode("utf-8", "replace").decode()
+        passed_over[f"files that are no part of a sample (such as {example})"] = unused
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -177,7 +178,7 @@ def _look_at(
     """Read the head of each picture, and its captions. Threads, since most of it is waiting for the disk.
 
     Returns:
-        Their index, the stamps, int64 [n, 6], and whose JSON cannot be read, bool [n].
+        Their index, the stamps, int64 [n, 6], and bool [n, 2]: whose JSON cannot be read, and whose texts are not UTF-8.
     """
     shown = None if len(found) > _SHOWN_FROM else True
     with ThreadPoolExecutor(_READERS) as pool:
@@ -188,10 +189,9 @@ def _look_at(
         spans = [Span(0, max(size, 0)) for size in one.stamps[::2]]
         entries.append(TarEntry(one.key, one.key.rpartition(".")[2].lower(), *spans))
     sizes, captions = [(saw.width, saw.height) for saw in looked], [saw.captions for saw in looked]
-    odd = sum(saw.odd_text for saw in looked)
-    index = tabulated(FolderPart(root, 0), entries, sizes, captions, counter, odd_text=odd)
+    index = tabulated(FolderPart(root, 0), entries, sizes, captions, counter)
     stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)
-    return index, stamps, np.array([saw.bad_json for saw in looked], bool)
+    return index, stamps, np.array([(saw.bad_json, saw.odd_text) for saw in looked], bool).reshape(-1, 2)
 
 
 def look(root: Path, found: FoundPicture) -> LookedAt:
@@ -206,9 +206,7 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
     return LookedAt(width, height, captions_of(meta or {}, text), meta is None, is_odd(meta_bytes, text))
 
 
-def _to_index(
-    root: Path, whole: SampleIndex, bad_json: np.ndarray, passed_over: Counter[str], name: str
-) -> SampleIndex:
+def _to_index(root: Path, whole: SampleIndex, faults: np.ndarray, passed_over: Counter[str], name: str) -> SampleIndex:
     readable, captioned = whole.width > 0, whole.words.any(axis=1)
     for what, which in (
         ("files that are no picture", ~readable),
@@ -233,7 +231,8 @@ def _to_index(
     return replace(
         index, shards=[FolderPart(root, number) for number in range(parts)], words=index.words[:, used],
         shard=(np.arange(len(rows)) // _PER_PART).astype(np.int32), kinds=[index.kinds[column] for column in used],
-        tokens=None if index.tokens is None else index.tokens[:, used], bad_json=int(bad_json[rows].sum()),
+        tokens=None if index.tokens is None else index.tokens[:, used], bad_json=int(faults[rows, 0].sum()),
+        odd_text=int(faults[rows, 1].sum()),
         shard_source=np.zeros(parts, np.int16),
     )  # fmt: skip
 
@@ -271,7 +270,7 @@ def _read_stored(root: Path, counter: TokenCounter | None) -> tuple[SampleIndex,
             with np.load(place, allow_pickle=False) as kept:
                 index = index_of(FolderPart(root, 0), kept)
                 if int(kept["version_of_folder"]) == _VERSION and (counter is None or index.tokenizer == counter.name):
-                    return index, kept["stamps"], kept["bad_json"]
+                    return index, kept["stamps"], kept["faults"]
         except (OSError, *DAMAGED):
             continue
     return None

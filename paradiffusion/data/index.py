@@ -46,7 +46,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 from paradiffusion.randomness import seed_from
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 _MAX_KINDS: Final = 16
 # What an index counts of its files, in the order in which that is stored, and what a person is told of them.
 COUNTS: Final = {
@@ -344,7 +344,7 @@ def _of_columns(
     return SampleIndex(
         shards=list(shards), kinds=facts["kinds"], tokenizer=facts["tokenizer"], columns=folder, facts=facts,
         truncated=tuple(shards[number] for number in facts["truncated"]), **columns, **(sources or {}),
-        **dict(zip(COUNTS, facts["counts"], strict=False)),  # earlier versions have fewer
+        **dict(zip(COUNTS, facts["counts"], strict=True)),
     )  # fmt: skip
 
 
@@ -593,9 +593,7 @@ def _store(path: Path | RemotePath, index: SampleIndex, stamp: np.ndarray, folde
 
 def arrays_of(index: SampleIndex) -> dict[str, Any]:
     """What is stored of the index of one shard; ``index_of`` reads it."""
-    counts = np.array(
-        [index.without_image, index.stray, index.bad_json, len(index.truncated), index.odd_text], np.int64
-    )
+    counts = np.array([*(getattr(index, name) for name in COUNTS), len(index.truncated)], np.int64)
     arrays = {
         "table": index.table, "words": index.words, "kinds": np.array(index.kinds, dtype=np.str_), "counts": counts,
         "key_bytes": index.key_bytes, "key_ends": index.key_starts[1:],
@@ -607,8 +605,7 @@ def index_of(shard: ShardPath, stored: Any) -> SampleIndex:
     """The index of one shard from stored arrays. Raises KeyError, ValueError for others."""
     if stored["table"].dtype != ROW:
         raise ValueError("another version's")
-    names = ("without_image", "stray", "bad_json", "truncated", "odd_text")
-    counts = dict(zip(names, stored["counts"].tolist(), strict=False))  # earlier versions have four
+    counts = dict(zip([*COUNTS, "truncated"], stored["counts"].tolist(), strict=True))
     tokens = {"tokens": stored["tokens"], "tokenizer": str(stored["tokenizer"])} if "tokens" in stored else {}
     return of_one_shard(
         shard, stored["table"], bool(counts.pop("truncated")), words=stored["words"], key_bytes=stored["key_bytes"],

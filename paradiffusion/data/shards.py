@@ -1,7 +1,8 @@
 """WebDataset shards: write them, find them, list what a tar holds, read one sample by its place.
 
-A shard is a plain tar of ``key.png`` (or jpg, jpeg, webp) beside ``key.json`` (captions by kind and whatever else is
-known) or ``key.txt`` (one caption, as img2dataset writes it); the key is the path up to the first dot of the file name.
+A shard is a plain tar of ``key.png`` (or another of IMAGE_EXTENSIONS) beside ``key.json`` (captions by kind and whatever else is
+known) or ``key.txt`` (one caption, as img2dataset writes it); the key is the path up to the first dot of the file name, or to
+the last where only that makes a sample.
 Nothing in a shard is ever executed or unpacked to disk: members of any other kind, pickles among them, are passed over.
 """
 
@@ -200,6 +201,7 @@ class TarEntry:
     image: Span = field(default_factory=Span)
     json: Span = field(default_factory=Span)
     text: Span = field(default_factory=Span)
+    by_kohya: bool = False  # the text is a .caption
 
 
 @dataclass
@@ -291,8 +293,11 @@ def _add(found: dict[str, TarEntry], member: tarfile.TarInfo) -> str:
     if not stem or not part or not plain or name.startswith("/") or ".." in folder.split("/"):
         return ""
     entry = found.setdefault(key, TarEntry(key))
-    if getattr(entry, part).size:
+    # Of two texts a .txt is read, as beside pictures in folders.
+    if getattr(entry, part).size and not (part == "text" and entry.by_kohya and extension == "txt"):
         return ""
+    if part == "text":
+        entry.by_kohya = extension == "caption"
     setattr(entry, part, Span(member.offset_data, member.size))
     entry.extension = extension if part == "image" else entry.extension
     return key

@@ -35,7 +35,7 @@ NOT_RESUMABLE: Final = (
 _BUFFER: Final = 1000
 _PIECE: Final = 1 << 23
 # So many bad samples, or shards that cannot be opened, without one good one between them end the run.
-_TOLD_AFTER, _IN_VAIN = 64, 8
+_TOLD_AFTER, _IN_VAIN, _UNUSED = 64, 8, 10_000
 
 
 class StreamLoader(Loader):
@@ -80,7 +80,7 @@ def _in_steps(
 
 
 class _NothingGood(Exception):
-    """Shard after shard cannot be opened."""
+    """Shard after shard cannot be opened, or holds nothing that can be used."""
 
 
 @dataclass(eq=False)
@@ -142,12 +142,17 @@ class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
             return True
 
         members = tar_file_expander(opened(), handler=note, select_files=_is_wanted)
-        grouped = group_by_keys(members, keys=split_member, handler=note)
+        grouped, unused = group_by_keys(members, keys=_Keys(), handler=note), 0
         for sample in wds.shuffle(_BUFFER, initial=_BUFFER // 10, seed=settings.seed)(iter(grouped)):
             url = sample["__url__"]
             # Shards come again and again: the number of times stands for the epoch.
             epoch = visits[url] * readers + number
-            yield self._make(sample, shards[url].name, epoch, failures)
+            bucket, made = self._make(sample, shards[url].name, epoch, failures)
+            unused = 0 if made is not None else unused + 1
+            if unused >= _UNUSED:
+                failures.append(Failure("the shards", "", f"{unused:,} in a row are no picture with a caption"))
+                raise _NothingGood
+            yield bucket, made
 
     def _make(
         self, sample: dict[str, Any], shard: str, epoch: int, failures: list[Failure]
@@ -182,6 +187,22 @@ def _failure(shard: str, error: BaseException) -> Failure:
     if isinstance(error, OSError):
         return Failure(shard, "", error.strerror or explain(error)[1])
     return Failure(shard, "", f"a name comes twice or is no sample's ({type(error).__name__})")
+
+
+class _Keys:
+    """Key and extension of each member in turn. WebDataset takes what lies side by side under one key as a sample, so cat.seg.png
+    between cat.jpg and cat.txt stays a part of cat."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def __call__(self, name: str) -> tuple[str, str]:
+        folder, slash, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if self.last == folder + slash + stem:
+            return self.last, extension.lower()
+        self.last, extension = split_member(name)
+        return self.last, extension
 
 
 def _is_wanted(name: str) -> bool:

@@ -140,6 +140,7 @@ def draw_all(
                 ended = "Stopped" if status == STOPPED else "Ended early"
                 told = f"{ended} with {made} of {len(jobs)} images ({rate}); the same command goes on from here."
             print(f"{told} Look at {page}", flush=True)
+    processes.agree(DONE)  # launchers end the others as soon as one has left with another status than 0
     if failure is not None:
         raise failure
     if status == FAILED:
@@ -205,9 +206,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
                 f"no space left for {folder}; the images listed in its {NAME} are whole: free some space and run the same "
                 "command again to continue, or choose another output_dir=."
             ) from None
-        # ENOENT is what a kernel's own file systems answer, such as /proc.
-        refusals = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
-        if error.errno in refusals:
+        refusals = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+        # A kernel's own file systems, such as /proc, say that a new folder is not there.
+        if error.errno in refusals or (error.errno == errno.ENOENT and not folder.is_dir()):
             raise UserError(
                 f"output_dir={folder} cannot be written ({error.strerror}: {error.filename}); choose a folder that can be."
             ) from None

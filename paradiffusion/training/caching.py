@@ -272,6 +272,8 @@ def make_cache(config: TrainConfig, options: CacheOptions) -> int:
                 stopped = "stopped; finished shards are kept: run the same command again to go on."
                 print(stopped if status else report(what, folder, index, rate), flush=True)
             if status:
+                with suppress(RuntimeError):
+                    processes.agree(0)  # launchers end the others as soon as one has left with another status than 0
                 return status
     return 0
 

@@ -59,7 +59,8 @@ class Start:
             return "fresh weights"
         told = f"{'resuming' if self.resumes else 'starting'} from {self.found}"
         record = self.found.parent.parent / CONFIG_FILE  # of the stage that the checkpoint is of
-        if not self.resumes and self.description is not None and record.is_file():
+        named = self.found.parent.name == "checkpoints"
+        if named and not self.resumes and self.description is not None and record.is_file():
             step, steps = self.description["step"], json.loads(record.read_text())["max_steps"]
             told += f" (step {step} of {steps}: not the end of that stage)" if step < steps else ""
         return told

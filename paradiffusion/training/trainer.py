@@ -74,9 +74,10 @@ def train(config: TrainConfig, scorer: Scorer | None = None) -> int:
         trainer = Trainer(config, accelerator, watch, scorer=scorer)
         with stop_on_signals() as stop:
             done = trainer.train(lambda: stop.came_at is not None or (launched and os.getppid() != parent))
+        if accelerator.num_processes > 1:
+            torch.distributed.barrier()  # launchers end the others as soon as one has left with another status than 0
     # Not after an error: who waits inside a collective operation is not there for this.
     if accelerator.num_processes > 1:
-        torch.distributed.barrier()  # launchers end the others as soon as one has left with another status than 0
         torch.distributed.destroy_process_group()
     return 0 if done else stop.status
 

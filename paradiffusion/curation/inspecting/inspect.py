@@ -24,7 +24,7 @@ from paradiffusion.curation.inspecting.caption_figures import (
 )
 from paradiffusion.curation.inspecting.histograms import Distribution, distribution, usual_most
 from paradiffusion.data.images import MAX_PIXELS, assign_buckets, decode
-from paradiffusion.data.index import SampleIndex, TokenCounter, read_sample
+from paradiffusion.data.index import COUNTS, SampleIndex, TokenCounter, read_sample
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import IMAGE_EXTENSIONS
 from paradiffusion.pages import thumbnail_uri
@@ -82,9 +82,7 @@ def count_of(index: SampleIndex) -> dict[str, Any]:
         "bytes": size,
         "sources": {name: int(count) for name, count in zip(index.sources, counts, strict=True)},
         "without_caption": int((~index.words.any(axis=1)).sum()),
-        "without_image": index.without_image,
-        "stray": index.stray,
-        "bad_json": index.bad_json,
+        **{name: getattr(index, name) for name in COUNTS},
         "unreadable_header": int((index.width == 0).sum()),
         "truncated_shards": [str(shard) for shard in index.truncated],
     }

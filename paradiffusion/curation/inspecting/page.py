@@ -8,6 +8,7 @@ from typing import Any, Final
 from paradiffusion.curation.inspecting.caption_figures import CUTS, OPENING_WORDS
 from paradiffusion.curation.inspecting.histograms import histogram
 from paradiffusion.curation.inspecting.inspect import ASPECTS, BANDS, Inspection
+from paradiffusion.data.index import COUNTS
 from paradiffusion.pages import Cell, Grid, Group, cells, render, text_grid
 
 # Characters of a caption on the page: twice what 512 tokens hold. A caption may be a whole book.
@@ -63,9 +64,7 @@ def _passed(found: Inspection) -> str:
     counts = found.counts
     passed = [
         (counts["without_caption"], "samples without a caption"),
-        (counts["without_image"], "entries without an image"),
-        (counts["stray"], "other files"),
-        (counts["bad_json"], "unreadable JSON"),
+        *((counts[name], said) for name, said in COUNTS.items()),
         (counts["unreadable_header"], "unknown image sizes"),
         (len(counts["truncated_shards"]), "truncated shards"),
     ]

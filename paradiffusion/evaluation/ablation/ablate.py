@@ -124,7 +124,8 @@ def ablate(
     check: Callable[[list[str], bool], None],
     again: Sequence[str],
 ) -> int:
-    """Print the commands, or run what is not finished and write the table; 1 where something failed, 130 after a stop.
+    """Print the commands, or run what is not finished and write the table; 1 where something failed, 128 + the signal's number
+    after a stop.
 
     Args:
         extra: overrides of train.py from the command line.
@@ -198,7 +199,7 @@ def _run_study(study: Study, plan: Plan, output: Path, launcher: Launcher, keep_
     done = finished_units(plan, output)
     if outcome.stopped:
         print(f"stopped with {len(done)} of {count} units finished; run the same command again to go on.", flush=True)
-        return 130
+        return outcome.stopped
     return _finish(study, plan, output, done, outcome, titles)
 
 

@@ -31,11 +31,11 @@ _POLL_SECONDS: Final = 0.2
 @dataclass(frozen=True)
 class Outcome:
     """How a run of the plan ended: units that failed with their reasons, those that were not run for want of them, and
-    whether a signal ended it."""
+    the status of the signal that ended it (0: none did)."""
 
     failed: dict[str, str]
     blocked: tuple[str, ...]
-    stopped: bool
+    stopped: int
 
 
 def finished_units(plan: Plan, output: Path) -> set[str]:
@@ -86,7 +86,7 @@ def run_plan(plan: Plan, output: Path, launcher: Launcher, keep_going: bool, aft
                 done.add(unit.key)
                 bar.update()
                 after(unit)
-    return Outcome(failed, tuple(blocked), stop.came_at is not None)
+    return Outcome(failed, tuple(blocked), 0 if stop.came_at is None else stop.status)
 
 
 def log_of(unit: Unit, output: Path) -> Path:

@@ -32,6 +32,7 @@ TEXTS = [
     "it's",
     "a#b",
     "${oc.env:HOME}/x",
+    "[ablation] lr",
     "\\\\${x}",
     "{a: b}",
     "~",
@@ -75,6 +76,8 @@ def test_every_key_that_holds_a_text_takes_it_as_typed(text: str) -> None:
     )
     found = (config.text_encoder.revision, config.tracker.run_name, config.run_dir, config.codec.hub)
     assert found == (text,) * 4
+    if text != "~":  # of a folder, home
+        assert compose_train([f"data.folder={text}"]).data.sources[0].folder == text
     assert compose_options(ExportOptions, [f"ckpt={text}", f"output={text}"]).output == text
     assert compose_sample(["ckpt=x", "prompt=y", f"output_dir={text}"]).output_dir == text
 

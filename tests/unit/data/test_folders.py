@@ -123,7 +123,7 @@ def test_the_usual_forms_of_a_picture_with_a_caption(tmp_path: Path, capfd: pyte
     ]  # fmt: skip
     said = capfd.readouterr().err
     assert "1 pictures without a caption (such as j.png)" in said and "1 jsonl files (scripts/build_shards.py" in said
-    assert index.odd_text == 3
+    assert index.odd_text == 2
 
 
 def test_texts_in_the_way_of_kohyas_scripts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

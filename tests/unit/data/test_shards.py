@@ -96,13 +96,14 @@ def test_names_with_dots_and_the_usual_forms_of_captions_in_tars(tmp_path: Path)
     members = [
         ("img.v1.07.png", IMAGE), ("img.v1.07.txt", b"with dots"), ("a.png", IMAGE), ("a.seg.png", IMAGE), ("a.caption", b"by kohya"),
         ("b.JFIF", IMAGE), ("b.json", b'{"prompt": "by prompt"}'), ("c.png", IMAGE), ("c.txt", "un caf\u00e9".encode("cp1252")),
+        ("e.png", IMAGE), ("e.caption", b"by kohya"), ("e.txt", b"goes before it"),
         ("d.png", IMAGE), ("d.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
     ]  # fmt: skip
     index = load_index([write_tar(tmp_path / "x.tar", members)])
     found = {index.key(row): read_sample(index, row).meta["captions"] for row in range(len(index))}
     assert found == {
         "img.v1.07": {"short": "with dots"}, "a": {"short": "by kohya"}, "b": {"short": "by prompt"},
-        "c": {"short": "un caf\u00e9"}, "d": {},
+        "c": {"short": "un caf\u00e9"}, "d": {}, "e": {"short": "goes before it"},
     }  # fmt: skip
     assert (index.stray, index.odd_text) == (1, 2)
     again = load_index([tmp_path / "x.tar"])  # from what was kept

@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,27 @@ def test_batches_of_a_stream(folder: Path, workers: int) -> None:
     assert 40 < kinds["short"] < 120
     assert 5 < sum(caption == "" for batch in batches for caption in batch.captions) < 70
     assert len({key.split("/")[0] for batch in batches[:6] for key in batch.keys}) > 1  # Shards are mixed.
+
+
+def test_names_with_dots_and_side_files(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paradiffusion.data.stream._UNUSED", 50)
+    picture = read_sample(load_index(expand_shards(str(folder))), 0).image
+    write_tar(tmp_path / "x.tar", [
+        ("cat.png", picture), ("cat.seg.png", picture), ("cat.txt", b"a cat"), ("img.v1.07.png", picture),
+        ("img.v1.07.caption", b"with dots"), ("lost.png", picture),
+    ])  # fmt: skip
+    with serving(tmp_path) as server:
+        shards = expand_shards(f"{server.url}x.tar", storage=Storage(retries=2))
+        with closing(StreamLoader(shards, 2, BUCKETS, BOTH, SETTINGS)) as loader:
+            batches = list(loader)
+        write_tar(tmp_path / "x.tar", [("lost.png", picture), ("alone.txt", b"a cat")])
+        with (
+            closing(StreamLoader(shards, 2, BUCKETS, BOTH, SETTINGS)) as loader,
+            pytest.raises(UserError, match="50 in a row are no picture with a caption"),
+        ):
+            list(loader)
+    found = {(key, caption) for batch in batches for key, caption in zip(batch.keys, batch.captions, strict=True)}
+    assert found - {(key, "") for key, _ in found} == {("x.tar/cat", "a cat"), ("x.tar/img.v1.07", "with dots")}
 
 
 def test_all_ranks_take_the_same_number_of_steps(folder: Path) -> None:
