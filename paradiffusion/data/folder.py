@@ -186,8 +186,8 @@ def _look_at(
         looked = list(tqdm(looking, "indexing pictures", len(found), unit="file", disable=shown))
     entries = []
     for one in found:
-        spans = [Span(0, max(size, 0)) for size in one.stamps[::2]]
-        entries.append(TarEntry(one.key, one.key.rpartition(".")[2].lower(), *spans))
+        image, meta, text = (Span(0, max(size, 0)) for size in one.stamps[::2])
+        entries.append(TarEntry(one.key, one.key.rpartition(".")[2].lower(), image, meta, text))
     sizes, captions = [(saw.width, saw.height) for saw in looked], [saw.captions for saw in looked]
     index = tabulated(FolderPart(root, 0), entries, sizes, captions, counter)
     stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)

@@ -67,10 +67,12 @@ def read_held_out(index: SampleIndex, config: TrainConfig, count: int) -> list[H
     Raises:
         UserError: where none can be read.
     """
-    buckets, items, bad = buckets_of(config.data), [], []
+    buckets = buckets_of(config.data)
+    items: list[HeldOut] = []
+    bad: list[str] = []
     rows = np.flatnonzero(index.words.any(axis=1))
-    sizes = (np.maximum(side[rows], 1) for side in (index.width, index.height))  # 0: of no picture
-    for row, bucket in zip(rows, assign_buckets(*sizes, buckets), strict=True):
+    width, height = (np.maximum(side[rows], 1) for side in (index.width, index.height))  # 0: of no picture
+    for row, bucket in zip(rows, assign_buckets(width, height, buckets), strict=True):
         if len(items) == count:
             break
         try:
