@@ -193,6 +193,8 @@ class Loader(Iterator[Batch]):
         """What ``data`` makes of ``orders``, in worker processes; an iterable data set needs none."""
         workers = self._workers
         on_child_exit = signal.getsignal(signal.SIGCHLD)
+        # Workers inherit it: a signal that comes before they ignore it (guard_worker) would end them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             ended, end = Pipe(duplex=False)
             self._end = weakref.finalize(self, _tell_workers, ended, end, os.getpid())
@@ -214,6 +216,8 @@ class Loader(Iterator[Batch]):
                 f"Reading with data.workers={workers} cannot be started ({error.strerror or error}): set it lower (0 reads in this "
                 "process), or raise the limits of open files (ulimit -n), of processes or of /dev/shm."
             ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         # DataLoader would raise the death of a worker out of this signal, in the midst of a step or a save. Without
         # that it still notices, when the next batch is asked for.
         if on_child_exit is not None and threading.current_thread() is threading.main_thread():
@@ -475,6 +479,7 @@ def guard_worker(number: int, ended: Connection) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Its threads survive no fork, of which it would warn.
     threading.Thread(target=_end_with, args=(os.getppid(), ended), daemon=True).start()
 

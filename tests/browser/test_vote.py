@@ -6,6 +6,8 @@ import json
 import signal
 import socket
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from urllib.parse import quote
 
 import pytest
 from browser import Program, Served, chromium, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
-from commands import wait_for
+from commands import ROOT, wait_for
 from programs import script
 from vote_studies import HOSTILE, SECRET, pixels_of, study_of, write_picture
 
@@ -257,12 +259,13 @@ def test_mistakes_on_the_command_line_are_one_sentence(command: Any, tmp_path: P
         with pytest.raises(UserError, match=message):
             script("vote").main(arguments)
     without = "import runpy, sys; sys.modules['starlette'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    done = command("scripts/vote.py", "action=results", f"study={tmp_path / 'new'}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds no study.json" in done.stderr
     for arguments, message in (
-        (("scripts/vote.py", "action=results", f"study={tmp_path / 'new'}"), "holds no study.json"),
         (("-c", without, "scripts/vote.py", "action=serve", f"study={tmp_path / 'new'}"), "curation and apps"),
         (("-c", without, "scripts/select.py", "action=review", f"folder={tmp_path / 'new'}"), "curation and apps"),
     ):
-        done = command(*arguments)
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
         assert message in done.stderr and not (tmp_path / "new").exists()
 

@@ -261,16 +261,16 @@ def test_a_suite_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("x: {format: folder, path: ., options: {deep: 1}}", "'deep' is unknown"),
         ("x: {format: folder, path: ., expected: {prompts: many}}", "whole number"),
         ("x: {format: folder, path: nowhere}", "nowhere does not exist"), ("x: {format: folder, path: empty}", "holds no prompts"),
-        ("x: {format: folder, path: blank}", "nothing.txt is empty"), ("x: {format: folder, path: wide}", "a zero byte in line 1"),
+        ("x: {format: folder, path: blank}", "nothing.txt is empty"), ("x: {format: folder, path: zeros}", "0x00 in line 1"),
         ("x: {format: folder, path: latin}", "not UTF-8: byte 0xe9 in line 2"), ("'a/b': {format: folder, path: .}", "becomes a folder's"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_ones_own(tmp_path: Path, text: str, words: str) -> None:
-    for name in ("empty", "blank", "latin", "wide"):
+    for name in ("empty", "blank", "latin", "zeros"):
         (tmp_path / name).mkdir()
     (tmp_path / "blank" / "nothing.txt").write_text(" \n")
     (tmp_path / "latin" / "cafe.txt").write_bytes(b"one\ncaf\xe9\n")
-    (tmp_path / "wide" / "cat.txt").write_bytes("A cat".encode("utf-16-le"))
+    (tmp_path / "zeros" / "cat.txt").write_bytes(b"A cat\0")
     file = tmp_path / "own.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=words):
