@@ -245,8 +245,10 @@ def open_wandb(
         id=kept.read_text().strip(), resume="allow",
     )  # fmt: skip
 
+    begun = run.step  # of a run that goes on: a step that is done again is there already
+
     def write(step: int, numbers: dict[str, float]) -> None:
-        if step >= run.step:  # a step that is done again is there already
+        if step >= begun:
             run.log(numbers, step=step)
 
     return write, run.finish

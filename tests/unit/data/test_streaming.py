@@ -178,6 +178,8 @@ def test_a_stream_that_nobody_needs_ends(folder: Path) -> None:
     def alive() -> tuple[int, int]:
         return sum(thread.name.startswith("batches") for thread in threading.enumerate()), len(children())
 
+    gc.collect()
+    wait_for(lambda: alive()[0] == 0, timeout=60)  # those of the tests before, each at its last batch
     before = alive()
     with serving(folder) as server:
         loader = stream(server.url, replace(SETTINGS, last_step=None, workers=1))
