@@ -52,9 +52,14 @@ def finite(values: Any, whose: str, key: str) -> None:
     """Raise UserError, which names the model's part and the ``key`` of its dtype, unless all numbers of a tensor are finite:
     float16 ends at 65504."""
     if not bool(values.isfinite().all()):
-        raise UserError(
-            f"{whose} are not finite numbers: they overflowed in its dtype; set {key}=bfloat16 or {key}=float32."
-        )
+        raise overflow(whose, key)
+
+
+def overflow(whose: str, key: str) -> UserError:
+    """The refusal of a model's numbers that are not finite."""
+    return UserError(
+        f"{whose} are not finite numbers: they overflowed in its dtype; set {key}=bfloat16 or {key}=float32."
+    )
 
 
 def parsed(key: str, text: str | None, example: str) -> Any:

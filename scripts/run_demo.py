@@ -27,6 +27,8 @@ def run_to_its_end(command: list[str]) -> int:
         if stop.came_at is not None:
             process.terminate()  # once: Ctrl-C has reached it by itself, and it may be leaving already
         status = process.wait()
+    if stop.came_at is not None and status == 0:  # it was done at that moment; what comes after it is not to begin
+        return stop.status
     return status if status >= 0 else 128 - status
 
 

@@ -1,4 +1,4 @@
-"""What the vote and review apps share: the checks that each request must pass, the headers of each answer, and uvicorn."""
+"""Local web server of the vote and review apps: checks of requests, security headers, and uvicorn."""
 
 from __future__ import annotations
 

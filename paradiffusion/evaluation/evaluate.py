@@ -1,4 +1,4 @@
-"""What scripts/evaluate.py does: pictures of suites, their scores, and a report; stoppable and resumable."""
+"""Evaluation of checkpoints on suites of prompts: pictures, scores, and a report; stoppable and resumable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scripts/evaluate.py was asked for."""
+"""Keys of the command line of scripts/evaluate.py, with their checks."""
 
 from __future__ import annotations
 

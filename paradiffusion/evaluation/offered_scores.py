@@ -1,4 +1,4 @@
-"""Which scores can be computed, and what is missing for the others."""
+"""Registry of scores: those that can be computed from what was given, and what the others lack."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paradiffusion.checkpoints.manifest import newest_valid
+from paradiffusion.checks import overflow
 from paradiffusion.errors import UserError
 from paradiffusion.training.folder import restore_checkpoint
 from paradiffusion.training.log import Meters
@@ -97,19 +98,10 @@ def check_inputs(trainer: Trainer, taken: list[MicroBatch]) -> None:
     parts = {"latents": ("the latents that the autoencoder encodes", "codec.dtype"),
              "features": ("the features of the language model", "text_encoder.dtype")}  # fmt: skip
     inputs = [trainer.inputs(batch, Meters()) for batch, _, _ in taken]
-    lost = trainer.gather(
-        [
-            name
-            for one in inputs
-            for name in parts
-            if (made := getattr(one, name)) is not None and not made.isfinite().all()
-        ]
-    )
-    if lost:
-        raise UserError(
-            f"step {trainer.state.step}: {parts[lost[0]][0]} are not finite numbers: they overflowed in its dtype; set "
-            f"{parts[lost[0]][1]}=bfloat16 or {parts[lost[0]][1]}=float32."
-        )
+    made = [(name, getattr(one, name)) for one in inputs for name in parts]
+    if lost := trainer.gather([name for name, values in made if values is not None and not values.isfinite().all()]):
+        whose, key = parts[lost[0]]
+        raise overflow(f"step {trainer.state.step}: {whose}", key)
 
 
 def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> Path | None:

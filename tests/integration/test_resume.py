@@ -129,17 +129,19 @@ def test_a_stage_that_starts_from_one_that_has_not_ended_says_so(
     assert "starting from" in said and "not the end" not in said
 
 
-def test_the_demo_lets_its_stage_save_before_it_leaves(tmp_path: Path) -> None:
+# A stage that was stopped, and one that was done at that moment: neither way does the demo go on.
+@pytest.mark.parametrize(("status", "expected"), [("stop.status", signal.SIGTERM), ("0", signal.SIGINT)])
+def test_the_demo_lets_its_stage_save_before_it_leaves(tmp_path: Path, status: str, expected: int) -> None:
     saving = (
         "import pathlib, signal, sys, time; from paradiffusion.stopping import stop_on_signals\n"
         "with stop_on_signals() as stop:\n"
         "    pathlib.Path(sys.argv[1], 'begun').touch()\n"
         "    while stop.came_at is None: time.sleep(0.01)\n"
-        "    time.sleep(1); pathlib.Path(sys.argv[1], 'saved').touch(); sys.exit(stop.status)"
-    )
+        "    time.sleep(1); pathlib.Path(sys.argv[1], 'saved').touch(); sys.exit({status})"
+    ).replace("{status}", status)
     command = [sys.executable, "-c", saving, str(tmp_path)]
     child = fork(lambda _: int(script("run_demo").run_to_its_end(command)), [], tmp_path / "said.txt")
-    assert end(child, (tmp_path / "begun").exists, signal.SIGINT) == 128 + signal.SIGTERM  # what the stage was told
+    assert end(child, (tmp_path / "begun").exists, signal.SIGINT) == 128 + expected
     assert (tmp_path / "saved").exists()
 
 
