@@ -145,8 +145,8 @@ def _fork_ranks(arguments: Any) -> None:
     for rank in ranks:
         rank.start()
     while running := [rank for rank in ranks if rank.is_alive()]:
-        wait([rank.sentinel for rank in running])
         if any(rank.exitcode for rank in ranks):
             for rank in running:
                 rank.terminate()
+        wait([rank.sentinel for rank in running], timeout=0.1)  # a sentinel may fire before there is an exit code
     sys.exit(int(any(rank.exitcode for rank in ranks)))
