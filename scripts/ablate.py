@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     """Read the study, then print or run it."""
     from paradiffusion.compose import CONFIGS, compose_options, compose_train
     from paradiffusion.config import TrainConfig
-    from paradiffusion.evaluation.ablation.ablate import AblateOptions, ablate, split
+    from paradiffusion.evaluation.ablation import AblateOptions, ablate, split
     from paradiffusion.evaluation.evaluate_options import EvaluateOptions
     from paradiffusion.evaluation.offered_scores import check_possible, make_scores, offers
     from paradiffusion.evaluation.suites.load import load_suite

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.records import Painter, Score, ScoreResult
+from paradiffusion.evaluation.scores.checklist import Checklist
+from paradiffusion.evaluation.scores.counterfactual import Counterfactual
+from paradiffusion.evaluation.scores.dpg_bench import DpgCorrected, DpgPublished
+from paradiffusion.evaluation.scores.scenes_score import ScenesScore
+from paradiffusion.evaluation.scores.segments import SegmentAlignment
+from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, NoJudge, SceneJudge, SentenceJudge
+from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite
+from paradiffusion.metrics.clip import parse_spec
+from paradiffusion.metrics.vlm import VlmOptions
 
 COUNTERFACTUAL = 20  # prompts, each drawn again without each of its sentences; our choice
 
@@ -57,11 +66,12 @@ def offers(options: EvaluateOptions, suite: Suite, painter: Painter | None, devi
     questions = any(prompt.questions for prompt in suite.prompts)
     asks = "" if questions else f"the suite {suite.name} has no questions"
     clip, vlm = "" if options.clip else _CLIP, "" if options.vlm or options.endpoint else _VLM
-    reference = "" if options.reference else _REFERENCE
-    inception = "" if options.inception else _INCEPTION
+    embedding = "" if options.text_embedding else _EMBEDDING
+    real = ("" if options.reference else _REFERENCE) or ("" if options.inception else _INCEPTION)
+    given = Path(options.reference or "").expanduser()
+    moments = "reference= is a file of statistics; KID needs the folder of the pictures" if given.is_file() else ""
     # Where the truth is known no model need guess it.
     sentences = "" if scenes else clip
-    judges = _Judges(options, scenes, device)
     dpg = "" if "dpg" in suite.measures else "it is for suite=dpg, to whose questions it belongs"
     drawing = (
         "" if painter is not None else "it draws further pictures, and a folder of pictures cannot; it needs a model"
@@ -70,26 +80,40 @@ def offers(options: EvaluateOptions, suite: Suite, painter: Painter | None, devi
     unasked = "" if options.counterfactual is not None or (scenes and kind == "checkpoint") else (
         f"counterfactual= is not given; counterfactual={COUNTERFACTUAL} draws so many prompts again without each of their sentences"
     )  # fmt: skip
+
+    @cache  # one for all scores, so that its model is loaded once
+    def by_clip() -> ClipJudge | None:
+        return ClipJudge(options.clip, device, options.clip_precision) if options.clip else None
+
+    def judge() -> SentenceJudge:
+        """The truth on scenes, CLIP elsewhere."""
+        return SceneJudge() if scenes else by_clip() or NoJudge()
+
+    def counterfactual() -> Score:
+        assert painter is not None
+        return Counterfactual(painter, judge(), prompts, by_clip())
+
+    def answering() -> VlmOptions:
+        return _vlm(options, device)
+
+    def distance(kind: str) -> Callable[[], Any]:
+        return lambda: _distance(kind, options, device)
+
     return [
-        Offer("scenes", "Scenes", _scenes, only_scenes, scenes),
-        Offer("sentences", "Sentence report", lambda: _sentences(judges), sentences),
+        Offer("scenes", "Scenes", ScenesScore, only_scenes, scenes),
+        Offer("sentences", "Sentence report", lambda: SentenceReport(judge()), sentences),
         Offer(
-            "counterfactual", "Counterfactual: the same picture without one sentence",
-            lambda: _counterfactual(judges, painter, prompts), drawing or unasked,
+            "counterfactual", "Counterfactual: the same picture without one sentence", counterfactual, drawing or unasked,
             usual=options.counterfactual != 0 and painter is not None,
         ),
-        Offer("segments", "Segment alignment", lambda: _segments(judges), sentences),
-        Offer("checklist", "Checklist", lambda: _checklist(options, device), asks or vlm, questions),
-        Offer("dpg", "DPG as published", lambda: _dpg(options, device, True), dpg or vlm, not dpg),
-        Offer("dpg_corrected", "DPG, corrected", lambda: _dpg(options, device, False), dpg or vlm, not dpg),
-        Offer(
-            "caption_back", "Caption-back", lambda: _caption_back(options, device),
-            vlm or ("" if options.text_embedding else _EMBEDDING),
-        ),
-        Offer("fid", "FID", lambda: _distance("FrechetInception", options, device), reference or inception),
-        Offer("kid", "KID", lambda: _distance("KernelInception", options, device), reference or inception
-              or _statistics(options), ),
-        Offer("clip_fd", "CLIP-FD", lambda: _distance("FrechetClip", options, device), reference or clip),
+        Offer("segments", "Segment alignment", lambda: SegmentAlignment(by_clip() or judge()), sentences),
+        Offer("checklist", "Checklist", lambda: Checklist(answering()), asks or vlm, questions),
+        Offer("dpg", "DPG as published", lambda: DpgPublished(answering()), dpg or vlm, not dpg),
+        Offer("dpg_corrected", "DPG, corrected", lambda: DpgCorrected(answering()), dpg or vlm, not dpg),
+        Offer("caption_back", "Caption-back", lambda: _caption_back(options, answering(), device), vlm or embedding),
+        Offer("fid", "FID", distance("FrechetInception"), real),
+        Offer("kid", "KID", distance("KernelInception"), real or moments),
+        Offer("clip_fd", "CLIP-FD", distance("FrechetClip"), ("" if options.reference else _REFERENCE) or clip),
     ]  # fmt: skip
 
 
@@ -100,8 +124,6 @@ def make_scores(options: EvaluateOptions, found: list[Offer]) -> list[Score | Sc
         UserError: for a name that there is not, and where a score cannot take what it was given.
     """
     if options.clip:
-        from paradiffusion.metrics.clip import parse_spec
-
         parse_spec(options.clip)  # what names no model is answered before anything is drawn
     wanted = options.wanted_scores()
     known = [offer.name for offer in found]
@@ -126,97 +148,24 @@ def check_possible(options: EvaluateOptions, chosen: list[list[Score | ScoreResu
             raise UserError(f"scores={options.scores}: {name} cannot be computed: {reason}")
 
 
-def _statistics(options: EvaluateOptions) -> str:
-    is_file = options.reference is not None and Path(options.reference).expanduser().is_file()
-    return "reference= is a file of statistics; KID needs the folder of the pictures" if is_file else ""
-
-
-def _scenes() -> Score:
-    from paradiffusion.evaluation.scores.scenes_score import ScenesScore
-
-    return ScenesScore()
-
-
-class _Judges:
-    """The judge of sentences of one suite, one for all scores, so that its model is loaded once."""
-
-    def __init__(self, options: EvaluateOptions, scenes: bool, device: str) -> None:
-        self.options, self.scenes, self.device = options, scenes, device
-
-    @cached_property
-    def clip(self) -> Any:
-        from paradiffusion.evaluation.scores.sentence_judges import ClipJudge
-
-        return ClipJudge(str(self.options.clip), self.device, self.options.clip_precision)
-
-    @cached_property
-    def best(self) -> Any:
-        """The truth on scenes, CLIP elsewhere."""
-        from paradiffusion.evaluation.scores.sentence_judges import SceneJudge
-
-        return SceneJudge() if self.scenes else self.clip
-
-
-def _sentences(judges: _Judges) -> Score:
-    from paradiffusion.evaluation.scores.sentence_report import SentenceReport
-
-    return SentenceReport(judges.best)
-
-
-def _counterfactual(judges: _Judges, painter: Painter | None, prompts: int) -> Score:
-    from paradiffusion.evaluation.scores.counterfactual import Counterfactual
-    from paradiffusion.evaluation.scores.sentence_judges import NoJudge
-
-    assert painter is not None
-    judge = judges.best if judges.scenes or judges.options.clip else NoJudge()
-    return Counterfactual(painter, judge, prompts, judges.clip if judges.options.clip else None)
-
-
-def _segments(judges: _Judges) -> Score:
-    from paradiffusion.evaluation.scores.segments import SegmentAlignment
-
-    return SegmentAlignment(judges.clip if judges.options.clip else judges.best)
-
-
-def _vlm(options: EvaluateOptions, device: str) -> Any:
-    from paradiffusion.metrics.vlm import VlmOptions
-
+def _vlm(options: EvaluateOptions, device: str) -> VlmOptions:
+    engine = "endpoint" if options.endpoint else "transformers"
     chosen = VlmOptions(
-        engine="endpoint" if options.endpoint else "transformers",
-        model=options.vlm or "",
-        revision=options.vlm_revision,
-        dtype=options.vlm_dtype,
-        device=device,
-        batch_size=options.vlm_batch_size,
-        endpoint=options.endpoint,
-        served=options.served,
-        api_key_env=options.api_key_env,
-        concurrency=options.concurrency,
-        key="vlm",
-    )
+        engine=engine, model=options.vlm or "", revision=options.vlm_revision, dtype=options.vlm_dtype, device=device,
+        batch_size=options.vlm_batch_size, endpoint=options.endpoint, served=options.served,
+        api_key_env=options.api_key_env, concurrency=options.concurrency, key="vlm",
+    )  # fmt: skip
     chosen.check()
     return chosen
 
 
-def _checklist(options: EvaluateOptions, device: str) -> Score:
-    from paradiffusion.evaluation.scores.checklist import Checklist
-
-    return Checklist(_vlm(options, device))
-
-
-def _dpg(options: EvaluateOptions, device: str, published: bool) -> Score:
-    from paradiffusion.evaluation.scores import dpg_bench as dpg
-
-    return (dpg.DpgPublished if published else dpg.DpgCorrected)(_vlm(options, device))
-
-
-def _caption_back(options: EvaluateOptions, device: str) -> Score:
-    from paradiffusion.evaluation.scores.caption_back import CaptionBack
+def _caption_back(options: EvaluateOptions, answering: VlmOptions, device: str) -> Score:
+    from paradiffusion.evaluation.scores.caption_back import CaptionBack  # slow to import, as is set_quality
     from paradiffusion.metrics.text_embedding import EmbeddingOptions
 
     embedding = EmbeddingOptions(str(options.text_embedding), device=device)
     embedding.check()
-    return CaptionBack(_vlm(options, device), embedding)
+    return CaptionBack(answering, embedding)
 
 
 def _distance(kind: str, options: EvaluateOptions, device: str) -> Any:

@@ -6,18 +6,15 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import ANOTHER, Place, first_does
+from paradiffusion.evaluation.drawing.picture_source import Place, all_do, first_does, progress
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult
-from paradiffusion.sampling.run import Stopped, StopSignal, disk_errors
+from paradiffusion.sampling.run import StopSignal, disk_errors
 
 SETTINGS = "settings.json"
 LAST = ("counterfactual",)  # it draws, so that the model that is judged must be in memory beside the judge
@@ -33,8 +30,7 @@ class Running:
 
     def bar(self, total: int, title: str) -> Any:
         """A tqdm bar of the first process; a context manager."""
-        interval = 0.5 if sys.stderr.isatty() else 10.0  # a log file need not hold every step
-        return tqdm(total=total, desc=title, disable=self.rank > 0, dynamic_ncols=True, mininterval=interval)
+        return progress(total, title, self.rank)
 
     def check(self) -> None:
         """Stopped once a signal came."""
@@ -80,21 +76,12 @@ def _score(score: Score, images: list[Drawn], source: dict[str, Any], place: Pla
                 work.mkdir(parents=True)
                 write_atomic(kept, text)
 
-    first_does(processes, bind)
-    status, failure = 0, None
-    try:
+    def prepare() -> None:
         with disk_errors(place.folder):
             score.prepare(place.suite, images[processes.rank :: processes.size], work, run)
-    except Stopped:
-        status = 1
-    except UserError as error:
-        processes.tell(error)
-        status, failure = 2, error
-    status = processes.agree(status)
-    if status == 1:
-        raise Stopped
-    if failure is not None or status == 2:
-        raise failure or UserError(ANOTHER)
+
+    first_does(processes, bind)
+    all_do(processes, prepare, tell=True)
     found: list[ScoreResult] = []
 
     def join() -> None:

@@ -14,8 +14,8 @@ from commands import wait_for
 from programs import end, fork, script
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.ablation.ablation_plan import Launcher, Plan, Unit
-from paradiffusion.evaluation.ablation.running import Outcome, finished_units, run_plan
+from paradiffusion.evaluation.ablation import Outcome, finished_units, run_plan
+from paradiffusion.evaluation.ablation_plan import Launcher, Plan, Unit
 from paradiffusion.evaluation.journal import read_journals
 
 # A training in a line: it takes its time, and a SIGTERM as train.py does.

@@ -22,7 +22,7 @@ from paradiffusion.compose import compose_options, compose_sample, compose_train
 from paradiffusion.curation.building.build_options import BuildOptions
 from paradiffusion.curation.captioning.caption_options import CaptionOptions
 from paradiffusion.curation.choosing.select_steps import SelectOptions
-from paradiffusion.evaluation.ablation.ablate import AblateOptions, split
+from paradiffusion.evaluation.ablation import AblateOptions, split
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.votes.vote_actions import VoteOptions
 

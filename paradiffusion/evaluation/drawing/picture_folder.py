@@ -177,8 +177,7 @@ class PicturesSource:
         matching = self._match(place.suite)
         images, strangers = self._images(place, matching)
         found = [image for image in images if not image.error]
-        bar = tqdm(total=len(found), desc="looking at pictures", unit="image", dynamic_ncols=True,
-                   mininterval=0.5 if sys.stderr.isatty() else 10.0)  # fmt: skip
+        bar = progress(len(found), "looking at pictures", unit="image")
         checked: dict[str, tuple[str, str]] = {}
         with bar, ThreadPoolExecutor(_READERS) as pool:
             for image, (error, content) in zip(found, pool.map(_check, (image.file for image in found)), strict=True):

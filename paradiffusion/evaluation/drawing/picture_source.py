@@ -112,14 +112,36 @@ def is_scaled(suite: Suite) -> bool:
 
 def first_does(processes: Processes, work: Callable[[], None]) -> None:
     """Let the first process do ``work`` while the others wait; where it raises UserError or Stopped all do."""
+    all_do(processes, work if processes.rank == 0 else lambda: None)
+
+
+def all_do(
+    processes: Processes, work: Callable[[], None], tell: bool = False, after: Callable[[], None] | None = None
+) -> None:
+    """Let each process do ``work``; where one raises UserError (which it says where ``tell``) or Stopped, all do.
+
+    Args:
+        after: what the first process does once all have ended, however they did, while the others wait.
+    """
     failure: UserError | Stopped | None = None
-    if processes.rank == 0:
-        try:
-            work()
-        except (UserError, Stopped) as error:
-            failure = error
+    try:
+        work()
+    except (UserError, Stopped) as error:
+        failure = error
+        if tell and isinstance(error, UserError):
+            processes.tell(error)
     status = processes.agree(0 if failure is None else 1 if isinstance(failure, Stopped) else 2)
-    if failure is not None:
-        raise failure
-    if status:
-        raise Stopped if status == 1 else UserError(ANOTHER)
+    if after is not None:
+        if processes.rank == 0:
+            after()
+        processes.agree(0)
+    if status == 2:
+        raise failure if isinstance(failure, UserError) else UserError(ANOTHER)
+    if status == 1:
+        raise failure or Stopped
+
+
+def progress(total: int, title: str, rank: int = 0, unit: str = "it") -> tqdm[Any]:
+    """The first process's bar; in a log file, which need not hold every step, a line every ten seconds at most."""
+    pause = 0.5 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=title, unit=unit, disable=rank > 0, dynamic_ncols=True, mininterval=pause)

@@ -140,23 +140,16 @@ class PipelineSource:
             finished = finished_names(place.pictures, list(records.values()))
         share = list(records.values())[place.processes.rank :: place.processes.size]
         share = [record for record in share if record.name not in finished]
-        status, failure = 0, None
-        try:
+
+        def draw() -> None:
             with disk_errors(place.folder):
                 self._draw_share(place, share, journal)
-        except Stopped:
-            status = 1
-        except UserError as error:
-            status, failure = 2, error
-        status = place.processes.agree(status)
-        if place.first:
+
+        def merge() -> None:
             with disk_errors(place.folder):
                 merge_manifests(place.pictures)
-        place.processes.agree(0)
-        if failure is not None or status == 2:
-            raise failure or UserError(ANOTHER)
-        if status:
-            raise Stopped
+
+        all_do(place.processes, draw, after=merge)
         return self._found(place, journal)
 
     def _records(self, place: Place) -> dict[str, ImageRecord]:
@@ -182,8 +175,7 @@ class PipelineSource:
         size, rank = self.config.batch_size, place.processes.rank
         batches = [rows[start : start + size] for rows in groups.values() for start in range(0, len(rows), size)]
         manifest = Manifest(place.pictures / f"manifest.rank{rank}.jsonl")
-        bar = tqdm(total=len(share), desc=f"drawing with {self.label}", unit="image", disable=rank > 0, dynamic_ncols=True,
-                   mininterval=0.5 if sys.stderr.isatty() else 10.0)  # fmt: skip
+        bar = progress(len(share), f"drawing with {self.label}", rank, "image")
         with bar, Journal(folder, rank) as journal:
             try:
                 for batch in batches:

@@ -16,17 +16,8 @@ from programs import script
 
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.ablation.ablate import AblateOptions, split
-from paradiffusion.evaluation.ablation.ablation_plan import (
-    Extra,
-    Launcher,
-    Plan,
-    as_json_lines,
-    as_shell,
-    as_slurm,
-    make_plan,
-)
-from paradiffusion.evaluation.ablation.ablation_study import read_study
+from paradiffusion.evaluation.ablation import AblateOptions, split
+from paradiffusion.evaluation.ablation_plan import Extra, Launcher, Plan, as_script, make_plan, read_study
 
 SHIPPED = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 Write = Callable[..., Path]
@@ -182,7 +173,11 @@ def test_commands_for_a_shell_hold_what_was_said(write: Write) -> None:
     shards = "data.shards=/data/a set/{00000..00003}.tar"
     plan = plan_of(path, "preset=paper", shards)
     launcher = Launcher("configs/launch/zero2.yaml", ("--num_processes", "4"))
-    lines = [line for line in as_shell(plan, launcher, [], ["study=x"]).splitlines() if line.startswith("accelerate")]
+    lines = [
+        line
+        for line in as_script("shell", plan, launcher, [], ["study=x"]).splitlines()
+        if line.startswith("accelerate")
+    ]
     assert len(lines) == len(plan.units) == 7
     words = shlex.split(lines[0])
     assert words[:7] == [
@@ -190,9 +185,9 @@ def test_commands_for_a_shell_hold_what_was_said(write: Write) -> None:
     ]  # fmt: skip
     assert {"preset=paper", shards, "stage=1", "seed=0"} <= {*words}
     done = [trainings(plan, "baseline")[0]]
-    left = as_shell(plan, launcher, done, [])
+    left = as_script("shell", plan, launcher, done, [])
     assert left.count("accelerate launch") == 6 and "stage=1" not in left
-    rows = [json.loads(line) for line in as_json_lines(plan, launcher, done).splitlines()]
+    rows = [json.loads(line) for line in as_script("json", plan, launcher, done, []).splitlines()]
     assert [row["key"] for row in rows] == list(plan.units) and [row["finished"] for row in rows].count(True) == 1
     assert rows[0]["command"] == words and rows[0]["shared_with"] == ["rank_4"]
 
@@ -204,7 +199,7 @@ def test_slurm_gets_what_can_start_now_alone(write: Write) -> None:
     chain = trainings(plan, "baseline")
 
     def submitted(finished: list[str]) -> list[list[str]]:
-        script = as_slurm(plan, Launcher(), finished, [])
+        script = as_script("slurm", plan, Launcher(), finished, [])
         return [shlex.split(line) for line in script.splitlines() if line.startswith("sbatch")]
 
     (first,) = submitted([])
@@ -214,7 +209,7 @@ def test_slurm_gets_what_can_start_now_alone(write: Write) -> None:
     wrapped = next(word for words in jobs for word in words if word.startswith("--wrap="))
     assert len(jobs) == 2 and shlex.split(wrapped.removeprefix("--wrap="))[1] == "scripts/evaluate.py"
     with pytest.raises(UserError, match="takes no launch="):
-        as_slurm(plan, Launcher("configs/launch/ddp.yaml"), [], [])
+        as_script("slurm", plan, Launcher("configs/launch/ddp.yaml"), [], [])
 
 
 def test_options_and_overrides_are_told_apart() -> None:

@@ -11,18 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paradiffusion.evaluation.ablation.ablation_plan import Cell, Plan, Unit
-from paradiffusion.evaluation.ablation.ablation_study import Setting, Study
-from paradiffusion.evaluation.ablation.comparison import (
+from paradiffusion.evaluation.ablation_plan import Cell, Plan, Setting, Study, Unit
+from paradiffusion.evaluation.ablation_table import (
     LOSS,
     MINUTES,
     Comparison,
+    Observed,
     as_markdown,
     compare,
+    difference,
+    number,
+    over_seeds,
     write_comparison,
 )
-from paradiffusion.evaluation.ablation.running import Outcome
-from paradiffusion.evaluation.ablation.seed_intervals import Observed, difference, over_seeds, plain_mean
 from paradiffusion.evaluation.estimates import Estimate, mean
 from paradiffusion.evaluation.records import Drawn, Evaluation, ImageScore, Measure, ScoreResult, write_evaluation
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
@@ -37,7 +38,7 @@ def observed(values: np.ndarray) -> Observed:
 
 @pytest.mark.parametrize(("seeds", "seed_deviation"), [(2, 0.0), (2, 0.03), (3, 0.15)])
 def test_intervals_cover_at_their_rate(seeds: int, seed_deviation: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("paradiffusion.evaluation.ablation.seed_intervals.RESAMPLES", 200)
+    monkeypatch.setattr("paradiffusion.evaluation.ablation_table.RESAMPLES", 200)
     rng = np.random.default_rng(seeds)
     covered, trials = 0, 200
     for _ in range(trials):
@@ -65,8 +66,9 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     # Nothing but two seeds: Student's t with one degree of freedom, 12.7 standard errors of 0.1.
     found = over_seeds(apart)
     assert found.high - found.mean == pytest.approx(12.706 * 0.1, rel=1e-3)
-    assert plain_mean([0.4, 0.5, 0.6]).high - 0.5 == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3)
-    assert math.isnan(plain_mean([0.4, 0.6]).low) and plain_mean([0.4, 0.6]).mean == 0.5
+    assert over_seeds([*map(number, (0.4, 0.5, 0.6))]).high - 0.5 == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-3)
+    two = over_seeds([number(0.4), number(0.6)])
+    assert math.isnan(two.low) and two.mean == 0.5
 
 
 def test_differences_are_paired() -> None:
@@ -172,8 +174,7 @@ def test_the_table_holds_measures_losses_and_minutes(make: Callable[..., Made], 
     assert base.values["held-out loss, long"] == (0.5, 0.6)
     assert any("2 of 40 images of pictures were not drawn with <b>new|, seed 0" in text for text in comparison.warnings)
 
-    outcome = Outcome({"t-base-0": "it broke <i>"}, ("e-base-0",), False)
-    page = write_comparison(tmp_path, comparison, outcome, {"t-base-0": "first", "e-base-0": "second"}).read_text()
+    page = write_comparison(tmp_path, comparison, [("first", "it broke <i>"), ("second", "not run")]).read_text()
     assert not any(text in page for text in ("<b>new", "<group>", "<i>", "<script", "https://"))
     assert all(text in page for text in ("a &amp; b", "+25.0", ", better", 'href="evaluated/base-0/report.html"'))
     markdown = (tmp_path / "report.md").read_text()
@@ -185,7 +186,7 @@ def test_the_table_holds_measures_losses_and_minutes(make: Callable[..., Made], 
     assert record["rows"][0]["estimates"][MINUTES]["low"] is None
     assert record["not_finished"] == [
         {"unit": "first", "reason": "it broke <i>"},
-        {"unit": "second", "reason": "not run, since what it starts from failed"},
+        {"unit": "second", "reason": "not run"},
     ]
     assert not list(tmp_path.glob(".*part"))
     # Measures are chosen by the end of their name.
