@@ -246,11 +246,8 @@ class Server(uvicorn.Server):
 
 
 def serve(app: Starlette, host: str, port: int, lines: Callable[[int], Iterable[str]], risk: str) -> None:
-    """Answer until Ctrl-C or SIGTERM; before that, print ``lines(port)`` and, where other machines reach it, the ``risk``.
-
-    Raises:
-        UserError: where nothing can listen there.
-    """
+    """Answer until Ctrl-C or SIGTERM; before that, print ``lines(port)`` and, where other machines reach it, the ``risk``. UserError where
+    nothing can listen there."""
     listener, server = listen(host, port), Server(app)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, server.handle_exit)  # uvicorn's own begins later, and raises the signal anew at the end

@@ -77,11 +77,8 @@ class Voting:
         return hmac.new(self.keys.secret, text.encode(), hashlib.sha256).hexdigest()[:32]
 
     def state(self, rater: str, later: frozenset[str] = frozenset()) -> dict[str, Any]:
-        """What the rater's page shows: the first task that is not finished, and how far they are.
-
-        Args:
-            later: names of tasks that are passed over, since a picture could not be shown.
-        """
+        """What the rater's page shows: the first task that is not finished, and how far they are; ``later`` are names of tasks that are
+        passed over, since a picture could not be shown."""
         tasks, finished = self._shown[rater], self.store.finished(rater)
         rest = [task for task in tasks if task.key not in finished]
         ahead = [task for task in rest if self.name_of(rater, task) not in later] if later else rest

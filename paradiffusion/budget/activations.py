@@ -102,13 +102,10 @@ class FusedAttention(torch.autograd.Function):
 
 
 class CudaRules(TorchFunctionMode):
-    """Forwards as a CUDA device would run them: fused attention, and autocast's dtypes where ``copies`` is given.
+    """Forwards as a CUDA device would run them: fused attention, and autocast's dtypes where ``trained`` is given.
 
-    Args:
-        trained: parameters of which autocast keeps a bfloat16 copy from their first use on; None for no autocast. (Copies made
-            before the first use would be the last that the way back comes to, with the gradients of all of them.)
-        tracker: it does not count those copies.
-    """
+    Of those parameters autocast keeps a bfloat16 copy from their first use on, which ``tracker`` does not count. (Copies made
+    before the first use would be the last that the way back comes to, with the gradients of all of them.)"""
 
     def __init__(self, trained: Iterable[Tensor] | None, tracker: LiveBytes) -> None:
         super().__init__()
@@ -146,13 +143,9 @@ def _upper(value: Any) -> Any:
 
 
 def peak_bytes(work: Callable[[], Any], modules: Iterable[nn.Module], autocast: bool = False) -> int:
-    """Bytes that ``work`` needs at its peak beyond the modules' parameters, buffers and gradients.
-
-    Args:
-        work: runs on meta tensors; what it returns is a loss to go back from where it needs a gradient.
-        modules: whose parameters and buffers are there anyway.
-        autocast: as under ``torch.autocast("cuda", torch.bfloat16)``; its copies of trained parameters are not counted.
-    """
+    """Bytes that ``work``, on meta tensors, needs at its peak beyond the modules' parameters, buffers and gradients; where it returns a
+    loss that needs a gradient, on the way back too. With ``autocast`` as under ``torch.autocast("cuda", torch.bfloat16)``, whose copies
+    of trained parameters are not counted."""
     modules = list(modules)
     parameters = [p for module in modules for p in module.parameters()]
     trained = [p for p in parameters if p.requires_grad]

@@ -56,13 +56,8 @@ def benchmark_cache(
         config = replace(config, max_steps=settings.warmup + settings.steps)
         rows.append({"arm": arm, "batch_size": config.batch_size, **measure(config, settings.warmup)})
         print("  ".join(cells(rows[-1])), flush=True)
-    document = {
-        "date": today(),
-        "machine": machine(),
-        "load": load(),
-        "command": " ".join(["python scripts/benchmark_cache.py", *overrides, f"steps={settings.steps}"]),
-        "rows": rows,
-    }
+    command = " ".join(["python scripts/benchmark_cache.py", *overrides, f"steps={settings.steps}"])
+    document = {"date": today(), "machine": machine(), "load": load(), "command": command, "rows": rows}
     return write_results(settings.output, settings.name, document, as_markdown(document)), rows
 
 
@@ -86,8 +81,7 @@ def measure(config: TrainConfig, warmup: int) -> dict[str, Any]:
     for work in works.values():
         work.close()
     plain, cached = works["uncached"], works["cached"]
-    losses = zip(plain.losses, cached.losses, strict=True)
-    differences = [abs(one - other) / one for one, other in losses]
+    differences = [abs(one - other) / one for one, other in zip(plain.losses, cached.losses, strict=True)]
     seconds = {name: timing.seconds for name, timing in timings.items()}
     reading = {name: work.reading[warmup:] for name, work in works.items()}
     ratios = sorted(one / other for one, other in zip(seconds["uncached"], seconds["cached"], strict=True))

@@ -18,15 +18,16 @@ from typing import Any
 from tqdm import tqdm
 
 from paradiffusion.budget.bench_readers import ReaderSettings
-from paradiffusion.budget.results import machine, today, write_results
+from paradiffusion.budget.results import machine, processor, today, write_results
 from paradiffusion.budget.synthetic import write_samples
-from paradiffusion.checks import positive
+from paradiffusion.checks import not_negative, positive
+from paradiffusion.config import option
 from paradiffusion.data.loader import _THREADS
 from paradiffusion.errors import UserError
 from paradiffusion.pages import markdown_table
+from paradiffusion.repository import PACKAGE
 from paradiffusion.text.conditioning import padded_length
 
-ROOT = Path(__file__).resolve().parents[2]
 MULTIPLES = (1, 8, 32)  # padded to the longest caption itself, as conditioning.pad_multiple has it, and to fewer shapes
 # The package of each way, and whether it resumes.
 WAYS = {
@@ -41,36 +42,28 @@ HEADER = ["way", "version", "samples/s (range)", "ours / it", "padding", "x8", "
 
 @dataclass
 class LoaderBench:
-    """The keys of the command line.
+    """The keys of the command line, which scripts/benchmark_loader.py explains.
 
-    Attributes:
-        streaming_python: the interpreter of an environment with mosaicml-streaming; None leaves that row out.
-        step_seconds: of one batch on a GPU, for the share of a step spent waiting.
-        samples, width, height: of the set that is made: JPEG of quality 90.
-        batches, repeats: batches of a round, and rounds.
-        delay_ms: of each request for bytes of a shard. Over 0, ours is measured beside itself with one request at a time in
-            each worker, and with whole shards fetched first, rather than beside others.
+    With ``delay_ms`` over 0, ours is measured beside itself with one request at a time in each worker, and with whole shards
+    fetched first, rather than beside others.
     """
 
     streaming_python: str | None = None
-    workers: int = 2
-    batch_size: int = 32
-    resolution: int = 256
-    samples: int = 4096
-    width: int = 512
-    height: int = 384
-    batches: int = 40
-    repeats: int = 5
+    workers: int = option(2, accepts=not_negative)
+    batch_size: int = option(32, accepts=positive)
+    resolution: int = option(256, accepts=positive)
+    samples: int = option(4096, accepts=positive)
+    width: int = option(512, accepts=positive)
+    height: int = option(384, accepts=positive)
+    batches: int = option(40, accepts=positive)
+    repeats: int = option(5, accepts=positive)
     step_seconds: float | None = None
-    delay_ms: float = 0.0
+    delay_ms: float = option(0.0, accepts=not_negative)
     output: str = "benchmarks"
     name: str = "loader_cpu"
 
     def check(self) -> None:
-        for key in ("batch_size", "resolution", "samples", "width", "height", "batches", "repeats"):
-            positive(key, getattr(self, key))
-        positive("workers", self.workers, zero=True)
-        positive("delay_ms", self.delay_ms, zero=True)
+        """Raise UserError for an interpreter that is not there."""
         if self.streaming_python is not None and not Path(self.streaming_python).is_file():
             raise UserError(
                 f"streaming_python={self.streaming_python} is no file; expected the python of an environment with "
@@ -80,13 +73,8 @@ class LoaderBench:
 
 @dataclass
 class LoaderRow:
-    """What was measured of one way of reading.
-
-    Attributes:
-        rates: samples per second of each round.
-        padded: share of computed tokens that are padding, by the multiple that a batch's longest caption is rounded up to.
-        waiting: share of a step of ``step_seconds`` that went by before its batch was there.
-    """
+    """What was measured of one way of reading: samples per second of each round; the share of computed tokens that are padding, by
+    the multiple that a batch's longest caption is rounded up to; and that of a step that went by before its batch was there."""
 
     name: str
     version: str
@@ -99,10 +87,10 @@ class LoaderRow:
 def run_way(name: str, python: str, settings: ReaderSettings) -> dict[str, Any]:
     """What one way of reading answers, from a process of its own with one thread: workers are what is compared."""
     line = [python, "-m", "paradiffusion.budget.bench_readers", name, json.dumps(asdict(settings))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     child = subprocess.Popen(
-        line, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, env=environment, start_new_session=True
+        line, stdout=pipe, stderr=pipe, text=True, cwd=PACKAGE.parent, env=environment, start_new_session=True
     )
     try:
         out, errors = child.communicate()
@@ -113,8 +101,7 @@ def run_way(name: str, python: str, settings: ReaderSettings) -> dict[str, Any]:
     if not found:
         last = (errors.strip().splitlines() or ["no word"])[-1]
         raise UserError(f"the {name} reader in {python} ended before it had read ({last}); try it alone to see more.")
-    answer: dict[str, Any] = json.loads(found[-1])
-    return answer
+    return json.loads(found[-1])  # type: ignore[no-any-return]
 
 
 def measure(settings: LoaderBench, folder: Path, step_seconds: float, count: Any) -> list[LoaderRow]:
@@ -159,21 +146,12 @@ def version_in(python: str, package: str) -> str:
 
 
 def benchmark_loader(settings: LoaderBench, step_seconds: float, count: Any) -> tuple[Path, list[LoaderRow]]:
-    """Measure, and write ``<output>/<name>.json`` and ``.md``; returns their stem and the rows.
-
-    Args:
-        step_seconds: of one batch on a GPU.
-        count: captions to their numbers of tokens.
-    """
+    """Measure, and write ``<output>/<name>.json`` and ``.md``; returns their stem and the rows. ``step_seconds`` are those of one
+    batch on a GPU, ``count`` takes captions to their numbers of tokens."""
     with tempfile.TemporaryDirectory(prefix="benchmark-loader-") as folder:
         rows = measure(settings, Path(folder), step_seconds, count)
     s = replace(settings, streaming_python="PYTHON" if settings.streaming_python else None, step_seconds=step_seconds)
-    document: dict[str, Any] = {
-        "date": today(),
-        "machine": machine(),
-        "settings": asdict(s),
-        "rows": [asdict(row) for row in rows],
-    }
+    document = {"date": today(), "machine": machine(), "settings": asdict(s), "rows": [asdict(row) for row in rows]}
 
     def cells(row: LoaderRow) -> list[str]:
         # By round: what else the machine does meets neighbours alike.
@@ -188,7 +166,7 @@ def benchmark_loader(settings: LoaderBench, step_seconds: float, count: Any) -> 
         "fetches whole shards to a disk here first, 16 MB a request."
     )
     text = (
-        f"# Reading data, {document['machine']['processor']}, {document['date']}\n\n"
+        f"# Reading data, {processor()}, {document['date']}\n\n"
         f"{s.samples} JPEG pictures of {s.width}x{s.height} pixels, cut to {s.resolution}x{s.resolution}, with captions of "
         f"ParaImage-Big's lengths; batches of {s.batch_size}, {s.workers} worker processes of one thread, {s.repeats} rounds of "
         f"{s.batches} batches in turn. Decoding, resizing and collation are the same function in all rows. The ratio is ours to that "

@@ -35,16 +35,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results.
+    """One line of the results: a kind of work ("step", "sampler", "text", "update"), an arm of conditioning, a way of doing it.
 
-    Attributes:
-        what: "step", "sampler", "text" or "update"; arm: of conditioning; work: which way of doing it.
-        median, low, high: seconds; None where it could not be measured, and ``note`` says why.
-        rate, unit: samples (images, tokens) per second over all rounds.
-        speedup: over the plain reference measured in the same rounds; over ``against`` where that is set.
-        tflops: achieved TFLOP/s (model FLOP, no recomputation); mfu: their share of the device's peak, where it is known.
-        peak_gib: on a GPU.
-    """
+    Seconds are None where it could not be measured, as ``note`` says. The rate, in ``unit``, is over all rounds, the speed-up that over
+    ``against`` in the same ones; ``tflops`` are achieved (model FLOP, no recomputation), ``mfu`` their share of the device's peak."""
 
     what: str
     stage: int
@@ -70,13 +64,8 @@ def interleave(
     device: torch.device,
     before: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, Timing]:
-    """Run every piece of work in each round, in turning order, so that what else the machine does meets all alike.
-
-    Args:
-        works: by name; called with the number of the round.
-        warmup, repeats: rounds that are not counted, and rounds that are.
-        before: what is done before each run of the work of that name, and not timed.
-    """
+    """Run every piece of work in each round, in turning order, so that what else the machine does meets all alike: ``warmup``
+    rounds that are not counted, then ``repeats``. Each is called with the round's number, after its ``before``, not timed."""
     timings = {name: Timing() for name in works}
     alive = list(works)
     for number in range(warmup + repeats):
@@ -131,12 +120,8 @@ def make_row(
     reference: Timing | None = None, against: str = "reference", flop: float | None = None, peak: float | None = None,
     peak_gib: float | None = None, note: str = "",
 ) -> Row:  # fmt: skip
-    """A row from its timing.
-
-    Args:
-        count: samples, images or tokens in one round; ``flop``: of one round; ``peak``: the device's TFLOP/s.
-        peak_gib: measured apart, in the place of the timing's own.
-    """
+    """A row from its timing. ``count`` (samples, images or tokens) and ``flop`` are those of one round, ``peak`` the device's
+    TFLOP/s; ``peak_gib`` was measured apart, in the place of the timing's own."""
     note = "; ".join(part for part in (note, timing.note) if part)
     if not timing.seconds:
         return Row(what, stage, arm, work, None, unit=unit, note=note)
@@ -160,16 +145,8 @@ SEVERAL = {
 
 @dataclass
 class BenchmarkSettings:
-    """What scripts/benchmark.py is asked to measure.
-
-    Attributes:
-        stages, what, switches: what to measure, joined by commas.
-        warmup, repeats: rounds that are not counted, and rounds that are; -1 for what suits the device.
-        device: "cpu" or "cuda".
-        resolution: pixels a side; None for the stage's own.
-        steps: of the sampler's official settings; its other presets are shortened by the same share. None for all.
-        output: folder of the results; name: their file's stem.
-    """
+    """What scripts/benchmark.py is asked to measure; it says what each key is. -1 and None are for what suits the device, the
+    stage or the sampler; ``steps`` are of its official settings, and other presets are shortened by the same share."""
 
     stages: str = "1,2"
     what: str = "step,sampler,text"
@@ -224,13 +201,8 @@ def parse_settings(arguments: Sequence[str]) -> tuple[BenchmarkSettings, list[st
 
 @dataclass
 class Bench:
-    """A benchmark's fixed surroundings.
-
-    Attributes:
-        overrides: the user's, of train.py; ``compose`` makes a configuration of such.
-        samplers: names of configs/sampler to measure, the official settings first.
-        folder: goes away in the end.
-    """
+    """A benchmark's fixed surroundings: the user's overrides of train.py, and ``compose``, which makes a configuration of such; names
+    of configs/sampler to measure, the official settings first; and a folder that goes away in the end."""
 
     settings: BenchmarkSettings
     overrides: list[str]

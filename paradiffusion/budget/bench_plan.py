@@ -6,9 +6,7 @@ are indexed and hold nothing.
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -23,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from paradiffusion.checks import choice, positive
+from paradiffusion.budget.results import facts, load, processor, today, write_results
+from paradiffusion.checks import not_negative, one_of, positive
+from paradiffusion.config import option
 from paradiffusion.data.images import make_buckets
 from paradiffusion.data.index import (
     ROW,
@@ -45,34 +45,22 @@ THREE = ((0.80, 0.6), (0.19, 0.3), (0.01, 0.1))
 
 @dataclass
 class PlanBench:
-    """What is measured.
+    """What is measured; scripts/benchmark_plan.py says what each key is."""
 
-    Attributes:
-        rows, shards: of the synthetic index.
-        step: the one that is looked for, in batches of ``batch_size``.
-        sources: the numbers of sources that are measured: "1", "3" or "1,3".
-        repeats: starts of each, every one in a process of its own.
-        scratch: folder for the shards that are made, 170 bytes a row; None: the system's.
-        output, name: FILE.json and FILE.md are written there.
-    """
-
-    rows: int = 20_000_000
-    shards: int = 2000
-    step: int = 1_000_000
-    batch_size: int = 256
-    window_shards: int = 16
+    rows: int = option(20_000_000, accepts=positive)
+    shards: int = option(2000, accepts=positive)
+    step: int = option(1_000_000, accepts=not_negative)
+    batch_size: int = option(256, accepts=positive)
+    window_shards: int = option(16, accepts=positive)
     resolution: int = 512
-    sources: str = "1,3"
-    repeats: int = 5
+    sources: str = option("1,3", accepts=one_of("1", "3", "1,3"))
+    repeats: int = option(5, accepts=positive)
     scratch: str | None = None
     output: str = "benchmarks"
     name: str = "plan_cpu"
 
     def check(self) -> None:
-        for key in ("rows", "shards", "batch_size", "window_shards", "repeats"):
-            positive(key, getattr(self, key))
-        positive("step", self.step, zero=True)
-        choice("sources", self.sources, ("1", "3", "1,3"))
+        """Raise UserError for an index that is too small."""
         if self.rows < self.shards or self.shards < 100:
             raise UserError(
                 f"rows={self.rows} shards={self.shards} is too small; expected 100 shards, and a row for each."
@@ -195,25 +183,15 @@ def index_bytes(index: SampleIndex) -> int:
 
 def write(settings: PlanBench, rows: list[PlanRow]) -> Path:
     """Write FILE.json and FILE.md; their common stem."""
-    from paradiffusion.budget.results import processor
-
-    document: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": {
-            "processor": processor(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "threads": 1,
-            "load average": round(os.getloadavg()[0], 1),
-        },
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "threads": 1, "load average": load()}
+    machine = {"processor": processor(), **versions}
+    document = {
+        "date": today(),
+        "machine": machine,
         "settings": asdict(settings),
         "rows": [asdict(row) for row in rows],
     }
-    stem = Path(settings.output) / settings.name
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(as_markdown(document, settings, rows))
-    return stem
+    return write_results(settings.output, settings.name, document, as_markdown(document, settings, rows))
 
 
 def spread(seconds: list[float]) -> str:
@@ -236,16 +214,8 @@ def line(row: PlanRow) -> str:
 
 def as_markdown(document: dict[str, Any], settings: PlanBench, rows: list[PlanRow]) -> str:
     """The table, with what it was measured on and how to read it."""
-    head = (
-        "sources",
-        "first start",
-        "start",
-        f"step {settings.step:,} found",
-        "each next batch",
-        "private",
-        "shared",
-        "on disk",
-    )
+    found = f"step {settings.step:,} found"
+    head = ("sources", "first start", "start", found, "each next batch", "private", "shared", "on disk")
     cells = [
         (
             str(row.sources), f"{row.first:.1f} s", spread(row.start), spread(row.seek),
@@ -255,10 +225,9 @@ def as_markdown(document: dict[str, Any], settings: PlanBench, rows: list[PlanRo
         for row in rows
     ]  # fmt: skip
     table = markdown_table(head, cells)
-    machine = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     command = " ".join(f"{key}={getattr(settings, key)}" for key in ("rows", "shards", "step", "batch_size", "repeats"))
     return (
-        f"# Index and plan over {settings.rows:,} samples, {document['date']}\n\n{machine}.\n\n"
+        f"# Index and plan over {settings.rows:,} samples, {document['date']}\n\n{facts(document['machine'])}.\n\n"
         f"```\npython scripts/benchmark_plan.py {command}\n```\n\n"
         f"{settings.shards} indexed shards, 9 aspect buckets, two caption kinds, batches of {settings.batch_size}, windows of "
         f"{settings.window_shards} shards, in one thread. A start goes from the shards' paths to a plan; the first one writes the "

@@ -30,7 +30,6 @@ class ReaderSettings:
     Attributes:
         shards: a folder of tars, and beside them for Streaming a folder ``mds`` with the same samples.
         resolution: the side in pixels of the one bucket that all samples are cut to.
-        batch_size: samples of a batch, all made by one worker process.
         batches: how many are taken, with ``work`` seconds of sleep after each, as if a GPU worked.
         seed: of our order; the others draw theirs.
         delay_ms: what each request for bytes of a shard waits for, as at a store or a disk far away.

@@ -21,13 +21,7 @@ PARTS = {"unet": "U-Net with projection", "refiner": "refiner", "layout": "layou
 
 @dataclass
 class Question:
-    """What scripts/describe.py is asked beside the stage.
-
-    Attributes:
-        gpu: GiB of memory that a stage must fit into, or None.
-        gpus: of the launch configurations for several.
-        mfu: share of the device's peak that is reached while it computes.
-    """
+    """What scripts/describe.py is asked beside the stage; it says what each key is."""
 
     gpu: float | None = option(None, accepts=positive)
     format: str = option("text", accepts=one_of("text", "json"))
@@ -38,13 +32,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Throughput:
-    """What to expect of ``gpus`` devices at a share ``mfu`` of their peak.
-
-    Attributes:
-        samples_per_second: with the language model and the autoencoder run in every step, as training does.
-        cached_samples_per_second: with text features and latents given; None where the language model is trained.
-        days: for the stage's max_steps, in the first way.
-    """
+    """What to expect of ``gpus`` devices at a share ``mfu`` of their peak: samples per second with the language model and the autoencoder
+    run in every step, as training does, and ``cached``, with features and latents given (None where the language model is trained); and
+    days for the stage's max_steps, in the first way."""
 
     device: str
     half: str
@@ -101,11 +91,7 @@ def parse_question(arguments: Sequence[str]) -> tuple[Question, list[str]]:
 
 
 def describe(arguments: Sequence[str], question: Question, compose: Callable[[list[str]], TrainConfig]) -> Description:
-    """Count a stage from overrides of train.py, without weights or data.
-
-    Raises:
-        UserError: for overrides that are wrong or do not make models.
-    """
+    """Count a stage from overrides of train.py, without weights or data. UserError for overrides that are wrong or make no models."""
     config = compose(list(arguments))
     models = empty_models(config)
     flops = stage_flops(config)

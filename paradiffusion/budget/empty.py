@@ -59,13 +59,8 @@ class EmptyTextEncoder(TextEncoder):
 
 @dataclass
 class EmptyModels:
-    """Meta-device models of one stage.
-
-    Attributes:
-        joint: holds ``text`` too where its LoRA is trained.
-        tokens: length of the padded token sequence that the language model reads.
-        height, width: pixels of one image.
-    """
+    """Meta-device models of one stage; ``joint`` holds ``text`` too where its LoRA is trained. ``tokens`` is the length of the padded
+    sequence that the language model reads, height and width are pixels of one image."""
 
     config: TrainConfig
     joint: JointModel
@@ -112,11 +107,7 @@ class EmptyModels:
 
 
 def codec_arguments(config: CodecConfig) -> dict[str, Any]:
-    """The autoencoder's arguments, from its folder's config.json, else SDXL's.
-
-    Raises:
-        UserError: where neither tells its shape.
-    """
+    """The autoencoder's arguments, from its folder's config.json, else SDXL's. UserError where neither tells its shape."""
     folder = find_folder(config.path) if config.path is not None else None
     if folder is not None:
         return {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if not k.startswith("_")}
@@ -138,11 +129,8 @@ def empty_codec(config: CodecConfig) -> Codec:
 
 
 def empty_models(config: TrainConfig, height: int | None = None, width: int | None = None) -> EmptyModels:
-    """Every model that ``config`` trains or runs, of images of the stage's resolution unless a size is given.
-
-    Raises:
-        UserError: for an architecture that cannot be built.
-    """
+    """Every model that ``config`` trains or runs, of images of the stage's resolution unless a size is given. UserError for an
+    architecture that cannot be built."""
     model = empty_model(config.text_encoder).to(DTYPES[config.text_encoder.dtype]).requires_grad_(False)
     limit = min(config.conditioning.max_tokens, position_limit(model) or config.conditioning.max_tokens)
     if config.train_text != "frozen":

@@ -24,13 +24,8 @@ from paradiffusion.models.unet import read_width
 
 @dataclass(frozen=True)
 class PartFlops:
-    """FLOP of one part and one sample.
-
-    Attributes:
-        forward, backward: without what checkpointing does twice; backward is 0 where nothing of the part is trained and
-            nothing trained lies before it.
-        recompute: the forward that gradient checkpointing repeats.
-    """
+    """FLOP of one part and one sample, ``recompute`` being the forward that gradient checkpointing repeats. ``backward`` is 0 where
+    nothing of the part is trained and nothing trained lies before it."""
 
     forward: float
     backward: float = 0.0
@@ -44,12 +39,7 @@ class PartFlops:
 
 @dataclass(frozen=True)
 class StageFlops:
-    """FLOP of one sample at a stage's resolution and token length.
-
-    Attributes:
-        unet: with its linear text projection; text: the language model; refiner: between them, if any;
-            layout: the layout head, if any; vae: encoding.
-    """
+    """FLOP of one sample at a stage's resolution and token length. ``unet`` is with its linear text projection, ``vae`` encoding."""
 
     unet: PartFlops
     refiner: PartFlops
@@ -127,15 +117,9 @@ def _count_parts(models: EmptyModels) -> dict[str, PartFlops]:
 
 @dataclass(frozen=True)
 class Device:
-    """What an accelerator can do at most.
-
-    Attributes:
-        title: as the data sheet calls it.
-        match: lower-case words of which all are in the name that its driver gives.
-        bf16: dense bfloat16 TFLOP/s with fp32 accumulation, without sparsity and at the stated boost clock.
-        fp32: TFLOP/s outside the tensor cores.
-        half: the 16-bit format that ``bf16`` is for: chips before 2020 have float16 only.
-    """
+    """What an accelerator can do at most: TFLOP/s in bfloat16 (dense, fp32 accumulation, at the stated boost clock) and in fp32 outside
+    the tensor cores. ``match`` are lower-case words of which all are in the name that its driver gives, ``half`` the 16-bit format that
+    ``bf16`` is for: chips before 2020 have float16 only."""
 
     title: str
     match: tuple[str, ...]

@@ -206,12 +206,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Advice:
-    """For a launch that does not fit: single changes, the most saving first, and the fewest of them that fit together.
-
-    Attributes:
-        together: overrides; empty where one suffices, or where not even all of them do.
-        total: bytes with ``together``, or with all of them.
-    """
+    """For a launch that does not fit: single changes, the most saving first, and the fewest of them that fit ``together`` (none where one
+    suffices, or where not even all of them do), with the ``total`` of those, or of all."""
 
     launch: str
     needed: float
@@ -223,12 +219,7 @@ class Advice:
 
 
 class Fitter:
-    """Memory of a stage and of its variants; each is measured once.
-
-    Args:
-        arguments: overrides of train.py; ``compose`` makes a configuration of them.
-        gpus: of the launches for several.
-    """
+    """Memory of a stage and of its variants, of overrides that ``compose`` makes configurations of; each is measured once."""
 
     def __init__(self, arguments: list[str], compose: Callable[[list[str]], TrainConfig], gpus: int) -> None:
         self.arguments, self.compose, self.gpus = arguments, compose, gpus

@@ -33,11 +33,7 @@ def padded(encoder: TextEncoder, captions: Sequence[str], device: torch.device) 
 
 
 class PlainTrainer:
-    """Optimiser steps of a stage's models, written straightforwardly.
-
-    Args:
-        ours: its models and accelerator are used; optimiser and average are this class's own.
-    """
+    """Optimiser steps of a stage's models, written straightforwardly, with an optimiser and an average of its own."""
 
     def __init__(self, ours: Trainer) -> None:
         config = ours.config.optimizer

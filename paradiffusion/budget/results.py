@@ -17,13 +17,11 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """What it ran on, and with."""
     import torch  # the plan of batches is measured without it
 
+    libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")}
     facts: dict[str, Any] = {
-        "processor": processor(),
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},
-    }
+        "processor": processor(), "cores": cores(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+        **libraries,
+    }  # fmt: skip
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(0)
         facts["gpu_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)

@@ -30,14 +30,11 @@ WORDS = sorted({word for word in CORPUS.split() if word.isalpha()})
 
 
 def random_models(config: TrainConfig, device: torch.device) -> tuple[TextEncoder, Codec]:
-    """The frozen models on ``device``: from their folders where ``path`` names one, else with random weights, made there.
+    """The frozen models on ``device``: from their folders where ``path`` names one, else with random weights, made there; UserError where
+    these cannot be made as configured.
 
     An adapter that the stage applies is attached, random, and frozen. Random ones read captions by the tokenizer of
-    text/tiny.py, of which a word of ``captions`` takes 1.4 pieces or so; Llama's takes 1.3 for an ordinary text's.
-
-    Raises:
-        UserError: where random weights cannot be made as configured.
-    """
+    text/tiny.py, of which a word of ``captions`` takes 1.4 pieces or so; Llama's takes 1.3 for an ordinary text's."""
     encoder = random_text_encoder(config, device)
     if config.train_text == "adapter":
         attach_lora(encoder, config.lora)

@@ -98,12 +98,8 @@ class AblateOptions:
 
 
 def split(arguments: list[str]) -> tuple[list[str], Extra]:
-    """Arguments that are AblateOptions', and overrides of train.py: ``key=value`` for all stages, ``stageN.key=value`` for
-    one.
-
-    Raises:
-        UserError: for an override that the study itself sets.
-    """
+    """Arguments that are AblateOptions', and overrides of train.py: ``key=value`` for all stages, ``stageN.key=value`` for one.
+    UserError for an override that the study itself sets."""
     own, overrides, per_stage, names = [], [], [], AblateOptions.keys()
     for argument in arguments:
         key = argument.partition("=")[0]
@@ -127,16 +123,12 @@ def ablate(
     again: Sequence[str],
 ) -> int:
     """Print the commands, or run what is not finished and write the table; 1 where something failed, 128 + the signal's number
-    after a stop.
+    after a stop. UserError for a study, an override or a folder that is wrong, before anything is run.
 
     Args:
-        extra: overrides of train.py from the command line.
-        compose: makes train.py's configuration of its arguments.
-        check: refuses arguments that scripts/evaluate.py would refuse; where the second argument is true, a suite that is
-            not there, too.
+        extra: overrides of train.py from the command line; ``compose`` makes its configuration of its arguments.
+        check: refuses arguments that scripts/evaluate.py would refuse; a suite that is not there, too, where its second is true.
         again: this command's own arguments, for scripts that are printed.
-    Raises:
-        UserError: for a study, an override or a folder that is wrong, before anything is run.
     """
     study = read_study(find_shipped(str(options.study)))
     if options.only:
@@ -234,13 +226,8 @@ def _complete(unit: Unit) -> bool:
 
 
 def run_plan(plan: Plan, output: Path, launcher: Launcher, keep_going: bool, after: Callable[[Unit], None]) -> Outcome:
-    """Run what is not finished, in the plan's order. Ctrl-C and SIGTERM are passed on, and end it once the command has saved.
-
-    Args:
-        after: called when a unit is finished.
-    Raises:
-        UserError: when another process runs a study in ``output``.
-    """
+    """Run what is not finished, in the plan's order, and call ``after`` with each unit that is. Ctrl-C and SIGTERM are passed on, and
+    end it once the command has saved. UserError when another process runs a study in ``output``."""
     failed: dict[str, str] = {}
     blocked: list[str] = []
     with _only_one(output), stop_on_signals() as stop, Journal(output) as journal:

@@ -120,11 +120,7 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """The study in a YAML file.
-
-    Raises:
-        UserError: when there is none, or a key or value of it is not understood; the sentence names it.
-    """
+    """The study in a YAML file. UserError when there is none, or a key or value of it is not understood; the sentence names it."""
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -187,10 +183,8 @@ class Unit:
     """One command.
 
     Attributes:
-        key: what names it in the journal: "<kind>-<hash>".
-        folder: that it writes: a run of one stage, or an evaluation.
-        arguments: the program and its arguments, relative to the repository's root.
-        needs: the key of the training that it starts from, or None.
+        key: what names it in the journal, "<kind>-<hash>"; ``needs`` is that of the training that it starts from, or None.
+        folder: that it writes; ``arguments``: the program and its arguments, relative to the repository's root.
         stage, steps: of a training; the stage whose checkpoint is evaluated, and 0.
         also: further settings that share it.
     """
@@ -245,12 +239,7 @@ class Extra:
 def make_plan(study: Study, output: Path, extra: Extra, compose: Compose) -> Plan:
     """What the study takes, seed by seed, so that the first seed's rows can be compared while the second is trained.
 
-    Args:
-        output: the study's folder.
-        compose: makes train.py's configuration of its arguments.
-    Raises:
-        UserError: for an override that train.py would refuse, naming setting and stage.
-    """
+    ``compose`` makes train.py's configuration of its arguments. UserError for an override that it refuses, with setting and stage."""
     units: dict[str, Unit] = {}
     composed = cache(lambda given: compose(list(given)))  # most settings have most stages in common, and it is slow
     stages = {setting.name: _stages(study, setting, extra, composed) for setting in study.settings}

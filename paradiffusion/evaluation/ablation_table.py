@@ -52,8 +52,8 @@ class Observed:
     """What one measure came to with one training run.
 
     Attributes:
-        above, below: by prompt, sums of value x weight and of weights; the value is the ratio of their totals. Empty where
-            the whole set has one number (FID), or the run (a loss), which ``whole`` is then.
+        above, below: by prompt, sums of value x weight and of weights; the value is the ratio of their totals.
+        whole: the one number that the whole set (FID) or the run (a loss) has; ``above`` and ``below`` are then empty.
         n: images, questions or objects that were counted.
     """
 
@@ -96,11 +96,8 @@ def over_seeds(runs: Sequence[Observed]) -> Estimate:
 
 
 def difference(runs: Sequence[Observed], baseline: Sequence[Observed]) -> Estimate | None:
-    """Mean of ``runs`` minus that of ``baseline``, both with the same seeds in the same order, paired by seed and prompt.
-
-    Returns:
-        None where a number of the whole set has one seed: nothing is known then about how much it varies.
-    """
+    """Mean of ``runs`` minus that of ``baseline``, both with the same seeds in the same order, paired by seed and prompt; None where a
+    number of the whole set has one seed: nothing is known then about how much it varies."""
     if len(runs) != len(baseline) or not runs:
         raise ValueError(f"{len(runs)} runs and {len(baseline)} of the baseline")
     values = np.array([run.value - base.value for run, base in zip(runs, baseline, strict=True)])
@@ -169,14 +166,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting.
+    """One setting: ``seeds`` that are finished, of ``planned``, and the ``folders`` of their evaluations.
 
-    Attributes:
-        seeds: those that are finished, of ``planned``.
-        values: by column, each finished seed's own number, in the order of ``seeds``; NaN where it has none.
-        estimates, differences: by column, over the seeds, and to the baseline over the seeds that both have.
-        folders: of each finished seed's evaluation, or None.
-    """
+    By column: ``values``, each finished seed's own number (NaN where it has none); ``estimates`` over the seeds; and
+    ``differences`` to the baseline over the seeds that both have."""
 
     setting: Setting
     seeds: tuple[int, ...]
@@ -378,11 +371,8 @@ def _chosen(study: Study, seen: _Seen) -> tuple[Column, ...]:
 
 
 def write_comparison(folder: Path, comparison: Comparison, failures: list[tuple[str, str]]) -> Path:
-    """Write report.md, report.json and report.html into ``folder``, each whole; the page's path.
-
-    Args:
-        failures: title and reason of what is not finished.
-    """
+    """Write report.md, report.json and report.html into ``folder``, each whole; the page's path. ``failures`` are title and reason of
+    what is not finished."""
     write_atomic(folder / "report.json", json.dumps(_record(comparison, failures), ensure_ascii=False, indent=1) + "\n")
     write_atomic(folder / "report.md", as_markdown(comparison, failures))
     page = render(

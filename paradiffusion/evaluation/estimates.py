@@ -21,10 +21,8 @@ class Estimate:
     """A mean, or another number that a set of images has.
 
     Attributes:
-        low, high: the 95 % interval; equal to ``mean`` where ``prompts`` is 1, and where all prompts are alike: nothing
-            can then be said about others.
-        n: what was counted: images, questions, sentences, pairs.
-        prompts: how many prompts these belong to, which are what is resampled.
+        low, high: the 95 % interval; equal to ``mean`` where ``prompts`` is 1, or all are alike: nothing is known of others then.
+        n: what was counted: images, questions, sentences, pairs; ``prompts``: what these belong to and what is resampled.
     """
 
     mean: float
@@ -37,17 +35,11 @@ class Estimate:
 def ratio(
     numerators: Sequence[float], denominators: Sequence[float], prompts: Sequence[str], seed: int = 0
 ) -> Estimate:
-    """The sum of ``numerators`` over that of ``denominators``, with the expanded percentile interval of resampled prompts.
+    """The sum of ``numerators`` over that of ``denominators``, with the expanded percentile interval (``expanded_tails``).
 
-    Everything that belongs to one prompt is resampled together, since images of one prompt are alike. Prompts whose
-    denominators are all 0 are left out. The interval is the one of ``expanded_tails``.
-
-    Args:
-        denominators: how much each entry counts, of at least 0; all 1 for a plain mean.
-        prompts: the prompt that each entry belongs to.
-    Raises:
-        ValueError: for no entries, sequences of unequal length, or denominators that sum to 0.
-    """
+    Everything that belongs to one of ``prompts`` is resampled together, since images of one prompt are alike. Denominators say how
+    much each entry counts, all 1 for a plain mean; prompts whose denominators are all 0 are left out. ValueError for no entries,
+    sequences of unequal length, or denominators that sum to 0."""
     above, below, _ = _sums(numerators, denominators, prompts)
     return of_sums(np.stack([above, below]), lambda sums: sums[0] / sums[1], round(float(below.sum())), seed)
 
@@ -68,13 +60,9 @@ def difference(
 ) -> Estimate:
     """The (weighted) mean of b minus that of a, over the prompts that both have.
 
-    Prompts are resampled for both at once: what makes a prompt hard for both is no difference, so the interval is narrower
-    than two intervals side by side suggest. Where it holds 0, the two do not differ at the 5 % level. ``n`` counts the
-    entries of both.
-
-    Raises:
-        ValueError: where no prompt has values of positive weight in both, or sequences are of unequal length.
-    """
+    Prompts are resampled for both at once: what makes a prompt hard for both is no difference, so the interval is narrower than two
+    intervals side by side suggest. Where it holds 0, the two do not differ at the 5 % level. ``n`` counts the entries of both.
+    ValueError where no prompt has values of positive weight in both, or sequences are of unequal length."""
     weights_a = [1.0] * len(values_a) if weights_a is None else weights_a
     weights_b = [1.0] * len(values_b) if weights_b is None else weights_b
     sums_a = _sums([v * w for v, w in zip(values_a, weights_a, strict=True)], weights_a, prompts_a)
@@ -94,11 +82,9 @@ def of_sums(sums: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], n: 
 
     Args:
         sums: [K, prompts], what each prompt adds to each of the K sums.
-        statistic: takes K sums, each an array [resamples], to the number, [resamples]. Resamples for which it is not finite
-            are left out.
+        statistic: takes K sums, each [resamples], to the number; resamples for which it is not finite are left out, and ValueError
+            is raised where it is not finite for all prompts together.
         n: what was counted.
-    Raises:
-        ValueError: where it is not finite for all prompts together.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         found = float(np.asarray(statistic(sums.sum(axis=1)[:, None]))[0])

@@ -174,10 +174,7 @@ def _announce(images_failed: list[str], described: dict[str, Any], total: int) -
 
 @contextmanager
 def _lock(place: Place) -> Iterator[None]:
-    """Keep a second evaluation out of the folder while this one writes there.
-
-    The lock lies beside the folder, which may be moved away, and goes with the process that holds it.
-    """
+    """Keep a second evaluation out of the folder while this one writes there; the lock lies beside it, as it may be moved away."""
     if not place.first:
         first_does(place.processes, lambda: None)
         yield

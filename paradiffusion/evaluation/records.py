@@ -18,14 +18,8 @@ from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, Suit
 
 @dataclass(frozen=True)
 class Drawn:
-    """One image of a suite.
-
-    Attributes:
-        name: its prompt's id, with "_1", "_2", ... for the further images of a prompt.
-        prompt: the prompt's id.
-        file: where the picture lies; it may be missing or broken, where ``error`` says why.
-        error: why there is no picture, "" where there is one.
-    """
+    """One image of a suite: its name (the prompt's id, with "_1", "_2", ... for the further ones of a prompt), the prompt's id, its file
+    (which may be missing or broken), and why there is no picture, "" where there is one."""
 
     name: str
     prompt: str
@@ -36,12 +30,8 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Measure:
-    """One number that a score gives each image, or the whole set.
-
-    Attributes:
-        unit: "share" (0 to 1, shown in per cent), "cosine" (-1 to 1), or "number".
-        worst: what an image that failed counts as; None for a number of the whole set.
-    """
+    """One number that a score gives each image, or the whole set. ``unit`` is "share" (0 to 1, shown in per cent), "cosine" (-1 to 1) or
+    "number"; ``worst`` what an image that failed counts as, None for a number of the whole set."""
 
     name: str
     title: str
@@ -55,10 +45,9 @@ class ImageScore:
     """What one image got.
 
     Attributes:
-        values: by measure. A measure that does not apply to this image (no checklist) is absent.
-        weights: by measure, where an image counts for more than 1: its questions, its objects. ``values`` are then means
-            over those.
-        error: why it failed, in a sentence; ``values`` then hold each measure's ``worst``.
+        values: by measure; one that does not apply to this image (no checklist) is absent.
+        weights: by measure, where an image counts for more than 1 (its questions, its objects), which ``values`` are then means over.
+        error: why it failed; ``values`` then hold each measure's ``worst``.
         detail: for the report, as JSON; the keys in use are those of ``paradiffusion.evaluation.reporting``.
     """
 
@@ -88,10 +77,8 @@ class ScoreResult:
     """All that one score found.
 
     Attributes:
-        formula, source: what it computes and where that is defined, for the report.
         settings: what it depends on: models, revisions, prompts.
-        overall: estimates of the whole set, for measures that no single image has (FID), or whose mean needs another
-            formula than the mean over images; the others are made from ``images``.
+        overall: estimates of the whole set, for measures that no single image has (FID), or whose mean is no mean over images.
         warnings: sentences that a reader must see beside the numbers.
         skipped: why it was not computed; everything else is then empty.
     """
@@ -172,16 +159,8 @@ KINDS: Final = ("checkpoint", "pipeline", "images")
 
 @dataclass
 class Evaluation:
-    """One model on one suite.
-
-    Attributes:
-        label: how reports call it: "stage 3", a model's name.
-        kind: "checkpoint", "pipeline" or "images".
-        source: where the images come from, as JSON: checkpoint, step, settings, dtype.
-        suite: whole, with its prompts.
-        images: one for each wanted image, in the order of the suite; files are relative to the folder in JSON.
-        scores: in the order that they were computed in, skipped ones included.
-    """
+    """One model on one suite: how reports call it, its ``kind`` (one of KINDS), where the images come from (checkpoint, step, settings,
+    as JSON), an entry of ``images`` for each wanted one in the suite's order, and ``scores``, skipped ones included."""
 
     label: str
     kind: str
@@ -209,11 +188,8 @@ def write_evaluation(folder: Path, evaluation: Evaluation) -> Path:
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """The evaluation that ``folder`` holds; its files are absolute or relative to the working folder, as ``folder`` is.
-
-    Raises:
-        UserError: where evaluation.json is missing, damaged, or not one of ours.
-    """
+    """The evaluation that ``folder`` holds; its files are absolute or relative to the working folder, as ``folder`` is. UserError
+    where evaluation.json is missing, damaged, or not one of ours."""
     path = folder / NAME
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -240,13 +216,8 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 
 def estimate(result: ScoreResult, measure: Measure, images: Sequence[ImageScore] | None = None) -> Estimate | None:
-    """A measure's mean with its 95 % interval.
-
-    Args:
-        images: some of ``result.images``; None for the whole set, for which ``result.overall`` goes first.
-    Returns:
-        None where nothing was measured, as for a checklist on prompts without questions.
-    """
+    """A measure's mean with its 95 % interval over some of ``result.images``, or, where ``images`` is None, over the whole set, for
+    which ``result.overall`` goes first; None where nothing was measured, as for a checklist on prompts without questions."""
     if images is None and measure.name in result.overall:
         return result.overall[measure.name]
     rows = [

@@ -40,13 +40,9 @@ class Running:
 def score_all(
     scores: Sequence[Score | ScoreResult], images: list[Drawn], source: dict[str, Any], place: Place
 ) -> tuple[list[ScoreResult], list[str]]:
-    """Each score's result, in order, and a sentence for each that could not be computed.
+    """Each score's result, in order, and a sentence for each that could not be computed, which keeps no other from being computed.
 
-    A score that fails does not keep the others from being computed. The results are whole in the first process alone.
-
-    Raises:
-        Stopped: after a signal, in every process.
-    """
+    The results are whole in the first process alone. Raises Stopped after a signal, in every process."""
     results = {score.name: score for score in scores if isinstance(score, ScoreResult)}
     failures = []
     for score in sorted(scores, key=lambda score: score.name in LAST):

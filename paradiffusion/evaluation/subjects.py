@@ -27,11 +27,7 @@ SUITE: Final = "suite.json"
 
 @dataclass(frozen=True)
 class Subject:
-    """One of what is judged: a source of pictures, or an evaluation that was made before.
-
-    Attributes:
-        label: the user's, None where none was given.
-    """
+    """One of what is judged: a source of pictures, or an evaluation that was made before; ``label`` is the user's, or None."""
 
     label: str | None
     source: Source | None = None
@@ -39,13 +35,8 @@ class Subject:
 
 
 def subjects_of(options: EvaluateOptions, device: str | None) -> list[Subject]:
-    """What the options name, in order; nothing is loaded yet.
-
-    Args:
-        device: of this process, where the user names none.
-    Raises:
-        UserError: for what is no checkpoint, pipeline, evaluation or folder of pictures.
-    """
+    """What the options name, in order; nothing is loaded yet. ``device`` is this process's, where the user names none. UserError for
+    what is no checkpoint, pipeline, evaluation or folder of pictures."""
     if options.ckpt:
         return [Subject(options.label, _checkpoint(options, options.ckpt, "ckpt", device, options.label))]
     if options.pipeline:
@@ -134,14 +125,9 @@ def joint_folder(bases: Sequence[Path], names: Sequence[str]) -> Path:
 def bind_folder(place: Place, source: Source, own: bool) -> None:
     """Note in the folder what its pictures depend on, or see that it is what is asked for now. By the first process.
 
-    A stage that trained on gets a new folder: what an earlier step gave is moved to evaluation/step_.../<suite>, where that
-    step's own evaluation would lie.
-
-    Args:
-        own: whether the folder is the source's default one.
-    Raises:
-        UserError: where the folder belongs to another suite, other weights or other settings; it names what differs.
-    """
+    Where the folder is the source's default one (``own``), a stage that trained on gets a new one: what an earlier step gave is
+    moved to evaluation/step_.../<suite>, where that step's own evaluation would lie. UserError, which names what differs, where the
+    folder belongs to another suite, other weights or other settings."""
     suite = place.suite
     record: dict[str, Any] = {
         "suite": suite.name, "prompts": len(suite.prompts), "fingerprint": suite.fingerprint, "kind": source.kind,
@@ -201,11 +187,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def made_before(subject: Subject, suites: Sequence[Suite]) -> Evaluation:
-    """The evaluation that a compared folder holds.
-
-    Raises:
-        UserError: where it is damaged, or of another suite than those asked for.
-    """
+    """The evaluation that a compared folder holds. UserError where it is damaged, or of another suite than those asked for."""
     assert subject.made is not None
     found = read_evaluation(subject.made)
     fitting = {suite.name: suite for suite in suites}

@@ -35,13 +35,8 @@ class Agreement:
 
 @dataclass
 class Clip:
-    """A CLIP model in evaluation mode.
-
-    Attributes:
-        prepare: an RGB image to float [3, S, S], as the model was trained.
-        tokenize: texts and a length to ids [B, length], padded.
-        context: tokens that the text side reads.
-    """
+    """A CLIP model in evaluation mode: ``prepare`` takes an RGB image to float [3, S, S], as it was trained, ``tokenize`` texts and a
+    length to ids [B, length], padded; the text side reads ``context`` tokens."""
 
     model: Any
     prepare: Callable[[Image.Image], torch.Tensor]

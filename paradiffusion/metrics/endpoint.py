@@ -30,16 +30,13 @@ _LOOK_AROUND: Final = 0.5  # seconds between looks at signals
 
 @dataclass(frozen=True)
 class Address:
-    """Where the server is and how it is treated.
+    """Where the server is (``url`` up to and with /v1) and how it is treated.
 
     Attributes:
-        url: up to and with /v1.
         served: the model's name there; None where it serves only one.
         api_key_env: the environment variable that holds the key.
-        concurrency: requests at once.
-        timeout: seconds that one answer may take.
-        tries: how often a request is sent before the server counts as gone.
-        wait: seconds before the second try, doubled each time.
+        concurrency: requests at once; ``timeout``: seconds that one answer may take.
+        tries: how often a request is sent before the server counts as gone; ``wait``: seconds before the second, doubled each time.
     """
 
     url: str
@@ -60,11 +57,7 @@ class Later(Exception):
 
 
 class EndpointModel:
-    """The engine ``endpoint``; see Engine for what it does.
-
-    Raises:
-        UserError: where the address or key is wrong, nobody answers there, or the model is not served.
-    """
+    """The engine ``endpoint``; see Engine. UserError where the address or key is wrong, nobody answers, or the model is not served."""
 
     device = "endpoint"
     batch_size = 1

@@ -56,11 +56,8 @@ class Inception:
 
 
 def load_inception(weights: Path, device: str = "cpu") -> Inception:
-    """The network with weights of a local file, a plain state dict as .pth or .safetensors.
-
-    Raises:
-        UserError: where the file is missing, damaged, or holds another network's weights.
-    """
+    """The network with weights of a local file, a plain state dict as .pth or .safetensors. UserError where the file is missing, damaged,
+    or holds another network's weights."""
     state = _read(weights)
     try:
         if state["fc.weight"].shape[0] == 1000:

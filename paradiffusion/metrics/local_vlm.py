@@ -16,16 +16,12 @@ from paradiffusion.metrics.vlm import Answer, Decoding, Question
 
 
 class LocalModel:
-    """The engine ``transformers``; see Engine for what it does.
+    """The engine ``transformers``; see Engine. UserError where the model cannot be had or is none of this kind.
 
     Args:
         source: a hub id or a folder in transformers' layout, with safetensors and a chat template.
         revision: of the hub's repository; for a folder, any name for its weights.
-        dtype: "float32", "bfloat16", "float16", or "auto" for bfloat16 on a GPU and float32 elsewhere.
-        device: "cuda:1", "cpu", ... or None for a GPU where there is one.
-
-    Raises:
-        UserError: where the model cannot be had or is none of this kind.
+        dtype, device: as VlmOptions has them.
     """
 
     def __init__(

@@ -26,8 +26,7 @@ class EmbeddingOptions:
         model, revision: a hub id or a folder of transformers' or sentence-transformers' layout; the hub's commit.
         dtype: "auto" is bfloat16 on a GPU and float32 elsewhere.
         max_length: tokens read at most, where the model takes as many (8192 is TIT-Score's).
-        pooling: how token features become one vector; None for what the model's files say.
-        prefix: put before each text; None for what the model's files say, mostly nothing.
+        pooling, prefix: how token features become one vector, and what is put before each text; None for what the model's files say.
         key: how the command line calls ``model``, for messages.
     """
 
@@ -67,16 +66,8 @@ class EmbeddingOptions:
 
 
 class TextEmbedder:
-    """A model, ready to embed.
-
-    Attributes:
-        model: its name.
-        max_length: tokens that it reads of a text.
-        prefix: what is put before each text.
-
-    Raises:
-        UserError: where the model cannot be had, or is no encoder of single texts.
-    """
+    """A model, ready to embed: its name, the tokens that it reads of a text, and what is put before each text. UserError where the model
+    cannot be had, or is no encoder of single texts."""
 
     def __init__(self, options: EmbeddingOptions) -> None:
         options.check()
@@ -89,11 +80,8 @@ class TextEmbedder:
     def embed(
         self, texts: Sequence[str], between: Callable[[int], None] = lambda done: None
     ) -> tuple[torch.Tensor, list[bool]]:
-        """float32 [B, D] of unit length, on the CPU, and which of ``texts`` were cut at ``max_length`` tokens.
-
-        Args:
-            between: called after each batch with the number of texts in it.
-        """
+        """float32 [B, D] of unit length, on the CPU, and which of ``texts`` were cut at ``max_length`` tokens. ``between`` is called
+        after each batch with the number of texts in it."""
         tokens = self._network.tokenizer
         lengths = [len(tokens(self.prefix + text, truncation=False, verbose=False)["input_ids"]) for text in texts]
         # The shorter half with the shorter half: padding is most of the work otherwise.

@@ -18,12 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are drawn.
-
-    Attributes:
-        max_new_tokens: the longest answer.
-        top_p: the share of the probability that is drawn from, where a question's temperature is above 0.
-    """
+    """How answers are drawn: the longest one, and the share of the probability that is drawn from, where a temperature is above 0."""
 
     max_new_tokens: int
     top_p: float = 1.0
@@ -31,15 +26,11 @@ class Decoding:
 
 @dataclass
 class Question:
-    """A request about one picture.
+    """A request about one picture: RGB, of the size that the model is to see.
 
     Attributes:
-        row: which picture, by the caller's count.
-        part: tells the questions about one picture apart.
-        image: RGB, of the size that the model is to see.
-        prompt: what is asked.
-        seed: of the draws of this answer.
-        temperature: 0 takes the likeliest token always.
+        row, part: which picture, by the caller's count, and which of the questions about it.
+        seed: of the draws of this answer; at ``temperature`` 0 the likeliest token is taken always.
     """
 
     row: int
@@ -52,14 +43,8 @@ class Question:
 
 @dataclass
 class Answer:
-    """What came back.
-
-    Attributes:
-        text: as it came, special tokens left out.
-        tokens: how many were generated.
-        finished: False where the token limit ended it.
-        error: why this picture got no answer, "" where it did. Whatever would befall every picture is a UserError.
-    """
+    """What came back: a text, special tokens left out, of so many tokens; not ``finished`` where the token limit ended it. ``error`` is why
+    this picture got no answer; whatever would befall every picture is a UserError."""
 
     text: str = ""
     tokens: int = 0
@@ -68,14 +53,8 @@ class Answer:
 
 
 class Engine(Protocol):
-    """Something that answers questions.
-
-    Attributes:
-        model: the model's name.
-        revision: what tells its weights from others of that name.
-        device: "cuda", "cpu", "endpoint", ...
-        batch_size: how many questions are answered together.
-    """
+    """Something that answers questions: the model's name, a revision that tells its weights from others of that name, where it runs
+    ("cuda", "cpu", "endpoint", ...), and how many questions are answered together."""
 
     model: str
     revision: str
@@ -83,11 +62,8 @@ class Engine(Protocol):
     batch_size: int
 
     def answers(self, batches: Iterator[list[Question]]) -> Iterator[list[tuple[Question, Answer]]]:
-        """Answer all questions, in any order; an empty list now and then, so that the caller can look at signals.
-
-        Raises:
-            UserError: where it cannot go on.
-        """
+        """Answer all questions, in any order; an empty list now and then, so that the caller can look at signals. UserError where it
+        cannot go on."""
         ...
 
     def close(self) -> None:
@@ -116,10 +92,8 @@ class VlmOptions:
     Attributes:
         engine: "transformers", a model in this process, or "endpoint", a server of the OpenAI chat protocol.
         model, revision: a name of configs/captioners.yaml, a hub id or a folder, and the hub's commit (transformers).
-        dtype: "auto" is bfloat16 on a GPU and float32 elsewhere; batch_size: questions answered together (transformers).
-        device: "cuda:1", "cpu", ... or None for a GPU where there is one (transformers).
+        dtype: "auto" is bfloat16 on a GPU and float32 elsewhere; device: None for a GPU where there is one (transformers).
         endpoint, served, api_key_env: the server's address, its name for the model, the variable with its key (endpoint).
-        concurrency, timeout, tries, retry_wait: requests at once, seconds for an answer, tries, first wait (endpoint).
         image_side: long side in pixels of what the model is shown; None for the model's own, else 1024.
         max_new_tokens: the longest answer; None for what the task needs.
         key: how the command line calls ``model``, for messages.
@@ -194,14 +168,8 @@ class Located:
 
 
 def locate_model(options: VlmOptions, table: Path, fingerprint: Callable[[Path], str]) -> Located:
-    """The files of ``options.model``, which are not loaded yet.
-
-    Args:
-        table: configs/captioners.yaml.
-        fingerprint: a hash of the weights in a folder, which stands for the revision there.
-    Raises:
-        UserError: where the name is neither in the table, nor a folder or a hub id.
-    """
+    """The files of ``options.model``, which are not loaded yet. ``fingerprint`` makes a hash of the weights in a folder, which stands for
+    the revision there. UserError where the name is neither in ``table`` (configs/captioners.yaml), nor a folder or a hub id."""
     from paradiffusion.metrics.local_vlm import find_model
 
     source, side = find_model(options.model, table, options.key)
@@ -228,14 +196,8 @@ def settings_of(options: VlmOptions, table: Path, fingerprint: Callable[[Path], 
 def open_engine(
     options: VlmOptions, table: Path, decoding: Decoding, fingerprint: Callable[[Path], str]
 ) -> tuple[Engine, int]:
-    """The model, ready to answer, and the long side in pixels of what it is to be shown.
-
-    Args:
-        decoding: how answers are drawn; ``options.max_new_tokens`` is the caller's to put there.
-        table, fingerprint: as for ``locate_model``.
-    Raises:
-        UserError: where the model cannot be had, or nobody answers at the address.
-    """
+    """The model, ready to answer, and the long side in pixels of what it is to be shown; ``decoding`` says how answers are drawn. UserError
+    where the model cannot be had, or nobody answers at the address."""
     if options.engine == "endpoint":
         from paradiffusion.metrics.endpoint import EndpointModel
 

@@ -114,11 +114,8 @@ def sentence_recall(
 
 
 def stage_table(run_dir: Path) -> str:
-    """The stages of a run, one row each, with the unbound score, codec and true pictures below: as Markdown.
-
-    Raises:
-        UserError: when no stage of the run is complete.
-    """
+    """The stages of a run, one row each, with the unbound score, codec and true pictures below: as Markdown. UserError when no stage of
+    the run is complete."""
     summaries = [json.loads(path.read_text()) for path in sorted(run_dir.glob("stage[0-9]/summary.json"))]
     if not summaries:
         raise UserError(f"{run_dir} holds no finished stage; run `python train.py stage=1 run_dir={run_dir}` first.")

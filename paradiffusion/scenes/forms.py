@@ -235,12 +235,8 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def paragraph(scene: Scene, rng: random.Random, idle: float, terse: bool = False) -> list[str]:
-    """The sentences of a caption: every object with colour, shape and place, and the background.
-
-    Args:
-        idle: how many idle sentences there are for each sentence that tells something, on average.
-        terse: leave out sizes, textures and openings.
-    """
+    """The sentences of a caption: every object with colour, shape and place, and the background; ``idle`` sentences for each that tells
+    something, on average; where ``terse``, without sizes, textures and openings."""
     writer = Writer(scene, rng, terse)
     ground = writer.ground()
     sentences: list[str] = []

@@ -62,13 +62,9 @@ class SceneScore:
 
 @dataclass(frozen=True)
 class ObjectVerdict:
-    """One object of a scene in a picture.
-
-    Attributes:
-        present: something in an object's colour stands in its cell, whichever colour that is.
-        colour: what leads in its cell is its own colour, and enough of it; shape: the shape there is its own.
-        seen_colour, seen_shape: what leads in its cell, and the shape that fits best there, "" for none.
-    """
+    """One object of a scene in a picture: something in an object's colour, whichever, is ``present`` in its cell; what leads there is
+    of its own ``colour``, and enough of it; the ``shape`` there is its own. ``seen_...`` are what leads, and the shape that fits
+    best, "" for none."""
 
     present: bool
     colour: bool

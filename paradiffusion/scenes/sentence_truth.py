@@ -76,14 +76,8 @@ class Mention:
 
 @dataclass(frozen=True)
 class Claim:
-    """What one sentence says.
-
-    Attributes:
-        kind: one of KINDS, or "" for an idle sentence.
-        relation: it says where one of its two objects lies as seen from the other.
-        ground, pattern: of the background; None where it is not spoken of.
-        count: how many objects there are, None where it is not said.
-    """
+    """What one sentence says: ``kind`` is one of KINDS, or "" for an idle sentence; ``relation`` where one of its two objects lies as seen
+    from the other. What of background and number of objects is not spoken of is None."""
 
     kind: str
     mentions: tuple[Mention, ...] = ()
@@ -202,12 +196,7 @@ FAINT: Final = 0.5
 
 @dataclass(frozen=True)
 class Followed:
-    """How far a picture fulfils one sentence.
-
-    Attributes:
-        score: 0 to 1; 1 where every fact holds.
-        facts: (one of FACTS, how far it holds).
-    """
+    """How far a picture fulfils one sentence: 0 to 1, 1 where every fact holds; and (one of FACTS, how far it holds)."""
 
     score: float
     facts: tuple[tuple[str, float], ...]
@@ -241,11 +230,8 @@ class SeenPicture:
 
 
 def follow(scene: Scene, sentences: Sequence[str], image: np.ndarray) -> list[Followed | None]:
-    """How far ``image``, uint8 [H, W, 3] of any size, fulfils each sentence of a caption of ``scene``.
-
-    None for a sentence that no picture can show to be wrong ("The composition is calm."), or whose object the scene does
-    not have.
-    """
+    """How far ``image``, uint8 [H, W, 3] of any size, fulfils each sentence of a caption of ``scene``. None for a sentence that no
+    picture can show to be wrong ("The composition is calm."), or whose object the scene does not have."""
     said = claims(sentences)
     seen = look(scene, image)
     return [_followed(scene, claim, seen) for claim in said]

@@ -20,8 +20,7 @@ from paradiffusion.budget.bench_models import (
     parse_settings,
     ratio,
 )
-from paradiffusion.budget.bench_step import own_step, plain_step, start, take_batches
-from paradiffusion.budget.benchmark import SAMPLERS, as_markdown, benchmark
+from paradiffusion.budget.benchmark import SAMPLERS, as_markdown, benchmark, own_step, plain_step, start, take_batches
 from paradiffusion.budget.results import machine
 from paradiffusion.budget.synthetic import captions, random_models
 from paradiffusion.compose import compose_train

@@ -303,15 +303,12 @@ _MAX_TEXT: Final = 1 << 22
 
 
 def tar_items(path: Path, columns: Columns, with_table: bool) -> Iterator[Item]:
-    """The samples of a tar in the order of their first member.
+    """The samples of a tar in the order of their first member; ``with_table``, it is img2dataset's, and rows of the Parquet file
+    beside it whose download failed become items too.
 
     A sample is what shares the path up to the first dot of the file name. The first member with an image's extension
     (``columns.image`` names another, such as "edited.png") is the image; text members are fields by their extension
-    ("txt", "long.txt"), and so are the fields of its JSON. Whatever else lies there, pickles among it, is passed over.
-
-    Args:
-        with_table: the tar is img2dataset's: rows of the Parquet file beside it whose download failed become items too.
-    """
+    ("txt", "long.txt"), and so are the fields of its JSON. Whatever else lies there, pickles among it, is passed over."""
     table = path.with_suffix(".parquet")
     rows = read_rows(table) if with_table and table.is_file() else ()
     done: set[str] = set()

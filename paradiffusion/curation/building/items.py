@@ -28,12 +28,8 @@ _MAX_KEY: Final = 160
 
 @dataclass
 class Item:
-    """One line of an input.
-
-    ``name`` says where it stands in the input and is shown in reports; ``key`` is what its sample is called; ``captions``
-    are raw texts by kind, ``sources`` where each comes from; ``extra`` are the columns kept; ``notes`` what was mended
-    while reading; ``split`` is "train", "val" or "test" where the input knows splits, else "".
-    """
+    """One line of an input, where it stands there (``name``), what its sample is called, raw captions by kind and where each comes
+    from, the columns kept, what was mended while reading; ``split`` is "train", "val" or "test" where the input knows splits."""
 
     name: str
     key: str

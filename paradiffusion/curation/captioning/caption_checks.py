@@ -123,14 +123,7 @@ _STUCK_SIGN = re.compile(r"(\S)\1{11}")
 
 @dataclass
 class Limits:
-    """What a caption must keep to.
-
-    Attributes:
-        low: the fewest words.
-        high: the most words.
-        language: "en", or "any" for no check.
-        reject: names of REASONS that reject a caption; the others are only counted.
-    """
+    """What a caption must keep to: words, a language ("en", or "any" for no check), and the REASONS that reject one; others are counted."""
 
     low: int = 1
     high: int = 1000
@@ -140,15 +133,8 @@ class Limits:
 
 @dataclass
 class Verdict:
-    """A caption as it may be used, and what was found in it.
-
-    Attributes:
-        text: on one line, mended where that is simple.
-        words: its words.
-        found: names of REASONS, of those too that do not reject.
-        notes: names of NOTES.
-        rejected: whether any of ``found`` rejects.
-    """
+    """A caption as it may be used, on one line and mended where that is simple, and which of REASONS (those too that do not reject) and
+    NOTES were found in it."""
 
     text: str
     words: int
@@ -158,13 +144,7 @@ class Verdict:
 
 
 def judge_text(raw: str, finished: bool, limits: Limits) -> Verdict:
-    """What to make of a model's answer.
-
-    Args:
-        raw: the answer as it came.
-        finished: False where the token limit ended it.
-        limits: what it must keep to.
-    """
+    """What to make of a model's answer as it came; ``finished`` is False where the token limit ended it."""
     raw = _THINKING.sub("", raw).strip()
     text, opened = remove_opening(clean(raw))
     text, closed = remove_closing(text)

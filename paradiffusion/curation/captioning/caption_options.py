@@ -24,15 +24,8 @@ _KEYS = {"kind", "weight", "ask", "accept", "text"}
 
 @dataclass(frozen=True)
 class Template:
-    """One way to ask for a caption.
-
-    Attributes:
-        kind: the caption kind that it is for.
-        weight: how often it is drawn, relative to the others.
-        ask: the fewest and most words asked for.
-        accept: the fewest and most words that pass.
-        text: the request, with {low} and {high} for ``ask``.
-    """
+    """One way to ask for a caption of ``kind``: the request, with {low} and {high} for the words of ``ask``; ``accept`` are the fewest and
+    most that pass, ``weight`` how often it is drawn, relative to the others."""
 
     name: str
     kind: str = "long"
@@ -57,15 +50,8 @@ class Template:
 
 
 def load_templates(path: Path, kind: str, names: str | None = None) -> list[Template]:
-    """The templates of ``path`` that are to be drawn.
-
-    Args:
-        kind: all templates of this kind are taken where ``names`` is None.
-        names: "paper,spatial", or with weights "paper:3,spatial:1".
-
-    Raises:
-        UserError: where the file or a name is wrong.
-    """
+    """The templates of ``path`` that are to be drawn: ``names`` ("paper,spatial", or with weights "paper:3,spatial:1"), else all of a
+    ``kind``. UserError where the file or a name is wrong."""
     known: dict[str, Template] = {}
     name = ""
     try:
@@ -247,11 +233,8 @@ class CaptionOptions:
 
 
 def check_output(folder: Path, options: CaptionOptions, templates: list[Template]) -> None:
-    """See that captions can go to ``folder``, as far as that is known before a model is loaded; nothing is written.
-
-    Raises:
-        UserError: where it is no folder, holds somebody else's shards, or captions that were made otherwise.
-    """
+    """See that captions can go to ``folder``, as far as that is known before a model is loaded; nothing is written. UserError where it is
+    no folder, holds somebody else's shards, or captions that were made otherwise."""
     if any(place.exists() and not place.is_dir() for place in (folder, *folder.parents)):
         raise UserError(f"output={folder} is a file or lies under one; name a folder.")
     # Looked for before the settings: another process may be making both just now.
@@ -266,11 +249,8 @@ def check_output(folder: Path, options: CaptionOptions, templates: list[Template
 
 
 def bind_output(folder: Path, options: CaptionOptions, engine: Engine, templates: list[Template], side: int) -> None:
-    """Note in ``folder`` what its captions depend on, or see that it is what is asked for now.
-
-    Raises:
-        UserError: as ``check_output`` does; it names the first key that differs.
-    """
+    """Note in ``folder`` what its captions depend on, or see that it is what is asked for now. UserError, which names the first key that
+    differs."""
     check_output(folder, options, templates)
     folder.mkdir(parents=True, exist_ok=True)
     made_by = {**_model_settings(options.engine, options.dtype, engine, side), **_settings(options, templates)}

@@ -19,16 +19,10 @@ _EXAMPLES, _UNCONFIRMED = 3, 50
 
 
 def make_report(output: Path, stems: list[str], processes: int, endpoint_gpus: int, judged: bool) -> dict[str, Any]:
-    """The content of report.json, from ``<stem>.jsonl`` of all shards that are done.
+    """The content of report.json, from ``<stem>.jsonl`` of all shards that are done, and where ``judged`` of ``<stem>.judged.jsonl``.
 
-    Shares are of ``samples`` unless said otherwise; ``seconds`` are those of all processes together; ``reasons`` and
-    ``examples`` are of rejected answers.
-
-    Args:
-        processes: that work side by side, for the rate.
-        endpoint_gpus: GPUs behind an endpoint, which cannot be seen from here; 0 where unknown.
-        judged: whether to read ``<stem>.judged.jsonl`` too.
-    """
+    Shares are of ``samples`` unless said otherwise; ``seconds`` are those of all ``processes`` together; ``reasons`` and
+    ``examples`` are of rejected answers. ``endpoint_gpus`` cannot be seen from here; 0 where unknown."""
     count, bands = Counter[str](), Counter[str]()  # what is counted once a sample; samples by their words
     reasons, accepted, notes = Counter[str](), Counter[str](), Counter[str]()
     answers, rejected = Counter[str](), Counter[str]()  # by template

@@ -46,14 +46,8 @@ _YES, _NO = re.compile(r"^\W*(?:yes|true|correct)\b", re.I), re.compile(r"^\W*(?
 class Entry:
     """One answer as it came; what it is worth is judged anew whenever it is read.
 
-    Attributes:
-        row: the sample, counted within its shard.
-        part: the attempt, or the number of the claim.
-        key: the sample's key.
-        text, tokens, finished, error: see Answer.
-        seconds: this process's time for it; those of all entries add up to the time spent.
-        device: what computed it.
-    """
+    ``row`` is the sample, counted within its shard, ``part`` the attempt, or the number of the claim; ``seconds`` are this process's time
+    for it: those of all entries add up to the time spent."""
 
     row: int
     part: int
@@ -79,16 +73,8 @@ class Task:
 
 @dataclass
 class Work:
-    """What all shards of this process share.
-
-    Attributes:
-        index: of this process's shards.
-        side: the long side, in pixels, of what the model is shown.
-        check_stop: raises once a signal has come.
-        bar: moves by one for each answer.
-        refused: errors in a row before the first answer.
-        noted, rejected: answers of this run, and those of them that were rejected, for the bar.
-    """
+    """What all shards of this process share, the ``index`` being theirs alone. ``side`` is the long side, in pixels, of what the model is
+    shown; ``refused`` counts errors in a row before the first answer; ``noted`` and ``rejected`` the answers of this run, for the bar."""
 
     options: CaptionOptions
     output: Path
@@ -260,11 +246,8 @@ def check_names(shards: Sequence[Any], options: CaptionOptions) -> None:
 
 
 def caption_shard(work: Work, engine: Engine, number: int) -> None:
-    """Caption one shard, from where it was left, and write ``<shard>.jsonl`` and, if asked for, ``<shard>.tar``.
-
-    Raises:
-        UserError: where the engine cannot go on, or another process is at this shard.
-    """
+    """Caption one shard, from where it was left, and write ``<shard>.jsonl`` and, if asked for, ``<shard>.tar``. UserError where the
+    engine cannot go on, or another process is at this shard."""
     shard, rows = work.index.shards[number], work.rows(number)
     lines, path = work.output / f"{shard.stem}.jsonl", work.output / f"{shard.stem}.journal"
     target = work.output / f"{shard.stem}.tar"
@@ -431,13 +414,10 @@ def _claims(work: Work, number: int) -> tuple[list[tuple[int, str, str]], list[T
 
 
 def interval(clusters: list[tuple[int, int]]) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, from (confirmed, claims) of each caption.
+    """Wilson's 95 % interval of a share, from (confirmed, claims) of each caption; ValueError where there is no claim.
 
     Claims about one picture stand or fall together, so their number is divided by the design effect (at least 1): the
-    variance of the share between captions over that of as many independent claims.
-
-    Raises ValueError where there is no claim.
-    """
+    variance of the share between captions over that of as many independent claims."""
     total = sum(claims for _, claims in clusters)
     share = sum(confirmed for confirmed, _ in clusters) / total if total else math.nan
     if not total:

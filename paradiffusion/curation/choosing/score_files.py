@@ -34,17 +34,8 @@ TEXT_COLUMNS: Final = ("key", "caption_kind", "error")
 
 @dataclass
 class ScoreTable:
-    """Scores of N samples.
-
-    Attributes:
-        shards: their names, see shard_root.py.
-        shard: int32 [N], numbers in ``shards``.
-        row: int64 [N], places within the shard's files.
-        keys: text [N].
-        columns: float64 [N] by name; nan where a sample has no such value.
-        unreadable: bool [N], images that did not decode.
-        files: the Parquet file of each shard.
-    """
+    """Scores of N samples: names of their shards, int32 [N] numbers of those, int64 [N] rows within the shard's files, keys, float64 [N]
+    columns by name (nan where a sample has no such value), bool [N] which images did not decode, and each shard's Parquet file."""
 
     shards: list[str]
     shard: np.ndarray
@@ -201,15 +192,8 @@ def read_root(work: Path) -> str | None:
 def settle_settings(
     work: Path, settings: Mapping[str, Any], shards: Sequence[Path | RemotePath], scored: Sequence[str]
 ) -> str | None:
-    """Record ``settings`` and the shards' root in a folder without scores; return the root.
-
-    Args:
-        scored: the names of the shards that have scores there.
-
-    Raises:
-        UserError: where these are scores of other settings, or their shards have been moved: they would be scored under
-            two names.
-    """
+    """Record ``settings`` and the shards' root in a folder without scores; return the root. UserError where those of ``scored`` have other
+    settings, or their shards have been moved: they would be scored under two names."""
     record = read_record(work)
     if not scored and any(key not in record or record[key] != value for key, value in settings.items()):
         # Nothing, or what an attempt with other settings left. Otherwise another process may be scoring from that root now.
@@ -240,11 +224,8 @@ def _any_below(root: str, names: Sequence[str]) -> bool:
 
 
 def move_root(work: Path, root: str, scored: Sequence[str]) -> None:
-    """Record that the shards, ``scored`` by name, lie below ``root`` now.
-
-    Raises:
-        UserError: for what is no folder, or holds none of them, and for a selection without a root.
-    """
+    """Record that the shards, ``scored`` by name, lie below ``root`` now. UserError for what is no folder, or holds none of them, and
+    for a selection without a root."""
     if read_root(work) is None:
         raise UserError(
             f"shard_root= says where the shards of a selection were moved to, and {work} records no folder of shards; leave it out."

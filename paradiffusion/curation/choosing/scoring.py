@@ -38,13 +38,8 @@ from paradiffusion.metrics.clip import Clip, Head, load_clip, load_head
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is measured, and how.
-
-    Attributes:
-        caption: the kind whose agreement is measured; None: each sample's longest caption.
-        device: auto, cpu, cuda or cuda:N; auto spreads the processes over the GPUs.
-        threads: threads that decode and measure, in each process.
-    """
+    """What is measured, and how. ``caption`` is the kind whose agreement is measured (None: each sample's longest); ``device`` auto spreads
+    the processes over the GPUs; ``threads``, of each process, decode and measure."""
 
     clip: str
     aesthetic: Path | None = None

@@ -29,15 +29,9 @@ _BY_MODEL: Final = {"aesthetic": "aesthetic=<head>", "text_area": "text_detector
 
 @dataclass(frozen=True)
 class Choosing:
-    """How candidates are chosen.
-
-    Attributes:
-        minimum, maximum: thresholds by column.
-        weights: of the columns' ranks (0 worst, 1 best of what passed) in the score; negative where less is better.
-        clusters: groups of alike pictures to take from in turn; 1: none.
-        per_cluster: at most so many candidates of each group.
-        max_similarity: cosine of CLIP features above which two pictures are the same.
-    """
+    """How candidates are chosen: thresholds by column; the weights of the columns' ranks (0 worst, 1 best of what passed; negative
+    where less is better); groups of alike pictures to take from in turn (1: none), at most so many of each; and the cosine of CLIP
+    features above which two pictures are the same."""
 
     minimum: dict[str, float] = field(default_factory=dict)
     maximum: dict[str, float] = field(default_factory=dict)
@@ -280,14 +274,9 @@ def choose_varied(
 ) -> Choice:
     """Choose up to ``count`` rows: in each round the best remaining one of every cluster, clusters by their best score.
 
-    Args:
-        scores: [N], higher is better; equal scores go by row.
-        features: [N, D] of unit length, float16 or float32; may be [N, 0] where ``max_similarity`` is None.
-        clusters: int [N].
-        per_cluster: at most so many of each cluster.
-        max_similarity: a row whose cosine with a chosen one is above this is passed over, and its cluster's next taken.
-        advance: called with the number of rows looked at.
-    """
+    ``scores`` [N], higher is better, equal ones by row; ``features`` [N, D] of unit length, [N, 0] where ``max_similarity`` is None;
+    ``clusters`` int [N], at most ``per_cluster`` of each. A row whose cosine with a chosen one is above ``max_similarity`` is passed
+    over, and its cluster's next taken. ``advance`` is called with the number of rows looked at."""
     order = np.lexsort((np.arange(len(scores)), -scores))
     # Each cluster's rows from the best down, by one sort: thousands of clusters are no thousands of passes.
     grouped = order[np.argsort(clusters[order], kind="stable")]

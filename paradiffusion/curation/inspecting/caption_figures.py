@@ -205,16 +205,9 @@ class TextLimits:
 
 @dataclass(frozen=True)
 class PaddingFigures:
-    """Padded tokens as a share of all tokens that are computed, over ``batches`` batches of ``batch_size`` captions.
-
-    Attributes:
-        planned, unsorted: padded to the longest caption of each batch, in planned batches, and in batches of the same
-            captions in random order.
-        planned_rounded, unsorted_rounded: the same, rounded up as training does to keep the number of shapes small.
-        to_limit: every caption padded to the limit.
-        trained: which of these the configured stage has.
-        kinds, sources: share of each caption kind, and of each source, in the batches.
-    """
+    """Padded tokens as a share of all tokens that are computed, over ``batches`` batches of ``batch_size`` captions: padded to the
+    longest of each planned batch, or of batches of the same captions in random order; the same ``_rounded`` as training does to keep
+    the number of shapes small; and every caption padded to the limit. ``trained`` is which of these the configured stage has."""
 
     tokenizer: str
     batches: int

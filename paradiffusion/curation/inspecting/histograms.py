@@ -13,12 +13,8 @@ BINS, FEWEST = 24, 10
 
 @dataclass(frozen=True)
 class Distribution:
-    """Figures of ``n`` numbers.
-
-    Attributes:
-        edges: lower ends of the bins and the end of the last; ``counts`` has one fewer. The last bin also holds
-            everything above it, the first everything below, so that a few giants do not flatten the rest.
-    """
+    """Figures of ``n`` numbers: lower ends of the bins and the end of the last, and their counts. The last bin also holds everything above
+    it, the first everything below, so that a few giants do not flatten the rest."""
 
     n: int
     mean: float
@@ -76,12 +72,8 @@ def histogram(
     marks: Sequence[float] = (),
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """What the template draws: ``bars`` (name, count), ``marks`` (share of the axis, number), ``ticks`` (bar, text).
-
-    Args:
-        label: what is counted, for screen readers; ``unit`` stands below the axis.
-        names: of the bins, where numbers would not do.
-    """
+    """What the template draws: ``bars`` (name, count), ``marks`` (share of the axis, number), ``ticks`` (bar, text). ``label`` says what is
+    counted, for screen readers; ``names`` are the bins', where numbers would not do."""
     count = len(found.counts)
     first, last = found.edges[0], found.edges[-1]
     texts = names or [_number(edge) for edge in found.edges]

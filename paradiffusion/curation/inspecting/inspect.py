@@ -329,12 +329,8 @@ class Inspection:
 
 
 def inspect(plan: BatchPlan, counters: list[TokenCounter], limits: TextLimits, settings: InspectSettings) -> Inspection:
-    """Look at a data set as the stage's ``plan`` would train on it; the first tokenizer is the stage's own.
-
-    Raises:
-        OSError: never for a single sample: what cannot be read is counted and shown.
-        UserError: when nothing can be trained on, as BatchPlan does.
-    """
+    """Look at a data set as the stage's ``plan`` would train on it; the first tokenizer is the stage's own. What cannot be read is counted
+    and shown; UserError when nothing can be trained on, as BatchPlan does."""
     index = plan.index
     read = read_captions(index, counters, settings.captions, settings.seed)
     padding = measure_padding(plan, counters[0], limits, settings.seed) if counters else None

@@ -41,10 +41,8 @@ _WEIGHTS = (".safetensors", ".bin")
 class CheckpointSource:
     """A checkpoint, whose models are loaded when the first picture is asked for.
 
-    Args:
-        checkpoint: as ``find_checkpoint`` finds it; ``given`` what the user wrote, which says whether a step was meant.
-        device: of this process, where the user names none.
-    """
+    ``checkpoint`` is as ``find_checkpoint`` finds it, ``given`` what the user wrote, which says whether a step was meant, and
+    ``device`` this process's, where the user names none."""
 
     kind = "checkpoint"
 
@@ -174,11 +172,8 @@ class CheckpointPainter:
 def requests_of(
     suite: Suite, config: SampleConfig, models: InferenceModels
 ) -> tuple[list[PromptRequest], dict[str, str]]:
-    """The suite's prompts as the sampler takes them, and by id why others cannot be drawn.
-
-    Raises:
-        UserError: where none can be, which is the settings' fault.
-    """
+    """The suite's prompts as the sampler takes them, and by id why others cannot be drawn. UserError where none can be, which is the
+    settings' fault."""
     requests, refused, failure = [], {}, None
     for row, prompt in enumerate(suite.prompts):
         height, width = _size(suite, prompt.height, prompt.width, config, models)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tqdm import tqdm
-
 from paradiffusion.atomic import write_atomic
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, first_does, image_name
+from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, first_does, image_name, progress
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.gallery import NAME, read_manifests
@@ -33,12 +30,8 @@ _READERS: Final = 8
 
 @dataclass
 class Matching:
-    """Which files of a folder are which prompt's pictures.
-
-    Attributes:
-        files: by prompt id, in the order of their numbers; None where a number is left out.
-        strangers: names of pictures that belong to no prompt.
-    """
+    """Which files of a folder are which prompt's pictures: by prompt id, in the order of their numbers, None where a number is left out;
+    and the names of strangers, which belong to no prompt."""
 
     files: dict[str, list[Path | None]] = field(default_factory=dict)
     strangers: list[str] = field(default_factory=list)
@@ -50,15 +43,11 @@ class Matching:
 
 
 def match_pictures(folder: Path, suite: Suite) -> Matching:
-    """Find each prompt's pictures in ``folder``.
+    """Find each prompt's pictures in ``folder``. UserError for a folder that is missing or holds no picture.
 
     A picture is named after its prompt's id, its row in the whole suite (00000), or the file name that the suite gives,
     with an optional _1 or -1 for the further ones; or it lies in a folder of such a name. In a folder that sample.py or
-    scripts/evaluate.py drew, the manifest says which prompt each picture shows.
-
-    Raises:
-        UserError: for a folder that is missing or holds no picture.
-    """
+    scripts/evaluate.py drew, the manifest says which prompt each picture shows."""
     if not folder.is_dir():
         raise UserError(
             f"images={folder} is not a folder; expected one with a picture for each prompt of suite={suite.name}."

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, Painter
@@ -37,13 +40,7 @@ class Place:
 
 
 class Source(Protocol):
-    """A checkpoint, a pipeline or a folder of pictures.
-
-    Attributes:
-        kind: one of ``result.KINDS``.
-        label: how reports call it.
-        name: as a folder's name.
-    """
+    """A checkpoint, a pipeline or a folder of pictures: its kind (of ``records.KINDS``), its label in reports, its folder's name."""
 
     kind: str
     label: str
@@ -62,8 +59,8 @@ class Source(Protocol):
         ...
 
     def draw(self, place: Place) -> tuple[list[Drawn], dict[str, Any]]:
-        """Draw this process's share of what is not there yet; all images, in the order of the suite, and what they come
-        from, as JSON. Stopped after a signal, in every process."""
+        """Draw this process's share of what is not there yet; all images, in the order of the suite, and what they come from, as
+        JSON. Stopped after a signal, in every process."""
         ...
 
     def painter(self, suite: Suite) -> Painter | None:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from paradiffusion.config import SampleConfig
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint_pictures import drawn_images
-from paradiffusion.evaluation.drawing.picture_source import ANOTHER, Place, size_for
+from paradiffusion.evaluation.drawing.picture_source import Place, all_do, progress, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
@@ -29,7 +27,7 @@ from paradiffusion.sampling.gallery import (
     save_png,
 )
 from paradiffusion.sampling.pipeline import choose_device
-from paradiffusion.sampling.run import Stopped, disk_errors
+from paradiffusion.sampling.run import disk_errors
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import hash_ends
 
@@ -45,14 +43,9 @@ class PipelineError(Exception):
 
 
 class PipelineSource:
-    """A pipeline, loaded when the first picture is asked for.
+    """A pipeline (a folder, or an id on the hub), loaded when the first picture is asked for.
 
-    Each image has noise from a generator of its own, so that it does not depend on the batch that it is drawn in.
-
-    Args:
-        path: a folder, or an id on the hub.
-        device: of this process, where the user names none.
-    """
+    Each image has noise from a generator of its own, so that it does not depend on the batch that it is drawn in."""
 
     kind = "pipeline"
 
@@ -251,11 +244,8 @@ class PipelinePainter:
 
 
 def load_pipeline(path: str, config: SampleConfig, device: str | None) -> Any:
-    """A pipeline on its device, from safetensors and diffusers' own classes alone.
-
-    Raises:
-        UserError: for what cannot be loaded so, or does not take a text.
-    """
+    """A pipeline on its device, from safetensors and diffusers' own classes alone. UserError for what cannot be loaded so, or does not
+    take a text."""
     from diffusers import DiffusionPipeline
 
     from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline

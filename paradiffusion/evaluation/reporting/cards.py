@@ -47,12 +47,7 @@ MARKS: Final = {
 
 @dataclass
 class Shown:
-    """An image that the report shows, of every model.
-
-    Attributes:
-        image: its name, the same for all models: prompt, number and so seed are the same.
-        group: the section it stands in, one of GROUPS; ``why`` is each reason in words.
-    """
+    """An image (prompt, number and so seed) that the report shows of every model, its section of GROUPS, and each reason."""
 
     image: str
     prompt: str
@@ -147,12 +142,7 @@ def _in_turn(shown: Sequence[Shown]) -> list[Shown]:
 
 @dataclass
 class Album:
-    """What a report's pictures may weigh.
-
-    Attributes:
-        folder: where the report lies; pictures link to their files from there.
-        left: bytes that pictures may still take.
-    """
+    """What a report's pictures may weigh: ``left`` are bytes that they may still take; they link to their files from ``folder``."""
 
     folder: Path
     left: int
@@ -303,11 +293,8 @@ class JudgedSentence:
 
 
 def judged_sentences(found: Found) -> list[JudgedSentence]:
-    """The sentences of one picture's prompt, from all scores that have some; the first that can tell sets the level.
-
-    Args:
-        found: each score with what it says of this picture; ``detail["sentences"]`` is read.
-    """
+    """The sentences of one picture's prompt, from all scores that have some (``detail["sentences"]``); the first that can tell sets
+    the level."""
     merged: dict[tuple[float, str], JudgedSentence] = {}
     for result, image in found:
         listed = image.detail.get("sentences")

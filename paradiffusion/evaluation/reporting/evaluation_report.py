@@ -39,7 +39,7 @@ def write_report(
     votes: Mapping[str, Any] | None = None,
     baseline: str | None = None,
 ) -> Path:
-    """Write the report of ``evaluations`` into ``folder``; the path of its page.
+    """Write the report of ``evaluations`` into ``folder``; the path of its page. ValueError for no evaluations.
 
     Evaluations of one suite are compared with each other, and each suite has a section of its own. The page is one file that
     needs nothing else; report.md has its tables, report.json its numbers (see ``report_record``).
@@ -48,8 +48,6 @@ def write_report(
         title: None for one made of the labels and suites.
         votes: what people said of these images (see ``tables.vote_tables``).
         baseline: the label that differences are taken to; None for the first of each suite.
-    Raises:
-        ValueError: for no evaluations.
     """
     if not evaluations:
         raise ValueError("a report needs an evaluation")

@@ -81,11 +81,8 @@ def line_figure(
 ) -> Markup:
     """Estimates with their intervals joined by lines: against length, by position.
 
-    Args:
-        name: unique on the page; ids inside the figure begin with it.
-        places: what the places on the axis are called, which the figure's description says too.
-        xs: for each series the position of each place; None: 0, 1, 2, ..., labelled by ``places``.
-    """
+    ``name`` is unique on the page; ids inside the figure begin with it. ``places`` are what the places on the axis are called, and
+    ``xs`` for each series the position of each; None: 0, 1, 2, ..., labelled by ``places``."""
     figure, axes = _empty(4.4, 2.9)
     for number, one in enumerate(series):
         where = [float(i) + _shift(number, len(series), 0.1) for i in range(len(places))] if xs is None else xs[number]
@@ -261,11 +258,7 @@ def _svg(figure: Figure, name: str, description: str) -> Markup:
 
 
 def measure_figures(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumbers, name: str) -> list[Markup]:
-    """A measure by model, against length and by category, as far as there is something to see.
-
-    Args:
-        name: unique on the page.
-    """
+    """A measure by model, against length and by category, as far as there is something to see; ``name`` is unique on the page."""
     measure, found = one.measure, []
     if sum(value is not None for value in one.whole.estimates) > 1:
         series = [
@@ -298,10 +291,8 @@ def measure_figures(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumb
 
 
 def table_figures(tables: Sequence[tuple[str, Table]], name: str) -> list[Markup]:
-    """The figure that a table of a score's own asks for: its first column against its estimates.
-
-    Of several models the first column of estimates is compared; of one, all of them are shown.
-    """
+    """The figure that a table of a score's own asks for: its first column against its estimates; of several models the first column of
+    those alone."""
     kind, rows = tables[0][1].plot, tables[0][1].rows
     if kind not in ("bars", "lines") or not 1 < len(rows) <= MOST_PLACES:
         return []

@@ -19,10 +19,9 @@ FEWEST: Final = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One measure over one group of prompts, an entry for each model.
+    """One measure over one group of prompts ("all", a length band or a category), an entry for each model.
 
     Attributes:
-        group: "all", a length band or a category; ``prompts`` of the suite are in it.
         differences: to the baseline, over the prompts that both have, which are resampled together; None for the baseline itself and
             where models are not comparable.
         best: the model that leads where the interval of its difference to the next best excludes 0, else None.
@@ -47,11 +46,8 @@ class MeasureNumbers:
 
 @dataclass(frozen=True)
 class ScoreNumbers:
-    """A score: what each model's evaluation says about it (None: not asked for there), and its measures.
-
-    Attributes:
-        unlike: the settings by which models were judged unlike each other; differences are not computed then.
-    """
+    """A score: what each model's evaluation says about it (None: not asked for there), its measures, and the settings by which models are
+    unlike each other, so that differences are not computed."""
 
     name: str
     title: str
@@ -95,13 +91,8 @@ class SuiteNumbers:
 
 
 def suite_numbers(evaluations: Sequence[Evaluation], baseline: str | None = None) -> list[SuiteNumbers]:
-    """The numbers of each suite among ``evaluations``, in the order that they come in.
-
-    Evaluations are compared where their suites have the same name and the same prompts.
-
-    Args:
-        baseline: the label of the model that differences are taken to; None, or one that a suite has not: its first.
-    """
+    """The numbers of each suite (of one name and the same prompts) among ``evaluations``, in the order that they come in. Differences
+    are taken to the model with the label ``baseline``; without one, or where a suite has not got it, to its first."""
     suites: dict[tuple[str, str], list[Evaluation]] = {}
     for evaluation in evaluations:
         suites.setdefault((evaluation.suite.name, evaluation.suite.fingerprint), []).append(evaluation)

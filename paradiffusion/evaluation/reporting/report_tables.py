@@ -270,11 +270,7 @@ def _prompt_names(numbers: SuiteNumbers) -> dict[str, str]:
 
 
 def read_votes(path: Path) -> dict[str, Any]:
-    """The results of scripts/vote.py from its results.json.
-
-    Raises:
-        UserError: for a file that is missing, damaged or another one.
-    """
+    """The results of scripts/vote.py from its results.json. UserError for a file that is missing, damaged or another one."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -288,11 +284,8 @@ def read_votes(path: Path) -> dict[str, Any]:
 
 
 def vote_tables(votes: Mapping[str, Any]) -> list[Table]:
-    """For each question the win, tie and loss rates of each pair of sets, over all prompts and by group, and the strengths.
-
-    Args:
-        votes: results.json of the vote command. A part that is missing, or is of another shape, is passed over.
-    """
+    """For each question the win, tie and loss rates of each pair of sets, over all prompts and by group, and the strengths. A part of
+    results.json that is missing, or is of another shape, is passed over."""
     return [table for answers in _maps(votes.get("answers")) for table in _vote_tables(answers)]
 
 

@@ -26,14 +26,12 @@ _CHOICES: Final = {"a": (1, 0, 0), "b": (0, 1, 0), "tie": (0, 0, 1)}
 
 @dataclass(frozen=True)
 class HumanPair:
-    """What one person, or several together, said of two pictures of one prompt.
+    """What one person, or several together, said of two pictures of one prompt (its id, or its text).
 
     Attributes:
-        prompt: the prompt's id, or its text.
-        image_a, image_b: names of the images in their sets; "" for the prompt's image number ``number``.
-        question: what was asked, "" where the file does not say.
         a, b, ties: votes for the one, for the other, for neither.
-        rater: who voted; "" where the file does not say, or where these are votes of several.
+        question, rater: "" where the file does not say, or where these are votes of several.
+        image_a, image_b: names of the images in their sets; "" for the prompt's image number ``number``.
     """
 
     prompt: str
@@ -188,14 +186,11 @@ class _Judged:
 
 
 def agreement(evaluations: Sequence[Evaluation], pairs: Sequence[HumanPair]) -> ScoreResult:
-    """Each score's agreement with people, by question, over the pairs whose pictures ``evaluations`` hold.
+    """Each score's agreement with people, by question, over the pairs whose pictures ``evaluations`` (of one suite) hold; their labels
+    are the names of the sets.
 
-    Args:
-        evaluations: of one suite; their labels are the names of the sets.
-    Returns:
-        For each question a table with a row for each measure, best first, below what people agree with each other; skipped
-        where no pair is of these evaluations.
-    """
+    For each question a table with a row for each measure, best first, below what people agree with each other; skipped where no pair
+    is of these evaluations."""
     result = ScoreResult(NAME, TITLE, _FORMULA, _SOURCE, {"votes": sum(pair.a + pair.b + pair.ties for pair in pairs)})
     judged, lost = _gathered(evaluations, pairs)
     if not judged:

@@ -40,16 +40,9 @@ class CaptionBack:
     """Cosine between the embeddings of a prompt and of what a model writes about its picture.
 
     The idea is TIT-Score's (arXiv 2510.02987), which asks for 250 to 350 words for every picture and embeds with
-    Qwen3-Embedding-8B; ``words=300`` is nearest to that. Here as many words are asked for as the prompt has, since a caption
+    Qwen3-Embedding-8B; ``words=300`` is nearest to that. Here as many are asked for as the prompt has (``words=None``), since a caption
     of another length than the prompt's is less like it whatever it says. The second measure asks whether a prompt is nearer to
-    its own picture's caption than to those of all other prompts' pictures; by chance one in as many as there are prompts is.
-
-    Args:
-        options: the model that describes.
-        embedding: the model that compares.
-        words: how many are asked for, None for as many as the prompt has.
-        table: configs/captioners.yaml.
-    """
+    its own picture's caption than to those of all other prompts' pictures; by chance one in as many as there are prompts is."""
 
     name = "caption_back"
 

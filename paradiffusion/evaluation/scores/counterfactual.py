@@ -31,16 +31,13 @@ _RESAMPLES: Final = 500
 
 @dataclass(frozen=True)
 class Removal:
-    """One sentence left out.
+    """One sentence left out, of the ``of`` of its paragraph.
 
     Attributes:
-        of: sentences of its paragraph.
         kind: what it says, None where it is not judged, "" where that is not known.
-        score, followed: of the sentence on the picture of the whole text.
-        drop: of its score on the picture without it; 0 where it is not judged.
-        change: of all pixels, relative to another seed's picture; None where that is the same picture.
-        inside: the same in the cells that it speaks of, None where there are none.
-        features: the change in CLIP features relative to another seed's; None without CLIP.
+        score, followed: of the sentence on the picture of the whole text; ``drop``: of that score on the picture without it.
+        change: of all pixels, relative to another seed's picture; None where that is the same picture. ``inside``: the same in the
+            cells that it speaks of, None where there are none. ``features``: the same in CLIP features; None without CLIP.
         matters: whether its drop stands out of the noise; None where it is not judged.
     """
 
@@ -223,13 +220,8 @@ _SOURCE: Final = "this project; the factor of three is its choice (about 3 % of 
 class Counterfactual:
     """The share of sentences that matter to the picture: a sentence whose removal changes nothing was ignored.
 
-    Formula: _FORMULA. A prompt of one sentence has nothing that could stay, and is left out and counted.
-
-    Args:
-        painter: the model, asked for sentences + 2 pictures of each prompt.
-        prompts: how many prompts of the suite, spread evenly.
-        clip: a CLIP model, to measure the change in its image features too; the judge's own where that is one.
-    """
+    Formula: _FORMULA. A prompt of one sentence has nothing that could stay, and is left out and counted. The ``painter`` is asked for
+    sentences + 2 pictures of each of ``prompts`` prompts, spread evenly; ``clip`` measures the change in its features too."""
 
     name = "counterfactual"
 

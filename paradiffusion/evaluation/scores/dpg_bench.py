@@ -69,13 +69,8 @@ CORRECTED: Final = Quirks(**dict.fromkeys(Quirks.__dataclass_fields__, False))
 
 @dataclass(frozen=True)
 class JudgedPrompt:
-    """A prompt's answers.
-
-    Attributes:
-        images: for each image its answers with the rule applied, in the order of the images.
-        errors: by image, why it failed.
-        dropped: why the prompt is in no mean, "" where it is.
-    """
+    """A prompt's answers: by image, with the rule applied, in the images' order; by image why it failed; and why the prompt is in no mean,
+    "" where it is."""
 
     prompt: SuitePrompt
     images: Mapping[str, list[Answered]]
@@ -94,11 +89,8 @@ class JudgedPrompt:
 
 
 def questions_of(prompt: SuitePrompt, quirks: Quirks) -> list[ChecklistQuestion]:
-    """The questions that are asked of a prompt's images, in the order of the file.
-
-    ``prompt.meta["dpg"]`` says where they stand in the CSV: "row" of each question's id, 0 for the first one below the header,
-    and "last_block", the row where the last unbroken run of this prompt's rows begins, if there are several.
-    """
+    """The questions that are asked of a prompt's images, in the order of the file: ``prompt.meta["dpg"]`` says in which row of the CSV
+    each stands, and in "last_block" where the last unbroken run of this prompt's rows begins, if there are several."""
     place = prompt.meta.get("dpg", {})
     rows = place.get("row", {})  # of another suite than DPG-Bench there are none
     start = int(place.get("last_block", 0)) if quirks.keep_last_block else 0
@@ -124,11 +116,7 @@ def asked_prompt(prompt: SuitePrompt, quirks: Quirks) -> SuitePrompt:
 
 
 def judge(prompt: SuitePrompt, answers: Mapping[str, tuple[list[Answered], str]], quirks: Quirks) -> JudgedPrompt:
-    """The answers to one prompt's images with the rule applied.
-
-    Args:
-        answers: by image, in the order of the images: the answers to ``questions_of`` and why the image failed.
-    """
+    """The answers to one prompt's images with the rule applied; ``answers`` are by image, in order, with why the image failed."""
     ruled: dict[str, list[Answered]] = {}
     errors: dict[str, str] = {}
     for image, (found, error) in answers.items():
@@ -163,13 +151,7 @@ _SOURCE: Final = "DPG-Bench (arXiv 2403.05135), dpg_bench/compute_dpg_bench.py o
 
 
 class _Dpg:
-    """What both scores share.
-
-    Args:
-        options: the model that answers.
-        quirks: what is done as the published code does it.
-        table: configs/captioners.yaml.
-    """
+    """What both scores share; ``quirks`` are what is done as the published code does it."""
 
     name = ""
     what = ""

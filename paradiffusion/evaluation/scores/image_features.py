@@ -60,11 +60,7 @@ def image_features(
     """Features of those of ``images`` that ``work`` does not hold yet, kept there; every process gives its share.
 
     An image that was not drawn, that cannot be read, or whose features are not finite is kept as failed, with the reason.
-    A file that has changed since (its size or time) is looked at again.
-
-    Args:
-        batch_size: images that go through the model together.
-    """
+    A file that has changed since (its size or time) is looked at again."""
     work.mkdir(parents=True, exist_ok=True)
     known = {name: stamp for chunk in _chunks(work) for name, stamp in _notes(chunk).stamps.items()}
     waiting = [image for image in images if known.get(image.name) != stamp_of(image)]
@@ -85,12 +81,8 @@ def image_features(
 
 
 def read_features(work: Path, names: Sequence[str]) -> tuple[list[str], np.ndarray, dict[str, str]]:
-    """What ``image_features`` of all processes left in ``work`` about the images with these names.
-
-    Returns:
-        The names that have features, in the order of ``names``; float32 [N, D] in the same order, [0, 0] for none; and
-        why each of the others failed ("no features were made" where nothing is known of it).
-    """
+    """What ``image_features`` of all processes left in ``work`` about the images with these names: those that have features, in order;
+    float32 [N, D] of them, [0, 0] for none; and why each of the others failed."""
     place: dict[str, tuple[Path, int]] = {}
     errors: dict[str, str] = {}
     for chunk in _chunks(work):  # from old to new, so that the newest holds

@@ -31,9 +31,8 @@ _BY_OBJECTS = ("colour_at_place", "unbound", "shape", "colour_and_shape", "all_c
 class ScenesScore:
     """Shares of objects, backgrounds and whole pictures that are right (``paradiffusion.scenes.judge``).
 
-    An image's values are shares of its objects and weigh as many as it has, so that the mean is the share of all objects; its
-    binding weighs as many as its colours at random would get wrong.
-    """
+    They weigh as many as an image has objects, so that the mean is the share of all objects; the binding as many as its colours at
+    random would get wrong."""
 
     name = "scenes"
     title = "Scenes: ground truth"

@@ -61,14 +61,8 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of the pictu
 
 @dataclass(frozen=True)
 class Judgement:
-    """How well a picture follows one sentence.
-
-    Attributes:
-        score: higher is better; what it means is the judge's (see ``SentenceJudge.unit``).
-        followed: yes or no; None where the judge only compares.
-        facts: (what it is about, 0 to 1), the single facts that the sentence states, where the judge knows them.
-        kind: what the sentence is about, "" where the judge does not know.
-    """
+    """How well a picture follows one sentence: a score (higher is better; see ``SentenceJudge.unit``), yes or no (None where the judge
+    only compares), and where the judge knows them the single facts, (what it is about, 0 to 1), and what the sentence is about."""
 
     score: float
     followed: bool | None = None
@@ -77,13 +71,8 @@ class Judgement:
 
 
 class SentenceJudge(Protocol):
-    """Judges sentences one by one.
-
-    Attributes:
-        name: short, as a file name; title: as reports show it.
-        unit: of its scores: "share" (0 to 1, 1 = all of it is shown) or "cosine".
-        exact: whether it knows the truth; others estimate.
-    """
+    """Judges sentences one by one. ``unit`` is its scores': "share" (1 = all of it is shown) or "cosine"; ``exact`` whether it knows the
+    truth; others estimate."""
 
     name: str
     unit: str
@@ -182,11 +171,8 @@ class NoJudge(_KnowsNoScene):
 class ClipJudge(_KnowsNoScene):
     """Cosines of CLIP features of sentences and pictures (CLIPScore, arXiv 2104.08718, without its factor of 2.5).
 
-    A cosine says little alone: sentences differ in how well any picture fits them. So it compares, and never says yes or no.
-
-    Args:
-        spec: as ``clip=`` takes it, see ``paradiffusion.metrics.clip.load_clip``; the model is loaded at the first use.
-    """
+    A cosine says little alone: sentences differ in how well any picture fits them. So it compares, and never says yes or no. The
+    model is loaded at the first use, from ``spec`` as ``paradiffusion.metrics.clip.load_clip`` takes it."""
 
     spec: str
     device: str = "cpu"
@@ -242,14 +228,10 @@ DIGITS: Final = 6
 
 @dataclass(frozen=True)
 class SentenceRow:
-    """One sentence.
+    """One sentence, at ``position`` (from 0) of the ``of`` of its paragraph; of one that is ``cut`` only the beginning was read.
 
-    Attributes:
-        position: its place in the paragraph, from 0; ``of`` is how many sentences that has.
-        others: float [K], its scores on the pictures of other prompts; empty where none were looked at.
-        others_followed: how many of these follow it; None where the judge does not say.
-        cut: only its beginning was read.
-    """
+    ``others`` are float [K], its scores on the pictures of other prompts (empty where none were looked at), of which
+    ``others_followed`` follow it; None where the judge does not say."""
 
     text: str
     position: int
@@ -283,11 +265,8 @@ class PictureRows:
 def prepare_rows(
     judge: SentenceJudge, suite: Suite, images: Sequence[Drawn], work: Path, run: Run, others: int, title: str
 ) -> None:
-    """Look at ``images``, this process's share, and keep in ``work`` what ``read_rows`` needs.
-
-    Args:
-        others: with how many other prompts' pictures a sentence is compared; CLIP compares with all.
-    """
+    """Look at ``images``, this process's share, and keep in ``work`` what ``read_rows`` needs. A sentence is compared with the pictures
+    of ``others`` other prompts; by CLIP with those of all."""
     if isinstance(judge, ClipJudge):
         image_features(images, clip_extractor(judge.clip), _features_of(judge, work), run, title="CLIP image features")
         return

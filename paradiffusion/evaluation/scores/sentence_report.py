@@ -52,8 +52,7 @@ class SentenceReport:
     """The share of sentences that were followed, and which were not.
 
     On scenes a sentence is followed where every fact that it states holds (``Followed.followed``). Elsewhere this is
-    estimated: where its own picture fits it better than ABOVE of the other prompts' pictures do.
-    """
+    estimated: where its own picture fits it better than ABOVE of the other prompts' pictures do."""
 
     name = "sentences"
 

@@ -32,13 +32,8 @@ _BLOCK: Final = 2048  # rows of a kernel matrix at once: [2048, 30000] float64 i
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The normal distribution that Frechet's distance takes a set of features for.
-
-    Attributes:
-        mean: float64 [D].
-        factor: float64 [K, D] whose ``factor.T @ factor`` is the covariance.
-        count: images that it comes from; None where that is not known.
-    """
+    """The normal distribution that Frechet's distance takes a set of ``count`` features for (None where that is not known): float64
+    mean [D], and a factor [K, D] whose ``factor.T @ factor`` is the covariance."""
 
     mean: np.ndarray
     factor: np.ndarray
@@ -63,11 +58,8 @@ def gaussian(features: np.ndarray) -> Gaussian:
 
 
 def gaussian_from_moments(mean: np.ndarray, covariance: np.ndarray, count: int | None = None) -> Gaussian:
-    """A distribution of which mean [D] and covariance [D, D] are known.
-
-    Raises:
-        ValueError: for other shapes, values that are not finite, and a matrix that is no covariance.
-    """
+    """A distribution of which mean [D] and covariance [D, D] are known. ValueError for other shapes, values that are not finite, and a
+    matrix that is no covariance."""
     mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"a mean {list(mean.shape)} and a covariance {list(covariance.shape)} do not fit together")
@@ -128,12 +120,8 @@ def kernel_distance(
     """KID: the unbiased squared maximum mean discrepancy of features [N, D] and [M, D], the mean over random subsets.
 
     The kernel is (x.y / D + 1)^3; each subset takes ``size`` of either set without repeating (Binkowski et al.,
-    arXiv 1801.01401, section 4: 100 subsets of 1,000). A smaller set is taken whole. It may come out below 0, as an unbiased
-    estimate of something small must. Not multiplied by 1,000.
-
-    Raises:
-        ValueError: for fewer than 2 of either.
-    """
+    arXiv 1801.01401, section 4: 100 subsets of 1,000). A smaller set is taken whole; ValueError for fewer than 2 of either. It may
+    come out below 0, as an unbiased estimate of something small must. Not multiplied by 1,000."""
     size = min(size, len(a), len(b))
     if size < 2:
         raise ValueError(f"{len(a)} and {len(b)} features have no unbiased discrepancy")
@@ -171,11 +159,7 @@ _EXPECTED: Final = (
 
 @dataclass(frozen=True)
 class Reference:
-    """What to compare with: ``images`` of a folder, or ``moments``.
-
-    Attributes:
-        settings: what it is, as JSON; it differs when the pictures do.
-    """
+    """What to compare with: ``images`` of a folder, or ``moments``; ``settings`` differ when the pictures do."""
 
     path: Path
     images: list[Drawn] = field(default_factory=list)
@@ -184,11 +168,8 @@ class Reference:
 
 
 def open_reference(path: Path) -> Reference:
-    """The reference at ``path``; pictures in folders below it count too, and are not read yet.
-
-    Raises:
-        UserError: where there is nothing, no pictures, or no such statistics.
-    """
+    """The reference at ``path``; pictures in folders below it count too, and are not read yet. UserError where there is nothing, no
+    pictures, or no such statistics."""
     if path.is_dir():
         files = sorted(
             file
@@ -241,12 +222,8 @@ class _SetDistance(ABC):
     An image that failed has no features, and a distance has no value for it: failures are listed, and counted in a warning.
     The interval is that of the distance for this many images of other prompts, against the same reference: the mean over
     resampled prompts of what each image adds to it (see ``frechet_influence``), which in simulation covers at 97 to
-    99 %. It does not say how far the distance of infinitely many images lies.
-
-    Args:
-        reference: a folder of pictures, or a .npz with mu and sigma.
-        cache: a folder for the reference's features that several evaluations share; None to keep them in each.
-    """
+    99 %. It does not say how far the distance of infinitely many images lies. ``cache`` is a folder for the reference's features
+    that several evaluations share; None to keep them in each."""
 
     reference: Path
     device: str = "cpu"
@@ -465,11 +442,7 @@ class KernelInception(_OnInception):
 
 @dataclass
 class FrechetClip(_SetDistance):
-    """CLIP-FD: Frechet's distance on a CLIP model's image features, which ImageNet's classes do not bind.
-
-    Args:
-        spec: the model, as ``metrics.clip.load_clip`` takes it.
-    """
+    """CLIP-FD: Frechet's distance on a CLIP model's image features, which ImageNet's classes do not bind."""
 
     spec: str = field(kw_only=True)
     precision: str = "fp32"

@@ -50,15 +50,9 @@ class Reply:
 
 @dataclass(frozen=True)
 class Asker:
-    """A model and the longest answer that a score wants of it.
+    """A model and the longest answer that a score wants of it, where ``options`` do not say; ``table`` is configs/captioners.yaml.
 
-    Attributes:
-        tokens: the longest answer where ``options`` do not say.
-        table: configs/captioners.yaml.
-
-    Raises:
-        UserError: for options that cannot be meant and a model that is nowhere, so that this is told before anything is drawn.
-    """
+    UserError for options that cannot be meant and a model that is nowhere, so that this is told before anything is drawn."""
 
     options: VlmOptions
     tokens: int
@@ -82,11 +76,8 @@ class Asker:
         return work.parent / f"vlm-answers-{digest}"
 
     def ask(self, asks: Sequence[Ask], work: Path, run: Run, title: str) -> None:
-        """Put those of ``asks`` that have no answer yet; what befalls one picture is kept as its error.
-
-        Raises:
-            UserError: where the model cannot go on, is another one than answered before, or takes no picture at all.
-        """
+        """Put those of ``asks`` that have no answer yet; what befalls one picture is kept as its error. UserError where the model
+        cannot go on, is another one than answered before, or takes no picture at all."""
         with Journal(self.folder(work), run.rank) as journal, run.bar(len(asks), title) as bar:
             missing = []
             for number, ask in enumerate(asks):

@@ -20,11 +20,8 @@ _NAME: Final = re.compile(r"^(?P<base>.*?)(?:\s+(?P<number>\d+))?\s*(?:\((?P<hin
 
 
 def read_paraprompts(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
-    """The prompts in the order of the CSV; ids are the stems of its image column.
-
-    Checklists are the JSON files in the folder ``checklists`` beside it, named after those stems; without that folder no
-    prompt has questions. Raises UserError for a checklist without its prompt, and for files that are malformed.
-    """
+    """The prompts in the order of the CSV; ids are the stems of its image column. Checklists are the JSON files in the folder
+    ``checklists`` beside it, named after those stems. UserError for a checklist without its prompt, and for malformed files."""
     options = entry.take({"file": "ParaPrompts_400.csv", "checklists": "Parts_50"})
     columns = {"id": "Image", "text": "Prompt", "category": "Category", **entry.columns}
     file = find_file(path, [options["file"], "*.csv"], f"expected {options['file']}: see its entry in suites.yaml.")
@@ -57,14 +54,9 @@ def _checklists(folder: Path, name: str) -> dict[str, Path]:
 def checklist_questions(values: Any, file: Path) -> Iterator[ChecklistQuestion]:
     """Questions in our words: is each object there, is it as its attributes say, and where its location says?
 
-    Attributes and location ask about an object, so a picture without the object fails them too (``parents``). "Old Man 2"
-    asks for at least two old men. Nested attributes, which one of the released files has, become one question each.
-
-    Args:
-        values: {object: {"Attributes": ..., "Locations": ...}}.
-    Raises:
-        UserError: for another structure.
-    """
+    ``values`` are {object: {"Attributes": ..., "Locations": ...}}. Attributes and location ask about an object, so a picture without
+    it fails them too (``parents``). "Old Man 2" asks for at least two old men. Nested attributes, which one of the released files
+    has, become one question each."""
     if not isinstance(values, dict) or not values or not all(isinstance(parts, dict) for parts in values.values()):
         raise UserError(
             f"{file} is no checklist; expected {{object: {{Attributes: ..., Locations: ...}}}}: get it again."
@@ -124,15 +116,11 @@ DPG_QUESTION = "question_natural_language"
 
 
 def read_dpg(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
-    """The prompts in the order of the table, with its rows as questions.
+    """The prompts in the order of the table, with its rows as questions: ids are propositions, parents the dependencies but for "0".
 
-    ``prompts/<item>.txt`` beside the table is what is drawn, where that folder is there, else the table's text. A
-    question's id is the proposition's, its parents are the dependencies but for "0", which means none; ``about`` is the
-    tuple as it stands. ``meta["dpg"]`` has what the published procedure depends on beyond that: "rows", the table's first
-    row for this prompt (0 is the first under the header), and "row", the row of each question.
-
-    Raises UserError for questions without their prompt, for a prompt without questions, and for malformed files.
-    """
+    ``prompts/<item>.txt`` beside the table is what is drawn, where that folder is there, else the table's text. ``meta["dpg"]`` has
+    what the published procedure depends on beyond that: "rows", the table's first row for this prompt (0 is the first under the
+    header), and "row", the row of each question. UserError for questions without prompt, or the reverse, and for malformed files."""
     columns = {column: column for column in (*DPG_COLUMNS, DPG_QUESTION)} | entry.columns
     table = find_file(path, [entry.take({"file": "dpg_bench.csv"})["file"]], "see its entry in suites.yaml.")
     groups: dict[str, list[tuple[int, Row]]] = {}
@@ -203,11 +191,9 @@ def _origin(item: str) -> str:
 
 
 def read_geneval(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
-    """The prompts of evaluation_metadata.jsonl; ids are line numbers as in GenEval's folders, 00000 first.
+    """The prompts of evaluation_metadata.jsonl; ids are line numbers as in GenEval's folders, 00000 first, the category is the tag.
 
-    The category is the tag; ``meta`` holds ``include`` and ``exclude``. GenEval's own score counts with an object
-    detector; the questions are ours, in its structure, for a model that answers them.
-    """
+    GenEval's own score counts with an object detector; the questions are ours, in its structure, for a model that answers them."""
     columns = {"text": "prompt", "category": "tag", "include": "include", **entry.columns}
     names = [entry.take({"file": "evaluation_metadata.jsonl"})["file"]]
     file = find_file(path, [*names, f"prompts/{names[0]}"], "see its entry in suites.yaml.")
@@ -262,10 +248,7 @@ def _article(name: str) -> str:
 
 
 def read_detailmaster(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
-    """Its polished prompts, with questions of ours from what it lists of each.
-
-    Ids are the source set and the image's stem, as in its own code; the category is the source set.
-    """
+    """Its polished prompts, with questions of ours from what it lists of each; ids are the source set and the image's stem."""
     file = find_file(path, [entry.take({"file": "DetailMaster_Dataset.json"})["file"]], "see its entry in suites.yaml.")
     columns = {"text": "polished_prompt", "image": "image_id", "category": "dataset_target", **entry.columns}
     prompts = []

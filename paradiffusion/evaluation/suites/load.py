@@ -63,8 +63,7 @@ def load_suite(
         path: where its files lie, instead of where the table says.
         count: at most so many prompts, spread over the list; pairs stay together. Of the scenes it is the first so many.
         allow_other: accept files that differ from the released ones.
-        options: of the suite's layout, over those of the table, such as {"scale": 2} for the scenes. {"language": "zh"} is
-            the suite NAME_zh, where there is one.
+        options: of the suite's layout, over the table's, such as {"scale": 2} for the scenes; {"language": "zh"} is the suite NAME_zh.
     Raises:
         UserError: for an unknown name, files that are missing, malformed or not the released ones, and an empty suite.
     """

@@ -37,11 +37,8 @@ def read_folder(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
 
 
 def read_prompt_file(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
-    """The prompts of a .txt, .csv or .jsonl file; ids are their numbers, 00000 first, as sample.py names its images.
-
-    Heights and widths hold. Seeds and sampler settings of single lines do not, since all models are compared under the
-    same ones; they are kept in ``meta["line"]``.
-    """
+    """The prompts of a .txt, .csv or .jsonl file; ids are their numbers, 00000 first, as sample.py names its images. Heights and widths
+    hold; seeds and sampler settings of single lines do not (all models get the same ones), and are kept in ``meta["line"]``."""
     entry.take({})
     prompts = []
     for request in read_prompts(prompt_file=path):
@@ -108,11 +105,8 @@ def _matching(entry: SuiteEntry, path: Path, pattern: str) -> list[Path]:
 
 
 def read_coco(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
-    """A prompt for each image, by image id: of its captions the one with the lowest id that is not empty.
-
-    Ids are the stems of the image files; ``meta`` has ``image_id``, ``caption_id`` and ``file_name``, by which a folder of
-    COCO's own images is matched. Which images are drawn of them is ``choose`` of the table.
-    """
+    """A prompt for each image, by image id: of its captions the one with the lowest id that is not empty. Ids are the stems of the image
+    files; which are drawn of them is ``choose`` of the table."""
     name = entry.take({"file": "captions_val2014.json"})["file"]
     file = find_file(path, [name, f"annotations/{name}"], f"expected COCO's {name}: see its entry in suites.yaml.")
     values = read_json(file)

@@ -19,11 +19,9 @@ BAND_NAMES: Final = tuple(name for _, name in BANDS)
 
 @dataclass(frozen=True)
 class ChecklistQuestion:
-    """A yes/no question about a picture.
+    """A yes/no question about a picture; "yes" means that the picture follows the prompt.
 
     Attributes:
-        id: its name among the prompt's questions.
-        text: what is asked; "yes" means that the picture follows the prompt.
         category: broad kind, such as "entity", "attribute", "location"; ``detail`` a finer one or "".
         parents: ids of questions without whose "yes" this one cannot be "yes" (no object, no attribute).
         about: what it asks for, in short ("the temple: golden"); "" where ``text`` says it.
@@ -39,15 +37,8 @@ class ChecklistQuestion:
 
 @dataclass(frozen=True)
 class SuitePrompt:
-    """One prompt.
-
-    Attributes:
-        id: unique in its suite, stable, and safe as a file name.
-        category: "" where the suite has none.
-        height, width: pixels; None for the model's own resolution.
-        questions: its checklist, where it has one.
-        meta: whatever else its source says, as JSON.
-    """
+    """One prompt: an id that is unique in its suite, stable and safe as a file name; a category, or ""; height and width in pixels, None
+    for the model's own; its checklist; and in ``meta``, as JSON, whatever else its source says."""
 
     id: str
     text: str
@@ -74,10 +65,9 @@ class SuitePrompt:
 
 @dataclass(frozen=True)
 class Suite:
-    """Prompts with a name.
+    """Prompts under a short name, as ``suite=`` takes it.
 
     Attributes:
-        name: short, as ``suite=`` takes it; title: as reports show it.
         source: where it comes from, in a sentence; licence: as its page gives it.
         measures: names of scores that belong to it by its authors' own procedure, such as "dpg".
         rows: where each prompt stands in the whole suite, of which these are some; () where they are all of it.
@@ -124,11 +114,9 @@ _FURTHER: Final = re.compile(r"^(.+)_[0-9]+$")
 def safe_ids(names: Sequence[str]) -> list[str]:
     """A distinct name for each of ``names``: letters, digits, ".", "_" and "-", at most 100 bytes.
 
-    A name that is safe stays. Another keeps what of it is safe and gets a hash of the whole, so that it is the same
-    whatever stands beside it; only of equal names do the later ones get their number. Names that differ in case alone
-    count as equal, since some file systems take them so, and "cat_1" beside "cat" counts as unsafe: it is what the second
-    image of "cat" is called.
-    """
+    A name that is safe stays. Another keeps what of it is safe and gets a hash of the whole, so that it is the same whatever stands
+    beside it; only of equal names (letter case aside, as for some file systems) do the later ones get their number. "cat_1" beside
+    "cat" counts as unsafe: it is what the second image of "cat" is called."""
     whole = {name.casefold() for name in names}
     made = []
     for name in names:

@@ -18,12 +18,7 @@ from paradiffusion.sampling.prompts import read_text
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table.
-
-    Attributes:
-        where: the file and the row, for messages.
-        values: by column; texts in CSV, anything in JSON.
-    """
+    """One row of a table: the file and the row, for messages, and values by column; texts in CSV, anything in JSON."""
 
     where: str
     values: dict[str, Any]
@@ -67,11 +62,8 @@ def read_json(path: Path) -> Any:
 def read_rows(path: Path, needed: Sequence[str]) -> list[Row]:
     """The rows of a .csv, .tsv, .jsonl or .json file, the last a list of objects or an object that holds one.
 
-    Args:
-        needed: columns that must be there; letter case and spaces around a name do not matter, and rows have these names.
-    Raises:
-        UserError: for a file without them, or with a row that is malformed.
-    """
+    ``needed`` columns must be there under these names, letter case and spaces around them aside. UserError for a file without them,
+    or with a row that is malformed."""
     kind = path.suffix.lower()
     if kind in (".csv", ".tsv"):
         return list(_csv_rows(path, needed, "\t" if kind == ".tsv" else None))
@@ -202,12 +194,8 @@ class _Once(yaml.SafeLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        yaml.YAMLError: for all that is wrong with it: a key that stands twice, and what PyYAML itself lets through as
-            another error, such as a date that there is none of, or brackets without end.
-    """
+    """The value of a YAML text. yaml.YAMLError for all that is wrong with it: a key that stands twice, and what PyYAML itself lets
+    through as another error, such as a date that there is none of, or brackets without end."""
     try:
         return yaml.load(text, Loader=_Once)
     except (ValueError, RecursionError, OverflowError) as error:

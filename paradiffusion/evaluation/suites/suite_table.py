@@ -24,14 +24,8 @@ TABLE: Final = ROOT / "configs" / "suites.yaml"
 
 @dataclass(frozen=True)
 class Expected:
-    """What the released files hold; None where it is not checked.
-
-    Attributes:
-        categories: prompts of each category.
-        checklists: prompts with questions, where the suite has a folder of them.
-        sha256: of the prompts and their ids, as ``paradiffusion.evaluation.suites.suite_table.digest`` makes it.
-        rows: four hex digits for each prompt, in order, by which the first one that differs is found.
-    """
+    """What the released files hold, None where it is not checked: prompts, also by category; how many have a checklist; the SHA-256 of
+    ids and texts, and four hex digits for each row, by which the first one that differs is found (both as ``digest`` makes them)."""
 
     prompts: int | None = None
     categories: dict[str, int] | None = None
@@ -42,20 +36,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class SuiteEntry:
-    """One suite of the table.
-
-    Attributes:
-        name: as ``suite=`` takes it.
-        format: one of the layouts in paradiffusion.evaluation.suites.load.
-        path: a folder or file; "" where none is needed.
-        source: paper, page and repository; licence: as its page gives it; note: what a reader of its numbers must know.
-        get: how to get its files, for people; size: what they weigh.
-        columns: the file's column for each part ("text", "id", "category", ...), where files may differ.
-        options: of its layout.
-        choose: so many prompts are drawn from it, always the same ones; None for all.
-        measures: scores that belong to it by its authors' own procedure.
-        allow_other: what differs from ``expected`` is accepted.
-    """
+    """One suite of the table; configs/suites.yaml explains the keys. ``allow_other``: what differs from ``expected`` is accepted."""
 
     name: str
     format: str
@@ -108,8 +89,7 @@ def find_entry(name: str, table: Path = TABLE) -> SuiteEntry:
     """The suite that ``suite=`` names: one of the table, a YAML file of one's own, or prompts themselves.
 
     A YAML file holds one suite's keys, or a table of them of which "mine.yaml:NAME" chooses one; paths in it are from its
-    own folder. A .txt, .csv or .jsonl file and a folder of .txt files need no table.
-    """
+    own folder. A .txt, .csv or .jsonl file and a folder of .txt files need no table."""
     entries = read_table(table)
     if name in entries:
         return entries[name]
@@ -212,22 +192,15 @@ ROW_DIGITS: Final = 4
 
 
 def digest(prompts: Sequence[SuitePrompt]) -> tuple[str, str]:
-    """The SHA-256 of ids and texts, and four hex digits of each row's own, in order.
-
-    Texts count by their words: Unicode's composed form, runs of white space as one space, so that a file which was saved
-    with other line ends is the same.
-    """
+    """The SHA-256 of ids and texts, and four hex digits of each row's own, in order. Texts count by their words, in Unicode's composed
+    form, so that a file which was saved with other line ends is the same."""
     rows = [f"{prompt.id}\x1f{' '.join(unicodedata.normalize('NFC', prompt.text).split())}" for prompt in prompts]
     short = (hashlib.sha256(row.encode()).hexdigest()[:ROW_DIGITS] for row in rows)
     return hashlib.sha256("\x1e".join(rows).encode()).hexdigest(), "".join(short)
 
 
 def check_prompts(entry: SuiteEntry, prompts: Sequence[SuitePrompt]) -> None:
-    """UserError, with the difference named, unless the prompts are those that ``entry.expected`` describes.
-
-    Args:
-        prompts: with the ids of the file, before they are made safe.
-    """
+    """UserError, with the difference named, unless the prompts, with the ids of the file, are those of ``entry.expected``."""
     if entry.allow_other:
         return
     expected = entry.expected

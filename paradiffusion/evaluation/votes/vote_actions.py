@@ -206,13 +206,8 @@ def _name_of(key: str, name: str) -> None:
 
 
 def open_study(options: VoteOptions, suite: Suite | None = None) -> Study:
-    """The study in ``study=``, begun with the other keys where there is none yet.
-
-    Args:
-        suite: what ``suite=`` names, loaded; None where the sets' evaluations say it.
-    Raises:
-        UserError: for keys that differ from those that the study began with, and for what cannot be compared.
-    """
+    """The study in ``study=``, begun with the other keys where there is none yet; ``suite`` is what ``suite=`` names, loaded, None where
+    the sets' evaluations say it. UserError for keys that differ from those that it began with, and for what cannot be compared."""
     folder = Path(str(options.study)).expanduser()
     if not (folder / STUDY).exists():
         if (folder / VOTES).exists():
@@ -285,12 +280,8 @@ def check_set_names(study: Study) -> None:
 
 
 def run_action(options: VoteOptions, suite: Suite | None = None) -> int:
-    """Do what ``options`` name, checked; the exit status. ``suite`` is what ``suite=`` names, loaded.
-
-    Raises:
-        UserError: for what cannot be done, and for files that cannot be read or written, such as an ``output=`` that is a
-            folder.
-    """
+    """Do what ``options`` name, checked; the exit status. UserError for what cannot be done, and for files that cannot be read or
+    written, such as an ``output=`` that is a folder."""
     try:
         if options.action == "serve":
             return serve(options, suite)

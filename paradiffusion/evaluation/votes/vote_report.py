@@ -207,13 +207,8 @@ COLUMNS: Final = (
 
 
 def write_csv(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str, str], str], path: Path) -> int:
-    """Write a row for each vote, and for each pair that a missing picture decided (``missing`` is then 1, ``left`` empty).
-
-    ``choice`` is a, b or tie; ``occasion`` 1 where a rater saw the pair for the second time; ``at`` in UTC.
-
-    Returns:
-        How many votes there were.
-    """
+    """Write a row for each vote, and for each pair that a missing picture decided (``missing`` is then 1, ``left`` empty); how many votes
+    there were. ``choice`` is a, b or tie; ``occasion`` 1 where a rater saw the pair for the second time; ``at`` in UTC."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial, partial.open("w", encoding="utf-8", errors="replace", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

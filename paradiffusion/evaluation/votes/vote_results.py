@@ -27,15 +27,10 @@ from paradiffusion.randomness import seed_from
 
 @dataclass(frozen=True)
 class Outcome:
-    """One comparison of two sets.
+    """One comparison of two sets: "a", "b" or "tie". ``pair`` is its number in the study.
 
-    Attributes:
-        pair: its number in the study.
-        choice: "a", "b" or "tie".
-        left: the set that was on the left, "" where nothing was shown.
-        rater: who was shown it, or would have been; ``missing`` says that a missing picture decided instead.
-        occasion: 1 where the rater saw the pair for the second time; such outcomes count for nothing but that.
-    """
+    ``rater`` was shown it, with the set ``left`` on the left, or would have been: ``missing`` says that a missing picture decided
+    instead. ``occasion`` is 1 where it was seen for the second time; such outcomes count for nothing but that."""
 
     pair: int
     prompt: str
@@ -153,14 +148,12 @@ def krippendorff_alpha(coincidences: np.ndarray) -> np.ndarray:
 def alpha_of(
     units: Sequence[Hashable], values: Sequence[int], prompts: Sequence[str], choices: int, seed: int = 0
 ) -> Estimate | None:
-    """Krippendorff's nominal alpha, with a 95 % interval by bootstrap over prompts.
+    """Krippendorff's nominal alpha, with a 95 % interval by bootstrap over prompts; None where there is nothing to tell apart.
 
     Args:
         units: what each value was given to; those with a single value say nothing, and are left out.
         values: numbers below ``choices``.
         prompts: what each value's unit belongs to, which is what is resampled.
-    Returns:
-        None where no unit has two values, or all values are one: then there is nothing to tell apart.
     """
     given: dict[Hashable, np.ndarray] = defaultdict(lambda: np.zeros(choices))
     prompt_of: dict[Hashable, str] = {}
@@ -210,13 +203,8 @@ _STEPS: Final = 60
 
 @dataclass(frozen=True)
 class Strengths:
-    """The fit of one question's votes.
-
-    Attributes:
-        sets: log strength of each (natural logarithm), all together of mean 0, with its interval.
-        tie: log of the tie parameter: with two equal sets the share of ties is v / (2 + v).
-        warnings: what a reader must know of them.
-    """
+    """The fit of one question's votes: log strength of each set (natural logarithm), all together of mean 0; log of the tie parameter v
+    (with two equal sets the share of ties is v / (2 + v)); and what a reader must know of them."""
 
     sets: dict[str, Estimate]
     tie: Estimate
@@ -226,12 +214,8 @@ class Strengths:
 def fit_davidson(counts: np.ndarray, pairs: Sequence[tuple[int, int]], sets: int) -> tuple[np.ndarray, np.ndarray]:
     """Fit many tables of votes at once, by Newton's method on the log likelihood, which is concave.
 
-    Args:
-        counts: [B, M, 3], for each of M pairs of sets the votes for the first, for the second, and ties.
-        pairs: the two sets of each pair, as numbers below ``sets``.
-    Returns:
-        log strengths [B, sets], of mean 0, and the log tie parameter [B].
-    """
+    ``counts`` are [B, M, 3], for each of M ``pairs`` of sets (numbers below ``sets``) the votes for the first, for the second, and
+    ties. Returns log strengths [B, sets], of mean 0, and the log tie parameter [B]."""
     # The logits of a pair's three answers are linear in the parameters: [M, 3, sets + 1].
     design = np.zeros((len(pairs), 3, sets + 1))
     for row, (first, second) in enumerate(pairs):
@@ -311,11 +295,7 @@ def _connection_warnings(counts: np.ndarray, pairs: Sequence[tuple[int, int]], s
 
 @dataclass(frozen=True)
 class Rates:
-    """How two sets did against each other, as shares of the votes.
-
-    Attributes:
-        margin: ``win`` minus ``loss``: how many more votes ``set_a`` got.
-    """
+    """How two sets did against each other, as shares of the votes; ``margin`` is ``win`` minus ``loss``."""
 
     set_a: str
     set_b: str

@@ -34,14 +34,12 @@ CREATE TABLE IF NOT EXISTS finished (
 
 @dataclass(frozen=True)
 class Vote:
-    """One vote.
+    """One vote: "left", "right" or "tie".
 
     Attributes:
-        choice: "left", "right" or "tie".
         stamp: grows with each change of mind; of two votes the one with the greater stamp holds, whichever comes first.
         seconds: from when the pair (or the question, where another came before it on the screen) was shown.
-        at: when it was written, UTC, ISO 8601.
-        changes: how often the rater chose otherwise before going on.
+        at: when it was written, UTC, ISO 8601; ``changes``: how often the rater chose otherwise before going on.
     """
 
     rater: str
@@ -59,11 +57,8 @@ class Refusal(Exception):
 
 
 class Store:
-    """The votes of one study, open for as many threads and processes as there are.
-
-    Raises:
-        UserError: for a file that is damaged, or of another study.
-    """
+    """The votes of one study, open for as many threads and processes as there are. UserError for a file that is damaged, or of another
+    study."""
 
     def __init__(self, study: Study) -> None:
         self.path = study.folder / VOTES
@@ -103,12 +98,8 @@ class Store:
                 raise
 
     def put(self, vote: Vote) -> None:
-        """Write ``vote``; sent again it changes nothing, and with a smaller stamp neither.
-
-        Raises:
-            Refusal: where the rater has gone on from this task.
-            sqlite3.Error: where it could not be written; nothing is then changed.
-        """
+        """Write ``vote``; sent again it changes nothing, and with a smaller stamp neither. Refusal where the rater has gone on from
+        this task; sqlite3.Error where it could not be written; nothing is then changed."""
         with self._change():
             self._still_open(vote.rater, vote.task)
             self._base.execute(

@@ -86,14 +86,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Task:
-    """A pair as one rater meets it.
-
-    Attributes:
-        pair: its number in the study.
-        occasion: 0, or 1 where the rater sees it a second time.
-        round: which questions are asked of it, as ``Study.asked`` has them.
-        flipped: ``set_b`` is on the left.
-    """
+    """A pair (by its number) as one rater meets it: ``occasion`` is 1 where it is seen a second time, ``round`` says which questions are
+    asked (``Study.asked``), and ``flipped`` that ``set_b`` is on the left."""
 
     pair: int
     occasion: int
@@ -108,13 +102,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Study:
-    """A study, as study.json keeps it.
-
-    Attributes:
-        settings: what the command line asked for, to be compared when the study is opened again.
-        ask: "separately" (each question in a round of its own) or "together" (one after the other on one screen).
-        tasks: by rater, in the order in which they are shown.
-    """
+    """A study, as study.json keeps it. ``settings`` are what the command line asked for, to be compared when it is opened again; ``ask``
+    is "separately" (each question in a round of its own) or "together"; ``tasks`` are by rater, in the order that they are shown in."""
 
     folder: Path
     title: str
@@ -197,11 +186,7 @@ def write_study(study: Study) -> Path:
 
 
 def read_study(folder: Path) -> Study:
-    """The study in ``folder``.
-
-    Raises:
-        UserError: where there is none, or it is damaged.
-    """
+    """The study in ``folder``. UserError where there is none, or it is damaged."""
     path = folder / STUDY
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -277,17 +262,12 @@ def spread(pairs: Sequence[Pair], most: int, seed: int) -> list[Pair]:
 def assign(
     pairs: Sequence[Pair], raters: Sequence[str], repeats: int, rounds: int, retest: int, seed: int
 ) -> dict[str, list[Task]]:
-    """Each rater's tasks, in order.
+    """Each rater's tasks, in order. UserError for more repeats than raters.
 
     Each pair goes to ``repeats`` different raters. From every two sets each rater gets the same number, within
     ``repeats``, and so over all; who shares a pair with whom is drawn. Rounds come one after the other, each in an order
-    of its own. Half of a rater's pairs of two sets have the first set on the left, in each round anew.
-
-    Args:
-        retest: pairs that each rater sees a second time, at the end of each round, in an order and on sides of their own.
-    Raises:
-        UserError: for more repeats than raters.
-    """
+    of its own, with ``retest`` pairs seen a second time at its end. Half of a rater's pairs of two sets have the first set on the
+    left, in each round anew."""
     if repeats > len(raters):
         raise UserError(f"repeats={repeats} needs as many raters, and there are {len(raters)}; name more with raters=.")
     seen: dict[str, list[int]] = {rater: [] for rater in raters}
@@ -336,11 +316,8 @@ def _by_sets(pairs: Sequence[Pair]) -> dict[tuple[str, str], list[int]]:
 
 @dataclass(frozen=True)
 class Source:
-    """A set before its files were looked at: for each prompt's id the files, or why there is none.
-
-    Attributes:
-        suite: what it was made for; None for a folder of pictures, which does not say.
-    """
+    """A set before its files were looked at: for each prompt's id the files, or why there is none. ``suite`` is what it was made for;
+    None for a folder of pictures, which does not say."""
 
     name: str
     root: Path
@@ -349,13 +326,8 @@ class Source:
 
 
 def open_sources(paths: dict[str, str], suite: Suite | None) -> list[Source]:
-    """The sets under their names.
-
-    Args:
-        suite: needed where no set is an evaluation; evaluations of another one are refused.
-    Raises:
-        UserError: for what is no folder, sets of different suites, or no suite at all.
-    """
+    """The sets under their names. ``suite`` is needed where no set is an evaluation; evaluations of another one are refused. UserError
+    for what is no folder, sets of different suites, or no suite at all."""
     folders = {name: Path(path).expanduser() for name, path in paths.items()}
     for name, folder in folders.items():
         if not folder.is_dir():
@@ -378,11 +350,8 @@ def open_sources(paths: dict[str, str], suite: Suite | None) -> list[Source]:
 
 
 def common_suite(sources: Sequence[Source], suite: Suite | None) -> Suite:
-    """The prompts that all evaluations were made for, in the suite's order.
-
-    Raises:
-        UserError: where there are none, or one id stands for two texts.
-    """
+    """The prompts that all evaluations were made for, in the suite's order. UserError where there are none, or one id stands for two
+    texts."""
     made = [(source.name, source.suite) for source in sources if source.suite is not None]
     first = suite or made[0][1]
     known = {name: {prompt.id: prompt.text for prompt in one.prompts} for name, one in made}
@@ -415,11 +384,8 @@ def look_at(source: Source, prompts: Sequence[SuitePrompt], images: int) -> Pict
 
 
 def read_picture(root: Path, picture: Picture) -> bytes:
-    """The file's bytes, the very ones that the study began with.
-
-    Raises:
-        BadImage: where they changed, cannot be read, or the path leads out of ``root``.
-    """
+    """The file's bytes, the very ones that the study began with. BadImage where they changed, cannot be read, or the path leads
+    out of ``root``."""
     data = _bytes(root / picture.file, root)
     if digest_of(data) != picture.digest:
         raise BadImage("it is not the picture that the study began with")
