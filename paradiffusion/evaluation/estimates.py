@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from scipy import special
@@ -47,6 +47,12 @@ def ratio(
 def mean(values: Sequence[float], prompts: Sequence[str], seed: int = 0) -> Estimate:
     """The mean of ``values``; ``prompts`` and the interval as in ``ratio``."""
     return ratio(values, [1.0] * len(values), prompts, seed)
+
+
+def mean_rows(found: Sequence[tuple[str, float, str]], groups: Sequence[str]) -> list[list[Any]]:
+    """Rows of a table, [group, mean], of (group, value, prompt), for each of ``groups`` that has a value, in this order."""
+    members = {group: [(value, prompt) for name, value, prompt in found if name == group] for group in groups}
+    return [[group, mean(*map(list, zip(*own, strict=True)))] for group, own in members.items() if own]  # type: ignore[arg-type]
 
 
 def difference(

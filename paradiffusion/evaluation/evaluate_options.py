@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from paradiffusion.checks import choice, positive
-from paradiffusion.config import FrozenConfig, SampleConfig, SamplerConfig
+from paradiffusion.checks import not_negative, one_of, positive
+from paradiffusion.config import FrozenConfig, SampleConfig, SamplerConfig, check_values, option
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite_files import read_yaml
 
@@ -34,8 +34,8 @@ class EvaluateOptions:
     suite_path: str | None = None
     suite_options: str | None = None
     allow_other: bool = False
-    count: int | None = None
-    images_per_prompt: int | None = None
+    count: int | None = option(None, accepts=positive)
+    images_per_prompt: int | None = option(None, accepts=positive)
     # drawing, as sample.py has it
     unet: str = "unet"
     steps: int | None = None
@@ -50,7 +50,7 @@ class EvaluateOptions:
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
-    batch_size: int = 16
+    batch_size: int = option(16, accepts=positive)
     device: str | None = None
     dtype: str = "float32"
     threads: int | None = None
@@ -63,19 +63,19 @@ class EvaluateOptions:
     # scores
     scores: str = "auto"
     clip: str | None = None
-    clip_precision: str = "fp32"
+    clip_precision: str = option("fp32", accepts=one_of("fp32", "bf16", "fp16"))
     inception: str | None = None
     reference: str | None = None
     vlm: str | None = None
     vlm_revision: str | None = None
     vlm_dtype: str = "auto"
-    vlm_batch_size: int = 8
+    vlm_batch_size: int = option(8, accepts=positive)
     endpoint: str | None = None
     served: str | None = None
     api_key_env: str | None = None
-    concurrency: int = 32
+    concurrency: int = option(32, accepts=positive)
     text_embedding: str | None = None
-    counterfactual: int | None = None
+    counterfactual: int | None = option(None, accepts=not_negative)
     agreement: str | None = None
     votes: str | None = None
     baseline: str | None = None
@@ -108,14 +108,7 @@ class EvaluateOptions:
                 "votes= and baseline= are for a comparison; name the models as compare=[a,b], or leave them out."
             )
         self.of_suite()
-        for key in ("batch_size", "vlm_batch_size", "concurrency"):
-            positive(key, getattr(self, key))
-        for key in ("count", "images_per_prompt"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
-        if self.counterfactual is not None:
-            positive("counterfactual", self.counterfactual, zero=True)
-        choice("clip_precision", self.clip_precision, ("fp32", "bf16", "fp16"))
+        check_values(self)
         if self.vlm and self.endpoint:
             raise UserError("both vlm= and endpoint= are given; keep the model in this process or the server.")
         if (self.served or self.api_key_env) and not self.endpoint:

@@ -308,7 +308,7 @@ def _score_from(record: dict[str, Any]) -> ScoreResult:
             **record,
             "measures": [Measure(**row) for row in record["measures"]],
             "images": images,
-            "overall": {name: Estimate(**_numbers(row)) for name, row in record["overall"].items()},
+            "overall": {name: estimate_from(row) for name, row in record["overall"].items()},
             "tables": tables,
         }
     )
@@ -318,8 +318,14 @@ def _numbers(values: dict[str, Any]) -> dict[str, Any]:
     return {name: math.nan if value is None else value for name, value in values.items()}
 
 
+def estimate_from(record: dict[str, Any]) -> Estimate:
+    """An estimate from the JSON that ``finite`` makes of its fields. KeyError, TypeError or ValueError where it is none."""
+    ends = {name: float(value) for name, value in _numbers(record).items() if name in ("mean", "low", "high")}
+    return Estimate(**ends, n=record["n"], prompts=record["prompts"])
+
+
 def _cell(cell: Any) -> Any:
     """A table's cell; an Estimate is stored as its fields."""
     if isinstance(cell, dict) and cell.keys() == Estimate.__dataclass_fields__.keys():
-        return Estimate(**_numbers(cell))
+        return estimate_from(cell)
     return cell

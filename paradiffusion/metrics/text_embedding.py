@@ -11,7 +11,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from paradiffusion.checks import choice, positive
+from paradiffusion.checks import one_of, positive
+from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError
 
 POOLINGS: Final = {"mean": "mean", "last": "lasttoken", "cls": "cls", "max": "max"}  # ours to the library's
@@ -32,21 +33,17 @@ class EmbeddingOptions:
 
     model: str
     revision: str | None = None
-    dtype: str = "auto"
+    dtype: str = option("auto", accepts=one_of("auto", "float32", "bfloat16", "float16"))
     device: str | None = None
-    batch_size: int = 16
-    max_length: int = 8192
-    pooling: str | None = None
+    batch_size: int = option(16, accepts=positive)
+    max_length: int = option(8192, accepts=positive)
+    pooling: str | None = option(None, accepts=one_of(*POOLINGS))
     prefix: str | None = None
     key: str = "text_embedding"
 
     def check(self) -> None:
         """Raise UserError for what cannot be meant."""
-        choice("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        positive("batch_size", self.batch_size)
-        positive("max_length", self.max_length)
-        if self.pooling is not None:
-            choice("pooling", self.pooling, tuple(POOLINGS))
+        check_values(self)
         folder = Path(self.model).expanduser()
         if not folder.is_dir() and (self.model.count("/") != 1 or self.model.startswith((".", "/", "~"))):
             raise UserError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from PIL import Image
 
-from paradiffusion.checks import choice, positive
+from paradiffusion.checks import not_negative, one_of, positive
+from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 IMAGE_SIDE: Final = 1024  # our choice, for models that the table does not know
 
 
-@dataclass(frozen=True)
+@dataclass
 class VlmOptions:
     """A vision-language model as a person asks for it. Numbers are our choice.
 
@@ -99,33 +100,26 @@ class VlmOptions:
         key: how the command line calls ``model``, for messages.
     """
 
-    engine: str = "transformers"
+    engine: str = option("transformers", accepts=one_of(*ENGINES))
     model: str = "qwen3_vl_8b"
     revision: str | None = None
-    dtype: str = "auto"
+    dtype: str = option("auto", accepts=one_of(*DTYPES))
     device: str | None = None
-    batch_size: int = 8
+    batch_size: int = option(8, accepts=positive)
     endpoint: str | None = None
     served: str | None = None
     api_key_env: str | None = None
-    concurrency: int = 32
-    timeout: float = 300.0
-    tries: int = 8
-    retry_wait: float = 1.0
-    image_side: int | None = None
-    max_new_tokens: int | None = None
-    key: str = "model"
+    concurrency: int = option(32, accepts=positive)
+    timeout: float = option(300.0, accepts=positive)
+    tries: int = option(8, accepts=positive)
+    retry_wait: float = option(1.0, accepts=not_negative)
+    image_side: int | None = option(None, accepts=positive)
+    max_new_tokens: int | None = option(None, accepts=positive)
+    key: str = field(default="model", metadata={"internal": True})
 
     def check(self) -> None:
         """Raise UserError for what cannot be meant."""
-        choice("engine", self.engine, ENGINES)
-        choice("dtype", self.dtype, DTYPES)
-        for key in ("batch_size", "concurrency", "timeout", "tries"):
-            positive(key, getattr(self, key))
-        positive("retry_wait", self.retry_wait, zero=True)
-        for key in ("image_side", "max_new_tokens"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
+        check_values(self)
         if self.engine == "endpoint" and not self.endpoint:
             raise UserError("engine=endpoint needs endpoint=, such as endpoint=http://localhost:8000/v1.")
         if self.engine == "transformers" and (self.endpoint or self.served):
@@ -140,15 +134,8 @@ class VlmOptions:
         """The server and how it is treated."""
         from paradiffusion.metrics.endpoint import Address
 
-        return Address(
-            str(self.endpoint),
-            self.served,
-            self.api_key_env,
-            self.concurrency,
-            self.timeout,
-            self.tries,
-            self.retry_wait,
-        )
+        treated = (self.concurrency, self.timeout, self.tries, self.retry_wait)
+        return Address(str(self.endpoint), self.served, self.api_key_env, *treated)
 
     @property
     def name(self) -> str:

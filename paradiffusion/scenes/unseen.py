@@ -11,56 +11,16 @@ import re
 from collections.abc import Callable
 
 from paradiffusion.scenes.forms import Writer
-from paradiffusion.scenes.grammar import Slots, direction_of, finished, placed
+from paradiffusion.scenes.grammar import Slots, direction_of, finished, placed, word_list, word_lists
 from paradiffusion.scenes.world import Scene, SceneObject, pick
 
-# Slots as in grammar.py: {n} an object, {p} an adverbial of its place, {q} the place's name, {c} colour, {s} shape.
-UNSEEN: dict[str, tuple[str, ...]] = {
-    "one": (
-        "{p} nestles {n}", "{n} perches {p}", "{n} has made itself comfortable {p}", "somebody pinned {n} {p}",
-        "whoever lets their gaze rest {p} meets {n}", "were your finger to land {p}, it would touch {n}",
-        "{q} could hardly do without {n}", "tucked away {p} we come upon {n}", "to come across {n}, try {p}",
-        "{n} was glued {p} by my brother", "the honour of filling {q} goes to {n}",
-        "with {n} the painter has brightened {q}", "nobody will overlook {n} {p}",
-        "{q}, meanwhile, was handed over to {n}", "cover {q} with your thumb and {n} is hidden",
-        "for {n} no spot seemed better than {q}", "{p} we run into @ {s} dressed in {c}",
-        "{p} I spy @ {s}. {c} is what it wears", "@ {s} guards {q}. think of it in {c}",
-        "{q} went to @ {s}. its maker dipped the brush into {c}",
-        "have you discovered the {s} {p}? somebody must love {c}",
-    ),
-    "two": (
-        "{n1}, parked {p1}, keeps an eye on {n2} {p2}", "{q1} got {n1}; {q2} got {n2}",
-        "stick {n1} {p1} and, when the glue is dry, {n2} {p2}",
-        "two inhabitants share this world: {n1}, dwelling {p1} together with {n2}, dwelling {p2}",
-    ),
-    "beside": (
-        "hop a cell {way} and there waits {n}", "shoulder to shoulder with it, {at side}, somebody squeezed {n}",
-        "a companion dwells {o of it}: {n}", "{o of it} squats {n}", "its buddy {at side} happens to be {n}",
-    ),
-    "ground": (
-        "{gc} paper serves as the base", "wallpaper in {gc} covers whatever is left",
-        "underneath, somebody spread {gc}", "whatever was left over got a coat of {gc}",
-        "the tablecloth below them all turned out {gc}",
-    ),
-    "opening": (
-        "let me tell you about {number}", "my daughter cut out {number} today", "yesterday's homework: {number}",
-        "this postcard carries {number}",
-    ),
-    "n": ("@ {c} {s}", "@ {c} {s}", "@ {z} {c} {s}", "@ {t} {c} {s}", "@ {s} all in {c}", "@ {z} {s} wearing {c}"),
-}  # fmt: skip
-CORNER = (
-    "over in the {v} {h}", "inside the {V} {h} corner", "within the {v} {h} corner", "off in the {V} {h}",
-    "in the {V} {h} nook", "in the far {v} {h}", "way {u} in the {h}-hand corner", "at the extreme {v} {h}",
-    "in the {h}-most spot of the {v} row",
-)  # fmt: skip
-ABOVE_OR_BELOW = ("midway along the {v}", "over at the {v}, midway,", "at the very {v}, between left and right,")
-BESIDE = ("midway along the {h}", "over on the {h}, neither high nor low,", "half the way down on the {h}")
-CENTRE = ("smack in the centre", "plumb in the middle", "at the hub of the picture", "amid everything, in the middle,")
+UNSEEN = word_lists("unseen", "UNSEEN")
+PLACES = [word_list("unseen", name) for name in ("CORNER", "ABOVE_OR_BELOW", "BESIDE", "CENTRE")]
 
 
 def unseen_places(place: str, grid: int) -> tuple[str, ...]:
     """The adverbials of a place that no training caption has."""
-    return placed(place, grid, CORNER, ABOVE_OR_BELOW, BESIDE, CENTRE)
+    return placed(place, grid, *PLACES)
 
 
 def unseen(scene: Scene, rng: random.Random, most: int) -> str:

@@ -17,13 +17,14 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.curation.building.build_options import BuildOptions
+from paradiffusion.curation.building.build_options import FREE, BuildOptions
 from paradiffusion.curation.building.build_report import Report, make_report, read_report, write_report
 from paradiffusion.curation.building.chunk import Tally, make_chunk
 from paradiffusion.curation.building.duplicates import Lines, Selection, select
@@ -67,12 +68,8 @@ def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
     output = Path(str(options.output)).expanduser()
     columns = options.columns()
     kind, parts = find_parts(str(options.input), options.format, columns, options.root)
-    journal = {
-        "version": _VERSION,
-        "options": options.that_matter(),
-        "input": _stamps(parts, options.root),
-        "done": False,
-    }
+    matter = {name: value for name, value in asdict(options).items() if name not in FREE}
+    journal = {"version": _VERSION, "options": matter, "input": _stamps(parts, options.root), "done": False}
     with _locked(output), _naming(output), interruptible() as check:
         before = _check_output(output, journal)
         if before is not None and before["done"]:
@@ -81,16 +78,23 @@ def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
         work = output / ".build"
         run = partial(run_tasks, processes=options.processes or cores(), check=check)
         try:
-            chunks = _list(parts, columns, _archive(options, work, check), work, run)
+            root = Path(options.root).expanduser() if options.root else None
+            limit, archive = options.max_unzipped_gigabytes, None
+            if root is not None and is_archive(root):
+                archive = open_archive(root, work, limit, check)
+            chunks = _list(parts, columns, archive, work, run)
             if not chunks:
                 raise UserError(
                     f"input={options.input} holds no item that could be a sample, read as format={kind}; check the path, "
                     "or say what it is with format=."
                 )
         except UserError as error:
-            # Nothing is lost, and a mended table is another input.
+            # A build that came to nothing is taken back: nothing is lost, and a mended table is another input.
             if not isinstance(error, EndedFromOutside) and not (work / "chunks").exists():
-                _forget(output)
+                shutil.rmtree(work, ignore_errors=True)
+                (output / JOURNAL).unlink(missing_ok=True)
+                with suppress(OSError):  # not empty, a link, or where a disk is mounted
+                    output.rmdir()
             raise
         tally = _first_pass(chunks, work, options, run)
         selection = select(
@@ -129,17 +133,13 @@ def _locked(output: Path) -> Iterator[None]:
     try:
         with open(output / ".build" / "lock", "w") as file:
             lock(file, f"output={output} is being built by another process; wait for it or choose another.")
-            _sweep(output)
+            for entry in [*output.glob(".*"), *(output / VAL).glob(".*")]:
+                if _HALF.fullmatch(entry.name):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             yield
     finally:
         if _read_json(output / JOURNAL, {}).get("done"):
             shutil.rmtree(output / ".build", ignore_errors=True)
-
-
-def _sweep(output: Path) -> None:
-    for entry in [*output.glob(".*"), *(output / VAL).glob(".*")]:
-        if _HALF.fullmatch(entry.name):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _check_output(output: Path, journal: dict[str, Any]) -> dict[str, Any] | None:
@@ -163,14 +163,6 @@ def _check_output(output: Path, journal: dict[str, Any]) -> dict[str, Any] | Non
     return dict(before)
 
 
-def _forget(output: Path) -> None:
-    """Take back a build that came to nothing, so that the next one may have other options."""
-    shutil.rmtree(output / ".build", ignore_errors=True)
-    (output / JOURNAL).unlink(missing_ok=True)
-    with suppress(OSError):  # not empty, a link, or where a disk is mounted
-        output.rmdir()
-
-
 def _stamps(parts: list[Part], root: str | None) -> dict[str, Any]:
     """Size and time of each table, tar and archive; of a folder only its path, since looking at all files takes as long as listing."""
     stats = {str(part.path): part.path.stat() for part in parts}
@@ -180,12 +172,6 @@ def _stamps(parts: list[Part], root: str | None) -> dict[str, Any]:
     if archive is not None and is_archive(archive):
         found[str(archive)] = [archive.stat().st_size, archive.stat().st_mtime_ns]
     return found
-
-
-def _archive(options: BuildOptions, work: Path, check: Callable[[], None]) -> Archive | None:
-    root = Path(options.root).expanduser() if options.root else None
-    limit = options.max_unzipped_gigabytes
-    return open_archive(root, work, limit, check) if root is not None and is_archive(root) else None
 
 
 def _list_part(

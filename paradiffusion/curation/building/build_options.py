@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Final
 
-from paradiffusion.checks import choice, fraction, not_understood, parsed, positive
+from paradiffusion.checks import fraction, not_negative, not_understood, one_of, parsed, positive
+from paradiffusion.config import check_values, option
 from paradiffusion.curation.building.chunk import parse_colour
 from paradiffusion.curation.building.duplicates import MAX_DISTANCE
 from paradiffusion.curation.building.inputs import FORMATS
@@ -28,61 +29,50 @@ class BuildOptions:
 
     input: str | None = None
     output: str | None = None
-    format: str = "auto"
+    format: str = option("auto", accepts=one_of(*FORMATS))
     root: str | None = None
     image: str | None = None
     captions: str | None = None
     key: str | None = None
     keep: str | None = None
-    uncaptioned: str = "drop"
-    min_words: int = 1
-    max_words: int | None = None
-    min_side: int = 64
-    max_side: int | None = None
+    uncaptioned: str = option("drop", accepts=one_of("drop", "keep"))
+    min_words: int = option(1, accepts=not_negative)
+    max_words: int | None = option(None, accepts=positive)
+    min_side: int = option(64, accepts=not_negative)
+    max_side: int | None = option(None, accepts=positive)
     max_aspect: float | None = 4.0
-    max_pixels: int = MAX_PIXELS
-    max_megabytes: int = 100
-    max_unzipped_gigabytes: float = 100.0
+    max_pixels: int = option(MAX_PIXELS, accepts=positive)
+    max_megabytes: int = option(100, accepts=positive)
+    max_unzipped_gigabytes: float = option(100.0, accepts=positive)
     background: str = "white"
-    encode: str = "keep"
+    encode: str = option("keep", accepts=one_of("keep", "jpeg", "webp", "png"))
     quality: int = 95
-    duplicates: str = "drop"
+    duplicates: str = option("drop", accepts=one_of("drop", "keep"))
     near_duplicates: str = "off"
-    samples_per_shard: int = 1000
-    val: float = 0.0
+    samples_per_shard: int = option(1000, accepts=positive)
+    val: float = option(0.0, accepts=fraction)
     tokenizer: str | None = None
-    processes: int | None = None
-    threads: int = 16
-    timeout: float = 10.0
-    retries: int = 2
+    processes: int | None = option(None, accepts=positive)
+    threads: int = option(16, accepts=positive)
+    timeout: float = option(10.0, accepts=positive)
+    retries: int = option(2, accepts=not_negative)
 
     def check(self) -> None:
         """Raise UserError for what cannot be meant."""
         for key in ("input", "output"):
             if not getattr(self, key):
                 raise UserError(f"{key}= is missing; expected input=<folder, table or tars> output=<new folder>.")
-        choice("format", self.format, FORMATS)
-        choice("encode", self.encode, ("keep", "jpeg", "webp", "png"))
-        choice("uncaptioned", self.uncaptioned, ("drop", "keep"))
-        choice("duplicates", self.duplicates, ("drop", "keep"))
-        fraction("val", self.val)
+        check_values(self)
         if not 1 <= self.quality <= 100:
             raise UserError(f"quality={self.quality} is out of range; expected 1 to 100.")
         try:
             parse_colour(self.background)
         except ValueError:
             raise UserError(f"background={self.background} is no colour; expected white, black or '#rrggbb'.") from None
-        for key in ("max_pixels", "max_megabytes", "max_unzipped_gigabytes", "samples_per_shard", "threads", "timeout"):
-            positive(key, getattr(self, key))
         if self.max_pixels > MAX_PIXELS:
             raise UserError(
                 f"max_pixels={self.max_pixels} is above {MAX_PIXELS}, more than training reads; give that or less."
             )
-        for key in ("max_words", "max_side", "processes"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
-        for key in ("min_words", "min_side", "retries"):
-            positive(key, getattr(self, key), zero=True)
         if self.max_aspect is not None and not (self.max_aspect >= 1 and math.isfinite(self.max_aspect)):
             raise UserError(
                 f"max_aspect={self.max_aspect} is out of range; expected the long side over the short, from 1."
@@ -119,10 +109,6 @@ class BuildOptions:
     def fetch_limits(self) -> FetchLimits:
         """How images are fetched."""
         return FetchLimits(self.max_megabytes << 20, self.timeout, self.retries)
-
-    def that_matter(self) -> dict[str, Any]:
-        """The options that change the result."""
-        return {name: value for name, value in asdict(self).items() if name not in FREE}
 
 
 def _all_text(values: Any) -> bool:

@@ -16,6 +16,7 @@ from paradiffusion.curation.building.chunk import PROFILE_NOTES, Tally
 from paradiffusion.data.index import load_index
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
+from paradiffusion.pages import markdown_table
 
 if TYPE_CHECKING:
     from paradiffusion.curation.building.duplicates import Selection
@@ -59,35 +60,22 @@ def make_report(output: Path, kind: str, options: BuildOptions, tally: Tally, se
     sizes = {"width": width, "height": height, "short side": np.minimum(width, height), "pixels": width * height}
     folders = [folder for folder in (output, output / "val") if folder.is_dir() and any(folder.glob("*.tar"))]
     shards = sum(len(list(folder.glob("*.tar"))) for folder in folders)
+    notes = dict(tally.notes)
+    profiles = [note for note in _by_count(notes) if note.startswith(PROFILE_NOTES)]
+    for note in profiles[_MAX_PROFILES:]:  # the rarer colour profiles as one
+        notes["other colour profiles"] = notes.get("other colour profiles", 0) + notes.pop(note)
     return Report(
-        input=str(options.input),
-        format=kind,
-        items=tally.items,
-        kept=len(rows),
-        train=len(selection.train),
-        val=len(selection.val),
-        shards=shards,
-        bytes=int(table["bytes"].sum(dtype=np.int64)),
-        dropped=_by_count(tally.dropped),
-        examples=tally.examples,
-        mended=_by_count(_few_profiles(tally.notes)),
+        input=str(options.input), format=kind, items=tally.items, kept=len(rows), train=len(selection.train),
+        val=len(selection.val), shards=shards, bytes=int(table["bytes"].sum(dtype=np.int64)),
+        dropped=_by_count(tally.dropped), examples=tally.examples, mended=_by_count(notes),
         captions_dropped=tally.captions_dropped,
         sizes={name: _percentiles(values) for name, values in sizes.items()} if len(rows) else {},
         captions=_words(folders),
-    )
+    )  # fmt: skip
 
 
 def _by_count(counts: dict[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
-
-
-def _few_profiles(notes: dict[str, int]) -> dict[str, int]:
-    """``notes`` with the rarer colour profiles as one."""
-    found = dict(notes)
-    profiles = [note for note in _by_count(notes) if note.startswith(PROFILE_NOTES)]
-    for note in profiles[_MAX_PROFILES:]:
-        found["other colour profiles"] = found.get("other colour profiles", 0) + found.pop(note)
-    return found
 
 
 def _percentiles(values: np.ndarray) -> dict[str, int]:
@@ -158,9 +146,8 @@ def as_markdown(report: Report) -> str:
 
 def _table(title: str, rows: dict[str, Any]) -> list[str]:
     columns = list(next(iter(rows.values())))
-    lines = [f"| {title} | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-    lines += [f"| {name} | {' | '.join(str(row.get(c, '')) for c in columns)} |" for name, row in rows.items()]
-    return [*lines, ""]
+    cells = [[name, *(str(row.get(column, "")) for column in columns)] for name, row in rows.items()]
+    return [markdown_table([title, *columns], cells, 1), ""]
 
 
 def _cell(text: str) -> str:

@@ -28,7 +28,7 @@ from PIL import Image, features
 
 from paradiffusion.curation.building.cleaning import clean_caption
 from paradiffusion.curation.building.items import Item
-from paradiffusion.curation.building.places import EXTENSIONS, Dropped, FetchLimits, Reader
+from paradiffusion.curation.building.places import EXTENSIONS, Dropped, Reader
 from paradiffusion.curation.pool import Tell
 from paradiffusion.data.images import FORMATS, BadImage, ColourProfile, decode, has_alpha, profile_of
 from paradiffusion.randomness import seed_from, uniform
@@ -111,7 +111,10 @@ def prepare(data: bytes, name: str, options: BuildOptions) -> Picture:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.LANCZOS)
         notes.append("resized")
-    keeps = options.encode == "keep" and scale == 1 and _is_plain(facts)
+    # Whether a reader that knows only upright, opaque stills of 8 bits sees the same as ``decode``.
+    plain = facts.mode in ("RGB", "L") and not facts.turned and not facts.see_through
+    plain = plain and facts.frames == 1 and facts.kind in _STORED
+    keeps = options.encode == "keep" and scale == 1 and plain
     notes += _profile_notes(facts.profile, keeps)
     encoded, extension = (data, _STORED[facts.kind]) if keeps else _encode(image, facts, options)
     if not keeps:
@@ -125,16 +128,9 @@ def _look(data: bytes) -> _Facts:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=READABLE) as image:
                 turned = "exif" in image.info and image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-                return _Facts(
-                    kind=str(image.format),
-                    mode=image.mode,
-                    width=image.width,
-                    height=image.height,
-                    turned=turned,
-                    frames=1 if image.format == "MPO" else int(getattr(image, "n_frames", 1)),
-                    see_through=has_alpha(image),
-                    profile=profile_of(image),
-                )
+                frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+                kind, alpha, profile = str(image.format), has_alpha(image), profile_of(image)
+                return _Facts(kind, image.mode, image.width, image.height, turned, frames, alpha, profile)
     except Image.DecompressionBombError as error:  # Pillow looks at the header, and has a limit of its own
         size = re.search(r"\d+ pixels", str(error))
         raise Dropped("too many pixels", size.group() if size else "") from None
@@ -171,18 +167,11 @@ def _check(facts: _Facts, options: BuildOptions) -> None:
         raise Dropped("too elongated", size)
 
 
-def _is_plain(facts: _Facts) -> bool:
-    """Whether a reader that knows only upright, opaque stills of 8 bits sees the same as ``decode``."""
-    plain = facts.mode in ("RGB", "L") and not facts.turned and not facts.see_through
-    return plain and facts.frames == 1 and facts.kind in _STORED
-
-
 def _notes(facts: _Facts, name: str) -> list[str]:
-    notes = []
     extension = name.rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
-    if extension in EXTENSIONS and _NAMED.get(extension, extension) != _STORED.get(facts.kind, facts.kind.lower()):
-        notes.append("wrong extension")
-    for happened, note in (
+    wrong = _NAMED.get(extension, extension) != _STORED.get(facts.kind, facts.kind.lower())
+    found = (
+        (extension in EXTENSIONS and wrong, "wrong extension"),
         (facts.turned, "turned upright"),
         (facts.see_through, "transparency laid on the background"),
         (facts.mode == "P", "palette converted"),
@@ -190,10 +179,8 @@ def _notes(facts: _Facts, name: str) -> list[str]:
         (facts.mode.startswith(("I", "F")), "16-bit grey converted"),
         (facts.frames > 1 and facts.kind == "TIFF", "first page of several"),
         (facts.frames > 1 and facts.kind != "TIFF", "first frame of an animation"),
-    ):
-        if happened:
-            notes.append(note)
-    return notes
+    )
+    return [note for happened, note in found if happened]
 
 
 def _profile_notes(profile: ColourProfile | None, keeps: bool) -> list[str]:
@@ -313,13 +300,9 @@ def make_chunk(name: str, tell: Tell, work: Path, options: BuildOptions) -> None
 def _line(item: Item, captions: dict[str, str], picture: Picture, offset: int) -> dict[str, Any]:
     """What the second pass needs of a sample. ``at`` is its image in the .bin, or None: read ``place`` again."""
     source = item.place.path if item.place.kind == "url" else item.name
-    meta: dict[str, Any] = {
-        "captions": captions,
-        "caption_sources": {kind: item.sources[kind] for kind in captions if kind in item.sources},
-        "width": picture.width,
-        "height": picture.height,
-        "source": source,
-    }
+    sources = {kind: item.sources[kind] for kind in captions if kind in item.sources}
+    size = {"width": picture.width, "height": picture.height}
+    meta: dict[str, Any] = {"captions": captions, "caption_sources": sources, **size, "source": source}
     if item.extra:
         meta["extra"] = item.extra
     # What can be read again at no cost need not be staged.
@@ -365,10 +348,8 @@ def _captions(item: Item, options: BuildOptions, tally: Tally) -> dict[str, str]
     return kept
 
 
-@lru_cache(maxsize=1)
-def _reader(limits: FetchLimits) -> Reader:
-    """One for all chunks of a process: a table's cells are read on from the last place, and not from the start again."""
-    return Reader(limits)
+# One for all chunks of a process: a table's cells are read on from the last place, and not from the start again.
+_reader = lru_cache(maxsize=1)(Reader)
 
 
 def _fetched(

@@ -168,7 +168,9 @@ async def _download(url: str, limits: FetchLimits) -> bytes:
         session.get(URL(_in_ascii(url), encoded=True), max_redirects=_REDIRECTS) as answer,
     ):
         if answer.status in _MENDABLE:
-            raise _Later(f"status {answer.status}", _pause_asked(answer.headers.get("Retry-After", "")))
+            asked = answer.headers.get("Retry-After", "")
+            pause = min(float(asked), _LONGEST_PAUSE) if asked.isascii() and asked.isdigit() else 0.0
+            raise _Later(f"status {answer.status}", pause)
         if not 200 <= answer.status < 300:
             raise Dropped("not downloaded", f"status {answer.status}")
         tags = ",".join(answer.headers.getall("X-Robots-Tag", [])).lower()
@@ -228,11 +230,6 @@ def _in_ascii(url: str) -> str:
     host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
     path, query = (urllib.parse.quote(part, safe="!#$%&'()*+,/:;=?@[]~") for part in (parts.path, parts.query))
     return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
-
-
-def _pause_asked(told: str) -> float:
-    """Seconds that a busy site asks us to leave it alone."""
-    return min(float(told), _LONGEST_PAUSE) if told.isascii() and told.isdigit() else 0.0
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from typing import Any, Final
 import yaml
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.checks import choice, fraction, positive
+from paradiffusion.checks import fraction, not_negative, one_of, positive
+from paradiffusion.config import check_values, option
 from paradiffusion.curation.captioning.caption_checks import DEFAULT_REJECT, REASONS, Limits
 from paradiffusion.curation.journal import read_object
 from paradiffusion.errors import UserError
-from paradiffusion.metrics.vlm import DTYPES, ENGINES, Engine
+from paradiffusion.metrics.vlm import ENGINES, Engine, VlmOptions
 from paradiffusion.randomness import uniform
 
 _KEYS = {"kind", "weight", "ask", "accept", "text"}
@@ -119,83 +120,57 @@ _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
 @dataclass
-class CaptionOptions:
-    """The keys of the command line; scripts/caption.py says what each is. Numbers are our choice."""
+class CaptionOptions(VlmOptions):
+    """The keys of the command line, the model's among them; scripts/caption.py says what each is. Numbers are our choice."""
 
     shards: str | None = None
     output: str | None = None
     allow_truncated: bool = False
-    write: str = "shards"
+    write: str = option("shards", accepts=one_of("shards", "jsonl"))
     kind: str = "long"
-    # the model
-    engine: str = "transformers"
-    model: str = "qwen3_vl_8b"
-    revision: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    batch_size: int = 8
-    endpoint: str | None = None
-    served: str | None = None
-    api_key_env: str | None = None
-    concurrency: int = 32
-    timeout: float = 300.0
-    tries: int = 8
-    retry_wait: float = 1.0
-    endpoint_gpus: int = 0
+    endpoint_gpus: int = option(0, accepts=not_negative)
     # what it is asked, and how it answers
     prompts: str | None = None
     prompt_file: str | None = None
-    image_side: int | None = None
-    temperature: float = 0.7
-    top_p: float = 0.9
-    max_new_tokens: int = 768
+    temperature: float = option(0.7, accepts=not_negative)
+    top_p: float = option(0.9, accepts=positive)
+    max_new_tokens: int = option(768, accepts=positive)
     seed: int = 0
     # what passes
-    language: str = "en"
-    min_words: int | None = None
-    max_words: int | None = None
+    language: str = option("en", accepts=one_of("en", "any"))
+    min_words: int | None = option(None, accepts=positive)
+    max_words: int | None = option(None, accepts=positive)
     reject: str = ",".join(DEFAULT_REJECT)
-    retries: int = 1
+    retries: int = option(1, accepts=not_negative)
     # a second model
     judge: str | None = None
-    judge_engine: str | None = None
+    judge_engine: str | None = option(None, accepts=one_of(*ENGINES))
     judge_revision: str | None = None
     judge_endpoint: str | None = None
     judge_api_key_env: str | None = None
-    judge_share: float = 0.02
+    judge_share: float = option(0.02, accepts=fraction)
 
     def check(self) -> None:
         """Raise UserError for what cannot be meant."""
         for key in ("shards", "output"):
             if not getattr(self, key):
                 raise UserError(f"{key}= is missing; expected shards=<tars, a folder or a range> output=<folder>.")
-        choice("engine", self.engine, ENGINES)
-        choice("write", self.write, ("shards", "jsonl"))
-        choice("dtype", self.dtype, DTYPES)
-        choice("language", self.language, ("en", "any"))
+        check_values(self)
         if not _KIND.fullmatch(self.kind):
             raise UserError(f"kind={self.kind} is no name for a caption kind; use letters and digits, such as long.")
-        for key in ("batch_size", "concurrency", "timeout", "tries", "max_new_tokens", "top_p"):
-            positive(key, getattr(self, key))
-        for key in ("retries", "temperature", "retry_wait", "endpoint_gpus"):
-            positive(key, getattr(self, key), zero=True)
-        for key in ("image_side", "min_words", "max_words"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
         fraction("top_p", self.top_p)
-        fraction("judge_share", self.judge_share)
         if (self.min_words or 1) > (self.max_words or 10**9):
             raise UserError(f"min_words={self.min_words} is over max_words={self.max_words}; swap them.")
         self.rejecting()
-        if self.judge_engine is not None:
-            choice("judge_engine", self.judge_engine, ENGINES)
         if self.judge is None and (given := self._given(_OF_JUDGE)):
             raise UserError(f"{given}= needs judge=<model>; name the second model.")
         self._check_engines()
 
     def _given(self, keys: tuple[str, ...]) -> str | None:
         """The first of ``keys`` that is not at its default."""
-        return next((key for key in keys if getattr(self, key) != getattr(CaptionOptions, key)), None)
+        return next(
+            (key for key in keys if getattr(self, key) != CaptionOptions.__dataclass_fields__[key].default), None
+        )
 
     def _check_engines(self) -> None:
         """Refuse what the chosen engines would not look at."""

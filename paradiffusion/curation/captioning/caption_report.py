@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Final
 from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.captioning.caption_checks import NOTES, REASONS
 from paradiffusion.curation.captioning.captioning import interval, read_lines
+from paradiffusion.pages import markdown
 
 # The paper's table for ParaImage-Big: mean words and the share of each band.
 PAPER_MEAN: Final = 132.9
@@ -46,7 +48,7 @@ def make_report(output: Path, stems: list[str], processes: int, endpoint_gpus: i
         if record["caption"] is not None:
             answers[record["template"]] += 1
             count.update(captioned=1, words=record["words"])
-            bands[_band(record["words"])] += 1
+            bands[list(PAPER_BANDS)[bisect((50, 100, 150, 200), record["words"])]] += 1
             accepted.update(record["found"])
             notes.update(record["notes"])
     samples, captioned = count["samples"], count["captioned"]
@@ -83,11 +85,6 @@ def _records(output: Path, stems: list[str], ending: str) -> Iterator[tuple[str,
         yield from ((stem, record) for record in read_lines(output / f"{stem}{ending}"))
 
 
-def _band(words: int) -> str:
-    edges = (50, 100, 150, 200)
-    return list(PAPER_BANDS)[sum(words >= edge for edge in edges)]
-
-
 def _judged(output: Path, stems: list[str]) -> dict[str, Any]:
     """The second model's word: ``share`` is of the claims that got a yes, among those that got a yes or no, with its ``interval``
     of 95 %; ``unconfirmed`` are the first claims that got a no."""
@@ -102,15 +99,10 @@ def _judged(output: Path, stems: list[str]) -> dict[str, Any]:
     total = sum(captions.values(), Counter[str]())
     clusters = [(one["yes"], one["yes"] + one["no"]) for one in captions.values() if one["yes"] + one["no"]]
     return {
-        "judge": judge,
-        "captions": len(captions),
-        "claims": total.total(),
-        "confirmed": total["yes"],
-        "unclear": total["unclear"],
-        "share": total["yes"] / (total["yes"] + total["no"]) if clusters else None,
-        "interval": interval(clusters) if clusters else None,
-        "unconfirmed": unconfirmed,
-    }
+        "judge": judge, "captions": len(captions), "claims": total.total(), "confirmed": total["yes"],
+        "unclear": total["unclear"], "share": total["yes"] / (total["yes"] + total["no"]) if clusters else None,
+        "interval": interval(clusters) if clusters else None, "unconfirmed": unconfirmed,
+    }  # fmt: skip
 
 
 def write_report(report: dict[str, Any], output: Path) -> Path:
@@ -146,7 +138,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "",
         "| template | answers | rejected |",
         "|---|---|---|",
-        *(f"| {_cell(n)} | {t['answers']:.0f} | {t['rejected']:.1%} |" for n, t in report["templates"].items()),
+        *(f"| {markdown(n)} | {t['answers']:.0f} | {t['rejected']:.1%} |" for n, t in report["templates"].items()),
         "",
         "| rejected for | answers | of all | |",
         "|---|---|---|---|",
@@ -164,7 +156,7 @@ def as_markdown(report: dict[str, Any]) -> str:
     if report["examples"]:
         lines += ["", "## Examples of rejected answers", ""]
         lines += [
-            f"- {name}, {one['shard']}/{_cell(one['key'])}: {_cell(one['text']) or '(nothing)'}"
+            f"- {name}, {one['shard']}/{markdown(one['key'])}: {markdown(one['text']) or '(nothing)'}"
             for name, examples in sorted(report["examples"].items())
             for one in examples
         ]
@@ -182,15 +174,10 @@ def _judged_lines(judged: dict[str, Any]) -> list[str]:
         f"{judged['unclear']} without a clear answer. Claims about one picture count as dependent in the interval.", "",
     ]  # fmt: skip
     return lines + [
-        f"- not confirmed, {one['shard']}/{_cell(one['key'])}: {_cell(one['text'])}" for one in judged["unconfirmed"]
+        f"- not confirmed, {one['shard']}/{markdown(one['key'])}: {markdown(one['text'])}"
+        for one in judged["unconfirmed"]
     ]
 
 
 def _number(value: float | None) -> str:
     return "unknown" if value is None else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _cell(text: str) -> str:
-    """A model's words, kept from being taken as Markdown or HTML."""
-    escaped = "".join(f"\\{letter}" if letter in "\\`*_[]#|~" else letter for letter in " ".join(text.split()))
-    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

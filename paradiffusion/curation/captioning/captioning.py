@@ -176,22 +176,14 @@ class Answers:
     ) -> bool:
         """Write answers to the journal, but those that it holds already, and move the bar; whether there were any."""
         pairs, self._unread = [*group, *self._unread[::-1]], []
-        entries = [
-            Entry(
-                row=asked.row - self.rows.start,
-                part=asked.part,
-                key=self.work.index.key(asked.row),
+        entries = []
+        for asked, answer in pairs:
+            if not self.has(asked):
                 # Surrogates, which a server's JSON can hold, have no UTF-8.
-                text=answer.text.encode("utf-8", "replace").decode(),
-                tokens=answer.tokens,
-                finished=answer.finished,
-                error=answer.error.encode("utf-8", "replace").decode(),
-                seconds=round(seconds / len(pairs), 4),
-                device=self.engine.device,
-            )
-            for asked, answer in pairs
-            if not self.has(asked)
-        ]
+                text, error = (said.encode("utf-8", "replace").decode() for said in (answer.text, answer.error))
+                place = (asked.row - self.rows.start, asked.part, self.work.index.key(asked.row))
+                each, device = round(seconds / len(pairs), 4), self.engine.device
+                entries.append(Entry(*place, text, answer.tokens, answer.finished, error, each, device))
         if entries:
             self._journal.add(map(asdict, entries))
             self.entries.update({(entry.row, entry.part): entry for entry in entries})

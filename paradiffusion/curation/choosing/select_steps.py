@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from paradiffusion.checks import choice, not_understood, parsed, positive
+from paradiffusion.checks import choice, not_understood, one_of, parsed, positive
+from paradiffusion.config import check_values, option
 from paradiffusion.curation.choosing.score_files import move_root, scored_names
 from paradiffusion.errors import UserError
 
@@ -37,26 +38,26 @@ class SelectOptions:
     text_labels: str | None = None
     text_threshold: float = 0.3
     caption: str | None = None
-    processes: int | None = None
+    processes: int | None = option(None, accepts=positive)
     device: str = "auto"
-    precision: str = "fp32"
-    batch_size: int = 32
-    threads: int = 4
+    precision: str = option("fp32", accepts=one_of("fp32", "bf16", "fp16"))
+    batch_size: int = option(32, accepts=positive)
+    threads: int = option(4, accepts=positive)
     allow_truncated: bool = False
     min: str | None = None
     max: str | None = None
     weights: str | None = None
-    count: int | None = None
-    clusters: int = 1
-    per_cluster: int | None = None
+    count: int | None = option(None, accepts=positive)
+    clusters: int = option(1, accepts=positive)
+    per_cluster: int | None = option(None, accepts=positive)
     max_similarity: float | None = None
     seed: int = 0
     host: str = "127.0.0.1"
     port: int = 8765
     reviewer: str | None = None
     output: str | None = None
-    samples_per_shard: int = 1000
-    votes: str = "majority"
+    samples_per_shard: int = option(1000, accepts=positive)
+    votes: str = option("majority", accepts=one_of("majority", "any", "all"))
     given: list[str] = field(default_factory=list, metadata={"internal": True})
 
     def check(self) -> None:
@@ -74,13 +75,7 @@ class SelectOptions:
         for key in ("folder", *{"score": ("shards",), "export": ("output",)}.get(self.action, ())):
             if not getattr(self, key):
                 raise UserError(f"{key}= is missing; action={self.action} needs it, see --help.")
-        choice("precision", self.precision, ("fp32", "bf16", "fp16"))
-        choice("votes", self.votes, ("majority", "any", "all"))
-        for key in ("batch_size", "threads", "samples_per_shard", "clusters"):
-            positive(key, getattr(self, key))
-        for key in ("processes", "count", "per_cluster"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
+        check_values(self)
         if not 0 <= self.port < 1 << 16:
             raise UserError(f"port={self.port} is out of range; expected 0 to 65535.")
 
@@ -151,7 +146,11 @@ def _review(options: SelectOptions, work: Path) -> None:
     """Serve the review page until Ctrl-C or SIGTERM."""
     from paradiffusion.apps.review import serve_review
 
-    serve_review(work, options.reviewer or _account(), options.host, options.port)
+    try:
+        account = getpass.getuser()
+    except (OSError, KeyError):  # no such account within a container
+        account = "reviewer"
+    serve_review(work, options.reviewer or account, options.host, options.port)
 
 
 def _export(options: SelectOptions, work: Path) -> None:
@@ -159,10 +158,3 @@ def _export(options: SelectOptions, work: Path) -> None:
 
     report = export(work, Path(str(options.output)).expanduser(), options.samples_per_shard, options.votes)
     print(*report.lines(), f"train on it with data.shards={options.output} and stage=3", sep="\n")
-
-
-def _account() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # no such account within a container
-        return "reviewer"

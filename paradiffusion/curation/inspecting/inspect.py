@@ -132,17 +132,11 @@ def buckets_of(plan: BatchPlan) -> list[BucketFigures]:
         width, height = index.width[known].astype(np.float64), index.height[known].astype(np.float64)
         ratio = (width / height) / (wide / tall)
         scale = np.maximum(wide / width, tall / height)
-        figures.append(
-            BucketFigures(
-                height=tall,
-                width=wide,
-                samples=int(inside.sum()),
-                share=float(inside.sum() / max(usable.sum(), 1)),
-                batches=float(inside.sum() / plan.batch_size),
-                cropped=float(1 - np.minimum(ratio, 1 / ratio).mean()) if len(ratio) else 0.0,
-                enlarged=float((scale > 1).mean()) if len(scale) else 0.0,
-            )
-        )
+        samples = int(inside.sum())
+        cropped = float(1 - np.minimum(ratio, 1 / ratio).mean()) if len(ratio) else 0.0
+        enlarged = float((scale > 1).mean()) if len(scale) else 0.0
+        share = samples / max(int(usable.sum()), 1)
+        figures.append(BucketFigures(tall, wide, samples, share, samples / plan.batch_size, cropped, enlarged))
     return figures
 
 
@@ -170,11 +164,6 @@ def _top(values: np.ndarray, count: int, allowed: np.ndarray) -> list[int]:
     if len(rows) > count:
         rows = rows[np.argpartition(values[rows], count)[:count]]
     return [int(row) for row in rows[np.argsort(values[rows], kind="stable")]]
-
-
-def draw_rows(index: SampleIndex, count: int, seed: int) -> list[int]:
-    """``count`` rows drawn by seed, fewer where there are fewer."""
-    return np.random.default_rng(seed).choice(len(index), min(count, len(index)), replace=False).tolist()
 
 
 @dataclass(frozen=True)
@@ -341,32 +330,20 @@ def inspect(plan: BatchPlan, counters: list[TokenCounter], limits: TextLimits, s
     by_tokens = most_tokens(read, 6)
     if not set(by_tokens) <= set(worst.get("longest captions", ())):  # else the same cards again
         worst["captions of the most tokens, of those read"] = by_tokens
-    chosen = draw_rows(index, settings.samples, settings.seed)
+    drawing = np.random.default_rng(settings.seed)
+    chosen = drawing.choice(len(index), min(settings.samples, len(index)), replace=False).tolist()
     wanted = dict.fromkeys([*chosen, *(row for rows in worst.values() for row in rows)])
     bar = tqdm(wanted, desc="pictures", unit="image", mininterval=1, dynamic_ncols=True)
     shown = {row: show(plan, row, counters) for row in bar}
     return Inspection(
-        settings=settings,
-        batch_size=plan.batch_size,
-        run=run,
-        counts=counts,
-        kinds=kinds,
-        tokens=tokens_of(index, read),
-        images=images,
-        buckets=buckets,
-        padding=padding,
-        openings=read.openings,
-        captions_read=len(read.rows),
-        repeated=read.repeated,
-        repeated_share=read.repeats / max(read.captions, 1),
-        checked=pictures.checked,
+        settings=settings, batch_size=plan.batch_size, run=run, counts=counts, kinds=kinds, tokens=tokens_of(index, read),
+        images=images, buckets=buckets, padding=padding, openings=read.openings, captions_read=len(read.rows),
+        repeated=read.repeated, repeated_share=read.repeats / max(read.captions, 1), checked=pictures.checked,
         undecodable=[(_name(index, row), reason) for row, reason in pictures.undecodable],
-        dark=len(pictures.dark),
-        flat=len(pictures.flat),
-        notes=list(notes_of(plan, counts, buckets, padding, read, pictures, run)),
-        shown=[shown[row] for row in chosen],
+        dark=len(pictures.dark), flat=len(pictures.flat),
+        notes=list(notes_of(plan, counts, buckets, padding, read, pictures, run)), shown=[shown[row] for row in chosen],
         worst={name: [shown[row] for row in rows] for name, rows in worst.items()},
-    )
+    )  # fmt: skip
 
 
 def show(plan: BatchPlan, row: int, counters: list[TokenCounter]) -> ShownSample:

@@ -18,7 +18,7 @@ from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.manifest import MANIFEST
 from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, image_name, size_for
+from paradiffusion.evaluation.drawing.picture_source import Place, SuitePainter, file_stem, image_name, size_for
 from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.gallery import is_whole, read_manifests
@@ -137,8 +137,19 @@ class CheckpointSource:
                 return None
         return images, {**source, "checkpoint": str(self.checkpoint)}
 
-    def painter(self, suite: Suite) -> CheckpointPainter:
-        return CheckpointPainter(self, suite)
+    def painter(self, suite: Suite) -> SuitePainter:
+        return SuitePainter(self, suite)
+
+    def paint_for(self, suite: Suite, requests: list[Request]) -> list[np.ndarray]:
+        """Pictures, uint8 [H, W, 3]. Raises UserError for a size that the model cannot draw."""
+        models, config = self.models(), replace(self.config, images_per_prompt=1)
+        jobs: list[Job] = []
+        for n, one in enumerate(requests):
+            height, width = _size(suite, one.height, one.width, config, models)
+            prompt = PromptRequest(n, one.text, seed=one.seed, height=height, width=width, source="a picture")
+            jobs += make_jobs([prompt], config, models)
+        drawn = {job.name: image for job, image in generate(models, jobs, config.batch_size)}
+        return [drawn[job.name] for job in jobs]
 
     def close(self) -> None:
         self._models = None
@@ -147,26 +158,6 @@ class CheckpointSource:
 
 
 _DECIDING = (*(one.name for one in fields(SamplerConfig)), "negative_prompt", "height", "width")
-
-
-class CheckpointPainter:
-    """Draws what it is asked for with the settings that the suite's pictures were drawn with."""
-
-    def __init__(self, source: CheckpointSource, suite: Suite) -> None:
-        self.source, self.suite = source, suite
-
-    def paint(self, requests: list[Request]) -> list[np.ndarray]:
-        """Pictures, uint8 [H, W, 3]. Raises UserError for a size that the model cannot draw."""
-        models, config = self.source.models(), self.source.config
-        jobs: list[Job] = []
-        for number, request in enumerate(requests):
-            height, width = _size(self.suite, request.height, request.width, config, models)
-            prompt = PromptRequest(
-                number, request.text, seed=request.seed, height=height, width=width, source="a picture"
-            )
-            jobs += make_jobs([prompt], replace(config, images_per_prompt=1), models)
-        drawn = {job.name: image for job, image in generate(models, jobs, config.batch_size)}
-        return [drawn[job.name] for job in jobs]
 
 
 def requests_of(

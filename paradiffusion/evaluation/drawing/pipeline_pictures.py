@@ -14,7 +14,7 @@ import torch
 from paradiffusion.config import SampleConfig
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint_pictures import drawn_images
-from paradiffusion.evaluation.drawing.picture_source import Place, all_do, progress, size_for
+from paradiffusion.evaluation.drawing.picture_source import Place, SuitePainter, all_do, progress, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
@@ -216,31 +216,24 @@ class PipelineSource:
         }
         return images, source
 
-    def painter(self, suite: Suite) -> PipelinePainter:
-        return PipelinePainter(self, suite)
+    def painter(self, suite: Suite) -> SuitePainter:
+        return SuitePainter(self, suite)
+
+    def paint_for(self, suite: Suite, requests: list[Request]) -> list[np.ndarray]:
+        """Pictures, uint8 [H, W, 3]. Raises UserError where the pipeline cannot draw one."""
+        images = []
+        for request in requests:
+            size = self.size(suite, request.height, request.width)
+            try:
+                images += self.paint([request.text], [request.seed], size)
+            except PipelineError as error:
+                raise UserError(f"{self.label} could not draw {request.text[:60]!r}: {error}.") from None
+        return images
 
     def close(self) -> None:
         self._pipe = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-class PipelinePainter:
-    """Draws what it is asked for with the settings that the suite's pictures were drawn with."""
-
-    def __init__(self, source: PipelineSource, suite: Suite) -> None:
-        self.source, self.suite = source, suite
-
-    def paint(self, requests: list[Request]) -> list[np.ndarray]:
-        """Pictures, uint8 [H, W, 3]. Raises UserError where the pipeline cannot draw one."""
-        images = []
-        for request in requests:
-            size = self.source.size(self.suite, request.height, request.width)
-            try:
-                images += self.source.paint([request.text], [request.seed], size)
-            except PipelineError as error:
-                raise UserError(f"{self.source.label} could not draw {request.text[:60]!r}: {error}.") from None
-        return images
 
 
 def load_pipeline(path: str, config: SampleConfig, device: str | None) -> Any:

@@ -195,23 +195,14 @@ def report_record(title: str, suites: Sequence[SuiteNumbers], votes: Mapping[str
     ``votes``: what the vote command found, or null.
     What is not a finite number is null.
     """
-    record = {
-        "schema": SCHEMA,
-        "title": title,
-        "suites": [_suite_record(numbers) for numbers in suites],
-        "votes": None if votes is None else dict(votes),
-    }
+    record = {"schema": SCHEMA, "title": title, "suites": [*map(_suite_record, suites)], "votes": votes and dict(votes)}
     return {key: finite(value) for key, value in record.items()}
 
 
 def _suite_record(numbers: SuiteNumbers) -> dict[str, Any]:
     prompts = numbers.suite.prompts
     return {
-        "name": numbers.suite.name,
-        "title": numbers.suite.title,
-        "source": numbers.suite.source,
-        "licence": numbers.suite.licence,
-        "fingerprint": numbers.suite.fingerprint,
+        **_fields(numbers.suite, "name", "title", "source", "licence", "fingerprint"),
         "prompts": len(prompts),
         "bands": _counts([prompt.band for prompt in prompts]),
         "categories": _counts([prompt.category for prompt in prompts]),
@@ -237,21 +228,15 @@ def _suite_record(numbers: SuiteNumbers) -> dict[str, Any]:
 
 def _score_record(numbers: SuiteNumbers, score: ScoreNumbers) -> dict[str, Any]:
     return {
-        "name": score.name,
-        "title": score.title,
-        "formula": score.described.formula,
-        "source": score.described.source,
+        **_fields(score, "name", "title"),
+        **_fields(score.described, "formula", "source"),
         "unlike": list(score.unlike),
         "results": [
             {
                 "model": label,
                 "settings": _settings(result.settings),
-                "warnings": result.warnings,
-                "skipped": result.skipped,
-                "tables": [
-                    {**asdict(table), "rows": [[_cell(cell) for cell in row] for row in table.rows]}
-                    for table in result.tables
-                ],
+                **_fields(result, "warnings", "skipped"),
+                "tables": [asdict(table) for table in result.tables],
             }
             for label, result in zip(numbers.labels, score.results, strict=True)
             if result is not None
@@ -260,12 +245,13 @@ def _score_record(numbers: SuiteNumbers, score: ScoreNumbers) -> dict[str, Any]:
     }
 
 
+def _fields(of: Any, *names: str) -> dict[str, Any]:
+    return {name: getattr(of, name) for name in names}
+
+
 def _measure(numbers: SuiteNumbers, one: MeasureNumbers) -> dict[str, Any]:
     return {
-        "name": one.measure.name,
-        "title": one.measure.title,
-        "unit": one.measure.unit,
-        "higher_is_better": one.measure.higher_is_better,
+        **_fields(one.measure, "name", "title", "unit", "higher_is_better"),
         "all": _row(numbers, one.whole),
         "bands": {row.group: _row(numbers, row) for row in one.bands},
         "categories": {row.group: _row(numbers, row) for row in one.categories},
@@ -273,20 +259,13 @@ def _measure(numbers: SuiteNumbers, one: MeasureNumbers) -> dict[str, Any]:
 
 
 def _row(numbers: SuiteNumbers, row: Row) -> dict[str, Any]:
-    return {
-        "prompts": row.prompts,
-        "best": None if row.best is None else numbers.labels[row.best],
-        "values": {label: _cell(value) for label, value in zip(numbers.labels, row.estimates, strict=True)},
-        "differences": {
-            label: _cell(value)
-            for number, (label, value) in enumerate(zip(numbers.labels, row.differences, strict=True))
-            if number != numbers.baseline
-        },
-    }
+    def by_label(values: Sequence[Estimate | None]) -> dict[str, Any]:
+        return {label: value and asdict(value) for label, value in zip(numbers.labels, values, strict=True)}
 
-
-def _cell(cell: Any) -> Any:
-    return asdict(cell) if isinstance(cell, Estimate) else cell
+    differences = by_label(row.differences)
+    del differences[numbers.labels[numbers.baseline]]
+    best = None if row.best is None else numbers.labels[row.best]
+    return {"prompts": row.prompts, "best": best, "values": by_label(row.estimates), "differences": differences}
 
 
 def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:

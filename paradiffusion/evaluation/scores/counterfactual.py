@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 
 from paradiffusion.atomic import atomic_file
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.estimates import Estimate, mean, ratio
+from paradiffusion.evaluation.estimates import Estimate, mean, mean_rows
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Painter, Request, Run, ScoreResult, Table
 from paradiffusion.evaluation.scores.sentence_judges import PLACES, Box, ClipJudge, NoJudge, SentenceJudge, place
@@ -114,11 +114,7 @@ def _shares(
     title: str, head: str, judged: Sequence[Removal], groups: Sequence[str], group_of: Callable[[Removal], str],
     plot: str = "bars",
 ) -> Table:  # fmt: skip
-    rows: list[list[Any]] = []
-    for group in groups:
-        members = [one for one in judged if group_of(one) == group]
-        if members:
-            rows.append([group, mean([float(bool(one.matters)) for one in members], [one.prompt for one in members])])
+    rows = mean_rows([(group_of(one), float(bool(one.matters)), one.prompt) for one in judged], groups)
     return Table(title, [head, "matter"], rows, plot=plot)
 
 
@@ -148,11 +144,9 @@ def _noise(removals: Sequence[Removal]) -> Table:
 
 def _beside_report(judged: Sequence[Removal]) -> Iterator[Table]:
     """Do sentences that are followed matter, and others not?"""
-    rows: list[list[Any]] = []
-    for name, wanted in (("followed", True), ("not followed", False)):
-        members = [one for one in judged if one.followed is wanted]
-        if members:
-            rows.append([name, mean([float(bool(one.matters)) for one in members], [one.prompt for one in members])])
+    called = {True: "followed", False: "not followed", None: ""}
+    found = [(called[one.followed], float(bool(one.matters)), one.prompt) for one in judged]
+    rows = mean_rows(found, ("followed", "not followed"))
     note = "A sentence that is followed and does not matter was said twice, or came about by chance."
     if rows:
         title = "Beside the sentence report: sentences that matter"
@@ -190,11 +184,8 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def _mean(members: Sequence[Removal], name: str) -> Estimate | None:
-    known = [(getattr(one, name), one.prompt) for one in members if getattr(one, name) is not None]
-    if not known:
-        return None
-    values, prompts = zip(*known, strict=True)
-    return ratio(values, [1.0] * len(values), prompts)
+    known = [one for one in members if getattr(one, name) is not None]
+    return mean([getattr(one, name) for one in known], [one.prompt for one in known]) if known else None
 
 
 LIMIT: Final = 16  # sentences of one prompt that are left out, each in turn; of more, these are spread evenly

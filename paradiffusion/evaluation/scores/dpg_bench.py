@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from paradiffusion.evaluation.estimates import mean
+from paradiffusion.evaluation.estimates import mean, mean_rows
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
 from paradiffusion.evaluation.scores.checklist import (
     TOKENS,
@@ -150,14 +150,15 @@ IMAGES: Final = 4
 _SOURCE: Final = "DPG-Bench (arXiv 2403.05135), dpg_bench/compute_dpg_bench.py of TencentQQGYLab/ELLA"
 
 
-class _Dpg:
-    """What both scores share; ``quirks`` are what is done as the published code does it."""
+class DpgPublished:
+    """The score as the published code computes it, with ``quirks``: every one."""
 
-    name = ""
-    what = ""
+    name = "dpg"
+    what = "DPG-Bench, procedure as published"
+    quirks = PUBLISHED
 
-    def __init__(self, options: VlmOptions, quirks: Quirks, table: Path = CAPTIONERS) -> None:
-        self.asker, self.quirks = Asker(options, TOKENS, table), quirks
+    def __init__(self, options: VlmOptions, quirks: Quirks | None = None, table: Path = CAPTIONERS) -> None:
+        self.asker, self.quirks = Asker(options, TOKENS, table), quirks or self.quirks
         self.title = f"{self.what}, with {options.name} for mPLUG"
 
     def settings(self) -> dict[str, Any]:
@@ -199,24 +200,12 @@ class _Dpg:
         )  # fmt: skip
 
 
-class DpgPublished(_Dpg):
-    """The score as the published code computes it, every quirk included."""
-
-    name = "dpg"
-    what = "DPG-Bench, procedure as published"
-
-    def __init__(self, options: VlmOptions, quirks: Quirks = PUBLISHED, table: Path = CAPTIONERS) -> None:
-        super().__init__(options, quirks, table)
-
-
-class DpgCorrected(_Dpg):
+class DpgCorrected(DpgPublished):
     """The score as it was meant: every question and every image counts, in categories too, and failures count as 0."""
 
     name = "dpg_corrected"
     what = "DPG-Bench, corrected procedure"
-
-    def __init__(self, options: VlmOptions, quirks: Quirks = CORRECTED, table: Path = CAPTIONERS) -> None:
-        super().__init__(options, quirks, table)
+    quirks = CORRECTED
 
 
 def in_order(images: Sequence[Drawn]) -> list[Drawn]:
@@ -255,13 +244,7 @@ def _tables(kept: Sequence[JudgedPrompt], quirks: Quirks) -> list[Table]:
     note = f"Mean over questions, {', '.join(parts)}."
     made = []
     for level, title, plot in ((0, "DPG-Bench, L1 categories", "bars"), (1, "DPG-Bench, L2 categories", "")):
-        groups: dict[str, list[tuple[float, str]]] = {}
-        for row in rows:
-            groups.setdefault(row[:2][level], []).append((row[2], row[3]))
-        cells: list[list[Any]] = [
-            [group, mean([value for value, _ in groups[group]], [prompt for _, prompt in groups[group]])]
-            for group in sorted(groups)
-        ]
+        cells = mean_rows([(row[:2][level], row[2], row[3]) for row in rows], sorted({row[:2][level] for row in rows}))
         if cells:
             made.append(Table(title, ["Category", "Yes"], cells, note, plot=plot))
     return made

@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 from paradiffusion.atomic import atomic_file
 from paradiffusion.data.images import BadImage, decode
+from paradiffusion.evaluation.journal import Journal
 from paradiffusion.evaluation.records import Drawn, Run
 from paradiffusion.metrics.clip import Clip
 from paradiffusion.text.sources import hash_ends
@@ -70,7 +71,7 @@ def image_features(
     with run.bar(len(waiting), title) as bar, ThreadPoolExecutor(_READERS) as pool:
         try:
             for batch, read in _read_ahead(waiting, extractor.prepare, batch_size, pool):
-                writer.add(*_looked_at(batch, read, extractor.features))
+                writer.add(*_featured(batch, read, extractor.features))
                 bar.update(len(batch))
                 if writer.due():
                     writer.flush()
@@ -167,6 +168,19 @@ def _features(chunk: Path) -> np.ndarray:
         return file.get_tensor("features").numpy()
 
 
+def looked_at(
+    images: Sequence[Drawn], work: Path, run: Run, title: str, look: Callable[[Drawn], dict[str, Any]]
+) -> None:
+    """Keep in ``work``'s journal what ``look`` finds in each image that was not looked at, or is another picture since."""
+    with Journal(work, run.rank) as journal, run.bar(len(images), title) as bar:
+        for image in images:
+            stamp = stamp_of(image)
+            if journal.found.get(image.name, {}).get("stamp") != stamp:
+                journal.add(image.name, {**look(image), "stamp": stamp})
+                run.check()
+            bar.update(1)
+
+
 def stamp_of(image: Drawn) -> str:
     """What changes when the picture is another one; "" for no picture."""
     if image.error:
@@ -206,7 +220,7 @@ def _read(image: Drawn, prepare: Callable[[Image.Image], torch.Tensor]) -> torch
         return f"{image.file.name} cannot be prepared ({type(error).__name__}: {error})"
 
 
-def _looked_at(
+def _featured(
     batch: Sequence[Drawn], read: list[torch.Tensor | str], features: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[_Notes, torch.Tensor | None]:
     """Notes on the images of ``batch``, and the rows of those that have features."""

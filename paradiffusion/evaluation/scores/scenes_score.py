@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from paradiffusion.evaluation.estimates import ratio
-from paradiffusion.evaluation.journal import Journal, read_journals
+from paradiffusion.evaluation.journal import read_journals
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.image_features import stamp_of
+from paradiffusion.evaluation.scores.image_features import looked_at
 from paradiffusion.evaluation.scores.sentence_judges import read_picture, scene_of
 from paradiffusion.evaluation.suites.suite import Suite, by_id
 from paradiffusion.scenes.judge import SceneScore, score, sums_of, unbound
@@ -42,17 +42,14 @@ class ScenesScore:
 
     def prepare(self, suite: Suite, images: list[Drawn], work: Path, run: Run) -> None:
         prompts = by_id(suite.prompts)
-        with Journal(work, run.rank) as journal, run.bar(len(images), self.title) as bar:
-            for image in images:
-                stamp = stamp_of(image)
-                if journal.found.get(image.name, {}).get("stamp") != stamp:  # not looked at, or another picture since
-                    picture = read_picture(image)
-                    found: dict[str, Any] = {"error": picture}
-                    if not isinstance(picture, str):
-                        found = vars(score(scene_of(prompts[image.prompt]), picture))
-                    journal.add(image.name, {**found, "stamp": stamp})
-                    run.check()
-                bar.update(1)
+
+        def look(image: Drawn) -> dict[str, Any]:
+            picture = read_picture(image)
+            if isinstance(picture, str):
+                return {"error": picture}
+            return vars(score(scene_of(prompts[image.prompt]), picture))
+
+        looked_at(images, work, run, self.title, look)
 
     def result(self, suite: Suite, images: list[Drawn], work: Path) -> ScoreResult:
         prompts, found = by_id(suite.prompts), dict(read_journals(work))

@@ -17,14 +17,14 @@ from PIL import Image
 
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.journal import Journal, read_journals
+from paradiffusion.evaluation.journal import read_journals
 from paradiffusion.evaluation.records import Drawn, Run
 from paradiffusion.evaluation.scores.image_features import (
     clip_extractor,
     clip_weights,
     image_features,
+    looked_at,
     read_features,
-    stamp_of,
 )
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
 from paradiffusion.metrics.clip import Clip, load_clip
@@ -272,25 +272,16 @@ def prepare_rows(
         return
     prompts = by_id(suite.prompts)
     follow = _foreign(suite, others)
-    with Journal(work, run.rank) as journal, run.bar(len(images), title) as bar:
-        for image in images:
-            stamp = stamp_of(image)
-            if journal.found.get(image.name, {}).get("stamp") != stamp:  # not looked at, or another picture since
-                record = _judged(judge, prompts, image, follow[image.prompt])
-                journal.add(image.name, {**record, "stamp": stamp})
-                run.check()
-            bar.update(1)
+    looked_at(images, work, run, title, lambda image: _judged(judge, prompts, image, follow[image.prompt]))
 
 
 def read_rows(
     judge: SentenceJudge, suite: Suite, images: Sequence[Drawn], work: Path, others: int
 ) -> Iterator[PictureRows]:
     """Every image of ``images``, in their order; the arguments are those of ``prepare_rows``."""
-    yield from (
-        _by_features(judge, suite, images, work)
-        if isinstance(judge, ClipJudge)
-        else _by_journal(judge, suite, images, work, others)
-    )
+    if isinstance(judge, ClipJudge):
+        return _by_features(judge, suite, images, work)
+    return _by_journal(judge, suite, images, work, others)
 
 
 def clip_features(judge: ClipJudge, work: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from paradiffusion.evaluation.estimates import Estimate, mean, ratio
+from paradiffusion.evaluation.estimates import Estimate, mean, mean_rows
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
 from paradiffusion.evaluation.scores.segments import sentence_details
 from paradiffusion.evaluation.scores.sentence_judges import (
@@ -185,12 +185,8 @@ def _chance(members: Sequence[Told]) -> Estimate | float | str:
 
 def _facts(told: Sequence[Told]) -> Table:
     """Single facts, of whichever sentence; an image that failed has none, and is in the other tables alone."""
-    rows: list[list[Any]] = []
-    for fact in FACTS:
-        held = [(value, one.prompt) for one in told for name, value in one.row.own.facts if name == fact]
-        if held and fact != "there":
-            values, prompts = zip(*held, strict=True)
-            rows.append([fact, ratio(values, [1.0] * len(values), prompts)])
+    found = [(name, value, one.prompt) for one in told for name, value in one.row.own.facts]
+    rows = mean_rows(found, [fact for fact in FACTS if fact != "there"])
     note = (
         "Of an object that is not there in its colour, no further fact holds. Images that failed are not in this table."
     )

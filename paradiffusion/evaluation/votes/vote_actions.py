@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import yaml
 
-from paradiffusion.checks import choice, positive
+from paradiffusion.checks import choice, not_negative, one_of, positive
+from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.evaluation.suites.suite_files import read_yaml
@@ -62,12 +63,12 @@ class VoteOptions:
     title: str = "Which picture?"
     questions: str | None = None
     without_text: str = "[appeal]"
-    ask: str = "separately"
-    repeats: int | None = None
-    retest: int = 0
-    pairs_per_rater: int | None = None
-    images_per_prompt: int = 1
-    count: int | None = None
+    ask: str = option("separately", accepts=one_of("separately", "together"))
+    repeats: int | None = option(None, accepts=positive)
+    retest: int = option(0, accepts=not_negative)
+    pairs_per_rater: int | None = option(None, accepts=positive)
+    images_per_prompt: int = option(1, accepts=positive)
+    count: int | None = option(None, accepts=positive)
     seed: int = 0
     host: str = "127.0.0.1"
     port: int = 8766
@@ -88,11 +89,7 @@ class VoteOptions:
                 raise UserError(
                     f"{key}= belongs to action={owners[0]}, and does nothing in action={self.action}; leave it out."
                 )
-        choice("ask", self.ask, ("separately", "together"))
-        for key in ("repeats", "pairs_per_rater", "images_per_prompt", "count"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
-        positive("retest", self.retest, zero=True)
+        check_values(self)
         if not 0 <= self.port < 1 << 16:
             raise UserError(f"port={self.port} is out of range; expected 0 to 65535.")
         if not 1 <= len(self.title.strip()) <= 200:

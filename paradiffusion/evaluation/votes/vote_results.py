@@ -49,6 +49,11 @@ class Outcome:
     at: str = ""
     comment: str = ""
 
+    @property
+    def chose_left(self) -> bool:
+        """Whether the set that was preferred was on the left."""
+        return (self.set_a if self.choice == "a" else self.set_b) == self.left
+
 
 def outcomes(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str, str], str]) -> list[Outcome]:
     """All outcomes: the votes, then the pairs that a missing picture decides.
@@ -56,20 +61,17 @@ def outcomes(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str, s
     Such a pair counts once for each rater to whom it fell, from when they have come past it: so in a study that is not
     finished it weighs no more than a pair that is voted on.
     """
-    tasks = {rater: {task.key: task for task in own} for rater, own in study.tasks.items()}
+    tasks = {(rater, task.key): task for rater, own in study.tasks.items() for task in own}
     found = []
     for vote in votes:
-        task = tasks.get(vote.rater, {}).get(vote.task)
+        task = tasks.get((vote.rater, vote.task))
         if task is not None:
-            found.append(_voted(study, task, vote, comments.get((vote.rater, vote.task), "")))
+            # The first set is "a"; where it is on the right, a vote for the left is one for "b".
+            choice = TIE if vote.choice == TIE else "a" if (vote.choice == "left") != task.flipped else "b"
+            shown = {"left": study.sides(task)[0], "seconds": vote.seconds, "at": vote.at}
+            comment = comments.get((vote.rater, vote.task), "")
+            found.append(_outcome(study, task, vote.question, choice, vote.rater, comment=comment, **shown))
     return found + list(_settled(study, votes))
-
-
-def _voted(study: Study, task: Task, vote: Vote, comment: str) -> Outcome:
-    # The first set is "a"; where it is on the right, a vote for the left is one for "b".
-    choice = TIE if vote.choice == TIE else "a" if (vote.choice == "left") != task.flipped else "b"
-    shown = {"left": study.sides(task)[0], "seconds": vote.seconds, "at": vote.at, "comment": comment}
-    return _outcome(study, task, vote.question, choice, vote.rater, **shown)
 
 
 def _settled(study: Study, votes: Sequence[Vote]) -> Iterator[Outcome]:
@@ -123,12 +125,9 @@ def reliability(outcomes: Sequence[Outcome], seed: int = 0) -> Reliability:
     first = [one for one in voted if one.occasion == 0]
     units = [((one.pair, one.image), CHOICES.index(one.choice), one.prompt) for one in first]
     sided = [one for one in first if one.choice != TIE]
-    left = [float((one.set_a if one.choice == "a" else one.set_b) == one.left) for one in sided]
+    alpha = alpha_of([u for u, _, _ in units], [v for _, v, _ in units], [p for _, _, p in units], 3, seed)
     return Reliability(
-        alpha=alpha_of([u for u, _, _ in units], [v for _, v, _ in units], [p for _, _, p in units], 3, seed),
-        same=_same(first, seed),
-        left=mean(left, [one.prompt for one in sided], seed) if sided else None,
-        again=_again(voted, seed),
+        alpha, _same(first, seed), _share([one.chose_left for one in sided], sided, seed), _again(voted, seed)
     )
 
 
@@ -191,8 +190,12 @@ def _same(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
 def _again(outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
     first = {(one.rater, one.pair): one.choice for one in outcomes if one.occasion == 0}
     second = [one for one in outcomes if one.occasion == 1 and (one.rater, one.pair) in first]
-    same = [float(first[one.rater, one.pair] == one.choice) for one in second]
-    return mean(same, [one.prompt for one in second], seed) if second else None
+    return _share([first[one.rater, one.pair] == one.choice for one in second], second, seed)
+
+
+def _share(holds: Sequence[bool], outcomes: Sequence[Outcome], seed: int) -> Estimate | None:
+    """The share of ``outcomes`` of which something holds; None without any."""
+    return mean([*map(float, holds)], [one.prompt for one in outcomes], seed) if outcomes else None
 
 
 # The spread of a normal prior on log strengths and on the tie parameter, natural logarithm; our choice. A set that won every
@@ -361,7 +364,8 @@ def results_of(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str,
         suite=study.suite,
         prompts=len(study.prompts),
         pairs=len(study.pairs),
-        repeats=_repeats(study),
+        # How many raters see a pair.
+        repeats=sum(not (t.pair or t.occasion or t.round) for own in study.tasks.values() for t in own),
         ask=study.ask,
         sets=list(study.sets),
         raters=[_rater(study, rater, votes, found) for rater in study.tasks],
@@ -427,12 +431,5 @@ def _rater(study: Study, rater: str, votes: Sequence[Vote], found: Sequence[Outc
         votes=len(own),
         seconds=round(median(vote.seconds for vote in own), 1) if own else None,
         ties=sum(vote.choice == TIE for vote in own) / len(own) if own else None,
-        left=sum((o.set_a if o.choice == "a" else o.set_b) == o.left for o in sided) / len(sided) if sided else None,
+        left=sum(one.chose_left for one in sided) / len(sided) if sided else None,
     )
-
-
-def _repeats(study: Study) -> int:
-    """How many raters see a pair."""
-    if not study.pairs:
-        return 0
-    return sum(task.pair == 0 and not task.occasion and not task.round for t in study.tasks.values() for task in t)

@@ -157,31 +157,20 @@ class Study:
 
 def write_study(study: Study) -> Path:
     """Write study.json, whole or not at all; its path. Folders of pictures are kept relative to the study's."""
+    sets = [
+        {"name": one.name, "root": relative_file(one.root, study.folder), "pictures": one.pictures}
+        for one in study.sets.values()
+    ]
+    tasks = {rater: [[*map(int, vars(task).values())] for task in own] for rater, own in study.tasks.items()}
     record = {
         "paradiffusion_study": FORMAT_VERSION,
-        "title": study.title,
-        "suite": study.suite,
-        "settings": study.settings,
-        "ask": study.ask,
-        "questions": [asdict(question) for question in study.questions],
-        "prompts": [asdict(prompt) for prompt in study.prompts.values()],
-        "sets": [
-            {
-                "name": one.name,
-                "root": relative_file(one.root, study.folder),
-                "pictures": {key: [asdict(picture) for picture in row] for key, row in one.pictures.items()},
-            }
-            for one in study.sets.values()
-        ],
-        "pairs": [[p.prompt, p.image, p.set_a, p.set_b] for p in study.pairs],
-        "tasks": {
-            rater: [[t.pair, t.occasion, t.round, int(t.flipped)] for t in tasks]
-            for rater, tasks in study.tasks.items()
-        },
-    }
+        **{key: getattr(study, key) for key in ("title", "suite", "settings", "ask", "questions")},
+        "prompts": [*study.prompts.values()], "sets": sets, "pairs": [[*vars(pair).values()] for pair in study.pairs],
+        "tasks": tasks,
+    }  # fmt: skip
     study.folder.mkdir(parents=True, exist_ok=True)
     path = study.folder / STUDY
-    write_atomic(path, json.dumps(record, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(record, ensure_ascii=False, default=asdict) + "\n")
     return path
 
 
@@ -219,21 +208,16 @@ def _study_from(record: dict[str, Any], folder: Path) -> Study:
         )
         for row in record["sets"]
     ]
+    tasks = {
+        rater: [Task(pair, occasion, number, bool(flipped)) for pair, occasion, number, flipped in own]
+        for rater, own in record["tasks"].items()
+    }
     return Study(
-        folder=folder,
-        title=record["title"],
-        suite=record["suite"],
-        settings=dict(record["settings"]),
-        ask=record["ask"],
-        questions=tuple(Question(**row) for row in record["questions"]),
-        prompts={row["id"]: VotedPrompt(**row) for row in record["prompts"]},
-        sets={one.name: one for one in sets},
-        pairs=[Pair(*row) for row in record["pairs"]],
-        tasks={
-            rater: [Task(pair, occasion, number, bool(flipped)) for pair, occasion, number, flipped in tasks]
-            for rater, tasks in record["tasks"].items()
-        },
-    )
+        folder, record["title"], record["suite"], dict(record["settings"]), record["ask"],
+        tuple(Question(**row) for row in record["questions"]),
+        {row["id"]: VotedPrompt(**row) for row in record["prompts"]}, {one.name: one for one in sets},
+        [Pair(*row) for row in record["pairs"]], tasks,
+    )  # fmt: skip
 
 
 def all_pairs(prompts: Sequence[str], sets: Sequence[str], images: int) -> list[Pair]:
