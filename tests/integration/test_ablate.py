@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import wait_for
+from commands import user_error, wait_for
 from programs import end, fork, script
 
-from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation.ablation_plan import Launcher, Plan, Unit
 from paradiffusion.evaluation.ablation.running import Outcome, finished_units, run_plan
 from paradiffusion.evaluation.journal import read_journals
@@ -126,8 +125,7 @@ def test_killed_it_leaves_no_command_behind_and_another_waits_for_the_last_one(r
     child = runs.start(*units)
     wait_for(lambda: runs.starts("b") == 1)
     time.sleep(0.3)
-    with pytest.raises(UserError, match="in use by another"):
-        runs.run(*units)
+    user_error("in use by another", runs.run, *units)
     end(child, lambda: True)
     outcome = runs.run(runs.unit("a"), runs.unit("b"))
     said = (units[1].folder / "starts").read_text()
@@ -191,6 +189,5 @@ def test_what_evaluation_would_refuse_is_refused_before_any_training(tmp_path: P
         study = {"name": "wrong", "base": ["preset=nano"], "seeds": [0], "stages": [1], "settings": {"one": {}}}
         path = tmp_path / "study.yaml"
         path.write_text(yaml.safe_dump({**study, "evaluate": evaluate}))
-        with pytest.raises(UserError, match=message):
-            script("ablate").main([f"study={path}", f"output={tmp_path / 'out'}"])
+        user_error(message, script("ablate").main, [f"study={path}", f"output={tmp_path / 'out'}"])
         assert not (tmp_path / "out" / "trained").exists()

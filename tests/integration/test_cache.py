@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from commands import user_error
 from data_fixtures import as_json, encoded, picture, sample, write_tar
 from PIL import Image
 from remote_fixtures import serving
@@ -148,8 +149,7 @@ def test_another_configuration_is_refused(arguments: list[str], caches: dict[str
         ("codec.dtype=bfloat16", "latents made with codec.dtype='float32', and this command says 'bfloat16'"),
         ("data.captions={clean: 1}", r"data.captions=\['long', 'short'\], and this command says \['clean'\]"),
     ):
-        with pytest.raises(UserError, match=f"{sentence}.*scripts/cache.py what=(latents|text) preset=nano stage=1"):
-            build_here([*here, change])
+        user_error(f"{sentence}.*scripts/cache.py what=(latents|text) preset=nano stage=1", build_here, [*here, change])
     # Fewer kinds need no other cache. One sample has no short caption, so that its long one stands in: it is cached too.
     assert inputs(build_here([*here, "data.captions={short: 1}"]), 12)[1].bad == 1
     assert folders_of(caches["modern"] / "text") == {"text": caches["modern"] / "text"} and folders_of(tmp_path) == {}
@@ -165,16 +165,14 @@ def test_cached_text_is_refused_where_the_adapter_is_trained(
         build_here([*second, f"data.cache={caches['modern']}"])
     setup = build_here([*second, f"data.cache={caches['modern'] / 'latents'}"])
     assert inputs(setup, 1)[0][0].ids is not None
-    with pytest.raises(UserError, match="cannot be cached; what=latents caches the images alone"):
-        make(second, tmp_path / "none")
+    user_error("cannot be cached; what=latents caches the images alone", make, second, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 def test_the_adapter_of_stage_3_belongs_to_the_key(arguments: list[str], tmp_path: Path) -> None:
     third = [*arguments, "stage=3", f"run_dir={tmp_path / 'run'}"]
     cache = tmp_path / "cache"
-    with pytest.raises(UserError, match="stage 3 starts from stage 2"):
-        make(third, cache, what="text")
+    user_error("stage 3 starts from stage 2", make, third, cache, what="text")
     for more in (["stage=1", "max_steps=1"], ["stage=2", "max_steps=2", "checkpoint_every=1", "keep_last=5"]):
         assert train_here([*arguments, *more, f"run_dir={tmp_path / 'run'}"]) == 0
     assert make(third, cache, what="text") == 0
@@ -184,8 +182,7 @@ def test_the_adapter_of_stage_3_belongs_to_the_key(arguments: list[str], tmp_pat
         assert one.mask is not None and one.features is not None and other.features is not None
         torch.testing.assert_close(one.features[one.mask], other.features[one.mask], rtol=1e-4, atol=1e-5)
     earlier = tmp_path / "run" / "stage2" / "checkpoints" / "step_000001"
-    with pytest.raises(UserError, match="lora.hash="):
-        build_here([*third, f"data.cache={cache}", f"init_from={earlier}"])
+    user_error("lora.hash=", build_here, [*third, f"data.cache={cache}", f"init_from={earlier}"])
 
 
 def test_a_shard_that_was_never_cached(
@@ -196,8 +193,7 @@ def test_a_shard_that_was_never_cached(
     write_shards((sample(number) for number in range(100, 105)), tmp_path / "new", 5)
     shutil.move(tmp_path / "new" / "000000.tar", more / "000009.tar")
     here = [*arguments, f"data.shards={more}", f"run_dir={tmp_path / 'run'}", f"data.cache={caches['modern']}"]
-    with pytest.raises(UserError, match=r"lacks 1 of 4 shards \(5 of 53 samples\), .*000009.tar the first"):
-        build_here(here)
+    user_error(r"lacks 1 of 4 shards \(5 of 53 samples\), .*000009.tar the first", build_here, here)
     cache = tmp_path / "cache"
     shutil.copytree(caches["modern"], cache)
     assert make([*arguments, f"data.shards={more}"], cache) == 0
@@ -289,15 +285,13 @@ def test_a_damaged_file_is_one_sentence_and_is_made_again(
     whole, times = second.read_bytes(), [path.stat().st_mtime_ns for path in (first, third)]
     second.write_bytes(whole[:-100])
     here = [*arguments, f"run_dir={tmp_path / 'run'}", f"data.cache={cache}"]
-    with pytest.raises(UserError, match=f"{second.name} is missing or cut short.*output={cache}"):
-        build_here(here)
+    user_error(f"{second.name} is missing or cut short.*output={cache}", build_here, here)
     capsys.readouterr()
     assert make(arguments, cache, what="latents") == 0
     assert "48 samples in 3 files" in capsys.readouterr().out
     assert second.read_bytes() == whole and [path.stat().st_mtime_ns for path in (first, third)] == times
     (cache / "text" / KEY_FILE).write_text("{")
-    with pytest.raises(UserError, match=r"text/key.json is no key of a cache"):
-        build_here(here)
+    user_error(r"text/key.json is no key of a cache", build_here, here)
 
 
 def test_a_cache_of_an_earlier_format_is_refused_with_the_command_that_makes_it_anew(
@@ -310,10 +304,8 @@ def test_a_cache_of_an_earlier_format_is_refused_with_the_command_that_makes_it_
     (folder / KEY_FILE).write_text(json.dumps({**key, "format_version": 1}))
     said = f"format_version 1.*scripts/cache.py what=latents output={tmp_path / 'cache'}`"
     for here in (folder, folder.parent):
-        with pytest.raises(UserError, match=said):
-            build_here([*arguments, f"data.cache={here}", f"run_dir={tmp_path / 'run'}"])
-    with pytest.raises(UserError, match="format_version 1"):
-        make(arguments, tmp_path / "cache", what="latents")
+        user_error(said, build_here, [*arguments, f"data.cache={here}", f"run_dir={tmp_path / 'run'}"])
+    user_error("format_version 1", make, arguments, tmp_path / "cache", what="latents")
 
 
 def test_what_is_made_is_not_mixed(arguments: list[str], caches: dict[str, Path], tmp_path: Path) -> None:
@@ -321,8 +313,7 @@ def test_what_is_made_is_not_mixed(arguments: list[str], caches: dict[str, Path]
         (["conditioning.prefix=Say:"], {"what": "text"}, "this command says 'Say:'; choose another output="),
         ([], {"what": "latents", "dtype": "bfloat16"}, "dtype='float32', and this command says 'bfloat16'"),
     ):
-        with pytest.raises(UserError, match=said):
-            make([*arguments, *more], caches["modern"], **options)
+        user_error(said, make, [*arguments, *more], caches["modern"], **options)
     half = tmp_path / "half"
     assert make(arguments, half, dtype="bfloat16") == 0
     sizes = [sum(path.stat().st_size for path in (root / "text").glob("0*.tar")) for root in (half, caches["modern"])]

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, wait_for
+from commands import ROOT, user_error, wait_for
 from data_fixtures import half_unreadable
 from PIL import Image
 from ranks import launch, run_on_two
 from training_runs import newest, records, sample_here, steps_saved, train_here
 
 from paradiffusion.checkpoints.manifest import find_fault
-from paradiffusion.errors import UserError
 from paradiffusion.training.engine import check_gpus
 from paradiffusion.training.folder import locked
 
@@ -109,8 +108,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     check_gpus(4)
-    with pytest.raises(UserError, match=r"^8 processes .* has 4 GPU\(s\).*--num_processes 4"):
-        check_gpus(8)
+    user_error(r"^8 processes .* has 4 GPU\(s\).*--num_processes 4", check_gpus, 8)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     check_gpus(8)
     monkeypatch.delenv("ACCELERATE_USE_CPU")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from commands import user_error
 from training_runs import build_here, train_here
 
 from paradiffusion.compose import compose_train
@@ -86,6 +87,5 @@ def test_a_run_that_has_begun_is_left_alone(tiny_arguments: list[str], tmp_path:
     arguments = [*tiny_arguments, f"run_dir={tmp_path / 'run'}"]
     assert train_here([*arguments, "max_steps=2"]) == 0
     before = sorted(path for path in tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="has checkpoints already"):
-        run([*arguments, "preflight=true"])
+    user_error("has checkpoints already", run, [*arguments, "preflight=true"])
     assert sorted(path for path in tmp_path.rglob("*")) == before

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import user_error
 from diffusers import UNet2DConditionModel
 from official_models import MODERN, latents, make_official, make_ours, reference, same
 from peft import PeftModel
@@ -20,7 +21,6 @@ from paradiffusion.checkpoints.export import export_official, export_ours, expor
 from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.config import ConditioningConfig, ObjectiveConfig, UNetConfig
-from paradiffusion.errors import UserError
 from paradiffusion.sampling.pipeline import load_models
 from scripts.export import main as export
 from scripts.publish import main as publish
@@ -39,8 +39,7 @@ def test_official_to_ours_and_back(tmp_path: Path, codec_folder: Path) -> None:
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
     case: dict[str, Any] = {"prompt": "a", "seed": 1, "height": 64, "width": 64, "steps": 3, "guidance": 2.0}
     assert torch.equal(reference(folder, **case), reference(tmp_path / "again", **case))  # what others make of it
-    with pytest.raises(UserError, match="exists already"):
-        export_ours(open_layout(folder), tmp_path / "ours")
+    user_error("exists already", export_ours, open_layout(folder), tmp_path / "ours")
 
 
 def test_ours_to_official_keeps_what_it_has_no_place_for(tmp_path: Path, codec_folder: Path) -> None:
@@ -72,8 +71,7 @@ def test_what_the_official_layout_has_no_place_for(
     tmp_path: Path, codec_folder: Path, changes: dict[str, Any], words: str
 ) -> None:
     ours = make_ours(tmp_path / "ours", codec_folder, **changes)
-    with pytest.raises(UserError, match=words):
-        export_official(open_layout(ours), tmp_path / "weights")
+    user_error(words, export_official, open_layout(ours), tmp_path / "weights")
     assert not (tmp_path / "weights").exists()
 
 
@@ -127,8 +125,7 @@ def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path, codec_folder: P
     path.write_text(json.dumps({"files": manifest["files"]}))
     assert find_fault(folder) is None  # written before there was a version
     path.write_text(json.dumps({**manifest, "format_version": 2}))
-    with pytest.raises(UserError, match="format_version 2, newer than 1"):
-        find_checkpoint(folder)
+    user_error("format_version 2, newer than 1", find_checkpoint, folder)
     path.write_text(json.dumps({**manifest, "format_version": "x"}))
     assert find_fault(folder) == "manifest.json is not readable"
 
@@ -137,8 +134,7 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, codec_folder: Path, mon
     """A disk that is full, and a place where nothing can be written."""
     weights = open_layout(make_ours(tmp_path / "ours", codec_folder))
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(UserError, match=r"could not be written \(Not a directory\)"):
-        export_ours(weights, tmp_path / "file" / "below")
+    user_error(r"could not be written \(Not a directory\)", export_ours, weights, tmp_path / "file" / "below")
     full = lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # noqa: E731
     monkeypatch.setattr("peft.LoraConfig.save_pretrained", full)
     for write in (
@@ -146,8 +142,7 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, codec_folder: Path, mon
         lambda folder: export_official(weights, folder, frozen="link"),
         lambda folder: export_pipeline(weights, folder),
     ):
-        with pytest.raises(UserError, match="No space left on device.*nothing is left of it"):
-            write(tmp_path / "out")
+        user_error("No space left on device.*nothing is left of it", write, tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "ours"]
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -172,7 +167,6 @@ def test_the_command_line(
         (["ckpt=x", "to=ours", "out=y"], "the keys are ckpt, to, output"),
         ([ours, "to=ours", f"output={tmp_path / 'z'}", "text_encoder.path=/nowhere"], "holds no config.json"),
     ):
-        with pytest.raises(UserError, match=words):
-            export(arguments)
+        user_error(words, export, arguments)
     refused = command("scripts/export.py", "ckpt=x", "output=y")
     assert refused.returncode == 2 and "to= is missing" in refused.stderr and "Traceback" not in refused.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import user_error
 from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -170,8 +171,7 @@ def test_another_frozen_model_is_refused_and_a_moved_one_found(
         description = json.loads(whole)
         description[part][key] = value
         (folder / "checkpoint.json").write_text(json.dumps(description))
-        with pytest.raises(UserError, match=said):
-            load_models(open_layout(folder), device="cpu")
+        user_error(said, load_models, open_layout(folder), device="cpu")
     moved = shutil.copytree(codec_folder, tmp_path / "moved")
     models = load_models(open_layout(folder), SampleConfig(codec=FrozenConfig(path=str(moved))), device="cpu")
     assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
@@ -183,19 +183,15 @@ def test_damaged_checkpoints_are_refused(make: Callable[..., Made]) -> None:
         path = folder / f"{name}.safetensors"
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(UserError, match=f"{path.name} could not be read"):
-            load_models(open_layout(folder), device="cpu")
+        user_error(f"{path.name} could not be read", load_models, open_layout(folder), device="cpu")
         path.unlink()
-        with pytest.raises(UserError, match=r"lacks .* of the model's tensors"):
-            load_models(open_layout(folder), device="cpu")
+        user_error(r"lacks .* of the model's tensors", load_models, open_layout(folder), device="cpu")
         path.write_bytes(whole)
     load_models(open_layout(folder), device="cpu")
     wrong = {**dict(joint.trained()), "unet.conv_in.bias": torch.zeros(3)}
     save_weights(folder, joint, wrong, open_layout(folder).description)
-    with pytest.raises(UserError, match=r"unet\.conv_in\.bias of shape \(3,\) does not fit"):
-        load_models(open_layout(folder), device="cpu")
-    with pytest.raises(UserError, match="device=gpu is unknown"):
-        load_models(open_layout(folder), device="gpu")
+    user_error(r"unet\.conv_in\.bias of shape \(3,\) does not fit", load_models, open_layout(folder), device="cpu")
+    user_error("device=gpu is unknown", load_models, open_layout(folder), device="gpu")
 
 
 def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
@@ -208,8 +204,7 @@ def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
         (json.dumps({**good, "format": "other"}), "does not describe a checkpoint"),
     ):
         path.write_text(text)
-        with pytest.raises(UserError, match=words):
-            load_models(open_layout(folder), device="cpu")
+        user_error(words, load_models, open_layout(folder), device="cpu")
     unet = folder / "unet" / "config.json"
     config = unet.read_text()
     unet.write_text(json.dumps({**json.loads(config), "class_embed_type": "simple_projection"}))

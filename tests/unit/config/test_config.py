@@ -7,6 +7,7 @@ import sys
 from types import ModuleType
 
 import pytest
+from commands import user_error
 from omegaconf import OmegaConf
 
 import sample
@@ -190,9 +191,8 @@ MISTAKES = {
 
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_mistakes_are_one_sentence(typed: str) -> None:
-    with pytest.raises(UserError, match=MISTAKES[typed]) as error:
-        compose_train([typed] if "{" in typed else typed.split())
-    message = str(error.value)
+    error = user_error(MISTAKES[typed], compose_train, [typed] if "{" in typed else typed.split())
+    message = error
     assert "\n" not in message and message.endswith((".", "?")) and "Traceback" not in message
 
 
@@ -222,9 +222,7 @@ def test_sample_files_and_values() -> None:
     ],
 )  # fmt: skip
 def test_sample_mistakes_are_one_sentence(arguments: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words) as error:
-        compose_sample(arguments)
-    assert "\n" not in str(error.value)
+    user_error(words, compose_sample, arguments)
 
 
 def run(patch: pytest.MonkeyPatch, program: ModuleType, *arguments: str) -> int:

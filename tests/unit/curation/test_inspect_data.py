@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import chromium, in_browser, listen
+from commands import user_error
 from data_fixtures import as_json, encoded, picture, sample, synthetic_index, write_tar
 from PIL import Image
 from programs import script
@@ -32,7 +33,6 @@ from paradiffusion.data.index import SampleIndex, TokenCounter, join_indexes, lo
 from paradiffusion.data.plan import BatchPlan, Share
 from paradiffusion.data.remote import Storage
 from paradiffusion.data.shards import expand_shards, write_shards
-from paradiffusion.errors import UserError
 
 NASTY = "<script>document.title='broken'</script> & \x07 <img src=x onerror=alert(1)>"
 # A token is a letter: unlike words, so that the two cannot be taken for each other.
@@ -219,9 +219,7 @@ def test_command_writes_page_and_figures(shards: Path, tmp_path: Path, capsys: A
 )  # fmt: skip
 def test_wrong_arguments_are_one_sentence(argument: str, sentence: str, shards: Path, tmp_path: Path) -> None:
     given = ["text_encoder=tiny", f"data.shards={shards}", f"output={tmp_path / 'r.html'}"]
-    with pytest.raises(UserError, match=sentence) as caught:
-        script("inspect_data").main([*given, argument.replace("{tmp}", str(tmp_path))])
-    assert "\n" not in str(caught.value)
+    user_error(sentence, script("inspect_data").main, [*given, argument.replace("{tmp}", str(tmp_path))])
 
 
 def test_dark_flat_and_long_ones_are_found(odd: SampleIndex) -> None:

@@ -16,6 +16,7 @@ import fsspec
 import numpy as np
 import psutil
 import pytest
+from commands import user_error
 from data_fixtures import as_json, encoded, picture, sample, shards_of, write_tar
 from loader_fixtures import assert_same, plan_of
 from remote_fixtures import Behaviour, serving
@@ -97,9 +98,7 @@ def test_errors_that_stay_are_told_at_once(folder: Path, behaviour: Behaviour, t
             read_range(shard_of(server, 0), 0, 10)
         assert len(server.gets) == tries
         if behaviour.status:
-            with pytest.raises(UserError, match=rf"000000.tar cannot be read: .*{said}") as error:
-                load_index([shard_of(server, 0)])
-            assert "\n" not in str(error.value)
+            user_error(rf"000000.tar cannot be read: .*{said}", load_index, [shard_of(server, 0)])
 
 
 def test_nobody_listens() -> None:
@@ -180,19 +179,14 @@ def test_without_an_index(local: SampleIndex, memory: str, tmp_path: Path, monke
     store = fsspec.filesystem("memory")
     for number in (0, 2):
         store.rm(f"/bucket/00000{number}.index.npz")
-    with pytest.raises(UserError, match=r"2 of the 4 remote shards.*index_shards.py.*data.streaming") as error:
-        load_index(expand_shards(memory))
-    assert "\n" not in str(error.value)
+    user_error(r"2 of the 4 remote shards.*index_shards.py.*data.streaming", load_index, expand_shards(memory))
     shards = expand_shards(memory, storage=Storage(index_dir=str(tmp_path / "indexes")))
     list(build_indexes(shards, folder=tmp_path / "indexes", processes=1))
     assert len(list((tmp_path / "indexes").iterdir())) == 2  # Those that lie beside their shards are good enough.
     assert load_index(shards).fingerprint() == local.fingerprint()
     other = write_shards((sample(number) for number in range(100, 107)), tmp_path, 20)[0]
     store.pipe_file("/bucket/000001.tar", other.read_bytes())
-    with pytest.raises(
-        UserError, match=r"1 of the 4 remote shards .*earlier state, the first one memory:/+bucket/000001"
-    ):
-        load_index(shards)
+    user_error(r"1 of the 4 remote shards .*earlier state, the first one memory:/+bucket/000001", load_index, shards)
 
 
 def test_names_of_remote_shards() -> None:

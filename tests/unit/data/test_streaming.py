@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import wait_for
+from commands import user_error, wait_for
 from data_fixtures import as_json, encoded, picture, sample, write_tar
 from loader_fixtures import children
 from remote_fixtures import Behaviour, serving
@@ -167,13 +167,11 @@ def test_the_head_stands_for_the_data_at_the_start(folder: Path) -> None:
             assert len(head) == min(samples, 20) and head.ids.tolist() == whole.ids[: len(head)].tolist()
             assert read_sample(head, len(head) - 1).image == read_sample(whole, len(head) - 1).image
         server.status = 404
-        with pytest.raises(UserError, match="cannot be read.*it is not there"):
-            index_head(shards)
+        user_error("cannot be read.*it is not there", index_head, shards)
 
 
 def test_a_stream_that_nobody_needs_ends(folder: Path) -> None:
-    with pytest.raises(UserError, match="cannot use a cache"):
-        stream("http://nowhere/", replace(SETTINGS, cache=Cache.__new__(Cache)))
+    user_error("cannot use a cache", stream, "http://nowhere/", replace(SETTINGS, cache=Cache.__new__(Cache)))
 
     def alive() -> tuple[int, int]:
         return sum(thread.name.startswith("batches") for thread in threading.enumerate()), len(children())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from chat_server import ChatServer, chat_server
+from commands import user_error
 from PIL import Image
 from tiny_vlm import write_vlm
 from vlm_scoring import LoneRun, draw_scenes, look, options_for
@@ -210,8 +211,7 @@ def test_another_model_behind_the_address_does_not_mix_its_answers_in(server: Ch
     options = VlmOptions(engine="endpoint", endpoint=server.url)
     asked(Checklist(options), suite, images[:1], tmp_path)
     server.models = ["larger-vlm"]
-    with pytest.raises(UserError, match=r"came from tiny-vlm .* now larger-vlm"):
-        asked(Checklist(options), suite, images, tmp_path)
+    user_error(r"came from tiny-vlm .* now larger-vlm", asked, Checklist(options), suite, images, tmp_path)
 
 
 def test_a_local_model_answers_in_batches(tmp_path: Path) -> None:
@@ -237,5 +237,4 @@ def test_a_local_model_answers_in_batches(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_answer_is_told_before_anything_is_drawn(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Checklist(VlmOptions(**options))
+    user_error(message, Checklist, VlmOptions(**options))

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chat_server import Asked, ChatServer, chat_server
+from commands import user_error
 from PIL import Image
 from vlm_scoring import LoneRun, options_for
 
-from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.checklist import Answered, Checklist
 from paradiffusion.evaluation.scores.dpg_bench import (
@@ -234,6 +234,5 @@ def test_a_missing_picture_and_fewer_than_four(server: ChatServer, images: list[
 
 def test_a_circle_is_refused_where_it_matters(server: ChatServer, images: list[Drawn], tmp_path: Path) -> None:
     suite = replace(SUITE, prompts=(prompt(5, ("1", "2"), ("2", "1"), name="a"),))
-    with pytest.raises(UserError, match="circle"):
-        run(DpgCorrected(options_for(server)), images[:4], tmp_path, suite)
+    user_error("circle", run, DpgCorrected(options_for(server)), images[:4], tmp_path, suite)
     assert run(DpgPublished(options_for(server)), images[:4], tmp_path, suite).overall["dpg"].mean == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -11,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import user_error
 from PIL import Image
-from sampling_models import TinyModels, draw_as
-from training_runs import free_port
+from sampling_models import TinyModels
 
 from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.pipeline import generate, make_batches, make_jobs
-from paradiffusion.sampling.prompts import PromptRequest, read_prompts
+from paradiffusion.sampling.prompts import PromptRequest
 from paradiffusion.sampling.run import (
     Processes,
     StopSignal,
@@ -184,15 +183,12 @@ def test_a_signal_stops_between_steps_and_the_same_command_goes_on(
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / ".00003.png.part").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"no space left.*same command again") as caught:
-        run(tmp_path, batch_size=2)
-    assert "\n" not in str(caught.value)
+    user_error(r"no space left.*same command again", run, tmp_path, batch_size=2)
     assert [row["name"] for row in rows_of(tmp_path)] == ["00000", "00001", "00002"]
     models = TinyModels()
     assert run(tmp_path, models, batch_size=2) == 0
     assert len(rows_of(tmp_path)) == 5 and sum(models.rows_seen) == 2 * 2 * 4
-    with pytest.raises(UserError, match="cannot be written"):
-        run(tmp_path / "00003.png" / "out")
+    user_error("cannot be written", run, tmp_path / "00003.png" / "out")
 
 
 def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,12 +205,9 @@ def test_wrong_input_is_refused_before_models_are_looked_for(tmp_path: Path) -> 
     empty = tmp_path / "p.txt"
     empty.write_text("\n")
     nowhere = str(tmp_path / "no-checkpoint")
-    with pytest.raises(UserError, match="holds no prompts"):
-        sample(SampleConfig(ckpt=nowhere, prompt_file=str(empty)))
-    with pytest.raises(UserError, match="guidance=-1"):
-        sample(SampleConfig(ckpt=nowhere, prompt="a", guidance=-1))
-    with pytest.raises(UserError, match="expected one of prompt= and prompt_file="):
-        sample(SampleConfig(ckpt=nowhere))
+    user_error("holds no prompts", sample, SampleConfig(ckpt=nowhere, prompt_file=str(empty)))
+    user_error("guidance=-1", sample, SampleConfig(ckpt=nowhere, prompt="a", guidance=-1))
+    user_error("expected one of prompt= and prompt_file=", sample, SampleConfig(ckpt=nowhere))
 
 
 def test_a_launcher_without_an_address_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,25 +216,4 @@ def test_a_launcher_without_an_address_is_one_sentence(monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"), joined_processes():
         pass
-    with pytest.raises(UserError, match="standard input"):
-        sample(SampleConfig(ckpt="x", prompt_file="-"))
-
-
-def test_two_processes_draw_the_same_images_as_one(tmp_path: Path) -> None:
-    prompt_file = tmp_path / "p.jsonl"
-    rows = [{"prompt": prompt, "seed": seed, "height": 16 + 16 * (seed % 2)} for seed, prompt in enumerate(PROMPTS)]
-    prompt_file.write_text("\n".join(map(json.dumps, rows)))
-    config, one, two = SampleConfig(ckpt="runs/tiny", prompt_file=str(prompt_file)), tmp_path / "one", tmp_path / "two"
-    draw_all(TinyModels(), read_prompts(prompt_file=prompt_file), config, one, Processes(), StopSignal())
-    context, port = multiprocessing.get_context("fork"), free_port()
-    pair = [context.Process(target=draw_as, args=(rank, port, prompt_file, two)) for rank in range(2)]
-    for process in pair:
-        process.start()
-    for process in pair:
-        process.join(120)
-    assert [process.exitcode for process in pair] == [0, 0]
-    assert "5 images" in (tmp_path / "two.rank0").read_text() and not (tmp_path / "two.rank1").read_text()
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
-    assert [row["name"] for row in rows_of(two)] == [f"{number:05d}" for number in range(5)]
-    for row in rows_of(two):
-        assert np.abs(pixels(one / str(row["file"])) - pixels(two / str(row["file"]))).max() <= 1
+    user_error("standard input", sample, SampleConfig(ckpt="x", prompt_file="-"))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import user_error
 from safetensors.torch import load_file, save_file
 from tiny_encoders import make_tokenizer, shrink, write_encoder
 from torch import Tensor
@@ -268,8 +269,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused(name: str, folder: Folder, tmp_
     state = load_file(target / "model.safetensors")
     gone = next(n for n in sorted(state) if "1" in n and n.endswith("weight"))
     save_file({n: t for n, t in state.items() if n != gone}, target / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"lacks 1 of the tensors .* {gone.removeprefix('text_model.')} the first"):
-        load(name, target)
+    user_error(f"lacks 1 of the tensors .* {gone.removeprefix('text_model.')} the first", load, name, target)
 
 
 def test_old_bin_files_are_read_and_nothing_in_them_is_run(folder: Folder, tmp_path: Path) -> None:
@@ -282,8 +282,7 @@ def test_old_bin_files_are_read_and_nothing_in_them_is_run(folder: Folder, tmp_p
     assert encoder.source["hash"] != load("llama2_7b", plain).source["hash"] != ""
     ran = tmp_path / "ran"
     (target / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(ran)))
-    with pytest.raises(UserError, match="could not be read"):
-        load("llama2_7b", target)
+    user_error("could not be read", load, "llama2_7b", target)
     assert not ran.exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from commands import ROOT
+from commands import ROOT, user_error
 from data_fixtures import half_unreadable
 from training_runs import build_here, clipped
 
@@ -54,8 +54,7 @@ def test_a_deepspeed_file_of_the_users_own(tiny_arguments: list[str], tmp_path: 
         ("{", "could not be read"),
     ):
         path.write_text(settings)
-        with pytest.raises(UserError, match=said):
-            check_deepspeed_file(path, config, 1)
+        user_error(said, check_deepspeed_file, path, config, 1)
 
 
 def test_the_launch_configurations_leave_our_keys_alone() -> None:
