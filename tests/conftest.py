@@ -6,8 +6,9 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Set before torch is imported: one thread, so that tests neither fight over cores nor differ from one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +18,9 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 from commands import ROOT
+
+if TYPE_CHECKING:
+    from chat_server import ChatServer
 
 SIZES = {"web": 120, "big": 80, "small": 48, "val": 24}
 
@@ -53,6 +57,32 @@ def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             scaling_factor=0.6348,  # as nano's, whose configuration the tests start from
         ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP of open_clip."""
+    from tiny_clip import write_clip
+
+    return write_clip(tmp_path_factory.mktemp("clip") / "tiny")
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    """A server of the OpenAI chat protocol."""
+    from chat_server import chat_server
+
+    with chat_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    from browser import chromium
+
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

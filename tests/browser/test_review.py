@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Program, Served, chromium, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
+from browser import Program, Served, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
 from commands import user_error, wait_for
 from tiny_clip import write_candidates
 
@@ -151,12 +151,6 @@ def test_a_decision_that_cannot_be_written_is_not_acknowledged(
 
 
 # --- in the browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -43,28 +43,6 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def refused(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a program says when it exits with 2."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and result.stderr.rstrip().endswith(lines[0]), result.stderr
-    return lines[0]
-
-
-def test_mistakes_at_the_command_line(
-    command: Command, trained: Path, tiny_arguments: list[str], tmp_path: Path
-) -> None:
-    """What a program ends with; the sentences are told from within, below and in tests/unit/config."""
-    (tmp_path / "none.txt").write_text("\n  \n")
-    new = tmp_path / "new"
-    said = refused(command("train.py", *tiny_arguments, "stage=2", f"run_dir={new}"))
-    assert f"run `python train.py stage=1 run_dir={new}` first, or set init_from=" in said
-    said = refused(command("sample.py", f"ckpt={trained}", f"prompt_file={tmp_path / 'none.txt'}"))
-    assert f"prompt_file={tmp_path / 'none.txt'} holds no prompts" in said
-    assert "--scenes 0 is out of range" in refused(command("scripts/score_scenes.py", "--scenes", "0"))
-
-
 def test_what_contradicts_itself_or_is_not_there(
     train: Train, trained: Path, demo_folder: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +161,3 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("paradiffusion.checkpoints.tensors.write_tensors", half)
     user_error("No space left on device.*run the same command again", convert_bins, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
-
-
-def test_the_command_line(command: Callable[..., Any]) -> None:
-    done = command("scripts/download.py", "what=vae")
-    assert (
-        done.returncode == 2 and "MIT" in done.stdout and "yes=true" in done.stderr and "Traceback" not in done.stderr
-    )

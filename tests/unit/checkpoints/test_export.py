@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +146,7 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, codec_folder: Path, mon
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_the_command_line(
-    tmp_path: Path, codec_folder: Path, command: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line(tmp_path: Path, codec_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ours = f"ckpt={make_ours(tmp_path / 'ours', codec_folder)}"
     assert export([ours, "to=official", f"output={tmp_path / 'w'}", "frozen=none", "dtype=float16"]) == 0
     said = capsys.readouterr().out
@@ -163,10 +160,9 @@ def test_the_command_line(
     found = sorted(path.name for path in (tmp_path / "w").iterdir())
     assert found == ["paradiffusion.json", "scheduler", "text_encoder_lora", "unet"]
     for arguments, words in (
+        (["ckpt=x", "output=y"], "to= is missing"),
         (["to=onnx", ours, "output=x"], "official, pipeline, ours"),
         (["ckpt=x", "to=ours", "out=y"], "the keys are ckpt, to, output"),
         ([ours, "to=ours", f"output={tmp_path / 'z'}", "text_encoder.path=/nowhere"], "holds no config.json"),
     ):
         user_error(words, export, arguments)
-    refused = command("scripts/export.py", "ckpt=x", "output=y")
-    assert refused.returncode == 2 and "to= is missing" in refused.stderr and "Traceback" not in refused.stderr

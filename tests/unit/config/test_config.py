@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
-from commands import user_error
+from commands import ROOT, user_error
 from omegaconf import OmegaConf
 
 import sample
@@ -256,10 +258,12 @@ def test_help_and_what_would_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert printed.stage == 2 and printed.seed == 7 and printed.data.shards == "data/demo/big"
 
 
-def test_a_mistake_ends_with_two_and_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for program, argument in ((train, "stage=9"), (sample, "ckpt=x")):
-        assert run(monkeypatch, program, argument) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+PROGRAMS = ["train.py", "sample.py", *(f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("*.py")))]
+
+
+@pytest.mark.parametrize("program", [one for one in PROGRAMS if not one.endswith("_demo.py")])
+def test_a_mistake_ends_every_program_with_two_and_one_sentence(program: str, command: Callable[..., Any]) -> None:
+    done = command(program, "no_such_key=1")
+    *usage, last = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == "" and "error: " in last and "Traceback" not in done.stderr
+    assert not usage or usage[0].startswith("usage: ")

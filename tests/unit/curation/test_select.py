@@ -7,10 +7,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +19,7 @@ from data_fixtures import encoded, picture, shards_of
 from PIL import Image, ImageFilter
 from programs import script
 from safetensors.torch import load_file, save_file
-from tiny_clip import CONTEXT, WIDTH, write_candidates, write_clip
+from tiny_clip import CONTEXT, WIDTH, write_candidates
 
 from paradiffusion.curation.choosing import selection, technical
 from paradiffusion.curation.choosing.candidates import Candidates, sample_name
@@ -36,14 +34,6 @@ from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.clip import Clip, load_clip, load_head
-
-Command = Callable[..., "CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clip(tmp_path_factory.mktemp("clip") / "tiny")
-
 
 # --- technical measures
 
@@ -331,9 +321,7 @@ def test_what_was_kept_becomes_shards_that_can_be_trained_on(tmp_path: Path) -> 
 # --- the command line
 
 
-def test_the_walk_on_the_command_line(
-    clip_folder: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_walk_on_the_command_line(clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = script("select").main
     shards_of(tmp_path / "shards", 6, 3)
     work = f"folder={tmp_path / 'work'}"
@@ -342,8 +330,7 @@ def test_the_walk_on_the_command_line(
     assert main(["action=choose", work, "min={width: 60}", "count=2", "max_similarity=0.9999999"]) == 0
     shown = capsys.readouterr().out
     assert "2 candidates chosen" in shown and "width >= 60: removes 1" in shown
-    done = command("scripts/select.py", "action=export", work, f"output={tmp_path / 'out'}")
-    assert done.returncode == 2 and "no candidate of 2" in done.stderr and "Traceback" not in done.stderr
+    user_error("no candidate of 2", main, ["action=export", work, f"output={tmp_path / 'out'}"])
 
 
 @pytest.mark.parametrize(

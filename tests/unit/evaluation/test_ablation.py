@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import numpy as np
@@ -248,9 +247,7 @@ def test_options_and_overrides_are_told_apart() -> None:
             AblateOptions(study="a.yaml", **{name: value}).check()  # type: ignore[arg-type]
 
 
-def test_the_command_line_prints_and_refuses_without_traceback(
-    command: Callable[..., CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_prints_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nano = f"study={ROOT}/configs/ablations/nano.yaml"
     assert main([nano, "preset=paper", "data.shards=x", "only=[rank_2]", "seeds=[0]", "print=json",
                  f"launch={ROOT}/configs/launch/zero2.yaml", f"output={tmp_path / 'out'}"]) == 0  # fmt: skip
@@ -259,12 +256,10 @@ def test_the_command_line_prints_and_refuses_without_traceback(
     assert all(row["command"][:2] == ["accelerate", "launch"] for row in rows)
     assert not (tmp_path / "out").exists(), "printing leaves nothing behind"
     for arguments, said in (
-        ([], "study= is missing"), (["study=none.yaml"], "cannot be read"), ([nano, "only=[rank_3]"], "rank_3 is no setting"),
+        ([], "study= is missing"), ([nano, "max_stepz=3"], "did you mean max_steps"), (["study=none.yaml"], "cannot be read"), ([nano, "only=[rank_3]"], "rank_3 is no setting"),
         ([nano, "table=true", f"output={tmp_path}"], "has no finished run"),
     ):  # fmt: skip
         user_error(said, main, arguments)
-    refused = command("scripts/ablate.py", nano, "max_stepz=3")
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "did you mean max_steps" in refused.stderr
 
 
 def test_what_an_earlier_version_of_the_study_finished_is_named_and_stays_aside(

@@ -5,18 +5,17 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from chat_server import Asked, ChatServer, chat_server
+from chat_server import Asked, ChatServer
 from commands import user_error
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_vlm import write_vlm
 from transformers import AutoModel, AutoTokenizer, BartConfig, BartModel
 from vlm_scoring import LoneRun, options_for
 
@@ -24,19 +23,12 @@ from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.caption_back import CaptionBack, Vectors
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.metrics.text_embedding import EmbeddingOptions, TextEmbedder
-from paradiffusion.metrics.vlm import VlmOptions
 
 TEXTS = (
     "a red barn under a wide sky", "two green boats on still water", "an old clock over the door of a shop",
     "seven white birds above a field of snow", "a lamp on a small desk beside an open book",
 )  # fmt: skip
 WORDS = [word for text in TEXTS for word in text.split()]
-
-
-@pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with chat_server() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -162,16 +154,6 @@ def test_nothing_is_asked_or_embedded_twice(
 
 def embedder(folder: Path, **more: Any) -> TextEmbedder:
     return TextEmbedder(EmbeddingOptions(str(folder), device="cpu", **more))
-
-
-def test_a_local_model_describes(bert: Path, suite: Suite, images: list[Drawn], tmp_path: Path) -> None:
-    vlm = write_vlm(tmp_path / "tiny-qwen")
-    score = CaptionBack(VlmOptions(model=str(vlm), device="cpu", max_new_tokens=8), str(bert))
-    assert score.settings() == json.loads(json.dumps(score.settings()))
-    assert len(score.settings()["text_embedding"]["revision"]) == 16 and str(tmp_path) not in str(score.settings())
-    result = run(score, suite, images[:2], tmp_path)
-    assert all(-1 <= value <= 1 for value in values(result, "caption_back"))
-    assert any("cut at the model's longest answer" in one for one in result.warnings)
 
 
 def states(folder: Path, text: str) -> torch.Tensor:

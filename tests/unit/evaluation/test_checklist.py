@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, chat_server
+from chat_server import ChatServer
 from commands import user_error
 from PIL import Image
 from tiny_vlm import write_vlm
@@ -22,10 +21,9 @@ from paradiffusion.metrics.vlm import VlmOptions
 
 
 @pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with chat_server() as running:
-        running.answer = look
-        yield running
+def server(server: ChatServer) -> ChatServer:
+    server.answer = look
+    return server
 
 
 def tree(**parents: str) -> SuitePrompt:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_server import Asked, ChatServer, chat_server
+from chat_server import Asked, ChatServer
 from commands import user_error
 from PIL import Image
 from vlm_scoring import LoneRun, options_for
@@ -131,10 +130,9 @@ def answer(asked: Asked) -> tuple[str, str]:
 
 
 @pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with chat_server() as running:
-        running.answer = answer
-        yield running
+def server(server: ChatServer) -> ChatServer:
+    server.answer = answer
+    return server
 
 
 @pytest.fixture

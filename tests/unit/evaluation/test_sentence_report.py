@@ -15,7 +15,7 @@ import pytest
 import torch
 from judged_scenes import Alone, Fault, pixels, planted_faults, put, scenes_suite
 from PIL import Image
-from tiny_clip import CONTEXT, write_clip
+from tiny_clip import CONTEXT
 from training_runs import records
 
 from paradiffusion.compose import compose_train
@@ -379,11 +379,6 @@ def test_the_kind_of_caption_that_validation_draws_from(tiny_arguments: list[str
             written = captions(make_scene("val", 0, number), 0, number)
             longest = max(written.values(), key=lambda text: len(text.split()))
             assert item.paragraph == written.get(kind, longest) and item.unseen == written["unseen"]
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clip(tmp_path_factory.mktemp("judge") / "clip")
 
 
 def test_truth_ranks_the_right_picture_first(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from judged_scenes import Alone
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import linalg
-from tiny_clip import write_clip
 from torch import nn
 from torchvision.models import Inception3
 
@@ -168,11 +167,6 @@ def test_fid_and_kid_of_pictures(weights: Path, tmp_path: Path) -> None:
     assert features.shape == (2, 2048)
     assert near.overall["kid"].mean < 0, "a set without itself is further from itself than it is with itself"
     assert "subsets are of 3" in " ".join(near.warnings) and near.settings["features"] == result.settings["features"]
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clip(tmp_path_factory.mktemp("clip") / "model")
 
 
 def scored(score: Any, images: list[Drawn], work: Path, processes: int = 1) -> Any:

@@ -130,15 +130,6 @@ def test_the_papers_arm_attends_to_padding_and_not_to_neighbours(arguments: dict
         torch.testing.assert_close(predict(joint, alone), out[one], atol=1e-5, rtol=0)
 
 
-def test_gradient_checkpointing_changes_no_gradient() -> None:
-    plain, saving = make(), make(gradient_checkpointing=True)
-    assert saving.unet.is_gradient_checkpointing and not plain.unet.is_gradient_checkpointing
-    for joint in (plain, saving):
-        joint.train()(a_batch())[0].backward()
-    for (name, one), two in zip(plain.named_parameters(), saving.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, two.grad, msg=name)
-
-
 @pytest.mark.parametrize("octaves", [0, 1, 3])
 def test_coordinates(octaves: int) -> None:
     out = with_coordinates(torch.zeros(2, 4, 3, 5), octaves)
@@ -151,16 +142,6 @@ def test_coordinates(octaves: int) -> None:
         torch.testing.assert_close(out[0, 6], torch.sin(torch.pi * out[0, 4]))
         torch.testing.assert_close(out[0, 13], torch.cos(2 * torch.pi * out[0, 5]))
         assert len(out[0].flatten(1).T.unique(dim=0)) == 15, "every place is told from every other"
-
-
-def test_plain_attention_changes_no_prediction() -> None:
-    def build(**changes: Any) -> Any:
-        return build_unet(UNetConfig(arguments=TINY_UNET, **changes), CodecConfig(), PAPER, WIDTH, seed=1)
-
-    usual, plain = build(), build(plain_attention=True)
-    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([5.0]), torch.randn(1, 6, WIDTH))
-    with torch.no_grad():
-        torch.testing.assert_close(plain(*inputs).sample, usual(*inputs).sample, atol=1e-5, rtol=0)
 
 
 def test_weights_are_a_function_of_the_seed_alone() -> None:
