@@ -22,12 +22,15 @@ from commands import ROOT
 if TYPE_CHECKING:
     from chat_server import ChatServer
 
+# Of half a minute and more each.
+LONGEST = {"test_ablate", "test_cache", "test_caption", "test_documents", "test_equivalence", "test_evaluate", "test_launches",
+           "test_replay", "test_resume", "test_sentence_report", "test_text_encoders", "test_training"}  # fmt: skip
 SIZES = {"web": 120, "big": 80, "small": 48, "val": 24}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long first: two processes that take files in this order then end at about the same moment."""
-    items.sort(key=lambda item: "unit" in item.path.parts)
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, "unit" in item.path.parts))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -99,7 +99,7 @@ def test_three_stages_run_and_say_what_they_did(stages: Stages) -> None:
     assert any(band in row for row in records(stages.run / "stage2") for band in long_bands)
 
 
-def test_language_model_never_changes(stages: Stages) -> None:
+def test_language_model_never_changes_and_stage_3_keeps_the_adapter_of_stage_2(stages: Stages) -> None:
     assert stages.before == stages.after
     # PEFT renames but does not touch: the three stages read the very same model.
     assert stages.before[2] == stages.before[3] == stages.after[2]
@@ -115,8 +115,6 @@ def test_language_model_never_changes(stages: Stages) -> None:
             assert all(".lora_" in name for name in load_file(stages.checkpoint(stage) / ADAPTER))
     assert not (stages.checkpoint(1) / ADAPTER).exists()
 
-
-def test_stage_2_moves_the_adapter_and_stage_3_keeps_it(stages: Stages) -> None:
     trained = load_file(stages.checkpoint(2) / ADAPTER)
     moved = {name: tensor.abs().max().item() for name, tensor in trained.items() if "lora_B" in name}
     assert len(moved) == 4 and all(value > 0 for value in moved.values())  # q and v of two layers; B begins at 0

@@ -153,15 +153,6 @@ def test_a_bug_keeps_its_traceback_and_ends_the_others_without_a_word(endings: E
     assert (waiting.status, waiting.text) == (FAILED, "cleaned up\n")
 
 
-def test_who_is_late_is_named_once_and_all_leave(endings: Endings) -> None:
-    texts = "".join(ending.text for ending in endings["late"])
-    assert {ending.status for ending in endings["late"]} == {FAILED, STALLED}, texts
-    assert texts.count("error: ") == 1
-    assert re.search(
-        r"error: process 1 \(.*\) has been in phase 'data' of step 7 for \d+ s, samples 000000.tar/dog", texts
-    )
-
-
 def test_a_main_process_that_is_stopped_or_killed_is_named(endings: Endings) -> None:
     """It keeps the board and the store: one then answers nobody, the other goes with it."""
     stopped, other = endings["stopped"]
@@ -172,6 +163,13 @@ def test_a_main_process_that_is_stopped_or_killed_is_named(endings: Endings) -> 
     assert (killed.status, other.status) == (-9, FAILED), other.text
     sentence = r"error: process 0 \(.*\) gave its last sign of life .* 'data' of step 3, samples 000000.tar/bird;"
     assert re.search(sentence, other.text)
+
+    texts = "".join(ending.text for ending in endings["late"])
+    assert {ending.status for ending in endings["late"]} == {FAILED, STALLED}, texts
+    assert texts.count("error: ") == 1
+    assert re.search(
+        r"error: process 1 \(.*\) has been in phase 'data' of step 7 for \d+ s, samples 000000.tar/dog", texts
+    )
 
 
 @pytest.mark.parametrize("name", ["fine", "paused"])

@@ -204,8 +204,6 @@ def test_prompts_arrive_exactly() -> None:
         assert config.prompt == config.negative_prompt == prompt
     assert compose_sample(["ckpt=x", "+prompt=a b"]).prompt == "a b"
 
-
-def test_sample_files_and_values() -> None:
     config = compose_sample(
         ["ckpt=runs/a, b", "prompt_file=it's {1}=c.txt", "output_dir=out (2)", "text_encoder.path=/a,b=c", "steps=5",
          "guidance=2.5", "height=null"]

@@ -14,10 +14,11 @@ import pytest
 import torch
 from chat_server import Asked, ChatServer
 from commands import user_error
+from judged_scenes import Alone
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, BartConfig, BartModel
-from vlm_scoring import LoneRun, options_for
+from vlm_scoring import options_for
 
 from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.caption_back import CaptionBack, Vectors
@@ -58,7 +59,7 @@ def which(asked: Asked) -> int:
 
 def run(score: CaptionBack, suite: Suite, images: list[Drawn], folder: Path) -> ScoreResult:
     work = folder / "scores" / score.name
-    score.prepare(suite, images, work, LoneRun())
+    score.prepare(suite, images, work, Alone())
     return score.result(suite, images, work)
 
 
@@ -130,10 +131,10 @@ def test_nothing_is_asked_or_embedded_twice(
     score: Score, server: ChatServer, suite: Suite, images: list[Drawn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, work = score(), tmp_path / "s" / "caption_back"
-    with pytest.raises(InterruptedError):
-        made.prepare(suite, images[:3], work, LoneRun(0, 2, checks_left=3))
-    made.prepare(suite, images[3:], work, LoneRun(1, 2))
-    made.prepare(suite, images[:3], work, LoneRun(0, 2))
+    with pytest.raises(KeyboardInterrupt):
+        made.prepare(suite, images[:3], work, Alone(0, 2, stop_after=3))
+    made.prepare(suite, images[3:], work, Alone(1, 2))
+    made.prepare(suite, images[:3], work, Alone(0, 2))
     assert len(server.asked) == 5 and len(list(work.glob("vectors.rank*.safetensors"))) == 2
     embedded: list[str] = []
     embed = TextEmbedder.embed
@@ -143,12 +144,12 @@ def test_nothing_is_asked_or_embedded_twice(
         return embed(self, texts, *more)
 
     monkeypatch.setattr(TextEmbedder, "embed", noted)
-    made.prepare(suite, images, work, LoneRun())
+    made.prepare(suite, images, work, Alone())
     assert len(server.asked) == 5 and not embedded
     assert values(made.result(suite, images, work), "caption_back_retrieval") == [1.0] * 5
     broken = sorted(work.glob("vectors.rank1*"))[0]
     broken.write_bytes(broken.read_bytes()[:40])
-    made.prepare(suite, images, work, LoneRun())
+    made.prepare(suite, images, work, Alone())
     assert sorted(embedded) == sorted(TEXTS[3:]) and all(text in Vectors(work) for text in TEXTS)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from chat_server import ChatServer
 from commands import user_error
+from judged_scenes import Alone
 from PIL import Image
 from tiny_vlm import write_vlm
-from vlm_scoring import LoneRun, draw_scenes, look, options_for
+from vlm_scoring import draw_scenes, look, options_for
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, ScoreResult
@@ -80,10 +81,10 @@ def test_answers_are_read(expected: str, texts: list[str]) -> None:
     assert {text: verdict(text) for text in texts} == dict.fromkeys(texts, expected)
 
 
-def asked(score: Checklist, suite: Suite, images: list[Drawn], folder: Path, run: LoneRun | None = None) -> ScoreResult:
+def asked(score: Checklist, suite: Suite, images: list[Drawn], folder: Path, run: Alone | None = None) -> ScoreResult:
     """What the score comes to, once what it has to ask is asked."""
     work = folder / "scores" / "checklist"
-    score.prepare(suite, images, work, run or LoneRun())
+    score.prepare(suite, images, work, run or Alone())
     return score.result(suite, images, work)
 
 
@@ -184,10 +185,10 @@ def test_a_model_that_takes_no_picture_at_all_is_no_set_of_failures(server: Chat
 def test_two_processes_share_the_questions_and_a_stop_loses_none(server: ChatServer, tmp_path: Path) -> None:
     suite, images = draw_scenes(tmp_path / "images", 8)
     score = Checklist(options_for(server, max_new_tokens=5))
-    with pytest.raises(InterruptedError):
-        asked(score, suite, images[::2], tmp_path, LoneRun(0, 2, checks_left=4))
-    asked(score, suite, images[1::2], tmp_path, LoneRun(1, 2))
-    asked(score, suite, images[::2], tmp_path, LoneRun(0, 2))
+    with pytest.raises(KeyboardInterrupt):
+        asked(score, suite, images[::2], tmp_path, Alone(0, 2, stop_after=4))
+    asked(score, suite, images[1::2], tmp_path, Alone(1, 2))
+    asked(score, suite, images[::2], tmp_path, Alone(0, 2))
     questions = sum(len(prompt.questions) for prompt in suite.prompts)
     assert questions <= len(server.asked) <= questions + 3  # those under way at the stop are asked again
     assert server.asked[0].body["max_tokens"] == 5

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from chat_server import Asked, ChatServer
 from commands import user_error
+from judged_scenes import Alone
 from PIL import Image
-from vlm_scoring import LoneRun, options_for
+from vlm_scoring import options_for
 
 from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.checklist import Answered, Checklist
@@ -156,7 +157,7 @@ def run(
     score: DpgPublished | DpgCorrected | Checklist, images: list[Drawn], folder: Path, suite: Suite = SUITE
 ) -> ScoreResult:
     work = folder / "scores" / score.name
-    score.prepare(suite, images, work, LoneRun())
+    score.prepare(suite, images, work, Alone())
     return score.result(suite, images, work)
 
 
