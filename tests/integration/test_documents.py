@@ -99,7 +99,8 @@ def walk() -> list[tuple[str, list[str]]]:
     chosen = []
     for _, program, arguments in COMMANDS:
         line = " ".join([program, *arguments])
-        if not away.search(line) and not any(f"scripts/{name}.py" in line for name in others):
+        ours = not any(f"scripts/{name}.py" in line for name in others)
+        if ours and not away.search(line) and (program, arguments) not in chosen:
             chosen.append((program, arguments))
     return chosen
 
