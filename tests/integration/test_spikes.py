@@ -30,9 +30,7 @@ def test_huge_learning_rate_stops_and_names_step_and_samples(train: Train, tmp_p
     assert steps_saved(wild / "stage2") == []
 
 
-@pytest.mark.parametrize(
-    ("on_spike", "factor"), [("stop", math.nan), ("skip", math.inf), ("rollback", 1e30), ("rollback", math.nan)]
-)
+@pytest.mark.parametrize(("on_spike", "factor"), [("stop", math.nan), ("skip", math.inf), ("rollback", math.nan)])
 def test_loss_that_is_not_finite(
     on_spike: str, factor: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
