@@ -70,6 +70,14 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen3-VL."""
+    from tiny_vlm import write_vlm
+
+    return write_vlm(tmp_path_factory.mktemp("vlm") / "tiny-qwen")
+
+
 @pytest.fixture
 def server() -> Iterator[ChatServer]:
     """A server of the OpenAI chat protocol."""
@@ -136,20 +144,9 @@ def train(tiny_arguments: list[str], tmp_path: Path) -> Callable[..., int]:
 
     Returns the status; a UserError comes through.
     """
-    from accelerate.state import AcceleratorState
+    from training_runs import train_here
 
-    from paradiffusion.compose import compose_train
-    from paradiffusion.scenes.alignment import SceneScorer
-    from paradiffusion.scenes.dataset import make_wanted
-    from paradiffusion.training.trainer import train
-
-    def run(*arguments: str) -> int:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        config = compose_train([*tiny_arguments, f"run_dir={tmp_path / 'run'}", *arguments])
-        make_wanted(config.data)
-        return train(config, SceneScorer())
-
-    return run
+    return lambda *arguments: train_here([*tiny_arguments, f"run_dir={tmp_path / 'run'}", *arguments])
 
 
 @pytest.fixture

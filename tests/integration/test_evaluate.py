@@ -15,7 +15,6 @@ from commands import user_error
 from evaluations import EXACT, copy_run, evaluate_here, make_run, record_in, write_prompts
 from PIL import Image
 from programs import end, fork, script, two_ranks
-from tiny_vlm import write_vlm
 
 from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.errors import UserError
@@ -241,8 +240,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def models(made: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {"run": made, "clip": clip_folder, "vlm": write_vlm(tmp_path_factory.mktemp("vlm") / "tiny")}
+def models(made: Path, clip_folder: Path, vlm: Path) -> dict[str, Path]:
+    return {"run": made, "clip": clip_folder, "vlm": vlm}
 
 
 def chosen(suite: Suite, painter: object = None, **values: object) -> dict[str, bool]:

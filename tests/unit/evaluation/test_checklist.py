@@ -11,7 +11,6 @@ from chat_server import ChatServer
 from commands import user_error
 from judged_scenes import Alone
 from PIL import Image
-from tiny_vlm import write_vlm
 from vlm_scoring import draw_scenes, look, options_for
 
 from paradiffusion.errors import UserError
@@ -213,8 +212,7 @@ def test_another_model_behind_the_address_does_not_mix_its_answers_in(server: Ch
     user_error(r"came from tiny-vlm .* now larger-vlm", asked, Checklist(options), suite, images, tmp_path)
 
 
-def test_a_local_model_answers_in_batches(tmp_path: Path) -> None:
-    vlm = write_vlm(tmp_path / "tiny-qwen")
+def test_a_local_model_answers_in_batches(vlm: Path, tmp_path: Path) -> None:
     suite, images = draw_scenes(tmp_path / "images", 3)
     score = Checklist(VlmOptions(model=str(vlm), batch_size=4, device="cpu", max_new_tokens=3))
     settings = score.settings()
