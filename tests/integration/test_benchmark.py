@@ -133,8 +133,6 @@ def test_rounds_take_turns_and_warm_up_is_not_counted() -> None:
     slow = interleave({"slow": lambda _: time.sleep(0.02)}, 0, 1, CPU)["slow"]
     assert 0.02 <= slow.seconds[0] < 0.2
 
-
-def test_work_that_does_not_fit_leaves_the_rest_going() -> None:
     def too_large(number: int) -> None:
         raise torch.OutOfMemoryError("too much")
 

@@ -123,14 +123,6 @@ def test_a_stop_loses_nothing_and_processes_change_nothing(tmp_path: Path) -> No
     assert (out / "report.md").read_text() == (tmp_path / "whole" / "report.md").read_text()
 
 
-def test_two_builds_of_one_folder_do_not_mix(few: Path, tmp_path: Path) -> None:
-    (tmp_path / "out" / ".build").mkdir(parents=True)
-    with (tmp_path / "out" / ".build" / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as a build does that is at work
-        user_error("another process", make, few, tmp_path / "out")
-    assert make(few, tmp_path / "out").kept == 6
-
-
 def test_what_cannot_be_built_leaves_what_there_was(few: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
@@ -139,6 +131,12 @@ def test_what_cannot_be_built_leaves_what_there_was(few: Path, tmp_path: Path) -
     user_error("is a file", make, few, tmp_path / "thesis" / "thesis.tex")
     user_error("no item that could be a sample, read as format=folder", make, tmp_path / "thesis", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+    (tmp_path / "out" / ".build").mkdir(parents=True)
+    with (tmp_path / "out" / ".build" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a build does that is at work
+        user_error("another process", make, few, tmp_path / "out")
+    assert make(few, tmp_path / "out").kept == 6
 
 
 def test_near_duplicates_go_and_the_first_stays(tmp_path: Path) -> None:

@@ -203,8 +203,6 @@ def test_what_cannot_be_meant_is_one_sentence(run: Path) -> None:
         user_error(words, evaluate_here, *arguments.format(run=run).split())
     assert not list(Path().glob("runs/**/images/0*.png"))  # before anything is drawn
 
-
-def test_a_second_evaluation_is_kept_out(run: Path) -> None:
     Path("out").mkdir()
     with Path(".out.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

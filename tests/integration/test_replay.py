@@ -180,16 +180,13 @@ def test_digests_do_not_depend_on_the_number_of_processes(stage: Path, tmp_path:
     assert found.certain == "identical" and {sample.rank for sample in found.samples} == {0, 1}
 
 
-def test_step_of_a_run_without_records(train: Train, tmp_path: Path) -> None:
+def test_a_step_without_records_and_stages_with_an_adapter(train: Train, tmp_path: Path) -> None:
     assert train("max_steps=2", "checkpoint_every=2") == 0
     found, _ = replay_here(f"run={tmp_path / 'run' / 'stage1'}", "step=1")
     assert found.certain == "unknown" and "log_samples=true" in found.verdict
     assert "the oldest there is, after the step" in found.facts["losses"]
 
-
-def test_stages_with_an_adapter(train: Train, tmp_path: Path) -> None:
-    """The adapter that stage 2 trains, and that stage 3 applies, is in the losses."""
-    train("max_steps=2", "checkpoint_every=2")
+    # The adapter that stage 2 trains, and that stage 3 applies, is in the losses.
     for stage in (2, 3):
         arguments = [f"stage={stage}", *RECORDED, "max_steps=3", "checkpoint_every=2", "optimizer.lr_lora=0.01"]
         assert train(*arguments, "optimizer.warmup_steps=0") == 0

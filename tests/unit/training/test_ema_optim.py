@@ -169,7 +169,7 @@ def test_length_bands_and_times() -> None:
     assert {seconds: human_time(seconds) for seconds in times} == times
 
 
-def two_processes() -> dict[str, object]:
+def test_summary_joins_processes_and_bins_and_the_log_line_says_it() -> None:
     meters = [Meters(), Meters()]
     for number, each in enumerate(meters):
         each.steps, each.samples, each.tokens, each.truncated = 2, 10, 100, number
@@ -178,11 +178,7 @@ def two_processes() -> dict[str, object]:
     meters[1].errors = [(5.0, 0.6, 10), (7.0, 1.0, 300)]
     parts = [{**each.export(), "seconds": 4.0} for each in meters]
     json.dumps(parts)  # they travel between processes
-    return meters[0].summary(parts)
-
-
-def test_summary_joins_processes_and_bins() -> None:
-    record = two_processes()
+    record = meters[0].summary(parts)
     assert record["loss"] == 4.0 and record["samples_per_second"] == 5.0 and record["tokens_per_second"] == 50.0
     assert record["data_wait"] == 0.25 and record["truncated"] == 0.05 and record["truncated_count"] == 1
     assert record["gradient_norm"] == 1.5 and record["seconds_per_step"] == 2.0
@@ -191,10 +187,7 @@ def test_summary_joins_processes_and_bins() -> None:
         "loss_time/0.00-0.25": 2.0, "loss_time/0.50-0.75": 5.0, "loss_time/0.75-1.00": 7.0,
         "loss_words/0-25": 3.0, "loss_words/78-128": 3.0, "loss_words/257+": 7.0,
     }  # fmt: skip
-
-
-def test_log_line_is_one_that_a_person_can_read() -> None:
-    record = {**two_processes(), "learning_rate": 1e-4, "memory_gb": 1.25}
+    record |= {"learning_rate": 1e-4, "memory_gb": 1.25}
     line = log_line(TrainConfig(stage=2, max_steps=150), 60, record)
     for part in (
         "stage 2", "60/150", "loss 4.0000", "5.0 samples/s", "50 tokens/s", "data wait  25%", "truncated  5.0%", "grad 1.50",
