@@ -6,8 +6,9 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Set before torch is imported: one thread, so that tests neither fight over cores nor differ from one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,12 +19,18 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import pytest
 from commands import ROOT
 
+if TYPE_CHECKING:
+    from chat_server import ChatServer
+
+# Of half a minute and more each.
+LONGEST = {"test_ablate", "test_cache", "test_caption", "test_documents", "test_equivalence", "test_evaluate", "test_launches",
+           "test_replay", "test_resume", "test_sentence_report", "test_text_encoders", "test_training"}  # fmt: skip
 SIZES = {"web": 120, "big": 80, "small": 48, "val": 24}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long first: two processes that take files in this order then end at about the same moment."""
-    items.sort(key=lambda item: "unit" in item.path.parts)
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, "unit" in item.path.parts))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,6 +60,40 @@ def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             scaling_factor=0.6348,  # as nano's, whose configuration the tests start from
         ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP of open_clip."""
+    from tiny_clip import write_clip
+
+    return write_clip(tmp_path_factory.mktemp("clip") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen3-VL."""
+    from tiny_vlm import write_vlm
+
+    return write_vlm(tmp_path_factory.mktemp("vlm") / "tiny-qwen")
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    """A server of the OpenAI chat protocol."""
+    from chat_server import chat_server
+
+    with chat_server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    from browser import chromium
+
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
@@ -103,20 +144,9 @@ def train(tiny_arguments: list[str], tmp_path: Path) -> Callable[..., int]:
 
     Returns the status; a UserError comes through.
     """
-    from accelerate.state import AcceleratorState
+    from training_runs import train_here
 
-    from paradiffusion.compose import compose_train
-    from paradiffusion.scenes.alignment import SceneScorer
-    from paradiffusion.scenes.dataset import make_wanted
-    from paradiffusion.training.trainer import train
-
-    def run(*arguments: str) -> int:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        config = compose_train([*tiny_arguments, f"run_dir={tmp_path / 'run'}", *arguments])
-        make_wanted(config.data)
-        return train(config, SceneScorer())
-
-    return run
+    return lambda *arguments: train_here([*tiny_arguments, f"run_dir={tmp_path / 'run'}", *arguments])
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ seed twice), so their variance is taken with Student's t instead, as in an analy
 
 S seeds whose results have the sample variance s2 (S - 1 degrees of freedom), and b2 the bootstrap variance over P prompts of
 their mean (P - 1). Chance within a single prompt and run is in both terms, so the interval errs on the wide side: in simulation
-it covers 96 to 98 % (test_ablation_table.py), but only some 85 % where there are two seeds that differ far more than prompts do.
+it covers 96 to 98 % (test_ablation.py), but only some 85 % where there are two seeds that differ far more than prompts do.
 """
 
 from __future__ import annotations

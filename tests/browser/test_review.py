@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Served, chromium, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
-from commands import wait_for
-from review_server import Server, at, decisions, logged, until
+from browser import Program, Served, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
+from commands import user_error, wait_for
 from tiny_clip import write_candidates
 
 from paradiffusion.apps.review import MAX_TEXT, Review, open_review, review_app
 from paradiffusion.curation.choosing.decisions import DecisionLog, read_decisions
 from paradiffusion.curation.choosing.kept import export
 from paradiffusion.curation.choosing.selection import Choosing, choose
-from paradiffusion.errors import UserError
 
 LONG = "A red barn stands at the edge of a field. " * 7  # 70 words
 
@@ -53,8 +51,7 @@ def test_the_log_survives_a_torn_line_and_writes_no_event_twice(tmp_path: Path) 
 
 def test_the_last_decision_of_each_reviewer_counts_and_a_late_one_does_not(tmp_path: Path) -> None:
     log = DecisionLog(tmp_path / "decisions.jsonl")
-    with pytest.raises(UserError, match="open in another review"):
-        DecisionLog(tmp_path / "decisions.jsonl")
+    user_error("open in another review", DecisionLog, tmp_path / "decisions.jsonl")
     log.record(event("1", at=100, decision="keep"))
     log.record(event("2", at=50, decision="drop"))  # waited in the queue of a closed tab
     log.record(event("3", at=60, reviewer="ben", decision="drop"))
@@ -154,12 +151,6 @@ def test_a_decision_that_cannot_be_written_is_not_acknowledged(
 
 
 # --- in the browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -382,3 +373,37 @@ def test_no_decision_falls_on_another_picture_when_candidates_are_chosen_anew(se
     assert decisions(server.work) == {"picture-0": {"decision": "keep"}, "picture-2": {"decision": "drop"}}
     assert len(logged(server.work)) == 2
     page.close()
+
+
+def logged(work: Path) -> list[dict[str, Any]]:
+    """The events on disk."""
+    path = work / "decisions.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def decisions(work: Path, reviewer: str = "anna") -> dict[str, dict[str, str | None]]:
+    """key -> fields, as they stand on disk for one reviewer."""
+    keys = {one["sample"]: one["key"] for one in logged(work)}
+    standing = read_decisions(work / "decisions.jsonl")
+    return {keys[name]: standing.of(name)[reviewer] for name in keys if reviewer in standing.of(name)}
+
+
+class Server(Program):
+    """The review of the candidates in ``work``."""
+
+    def __init__(self, work: Path) -> None:
+        super().__init__("scripts/select.py", "action=review", f"folder={work}", "reviewer=anna")
+        self.work = work
+
+    @property
+    def url(self) -> str:
+        return self.urls[0]
+
+
+def at(page: Any, number: int | str) -> None:
+    page.wait_for_selector(f"body[data-number='{number}']")
+
+
+def until(page: Any, condition: str) -> None:
+    """Wait for a condition in the page, whose policy forbids playwright's own way (eval)."""
+    wait_for(lambda: page.evaluate(condition), timeout=20)

@@ -6,7 +6,6 @@ import json
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,15 +13,14 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from browser import Program, Served, chromium, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
-from commands import ROOT, wait_for
+from browser import Program, Served, in_browser, listen, refuses_bodies, refuses_strangers, serves_no_files
+from commands import user_error, wait_for
 from programs import script
 from vote_studies import HOSTILE, SECRET, pixels_of, study_of, write_picture
 
 from paradiffusion.apps.serving import Rates
 from paradiffusion.apps.serving import listen as listen_at
 from paradiffusion.apps.vote import Voting, open_keys, vote_app
-from paradiffusion.errors import UserError
 from paradiffusion.evaluation.votes.vote_store import Store
 from paradiffusion.evaluation.votes.vote_study import Study
 
@@ -140,8 +138,7 @@ def test_what_is_no_vote_is_refused(serving: Any) -> None:
     assert len({"", *served.keys.tokens.values()}) == 3
     mode = (served.study.folder / ".tokens.json").stat().st_mode & 0o777
     assert mode == 0o600 and open_keys(served.study) == served.keys
-    with pytest.raises(UserError, match="cannot be listened on"):
-        listen_at("127.0.0.1", served.port)
+    user_error("cannot be listened on", listen_at, "127.0.0.1", served.port)
 
 
 def _chunks(data: bytes) -> Iterator[bytes]:
@@ -210,18 +207,6 @@ def test_a_vote_that_cannot_be_written_is_not_acknowledged(serving: Any) -> None
     assert len(served.store.votes()) == 1
 
 
-def test_two_tabs_of_one_rater_do_not_undo_each_other(serving: Any) -> None:
-    served = serving()
-    task = served.state()["task"]
-    served.json("/api/vote", vote(task, "left", stamp=10))
-    assert served.json("/api/vote", vote(task, "right", stamp=9))["choices"] == {"faithfulness": "left"}  # came late
-    after = served.json("/api/next", {"task": task["name"]})
-    assert served.json("/api/next", {"task": task["name"]}) == after  # a double click does not skip a pair
-    assert served.ask("/api/vote", vote(task, "right", stamp=20))[0] == 409
-    assert served.json("/api/back", {})["task"]["name"] == task["name"]
-    assert served.json("/api/vote", vote(task, "right", stamp=20))["choices"] == {"faithfulness": "right"}
-
-
 def test_too_many_requests_and_connections_are_refused(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     served = serving(rates=Rates(rate=0.001, burst=3))
     asked = [
@@ -249,25 +234,26 @@ def test_too_many_requests_and_connections_are_refused(serving: Any, monkeypatch
         one.close()
 
 
-def test_mistakes_on_the_command_line_are_one_sentence(command: Any, tmp_path: Path) -> None:
+def test_mistakes_on_the_command_line_are_one_sentence(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for arguments, message in (
         ([], "action= is missing"),
         (["action=serve", f"study={tmp_path / 'new'}", "sets={a: x, b: y}", "raters=[r]"], "the set a is no folder: x"),
         (["action=results", f"study={tmp_path / 'new'}"], "holds no study.json"),
         (["action=tokens", f"study={tmp_path / 'new'}", "given=[x]"], r"hosts, output \(key=value\)"),
     ):
-        with pytest.raises(UserError, match=message):
-            script("vote").main(arguments)
-    without = "import runpy, sys; sys.modules['starlette'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-    done = command("scripts/vote.py", "action=results", f"study={tmp_path / 'new'}")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "holds no study.json" in done.stderr
-    for arguments, message in (
-        (("-c", without, "scripts/vote.py", "action=serve", f"study={tmp_path / 'new'}"), "curation and apps"),
-        (("-c", without, "scripts/select.py", "action=review", f"folder={tmp_path / 'new'}"), "curation and apps"),
-    ):
-        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
-        assert message in done.stderr and not (tmp_path / "new").exists()
+        user_error(message, script("vote").main, arguments)
+    for name in [name for name in sys.modules if name.startswith(("starlette", "uvicorn", "paradiffusion.apps"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    for program, place in (("vote", "study"), ("select", "folder")):
+        action = {"vote": "serve", "select": "review"}[program]
+        done = command(f"scripts/{program}.py", f"action={action}", f"{place}={tmp_path / 'new'}")
+        assert (
+            done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "curation and apps" in done.stderr
+        )
+        assert not (tmp_path / "new").exists()
 
 
 # --- the command
@@ -291,12 +277,6 @@ class Server(Program):
         base.close()
         assert len(rows) == len({row[:2] for row in rows})
         return [choice for _, _, choice in rows]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as opened:
-        yield opened
 
 
 @pytest.fixture

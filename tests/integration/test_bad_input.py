@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import resource
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import user_error
 from training_runs import assert_same_bits, newest, records, sample_here, steps_saved, train_here
 
 from paradiffusion.checkpoints.manifest import find_fault, write_manifest
@@ -27,7 +27,6 @@ from paradiffusion.training.trainer import Trainer
 
 Train = Callable[..., int]
 Command = Callable[..., subprocess.CompletedProcess[str]]
-PROMPT = """a "red", {blue} = 'x' ${oops}, [1, 2]; (50 %) \\ é"""
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +41,6 @@ def trained(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory)
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of it, to be damaged; ``train`` goes on there."""
     return shutil.copytree(trained, tmp_path / "run")
-
-
-def refused(result: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a program says when it exits with 2."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stdout + result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and result.stderr.rstrip().endswith(lines[0]), result.stderr
-    return lines[0]
-
-
-def test_mistakes_at_the_command_line(
-    command: Command, trained: Path, tiny_arguments: list[str], tmp_path: Path
-) -> None:
-    """What a program ends with; the sentences are told from within, below and in tests/unit/config."""
-    (tmp_path / "none.txt").write_text("\n  \n")
-    new = tmp_path / "new"
-    said = refused(command("train.py", *tiny_arguments, "stage=2", f"run_dir={new}"))
-    assert f"run `python train.py stage=1 run_dir={new}` first, or set init_from=" in said
-    said = refused(command("sample.py", f"ckpt={trained}", f"prompt_file={tmp_path / 'none.txt'}"))
-    assert f"prompt_file={tmp_path / 'none.txt'} holds no prompts" in said
-    assert "--scenes 0 is out of range" in refused(command("scripts/score_scenes.py", "--scenes", "0"))
 
 
 def test_what_contradicts_itself_or_is_not_there(
@@ -81,8 +58,7 @@ def test_what_contradicts_itself_or_is_not_there(
         (f"run_dir={tmp_path / 'file'}", r"run_dir: .* cannot be written .*choose another run_dir="),
     )
     for number, (argument, said) in enumerate(mistakes):
-        with pytest.raises(UserError, match=said):
-            train(f"run_dir={tmp_path / str(number)}", argument)
+        user_error(said, train, f"run_dir={tmp_path / str(number)}", argument)
     with pytest.raises(UserError, match=r"run `python train\.py preset=paper stage=1 run_dir=runs/none` first"):
         find_init(compose_train(["preset=paper", "stage=2", "run_dir=runs/none", "data.shards=unused"]))
     with pytest.raises(UserError, match=r"text_encoder has keys of its own; set text_encoder\.path or"):
@@ -92,18 +68,15 @@ def test_what_contradicts_itself_or_is_not_there(
 
 
 def test_stage_without_the_one_before(train: Train, run: Path) -> None:
-    with pytest.raises(UserError, match=r"run `python train\.py stage=2 run_dir=.*` first"):
-        train("stage=3")
-    with pytest.raises(UserError, match=r"applies the LoRA adapter of stage 2, and .* has none"):
-        train("stage=3", f"init_from={run / 'stage1'}")
+    user_error(r"run `python train\.py stage=2 run_dir=.*` first", train, "stage=3")
+    user_error(r"applies the LoRA adapter of stage 2, and .* has none", train, "stage=3", f"init_from={run / 'stage1'}")
     with pytest.raises(UserError, match=r"init_from=.*nowhere holds no checkpoint.*diffusers folder"):
         train("stage=2", f"init_from={run / 'nowhere'}")
     with pytest.raises(UserError, match=r"was trained with conditioning\.\w+=.*use the same conditioning"):
         train("stage=2", "conditioning=paper")
     for step in steps_saved(run / "stage1"):
         (run / "stage1" / "checkpoints" / f"step_{step:06d}" / "checkpoint.json").unlink()
-    with pytest.raises(UserError, match=r"holds no whole checkpoint; run `python train\.py stage=1"):
-        train("stage=2")
+    user_error(r"holds no whole checkpoint; run `python train\.py stage=1", train, "stage=2")
 
 
 def test_tar_cut_in_the_middle(train: Train, demo_folder: Path, tmp_path: Path) -> None:
@@ -172,19 +145,7 @@ def test_captions_missing_empty_and_of_5000_words(
     assert "32 samples without a caption are left out" in output
     assert f"truncated {row['truncated']:5.1%}" in output
     nothing = changed(8, lambda _, one: replace(one, meta={**one.meta, "captions": {}}), tmp_path / "mute")
-    with pytest.raises(UserError, match="caption"):
-        train(f"data.shards={nothing}", f"run_dir={tmp_path / 'mute_run'}")
-
-
-def test_odd_prompts_from_a_file(trained: Path, tmp_path: Path) -> None:
-    prompts = [PROMPT, "two\nlines\n\nand more", "null", "'quoted'", "${seed}", "{a,b}", "a=b", "x" * 5000]
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    out = tmp_path / "out"
-    assert sample_here(f"ckpt={trained}", f"prompt_file={path}", "steps=1", f"output_dir={out}") == 0
-    rows = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in sorted(rows, key=lambda row: row["file"])] == prompts
-    assert len(list(out.glob("0*.png"))) == len(prompts)
+    user_error("caption", train, f"data.shards={nothing}", f"run_dir={tmp_path / 'mute_run'}")
 
 
 def test_sampling_from_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,8 +156,7 @@ def test_sampling_from_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: p
     weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
     with weights.open("r+b") as file:
         file.truncate(weights.stat().st_size - 7)
-    with pytest.raises(UserError, match=r"is damaged: unet/diffusion_pytorch_model\.safetensors has"):
-        draw(checkpoint)
+    user_error(r"is damaged: unet/diffusion_pytorch_model\.safetensors has", draw, checkpoint)
     assert draw(run) == 0  # which has an older one
     assert "step_000004, step 4" in capsys.readouterr().out
     (older / "refiner" / "model.safetensors").unlink()
@@ -204,13 +164,11 @@ def test_sampling_from_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: p
         (older, "refiner/model.safetensors is missing"), (run, "no whole checkpoint is left"),
         (tmp_path / "no", "holds no checkpoint; expected a run"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=re.escape(sentence)):
-            draw(ckpt)
+        user_error(re.escape(sentence), draw, ckpt)
     # Somebody put the files together by hand, and made a manifest of them.
     (checkpoint / "checkpoint.json").write_text("{}")
     write_manifest(checkpoint)
-    with pytest.raises(UserError, match=r"checkpoint\.json does not describe a checkpoint"):
-        draw(checkpoint)
+    user_error(r"checkpoint\.json does not describe a checkpoint", draw, checkpoint)
 
 
 def test_a_full_disk_while_saving(train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,15 +1,19 @@
-"""scripts/benchmark.py: the paper's arm at the smallest size, through the same code as on a GPU; timing and its words."""
+"""scripts/benchmark.py and benchmark_loader.py: the paper's arm at the smallest size, timing and its words; ways of reading in turns."""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from commands import user_error
 
+from paradiffusion.budget.bench_loader import LoaderBench, measure, padding, run_way
 from paradiffusion.budget.bench_models import (
     Bench,
     BenchmarkSettings,
@@ -20,6 +24,7 @@ from paradiffusion.budget.bench_models import (
     parse_settings,
     ratio,
 )
+from paradiffusion.budget.bench_readers import ReaderSettings
 from paradiffusion.budget.benchmark import SAMPLERS, as_markdown, benchmark, own_step, plain_step, start, take_batches
 from paradiffusion.budget.results import machine
 from paradiffusion.budget.synthetic import captions, random_models
@@ -127,8 +132,6 @@ def test_rounds_take_turns_and_warm_up_is_not_counted() -> None:
     slow = interleave({"slow": lambda _: time.sleep(0.02)}, 0, 1, CPU)["slow"]
     assert 0.02 <= slow.seconds[0] < 0.2
 
-
-def test_work_that_does_not_fit_leaves_the_rest_going() -> None:
     def too_large(number: int) -> None:
         raise torch.OutOfMemoryError("too much")
 
@@ -154,7 +157,33 @@ def test_speed_up_and_mfu() -> None:
 
 def test_mistakes_cost_one_sentence() -> None:
     for argument in ("stages=4", "what=nothing", "repeats=0", "switches=turbo", "device=tpu", "steps=x"):
-        with pytest.raises(UserError, match=argument.partition("=")[0]):
-            parse_settings([argument])
-    with pytest.raises(UserError, match="unit"):
-        benchmark(settings(), ["unit=tiny"], compose_train)
+        user_error(argument.partition("=")[0], parse_settings, [argument])
+    user_error("unit", benchmark, settings(), ["unit=tiny"], compose_train)
+
+
+LOADER = LoaderBench(samples=96, width=64, height=48, resolution=32, batch_size=8, workers=1, batches=3, repeats=1)
+
+
+def reading(folder: Path) -> list[psutil.Process]:
+    """The processes that read from ``folder``."""
+    return [one for one in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(one.info["cmdline"] or [])]
+
+
+def test_a_way_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
+    nothing = ReaderSettings(str(tmp_path / "nothing"), 32, 8, 1)
+    user_error("the webdataset reader in .* ended before it had read", run_way, "webdataset", sys.executable, nothing)
+    assert not reading(tmp_path)
+
+
+def test_rows_of_both_ways(tmp_path: Path) -> None:
+    rows = measure(LOADER, tmp_path, 0.01, lambda texts: [len(text.split()) for text in texts])
+    assert [row.name for row in rows] == ["ours", "webdataset"]
+    for row in rows:
+        assert len(row.rates) == 1 and min(row.rates) > 0 and 0 <= row.waiting <= 1
+    assert rows[0].padded[1] < rows[1].padded[1], "ours sorts captions by length"
+    assert not reading(tmp_path)
+
+
+def test_padding_is_the_share_of_computed_tokens() -> None:
+    assert padding([[4, 8], [8, 8]], 1) == pytest.approx(4 / 32)
+    assert padding([[4, 9]], 8) == pytest.approx(1 - 13 / 32)

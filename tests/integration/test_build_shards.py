@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builds import make, samples, write_captioned
-from commands import ROOT, wait_for
+from commands import ROOT, user_error, wait_for
 from data_fixtures import encoded, picture
 from hostile_folder import BLUE, EXPECTED, KEPT, RED, RENAMED, SIDE, make_hostile_folder
 from PIL import Image
@@ -24,7 +24,6 @@ from ranks import Started
 
 from paradiffusion.curation.building import build as building
 from paradiffusion.data.images import decode
-from paradiffusion.errors import UserError
 
 EMOJI = ROOT.parent / "shared" / "assets" / "emoji"
 
@@ -94,8 +93,7 @@ def test_the_report_shows_what_went(
     assert script("build_shards").main([f"input={hostile}", f"output={out}"]) == 0
     again = capsys.readouterr()
     assert again.out == done.stdout and "reading images" not in again.err
-    with pytest.raises(UserError, match=r"min_side=32 \(was 64\)"):
-        make(hostile, out, min_side=32)
+    user_error(r"min_side=32 \(was 64\)", make, hostile, out, min_side=32)
 
 
 def test_a_stop_loses_nothing_and_processes_change_nothing(tmp_path: Path) -> None:
@@ -118,34 +116,27 @@ def test_a_stop_loses_nothing_and_processes_change_nothing(tmp_path: Path) -> No
     assert running.returncode == 130 and "Traceback" not in errors and "the same command goes on" in errors, errors
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob(".build/chunks/*.json")}
     assert len(kept) == 1 and not list(out.rglob("*.tar"))
-    with pytest.raises(UserError, match=r"quality=80 \(was 95\)"):
-        make(plain, out, quality=80, **options)
+    user_error(r"quality=80 \(was 95\)", make, plain, out, quality=80, **options)
     assert kept == {path.name: path.stat().st_mtime_ns for path in out.glob(".build/chunks/*.json")}
     assert make(plain, out, **options).kept == 600
     assert tars(out) == whole
     assert (out / "report.md").read_text() == (tmp_path / "whole" / "report.md").read_text()
 
 
-def test_two_builds_of_one_folder_do_not_mix(few: Path, tmp_path: Path) -> None:
-    (tmp_path / "out" / ".build").mkdir(parents=True)
-    with (tmp_path / "out" / ".build" / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # as a build does that is at work
-        with pytest.raises(UserError, match="another process"):
-            make(few, tmp_path / "out")
-    assert make(few, tmp_path / "out").kept == 6
-
-
 def test_what_cannot_be_built_leaves_what_there_was(few: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match=r"thesis\.tex"):
-        make(few, tmp_path / "thesis")
+    user_error(r"thesis\.tex", make, few, tmp_path / "thesis")
     assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["thesis.tex"]
-    with pytest.raises(UserError, match="is a file"):
-        make(few, tmp_path / "thesis" / "thesis.tex")
-    with pytest.raises(UserError, match="no item that could be a sample, read as format=folder"):
-        make(tmp_path / "thesis", tmp_path / "out")
+    user_error("is a file", make, few, tmp_path / "thesis" / "thesis.tex")
+    user_error("no item that could be a sample, read as format=folder", make, tmp_path / "thesis", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+    (tmp_path / "out" / ".build").mkdir(parents=True)
+    with (tmp_path / "out" / ".build" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as a build does that is at work
+        user_error("another process", make, few, tmp_path / "out")
+    assert make(few, tmp_path / "out").kept == 6
 
 
 def test_near_duplicates_go_and_the_first_stays(tmp_path: Path) -> None:
@@ -193,8 +184,7 @@ def test_sizes_and_encodings(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused_by_name(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        make(**{"source": tmp_path, "output": tmp_path / "out", **options})
+    user_error(message, make, **{"source": tmp_path, "output": tmp_path / "out", **options})
 
 
 @pytest.mark.skipif(not EMOJI.exists(), reason="the emoji archive is not here")
@@ -229,8 +219,7 @@ def test_a_picture_that_changes_under_way_is_noticed(
         return before(*arguments)
 
     monkeypatch.setattr(building, "select", late)
-    with pytest.raises(UserError, match="is not what it was when it was first read"):
-        make(few, tmp_path / "out")
+    user_error("is not what it was when it was first read", make, few, tmp_path / "out")
 
 
 @pytest.mark.parametrize("last", ["build.json", "000000.tar", "000000.index.npz"])

@@ -1,30 +1,39 @@
-"""Cached latents and text features: the same training, and a refusal wherever they would not be the same."""
+"""Caches of latents and text features: the same training, refusals, and what happens to them, to data, models and disks."""
 
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import signal
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import webdataset
 from accelerate.state import AcceleratorState
+from commands import user_error, wait_for
 from data_fixtures import as_json, encoded, picture, sample, write_tar
 from PIL import Image
+from ranks import Started, run_on_two
 from remote_fixtures import serving
+from safetensors.torch import load
 from training_runs import assert_same_bits, build_here, newest, records, train_here
 
 from paradiffusion.compose import compose_train
-from paradiffusion.data.cache import KEY_FILE, PIXELS_VERSION, folders_of
+from paradiffusion.data.cache import KEY_FILE, PIXELS_VERSION, Members, folders_of, remove_abandoned, writing
 from paradiffusion.data.images import decode, to_array
 from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import LossBatch
 from paradiffusion.text.encoder import TextEncoder
-from paradiffusion.training.caching import CacheOptions, make_cache
+from paradiffusion.training import caching
+from paradiffusion.training.caching import CacheOptions, make_cache, tokenizer_hash, weights_hash
 from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.log import Meters
 from paradiffusion.training.preflight import preflight
@@ -148,8 +157,7 @@ def test_another_configuration_is_refused(arguments: list[str], caches: dict[str
         ("codec.dtype=bfloat16", "latents made with codec.dtype='float32', and this command says 'bfloat16'"),
         ("data.captions={clean: 1}", r"data.captions=\['long', 'short'\], and this command says \['clean'\]"),
     ):
-        with pytest.raises(UserError, match=f"{sentence}.*scripts/cache.py what=(latents|text) preset=nano stage=1"):
-            build_here([*here, change])
+        user_error(f"{sentence}.*scripts/cache.py what=(latents|text) preset=nano stage=1", build_here, [*here, change])
     # Fewer kinds need no other cache. One sample has no short caption, so that its long one stands in: it is cached too.
     assert inputs(build_here([*here, "data.captions={short: 1}"]), 12)[1].bad == 1
     assert folders_of(caches["modern"] / "text") == {"text": caches["modern"] / "text"} and folders_of(tmp_path) == {}
@@ -165,16 +173,14 @@ def test_cached_text_is_refused_where_the_adapter_is_trained(
         build_here([*second, f"data.cache={caches['modern']}"])
     setup = build_here([*second, f"data.cache={caches['modern'] / 'latents'}"])
     assert inputs(setup, 1)[0][0].ids is not None
-    with pytest.raises(UserError, match="cannot be cached; what=latents caches the images alone"):
-        make(second, tmp_path / "none")
+    user_error("cannot be cached; what=latents caches the images alone", make, second, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
 def test_the_adapter_of_stage_3_belongs_to_the_key(arguments: list[str], tmp_path: Path) -> None:
     third = [*arguments, "stage=3", f"run_dir={tmp_path / 'run'}"]
     cache = tmp_path / "cache"
-    with pytest.raises(UserError, match="stage 3 starts from stage 2"):
-        make(third, cache, what="text")
+    user_error("stage 3 starts from stage 2", make, third, cache, what="text")
     for more in (["stage=1", "max_steps=1"], ["stage=2", "max_steps=2", "checkpoint_every=1", "keep_last=5"]):
         assert train_here([*arguments, *more, f"run_dir={tmp_path / 'run'}"]) == 0
     assert make(third, cache, what="text") == 0
@@ -184,8 +190,7 @@ def test_the_adapter_of_stage_3_belongs_to_the_key(arguments: list[str], tmp_pat
         assert one.mask is not None and one.features is not None and other.features is not None
         torch.testing.assert_close(one.features[one.mask], other.features[one.mask], rtol=1e-4, atol=1e-5)
     earlier = tmp_path / "run" / "stage2" / "checkpoints" / "step_000001"
-    with pytest.raises(UserError, match="lora.hash="):
-        build_here([*third, f"data.cache={cache}", f"init_from={earlier}"])
+    user_error("lora.hash=", build_here, [*third, f"data.cache={cache}", f"init_from={earlier}"])
 
 
 def test_a_shard_that_was_never_cached(
@@ -196,8 +201,7 @@ def test_a_shard_that_was_never_cached(
     write_shards((sample(number) for number in range(100, 105)), tmp_path / "new", 5)
     shutil.move(tmp_path / "new" / "000000.tar", more / "000009.tar")
     here = [*arguments, f"data.shards={more}", f"run_dir={tmp_path / 'run'}", f"data.cache={caches['modern']}"]
-    with pytest.raises(UserError, match=r"lacks 1 of 4 shards \(5 of 53 samples\), .*000009.tar the first"):
-        build_here(here)
+    user_error(r"lacks 1 of 4 shards \(5 of 53 samples\), .*000009.tar the first", build_here, here)
     cache = tmp_path / "cache"
     shutil.copytree(caches["modern"], cache)
     assert make([*arguments, f"data.shards={more}"], cache) == 0
@@ -289,15 +293,13 @@ def test_a_damaged_file_is_one_sentence_and_is_made_again(
     whole, times = second.read_bytes(), [path.stat().st_mtime_ns for path in (first, third)]
     second.write_bytes(whole[:-100])
     here = [*arguments, f"run_dir={tmp_path / 'run'}", f"data.cache={cache}"]
-    with pytest.raises(UserError, match=f"{second.name} is missing or cut short.*output={cache}"):
-        build_here(here)
+    user_error(f"{second.name} is missing or cut short.*output={cache}", build_here, here)
     capsys.readouterr()
     assert make(arguments, cache, what="latents") == 0
     assert "48 samples in 3 files" in capsys.readouterr().out
     assert second.read_bytes() == whole and [path.stat().st_mtime_ns for path in (first, third)] == times
     (cache / "text" / KEY_FILE).write_text("{")
-    with pytest.raises(UserError, match=r"text/key.json is no key of a cache"):
-        build_here(here)
+    user_error(r"text/key.json is no key of a cache", build_here, here)
 
 
 def test_a_cache_of_an_earlier_format_is_refused_with_the_command_that_makes_it_anew(
@@ -310,10 +312,8 @@ def test_a_cache_of_an_earlier_format_is_refused_with_the_command_that_makes_it_
     (folder / KEY_FILE).write_text(json.dumps({**key, "format_version": 1}))
     said = f"format_version 1.*scripts/cache.py what=latents output={tmp_path / 'cache'}`"
     for here in (folder, folder.parent):
-        with pytest.raises(UserError, match=said):
-            build_here([*arguments, f"data.cache={here}", f"run_dir={tmp_path / 'run'}"])
-    with pytest.raises(UserError, match="format_version 1"):
-        make(arguments, tmp_path / "cache", what="latents")
+        user_error(said, build_here, [*arguments, f"data.cache={here}", f"run_dir={tmp_path / 'run'}"])
+    user_error("format_version 1", make, arguments, tmp_path / "cache", what="latents")
 
 
 def test_what_is_made_is_not_mixed(arguments: list[str], caches: dict[str, Path], tmp_path: Path) -> None:
@@ -321,8 +321,7 @@ def test_what_is_made_is_not_mixed(arguments: list[str], caches: dict[str, Path]
         (["conditioning.prefix=Say:"], {"what": "text"}, "this command says 'Say:'; choose another output="),
         ([], {"what": "latents", "dtype": "bfloat16"}, "dtype='float32', and this command says 'bfloat16'"),
     ):
-        with pytest.raises(UserError, match=said):
-            make([*arguments, *more], caches["modern"], **options)
+        user_error(said, make, [*arguments, *more], caches["modern"], **options)
     half = tmp_path / "half"
     assert make(arguments, half, dtype="bfloat16") == 0
     sizes = [sum(path.stat().st_size for path in (root / "text").glob("0*.tar")) for root in (half, caches["modern"])]
@@ -339,3 +338,241 @@ def test_the_version_of_the_pixels_changes_with_the_pixels() -> None:
     assert PIXELS_VERSION == "crop 1, lanczos, JPEG reduced, on white, profiles to sRGB"
     # The window's place is drawn from the sample's id; another release of Pillow may round differently.
     assert np.abs(found.astype(int) - [78, 98, 118, 138, 158, 178, 197, 220]).max() <= 1
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Twelve shards of two samples."""
+    folder = tmp_path_factory.mktemp("faults_data")
+    write_shards((sample(number) for number in range(24)), folder, 2)
+    more = ["stage=1", "data.captions={short: 0.5, long: 0.5}", "conditioning.max_tokens=24", "log_every=1"]
+    return [*tiny_arguments, *more, f"data.shards={folder}", "data.max_bad_fraction=0.5"]
+
+
+def flip(path: Path, part: str) -> None:
+    """Change a bit of the first member: in one of its tensors, or in its "header"."""
+    with tarfile.open(path) as tar:
+        start = tar.getmembers()[0].offset_data
+    data = bytearray(path.read_bytes())
+    size = int.from_bytes(data[start : start + 8], "little")
+    tensors = json.loads(data[start + 8 : start + 8 + size])
+    data[start + 8 + (0 if part == "header" else size + tensors[part]["data_offsets"][0])] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [("values", torch.bfloat16), ("values", torch.float32), ("length", torch.float32), ("checksum", torch.float32),
+     ("header", torch.float32)],
+)  # fmt: skip
+def test_a_flipped_bit_is_noticed(tmp_path: Path, part: str, dtype: torch.dtype) -> None:
+    path, values = tmp_path / "one.tar", [torch.randn(2, 3, 5), torch.randn(2, 4, 4)]
+    with writing(path, dtype) as add:
+        for name, value in enumerate(values):
+            add(name, value, length=7)
+    for name, value in enumerate(values):
+        found = Members(path).get(name)
+        assert found is not None and torch.equal(found.values, value.to(dtype)) and found.length == 7
+    flip(path, part)
+    with pytest.raises(ValueError, match=r"damaged entry in the cache: delete one.tar and run"):
+        Members(path).get(0)
+    assert Members(path).get(1) is not None and Members(path).get(2) is None
+
+
+@pytest.fixture(scope="module")
+def latents(plain: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of latents, to be copied."""
+    cache = tmp_path_factory.mktemp("cache") / "cache"
+    assert make(plain, cache, what="latents") == 0
+    return cache
+
+
+def test_a_cache_is_made_of_ordinary_shards(latents: Path) -> None:
+    tars = sorted(str(path) for path in (latents / "latents").glob("*.tar"))
+    samples = [load(sample["safetensors"]) for sample in webdataset.WebDataset(tars, shardshuffle=False)]
+    assert len(samples) == 24 and all(sample["values"].shape[:2] == (2, 4) for sample in samples)
+
+
+def test_training_replaces_what_is_damaged(plain: list[str], latents: Path, tmp_path: Path) -> None:
+    cache = shutil.copytree(latents, tmp_path / "cache")
+    damaged = sorted((cache / "latents").glob("*.tar"))[0]
+    flip(damaged, "values")
+    assert train_here([*plain, f"data.cache={cache}", f"run_dir={tmp_path / 'run'}", "max_steps=6"]) == 0
+    assert sum(row["bad_samples"] for row in records(tmp_path / "run" / "stage1")) == 1  # of 24 samples, all seen once
+    damaged.unlink()
+    assert make(plain, cache, what="latents") == 0
+    assert train_here([*plain, f"data.cache={cache}", f"run_dir={tmp_path / 'again'}", "max_steps=6"]) == 0
+    assert not any(row["bad_samples"] for row in records(tmp_path / "again" / "stage1"))
+
+
+def test_folders_whose_files_are_numbered_alike(tiny_arguments: list[str], tmp_path: Path) -> None:
+    """Same names, sizes of images and numbers of words, as in two small folders of products or pets."""
+    folders = {thing: tmp_path / thing / "pictures" for thing in ("dog", "cat")}
+    for first, (thing, folder) in enumerate(folders.items()):
+        folder.mkdir(parents=True)
+        for number in range(4):
+            (folder / f"{number}.png").write_bytes(encoded(picture(100 * first + number), compress_level=0))
+            (folder / f"{number}.txt").write_text(f"photo of {thing} {number}")
+    sources = ", ".join(f"{{name: {thing}, folder: {folder}, weight: 0.5}}" for thing, folder in folders.items())
+    here = [
+        *tiny_arguments,
+        "stage=1",
+        f"data.sources=[{sources}]",
+        "log_every=1",
+        "data.max_bad_fraction=1",
+        "max_steps=4",
+    ]
+    cache = f"data.cache={tmp_path / 'cache'}"
+    assert make(here, tmp_path / "cache") == 0
+    assert len(list((tmp_path / "cache" / "latents").glob("*.tar"))) == 2
+    losses = []
+    for name, more in (("plain", []), ("cached", [cache])):
+        assert train_here([*here, *more, f"run_dir={tmp_path / name}"]) == 0
+        losses.append([row["loss"] for row in records(tmp_path / name / "stage1")])
+        assert not any(row["bad_samples"] for row in records(tmp_path / name / "stage1"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    # Put elsewhere one by one, neither is taken for the other.
+    for thing, folder in folders.items():
+        with pytest.raises(UserError, match="lacks 1 of 1 shards"):
+            build_here([*tiny_arguments, "stage=1", f"data.folder={folder}", f"run_dir={tmp_path / thing}", cache])
+
+
+def test_shards_added_with_fewer_kinds_get_all_of_the_cache(plain: list[str], tmp_path: Path) -> None:
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    write_shards((sample(number) for number in range(8)), data, 8)
+    here = [*plain, f"data.shards={data}", "data.max_bad_fraction=0"]
+    assert make(here, cache, what="text") == 0
+    write_shards((sample(number) for number in range(16)), data, 8)
+    assert make([*here, "data.captions={short: 1}"], cache, what="text") == 0
+    assert train_here([*here, f"data.cache={cache}", f"run_dir={tmp_path / 'run'}", "max_steps=8"]) == 0
+    assert not any(row["bad_samples"] for row in records(tmp_path / "run" / "stage1"))
+
+
+def test_what_is_not_finite_is_never_cached(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior, encode = Codec.posterior, TextEncoder.forward
+    for factor, more in (
+        (float("nan"), "set codec.dtype=float32"),
+        (1e8, "store with dtype=bfloat16 or dtype=float32"),
+    ):
+        scaled = lambda self, images, by=factor: tuple(part * by for part in posterior(self, images))  # noqa: E731
+        monkeypatch.setattr(Codec, "posterior", scaled)
+        cache = tmp_path / str(factor)
+        with pytest.raises(UserError, match=rf"the latents of 000000.tar/\d+ .*not all finite numbers; {more}"):
+            make(plain, cache, what="latents", dtype="float16")
+        assert not list(cache.rglob("*.tar")) and not list(cache.rglob(".*"))
+    monkeypatch.setattr(TextEncoder, "forward", lambda *a, **k: encode(*a, **k) * float("inf"))
+    with pytest.raises(UserError, match=r"the features of '.*not all finite numbers; set text_encoder.dtype=float32"):
+        make(plain, tmp_path / "text", what="text")
+
+
+def test_other_weights_or_another_tokenizer_are_noticed(plain: list[str], tmp_path: Path) -> None:
+    """Tuned layers in the middle of a file, and settings beside it, change no end of a file of weights."""
+    setup = build_here([*plain, f"run_dir={tmp_path / 'run'}"])
+    encoder, vae = setup.encoder, setup.codec.vae
+    for model in (encoder.model, vae):
+        before = weights_hash(model)
+        assert before == weights_hash(model)
+        parameter = list(model.parameters())[len(list(model.parameters())) // 2]
+        with torch.no_grad():
+            parameter.add_(1e-3)
+        assert weights_hash(model) != before
+    before = tokenizer_hash(encoder)
+    encoder.tokenizer.add_tokens(["<new>"])
+    assert tokenizer_hash(encoder) != before
+    cache = tmp_path / "cache"
+    assert make(plain, cache) == 0
+    for kind, part in (
+        ("latents", "codec.weights"),
+        ("text", "text_encoder.weights"),
+        ("text", "text_encoder.tokenizer"),
+    ):
+        path = cache / kind / "key.json"
+        kept = path.read_text()
+        stored = json.loads(kept)
+        stored["key"][part] = "another"
+        path.write_text(json.dumps(stored))
+        with pytest.raises(UserError, match=f"made with {part}='another', and this command says"):
+            build_here([*plain, f"data.cache={cache}", f"run_dir={tmp_path / 'cached'}"])
+        path.write_text(kept)
+    # How far batches are padded is no part of a cache.
+    build_here([*plain, "conditioning.pad_multiple=32", f"data.cache={cache}", f"run_dir={tmp_path / 'padded'}"])
+
+
+def test_captions_are_read_without_their_images(
+    plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, sizes = caching.read_place, []
+
+    def counted(place: Any) -> Any:
+        raw = read(place)
+        sizes.append(len(raw.image))
+        return raw
+
+    monkeypatch.setattr(caching, "read_place", counted)
+    assert make(plain, tmp_path / "cache", what="text") == 0
+    assert sizes == [0] * 24
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_two_processes_make_what_one_makes(plain: list[str], tmp_path: Path) -> None:
+    ended, said = run_on_two("scripts/cache.py", *plain, f"output={tmp_path / 'two'}")
+    assert ended == [0, 0], said
+    assert said.count("24 samples in 12 files") == 2  # latents and text, each told once
+    assert make_cache(compose_train(plain), CacheOptions(output=str(tmp_path / "one"))) == 0
+    one, two = files(tmp_path / "one"), files(tmp_path / "two")
+    assert len(one) == 2 * (2 * 12 + 1) + 2 and one == two  # each tar with its index, and a key
+
+
+def test_a_stopped_run_goes_on_after_its_last_whole_shard(plain: list[str], tmp_path: Path) -> None:
+    # Large pictures one by one, so that there is time to stop.
+    slow, folder = [*plain, "data.resolution=256"], tmp_path / "cache" / "latents"
+    more = ("what=latents", "at_once=1", "readers=1", f"output={tmp_path / 'cache'}")
+    started = Started("scripts/cache.py", *slow, *more, ACCELERATE_USE_CPU="1")
+    wait_for(lambda: len(list(folder.glob("0*.tar"))) >= 2 or started.poll() is not None, interval=0.01)
+    started.send_signal(signal.SIGTERM)
+    output, errors = started.communicate(timeout=120)
+    assert started.returncode == 128 + signal.SIGTERM and "Traceback" not in errors, errors
+    assert "stopped; finished shards are kept: run the same command again" in output
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("0*.tar")}
+    assert 2 <= len(before) < 12 and not list(folder.glob(".*"))
+    for name in ("cache", "whole"):
+        assert (
+            make_cache(compose_train(slow), CacheOptions(output=str(tmp_path / name), what="latents", at_once=1)) == 0
+        )
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert files(folder) == files(tmp_path / "whole" / "latents")
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # It stands for a disk: a larger file is refused by the system.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    said = r"one.tar could not be written \(.*\); make room, then run the same"
+    try:
+        with pytest.raises(UserError, match=said), writing(tmp_path / "one.tar", torch.float32) as add:
+            add(1, torch.zeros(1 << 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_commands_at_work_on_one_shard(tmp_path: Path) -> None:
+    """What the first has finished is whole, even where the second, which began later, is killed before its end."""
+    path, values = tmp_path / "one.tar", [torch.full((64, 64), float(n)) for n in range(1, 20)]
+    with pytest.raises(KeyboardInterrupt), writing(path, torch.float32) as second:
+        second(0, values[0])
+        with writing(path, torch.float32) as first:
+            for name, value in enumerate(values):
+                first(name, value)
+        kept = Members(path)
+        assert all(torch.equal(kept.get(name).values, value) for name, value in enumerate(values))  # type: ignore[union-attr]
+        (left,) = tmp_path.glob(".*.part")
+        remove_abandoned(tmp_path)
+        assert left.exists()
+        os.utime(left, (1.0, 1.0))
+        remove_abandoned(tmp_path)
+        assert sorted(found.name for found in tmp_path.iterdir()) == ["one.npy", "one.tar"]
+        raise KeyboardInterrupt

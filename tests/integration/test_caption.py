@@ -1,19 +1,29 @@
-"""scripts/caption.py with tiny models of the real classes: shards in, shards with captions out, whatever happens between."""
+"""scripts/caption.py: tiny models of the real classes, or a server that fails; shards in, shards with captions out, whatever happens."""
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import json
+import os
+import shutil
 import signal
+import ssl
 import subprocess
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import fields
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from caption_runs import lines, same
+from chat_server import NAME, Asked, ChatServer, paragraph
+from commands import user_error
 from data_fixtures import encoded, picture, sample, shards_of
 from programs import end, fork, script, two_ranks
 from tiny_vlm import write_vlm
@@ -22,16 +32,12 @@ from paradiffusion.curation.captioning.caption_options import CaptionOptions
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.errors import UserError
+from paradiffusion.metrics.endpoint import Address, _pause, key_of
 from paradiffusion.metrics.local_vlm import LocalModel, SeededDraw
 from paradiffusion.metrics.vlm import Answer, Decoding, Question
 
 PASSING = ("language=any", "min_words=1", "reject=empty")  # random weights write no English
 caption = script("caption").main
-
-
-@pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_vlm(tmp_path_factory.mktemp("vlm") / "tiny-qwen")
 
 
 @pytest.fixture
@@ -87,7 +93,7 @@ def test_a_rejected_caption_leaves_the_sample_as_it_was(
     assert made["mean_words"] is None
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "llava", "gemma3", "internvl"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "internvl"])
 def test_an_answer_does_not_depend_on_its_neighbours(family: str, tmp_path: Path) -> None:
     engine = LocalModel(str(write_vlm(tmp_path / family, family)), None, "auto", "cpu", 4, Decoding(16, 0.9))
 
@@ -198,15 +204,12 @@ def test_what_the_captions_depend_on_may_not_change(arguments: list[str], tmp_pa
     arguments += ["max_new_tokens=4", *PASSING]
     assert caption([*arguments, "write=jsonl"]) == 0
     assert not (tmp_path / "out" / "000000.tar").exists()
-    with pytest.raises(UserError, match="made with temperature=0.7, and temperature=0"):
-        caption([*arguments, "temperature=0"])
-    with pytest.raises(UserError, match="made otherwise, and prompts"):
-        caption([*arguments, "prompts=style"])
+    user_error("made with temperature=0.7, and temperature=0", caption, [*arguments, "temperature=0"])
+    user_error("made otherwise, and prompts", caption, [*arguments, "prompts=style"])
     assert caption([*arguments, "batch_size=1"]) == 0  # shards now, from the same captions
     assert load_index(expand_shards(tmp_path / "out")).words[:, 1].all()
     shards_of(tmp_path / "in", 3, 3)
-    with pytest.raises(UserError, match="has changed since it was captioned"):
-        caption(arguments)
+    user_error("has changed since it was captioned", caption, arguments)
 
 
 @pytest.mark.parametrize(
@@ -251,18 +254,14 @@ def test_a_wrong_request_is_told_in_a_sentence(
     arguments = [*whole, *given.split()]
     for name, place in {"IN": tmp_path / "in", "OTHER": tmp_path / "other", "TINY": vlm}.items():
         arguments = [argument.replace(f"={name}", f"={place}") for argument in arguments]
-    with pytest.raises(UserError, match=words) as refusal:
-        caption(arguments)
-    assert "hush" not in str(refusal.value) and (tmp_path / "in" / "000000.tar").read_bytes() == before
+    refusal = user_error(words, caption, arguments)
+    assert "hush" not in refusal and (tmp_path / "in" / "000000.tar").read_bytes() == before
     assert not (tmp_path / "out").exists()
 
 
-def test_help_names_every_key(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_help_names_every_key() -> None:
     for one in fields(CaptionOptions):
         assert f"{one.name}=" in str(script("caption").__doc__)
-    result = command("scripts/caption.py", "output=x")
-    assert result.returncode == 2 and result.stderr.startswith("error: shards= is missing")
-    assert "Traceback" not in result.stderr
 
 
 def test_claims_of_lines_that_were_deleted_are_judged_again(arguments: list[str], vlm: Path, tmp_path: Path) -> None:
@@ -274,3 +273,320 @@ def test_claims_of_lines_that_were_deleted_are_judged_again(arguments: list[str]
     (tmp_path / "out" / "000000.jsonl").unlink()
     assert caption(arguments) == 0
     assert "of an older text" not in judged.read_text()
+
+
+REFUSAL = "I'm sorry, but I can't help with that."
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(server: ChatServer, tmp_path: Path) -> Run:
+    """``run("timeout=1", output="again")``: the captioner on ``in`` with this server."""
+    return lambda *more, output="out": script("caption").main(asking(server, tmp_path, *more, output=output))
+
+
+def asking(server: ChatServer, folder: Path, *more: str, output: str = "out") -> list[str]:
+    return [f"shards={folder / 'in'}", f"output={folder / output}", "engine=endpoint", f"endpoint={server.url}",
+            "retry_wait=0.02", "concurrency=4", *more]  # fmt: skip
+
+
+def test_failures_that_pass_change_nothing(run: Run, server: ChatServer, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 12, 8)
+    assert run(output="smooth") == 0
+    server.asked.clear()
+    server.faults = {
+        0: (429, b'{"error": {"message": "slow down"}}', 0),
+        1: (500, b"<html>oops</html>", 0),
+        2: (200, b'{"choices": [{"mess', 0),
+        3: (200, b'{"choices": []}', 0),
+        4: (524, b"<html>a proxy's time is over</html>", 0),
+        5: (200, json.dumps({"choices": [{"message": {"content": {"a": 1}}}]}).encode(), 0),
+        6: (200, b"[" * 100_000, 0),
+        7: (200, b"[1]", 0),
+        8: (200, b"", 1.5),  # longer than the time-out
+        9: (200, b'{"choices": [{"message": {"content": "A dog."}}], "usage": {"completion_tokens": 1e999}}', 0),
+    }
+    assert run("timeout=1", "concurrency=3") == 0
+    same(tmp_path / "smooth", tmp_path / "out")
+    assert len(server.asked) == 12 + 10 and server.most_at_once <= 4  # one that timed out may still be sleeping there
+    index = load_index(expand_shards(tmp_path / "out"))
+    assert index.kinds == ["short", "long"] and (index.words[:, 1] > 50).all()
+    made = report(tmp_path / "out")
+    assert made["captioned"] == 12 and made["captions_per_hour"] > 0 and made["captions_per_gpu_hour"] is None
+    assert made["models"] == [f"{NAME}@served"]
+
+
+def test_an_answer_may_come_in_parts(run: Run, server: ChatServer, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 1, 1)
+    parts = [{"type": "text", "text": text} for text in (paragraph(b"a"), " And ", paragraph(b"b"))]
+    server.faults = {0: (200, json.dumps({"choices": [{"message": {"content": parts}}]}).encode(), 0)}
+    assert run() == 0 and len(server.asked) == 1
+    assert lines(tmp_path / "out" / "000000.jsonl")[0]["caption"] == f"{paragraph(b'a')} And {paragraph(b'b')}"
+
+
+def test_a_request_is_what_the_protocol_says(
+    run: Run, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards_of(tmp_path / "in", 4, 4)
+    server.key = "secret"
+    monkeypatch.setenv("CAPTION_KEY", "secret")
+    monkeypatch.setenv("OPENAI_ORG_ID", "of another server")
+    monkeypatch.setenv("OPENAI_API_KEY", "of another server")
+    more = ("api_key_env=CAPTION_KEY", "image_side=48", "max_new_tokens=200", "temperature=0.5", "endpoint_gpus=2")
+    assert run(*more) == 0
+    assert sorted(asked.size() for asked in server.asked) == [(28, 48), (48, 28), (48, 38), (48, 48)]
+    asked = server.asked[0]
+    headers = {name.lower(): value for name, value in asked.headers.items()}
+    assert headers["authorization"] == "Bearer secret"
+    assert (asked.body["max_tokens"], asked.body["temperature"], asked.body["model"]) == (200, 0.5, NAME)
+    assert len({one.body["seed"] for one in server.asked}) == 4
+    assert not headers.keys() & {"openai-organization", "openai-project"}, "what another server is told"
+    made = report(tmp_path / "out")
+    assert made["captions_per_gpu_hour"] == pytest.approx(made["captions_per_hour"] / 2)
+
+
+def test_a_rejected_answer_is_asked_for_in_other_words(run: Run, server: ChatServer, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 40, 40)
+
+    def answer(asked: Asked) -> tuple[str, str]:
+        said = paragraph(asked.image + asked.prompt.encode())
+        if "how the view was made" in asked.prompt:
+            return REFUSAL, "stop"
+        if "laid out" in asked.prompt:
+            return said[:-30], "length"  # trimmed to its last sentence
+        return "The image shows a" + said[1:], "stop"
+
+    server.answer = answer
+    assert run() == 0
+    records = lines(tmp_path / "out" / "000000.jsonl")
+    again = [record for record in records if record["rejected"]]
+    assert 2 < len(again) < 20 and len(server.asked) == 40 + len(again)
+    assert all(record["rejected"][0]["template"] == "style" != record["template"] for record in again)
+    assert all(record["caption"] and not record["found"] for record in records)
+    made = report(tmp_path / "out")
+    assert made["reasons"] == {"too_short": len(again), "refusal": len(again)} and made["rejected_samples"] == 0
+    assert made["templates"]["style"]["rejected"] == 1 and made["templates"]["paper"]["rejected"] == 0
+    assert made["notes"]["trimmed"] == sum(record["template"] == "spatial" for record in records)
+    assert made["notes"]["opening_removed"] == sum(record["template"] == "paper" for record in records)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| refusal |" in text and "- refusal, 000000/" in text
+
+
+def test_a_retry_in_the_same_words_draws_anew(run: Run, server: ChatServer, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 1, 1)
+    server.answer = lambda asked: (REFUSAL, "stop")
+    assert run("prompts=paper", "retries=2", "temperature=0") == 0
+    assert [asked.body["temperature"] for asked in server.asked] == [0, 0.7, 0.7]
+    assert len({asked.body["seed"] for asked in server.asked}) == 3
+    assert report(tmp_path / "out")["rejected_samples"] == 1
+
+
+def test_a_signal_stops_it_and_the_same_command_goes_on(
+    run: Run, server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards_of(tmp_path / "in", 24, 12)
+    plain = server.answer
+
+    def interrupting(asked: Asked) -> tuple[str, str]:
+        if len(server.asked) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(asked)
+
+    server.answer = interrupting
+    assert run() == 128 + signal.SIGTERM
+    assert "stopped; run the same command again" in capsys.readouterr().out
+    kept = (tmp_path / "out" / "000000.journal").read_text().count("\n")
+    assert 0 < kept < 24 and not list((tmp_path / "out").glob("*.tar"))
+    server.answer = plain
+    server.asked.clear()
+    assert run() == 0
+    assert len(server.asked) == 24 - kept  # nothing that was answered is asked again
+    assert run(output="whole") == 0
+    same(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("more", "change", "words"),
+    [
+        ((), {"models": ["a", "b"]}, "serves a, b; name one with served="),
+        (("served=other",), {}, "served=other is not served at"),
+        (("endpoint=localhost:8000",), {}, "is no address"),
+        (("endpoint=http://127.0.0.1:9/v1",), {}, "failed 3 times .*onnect"),
+        ((), {"key": "secret"}, "refuses requests without a key"),
+        (("api_key_env=NO_SUCH_KEY",), {}, "names an environment variable that is not set"),
+        (("api_key_env=PATH",), {"key": "secret"}, "refuses the key in PATH"),
+        (("tries=2",), {"faults": dict.fromkeys(range(50), (503, b'{"message": "no room"}', 0))}, "failed 2 times .*no room.*goes on"),
+        (("tries=2", "timeout=0.3"), {"faults": dict.fromkeys(range(50), (200, b"", 1.0))}, "no answer within 0.3 s"),
+        (("tries=2",), {"faults": dict.fromkeys(range(50), (200, b"{}", 0))}, "no chat completion"),
+        ((), {"faults": dict.fromkeys(range(50), (400, b'{"error": {"message": "no multimodal input"}}', 0))}, "refused the first 1. pictures .*no multimodal input"),
+        ((), {"faults": {3: (404, b'{"detail": "Not Found"}', 0)}}, "does not answer at /v1/chat/completions .*Not Found.*ends in /v1"),
+        ((), {"faults": {3: (307, b"", 0)}}, "status 307"),
+    ],
+)  # fmt: skip
+def test_what_does_not_pass_is_told_in_a_sentence(
+    run: Run, server: ChatServer, tmp_path: Path, more: tuple[str, ...], change: dict[str, Any], words: str
+) -> None:
+    shards_of(tmp_path / "in", 20, 20)
+    for name, value in change.items():
+        setattr(server, name, value)
+    user_error(words, run, *more)
+
+
+def test_claims_are_checked_by_a_second_model(run: Run, server: ChatServer, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 30, 15)
+    server.models = [NAME, "judge"]
+    captioner = server.answer
+
+    def answer(asked: Asked) -> tuple[str, str]:
+        if asked.body["model"] != "judge":
+            return captioner(asked)
+        if "lamp" in asked.prompt.partition("about it:")[2]:
+            return "No.", "stop"
+        return ("Hard to say", "stop") if "clock" in asked.prompt else ("Yes, it is.", "stop")
+
+    server.answer = answer
+    more = ("served=tiny-vlm", "judge=judge", "judge_share=0.5")
+    assert run(*more) == 0
+    judged = report(tmp_path / "out")["judged"]
+    captions = judged["captions"]
+    assert 8 <= captions <= 22 and judged["claims"] == captions * 8
+    # Of the eight sentences of each caption one has a lamp, and one a clock.
+    assert (judged["confirmed"], judged["unclear"]) == (captions * 6, captions)
+    assert judged["share"] == pytest.approx(6 / 7)
+    low, high = judged["interval"]
+    assert 0.7 < low < 6 / 7 < high < 0.95
+    assert len(judged["unconfirmed"]) == captions and all(" lamp " in one["text"] for one in judged["unconfirmed"])
+    asked = len(server.asked)
+    assert run(*more) == 0 and len(server.asked) == asked
+    for key, value, was in (("judge", "tiny-vlm", "judge"), ("judge_share", "0.9", "0.5")):
+        told = f"claims .* with {key}={was}, and {key}={value} is asked for; delete judge.json"
+        user_error(told, run, *more, f"{key}={value}")
+    for path in (tmp_path / "out").glob("*judge*"):
+        path.unlink()
+    assert run(*more, "judge_share=1") == 0
+    assert report(tmp_path / "out")["judged"]["captions"] == 30
+
+
+def test_two_captioners_do_not_write_one_shard(run: Run, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 2, 2)
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / "000000.journal", "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        user_error("another process is at work", run)
+
+
+def test_a_server_that_wants_to_be_paid_rejects_no_picture(run: Run, server: ChatServer, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 8, 8)
+    server.faults = dict.fromkeys(range(4, 50), (402, b'{"error": {"message": "insufficient credits"}}', 0))
+    user_error("402: insufficient credits", run)
+    server.faults = {}
+    shutil.copytree(tmp_path / "out", tmp_path / "stopped")
+    assert run() == 0 and report(tmp_path / "out")["captioned"] == 8
+    # Answers do not go to the pictures of a shard that was changed meanwhile.
+    turned = [read_sample(load_index([tmp_path / "in" / "000000.tar"]), row) for row in range(7, -1, -1)]
+    shutil.rmtree(tmp_path / "in")
+    write_shards(turned, tmp_path / "in", 8)
+    user_error("has changed since its captions were begun", run, output="stopped")
+
+
+def test_a_shard_whose_lines_were_deleted_is_written_again(run: Run, server: ChatServer, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 4, 2)
+    assert run() == 0
+    out, plain = tmp_path / "out", server.answer
+    (out / "000000.jsonl").unlink()
+    # As a kill leaves it that comes between the lines and the end of the journal.
+    (out / "000001.journal").write_bytes(b"")
+    server.answer = lambda asked: (plain(asked)[0] + " A bell hangs there.", "stop")
+    assert run() == 0
+    index = load_index(expand_shards(out))
+    for row, record in enumerate(lines(out / "000000.jsonl") + lines(out / "000001.jsonl")):
+        assert read_sample(index, row).meta["captions"]["long"] == record["caption"]
+        assert record["caption"].endswith("bell hangs there.") == (row < 2)
+    assert not list(out.glob("*.journal"))
+
+
+def test_a_server_may_ask_for_patience(
+    run: Run, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [_pause(text) for text in ("7", "1.5", "-3", "", "soon", "1e9", "nan")] == [7, 1.5, 0, 0, 0, 600, 0]
+    assert 60 < _pause(formatdate(time.time() + 120, usegmt=True)) <= 120
+    assert _pause(formatdate(time.time() - 120, usegmt=True)) == 0
+    shards_of(tmp_path / "in", 1, 1)
+    server.faults, server.retry_after = {0: (429, b"{}", 0)}, "7"
+    pauses, sleep = [], asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    assert run() == 0 and pauses == [7.0] and len(server.asked) == 2
+
+
+def test_a_refused_picture_is_counted_and_the_key_is_told_to_nobody(
+    run: Run, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shards_of(tmp_path / "in", 6, 6)
+    server.key = "hush"
+    server.faults = {2: (400, b'{"error": {"message": "Bearer hush may not do this"}}', 0)}
+    monkeypatch.setenv("CAPTION_KEY", "hush\n")  # as read from a file
+    assert run("api_key_env=CAPTION_KEY") == 0 and len(server.asked) == 6  # it is not asked again
+    refused = [record for record in lines(tmp_path / "out" / "000000.jsonl") if record["caption"] is None]
+    assert [record["rejected"][0]["text"] for record in refused] == ["status 400: Bearer *** may not do this"]
+    assert not any("hush" in path.read_text("latin-1") for path in (tmp_path / "out").iterdir())
+    assert "hush" not in "".join(capfd.readouterr())
+    for key in ("two\nlines", "schlüssel"):
+        monkeypatch.setenv("CAPTION_KEY", key)
+        with pytest.raises(UserError, match="the key in CAPTION_KEY holds characters") as refusal:
+            key_of(Address(server.url, api_key_env="CAPTION_KEY"))
+        assert key not in str(refusal.value)
+
+
+def test_a_certificate_that_nobody_signed_is_told_at_once(run: Run, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes the certificate, is not here")
+    made, certificate = tmp_path / "made.pem", tmp_path / "certificate.pem"
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    subprocess.run([*request, "-keyout", str(made), "-out", str(certificate)], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, made)
+    shards_of(tmp_path / "in", 1, 1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as secure:
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        secure.handle_error = lambda *_: None  # type: ignore[method-assign]  # a handshake that the client leaves
+        threading.Thread(target=secure.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        try:
+            with pytest.raises(UserError, match="certificate of https://localhost.* is not trusted .*SSL_CERT_FILE"):
+                run(f"endpoint=https://localhost:{secure.server_address[1]}/v1")
+        finally:
+            secure.shutdown()
+
+
+def test_a_process_that_cannot_go_on_says_why_and_the_others_finish(server: ChatServer, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 8, 2)
+    (tmp_path / "in" / "000001.tar").write_bytes(b"no tar at all" * 100)  # of the second process
+    codes, said = two_ranks("caption", asking(server, tmp_path), tmp_path)
+    assert any(codes), said
+    told = [line for line in "".join(said).splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and "process 1" in told[0] and "000001.tar" in told[0], said
+    assert (tmp_path / "out" / "000002.tar").exists() and report(tmp_path / "out")["shards_done"] == 2
+
+
+LINES = ("seconds",)  # of a line, what differs from run to run
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """A shard's lines without what no two runs share."""
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return [{key: value for key, value in line.items() if key not in LINES} for line in found]
+
+
+def same(one: Path, other: Path) -> None:
+    """Both folders hold the same shards, byte by byte, and the same lines."""
+    names = sorted(path.name for path in one.glob("*.tar"))
+    assert names and names == sorted(path.name for path in other.glob("*.tar"))
+    for name in names:
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+        stem = name.removesuffix(".tar")
+        assert lines(one / f"{stem}.jsonl") == lines(other / f"{stem}.jsonl")
+    assert not [path for folder in (one, other) for path in folder.iterdir() if "journal" in path.name]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import user_error
 from programs import script
 
 from paradiffusion.budget.activations import peak_bytes
@@ -271,14 +272,11 @@ def test_the_command_prints_one_json_document(capsys: pytest.CaptureFixture[str]
 
 def test_mistakes_cost_one_sentence() -> None:
     for argument in ("gpu=much", "gpu=-1", "gpus=1.5", "mfu=1.2", "format=xml", "device=abacus"):
-        with pytest.raises(UserError, match=argument.replace(".", r"\.")):
-            parse_question([argument])
-    with pytest.raises(UserError, match=r"did you mean gpu\?"):
-        compose_train(["gup=24"], tuple(Question.__dataclass_fields__))
+        user_error(argument.replace(".", r"\."), parse_question, [argument])
+    user_error(r"did you mean gpu\?", compose_train, ["gup=24"], tuple(Question.__dataclass_fields__))
     with pytest.raises(UserError, match="stag"):
         compose_train(parse_question(["stag=2"])[1])
-    with pytest.raises(UserError, match=r"codec\.path"):
-        empty_models(compose_train(["stage=1", "codec.path=nowhere"]))
+    user_error(r"codec\.path", empty_models, compose_train(["stage=1", "codec.path=nowhere"]))
 
 
 def test_the_codec_folder_tells_its_own_shape(codec_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two processes and a launcher: the same images as one process, and nothing left running. For losses see test_launches.py."""
+"""Two processes, a launcher, and scripts/slurm.sh: the same as one process, and nothing left running. For losses see test_launches.py."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, wait_for
+from commands import ROOT, user_error, wait_for
 from data_fixtures import half_unreadable
 from PIL import Image
 from ranks import launch, run_on_two
 from training_runs import newest, records, sample_here, steps_saved, train_here
 
 from paradiffusion.checkpoints.manifest import find_fault
-from paradiffusion.errors import UserError
 from paradiffusion.training.engine import check_gpus
 from paradiffusion.training.folder import locked
 
@@ -109,8 +108,7 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     check_gpus(4)
-    with pytest.raises(UserError, match=r"^8 processes .* has 4 GPU\(s\).*--num_processes 4"):
-        check_gpus(8)
+    user_error(r"^8 processes .* has 4 GPU\(s\).*--num_processes 4", check_gpus, 8)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     check_gpus(8)
     monkeypatch.delenv("ACCELERATE_USE_CPU")
@@ -137,3 +135,53 @@ def test_processes_with_other_data_do_not_train_together(tmp_path: Path) -> None
     ended, said = run_on_two(str(program))
     assert 0 not in ended and said.count("the same\n") == 2
     assert "process 1 found other samples than process 0" in said
+
+
+SRUN = """#!/usr/bin/env bash
+# One process a task on this machine, as srun starts them.
+while [[ "$1" == --* ]]; do shift; done
+status=0; pids=()
+for task in $(seq 0 $((SLURM_NTASKS - 1))); do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit $status
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/usr/bin/env bash\necho localhost\necho other\n")):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    job = {"JOB_ID": str(os.getpid()), "JOB_NODELIST": "localhost", "NTASKS": "2", "NTASKS_PER_NODE": "2"}
+    ours = {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHON": sys.executable, "ACCELERATE_USE_CPU": "1"}
+    return {**os.environ, **{f"SLURM_{name}": value for name, value in job.items()}, **ours}
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / "slurm.sh"), *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_two_tasks_train_together(environment: dict[str, str], tiny_arguments: list[str], tmp_path: Path) -> None:
+    """With DeepSpeed, and an argument with characters that a shell would take for its own."""
+    environment = {key: value for key, value in environment.items() if key != "ACCELERATE_USE_CPU"} | {
+        "LAUNCH": "zero2"
+    }
+    more = (f"run_dir={tmp_path / 'a run'}", "max_steps=2", "data.captions={short: 1.0}")
+    result = submit(environment, *tiny_arguments, *more)
+    assert result.returncode == 0, result.stderr
+    assert "ZeRO-2, 2 process(es) x 1 micro-batch(es)" in result.stdout
+    assert [row["step"] for row in records(tmp_path / "a run" / "stage1")] == [2]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"LAUNCH": "zero4"}, "choose one of ddp, zero2"), ({"SLURM_SUBMIT_DIR": "/"}, "holds no train.py")],
+)
+def test_mistakes_are_one_sentence(environment: dict[str, str], change: dict[str, str], said: str) -> None:
+    result = submit({**environment, **change}, "stage=1")
+    assert result.returncode == 2 and said in result.stderr and result.stderr.count("\n") == 1

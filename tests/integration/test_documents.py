@@ -28,8 +28,6 @@ from paradiffusion.evaluation.votes.vote_actions import VoteOptions
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
 PROGRAM = re.compile(r"(train|sample|scripts/(\w+))\.py$")
-# Programs of others, and what tests of their own start: make, pip, the launchers of a cluster.
-FOREIGN = ("hf", "make", "pip", "mkdir", "curl", "tar", "cd", "cat", "error:", "-O", "paradiffusion")
 
 
 def commands() -> Iterator[tuple[str, str, list[str]]]:
@@ -101,7 +99,8 @@ def walk() -> list[tuple[str, list[str]]]:
     chosen = []
     for _, program, arguments in COMMANDS:
         line = " ".join([program, *arguments])
-        if not away.search(line) and not any(f"scripts/{name}.py" in line for name in others):
+        ours = not any(f"scripts/{name}.py" in line for name in others)
+        if ours and not away.search(line) and (program, arguments) not in chosen:
             chosen.append((program, arguments))
     return chosen
 

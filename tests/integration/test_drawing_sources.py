@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import user_error
 from evaluations import evaluate_here, record_in, write_prompts
 from official_models import MODERN, make_ours
 from PIL import Image
@@ -100,8 +101,7 @@ def test_a_manifest_says_what_each_picture_shows(tmp_path: Path) -> None:
     assert matched(folder) == {"wren": ["00000.png"], "heron": ["00001.png", "00001_1.png"]}
     assert match_pictures(folder, SUITE).strangers == ["00002.png"]
     manifest(**dict.fromkeys(["00000", "00001", "00001_1", "00002"], "a cat"))
-    with pytest.raises(UserError, match=r"by its manifest.jsonl show other prompts than suite="):
-        match_pictures(folder, SUITE)
+    user_error(r"by its manifest.jsonl show other prompts than suite=", match_pictures, folder, SUITE)
     with pytest.raises(UserError, match=r"expected names such as heron.png or 00000.png or bird_17.png"):
         match_pictures(put(tmp_path / "other", "x.png"), SUITE)
 
@@ -142,8 +142,7 @@ def test_a_folder_of_pictures(
         (put(Path("wrong"), "x.png"), "holds 1 pictures, such as x.png, and none named after a prompt of suite=scenes"),
         (Path("bare"), "images=bare holds no picture"),
     ):
-        with pytest.raises(UserError, match=words):
-            evaluate_here(f"images={pictures}", *arguments[1:])
+        user_error(words, evaluate_here, f"images={pictures}", *arguments[1:])
 
 
 def test_scenes_grow_with_the_model() -> None:
@@ -234,8 +233,7 @@ def test_any_pipeline_is_drawn_with(pipeline: Path, prompts: Path) -> None:
     evaluate_here(*arguments, "images_per_prompt=2", "batch_size=4")
     after = {path.name: path.stat().st_mtime_ns for path in (home / "images").glob("0*.png")}
     assert [name for name, at in after.items() if at != times[name]] == ["00001.png"]
-    with pytest.raises(UserError, match=r"was made with steps=2 \(now 3\)"):
-        evaluate_here(*arguments[:2], "steps=3", "guidance=3", "scores=[]")
+    user_error(r"was made with steps=2 \(now 3\)", evaluate_here, *arguments[:2], "steps=3", "guidance=3", "scores=[]")
     shutil.copytree(pipeline, "tiny_sd")
     scheduler = Path("tiny_sd/scheduler/scheduler_config.json")
     scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
@@ -271,8 +269,7 @@ def test_a_pipeline_that_fails_for_one_prompt(
     evaluate_here(*arguments, "output_dir=one_batch")  # what failed is tried again
     assert not any(image["error"] for image in record_in(Path("one_batch"))["images"])
     write_prompts(prompts, [{"prompt": "odd", "height": 13, "width": 16}])
-    with pytest.raises(UserError, match="drew none of 1 pictures: the pipeline could not draw it"):
-        evaluate_here(*arguments, "output_dir=none")
+    user_error("drew none of 1 pictures: the pipeline could not draw it", evaluate_here, *arguments, "output_dir=none")
 
 
 def test_what_is_no_pipeline(pipeline: Path, prompts: Path) -> None:
@@ -284,9 +281,7 @@ def test_what_is_no_pipeline(pipeline: Path, prompts: Path) -> None:
         f"pipeline={pipeline} solver=dpm": "solver= is for our checkpoints",
         f"pipeline={pipeline} negative_prompt=x guidance_rescale=0.5 height=13": "drew none of 4 pictures",
     }.items():
-        with pytest.raises(UserError, match=words) as caught:
-            evaluate_here(*arguments.split(), f"suite={prompts}", "scores=[]")
-        assert "\n" not in str(caught.value)
+        user_error(words, evaluate_here, *arguments.split(), f"suite={prompts}", "scores=[]")
 
 
 def test_our_own_pipeline_and_the_painters(codec_folder: Path, prompts: Path) -> None:

@@ -1,17 +1,17 @@
-"""scripts/evaluate.py from a checkpoint's weights to the report: drawing, scoring, comparing, stopping, and what is refused."""
+"""scripts/evaluate.py from a checkpoint to the report: drawing, models that score, comparing, stopping, and what is refused."""
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
-import resource
 import shutil
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from commands import user_error
 from evaluations import EXACT, copy_run, evaluate_here, make_run, record_in, write_prompts
 from PIL import Image
 from programs import end, fork, script, two_ranks
@@ -19,7 +19,11 @@ from programs import end, fork, script, two_ranks
 from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
-from paradiffusion.evaluation.records import estimate, read_evaluation
+from paradiffusion.evaluation.offered_scores import make_scores, offers
+from paradiffusion.evaluation.records import ImageScore, Measure, ScoreResult, estimate, read_evaluation
+from paradiffusion.evaluation.scoring import without_nan
+from paradiffusion.evaluation.suites.load import load_suite
+from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 
 SIX = ("suite=scenes", "count=6", EXACT)
 DRAWN = ("suite=scenes", "count=6", "scores=[]")
@@ -101,29 +105,6 @@ def test_a_prompt_that_cannot_be_drawn_is_a_failure(run: Path, capsys: pytest.Ca
         evaluate_here(f"ckpt={run}", "suite=scenes", "count=2", "height=33", "output_dir=out", "scores=[]")
 
 
-def test_a_failed_image_stays_in_the_mean(run: Path) -> None:
-    pictures = Path("theirs")
-    evaluate_here(f"ckpt={run}", *SIX, "output_dir=out")
-    pictures.mkdir()
-    evaluation = read_evaluation(Path("out"))
-    for image in evaluation.images[:3]:
-        (pictures / f"{image.name}.png").write_bytes(image.file.read_bytes())
-    evaluate_here(f"images={pictures}", *SIX, "output_dir=half")
-    half = read_evaluation(Path("half"))
-    for whole, part in zip(evaluation.scores, half.scores, strict=True):
-        for measure in whole.measures:
-            if whole.name == "segments" or measure.worst is None:  # retrieval among other pictures
-                continue
-            rows = {row.image: row for row in part.images}
-            for number, row in enumerate(whole.images):
-                now = rows[row.image]
-                assert bool(now.error) == (number >= 3)
-                if measure.name in row.values:
-                    assert now.values[measure.name] == (row.values[measure.name] if number < 3 else measure.worst)
-            one, other = estimate(whole, measure), estimate(part, measure)
-            assert one is not None and other is not None and other.n == one.n and other.mean <= one.mean
-
-
 def test_a_stage_that_trained_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stage = run / "stage1"
     evaluate_here(f"ckpt={stage}", *DRAWN)
@@ -167,14 +148,10 @@ def test_stopped_or_killed_the_same_command_goes_on(run: Path, tmp_path: Path, n
     assert len(after) == 6 and all(after[name] == at for name, at in before.items())  # nothing is drawn twice
 
 
-def test_help_and_mistakes_as_a_user_sees_them(run: Path, command: Any) -> None:
+def test_help_names_every_key() -> None:
     evaluate = script("evaluate")
     for key in EvaluateOptions.__dataclass_fields__:
         assert f"{key}=" in evaluate.__doc__ or f"{key}." in evaluate.__doc__, key
-    wrong = command("scripts/evaluate.py", "ckpt=nowhere", "suite=scenes", f"output_dir={Path('out').absolute()}")
-    assert wrong.returncode == 2 and wrong.stdout == ""
-    assert wrong.stderr.startswith("error: ckpt=nowhere holds no checkpoint") and wrong.stderr.count("\n") == 1
-    assert not Path("out").exists()
 
 
 def test_other_settings_are_refused_by_name(run: Path) -> None:
@@ -186,12 +163,11 @@ def test_other_settings_are_refused_by_name(run: Path) -> None:
         f"ckpt={run}/stage1": "out was made with weights=",
     }.items():
         given = [a for a in (f"ckpt={run}", *DRAWN, "guidance=2") if a.partition("=")[0] != argument.partition("=")[0]]
-        with pytest.raises(UserError, match=words) as caught:
-            evaluate_here(*given, argument, "output_dir=out")
-        assert "\n" not in str(caught.value)
+        user_error(words, evaluate_here, *given, argument, "output_dir=out")
 
 
 WRONG = {
+    "ckpt=nowhere holds no checkpoint": "ckpt=nowhere suite=scenes output_dir=out",
     "expected one of ckpt=, pipeline=, images=, compare=, found none": "suite=scenes",
     "found ckpt= and images=": "suite=scenes ckpt=a images=b",
     "suite= is missing": "ckpt=a",
@@ -224,29 +200,9 @@ def test_what_cannot_be_meant_is_one_sentence(run: Path) -> None:
     (run / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(run / "pictures" / "val-000000.png")
     for words, arguments in WRONG.items():
-        with pytest.raises(UserError, match=words) as caught:
-            evaluate_here(*arguments.format(run=run).split())
-        assert "\n" not in str(caught.value)
+        user_error(words, evaluate_here, *arguments.format(run=run).split())
     assert not list(Path().glob("runs/**/images/0*.png"))  # before anything is drawn
 
-
-def test_a_full_disk_is_one_sentence_and_nothing_is_lost(run: Path) -> None:
-    arguments = (f"ckpt={run}", *DRAWN, "output_dir=out")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))  # a picture has over 4 kB
-    try:
-        with pytest.raises((UserError, OSError)) as caught:
-            evaluate_here(*arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, ignored)
-    assert "\n" not in str(caught.value)
-    assert evaluate_here(*arguments) == 0
-    assert len(times(Path("out/images"))) == 6
-
-
-def test_a_second_evaluation_is_kept_out(run: Path) -> None:
     Path("out").mkdir()
     with Path(".out.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -269,3 +225,108 @@ def test_two_processes_give_what_one_gives(run: Path, tmp_path: Path) -> None:
     assert evaluate_here(*arguments, "output_dir=again") == 0
     assert Path("again/evaluation.json").read_bytes() == Path("two/evaluation.json").read_bytes()
     assert "".join(said).count("Look at") == 2  # the pictures, and the report: said once
+
+
+ROWS = [
+    {"tag": "counting", "include": [{"class": "bird", "count": 2}], "prompt": "Two birds sit on a branch. It is dawn."},
+    {
+        "tag": "colors",
+        "include": [{"class": "bus", "count": 1, "color": "red"}],
+        "prompt": "A red bus. The road is wet.",
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def models(made: Path, clip_folder: Path, vlm: Path) -> dict[str, Path]:
+    return {"run": made, "clip": clip_folder, "vlm": vlm}
+
+
+def chosen(suite: Suite, painter: object = None, **values: object) -> dict[str, bool]:
+    """Names of the scores that would be made, with whether they are computed."""
+    options = EvaluateOptions(**values)  # type: ignore[arg-type]
+    found = make_scores(options, offers(options, suite, painter, "cpu", "checkpoint"))  # type: ignore[arg-type]
+    return {score.name: not isinstance(score, ScoreResult) for score in found}
+
+
+def test_a_value_that_is_no_number_is_a_failure() -> None:
+    measures = [Measure("cosine", "", worst=-1.0), Measure("change", "", worst=None)]
+    images = [ImageScore(name, name, {"cosine": value, "change": value}) for name, value in
+              (("a", 0.5), ("b", float("nan")), ("c", float("inf")))]  # fmt: skip
+    found = without_nan(ScoreResult("s", "S", measures=measures, images=images))
+    assert [one.values for one in found.images] == [{"cosine": 0.5, "change": 0.5}, {"cosine": -1.0}, {"cosine": -1.0}]
+    assert [bool(one.error) for one in found.images] == [False, True, True] and "cosine" in found.images[1].error
+    whole = estimate(found, measures[0])
+    assert whole is not None and (whole.n, whole.mean) == (3, -0.5)
+
+
+def test_scores_are_made_from_what_is_given(models: dict[str, Path], tmp_path: Path) -> None:
+    scenes = load_suite("scenes", count=2)
+    plain = Suite("mine", "Mine", (SuitePrompt("a", "A bird."),))
+    computed = {name for name, made in chosen(scenes, painter=object()).items() if made}
+    assert computed == {"scenes", "sentences", "counterfactual", "segments"}  # the truth is known
+    assert "counterfactual" not in chosen(scenes, painter=object(), counterfactual=0)
+    assert not any(chosen(plain, painter=object()).values())
+    assert "checklist" not in chosen(plain)  # it has no questions
+    clip = str(models["clip"])
+    assert {name for name, made in chosen(plain, clip=clip).items() if made} == {"sentences", "segments"}
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    assert chosen(plain, clip=clip, reference=str(tmp_path))["clip_fd"]
+    assert list(chosen(plain, scores="[fid, segments]", clip=clip)) == ["segments", "fid"]
+    user_error("fidd is unknown; choose among scenes, ", chosen, plain, scores="[fid,fidd]")
+
+
+def test_models_judge_and_people_are_agreed_with(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prompts = write_prompts(Path("geneval.jsonl"), ROWS)
+    suite = ("suite=geneval", f"suite_path={prompts}", "allow_other=true")
+    suite_prompts = load_suite("geneval", str(prompts), allow_other=True).prompts
+    theirs = Path("theirs")
+    theirs.mkdir()
+    for prompt in suite_prompts:
+        Image.new("RGB", (32, 32), "green").save(theirs / f"{prompt.id}.png")
+    with Path("votes.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["prompt", "set_a", "set_b", "question", "choice", "rater"])
+        rows.writerows([prompt.id, "ours", "theirs", "faithfulness", "a", "anna"] for prompt in suite_prompts)
+    arguments = (
+        f"compare=[ours={models['run']}/stage1,theirs={theirs}]", *suite, f"clip={models['clip']}", f"vlm={models['vlm']}",
+        "reference=theirs", "counterfactual=1", "agreement=votes.csv", "output_dir=both",
+    )  # fmt: skip
+    assert evaluate_here(*arguments) == 0
+    ours = read_evaluation(models["run"] / "stage1" / "evaluation" / "geneval")
+    computed = {score.name for score in ours.scores if not score.skipped}
+    assert computed == {"counterfactual", "segments", "checklist", "clip_fd"}
+    # an estimate by comparison needs more prompts than these two
+    assert {score.name for score in ours.scores if score.skipped} == {"sentences", "caption_back", "fid", "kid"}
+    for score in ours.scores:
+        if not score.skipped:
+            assert all(estimate(score, measure) is not None for measure in score.measures[:1]), score.name
+    report = Path("both/report.html").read_text()
+    assert "Agreement with people" in report
+    assert "not computed, the report says why: sentences, caption_back, fid, kid" in capsys.readouterr().out
+    kept = sorted((models["run"] / "stage1" / "evaluation" / "geneval" / "scores").rglob("journal.rank0.jsonl"))
+    before = [path.read_text() for path in kept]
+    assert sum(len(text.splitlines()) for text in before) >= 4
+    assert evaluate_here(*arguments) == 0  # asks nothing twice
+    assert [path.read_text() for path in kept] == before
+
+
+def test_a_score_that_fails_does_not_keep_the_others(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prompts = write_prompts(Path("mine.jsonl"), [{"prompt": "A bird. A cat."}])
+    (tmp_path / "broken").mkdir()
+    for file in models["clip"].iterdir() if models["clip"].is_dir() else []:
+        (tmp_path / "broken" / file.name).write_bytes(file.read_bytes()[:100])
+    with pytest.raises(UserError, match="all was written but a score that could not be computed") as caught:
+        evaluate_here(f"ckpt={models['run']}", "suite=scenes", "count=2", f"clip={tmp_path / 'broken'}", "output_dir=out",
+                      "counterfactual=0")  # fmt: skip
+    assert "\n" not in str(caught.value)
+    scores = {score["name"]: score for score in record_in(Path("out"))["scores"]}
+    assert scores["segments"]["skipped"] and not scores["scenes"]["skipped"] and not scores["sentences"]["skipped"]
+    assert json.loads(Path("out/report.json").read_text()) and prompts.is_file()

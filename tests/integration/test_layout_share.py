@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import user_error
 from ranks import run_on_two
 from training_runs import assert_same_bits, build_here, newest, records, tensors
 
@@ -63,11 +64,9 @@ def test_a_start_may_run_the_refiner_more_often_but_not_less(train: Callable[...
 
 @pytest.mark.parametrize("none", ["conditioning.layout_patch=0", "objective.layout_weight=0", "conditioning=paper"])
 def test_without_a_layout_loss_there_is_nothing_to_train_first(none: str, tiny_arguments: list[str]) -> None:
-    with pytest.raises(UserError, match="trains by the layout loss alone"):
-        compose_train([*tiny_arguments, *FIRST, none])
+    user_error("trains by the layout loss alone", compose_train, [*tiny_arguments, *FIRST, none])
 
 
 def test_deepspeed_would_decay_the_waiting_denoiser(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(UserError, match="does not go with DeepSpeed"):
-        train(*FIRST)
+    user_error("does not go with DeepSpeed", train, *FIRST)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import user_error
 from official_models import make_official, make_unet
 from PIL import Image
 from training_runs import build_here, newest, records, sample_here, train_here
@@ -69,8 +70,7 @@ def test_fine_tune_resume_sample_and_export(
     ],
 )
 def test_what_contradicts_the_weights_is_refused(arguments: list[str], change: str, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        build_here([*arguments, change])
+    user_error(words, build_here, [*arguments, change])
 
 
 def test_weights_without_a_text_projection(official: Path, arguments: list[str], tmp_path: Path) -> None:

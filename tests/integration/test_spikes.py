@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import user_error
 from diffusers import AutoencoderKL
 from spoiled_train import spoil_latents
 from training_runs import assert_same_bits, newest, sample_here, steps_saved, tensors
@@ -29,9 +30,7 @@ def test_huge_learning_rate_stops_and_names_step_and_samples(train: Train, tmp_p
     assert steps_saved(wild / "stage2") == []
 
 
-@pytest.mark.parametrize(
-    ("on_spike", "factor"), [("stop", math.nan), ("skip", math.inf), ("rollback", 1e30), ("rollback", math.nan)]
-)
+@pytest.mark.parametrize(("on_spike", "factor"), [("stop", math.nan), ("skip", math.inf), ("rollback", math.nan)])
 def test_loss_that_is_not_finite(
     on_spike: str, factor: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -87,16 +86,14 @@ def test_skipped_step_is_as_if_its_update_had_not_been(
 
 def test_spikes_without_end_stop_the_run(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_latents(monkeypatch, set(range(5, 100)), math.nan)
-    with pytest.raises(UserError, match=r"step 15: .*step_0000(08|12)"):
-        train("max_steps=60", "on_spike=skip")
+    user_error(r"step 15: .*step_0000(08|12)", train, "max_steps=60", "on_spike=skip")
 
 
 def test_a_run_that_skips_every_step_does_not_succeed(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_latents(monkeypatch, set(range(9)), math.nan)
-    with pytest.raises(UserError, match="each of the 3 steps was skipped, so nothing was learned"):
-        train("max_steps=3", "on_spike=skip")
+    user_error("each of the 3 steps was skipped, so nothing was learned", train, "max_steps=3", "on_spike=skip")
     assert not (tmp_path / "run" / "stage1" / "summary.json").exists()
 
 
@@ -109,12 +106,10 @@ def test_a_codec_that_overflows_is_named_with_its_dtype(
     vae.save_pretrained(tmp_path / "vae")
     codec = [f"codec.path={tmp_path / 'vae'}", "codec.dtype=float16"]
     if part == "encoder":  # of training, where no rate and no skipping helps
-        with pytest.raises(UserError, match=r"step 0: the latents .* overflowed in its dtype; set codec\.dtype="):
-            train(*codec, "on_spike=skip")
+        user_error(r"step 0: the latents .* overflowed in its dtype; set codec\.dtype=", train, *codec, "on_spike=skip")
         return
     assert train(*codec, "max_steps=1", "validation.samples=0") == 0
     drawn = [f"ckpt={tmp_path / 'run'}", "prompt=a red circle", "steps=2", f"output_dir={tmp_path / 'out'}"]
-    with pytest.raises(UserError, match=r"the pictures that the autoencoder decodes .* set codec\.dtype="):
-        sample_here(*drawn)
+    user_error(r"the pictures that the autoencoder decodes .* set codec\.dtype=", sample_here, *drawn)
     assert not list((tmp_path / "out").glob("*.png")), "no black picture"
     assert sample_here(*drawn, "codec.dtype=float32") == 0

@@ -20,6 +20,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from commands import user_error
 from data_fixtures import shards_of
 from loader_fixtures import assert_same, plan_of
 from training_runs import records, train_here
@@ -50,7 +51,7 @@ SETTINGS = LoaderSettings(seed=1, workers=0, last_step=12)
 
 
 class Relay(ThreadingHTTPServer):
-    """Passes requests on to port ``to``. ``answer`` may give (status, code of S3) instead; ``cut`` halves one answer."""
+    """Passes requests on to port ``to``. ``answer`` may give (status, code of S3) instead."""
 
     daemon_threads = True
 
@@ -62,7 +63,6 @@ class Relay(ThreadingHTTPServer):
 
     def restore(self) -> None:
         self.answer: Callable[[str], tuple[int, str] | None] = lambda line: None
-        self.cut = 0
         self.lines.clear()
 
     def gets(self) -> list[str]:
@@ -86,9 +86,6 @@ class _Passing(BaseHTTPRequestHandler):
         data = response.read()
         upstream.close()
         whole = int(response.getheader("Content-Length") or len(data))
-        if self.server.cut and self.command == "GET":
-            self.server.cut -= 1
-            data, self.close_connection = data[: len(data) // 2], True
         dropped = ("content-length", "transfer-encoding", "connection", "date", "server")
         kept = [(name, value) for name, value in response.getheaders() if name.lower() not in dropped]
         self._answer(response.status, kept, data, whole)
@@ -193,8 +190,7 @@ def test_folders_and_patterns(relay: Relay) -> None:
     assert [str(path) for path in list_remote("s3://bucket/web/", FEW)] == names
     assert [str(path) for path in list_remote("s3://bucket/web/00000[12].tar", FEW)] == names[1:3]
     for nothing in ("s3://bucket/nothing/", "s3://nowhere/"):
-        with pytest.raises(UserError, match=r"matches no .tar file"):
-            expand_shards(nothing)
+        user_error(r"matches no .tar file", expand_shards, nothing)
 
 
 def test_index_and_train(
@@ -217,8 +213,7 @@ def test_what_is_not_there(relay: Relay) -> None:
             with pytest.raises(RemoteError, match=said):
                 read(RemotePath(url, FEW))
             assert len(relay.lines) == 1
-        with pytest.raises(UserError, match=rf"The shard {url} cannot be read: .*{said}"):
-            load_index(expand_shards(url, storage=FEW))
+        user_error(rf"The shard {url} cannot be read: .*{said}", load_index, expand_shards(url, storage=FEW))
 
 
 @pytest.mark.parametrize(
@@ -284,21 +279,3 @@ def test_a_shard_that_goes_or_changes_after_indexing(indexes: Path, relay: Relay
     finally:
         system.pipe_file(shard.url, whole)
     assert not list(tmp_path.glob("*.shard"))
-
-
-def test_the_store_goes_away_in_the_middle(local: SampleIndex, indexes: Path, relay: Relay) -> None:
-    """For a moment, which is passed over; then for good."""
-    index = remote(indexes, retries=6)
-    relay.answer = lambda line: (503, "SlowDown") if len(relay.lines) % 3 == 0 else None
-    relay.cut = 5  # Answers that end in the middle.
-    loader = make_loader(index, plan_of(index), SETTINGS)
-    assert_same(list(make_loader(local, plan_of(local), SETTINGS)), list(loader))
-    assert not loader.report.bad and relay.cut == 0 and len(relay.gets()) > 12 * 8 * 1.3
-    relay.restore()
-    loader = make_loader(remote(indexes), plan_of(index), replace(SETTINGS, workers=1, last_step=None))
-    next(loader)
-    relay.answer = lambda line: (503, "ServiceUnavailable")
-    said = r"samples could not be read .*answers 503 \(ServiceUnavailable\), after 3 tries"
-    with pytest.raises(UserError, match=said):
-        for _ in loader:
-            pass

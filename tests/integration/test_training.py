@@ -32,8 +32,6 @@ from training_runs import (
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.compose import compose_train
-from paradiffusion.data.shards import write_shards
-from paradiffusion.scenes.dataset import demo_samples
 from paradiffusion.training.trainer import Trainer
 
 ADAPTER = "text_encoder_lora/adapter_model.safetensors"
@@ -101,7 +99,7 @@ def test_three_stages_run_and_say_what_they_did(stages: Stages) -> None:
     assert any(band in row for row in records(stages.run / "stage2") for band in long_bands)
 
 
-def test_language_model_never_changes(stages: Stages) -> None:
+def test_language_model_never_changes_and_stage_3_keeps_the_adapter_of_stage_2(stages: Stages) -> None:
     assert stages.before == stages.after
     # PEFT renames but does not touch: the three stages read the very same model.
     assert stages.before[2] == stages.before[3] == stages.after[2]
@@ -117,8 +115,6 @@ def test_language_model_never_changes(stages: Stages) -> None:
             assert all(".lora_" in name for name in load_file(stages.checkpoint(stage) / ADAPTER))
     assert not (stages.checkpoint(1) / ADAPTER).exists()
 
-
-def test_stage_2_moves_the_adapter_and_stage_3_keeps_it(stages: Stages) -> None:
     trained = load_file(stages.checkpoint(2) / ADAPTER)
     moved = {name: tensor.abs().max().item() for name, tensor in trained.items() if "lora_B" in name}
     assert len(moved) == 4 and all(value > 0 for value in moved.values())  # q and v of two layers; B begins at 0
@@ -189,21 +185,6 @@ def test_micro_batches_and_recomputation_change_nothing(
         assert len(lora) == (8 if stage == 2 else 0) and all(value > 0 for value in lora), change
 
 
-def test_held_out_loss_falls_over_a_longer_run(train: Callable[..., int], tmp_path: Path) -> None:
-    write_shards(demo_samples("web", 8), tmp_path / "few", 8)
-    assert train(
-        "stage=1", "max_steps=120", "validate_every=10", "log_every=10", "checkpoint_every=120", "validation.samples=8",
-        f"data.shards={tmp_path / 'few'}", f"data.val_shards={tmp_path / 'few'}", "optimizer.lr=0.003",
-        "optimizer.lr_conditioning=0.003", "optimizer.warmup_steps=5", "ema_decay=0.9", "codec.sample=false",
-    ) == 0  # fmt: skip
-    held_out = records(tmp_path / "run" / "stage1", "validation")
-    assert [row["step"] for row in held_out] == list(range(10, 121, 10))
-    for kind in ("loss_short", "loss_long"):
-        assert held_out[-1][kind] < 0.6 * held_out[0][kind]
-    trained = records(tmp_path / "run" / "stage1")
-    assert trained[-1]["loss"] < 0.6 * trained[0]["loss"]
-
-
 def test_bf16_keeps_masters_and_average_in_fp32(train: Callable[..., int], tmp_path: Path) -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
@@ -231,12 +212,16 @@ def test_trackers_get_what_the_log_gets(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorBoard; and wandb, which stays offline without a key."""
-    assert train("tracker=tensorboard", "max_steps=4") == 0
     stage = tmp_path / "run" / "stage1"
+    for again in (True, False):  # a step that is done again is shown once
+        assert train("tracker=tensorboard", "max_steps=4", "checkpoint_every=2") == 0
+        if again:
+            shutil.rmtree(stage / "checkpoints" / "step_000004")
     events = EventAccumulator(str(stage / "tensorboard"))
     events.Reload()
     logged = {row["step"]: row["loss"] for row in records(stage)}
     assert {event.step: pytest.approx(event.value) for event in events.Scalars("train/loss")} == logged
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
     assert [event.step for event in events.Scalars("validation/loss_short")] == [4]
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert compose_train(["tracker=wandb"]).tracker.mode == "online"
@@ -252,16 +237,6 @@ def test_trackers_get_what_the_log_gets(
     for stage, one in zip(stages, ids, strict=True):
         (run,) = (stage / "wandb").glob("offline-run-*")
         assert run.name.endswith(one) and list(run.glob("*.wandb"))
-
-
-def test_a_tracker_shows_a_step_that_is_done_again_once(train: Callable[..., int], tmp_path: Path) -> None:
-    assert train("tracker=tensorboard") == 0
-    stage = tmp_path / "run" / "stage1"
-    shutil.rmtree(stage / "checkpoints" / "step_000008")
-    assert train("tracker=tensorboard") == 0
-    events = EventAccumulator(str(stage / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 6, 8]
 
 
 def test_a_tracker_that_fails_does_not_take_the_training_down(
@@ -282,10 +257,9 @@ def test_a_tracker_that_fails_does_not_take_the_training_down(
 
 @pytest.mark.parametrize(
     ("objective", "prediction", "conditioning"),
-    [("paper", "epsilon", "paper"), ("v_prediction", "v_prediction", "paper"), ("v_prediction", "v_prediction", "modern"),
-     ("modern", "flow", "modern")],
+    [("v_prediction", "v_prediction", "paper"), ("v_prediction", "v_prediction", "modern")],
 )  # fmt: skip
-def test_every_arm_trains_and_draws(
+def test_arms_that_mix_an_objective_with_a_conditioning_train_and_draw(
     objective: str, prediction: str, conditioning: str, train: Callable[..., int], tmp_path: Path
 ) -> None:
     chosen = (f"objective={objective}", f"conditioning={conditioning}", MODERN_WORDS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any, NoReturn
 
 from accelerate.state import AcceleratorState
 from commands import ROOT, wait_for
+from training_runs import free_port
 
 from paradiffusion.entry import run
 
@@ -77,10 +77,8 @@ def _has_ended(child: int) -> bool:
 
 def two_ranks(name: str, arguments: list[str], folder: Path) -> tuple[list[int], list[str]]:
     """Exit codes and output of scripts/NAME.py as the two processes of one launch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}  # fmt: skip
+    launch = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "1"}
+    launch["MASTER_PORT"] = str(free_port())
     said = [folder / f"rank{rank}.txt" for rank in range(2)]
     children = [fork(name, arguments, said[n], RANK=str(n), LOCAL_RANK=str(n), **launch) for n in range(2)]
     return [end(child) for child in children], [path.read_text() for path in said]

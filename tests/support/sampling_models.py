@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,18 +88,3 @@ class TinyModels:
 
     def count_truncated(self, prompts: list[str]) -> int:
         return sum(len(prompt.split()) >= MAX_TOKENS for prompt in prompts)
-
-
-def draw_as(rank: int, port: int, prompt_file: Path, folder: Path) -> None:
-    """Draw as one of two processes of a launcher; what it says goes to ``<folder>.rank<N>``."""
-    from paradiffusion.config import SampleConfig
-    from paradiffusion.sampling.prompts import read_prompts
-    from paradiffusion.sampling.run import draw_all, joined_processes, stop_on_signals
-
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    config = SampleConfig(ckpt="runs/tiny", prompt_file=str(prompt_file), batch_size=2)
-    with (
-        open(f"{folder}.rank{rank}", "w") as said, contextlib.redirect_stdout(said),
-        stop_on_signals() as signal, joined_processes() as processes,
-    ):  # fmt: skip
-        assert draw_all(TinyModels(), read_prompts(prompt_file=prompt_file), config, folder, processes, signal) == 0

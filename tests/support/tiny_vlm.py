@@ -9,7 +9,6 @@ import torch
 
 MARKS = {
     "qwen3_vl": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"],
-    "llava": ["<pad>", "<s>", "</s>", "<image>"],
     "gemma3": ["<pad>", "<bos>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>"],
     "internvl": ["<pad>", "<s>", "<|im_end|>", "<IMG_CONTEXT>", "<img>", "</img>", "<video>"],
 }  # fmt: skip
@@ -30,7 +29,6 @@ TEMPLATES = {
         "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     ),
-    "llava": PLAIN.replace("IMAGE", "<image>"),
     "gemma3": PLAIN.replace("IMAGE", "<start_of_image>"),
     "internvl": PLAIN.replace("IMAGE", "<IMG_CONTEXT>"),
 }
@@ -112,27 +110,6 @@ def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
     return Qwen3VLForConditionalGeneration(config), processor
 
 
-def _llava(tokenizer: Any) -> tuple[Any, Any]:
-    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-
-    vision = {
-        "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 32, "patch_size": 16, "projection_dim": 32,
-    }  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config={"model_type": "llama", **_text(len(tokenizer))},
-        image_token_index=3,
-        image_seq_length=4,
-    )
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=16, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, image_token="<image>", chat_template=TEMPLATES["llava"],
-    )  # fmt: skip
-    return LlavaForConditionalGeneration(config), processor
-
-
 def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
 
@@ -171,4 +148,4 @@ def _internvl(tokenizer: Any) -> tuple[Any, Any]:
     return InternVLForConditionalGeneration(config), processor
 
 
-MAKERS = {"qwen3_vl": _qwen3_vl, "llava": _llava, "gemma3": _gemma3, "internvl": _internvl}
+MAKERS = {"qwen3_vl": _qwen3_vl, "gemma3": _gemma3, "internvl": _internvl}

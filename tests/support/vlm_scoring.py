@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from chat_server import NAME, Asked, ChatServer
 from PIL import Image
-from tqdm import tqdm
 
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt
 from paradiffusion.metrics.vlm import VlmOptions
 from paradiffusion.scenes.drawing import draw
 from paradiffusion.scenes.world import COLOURS, Scene, cell_box, make_scene
-
-
-@dataclass
-class LoneRun:
-    """A running evaluation that nobody stops before ``checks_left`` is used up."""
-
-    rank: int = 0
-    size: int = 1
-    checks_left: int = 1 << 30
-
-    def bar(self, total: int, title: str) -> Any:
-        return tqdm(total=total, desc=title, disable=True)
-
-    def check(self) -> None:
-        self.checks_left -= 1
-        if self.checks_left < 0:
-            raise InterruptedError
 
 
 def options_for(server: ChatServer, **more: Any) -> VlmOptions:

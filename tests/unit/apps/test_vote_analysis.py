@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import user_error
 from vote_studies import (
     HOSTILE,
     SECRET,
@@ -91,15 +92,12 @@ def test_a_study_is_fixed_when_it_begins_and_read_again_as_it_was(tmp_path: Path
     other = VoteOptions(
         action="serve", study=str(tmp_path / "votes"), raters="[anna, carl]", seed=5, given=["raters", "seed"]
     )
-    with pytest.raises(UserError, match="began with another raters=.*leave raters= and seed= out"):
-        open_study(other)
+    user_error("began with another raters=.*leave raters= and seed= out", open_study, other)
     (tmp_path / "votes/study.json").write_text('{"paradiffusion_study": 1, "sets": 3}')
-    with pytest.raises(UserError, match="is damaged"):
-        read_study(tmp_path / "votes")
+    user_error("is damaged", read_study, tmp_path / "votes")
     (tmp_path / "votes/study.json").unlink()
     (tmp_path / "votes/votes.sqlite").write_bytes(b"")
-    with pytest.raises(UserError, match="holds votes and no study"):
-        open_study(options_for(tmp_path, f"{SECRET}-0", f"{SECRET}-1"))
+    user_error("holds votes and no study", open_study, options_for(tmp_path, f"{SECRET}-0", f"{SECRET}-1"))
 
 
 def test_folders_of_pictures_are_matched_and_what_is_missing_or_broken_or_leads_out_is_known(tmp_path: Path) -> None:
@@ -134,8 +132,7 @@ def test_sets_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         ("empty", "elsewhere", "", "suite= is missing"),
         ("one", "nano", "Is Nano better?", "the set's name nano stands in"),
     ):
-        with pytest.raises(UserError, match=message):
-            open_study(options_for(tmp_path, first, second, **({"title": title} if title else {})))
+        user_error(message, open_study, options_for(tmp_path, first, second, **({"title": title} if title else {})))
     assert not (tmp_path / "votes").exists()
     # An evaluation with count=: what both have is compared.
     assert len(open_study(options_for(tmp_path, "one", "fewer")).prompts) == 2
@@ -170,11 +167,9 @@ def test_a_vote_is_written_once_and_may_be_changed_until_the_rater_goes_on(tmp_p
     assert store._base.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL: a power cut loses nothing either
     store.close()
     assert sqlite3.connect(store.path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    with pytest.raises(UserError, match="votes of another study"):
-        Store(replace(study, pairs=study.pairs[:1]))
+    user_error("votes of another study", Store, replace(study, pairs=study.pairs[:1]))
     (study.folder / "votes.sqlite").write_bytes(b"no database at all, but long enough to be looked at" * 40)
-    with pytest.raises(UserError, match="cannot be used"):
-        Store(study)
+    user_error("cannot be used", Store, study)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -241,10 +236,6 @@ def test_a_simulated_study_gives_its_strengths_back_and_intervals_hold_them() ->
     for count in (*held.values(), rates_held):
         assert count >= 52, (held, rates_held)
     assert sum(held.values()) < 4 * studies  # and not since they hold everything
-    big = virtual_study(1000, list(known), raters=2)
-    strengths = results_of(big, votes_for(big, known, -0.7, rng), {}).answers[0].strengths
-    assert strengths is not None
-    assert all(abs(strengths.sets[name].mean - value) < 0.1 for name, value in known.items())
 
 
 def test_what_strengths_cannot_say_is_said() -> None:
@@ -422,8 +413,7 @@ def test_what_cannot_be_written_is_said_in_a_sentence(tmp_path: Path) -> None:
         VoteOptions(action="results", study=str(study.folder), output=str(tmp_path / "file")),
         options_for(tmp_path, f"{SECRET}-0", f"{SECRET}-1", study=str(tmp_path / "file")),
     ):
-        with pytest.raises(UserError, match="cannot be used"):
-            run_action(options)
+        user_error("cannot be used", run_action, options)
     assert (tmp_path / "file").read_text() == "" and not list(tmp_path.parent.glob(".*.part"))
 
 

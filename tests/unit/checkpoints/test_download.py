@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import user_error
 from huggingface_hub.utils import filter_repo_objects
 from official_models import as_bin, make_official, same
 
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.tensors import convert_bins, find_tensors, read_tensors
 from paradiffusion.config import CodecConfig
-from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
 from paradiffusion.text.sources import download as fetch
 from scripts import download
@@ -85,12 +84,10 @@ def test_of_a_repository_with_many_models_only_one_is_fetched(
 
 def test_nothing_is_fetched_unasked(hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-    with pytest.raises(UserError, match="yes=true"):
-        download.main(["what=llm"])
+    user_error("yes=true", download.main, ["what=llm"])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _: "no")
-    with pytest.raises(UserError, match="nothing was fetched"):
-        download.main(["what=llm"])
+    user_error("nothing was fetched", download.main, ["what=llm"])
     assert not hub
     monkeypatch.setattr("builtins.input", lambda _: "Yes")
     assert download.main(["what=llm"]) == 0 and len(hub) == 1
@@ -104,8 +101,7 @@ def test_nothing_is_fetched_unasked(hub: list[Any], monkeypatch: pytest.MonkeyPa
     ],
 )  # fmt: skip
 def test_wrong_keys(hub: list[Any], arguments: list[str], words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        download.main(arguments)
+    user_error(words, download.main, arguments)
     assert not hub
 
 
@@ -118,9 +114,7 @@ def test_a_hub_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OSError(said)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-        with pytest.raises(UserError, match=words) as caught:
-            download.main(["what=llm", "yes=true"])
-        assert "\n" not in str(caught.value)
+        user_error(words, download.main, ["what=llm", "yes=true"])
 
 
 def test_old_files_become_safetensors(tmp_path: Path, codec_folder: Path) -> None:
@@ -136,8 +130,7 @@ def test_old_files_become_safetensors(tmp_path: Path, codec_folder: Path) -> Non
     assert same(open_layout(folder).weights(), before)
     assert (folder / "Llama-2-7b-hf" / "model.safetensors").is_file()
     load_codec(CodecConfig(path=codec["path"]))
-    with pytest.raises(UserError, match=r"holds no \.bin files"):
-        convert_bins(folder)
+    user_error(r"holds no \.bin files", convert_bins, folder)
 
 
 def test_old_shards_keep_their_index(tmp_path: Path) -> None:
@@ -154,8 +147,7 @@ def test_old_shards_keep_their_index(tmp_path: Path) -> None:
     read = read_tensors(tmp_path, "model")
     assert torch.equal(read["b"], shared[1]) and read["c"].dtype == torch.float16
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="is not in"):
-        read_tensors(tmp_path, "model")
+    user_error("is not in", read_tensors, tmp_path, "model")
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,13 +159,5 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("paradiffusion.checkpoints.tensors.write_tensors", half)
-    with pytest.raises(UserError, match="No space left on device.*run the same command again"):
-        convert_bins(tmp_path)
+    user_error("No space left on device.*run the same command again", convert_bins, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
-
-
-def test_the_command_line(command: Callable[..., Any]) -> None:
-    done = command("scripts/download.py", "what=vae")
-    assert (
-        done.returncode == 2 and "MIT" in done.stdout and "yes=true" in done.stderr and "Traceback" not in done.stderr
-    )

@@ -1,26 +1,34 @@
-"""Checkpoints as others see them: the same predictions after a round trip, in the layouts of diffusers and PEFT."""
+"""Checkpoints as others see them: equal after a round trip in the layouts of diffusers, PEFT and the official code, or refused."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig
+from commands import user_error
+from diffusers import UNet2DConditionModel
+from official_models import MODERN, latents, make_official, make_ours, reference, same
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_unet import TINY_UNET
 
-from paradiffusion.checkpoints.layouts import describe, open_layout, save_weights
+from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline, official_differs
+from paradiffusion.checkpoints.layouts import describe, find_checkpoint, open_layout, save_weights
+from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
     FrozenConfig,
     LoraConfig,
+    ObjectiveConfig,
     SampleConfig,
     TextEncoderConfig,
     TrainConfig,
@@ -33,6 +41,8 @@ from paradiffusion.sampling.pipeline import load_models
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
 from paradiffusion.text.sources import locate
 from paradiffusion.training.start import check_init
+from scripts.export import main as export
+from scripts.publish import main as publish
 
 ARMS = {
     "paper": ConditioningConfig(max_tokens=32),
@@ -170,8 +180,7 @@ def test_another_frozen_model_is_refused_and_a_moved_one_found(
         description = json.loads(whole)
         description[part][key] = value
         (folder / "checkpoint.json").write_text(json.dumps(description))
-        with pytest.raises(UserError, match=said):
-            load_models(open_layout(folder), device="cpu")
+        user_error(said, load_models, open_layout(folder), device="cpu")
     moved = shutil.copytree(codec_folder, tmp_path / "moved")
     models = load_models(open_layout(folder), SampleConfig(codec=FrozenConfig(path=str(moved))), device="cpu")
     assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
@@ -183,19 +192,15 @@ def test_damaged_checkpoints_are_refused(make: Callable[..., Made]) -> None:
         path = folder / f"{name}.safetensors"
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(UserError, match=f"{path.name} could not be read"):
-            load_models(open_layout(folder), device="cpu")
+        user_error(f"{path.name} could not be read", load_models, open_layout(folder), device="cpu")
         path.unlink()
-        with pytest.raises(UserError, match=r"lacks .* of the model's tensors"):
-            load_models(open_layout(folder), device="cpu")
+        user_error(r"lacks .* of the model's tensors", load_models, open_layout(folder), device="cpu")
         path.write_bytes(whole)
     load_models(open_layout(folder), device="cpu")
     wrong = {**dict(joint.trained()), "unet.conv_in.bias": torch.zeros(3)}
     save_weights(folder, joint, wrong, open_layout(folder).description)
-    with pytest.raises(UserError, match=r"unet\.conv_in\.bias of shape \(3,\) does not fit"):
-        load_models(open_layout(folder), device="cpu")
-    with pytest.raises(UserError, match="device=gpu is unknown"):
-        load_models(open_layout(folder), device="gpu")
+    user_error(r"unet\.conv_in\.bias of shape \(3,\) does not fit", load_models, open_layout(folder), device="cpu")
+    user_error("device=gpu is unknown", load_models, open_layout(folder), device="gpu")
 
 
 def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
@@ -208,8 +213,7 @@ def test_descriptions_that_are_refused(make: Callable[..., Made]) -> None:
         (json.dumps({**good, "format": "other"}), "does not describe a checkpoint"),
     ):
         path.write_text(text)
-        with pytest.raises(UserError, match=words):
-            load_models(open_layout(folder), device="cpu")
+        user_error(words, load_models, open_layout(folder), device="cpu")
     unet = folder / "unet" / "config.json"
     config = unet.read_text()
     unet.write_text(json.dumps({**json.loads(config), "class_embed_type": "simple_projection"}))
@@ -233,3 +237,147 @@ def test_a_checkpoint_from_before_a_key_is_one_with_its_default(make: Callable[.
     check_init(config, folder, description)
     with pytest.raises(UserError, match=r"conditioning\.layout_layers=2, and this command says 3"):
         check_init(replace(config, conditioning=replace(ARMS["paper"], layout_layers=3)), folder, description)
+
+
+LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}}
+
+
+def test_official_to_ours_and_back(tmp_path: Path, codec_folder: Path) -> None:
+    folder = make_official(tmp_path / "weights", codec_folder, LORA, prediction_type="v_prediction")
+    export_ours(open_layout(folder), tmp_path / "ours")
+    assert find_fault(tmp_path / "ours") is None
+    export_official(open_layout(tmp_path / "ours"), tmp_path / "again", frozen="link")
+    states = [open_layout(tmp_path / name).weights() for name in ("weights", "ours", "again")]
+    assert same(states[0], states[1]) and same(states[0], states[2])
+    drawn = [latents(tmp_path / name) for name in ("weights", "ours", "again")]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+    case: dict[str, Any] = {"prompt": "a", "seed": 1, "height": 64, "width": 64, "steps": 3, "guidance": 2.0}
+    assert torch.equal(reference(folder, **case), reference(tmp_path / "again", **case))  # what others make of it
+    user_error("exists already", export_ours, open_layout(folder), tmp_path / "ours")
+
+
+def test_ours_to_official_keeps_what_it_has_no_place_for(tmp_path: Path, codec_folder: Path) -> None:
+    ours = make_ours(tmp_path / "ours", codec_folder, conditioning=ConditioningConfig(max_tokens=32))
+    export_official(open_layout(ours), tmp_path / "weights", frozen="copy")
+    assert same(open_layout(ours).weights(), open_layout(tmp_path / "weights").weights())
+    assert torch.equal(latents(ours), latents(tmp_path / "weights"))
+    descriptions = [open_layout(folder).description for folder in (ours, tmp_path / "weights")]
+    for key in ("conditioning", "sampler", "resolution", "step", "objective", "lora", "stage"):
+        values = [about[key] for about in descriptions]
+        before, after = ({**v, "name": ""} if isinstance(v, dict) else v for v in values)
+        assert before == after, key
+    assert str(tmp_path) not in (tmp_path / "weights" / "paradiffusion.json").read_text()
+    config = json.loads((tmp_path / "weights" / "unet" / "config.json").read_text())
+    assert config["sample_size"] * 8 == descriptions[0]["resolution"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (MODERN, "a refiner .*, averaged layers .*, masked padding, coordinates .*, a flow objective"),
+        ({"conditioning": ConditioningConfig(prefix="Draw:")}, "an instruction before each prompt, which"),
+        ({"conditioning": ConditioningConfig(mask_padding=True)}, "place for masked padding, which"),
+        ({"unet": UNetConfig(coordinates=1)}, "place for coordinates as input channels, which"),
+        ({"objective": ObjectiveConfig(prediction="v_prediction", zero_terminal_snr=True)}, "zero terminal SNR"),
+    ],
+)
+def test_what_the_official_layout_has_no_place_for(
+    tmp_path: Path, codec_folder: Path, changes: dict[str, Any], words: str
+) -> None:
+    ours = make_ours(tmp_path / "ours", codec_folder, **changes)
+    user_error(words, export_official, open_layout(ours), tmp_path / "weights")
+    assert not (tmp_path / "weights").exists()
+
+
+def test_lora_of_the_unet_is_stored_apart_and_merged(tmp_path: Path, codec_folder: Path) -> None:
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    lora = UNetConfig(lora_rank=2, lora_alpha=6, lora_target_modules=targets)
+    folder = make_ours(tmp_path / "ours", codec_folder, unet=lora)
+    plain = make_ours(tmp_path / "plain", codec_folder)
+    assert open_layout(folder).description["unet_lora"] == {"rank": 2, "alpha": 6, "target_modules": targets}
+    assert open_layout(plain).description["unet_lora"] is None and not (plain / "unet_lora").exists()
+    with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(load_file(plain / "unet" / "diffusion_pytorch_model.safetensors"))
+    state = open_layout(folder).weights(merge=False)
+    layer = next(name for name in state if name.endswith("to_q.base_layer.weight")).removesuffix(".base_layer.weight")
+    down, up = (state[f"{layer}.lora_{half}.default.weight"] for half in "AB")
+    merged = state[f"{layer}.base_layer.weight"] + 3.0 * up @ down
+    unet = load_models(open_layout(folder), device="cpu").joint.unet.state_dict()
+    torch.testing.assert_close(unet[f"{layer.removeprefix('unet.')}.weight"], merged, atol=1e-6, rtol=0)
+    assert not any(".lora_" in name for name in unet) and up.abs().sum() > 0
+    export_ours(open_layout(folder), tmp_path / "published", frozen="none")
+    assert not (tmp_path / "published" / "unet_lora").exists()
+    assert torch.equal(latents(folder), latents(tmp_path / "published", codec_folder))
+    # PEFT loads it by itself.
+    base = UNet2DConditionModel.from_pretrained(folder / "unet")
+    for name, tensor in PeftModel.from_pretrained(base, folder / "unet_lora").merge_and_unload().state_dict().items():
+        torch.testing.assert_close(tensor, unet[name], atol=1e-6, rtol=0)
+
+
+def test_publishing_says_nothing_of_this_machine(tmp_path: Path, codec_folder: Path) -> None:
+    folder = make_ours(tmp_path / "ours", codec_folder, **MODERN)
+    for name, more in (("out", []), ("larger", ["--resolution", "96"])):
+        publish(["--ckpt", str(folder), "--output", str(tmp_path / name), "--dtype", "bfloat16", *more])
+    sizes = [sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for f in (tmp_path / "out", folder)]
+    assert sizes[0] < 0.7 * sizes[1]
+    assert str(codec_folder) not in (tmp_path / "out" / "checkpoint.json").read_text()
+    stored = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(tensor.dtype == torch.bfloat16 for tensor in stored.values())
+    assert all(tensor.dtype == torch.float32 for tensor in open_layout(tmp_path / "out").weights().values())
+    out, larger = (open_layout(tmp_path / name).description for name in ("out", "larger"))
+    assert larger == {**out, "resolution": 96}
+    export_ours(open_layout(folder), tmp_path / "linked")
+    assert str(codec_folder) in (tmp_path / "linked" / "checkpoint.json").read_text()
+    assert torch.equal(latents(folder), latents(tmp_path / "linked"))
+
+
+def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path, codec_folder: Path) -> None:
+    folder = make_ours(tmp_path / "ours", codec_folder)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["format_version"] == 1
+    path.write_text(json.dumps({"files": manifest["files"]}))
+    assert find_fault(folder) is None  # written before there was a version
+    path.write_text(json.dumps({**manifest, "format_version": 2}))
+    user_error("format_version 2, newer than 1", find_checkpoint, folder)
+    path.write_text(json.dumps({**manifest, "format_version": "x"}))
+    assert find_fault(folder) == "manifest.json is not readable"
+
+
+def test_an_export_is_whole_or_not_there(tmp_path: Path, codec_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full, and a place where nothing can be written."""
+    weights = open_layout(make_ours(tmp_path / "ours", codec_folder))
+    (tmp_path / "file").write_text("precious")
+    user_error(r"could not be written \(Not a directory\)", export_ours, weights, tmp_path / "file" / "below")
+    full = lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # noqa: E731
+    monkeypatch.setattr("peft.LoraConfig.save_pretrained", full)
+    for write in (
+        lambda folder: export_ours(weights, folder),
+        lambda folder: export_official(weights, folder, frozen="link"),
+        lambda folder: export_pipeline(weights, folder),
+    ):
+        user_error("No space left on device.*nothing is left of it", write, tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "ours"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_the_command_line(tmp_path: Path, codec_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = f"ckpt={make_ours(tmp_path / 'ours', codec_folder)}"
+    assert export([ours, "to=official", f"output={tmp_path / 'w'}", "frozen=none", "dtype=float16"]) == 0
+    said = capsys.readouterr().out
+    assert "in the layout official" in said
+    assert said.count("the released code: ") == 2 and "16 bits" in said and "to the letter" in said
+    longer = open_layout(tmp_path / "ours")
+    longer.description["conditioning"] |= {"max_tokens": 512, "clean_text": False}
+    assert official_differs(longer, "float32") == [
+        "it reads 256 tokens of a prompt, and this checkpoint 512: set that number there"
+    ]
+    found = sorted(path.name for path in (tmp_path / "w").iterdir())
+    assert found == ["paradiffusion.json", "scheduler", "text_encoder_lora", "unet"]
+    for arguments, words in (
+        (["ckpt=x", "output=y"], "to= is missing"),
+        (["to=onnx", ours, "output=x"], "official, pipeline, ours"),
+        (["ckpt=x", "to=ours", "out=y"], "the keys are ckpt, to, output"),
+        ([ours, "to=ours", f"output={tmp_path / 'z'}", "text_encoder.path=/nowhere"], "holds no config.json"),
+    ):
+        user_error(words, export, arguments)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import PARITY
+from commands import PARITY, user_error
 from diffusers import UNet2DConditionModel
 from official_models import as_bin, draw, make_official, make_unet, reference
 from safetensors.torch import load_file, save_file
@@ -150,17 +150,7 @@ def test_old_sharded_half_precision_and_moved_files(make: Callable[..., Path], t
     elsewhere = (f"text_encoder.path={tmp_path / 'Llama-2-7b-hf'}", f"codec.path={tmp_path / 'sdxl-vae-fp16-fix'}")
     (image,) = draw(folder, [CASE], tmp_path / "out", *elsewhere)
     assert np.abs(image - expected).max() < ROUNDING
-    with pytest.raises(UserError, match=r"text_encoder\.path|codec\.path"):
-        draw(folder, [CASE], tmp_path / "again")
-
-
-def test_old_files_of_all_parts(make: Callable[..., Path], tmp_path: Path) -> None:
-    folder = make()
-    expected = reference(folder, **CASE).numpy()
-    as_bin(folder / "unet", "diffusion_pytorch_model")
-    as_bin(folder / "Llama-2-7b-hf", "model", "pytorch_model")
-    (image,) = draw(folder, [CASE], tmp_path / "out")
-    assert np.abs(image - expected).max() < ROUNDING
+    user_error(r"text_encoder\.path|codec\.path", draw, folder, [CASE], tmp_path / "again")
 
 
 def test_one_of_two_denoisers(make: Callable[..., Path], tmp_path: Path) -> None:
@@ -173,8 +163,7 @@ def test_one_of_two_denoisers(make: Callable[..., Path], tmp_path: Path) -> None
     with pytest.raises(UserError, match="no U-Net called unet_1024; choose one of unet=unet, unet_384"):
         draw(folder, [CASE], tmp_path / "c", "unet=unet_1024")
     shutil.rmtree(folder / "unet")
-    with pytest.raises(UserError, match="choose one of unet=unet_384"):
-        draw(folder, [CASE], tmp_path / "d")
+    user_error("choose one of unet=unet_384", draw, folder, [CASE], tmp_path / "d")
 
 
 def test_an_adapter_beside_its_own_denoiser(make: Callable[..., Path], tmp_path: Path, codec_folder: Path) -> None:
@@ -192,8 +181,7 @@ def test_an_adapter_beside_its_own_denoiser(make: Callable[..., Path], tmp_path:
 def test_sizes_that_only_the_codec_limits(make: Callable[..., Path], tmp_path: Path) -> None:
     """Ordinary blocks are told the sizes to come to; the paper's double what they get, as the libraries' own do."""
     folder = make(None)
-    with pytest.raises(UserError, match="multiple of 16"):
-        draw(folder, [{**CASE, "height": 72}], tmp_path / "a")
+    user_error("multiple of 16", draw, folder, [{**CASE, "height": 72}], tmp_path / "a")
     width = json.loads((folder / "unet" / "config.json").read_text())["encoder_hid_dim"]
     shutil.rmtree(folder / "unet")
     make_unet(width=width, blocks="").save_pretrained(folder / "unet")
@@ -219,8 +207,7 @@ def test_a_unet_as_wide_as_the_language_model(
     other = tmp_path / "narrow"
     make_unet(width=width + 8, projection=False).save_pretrained(other)
     shutil.copytree(other, folder / "unet", dirs_exist_ok=True)
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        find_checkpoint(folder)
+    user_error("holds no checkpoint", find_checkpoint, folder)
 
 
 def test_what_the_folder_is_described_as(make: Callable[..., Path]) -> None:
@@ -240,23 +227,19 @@ def test_damaged_folders_are_refused(make: Callable[..., Path], tmp_path: Path) 
     whole = config.read_text()
     for change, words in (({"bias": "all"}, "bias=all"), ({"peft_type": "IA3"}, "peft_type=IA3")):
         config.write_text(json.dumps({**json.loads(whole), **change}))
-        with pytest.raises(UserError, match=words):
-            describe()
+        user_error(words, describe)
     config.write_text("{")
-    with pytest.raises(UserError, match=r"adapter_config\.json could not be read"):
-        describe()
+    user_error(r"adapter_config\.json could not be read", describe)
     config.write_text(whole)
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     save_file({name: tensor for name, tensor in tensors.items() if name != "conv_in.bias"}, path)
-    with pytest.raises(UserError, match=r"lacks 1 of the model's tensors, unet\.conv_in\.bias"):
-        load_models(open_layout(folder), device="cpu")
+    user_error(r"lacks 1 of the model's tensors, unet\.conv_in\.bias", load_models, open_layout(folder), device="cpu")
     path.unlink()
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"conv_in.bias": "../../secret.safetensors"}})
     )
-    with pytest.raises(UserError, match=r"secret\.safetensors"):
-        open_layout(folder).weights()
+    user_error(r"secret\.safetensors", open_layout(folder).weights)
 
 
 def test_a_pickle_that_runs_code_is_not_run(make: Callable[..., Path], tmp_path: Path) -> None:
@@ -269,6 +252,5 @@ def test_a_pickle_that_runs_code_is_not_run(make: Callable[..., Path], tmp_path:
 
     (folder / "text_encoder_lora" / "adapter_model.safetensors").unlink()
     torch.save({"a": Trap()}, folder / "text_encoder_lora" / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"adapter_model\.bin could not be read"):
-        open_layout(folder).weights()
+    user_error(r"adapter_model\.bin could not be read", open_layout(folder).weights)
     assert not ran.exists()

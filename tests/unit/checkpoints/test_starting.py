@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import user_error
 from diffusers import UNet2DConditionModel
 from official_models import as_bin, make_official
 
 from paradiffusion.checkpoints.layouts import is_unet_folder, open_layout
 from paradiffusion.checkpoints.starting import fit
-from paradiffusion.errors import UserError
 
 STEM = "diffusion_pytorch_model"
 SDXL = {
@@ -66,8 +66,7 @@ def test_other_shapes_and_other_kinds(sdxl: Path) -> None:
     found = fit(ours(in_channels=6), stored)
     assert found.reshaped == {"unet.conv_in.weight": ((16, 4, 3, 3), (16, 6, 3, 3))}
     assert "unet.conv_in.weight" in found.fresh and "conv_in.weight has the shape (16, 4, 3, 3) there" in found.report()
-    with pytest.raises(UserError, match="none of the .* stored tensors fits"):
-        fit({"unet.conv_in.weight": torch.zeros(1)}, stored)
+    user_error("none of the .* stored tensors fits", fit, {"unet.conv_in.weight": torch.zeros(1)}, stored)
 
 
 def test_layers_under_lora_take_the_plain_weights(sdxl: Path) -> None:
@@ -107,7 +106,6 @@ def test_what_is_no_starting_point(tmp_path: Path, codec_folder: Path, sdxl: Pat
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.json").write_text((sdxl / "unet" / "config.json").read_text())
-    with pytest.raises(UserError, match="holds no weights of a UNet2DConditionModel"):
-        open_layout(empty).weights()
+    user_error("holds no weights of a UNet2DConditionModel", open_layout(empty).weights)
     (empty / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     assert not is_unet_folder(empty)

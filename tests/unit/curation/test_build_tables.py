@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builds import captions, image, make, samples, write_table
+from commands import user_error
 
 from paradiffusion.curation.building.build_report import Report
 from paradiffusion.curation.building.places import Dropped, FetchLimits, Place, Reader
-from paradiffusion.errors import UserError
 
 Content = str | bytes | dict[str, Any] | pa.Table
 
@@ -173,15 +173,13 @@ PICTURES = [{"bytes": image(number), "path": None} for number in range(2)]
     ],
 )  # fmt: skip
 def test_a_wrong_table_is_one_sentence(name: str, content: Any, options: Any, said: str, table: Table) -> None:
-    with pytest.raises(UserError, match=said):
-        table.build(name, content, **options)
+    user_error(said, table.build, name, content, **options)
     assert not table.output.exists()
 
 
 def test_a_table_that_is_refused_late_may_be_mended(table: Table) -> None:
     rows = [f'{{"path": "{name}.png", "text": "some words"}}\n' for name in ("a", "b") * 60]
-    with pytest.raises(UserError, match="line 121"):
-        table.build("t.jsonl", "".join(rows) + '{"path": "a.png", "text": "x y", "text": "z y"}\n')
+    user_error("line 121", table.build, "t.jsonl", "".join(rows) + '{"path": "a.png", "text": "x y", "text": "z y"}\n')
     table.builds -= 1  # into the same output
     assert table.build("t.jsonl", "".join(rows)).kept == 2
 

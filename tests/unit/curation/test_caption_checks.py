@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import user_error
 
 from paradiffusion.compose import CONFIGS
 from paradiffusion.curation.captioning.caption_checks import Limits, is_english, judge_text, loops, remove_opening
 from paradiffusion.curation.captioning.caption_options import draw, load_templates
 from paradiffusion.curation.captioning.captioning import interval
-from paradiffusion.errors import UserError
 from paradiffusion.metrics.sentences import sentences
 
 GOOD = (
@@ -177,8 +177,7 @@ def test_templates_are_drawn_by_weight_and_identity() -> None:
 def test_a_wrong_prompt_file_is_told_in_a_sentence(tmp_path: Path, content: str, names: str | None, words: str) -> None:
     path = tmp_path / "prompts.yaml"
     path.write_text(content)
-    with pytest.raises(UserError, match=words):
-        load_templates(path, "long", names)
+    user_error(words, load_templates, path, "long", names)
 
 
 def test_the_interval_is_wilsons_and_knows_that_claims_of_one_picture_depend() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import chromium, in_browser, listen
+from commands import user_error
 from data_fixtures import as_json, encoded, picture, sample, synthetic_index, write_tar
 from PIL import Image
 from programs import script
@@ -32,7 +33,6 @@ from paradiffusion.data.index import SampleIndex, TokenCounter, join_indexes, lo
 from paradiffusion.data.plan import BatchPlan, Share
 from paradiffusion.data.remote import Storage
 from paradiffusion.data.shards import expand_shards, write_shards
-from paradiffusion.errors import UserError
 
 NASTY = "<script>document.title='broken'</script> & \x07 <img src=x onerror=alert(1)>"
 # A token is a letter: unlike words, so that the two cannot be taken for each other.
@@ -72,7 +72,7 @@ def plan_of(shards: Path) -> BatchPlan:
     return BatchPlan(load_index(expand_shards(shards)), 4, 0, make_buckets(64, 16, 2.0), {"short": 1.0, "long": 3.0})
 
 
-def test_counts(found: tuple[BatchPlan, Inspection]) -> None:
+def test_counts_buckets_and_worst_cases(found: tuple[BatchPlan, Inspection]) -> None:
     counts = found[1].counts
     assert counts["samples"] == 86 and counts["shards"] == 3
     assert (counts["without_caption"], counts["without_image"], counts["bad_json"]) == (2, 1, 1)
@@ -80,6 +80,25 @@ def test_counts(found: tuple[BatchPlan, Inspection]) -> None:
     notes = " ".join(found[1].notes)
     assert "2 samples have no caption" in notes and "images that were decoded do not decode" in notes
     assert "1 entries have no image" in notes
+
+    plan, report = found
+    sizes = plan.bucket_sizes()
+    assert {(row.height, row.width): row.samples for row in report.buckets} == sizes
+    assert sum(row.share for row in report.buckets) == pytest.approx(1)
+    # The samples of 64x64 fit their bucket whole; nothing of them is cropped, and nothing is enlarged.
+    square = next(row for row in report.buckets if row.height == row.width)
+    assert square.cropped < 0.2 and square.enlarged == 0
+    assert report.images.formats == {"png": 86}
+    assert report.images.short_side is not None and report.images.short_side.smallest == 30
+
+    worst = {name: [s.key for s in samples] for name, samples in found[1].worst.items()}
+    assert worst["most extreme aspects"][0] == "000002.tar/wide"
+    assert "000002.tar/cut" in worst["images that do not decode"]
+    assert set(worst["without a caption"]) == {"000002.tar/none", "000002.tar/broken"}
+    assert ("000002.tar/cut", "does not decode: OSError") in found[1].undecodable
+    longest = [max(s.words.values()) for s in found[1].worst["longest captions"]]
+    assert longest == sorted(longest, reverse=True)
+    assert longest[0] == max(kind.words.largest for kind in found[1].kinds if kind.words)
 
 
 def test_words_and_tokens_are_those_of_a_plain_count(found: tuple[BatchPlan, Inspection]) -> None:
@@ -123,29 +142,6 @@ def test_padding_is_that_of_the_plan(found: tuple[BatchPlan, Inspection]) -> Non
     assert padding.planned < padding.unsorted < padding.to_limit
     assert padding.kinds == {kind: kinds.count(kind) / len(kinds) for kind in set(kinds)}
     assert {kind.kind: kind.planned for kind in report.kinds} == padding.kinds
-
-
-def test_buckets_and_images(found: tuple[BatchPlan, Inspection]) -> None:
-    plan, report = found
-    sizes = plan.bucket_sizes()
-    assert {(row.height, row.width): row.samples for row in report.buckets} == sizes
-    assert sum(row.share for row in report.buckets) == pytest.approx(1)
-    # The samples of 64x64 fit their bucket whole; nothing of them is cropped, and nothing is enlarged.
-    square = next(row for row in report.buckets if row.height == row.width)
-    assert square.cropped < 0.2 and square.enlarged == 0
-    assert report.images.formats == {"png": 86}
-    assert report.images.short_side is not None and report.images.short_side.smallest == 30
-
-
-def test_worst_cases_are_found(found: tuple[BatchPlan, Inspection]) -> None:
-    worst = {name: [s.key for s in samples] for name, samples in found[1].worst.items()}
-    assert worst["most extreme aspects"][0] == "000002.tar/wide"
-    assert "000002.tar/cut" in worst["images that do not decode"]
-    assert set(worst["without a caption"]) == {"000002.tar/none", "000002.tar/broken"}
-    assert ("000002.tar/cut", "does not decode: OSError") in found[1].undecodable
-    longest = [max(s.words.values()) for s in found[1].worst["longest captions"]]
-    assert longest == sorted(longest, reverse=True)
-    assert longest[0] == max(kind.words.largest for kind in found[1].kinds if kind.words)
 
 
 def test_caption_sample_says_how_many_it_read(shards: Path) -> None:
@@ -219,9 +215,7 @@ def test_command_writes_page_and_figures(shards: Path, tmp_path: Path, capsys: A
 )  # fmt: skip
 def test_wrong_arguments_are_one_sentence(argument: str, sentence: str, shards: Path, tmp_path: Path) -> None:
     given = ["text_encoder=tiny", f"data.shards={shards}", f"output={tmp_path / 'r.html'}"]
-    with pytest.raises(UserError, match=sentence) as caught:
-        script("inspect_data").main([*given, argument.replace("{tmp}", str(tmp_path))])
-    assert "\n" not in str(caught.value)
+    user_error(sentence, script("inspect_data").main, [*given, argument.replace("{tmp}", str(tmp_path))])
 
 
 def test_dark_flat_and_long_ones_are_found(odd: SampleIndex) -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import user_error
 
 from paradiffusion.curation.pool import EndedFromOutside, Tell, interruptible, process_number, run_tasks
 from paradiffusion.errors import UserError
@@ -48,8 +49,7 @@ def test_results_come_in_the_order_of_the_tasks(processes: int, start: str, caps
 
 
 def test_a_mistake_is_told_and_a_killed_process_too() -> None:
-    with pytest.raises(UserError, match="task 2 cannot be done"):
-        run_tasks("working", "task", 5, refused, range(5), 2, nothing)
+    user_error("task 2 cannot be done", run_tasks, "working", "task", 5, refused, range(5), 2, nothing)
     with pytest.raises(EndedFromOutside, match="fewer processes="):
         run_tasks("working", "task", 5, killed, range(5), 2, nothing)
 

@@ -1,46 +1,39 @@
-"""Making a small set: what the measures say of pictures that are known, scores by hand, thresholds, variety, export."""
+"""Making a small set: what the measures say of known pictures, scores by hand, thresholds, variety, export; and going on with it."""
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from commands import ROOT
+from commands import ROOT, user_error
 from data_fixtures import encoded, picture, shards_of
 from PIL import Image, ImageFilter
 from programs import script
 from safetensors.torch import load_file, save_file
-from tiny_clip import CONTEXT, WIDTH, write_candidates, write_clip
+from tiny_clip import CONTEXT, WIDTH, write_candidates
 
-from paradiffusion.curation.choosing import technical
-from paradiffusion.curation.choosing.candidates import sample_name
+from paradiffusion.curation.choosing import selection, technical
+from paradiffusion.curation.choosing.candidates import Candidates, sample_name
 from paradiffusion.curation.choosing.decisions import DecisionLog
 from paradiffusion.curation.choosing.kept import export
-from paradiffusion.curation.choosing.score_files import ScoreTable, load_scores, score_file
+from paradiffusion.curation.choosing.score_files import ScoreTable, load_scores, move_root, score_file, scored_names
 from paradiffusion.curation.choosing.scoring import Scoring, load_detector, score_shards, union_share
-from paradiffusion.curation.choosing.selection import Choosing, choose, choose_varied, weighted_rank
+from paradiffusion.curation.choosing.select_steps import SelectOptions, run_step
+from paradiffusion.curation.choosing.selection import Choosing, choose, choose_varied, clusters_of, weighted_rank
 from paradiffusion.data.images import decode
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
-from paradiffusion.metrics.clip import load_clip, load_head
-
-Command = Callable[..., "CompletedProcess[str]"]
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clip(tmp_path_factory.mktemp("clip") / "tiny")
-
+from paradiffusion.metrics.clip import Clip, load_clip, load_head
 
 # --- technical measures
 
@@ -129,25 +122,21 @@ def test_heads_of_one_layer_and_of_several(tmp_path: Path) -> None:
 
     save_file({"weight": torch.zeros(2, WIDTH)}, tmp_path / "two.safetensors")
     for name in ("two.safetensors", "absent.pth"):
-        with pytest.raises(UserError, match="lead from the CLIP features to one number"):
-            load_head(tmp_path / name)
+        user_error("lead from the CLIP features to one number", load_head, tmp_path / name)
     torch.save(Path("code"), tmp_path / "pickle.pth")  # any object but weights
-    with pytest.raises(UserError, match="cannot be read"):
-        load_head(tmp_path / "pickle.pth")
+    user_error("cannot be read", load_head, tmp_path / "pickle.pth")
 
 
 def test_a_clip_that_is_not_there_or_wants_to_run_code_is_refused_in_a_sentence(
     clip_folder: Path, tmp_path: Path
 ) -> None:
     for spec in ("ViT-L-14", "nonsense:openai", f"ViT-B-32:{tmp_path}/absent.safetensors", str(tmp_path)):
-        with pytest.raises(UserError, match="clip="):
-            load_clip(spec, "cpu")
+        user_error("clip=", load_clip, spec, "cpu")
     evil = shutil.copytree(clip_folder, tmp_path / "evil")
     config = json.loads((evil / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
     (evil / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="trust_remote_code"):
-        load_clip(str(evil), "cpu")
+    user_error("trust_remote_code", load_clip, str(evil), "cpu")
 
 
 def test_the_area_under_boxes_counts_overlaps_once() -> None:
@@ -174,8 +163,7 @@ def test_a_detection_model_says_how_much_is_text(tmp_path: Path) -> None:
     images = [picture(0, 64, 64), picture(1, 80, 40)]
     assert load_detector(str(tmp_path), ["text"], 0.3, "cpu").areas(images) == pytest.approx([0.25, 0.25], abs=0.02)
     assert load_detector(str(tmp_path), ["cat"], 0.3, "cpu").areas(images) == [0, 0]
-    with pytest.raises(UserError, match="classes of .* are text, cat"):
-        load_detector(str(tmp_path), ["dog"], 0.3, "cpu")
+    user_error("classes of .* are text, cat", load_detector, str(tmp_path), ["dog"], 0.3, "cpu")
 
 
 # --- scoring
@@ -220,8 +208,7 @@ def test_scoring_goes_on_by_shard_and_in_processes_gives_the_same(clip_folder: P
     write_shards([RawSample("new", encoded(picture(9)), "png", {})], tmp_path / "other", 4)
     shutil.copy(tmp_path / "other" / "000000.tar", shards[1])
     assert score_shards(shards, work, scoring) == 1  # a shard that was written anew
-    with pytest.raises(UserError, match="caption=None, and caption=long"):
-        score_shards(shards, work, Scoring(str(clip_folder), caption="long"))
+    user_error("caption=None, and caption=long", score_shards, shards, work, Scoring(str(clip_folder), caption="long"))
 
 
 def test_features_of_other_weights_are_not_mixed_in(clip_folder: Path, tmp_path: Path) -> None:
@@ -233,8 +220,7 @@ def test_features_of_other_weights_are_not_mixed_in(clip_folder: Path, tmp_path:
     weights["visual.proj"] += 1
     save_file(weights, folder / "open_clip_model.safetensors")
     score_shards(shards, tmp_path / "work", Scoring(str(folder)))
-    with pytest.raises(UserError, match="2 different CLIP weights"):
-        load_scores(tmp_path / "work")
+    user_error("2 different CLIP weights", load_scores, tmp_path / "work")
 
 
 # --- choosing
@@ -279,8 +265,7 @@ def test_choosing_writes_candidates_and_what_each_threshold_removed(tmp_path: Pa
     assert json.loads((work / "choice.json").read_text())["chosen"] == 3
     with pytest.raises(UserError, match="'beauty', which was not scored; the scores are aesthetic"):
         choose(work, Choosing(minimum={"beauty": 1}))
-    with pytest.raises(UserError, match="no sample is left of 10"):
-        choose(work, Choosing(minimum={"aesthetic": 99}))
+    user_error("no sample is left of 10", choose, work, Choosing(minimum={"aesthetic": 99}))
     assert len((work / "candidates.jsonl").read_text().splitlines()) == 3  # A mistake changes nothing.
 
 
@@ -289,8 +274,7 @@ def test_choosing_writes_candidates_and_what_each_threshold_removed(tmp_path: Pa
 
 def test_what_was_kept_becomes_shards_that_can_be_trained_on(tmp_path: Path) -> None:
     work = write_candidates(tmp_path / "work", [f"caption {number}" for number in range(6)])
-    with pytest.raises(UserError, match="no candidate of 6"):
-        export(work, tmp_path / "out")
+    user_error("no candidate of 6", export, work, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     names = [json.loads(line)["sample"] for line in (work / "candidates.jsonl").read_text().splitlines()]
     long = "word " * 60
@@ -330,17 +314,14 @@ def test_what_was_kept_becomes_shards_that_can_be_trained_on(tmp_path: Path) -> 
         edited = read_sample(load_index(expand_shards(tmp_path / name)), 1)
         assert edited.meta["captions"]["clean"] == text
         decide((1, "carl", {"decision": "keep", "caption": "carl's text"}))
-    with pytest.raises(UserError, match="is not empty"):
-        export(work, tmp_path / "out")
+    user_error("is not empty", export, work, tmp_path / "out")
     assert not list(tmp_path.glob(".*part"))
 
 
 # --- the command line
 
 
-def test_the_walk_on_the_command_line(
-    clip_folder: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_walk_on_the_command_line(clip_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = script("select").main
     shards_of(tmp_path / "shards", 6, 3)
     work = f"folder={tmp_path / 'work'}"
@@ -349,8 +330,7 @@ def test_the_walk_on_the_command_line(
     assert main(["action=choose", work, "min={width: 60}", "count=2", "max_similarity=0.9999999"]) == 0
     shown = capsys.readouterr().out
     assert "2 candidates chosen" in shown and "width >= 60: removes 1" in shown
-    done = command("scripts/select.py", "action=export", work, f"output={tmp_path / 'out'}")
-    assert done.returncode == 2 and "no candidate of 2" in done.stderr and "Traceback" not in done.stderr
+    user_error("no candidate of 2", main, ["action=export", work, f"output={tmp_path / 'out'}"])
 
 
 @pytest.mark.parametrize(
@@ -383,3 +363,167 @@ def test_the_script_does_not_hide_the_module_of_the_standard_library(monkeypatch
     assert hasattr(select, "select") and "scripts" not in str(getattr(select, "__file__", ""))
     found = PathFinder.find_spec("select")
     assert found is not None and found.origin == str(ROOT / "scripts" / "select.py")  # the case that is meant
+
+
+def write_samples(folder: Path, *keys: str) -> None:
+    samples = [
+        RawSample(key, encoded(picture(number)), "png", {"captions": {"long": f"a {key}"}, "licence": "CC0"})
+        for number, key in enumerate(keys)
+    ]
+    write_shards(samples, folder, 10)
+
+
+def keep_all(work: Path, **changes: str) -> None:
+    """A person keeps every candidate, and edits the first one as ``changes`` say."""
+    log = DecisionLog(work / "decisions.jsonl")
+    for number, one in enumerate(Candidates.load(work).all):
+        fields = {"decision": "keep", **(changes if number == 0 else {})}
+        log.record({"event": one.sample, "sample": one.sample, "reviewer": "anna", "at": 1, "set": fields})
+    log.close()
+
+
+def test_a_model_that_could_not_be_loaded_does_not_bind_the_folder(clip_folder: Path, tmp_path: Path) -> None:
+    write_samples(tmp_path / "shards", "cat")
+    shards, work = expand_shards(tmp_path / "shards"), tmp_path / "work"
+    user_error("could not be loaded", score_shards, shards, work, Scoring("nonsense:openai"))
+    assert score_shards(shards, work, Scoring(str(clip_folder))) == 1
+    user_error("holds scores made with clip=", score_shards, shards, work, Scoring("nonsense:openai"))
+    (work / "scoring.json").write_text('{"clip"')
+    user_error(r"scoring\.json cannot be read", score_shards, shards, work, Scoring(str(clip_folder)))
+
+
+def test_a_root_that_holds_none_of_the_shards_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    write_samples(tmp_path / "a", "cat")
+    work, scoring = tmp_path / "work", Scoring(str(clip_folder))
+    assert score_shards(expand_shards(tmp_path / "a"), work, scoring) == 1
+    (tmp_path / "a2").mkdir()
+    (tmp_path / "a" / "000000.tar").rename(tmp_path / "a2" / "000000.tar")  # the folder stays, as a mount point does
+    user_error("add shard_root=", score_shards, expand_shards(tmp_path / "a2"), work, scoring)
+    user_error("holds none of the shards that were scored from", move_root, work, str(tmp_path), scored_names(work))
+    move_root(work, str(tmp_path / "a2"), scored_names(work))
+    assert score_shards(expand_shards(tmp_path / "a2"), work, scoring) == 0
+
+
+def test_a_selection_goes_on_after_its_shards_were_moved(clip_folder: Path, tmp_path: Path) -> None:
+    for place in ("here/a", "here/b"):
+        write_samples(tmp_path / place, "cat", "dog")
+    work, scoring = tmp_path / "work", Scoring(str(clip_folder))
+    shards = expand_shards([tmp_path / "here" / "a", tmp_path / "here" / "b"])
+    assert score_shards(shards, work, scoring) == 4
+    choose(work, Choosing())
+    before = (work / "candidates.jsonl").read_bytes()
+    assert {json.loads(line)["shard"] for line in before.splitlines()} == {"a/000000.tar", "b/000000.tar"}
+    keep_all(work)
+
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = expand_shards([tmp_path / "there" / "a", tmp_path / "there" / "b"])
+    here = str(tmp_path / "here")
+    user_error(f"2 of 2 shards .*what was in {here}", export, work, tmp_path / "out")
+    with pytest.raises(UserError, match=f"from the folder {here}"):  # each picture would be a candidate twice
+        score_shards(moved, work, scoring)
+    assert len(load_scores(work)) == 4
+
+    def step(action: str, root: Path, **keys: str) -> int:
+        return run_step(SelectOptions(action=action, folder=str(work), shard_root=str(root), **keys))
+
+    user_error("is no folder", step, "choose", tmp_path / "nowhere")
+    assert step("export", tmp_path / "there", output=str(tmp_path / "out")) == 0
+    assert len(load_index(expand_shards(tmp_path / "out"))) == 4
+    assert score_shards(moved, work, scoring) == 0  # recorded: nothing is asked or done again
+    choose(work, Choosing())
+    assert (work / "candidates.jsonl").read_bytes() == before  # the same samples under the same names
+
+
+def test_a_folder_whose_shards_are_named_by_whole_paths_is_read(tmp_path: Path) -> None:
+    work = write_candidates(tmp_path / "work", ["a", "b"])
+    assert not (work / "scoring.json").exists() and len(Candidates.load(work).all) == 2
+    with pytest.raises(UserError, match="records no folder of shards"):
+        run_step(SelectOptions(action="choose", folder=str(work), shard_root=str(tmp_path)))
+    shutil.rmtree(tmp_path / "shards")
+    user_error(r"1 of 1 shards .* are missing; bring them back", Candidates.load, work)
+
+
+def test_a_second_round_keeps_what_the_first_one_knew(clip_folder: Path, tmp_path: Path) -> None:
+    write_samples(tmp_path / "shards", "cat", "dog")
+    images = [read_sample(load_index(expand_shards(tmp_path / "shards")), row).image for row in range(2)]
+    source = tmp_path / "shards"
+    for turn in ("first", "second"):
+        score_shards(expand_shards(source), tmp_path / turn, Scoring(str(clip_folder)))
+        choose(tmp_path / turn, Choosing(weights={"words": 1.0}))
+        # Typed back in the second round: still the text of the first.
+        keep_all(tmp_path / turn, caption="A person wrote this.")
+        source = tmp_path / f"{turn}_shards"
+        export(tmp_path / turn, source)
+    index = load_index(expand_shards(source))
+    edited, kept = read_sample(index, 0), read_sample(index, 1)
+    assert [edited.image, kept.image] == images
+    assert (
+        edited.meta["captions"] == {"long": "a cat", "clean": "A person wrote this."}
+        and edited.meta["licence"] == "CC0"
+    )
+    assert edited.meta["caption_sources"]["clean"] == "person"
+    assert kept.meta["caption_sources"]["clean"] == "long, kept by a person"
+    assert edited.meta["review"]["editor"] is None
+    earlier = edited.meta["review"]["earlier"]
+    assert earlier["source_key"] == "cat" and earlier["review"]["editor"] == "anna"
+
+
+def test_two_exports_at_once_do_not_mix(tmp_path: Path) -> None:
+    work = write_candidates(tmp_path / "work", ["a", "b"])
+    keep_all(work)
+    other = tmp_path / ".out.part"
+    other.mkdir()
+    (other / "000007.tar.partial").write_bytes(b"half")
+    lock = os.open(other, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as an export does that is at work
+    user_error("another export writes", export, work, tmp_path / "out")
+    assert (other / "000007.tar.partial").exists()
+    os.close(lock)  # it was killed
+    assert export(work, tmp_path / "out").kept == 2
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_where_nothing_passes_the_threshold_and_the_scores_are_told(tmp_path: Path) -> None:
+    work = write_candidates(tmp_path / "work", ["a"] * 11)
+    with pytest.raises(UserError) as raised:
+        choose(work, Choosing(minimum={"aesthetic": 8.95}, maximum={"aesthetic": 8.905}))
+    told = str(raised.value)
+    assert "aesthetic <= 8.905 removes 10 by itself (aesthetic >= 8.95 5)" in told
+    assert "between 8.9 and 9 (10 % below 8.91, half below 8.95, 90 % below 8.99)" in told
+    user_error("did you mean 'aesthetic'", choose, work, Choosing(minimum={"asthetic": 5}))
+    user_error("text_detector=", choose, work, Choosing(maximum={"text_area": 0.1}))
+    lines = list(choose(work, Choosing(count=50)).lines())
+    assert any("ranked by aesthetic" in line for line in lines) and any("fewer than count=50" in line for line in lines)
+
+
+def test_features_that_overflowed_make_a_row_and_no_crash(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_samples(tmp_path / "shards", "cat", "dog", "cow")
+    real = Clip.image_features
+
+    def overflown(self: Clip, pixels: torch.Tensor) -> torch.Tensor:
+        features = real(self, pixels).clone()
+        features[1:2] = torch.nan
+        return features
+
+    calls = iter([real, overflown])  # the probe, the batch, and then what is left of it
+    monkeypatch.setattr(Clip, "image_features", lambda self, pixels: next(calls, real)(self, pixels))
+    score_shards(expand_shards(tmp_path / "shards"), tmp_path / "work", Scoring(str(clip_folder)))
+    table = load_scores(tmp_path / "work")
+    assert table.unreadable.tolist() == [False, True, False]
+    report = choose(tmp_path / "work", Choosing(clusters=2, weights={"words": 1.0}))
+    assert (report.unreadable, report.chosen) == (1, 2)
+
+
+def test_clusters_of_many_rows_are_those_of_the_centres_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_FITTED", 100)
+    monkeypatch.setattr(selection, "_BLOCK", 64)
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 4, 500)
+    features = (np.eye(8)[truth] + 0.05 * rng.standard_normal((500, 8))).astype(np.float16)
+    found = clusters_of(features, 4, seed=1)
+    assert len({(a, b) for a, b in zip(truth, found, strict=True)}) == 4
+    assert (found == clusters_of(features, 4, seed=1)).all()
+    choice = choose_varied(rng.random(500), features, found, count=8, max_similarity=2.0)
+    assert sorted(np.bincount(truth[choice.rows]).tolist()) == [2, 2, 2, 2]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import user_error
 from data_fixtures import as_json, encoded, picture
 from loader_fixtures import assert_same, load
 
@@ -18,7 +19,6 @@ from paradiffusion.compose import compose_train
 from paradiffusion.data.folder import INDEX_NAME, FoundPicture, LookedAt, load_folder, look
 from paradiffusion.data.index import SampleIndex, TokenCounter, read_sample
 from paradiffusion.data.loader import LoaderSettings
-from paradiffusion.errors import UserError
 
 SETTINGS = LoaderSettings(seed=1, workers=0, last_step=6)
 
@@ -220,11 +220,9 @@ def test_nothing_to_train_on(tmp_path: Path) -> None:
     (tmp_path / "file.txt").write_text("x")
     wrong = {"none": "does not exist", "file.txt": "is a file", ".": "no picture at all"}
     for folder, said in wrong.items():
-        with pytest.raises(UserError, match=rf"^data.folder=.*{said}"):
-            load_folder(tmp_path / folder)
+        user_error(rf"^data.folder=.*{said}", load_folder, tmp_path / folder)
     put(tmp_path, "a.png")
-    with pytest.raises(UserError, match="1 pictures without a caption"):
-        load_folder(tmp_path)
+    user_error("1 pictures without a caption", load_folder, tmp_path)
 
 
 def test_on_the_command_line() -> None:
@@ -233,5 +231,4 @@ def test_on_the_command_line() -> None:
     assert not data.demo and data.shards is None and data.val_shards is None
     assert compose_train(["preset=paper", "data.folder=/x"]).data.sources[0].folder == "/x"
     for other in ("data.shards=/y", "data.sources=[{folder: /y}]"):
-        with pytest.raises(UserError, match="both data.folder and"):
-            compose_train(["data.folder=/x", other])
+        user_error("both data.folder and", compose_train, ["data.folder=/x", other])

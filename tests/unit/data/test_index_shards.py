@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import ROOT, wait_for
+from commands import ROOT, user_error, wait_for
 from data_fixtures import as_json, encoded, picture, sample, shards_of, write_tar
 from remote_fixtures import serving
 
@@ -23,7 +23,6 @@ from paradiffusion.data.index import SampleIndex, TokenCounter, build_indexes, i
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.remote import Storage
 from paradiffusion.data.shards import expand_shards, write_shards
-from paradiffusion.errors import UserError
 from scripts import index_shards as script
 
 LETTERS = TokenCounter("letters", lambda texts: [len(text) for text in texts])
@@ -59,8 +58,7 @@ def test_an_error_of_another_process_comes_through(
     """Training stops at a bad shard; the script goes on past it."""
     paths = many(tmp_path)
     paths[5].write_bytes(os.urandom(3000))
-    with pytest.raises(UserError, match=r"000005.tar cannot be read as an uncompressed tar"):
-        load_index(paths)
+    user_error(r"000005.tar cannot be read as an uncompressed tar", load_index, paths)
     paths[1].write_bytes(paths[1].read_bytes()[:-9000])
     assert index_shards(f"shards={tmp_path}") == 1
     told = capsys.readouterr().out
@@ -135,8 +133,7 @@ def test_mapped_columns_follow_the_shards(tmp_path: Path, mapped: None) -> None:
     assert len(list(tmp_path.glob("*.columns"))) == 1 and not list(tmp_path.glob(".*"))
     paths[5].write_bytes(paths[5].read_bytes()[:-9000])
     for _ in range(2):
-        with pytest.raises(UserError, match="000005.tar is cut short after 1 whole"):
-            load_index(paths)
+        user_error("000005.tar is cut short after 1 whole", load_index, paths)
         assert len(load_index(paths, allow_truncated=True)) == 23
 
 
@@ -230,8 +227,7 @@ def test_script_on_remote_shards(tmp_path: Path, index_shards: Callable[..., int
     paths = many(tmp_path / "data", 3)
     with serving(tmp_path / "data") as server:
         spec = f"{server.url}{{000000..000002}}.tar"
-        with pytest.raises(UserError, match="output= is missing"):
-            index_shards(f"shards={spec}")
+        user_error("output= is missing", index_shards, f"shards={spec}")
         assert index_shards(f"shards={spec}", f"output={tmp_path / 'indexes'}") == 0
         remote = load_index(expand_shards(spec), index_dir=str(tmp_path / "indexes"))
         assert remote.fingerprint() == load_index(paths).fingerprint()
@@ -249,8 +245,7 @@ def test_script_on_remote_shards(tmp_path: Path, index_shards: Callable[..., int
 def test_script_refuses(tmp_path: Path, index_shards: Callable[..., int], arguments: list[str], said: str) -> None:
     for folder in (tmp_path, tmp_path / "a", tmp_path / "b"):
         many(folder, 1)
-    with pytest.raises(UserError, match=said):
-        index_shards(*(argument.format(data=tmp_path) for argument in arguments))
+    user_error(said, index_shards, *(argument.format(data=tmp_path) for argument in arguments))
 
 
 def test_script_can_be_stopped(tmp_path: Path) -> None:

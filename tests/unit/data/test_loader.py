@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from commands import ROOT, wait_for
+from commands import ROOT, user_error, wait_for
 from data_fixtures import encoded, picture, sample, shards_of
 from loader_fixtures import BUCKETS, SETTINGS, alive, assert_same, children, damaged, load, plan_of
 from PIL import Image
@@ -69,6 +69,8 @@ def test_workers_change_nothing(index: SampleIndex) -> None:
     assert_same(load(index, settings), batches)
     assert torch.equal(torch.get_rng_state(), state)  # The global generator is left alone.
     assert all(batch.pixels.is_shared() for batch in batches), "batches come in shared memory"
+    six = replace(SETTINGS, world_size=3, accumulation=2)
+    user_error("multiple of 6", make_loader, index, plan_of(index), six)
 
 
 def letters(captions: list[str]) -> Tokens:
@@ -93,30 +95,6 @@ def test_captions_are_tokenised_by_who_reads(index: SampleIndex) -> None:
                 "".join(chr(int(one)) for one in ids[mask]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
             ]
             assert [said[row] for row in rows.tolist()] == batch.captions
-
-
-def test_starting_anywhere(index: SampleIndex) -> None:
-    settings = replace(SETTINGS, caption_dropout=0.2, last_step=40)
-    whole = load(index, settings)
-    for first in (1, 9, 10, 39, 40):
-        assert_same(load(index, replace(settings, first_step=first)), whole[first:])
-
-
-@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (4, 1), (1, 4), (2, 2)])
-def test_slices_join_to_the_global_batch(index: SampleIndex, world_size: int, accumulation: int) -> None:
-    settings = replace(SETTINGS, caption_dropout=0.2, world_size=world_size, accumulation=accumulation)
-    ranks = [load(index, replace(settings, rank=rank)) for rank in range(world_size)]
-    for step, batch in enumerate(load(index, replace(SETTINGS, caption_dropout=0.2))):
-        parts = [part for rank in ranks for part in rank[step * accumulation : (step + 1) * accumulation]]
-        assert [part.micro for part in parts] == list(range(accumulation)) * world_size
-        assert {part.step for part in parts} == {step}
-        slots = torch.cat([part.slots for part in parts])
-        assert sorted(slots.tolist()) == batch.slots.tolist()
-        assert torch.equal(torch.cat([part.images for part in parts]), batch.images[slots])
-        for name in ("captions", "kinds", "words", "keys"):
-            assert sum((getattr(part, name) for part in parts), []) == [getattr(batch, name)[slot] for slot in slots]
-    with pytest.raises(UserError, match="multiple of 6"):
-        make_loader(index, plan_of(index), replace(SETTINGS, world_size=3, accumulation=2))
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(4, 1), (2, 2)])
@@ -220,8 +198,6 @@ def test_workers_ignore_signals_and_end_with_the_loader(index: SampleIndex) -> N
     assert len(workers) == 2
     wait_until_ended(workers)
 
-
-def test_a_worker_that_dies_is_told_in_one_sentence(index: SampleIndex) -> None:
     loader, (worker,) = reading(index, workers=1)
     os.kill(worker, signal.SIGKILL)
     with pytest.raises(UserError, match="process that reads data has died"):

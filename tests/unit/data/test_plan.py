@@ -1,23 +1,29 @@
-"""The plan of batches: complete, seekable, mixed, and the same for everybody."""
+"""The plan of batches: complete, seekable, mixed, the same for everybody, and what a walk through it sample by sample finds."""
 
 from __future__ import annotations
 
-import time
+import math
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 from data_fixtures import sample, synthetic_index
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from paradiffusion.budget.bench_plan import PlanBench, index_bytes, make, make_index
 from paradiffusion.data.captions import choose_kinds, clean, draw_kinds, drawable_kinds, expected_shares, is_dropped
-from paradiffusion.data.images import make_buckets
+from paradiffusion.data.images import assign_buckets, make_buckets
 from paradiffusion.data.index import SampleIndex, load_index
-from paradiffusion.data.plan import BatchPlan, GlobalBatch
+from paradiffusion.data.plan import BatchPlan, GlobalBatch, Share
 from paradiffusion.data.shards import write_shards
 from paradiffusion.errors import UserError
+from paradiffusion.randomness import permutation, uniforms
 
 BUCKETS = make_buckets(512, 64, 2.0)
 MIX = {"short": 0.5, "long": 0.5}
@@ -29,17 +35,6 @@ def plan_of(index: SampleIndex, batch_size: int = 16, seed: int = 1, window_shar
 
 def step_by_step(plan: BatchPlan, last: int, first: int = 0) -> list[GlobalBatch]:
     return [plan.batch(step) for step in range(first, last)]
-
-
-def test_lengths_are_alike_within_a_batch_and_batches_are_shuffled() -> None:
-    index = synthetic_index(8000, 8)
-    plan = plan_of(index, batch_size=16, window_shards=8)
-    batches = step_by_step(plan, plan.first_step(1))
-    lengths = [index.words[batch.rows, batch.kinds].astype(int) for batch in batches]
-    assert np.mean([length.max() - length.min() for length in lengths]) < 10  # Of 199.
-    means = np.array([length.mean() for length in lengths])
-    assert abs(np.corrcoef(means[1:], means[:-1])[0, 1]) < 0.15
-    assert len({batch.bucket for batch in batches[:12]}) > 1
 
 
 def test_samples_without_a_caption_are_left_out(tmp_path: Path) -> None:
@@ -63,21 +58,13 @@ def test_wrong_arguments() -> None:
         plan_of(index).batch(-1)
 
 
-def test_a_million_rows_quickly() -> None:
-    """A tenth of what must take under 3 seconds, in CPU time, which other work on the machine stretches less."""
-    index, settings = make_index(1_000_000, 200, 3), PlanBench(rows=1_000_000, shards=200)
+def test_a_million_rows_take_little_memory() -> None:
+    index = make_index(1_000_000, 200, 3)
     tracemalloc.start()
-    start = time.process_time()
-    plan = make(index, settings)
-    batch = plan.batch(1_000_000)
-    assert time.process_time() - start < 1.0  # Measured: 0.06.
-    kept, peak = tracemalloc.get_traced_memory()
+    batch = make(index, PlanBench(rows=1_000_000, shards=200)).batch(1_000_000)
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert kept < 12e6 and peak < 120e6 and index_bytes(index) < 95e6
-    assert len(batch.rows) == 256 and batch.epochs[0] > 100
-    start = time.process_time()
-    assert [len(plan.batch(step).rows) for step in range(1_000_000, 1_001_000)] == [256] * 1000
-    assert time.process_time() - start < 2.0  # Measured: 0.06.
+    assert len(batch.rows) == 256 and batch.epochs[0] > 100 and peak < 120e6 and index_bytes(index) < 95e6
 
 
 KINDS = ["short", "long", "clean", "alt"]
@@ -136,3 +123,201 @@ def test_clean_and_dropout() -> None:
     assert dropped == [is_dropped(0, step, slot, 0.1) for step in range(50) for slot in range(100)]
     assert not any(is_dropped(0, step, 0, 0.0) for step in range(99))
     assert all(is_dropped(0, step, 0, 1.0) for step in range(99))
+
+
+THREE_BUCKETS = [(96, 48), (64, 64), (48, 96)]
+PROPERTIES = settings(deadline=None, derandomize=True, max_examples=40)
+
+
+@dataclass
+class Case:
+    """The arguments of a plan."""
+
+    index: SampleIndex
+    batch_size: int
+    seed: int
+    buckets: list[tuple[int, int]]
+    captions: dict[str, float]
+    window_shards: int
+    shares: list[Share]
+
+    def plan(self) -> BatchPlan:
+        return BatchPlan(
+            self.index, self.batch_size, self.seed, self.buckets, self.captions, self.window_shards, self.shares
+        )
+
+    @property
+    def usable(self) -> np.ndarray:
+        return self.index.words.any(axis=1)
+
+    @property
+    def source(self) -> np.ndarray:
+        return self.index.shard_source[self.index.shard]
+
+    @property
+    def bucket(self) -> np.ndarray:
+        return assign_buckets(self.index.width, self.index.height, self.buckets)
+
+
+def index_of(counts: list[list[int]], kinds: list[str], missing: float, tokens: bool, seed: int) -> SampleIndex:
+    """An index of ``counts[source][shard]`` samples that exist nowhere; the first of each source has a caption."""
+    rng = np.random.default_rng(seed)
+    per_shard = [count for shards in counts for count in shards]
+    total = sum(per_shard)
+    table = np.zeros(total, np.dtype([("width", "<i4"), ("height", "<i4")]))
+    table["width"], table["height"] = rng.integers(0, 100, (2, total))
+    words = (rng.integers(1, 50, (total, len(kinds))) * (rng.random((total, len(kinds))) >= missing)).astype(np.uint16)
+    words[np.cumsum([0, *map(sum, counts)])[:-1], 0] = 5
+    return SampleIndex(
+        shards=[Path(f"{number}.tar") for number in range(len(per_shard))],
+        shard=np.repeat(np.arange(len(per_shard), dtype=np.int32), per_shard),
+        table=table,
+        words=words,
+        kinds=kinds,
+        ids=rng.integers(0, 1 << 63, total, dtype=np.uint64),
+        key_bytes=np.zeros(0, np.uint8),
+        key_starts=np.zeros(total + 1, np.int64),
+        tokens=np.where(words > 0, rng.integers(1, 9, words.shape), 0).astype(np.uint16) if tokens else None,
+        tokenizer="some" if tokens else None,
+        shard_source=np.repeat(np.arange(len(counts), dtype=np.int16), [len(shards) for shards in counts]),
+        sources=[f"source {number}" for number in range(len(counts))],
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    shards = st.lists(st.integers(0, 12), min_size=0, max_size=5)
+    counts = [[draw(st.integers(1, 12)), *draw(shards)] for _ in range(draw(st.integers(1, 3)))]
+    kinds = draw(st.sampled_from([["short"], ["short", "long"], ["alt", "long"]]))
+    weights = st.fixed_dictionaries({kind: st.sampled_from([0.3, 1.0]) for kind in kinds})
+    own = st.one_of(st.none(), weights)
+    share = st.builds(Share, st.sampled_from([0.1, 0.7, 1.0, 3.0, 1 / 3]), own)
+    return Case(
+        index=index_of(counts, kinds, draw(st.sampled_from([0.0, 0.4])), draw(st.booleans()), draw(st.integers(0, 99))),
+        batch_size=draw(st.integers(1, 9)),
+        seed=draw(st.integers(0, 5)),
+        buckets=THREE_BUCKETS[: draw(st.integers(1, 3))],
+        captions=draw(weights),
+        window_shards=draw(st.integers(1, 4)),
+        shares=[draw(share) for _ in counts],
+    )
+
+
+def content(batch: GlobalBatch) -> tuple[object, ...]:
+    return (
+        batch.step, batch.epochs, batch.bucket, batch.rows.tolist(), batch.kinds.tolist(), batch.drawn.tolist()
+    )  # fmt: skip
+
+
+Window = tuple[tuple[int | str, ...], list[list[tuple[int, int]]]]
+
+
+def walk_source(case: Case, number: int) -> Iterator[Window]:
+    """A source's own windows, without end: what each is called, and its (epoch, row)."""
+    salt = (case.index.sources[number],) if len(case.shares) > 1 else ()
+    shards = np.flatnonzero(case.index.shard_source == number)
+    for epoch in range(10**9):
+        order = permutation(len(shards), "shards", case.seed, epoch, *salt)
+        for window, start in enumerate(range(0, len(shards), case.window_shards)):
+            inside = np.isin(case.index.shard, shards[order[start : start + case.window_shards]]) & case.usable
+            rows = np.flatnonzero(inside)
+            rows = rows[np.argsort(uniforms(case.index.ids[rows], "order", case.seed, epoch), kind="stable")]
+            yield (epoch, window), [[(epoch, row) for row in rows.tolist()]]
+
+
+def windows_of(case: Case) -> Iterator[Window]:
+    """What each window of the plan is called, and the (epoch, row) that each source brings in it."""
+    if len(case.shares) == 1:
+        yield from walk_source(case, 0)
+    streams = [(one for _, [rows] in walk_source(case, n) for one in rows) for n in range(len(case.shares))]
+    shares = [Fraction(repr(share.weight)) for share in case.shares]
+    shares = [share / sum(shares) for share in shares]
+    sizes = [int((case.usable & (case.source == number)).sum()) for number in range(len(shares))]
+    windows = [math.ceil((case.index.shard_source == n).sum() / case.window_shards) for n in range(len(shares))]
+    most = [max(1, size // count) for size, count in zip(sizes, windows, strict=True)]
+    size = max(case.batch_size, math.floor(min(m / share for m, share in zip(most, shares, strict=True))))
+    for number in range(10**9):
+        counts = [math.floor((number + 1) * size * share) - math.floor(number * size * share) for share in shares]
+        assert size == case.batch_size or all(count <= own for count, own in zip(counts, most, strict=True))
+        yield ("mixed", number), [[next(s) for _ in range(count)] for s, count in zip(streams, counts, strict=True)]
+
+
+def walk(case: Case, steps: int) -> Iterator[tuple[object, ...]]:
+    """The batches as the docstrings say: queues that are filled window by window and emptied batch by batch."""
+    index, size = case.index, case.batch_size
+    queues: list[list[tuple[int, int]]] = [[] for _ in case.buckets]
+    seen = Counter[int]()
+    sizes = [int((case.usable & (case.source == number)).sum()) for number in range(len(case.shares))]
+    made = 0
+    for label, brought in windows_of(case):
+        epochs = tuple(seen[number] // sizes[number] for number in range(len(sizes)))
+        batches = []
+        for number in range(len(case.buckets)):
+            turns = []
+            for source, samples in enumerate(brought):
+                mine = [sample for sample in samples if case.bucket[sample[1]] == number]
+                turns += [((place + 0.5) / len(mine), source, sample) for place, sample in enumerate(mine)]
+            queues[number] += [sample for _, _, sample in sorted(turns)]
+            full = len(queues[number]) // size * size
+            ready, queues[number] = queues[number][:full], queues[number][full:]
+            kinds = [kind_of(case, *sample) for sample in ready]
+            lengths = [int(index.lengths[row, kind[0]]) for (_, row), kind in zip(ready, kinds, strict=True)]
+            order = np.argsort(lengths, kind="stable").tolist()
+            for start in range(0, full, size):
+                chosen = order[start : start + size]
+                columns = zip(*[(ready[at][1], *kinds[at]) for at in chosen], strict=True)
+                batches.append((epochs, case.buckets[number], *(list(column) for column in columns)))
+        seen.update({number: len(samples) for number, samples in enumerate(brought)})
+        for place in permutation(len(batches), "batches", case.seed, *label).tolist():
+            yield made, *batches[place]
+            made += 1
+            if made == steps:
+                return
+
+
+def kind_of(case: Case, epoch: int, row: int) -> tuple[int, int]:
+    index, share = case.index, case.shares[case.source[row]]
+    weights, ids = share.captions or case.captions, index.ids[row : row + 1]
+    read = choose_kinds(index.words[row : row + 1], index.kinds, weights, case.seed, epoch, ids)
+    return int(read[0]), int(draw_kinds(index.kinds, weights, case.seed, epoch, ids)[0])
+
+
+@given(cases(), st.integers(0, 9))
+@PROPERTIES
+def test_every_step_is_what_a_walk_finds(case: Case, order_seed: int) -> None:
+    """Batches, their order, kinds and epochs: from the first step on, or asked for in any order by fresh plans."""
+    steps = 40
+    walked = list(walk(case, steps))
+    in_turn = case.plan()
+    assert [content(in_turn.batch(step)) for step in range(steps)] == walked
+    jumping = case.plan()
+    order = np.random.default_rng(order_seed).permutation(steps).tolist()
+    assert [content(jumping.batch(step)) for step in order] == [walked[step] for step in order]
+    assert content(case.plan().batch(order[0])) == walked[order[0]]
+
+
+@given(cases())
+@PROPERTIES
+def test_nothing_is_lost_and_nothing_comes_more_often(case: Case) -> None:
+    plan = case.plan()
+    last = plan.first_step(3)
+    times, by_bucket = Counter[int](), Counter[tuple[int, int]]()
+    for step in range(min(last, 600)):
+        batch = plan.batch(step)
+        assert len(batch.rows) == len(batch.kinds) == len(batch.drawn) == case.batch_size
+        assert {case.buckets[number] for number in case.bucket[batch.rows]} == {batch.bucket}
+        assert (case.index.words[batch.rows, batch.kinds] > 0).all() and case.usable[batch.rows].all()
+        times.update(batch.rows.tolist())
+        by_bucket[batch.bucket] += case.batch_size
+    if last > 600:
+        return
+    # A window has ended, three epochs of every source at least: what has come is served or waits, in its turn.
+    positions = plan.schedule.positions(plan.schedule.first_window(3))
+    assert sum(positions) - sum(by_bucket.values()) < len(case.buckets) * case.batch_size
+    for number in range(len(case.shares)):
+        for bucket in range(len(case.buckets)):
+            rows = np.flatnonzero(case.usable & (case.source == number) & (case.bucket == bucket)).tolist()
+            counts = [times[row] for row in rows]
+            assert max(counts, default=0) - min(counts, default=0) <= 1
+            # Three epochs have come; what waits is less than a batch.
+            assert 3 * len(rows) - sum(counts) < case.batch_size

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import user_error
 from data_fixtures import sample
 from training_runs import records
 
@@ -150,16 +151,14 @@ def test_what_is_typed() -> None:
 )  # fmt: skip
 def test_what_is_typed_wrongly(typed: str, said: str) -> None:
     text, _, beside = typed.partition(" data.")
-    with pytest.raises(UserError, match=said):
-        compose_train([f"data.sources={text}", *([f"data.{beside}"] if beside else [])])
+    user_error(said, compose_train, [f"data.sources={text}", *([f"data.{beside}"] if beside else [])])
 
 
 def test_a_source_that_cannot_be_used(folder: Path, tmp_path: Path, index: SampleIndex) -> None:
     write_shards((sample(number, {}) for number in range(5)), tmp_path / "silent", 8)
     sources = [SourceConfig(shards=str(folder / "web")), SourceConfig(shards=str(tmp_path / "silent"))]
     data = DataConfig(captions={"short": 1.0}, sources=sources)
-    with pytest.raises(UserError, match="None of the 5 samples in the source silent"):
-        make_plan(open_index(data), data, 4, 0)
+    user_error("None of the 5 samples in the source silent", make_plan, open_index(data), data, 4, 0)
     with pytest.raises(UserError, match=r"data.sources\[1\].shards"):
         open_index(replace(data, sources=[sources[0], SourceConfig(shards=str(tmp_path / "nowhere"))]))
     for shares in ([Share(), Share(0.0), Share()], [Share(), Share(float("nan")), Share()]):

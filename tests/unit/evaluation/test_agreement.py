@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import user_error
 
-from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import Drawn, Evaluation, ImageScore, Measure, ScoreResult, Table
 from paradiffusion.evaluation.scores.agreement import HumanPair, agreement, read_pairs
@@ -157,9 +157,8 @@ def test_layouts(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_file_is_refused_by_its_line(tmp_path: Path, name: str, text: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
-        read_pairs(written(tmp_path / name, text))
-    assert "expected .csv or .jsonl" in str(caught.value) and "\n" not in str(caught.value)
+    caught = user_error(said, read_pairs, written(tmp_path / name, text))
+    assert "expected .csv or .jsonl" in caught
 
 
 def two_sets(**changes: Any) -> list[Evaluation]:

@@ -5,39 +5,31 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from chat_server import Asked, ChatServer, chat_server
+from chat_server import Asked, ChatServer
+from commands import user_error
+from judged_scenes import Alone
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_embedder import WIDTH, modules, write_embedder
-from tiny_vlm import write_vlm
 from transformers import AutoModel, AutoTokenizer, BartConfig, BartModel
-from vlm_scoring import LoneRun, options_for
+from vlm_scoring import options_for
 
-from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.caption_back import CaptionBack, Vectors
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.metrics.text_embedding import EmbeddingOptions, TextEmbedder
-from paradiffusion.metrics.vlm import VlmOptions
 
 TEXTS = (
     "a red barn under a wide sky", "two green boats on still water", "an old clock over the door of a shop",
     "seven white birds above a field of snow", "a lamp on a small desk beside an open book",
 )  # fmt: skip
 WORDS = [word for text in TEXTS for word in text.split()]
-
-
-@pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with chat_server() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +59,7 @@ def which(asked: Asked) -> int:
 
 def run(score: CaptionBack, suite: Suite, images: list[Drawn], folder: Path) -> ScoreResult:
     work = folder / "scores" / score.name
-    score.prepare(suite, images, work, LoneRun())
+    score.prepare(suite, images, work, Alone())
     return score.result(suite, images, work)
 
 
@@ -139,10 +131,10 @@ def test_nothing_is_asked_or_embedded_twice(
     score: Score, server: ChatServer, suite: Suite, images: list[Drawn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, work = score(), tmp_path / "s" / "caption_back"
-    with pytest.raises(InterruptedError):
-        made.prepare(suite, images[:3], work, LoneRun(0, 2, checks_left=3))
-    made.prepare(suite, images[3:], work, LoneRun(1, 2))
-    made.prepare(suite, images[:3], work, LoneRun(0, 2))
+    with pytest.raises(KeyboardInterrupt):
+        made.prepare(suite, images[:3], work, Alone(0, 2, stop_after=3))
+    made.prepare(suite, images[3:], work, Alone(1, 2))
+    made.prepare(suite, images[:3], work, Alone(0, 2))
     assert len(server.asked) == 5 and len(list(work.glob("vectors.rank*.safetensors"))) == 2
     embedded: list[str] = []
     embed = TextEmbedder.embed
@@ -152,27 +144,17 @@ def test_nothing_is_asked_or_embedded_twice(
         return embed(self, texts, *more)
 
     monkeypatch.setattr(TextEmbedder, "embed", noted)
-    made.prepare(suite, images, work, LoneRun())
+    made.prepare(suite, images, work, Alone())
     assert len(server.asked) == 5 and not embedded
     assert values(made.result(suite, images, work), "caption_back_retrieval") == [1.0] * 5
     broken = sorted(work.glob("vectors.rank1*"))[0]
     broken.write_bytes(broken.read_bytes()[:40])
-    made.prepare(suite, images, work, LoneRun())
+    made.prepare(suite, images, work, Alone())
     assert sorted(embedded) == sorted(TEXTS[3:]) and all(text in Vectors(work) for text in TEXTS)
 
 
 def embedder(folder: Path, **more: Any) -> TextEmbedder:
     return TextEmbedder(EmbeddingOptions(str(folder), device="cpu", **more))
-
-
-def test_a_local_model_describes(bert: Path, suite: Suite, images: list[Drawn], tmp_path: Path) -> None:
-    vlm = write_vlm(tmp_path / "tiny-qwen")
-    score = CaptionBack(VlmOptions(model=str(vlm), device="cpu", max_new_tokens=8), str(bert))
-    assert score.settings() == json.loads(json.dumps(score.settings()))
-    assert len(score.settings()["text_embedding"]["revision"]) == 16 and str(tmp_path) not in str(score.settings())
-    result = run(score, suite, images[:2], tmp_path)
-    assert all(-1 <= value <= 1 for value in values(result, "caption_back"))
-    assert any("cut at the model's longest answer" in one for one in result.warnings)
 
 
 def states(folder: Path, text: str) -> torch.Tensor:
@@ -212,21 +194,6 @@ def test_poolings_are_those_of_the_files(
     assert torch.allclose(vectors, right, atol=1e-5) and cut == [False] * 5  # whatever they are padded to
 
 
-def test_vectors_are_those_of_our_own_reader_of_the_files(bert: Path, tmp_path: Path) -> None:
-    """Before sentence-transformers: components 0 and 16 of each text's vector, and the first text's cosines."""
-    files: dict[str, Any] = {"modules": modules("0_Transformer"), "pooling": {"pooling_mode_mean_tokens": True}}
-    limited = write_embedder(tmp_path / "model", WORDS, sentence_bert_config={"max_seq_length": 10}, **files)
-    for folder, parts, cosines in (
-        (bert, [-0.137236, 0.352326, 0.288727, 0.035309, 0.133596, 0.219646, -0.109547, 0.350771, -0.073964, 0.005672],
-         [1.0, 0.252666, 0.047951, 0.381214, 0.431309]),
-        (limited, [-0.137236, 0.352326, 0.288727, 0.035309, 0.018297, 0.165405, -0.109547, 0.350771, -0.074881, 0.055437],
-         [1.0, 0.252666, 0.13479, 0.381214, 0.503815]),
-    ):  # fmt: skip
-        vectors = embedder(folder).embed(TEXTS)[0]
-        assert vectors[:, ::16].flatten().tolist() == pytest.approx(parts, abs=1e-5)
-        assert (vectors @ vectors[0]).tolist() == pytest.approx(cosines, abs=1e-5)
-
-
 def test_a_decoder_gives_its_last_token(tmp_path: Path) -> None:
     folder = write_embedder(tmp_path / "decoder", WORDS, decoder=True)
     right = torch.stack([unit(states(folder, text)[-1]) for text in TEXTS])
@@ -254,8 +221,7 @@ def test_limits_prefixes_and_folders_of_sentence_transformers(tmp_path: Path) ->
 
 def test_wrong_models_are_refused_in_a_sentence(bert: Path, tmp_path: Path) -> None:
     def refuse(message: str, model: Any, **more: Any) -> None:
-        with pytest.raises(UserError, match=message):
-            embedder(model, **more)
+        user_error(message, embedder, model, **more)
 
     refuse("text_embedding=nothing is neither a folder nor a hub id", "nothing")
     refuse("embedder=no/such-model cannot be had", "no/such-model", key="embedder")
@@ -297,3 +263,63 @@ def score(server: ChatServer, bert: Path) -> Score:
     """``score(words=300)``: with the server, which describes each picture by its prompt, and the tiny BERT."""
     server.answer = lambda asked: (TEXTS[which(asked)], "stop")
     return lambda **more: CaptionBack(options_for(server), **{"embedding": str(bert), **more})
+
+
+WIDTH = 32
+
+
+def write_embedder(
+    folder: Path, words: list[str], decoder: bool = False, positions: int = 64, modules: list[dict[str, Any]] | None = None,
+    pooling: dict[str, Any] | None = None, **files: Any,
+) -> Path:  # fmt: skip
+    """A BERT that knows ``words``, or a Llama with its language head's name; with modules.json where there are modules.
+
+    ``files`` are further JSON files by their stem.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    pieces = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *sorted({word.lower() for word in words})]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]" if decoder else "[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]",
+        eos_token="[SEP]", padding_side="left",
+    )  # fmt: skip
+    shape: dict[str, Any] = {
+        "vocab_size": len(pieces), "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": positions, "pad_token_id": 0,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network: Any = LlamaForCausalLM(LlamaConfig(**shape)) if decoder else BertModel(BertConfig(**shape))
+        for name, parameter in network.named_parameters():
+            if "embed" in name and parameter.ndim > 1:  # words must differ
+                parameter.data = torch.randn_like(parameter) * (1.0 if "word" in name or "tokens" in name else 0.02)
+    inner = folder / next((str(m["path"]) for m in modules or [] if str(m["type"]).endswith("Transformer")), "")
+    inner.mkdir(parents=True, exist_ok=True)
+    network.save_pretrained(inner)
+    wrapped.save_pretrained(inner)
+    if modules is not None:
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "1_Pooling").mkdir(exist_ok=True)
+        (folder / "1_Pooling" / "config.json").write_text(
+            json.dumps({"word_embedding_dimension": WIDTH, **(pooling or {})})
+        )
+    for name, content in files.items():
+        (inner / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def modules(inner: str = "", *more: str) -> list[dict[str, Any]]:
+    """The modules.json of sentence-transformers: a transformer in ``inner``, a pooling, and ``more``."""
+    names = [("Transformer", inner), ("Pooling", "1_Pooling"), *((kind, f"2_{kind}") for kind in more)]
+    return [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, path) in enumerate(names)
+    ]

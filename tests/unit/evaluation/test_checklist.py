@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer, chat_server
+from chat_server import ChatServer
+from commands import user_error
+from judged_scenes import Alone
 from PIL import Image
-from tiny_vlm import write_vlm
-from vlm_scoring import LoneRun, draw_scenes, look, options_for
+from vlm_scoring import draw_scenes, look, options_for
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, ScoreResult
@@ -21,10 +21,9 @@ from paradiffusion.metrics.vlm import VlmOptions
 
 
 @pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with chat_server() as running:
-        running.answer = look
-        yield running
+def server(server: ChatServer) -> ChatServer:
+    server.answer = look
+    return server
 
 
 def tree(**parents: str) -> SuitePrompt:
@@ -81,10 +80,10 @@ def test_answers_are_read(expected: str, texts: list[str]) -> None:
     assert {text: verdict(text) for text in texts} == dict.fromkeys(texts, expected)
 
 
-def asked(score: Checklist, suite: Suite, images: list[Drawn], folder: Path, run: LoneRun | None = None) -> ScoreResult:
+def asked(score: Checklist, suite: Suite, images: list[Drawn], folder: Path, run: Alone | None = None) -> ScoreResult:
     """What the score comes to, once what it has to ask is asked."""
     work = folder / "scores" / "checklist"
-    score.prepare(suite, images, work, run or LoneRun())
+    score.prepare(suite, images, work, run or Alone())
     return score.result(suite, images, work)
 
 
@@ -185,10 +184,10 @@ def test_a_model_that_takes_no_picture_at_all_is_no_set_of_failures(server: Chat
 def test_two_processes_share_the_questions_and_a_stop_loses_none(server: ChatServer, tmp_path: Path) -> None:
     suite, images = draw_scenes(tmp_path / "images", 8)
     score = Checklist(options_for(server, max_new_tokens=5))
-    with pytest.raises(InterruptedError):
-        asked(score, suite, images[::2], tmp_path, LoneRun(0, 2, checks_left=4))
-    asked(score, suite, images[1::2], tmp_path, LoneRun(1, 2))
-    asked(score, suite, images[::2], tmp_path, LoneRun(0, 2))
+    with pytest.raises(KeyboardInterrupt):
+        asked(score, suite, images[::2], tmp_path, Alone(0, 2, stop_after=4))
+    asked(score, suite, images[1::2], tmp_path, Alone(1, 2))
+    asked(score, suite, images[::2], tmp_path, Alone(0, 2))
     questions = sum(len(prompt.questions) for prompt in suite.prompts)
     assert questions <= len(server.asked) <= questions + 3  # those under way at the stop are asked again
     assert server.asked[0].body["max_tokens"] == 5
@@ -210,12 +209,10 @@ def test_another_model_behind_the_address_does_not_mix_its_answers_in(server: Ch
     options = VlmOptions(engine="endpoint", endpoint=server.url)
     asked(Checklist(options), suite, images[:1], tmp_path)
     server.models = ["larger-vlm"]
-    with pytest.raises(UserError, match=r"came from tiny-vlm .* now larger-vlm"):
-        asked(Checklist(options), suite, images, tmp_path)
+    user_error(r"came from tiny-vlm .* now larger-vlm", asked, Checklist(options), suite, images, tmp_path)
 
 
-def test_a_local_model_answers_in_batches(tmp_path: Path) -> None:
-    vlm = write_vlm(tmp_path / "tiny-qwen")
+def test_a_local_model_answers_in_batches(vlm: Path, tmp_path: Path) -> None:
     suite, images = draw_scenes(tmp_path / "images", 3)
     score = Checklist(VlmOptions(model=str(vlm), batch_size=4, device="cpu", max_new_tokens=3))
     settings = score.settings()
@@ -237,5 +234,4 @@ def test_a_local_model_answers_in_batches(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_answer_is_told_before_anything_is_drawn(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        Checklist(VlmOptions(**options))
+    user_error(message, Checklist, VlmOptions(**options))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from judged_scenes import Alone, Reader, put, scenes_suite
 from sampling_models import TinyModels
-from tiny_clip import write_clip
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, Painter, Request, ScoreResult, Table
@@ -221,12 +220,12 @@ class CheckpointPainter:
         return [found[number] for number in range(len(requests))]
 
 
-def test_a_model_judged_by_clip(tmp_path: Path) -> None:
+def test_a_model_judged_by_clip(clip_folder: Path, tmp_path: Path) -> None:
     """A random U-Net and a random CLIP: every number is there, and long prompts are limited."""
     long = " ".join(f"Thing {word} is here." for word in ("red", "big", "old", "new", "far", "odd") * 3)
     suite = Suite("mine", "", (SuitePrompt("a", "A cat sits. A dog runs. It rains."), SuitePrompt("b", long)))
     painter = CheckpointPainter()
-    result = of_painter(painter, ClipJudge(str(write_clip(tmp_path / "clip"))), suite, tmp_path)
+    result = of_painter(painter, ClipJudge(str(clip_folder)), suite, tmp_path)
     assert painter.asked == 2 + (3 + 2) + (LIMIT + 2)
     assert [len(one.detail["sentences"]) for one in result.images] == [3, LIMIT]
     for one in result.images:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from chat_server import Asked, ChatServer, chat_server
+from chat_server import Asked, ChatServer
+from commands import user_error
+from judged_scenes import Alone
 from PIL import Image
-from vlm_scoring import LoneRun, options_for
+from vlm_scoring import options_for
 
-from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.checklist import Answered, Checklist
 from paradiffusion.evaluation.scores.dpg_bench import (
@@ -131,10 +131,9 @@ def answer(asked: Asked) -> tuple[str, str]:
 
 
 @pytest.fixture
-def server() -> Iterator[ChatServer]:
-    with chat_server() as running:
-        running.answer = answer
-        yield running
+def server(server: ChatServer) -> ChatServer:
+    server.answer = answer
+    return server
 
 
 @pytest.fixture
@@ -158,7 +157,7 @@ def run(
     score: DpgPublished | DpgCorrected | Checklist, images: list[Drawn], folder: Path, suite: Suite = SUITE
 ) -> ScoreResult:
     work = folder / "scores" / score.name
-    score.prepare(suite, images, work, LoneRun())
+    score.prepare(suite, images, work, Alone())
     return score.result(suite, images, work)
 
 
@@ -234,6 +233,5 @@ def test_a_missing_picture_and_fewer_than_four(server: ChatServer, images: list[
 
 def test_a_circle_is_refused_where_it_matters(server: ChatServer, images: list[Drawn], tmp_path: Path) -> None:
     suite = replace(SUITE, prompts=(prompt(5, ("1", "2"), ("2", "1"), name="a"),))
-    with pytest.raises(UserError, match="circle"):
-        run(DpgCorrected(options_for(server)), images[:4], tmp_path, suite)
+    user_error("circle", run, DpgCorrected(options_for(server)), images[:4], tmp_path, suite)
     assert run(DpgPublished(options_for(server)), images[:4], tmp_path, suite).overall["dpg"].mean == 1

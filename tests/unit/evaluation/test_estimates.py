@@ -77,8 +77,6 @@ def test_a_difference_is_paired_by_prompt() -> None:
     alone = mean(a.tolist(), prompts)
     assert alone.high - alone.low > 10 * (found.high - found.low)
 
-
-def test_a_difference_is_over_common_prompts_and_takes_weights() -> None:
     found = difference([1.0, 5.0], ["x", "a"], [2.0, 9.0], ["x", "b"])
     assert (found.mean, found.n, found.prompts) == (1.0, 2, 1)
     weighted = difference([0, 1], ["x", "y"], [1, 0], ["x", "y"], [3, 1], [1, 3])

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import user_error
 from report_fixtures import FID, SHARE, Page, evaluation, suite, written
 
-from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, difference, mean
 from paradiffusion.evaluation.records import Evaluation, ImageScore, ScoreResult, Table
 from paradiffusion.evaluation.reporting.report_tables import read_votes
@@ -200,19 +200,16 @@ def test_votes_are_shown(tmp_path: Path) -> None:
 
 def test_votes_are_read_from_what_the_vote_command_wrote(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    with pytest.raises(UserError, match=r"results\.json cannot be read"):
-        read_votes(path)
+    user_error(r"results\.json cannot be read", read_votes, path)
     for wrong in ("{", "[]", '{"schema": 1}'):
         path.write_text(wrong)
-        with pytest.raises(UserError, match=r"results\.json"):
-            read_votes(path)
+        user_error(r"results\.json", read_votes, path)
     wrong_share = {"mean": "x", "low": 0, "high": 1, "n": 3, "prompts": 2}
     rate = {"set_a": "a", "set_b": "b", "win": wrong_share, "tie": wrong_share, "loss": wrong_share}
     question = {"name": "appeal", "text": "Which looks better?"}
     for answers in ({"rates": 3, "strengths": []}, 7, {"question": question, "rates": [rate]}):
         path.write_text(json.dumps({"paradiffusion_votes": 1, "answers": [answers]}))
-        with pytest.raises(UserError, match="is damaged"):
-            read_votes(path)
+        user_error("is damaged", read_votes, path)
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import user_error
 from official_models import MODERN, draw, make_official, make_ours
 
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.compose import compose_sample
 from paradiffusion.config import SampleConfig
-from paradiffusion.errors import UserError
 from paradiffusion.sampling import pipeline
 from paradiffusion.sampling.pipeline import load_models
 
@@ -98,5 +98,4 @@ def test_the_fast_set_of_sampler_values() -> None:
         ("sampler=slow", r"sampler=slow is unknown; choose one of fast, nano, paper"),
         ("text_encoder.dtype=int8", "text_encoder.dtype=int8"), ("text_encoder_path=/x", r"did you mean text_encoder\.path"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=words):
-            compose_sample([*given, wrong])
+        user_error(words, compose_sample, [*given, wrong])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import user_error
 
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.prompts import read_prompts
@@ -88,12 +89,8 @@ def test_bad_files(tmp_path: Path, name: str, content: str | bytes, expected: st
 
 
 def test_missing_file_folder_and_no_prompt(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing\.txt does not exist"):
-        read_prompts(prompt_file=tmp_path / "missing.txt")
+    user_error(r"missing\.txt does not exist", read_prompts, prompt_file=tmp_path / "missing.txt")
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(UserError, match="cannot be read"):
-        read_prompts(prompt_file=tmp_path / "folder.txt")
-    with pytest.raises(UserError, match="empty prompt"):
-        read_prompts(prompt="  ")
-    with pytest.raises(UserError, match="expected one of"):
-        read_prompts()
+    user_error("cannot be read", read_prompts, prompt_file=tmp_path / "folder.txt")
+    user_error("empty prompt", read_prompts, prompt="  ")
+    user_error("expected one of", read_prompts)

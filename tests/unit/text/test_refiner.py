@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paradiffusion.text.refiner import Refiner, convolve, rotary
+from paradiffusion.text.refiner import Refiner, convolve
 
 
 @pytest.fixture(params=[0, 3], ids=["attention", "convolution"])
@@ -54,18 +54,6 @@ def test_early_tokens_see_later_ones_and_order_matters(refiner: Refiner, feature
     order = [0, 2, 1, 3, 4, 5, 6]
     swapped = refiner(features[:, order])
     assert not torch.allclose(swapped[:, [0, 2, 1, 3, 4, 5, 6]], out, atol=1e-4), "a bag of words"
-
-
-def test_rotary_depends_on_distances_only() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(8, generator=generator), torch.randn(8, generator=generator)
-    rows = lambda x: x.expand(1, 1, 10, 8)  # noqa: E731 - the same vector at ten places
-    scores = (rotary(rows(q)) @ rotary(rows(k)).transpose(-1, -2))[0, 0]
-    for distance in range(-4, 5):
-        diagonal = scores.diagonal(distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
-    torch.testing.assert_close(rotary(rows(q)).norm(dim=-1), rows(q).norm(dim=-1))
-    assert torch.equal(rotary(rows(q))[0, 0, 0], q)
 
 
 @torch.no_grad()

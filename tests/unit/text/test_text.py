@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from commands import PARITY
+from commands import PARITY, user_error
 from safetensors.torch import load_file
+from tiny_encoders import write_llama_tokenizer
 from torch import Tensor
 
 from paradiffusion.checkpoints.layouts import load_adapter
@@ -22,6 +22,8 @@ from paradiffusion.errors import UserError
 from paradiffusion.text.conditioning import Conditioning, pad_length, padded_length
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
 from paradiffusion.text.sources import find_gguf, locate
+from paradiffusion.text.tiny import CORPUS
+from paradiffusion.text.tokenizer import load_tokenizer
 
 PAPER = ConditioningConfig(max_tokens=48)
 MODERN = ConditioningConfig(name="modern", layer_tap="mean", mask_padding=True, max_tokens=80)
@@ -38,20 +40,6 @@ def encode(encoder: TextEncoder, captions: list[str]) -> Tensor:
     return encoder(tokens.ids, tokens.mask, tokens.prefix)
 
 
-def test_padding_is_on_the_right_and_the_mask_comes_from_lengths() -> None:
-    encoder = tiny()
-    captions = ["a red circle", "the text </s> within", ""]
-    tokens = encoder.tokenize(captions)
-    eos, bos = encoder.tokenizer.eos_token_id, encoder.tokenizer.bos_token_id
-    assert tokens.ids.shape == tokens.mask.shape == (3, 16) and tokens.truncated == 0
-    for row, length in enumerate(tokens.lengths):
-        assert tokens.mask[row].tolist() == [True] * length + [False] * (16 - length)
-        assert (tokens.ids[row, length:] == eos).all() and tokens.ids[row, 0] == bos
-    inside = tokens.ids[1, : tokens.lengths[1]]
-    assert not (inside == eos).any(), "the name of the padding token is text"
-    assert tokens.lengths[2] == 1, "an empty prompt is one token, else it has no feature at all"
-
-
 def test_prompts_are_read_as_captions_of_training_are_or_to_the_letter() -> None:
     plain, typed = "A caf\u00e9 at night. A red door.", "\ufeff A cafe\u0301  at night.\r\n\r\nA red\tdoor. \u200b"
     encoder, literal = tiny(), tiny(replace(MODERN, clean_text=False))
@@ -59,13 +47,6 @@ def test_prompts_are_read_as_captions_of_training_are_or_to_the_letter() -> None
     assert literal.tokenize([typed]).lengths[0] > literal.tokenize([plain]).lengths[0]
     assert torch.equal(literal.tokenize([plain]).ids, encoder.tokenize([plain]).ids)
     assert encoder.tokenize([" \n"]).lengths == [1], "nothing but spaces is the empty prompt"
-
-
-def test_long_captions_are_cut_and_counted() -> None:
-    encoder = tiny(PAPER)
-    tokens = encoder.tokenize(["a red circle " * 60, "a red circle"])
-    assert tokens.ids.shape == (2, 48) and tokens.truncated == 1
-    assert tokens.lengths[0] > 48 and tokens.mask[0].all() and int(tokens.mask[1].sum()) == tokens.lengths[1]
 
 
 def test_prefix_tokens_are_read_but_not_given_on() -> None:
@@ -93,23 +74,6 @@ def test_lengths_of_the_two_arms() -> None:
     assert padded_length(3, 256, False) == 256
 
 
-def test_first_layers_only() -> None:
-    """The average over the layers that are left; the model's own final norm closes the shorter model."""
-    whole, cut = tiny(), tiny(layers=1)
-    assert len(cut.model.layers) == 1 and cut.source["layers"] == 1
-    tokens = whole.tokenize(["a red circle"])
-    with torch.no_grad():
-        states = whole.model(
-            input_ids=tokens.ids, attention_mask=tokens.mask.long(), output_hidden_states=True
-        ).hidden_states
-        expected = (F.layer_norm(states[0], (64,)) + F.layer_norm(whole.model.norm(states[1]), (64,))) / 2
-    torch.testing.assert_close(encode(cut, ["a red circle"]), expected)
-    with pytest.raises(UserError, match="layers=9 is more than the 2 layers"):
-        tiny(layers=9)
-    with pytest.raises(UserError, match="vproj names no layer .* q_proj, up_proj, v_proj"):
-        attach_lora(whole, LoraConfig(target_modules=["q_proj", "vproj"]))
-
-
 def test_conditioning_pairs_null_and_prompt() -> None:
     features, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
     null, null_mask = torch.randn(1, 2, 3), torch.ones(1, 2, dtype=torch.bool)
@@ -126,22 +90,14 @@ def test_conditioning_pairs_null_and_prompt() -> None:
     assert torch.equal(pad_length(mask, 4), mask)
 
 
-def test_lora_trains_only_the_adapter_and_is_a_function_of_its_seed() -> None:
-    first, again, other = tiny(), tiny(), tiny()
-    before = encode(first, ["a red circle"])
-    for encoder, seed in ((first, 1), (again, 1), (other, 2)):
+def test_a_fresh_adapter_is_a_function_of_its_seed() -> None:
+    found = []
+    for seed in (1, 1, 2):
+        encoder = tiny()
         attach_lora(encoder, LoraConfig(rank=2, alpha=4), seed)
-    assert torch.equal(encode(first, ["a red circle"]), before), "a fresh adapter changes nothing"
-    trained = {n: p for n, p in first.named_parameters() if p.requires_grad}
-    assert trained and all("lora_" in n and p.dtype == torch.float32 for n, p in trained.items())
-    same, differs = dict(again.named_parameters()), dict(other.named_parameters())
-    assert all(torch.equal(p, same[n]) for n, p in trained.items())
-    assert any(not torch.equal(p, differs[n]) for n, p in trained.items())
-    tokens = first.tokenize(["a red circle", "x"])
-    first(tokens.ids, tokens.mask).square().sum().backward()
-    assert all(p.grad is not None for p in trained.values())
-    assert all(p.grad.abs().sum() > 0 for n, p in trained.items() if "lora_B" in n and p.grad is not None)
-    assert all(p.grad is None for n, p in first.named_parameters() if "lora_" not in n)
+        found.append({n: p for n, p in encoder.named_parameters() if "lora_A" in n})
+    first, again, other = found
+    assert first and all(torch.equal(p, again[n]) and not torch.equal(p, other[n]) for n, p in first.items())
 
 
 def test_local_folder(tmp_path: Path) -> None:
@@ -150,8 +106,8 @@ def test_local_folder(tmp_path: Path) -> None:
     here = load_text_encoder(config, MODERN)
     assert torch.equal(encode(here, ["a red circle"]), encode(tiny(), ["a red circle"]))
     assert here.source["hash"] == tiny().source["hash"]
-    with pytest.raises(UserError, match="was trained with 0123"):
-        load_text_encoder(config, MODERN, expected_hash="0123")
+    user_error("layers=9 is more than the 2 layers", tiny, layers=9)
+    user_error("was trained with 0123", load_text_encoder, config, MODERN, expected_hash="0123")
     weights = folder / "model.safetensors"
     for damage, said in (
         (lambda: weights.write_bytes(weights.read_bytes()[:20_000]), "could not be read"),
@@ -159,8 +115,7 @@ def test_local_folder(tmp_path: Path) -> None:
         ((folder / "config.json").unlink, r"holds no config\.json"),
     ):
         damage()
-        with pytest.raises(UserError, match=said):
-            load_text_encoder(config, MODERN)
+        user_error(said, load_text_encoder, config, MODERN)
 
 
 def test_nowhere_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,8 +133,7 @@ def test_nowhere_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ):
         assert part in message
     assert "\n" not in message
-    with pytest.raises(UserError, match="neither is configured"):
-        tiny(name="absent")
+    user_error("neither is configured", tiny, name="absent")
 
 
 def test_gguf_is_found_without_importing_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,13 +159,6 @@ def test_the_real_smollm2() -> None:
     red, blue = (encode(encoder, [f"a {colour} circle"])[0, 3] for colour in ("red", "blue"))
     assert not torch.allclose(red, blue, atol=1e-2)
 
-    attach_lora(encoder, LoraConfig(rank=2, alpha=2))
-    tokens = encoder.tokenize(["a red circle"])
-    encoder(tokens.ids[:, :6], tokens.mask[:, :6]).float().square()[..., 0].sum().backward()
-    gradients = {n: p.grad for n, p in encoder.named_parameters() if "lora_B" in n}
-    assert len(gradients) == 16  # q and v of 8 layers
-    assert all(g is not None and g.dtype == torch.float32 and g.abs().sum() > 0 for g in gradients.values())
-
 
 @pytest.mark.skipif(not PARITY.is_dir(), reason="the reference numbers (../shared/assets/parity) are not here")
 def test_official_tokens_and_features() -> None:
@@ -232,3 +179,41 @@ def test_official_tokens_and_features() -> None:
         expected = torch.from_numpy(reference[f"embed_{number}"]).float()
         # Half a unit in the last place of fp16 at 2..4 is 0.00098.
         torch.testing.assert_close(encode(encoder, [case["prompt"]]), expected, atol=1e-3, rtol=0)
+
+
+TEXTS = [
+    "a red circle", " a red  circle ", "", "   ", "a\u2581b", "\u2581a", "a b</s>c d", "x </s> y", "\u00e9mu \U0001f98a\n\tz",
+    "a" * 9 + " " * 7,
+]  # fmt: skip
+
+
+def test_the_rules_of_a_tokenizer_json(tmp_path: Path) -> None:
+    rules = write_llama_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        expected = rules.encode(text, add_special_tokens=False).ids
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected, repr(text)
+    tokenizer.save_pretrained(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert [again(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("settings", [{"tokenizer_class": "LlamaTokenizer"}, None])
+def test_a_sentencepiece_model_alone(tmp_path: Path, prefix: bool, settings: dict[str, str] | None) -> None:
+    """With tokenizer_config.json and without one."""
+    import sentencepiece as spm
+
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS.split("\n")), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe",
+        vocab_size=420, byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=prefix,
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    own = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = load_tokenizer(tmp_path)
+    for text in TEXTS:
+        if "</s>" not in text:  # SentencePiece itself takes it for text
+            assert tokenizer(text, add_special_tokens=False)["input_ids"] == own.encode(text), repr(text)

@@ -1,4 +1,4 @@
-"""The average, the optimiser's groups, the schedule, and what the log says."""
+"""The average, the optimiser's groups, the schedule, what the log says; and the launcher's other values, which are refused."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from commands import ROOT, user_error
+from data_fixtures import half_unreadable
 from torch import nn
+from training_runs import build_here, clipped
 
+from paradiffusion.compose import compose_train
 from paradiffusion.config import OptimizerConfig, TrackerConfig, TrainConfig
+from paradiffusion.errors import UserError
 from paradiffusion.training.ema import Ema
-from paradiffusion.training.engine import WholeMasters
+from paradiffusion.training.engine import WholeMasters, check_deepspeed_file, check_launch
 from paradiffusion.training.log import Log, Meters, human_time, length_band, log_line
 from paradiffusion.training.optim import MuonAdamW, build_optimizer, part_of, schedule, set_learning_rate
 
@@ -163,7 +169,7 @@ def test_length_bands_and_times() -> None:
     assert {seconds: human_time(seconds) for seconds in times} == times
 
 
-def two_processes() -> dict[str, object]:
+def test_summary_joins_processes_and_bins_and_the_log_line_says_it() -> None:
     meters = [Meters(), Meters()]
     for number, each in enumerate(meters):
         each.steps, each.samples, each.tokens, each.truncated = 2, 10, 100, number
@@ -172,11 +178,7 @@ def two_processes() -> dict[str, object]:
     meters[1].errors = [(5.0, 0.6, 10), (7.0, 1.0, 300)]
     parts = [{**each.export(), "seconds": 4.0} for each in meters]
     json.dumps(parts)  # they travel between processes
-    return meters[0].summary(parts)
-
-
-def test_summary_joins_processes_and_bins() -> None:
-    record = two_processes()
+    record = meters[0].summary(parts)
     assert record["loss"] == 4.0 and record["samples_per_second"] == 5.0 and record["tokens_per_second"] == 50.0
     assert record["data_wait"] == 0.25 and record["truncated"] == 0.05 and record["truncated_count"] == 1
     assert record["gradient_norm"] == 1.5 and record["seconds_per_step"] == 2.0
@@ -185,10 +187,7 @@ def test_summary_joins_processes_and_bins() -> None:
         "loss_time/0.00-0.25": 2.0, "loss_time/0.50-0.75": 5.0, "loss_time/0.75-1.00": 7.0,
         "loss_words/0-25": 3.0, "loss_words/78-128": 3.0, "loss_words/257+": 7.0,
     }  # fmt: skip
-
-
-def test_log_line_is_one_that_a_person_can_read() -> None:
-    record = {**two_processes(), "learning_rate": 1e-4, "memory_gb": 1.25}
+    record |= {"learning_rate": 1e-4, "memory_gb": 1.25}
     line = log_line(TrainConfig(stage=2, max_steps=150), 60, record)
     for part in (
         "stage 2", "60/150", "loss 4.0000", "5.0 samples/s", "50 tokens/s", "data wait  25%", "truncated  5.0%", "grad 1.50",
@@ -212,3 +211,72 @@ def test_log_forgets_what_will_be_done_again(tmp_path: Path) -> None:
     log.close()
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(r["step"], r["kind"]) for r in records] == [(10, "train"), (20, "train"), (30, "validation")]
+
+
+NAMES = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*NAMES, "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_contradictions_are_refused(tiny_arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compose_train([*tiny_arguments, "precision=fp32", "optimizer.max_grad_norm=2.0"])
+    check_launch(config, 2)
+    for name, value, said in (
+        (NAMES[0], "fp16", "mixed_precision=fp16, and precision makes it no"),
+        (NAMES[1], "4", "batch_size and micro_batch_size makes it 2"),
+        (NAMES[2], "0.5", r"gradient_clipping=0\.5, and optimizer\.max_grad_norm makes it 2\.0"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=said):
+            patch.setenv(name, value)
+            check_launch(config, 2)
+    for name, value in zip(NAMES, ("no", "1", "1.0"), strict=True):  # what launchers always export
+        monkeypatch.setenv(name, value)
+    check_launch(compose_train([*tiny_arguments, "precision=bf16", "optimizer.max_grad_norm=0.5"]), 4)
+
+
+def test_a_deepspeed_file_of_the_users_own(tiny_arguments: list[str], tmp_path: Path) -> None:
+    config, path = compose_train(tiny_arguments), tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": "auto"}))
+    check_deepspeed_file(path, config, 1)
+    for settings, said in (
+        ('{"train_batch_size": 99}', "train_batch_size=99, and batch_size makes it 4"),
+        ('{"gradient_accumulation_steps": 8}', "batch_size and micro_batch_size makes it 1"),
+        ('{"bf16": {"enabled": true}}', "bf16.enabled=True, and precision makes it fp32"),
+        ('{"optimizer": {"type": "Adam"}}', "take optimizer out"),
+        ('{"scheduler": {"type": "WarmupLR"}}', "optimizer.schedule"),
+        ("{", "could not be read"),
+    ):
+        path.write_text(settings)
+        user_error(said, check_deepspeed_file, path, config, 1)
+
+
+def test_the_launch_configurations_leave_our_keys_alone() -> None:
+    files = sorted((ROOT / "configs" / "launch").glob("*.yaml"))
+    assert {path.stem for path in files} == {"one", "ddp", "zero2", "zero2_offload", "zero3", "two_nodes"}
+    ours = {"mixed_precision", "gradient_accumulation_steps", "gradient_clipping", "train_batch_size"}
+    for settings in (yaml.safe_load(path.read_text()) for path in files):
+        assert not ours & {**settings, **settings.get("deepspeed_config", {})}.keys()
+
+
+def test_unreadable_samples_leave_the_mean_over_the_readable_ones(tiny_arguments: list[str], tmp_path: Path) -> None:
+    bad = [f"data.shards={half_unreadable(tmp_path / 'bad')}", "data.max_bad_fraction=0.9"]
+    found = []
+    for micro in (4, 1):
+        trainer = build_here([*tiny_arguments, *bad, f"run_dir={tmp_path / str(micro)}", f"micro_batch_size={micro}"])
+        batches = trainer.loader()
+        for _ in range(2):
+            trainer.train_step(batches)
+        share, taken = trainer.gradients(batches)
+        found.append((float(share), clipped(trainer)))
+        errors = torch.cat([losses.errors for _, _, losses in taken])
+        weights = torch.cat([batch.weights for batch, _, _ in taken])
+        assert 0 < weights.sum() < 4
+        assert found[-1][0] == pytest.approx(float((errors * weights).sum() / weights.sum()), rel=1e-5)
+    (loss, whole), (other, parts) = found
+    assert loss == pytest.approx(other, rel=1e-5)
+    for name, gradient in parts.items():
+        assert float((gradient - whole[name]).norm()) <= 1e-4 * float(whole[name].norm()) + 1e-7, name
