@@ -34,11 +34,13 @@ class Objective(ABC):
 
     Attributes:
         guided_from: guidance scales below this one draw without guidance.
+        suits: names of diffusers' schedulers that draw from it, for messages.
         published: of a published scheduler's settings, what other solvers of this objective take, too.
         schedulers: a function of (solver, **overrides) that makes the scheduler in place of the configuration.
     """
 
     guided_from: float = 0.0
+    suits: tuple[str, ...] = ("DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler")
     published: tuple[str, ...] = ()
     schedulers: Callable[..., Any] | None = None
 
@@ -187,6 +189,8 @@ class Sample(VariancePreserving):
 
 class Flow(Objective):
     """Rectified flow, eps - x_0 on the straight line x_t = (1 - t) x_0 + t eps (arXiv 2403.03206)."""
+
+    suits = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 
     def times(self, u: Tensor, size: Sequence[int] = ()) -> Tensor:
         sigma, shift = self.density(u).clamp(1e-4, 1.0), self.shift(size) or 1.0
