@@ -27,15 +27,15 @@ from paradiffusion.data.index import (
     arrays_of,
     assemble,
     index_of,
+    look_at,
     save_arrays,
-    size_of,
     tabulated,
 )
 from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, Span, TarEntry, names_beside, read_beside
 from paradiffusion.errors import UserError
 
 INDEX_NAME: Final = ".paradiffusion.index.npz"
-_VERSION: Final = 3
+_VERSION: Final = 4
 _PER_PART: Final = 1000
 _REPEATS: Final = re.compile(r"([1-9]\d{0,5})_.")
 _TOLD_FOLDERS: Final = 8
@@ -98,6 +98,7 @@ class LookedAt:
 
     width: int = 0
     height: int = 0
+    hash: int = 0
     captions: dict[str, str] = field(default_factory=dict)
     bad_json: bool = False
     odd_text: bool = False
@@ -188,8 +189,8 @@ def _look_at(
     for one in found:
         image, meta, text = (Span(0, max(size, 0)) for size in one.stamps[::2])
         entries.append(TarEntry(one.key, one.key.rpartition(".")[2].lower(), image, meta, text))
-    sizes, captions = [(saw.width, saw.height) for saw in looked], [saw.captions for saw in looked]
-    index = tabulated(FolderPart(root, 0), entries, sizes, captions, counter)
+    looks, captions = [(saw.width, saw.height, saw.hash) for saw in looked], [saw.captions for saw in looked]
+    index = tabulated(FolderPart(root, 0), entries, looks, captions, counter)
     stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)
     return index, stamps, np.array([(saw.bad_json, saw.odd_text) for saw in looked], bool).reshape(-1, 2)
 
@@ -198,12 +199,12 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
     path = root / found.key
     try:
         with open(path, "rb") as file:
-            width, height = size_of(file, Span(0, found.stamps[0]))
+            picture = look_at(file, Span(0, found.stamps[0]))
         meta_bytes, text = read_beside(path, found.stamps[2] >= 0, found.stamps[4] >= 0)
     except OSError:
         return LookedAt()
     meta = parse_meta(meta_bytes) if meta_bytes else {}
-    return LookedAt(width, height, captions_of(meta or {}, text), meta is None, is_odd(meta_bytes, text))
+    return LookedAt(*picture, captions_of(meta or {}, text), meta is None, is_odd(meta_bytes, text))
 
 
 def _to_index(root: Path, whole: SampleIndex, faults: np.ndarray, passed_over: Counter[str], name: str) -> SampleIndex:

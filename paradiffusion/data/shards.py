@@ -86,7 +86,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one sample lies, enough to read it without an index. ``id`` is stable: of its key and shard's name."""
+    """Where one sample lies, enough to read it without an index. ``id`` is stable: of its key and shard's name;
+    ``image_hash`` is of the picture's bytes, 0 where it is not known."""
 
     shard: ShardPath
     key: str
@@ -95,6 +96,7 @@ class Place:
     image: Span
     json: Span
     text: Span
+    image_hash: int = 0
 
 
 def write_shards(samples: Iterable[RawSample], folder: Path, samples_per_shard: int) -> list[Path]:

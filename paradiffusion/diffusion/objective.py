@@ -147,6 +147,12 @@ class VariancePreserving(Objective):
         a, b = self.shares(alpha, sigma)
         return (alpha / sigma).square().clamp(max=self.config.min_snr_gamma) / (a - b * alpha / sigma) ** 2
 
+    def scheduler(self, solver: str = "dpm", size: Sequence[int] = (), **overrides: Any) -> Any:
+        made = super().scheduler(solver, size, **overrides)
+        # For who makes another of diffusers' schedulers from this one's settings: several clip x_0 to pixels' range by default.
+        made.register_to_config(clip_sample=False)
+        return made
+
     def usual_scheduler(self, solver: str, **overrides: Any) -> Any:
         config = self.config
         spacing = "trailing" if config.zero_terminal_snr else "leading"
@@ -160,10 +166,7 @@ class VariancePreserving(Objective):
             return EulerDiscreteScheduler(**{"steps_offset": 1, "timestep_spacing": spacing, **settings, **overrides})
         # DPM-Solver's own spacing in the official scheduler is "linspace" (no steps_offset there).
         settings["timestep_spacing"] = "trailing" if config.zero_terminal_snr else "linspace"
-        scheduler: Any = DPMSolverMultistepScheduler(**{**settings, **overrides})
-        # For who makes another of diffusers' schedulers from this one's settings: several clip x_0 to pixels' range by default.
-        scheduler.register_to_config(clip_sample=False)
-        return scheduler
+        return DPMSolverMultistepScheduler(**{**settings, **overrides})
 
 
 class Epsilon(VariancePreserving):

@@ -43,10 +43,10 @@ from paradiffusion.checkpoints.layouts import (
     objective_of,
     parse,
     portable,
+    read_adapter,
     split_parts,
     write_adapter,
 )
-from paradiffusion.checkpoints.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors
 from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, SamplerConfig, TextEncoderConfig
 from paradiffusion.diffusion.objective import Objective, set_steps
 from paradiffusion.models.codec import Codec
@@ -95,6 +95,8 @@ def pipeline_objective(pipeline: Any) -> Objective:
         own = pipeline.scheduler
         if "flow_shift" in overrides and "shift" in own.config:  # as FlowMatchEuler and its like call it
             overrides["shift"] = overrides.pop("flow_shift")
+        if "clip_sample" in own.config:  # pipelines exported before do not say that latents are not to be clipped
+            overrides["clip_sample"] = False
         return type(own).from_config(own.config, **overrides)
 
     objective.schedulers = schedulers
@@ -206,8 +208,7 @@ class ParaDiffusionPipeline(_Base):
             kwargs["dtype"] = {**dtypes, "default": torch.float32}
         pipe: ParaDiffusionPipeline = super().from_pretrained(source, **kwargs)
         if pipe.config["description"]["lora"] is not None:
-            stored = read_tensors(beside / LORA, ADAPTER_STEM)
-            named = {joint_adapter_name(name): tensor.float() for name, tensor in stored.items()}
+            named = read_adapter(beside / LORA)
             if not (carried := pipe.adapter()):
                 pipe._attach(named)
             elif carried.keys() != named.keys() or not all(t.equal(named[n].to(t)) for n, t in carried.items()):

@@ -26,6 +26,7 @@ from paradiffusion.atomic import write_atomic
 from paradiffusion.checkpoints.layouts import Ours, check_complete, copy_tensors, save_weights, write_tensors
 from paradiffusion.checkpoints.manifest import checkpoints_of, newest_valid, sync, write_manifest
 from paradiffusion.config import SourceConfig, TrainConfig, keys_of
+from paradiffusion.data.index import same_data
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel
 from paradiffusion.training.ema import Ema
@@ -133,8 +134,10 @@ def check_unchanged(config: TrainConfig, folder: Path, facts: dict[str, Any] | N
             continue
         if (old := before.get(key, defaults.get(key))) != after.get(key):
             if key == "facts.data":
+                if same_data(old, after[key]):
+                    continue
                 raise UserError(
-                    f"the data has changed since {folder} was begun (samples, captions, sizes, or the tokens in the indexes), and "
+                    f"the data has changed since {folder} was begun (samples, captions, pictures, or the tokens in the indexes), and "
                     "a resumed run reads the same data in the same order; put the old data back, or begin a new run on it from "
                     f"these weights with run_dir=<new folder> init_from={folder}."
                 )

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from official_models import MODERN, latents, make_official, make_ours, reference, same
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline, official_differs
 from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
@@ -96,10 +96,23 @@ def test_lora_of_the_unet_is_stored_apart_and_merged(tmp_path: Path, codec_folde
     export_ours(open_layout(folder), tmp_path / "published", frozen="none")
     assert not (tmp_path / "published" / "unet_lora").exists()
     assert torch.equal(latents(folder), latents(tmp_path / "published", codec_folder))
-    # PEFT loads it by itself.
+    # PEFT loads it by itself, and diffusers by either prefix.
     base = UNet2DConditionModel.from_pretrained(folder / "unet")
     for name, tensor in PeftModel.from_pretrained(base, folder / "unet_lora").merge_and_unload().state_dict().items():
         torch.testing.assert_close(tensor, unet[name], atol=1e-6, rtol=0)
+    for prefix in (None, "unet"):
+        base = UNet2DConditionModel.from_pretrained(folder / "unet")
+        base.load_lora_adapter(folder / "unet_lora", prefix=prefix, weight_name="adapter_model.safetensors")
+        base.fuse_lora()
+        fused = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
+        for name, tensor in unet.items():
+            torch.testing.assert_close(fused[name], tensor, atol=1e-6, rtol=0)
+    # As versions before wrote it, under PEFT's names alone.
+    stored = load_file(folder / "unet_lora" / "adapter_model.safetensors")
+    old = {name: tensor for name, tensor in stored.items() if name.startswith("base_model.model.")}
+    assert len(stored) == 3 * len(old)
+    save_file(old, folder / "unet_lora" / "adapter_model.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in open_layout(folder).weights(merge=False).items())
 
 
 def test_publishing_says_nothing_of_this_machine(tmp_path: Path, codec_folder: Path) -> None:

@@ -115,7 +115,7 @@ def test_diffusers_loads_the_unet_by_itself(make: Callable[..., Made]) -> None:
 @torch.no_grad()
 def test_peft_loads_the_adapter_by_itself(make: Callable[..., Made]) -> None:
     from peft import PeftModel
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForCausalLM
 
     folder, _, encoder = make("paper", True)
     base = AutoModel.from_pretrained(locate(TextEncoderConfig()), dtype=torch.float32)
@@ -125,6 +125,10 @@ def test_peft_loads_the_adapter_by_itself(make: Callable[..., Made]) -> None:
     assert torch.equal(theirs, encoder(tokens.ids, tokens.mask, 0))
     with adapted.disable_adapter():
         bare = adapted(input_ids=tokens.ids, attention_mask=tokens.mask.long(), use_cache=False).last_hidden_state
+    headed = AutoModelForCausalLM.from_pretrained(locate(TextEncoderConfig()), dtype=torch.float32)
+    PeftModel.from_pretrained(headed, folder / "text_encoder_lora").eval()
+    again = headed.model(input_ids=tokens.ids, attention_mask=tokens.mask.long(), use_cache=False).last_hidden_state
+    assert torch.equal(again, theirs)
     assert not torch.allclose(theirs, bare, atol=1e-3), "the adapter does nothing"
 
 
