@@ -7,7 +7,6 @@ folder is whole.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paradiffusion.atomic import write_atomic
+from paradiffusion.atomic import hold, write_atomic
 from paradiffusion.checkpoints.layouts import Ours, check_complete, copy_tensors, save_weights, write_tensors
 from paradiffusion.checkpoints.manifest import checkpoints_of, newest_valid, sync, write_manifest
 from paradiffusion.config import SourceConfig, TrainConfig, keys_of
@@ -57,14 +56,12 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"run_dir: {folder} cannot be written ({error.strerror}); choose another run_dir=.") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not hold(file):
             file.seek(0)
             raise UserError(
                 f"{folder} is being written by another run (process {file.read().strip() or 'unknown'}); wait for it, stop it, "
                 "or choose another run_dir=."
-            ) from None
+            )
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))

@@ -14,11 +14,14 @@ import pytest
 from data_fixtures import as_json, encoded, picture
 from loader_fixtures import assert_same, load
 
+from paradiffusion.atomic import hold, locked
 from paradiffusion.compose import compose_train
+from paradiffusion.curation.journal import lock as journal_lock
 from paradiffusion.data.folder import INDEX_NAME, FoundPicture, LookedAt, load_folder, look
 from paradiffusion.data.index import SampleIndex, TokenCounter, read_sample
 from paradiffusion.data.loader import LoaderSettings
 from paradiffusion.errors import UserError
+from paradiffusion.training.folder import locked as training_lock
 
 SETTINGS = LoaderSettings(seed=1, workers=0, last_step=6)
 
@@ -152,6 +155,11 @@ def test_a_disk_without_locks(pictures: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert len(load_folder(pictures)) == 22
+    # Nobody can be kept out there, and nobody is: whatever writes takes its lock by the same function.
+    refusal = "held by another process"
+    with open(pictures / "lock", "w") as file, locked(pictures, refusal), training_lock(pictures / "stage1"):
+        assert hold(file) and hold(file, wait=True) and not hold(file, unsure=False)
+        journal_lock(file, refusal)
 
 
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
