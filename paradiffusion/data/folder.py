@@ -31,7 +31,8 @@ from paradiffusion.data.index import (
     save_arrays,
     tabulated,
 )
-from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, Span, TarEntry, names_beside, read_beside
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, IN_TABLE, FolderPart, Span, TarEntry, names_beside, read_beside
+from paradiffusion.data.tables import BESIDE, table_beside, told_by_table
 from paradiffusion.errors import UserError
 
 INDEX_NAME: Final = ".paradiffusion.index.npz"
@@ -51,7 +52,8 @@ _READERS: Final = 16
 
 
 def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: str = "data.folder") -> SampleIndex:
-    """All pictures below ``folder`` that have a caption in a .txt, .caption or .json of the same name (``names_beside``).
+    """All pictures below ``folder`` that have a caption in a .txt, .caption or .json of the same name (``names_beside``), else in a
+    table there or above them (metadata.jsonl, captions.csv and the like; ``tables.BESIDE``).
 
     The index is kept in the folder (``.paradiffusion.index.npz``), else in the user's cache; only files whose size or time
     has changed are looked at again. A sample's key is its path in the folder, and its id is a function of that alone. Up to
@@ -68,6 +70,7 @@ def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: st
 
 def _load(root: Path, counter: TokenCounter | None, name: str) -> SampleIndex:
     passed_over: Counter[str] = Counter()
+    table_beside.cache_clear()
     found = sorted(walk_pictures(root, passed_over), key=lambda one: one.key)
     # All pictures that were looked at are kept, also those of no use, so that they need not be looked at again.
     whole, stamps, faults = _read_stored(root, counter) or _look_at(root, [], counter)
@@ -86,10 +89,12 @@ def _load(root: Path, counter: TokenCounter | None, name: str) -> SampleIndex:
 
 @dataclass
 class FoundPicture:
-    """A picture's files as the folder lists them: (size in bytes, time in ns) of image, JSON and text; -1: none."""
+    """A picture's files as the folder lists them: (size in bytes, time in ns) of image, JSON and text; -1: none. The text may be a
+    row of a table (``told``)."""
 
     key: str
     stamps: tuple[int, int, int, int, int, int]
+    told: bool = False
 
 
 @dataclass
@@ -131,7 +136,7 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
         for name in files:
             stem, _, extension = name.rpartition(".")
             extension = extension.lower()
-            if not stem or name.startswith("."):
+            if not stem or name.startswith(".") or name in BESIDE:
                 strays.discard(name)
                 continue
             if extension not in IMAGE_EXTENSIONS:
@@ -146,13 +151,15 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
                 key.encode("utf-8")
                 image = _stamp(Path(folder, name))
                 stamps = [_stamp(Path(folder, side)) if side else (-1, -1) for side in beside]
+                table = None if any(beside) else table_beside(Path(folder), root)
+                stamps[1] = _stamp(table) if table else stamps[1]
             except UnicodeEncodeError:
                 passed_over["names that are not UTF-8"] += 1
             except OSError:
                 passed_over["files that cannot be opened"] += 1
             else:
                 if image[0] < _LARGEST:
-                    yield FoundPicture(key, (*image, *stamps[0], *stamps[1]))
+                    yield FoundPicture(key, (*image, *stamps[0], *stamps[1]), table is not None)
                 else:
                     passed_over["files over 1 GiB"] += 1
         unused, example = unused + len(strays), example or min(strays, default="")
@@ -188,6 +195,7 @@ def _look_at(
     entries = []
     for one in found:
         image, meta, text = (Span(0, max(size, 0)) for size in one.stamps[::2])
+        text.offset = IN_TABLE if one.told else 0
         entries.append(TarEntry(one.key, one.key.rpartition(".")[2].lower(), image, meta, text))
     looks, captions = [(saw.width, saw.height, saw.hash) for saw in looked], [saw.captions for saw in looked]
     index = tabulated(FolderPart(root, 0), entries, looks, captions, counter)
@@ -200,7 +208,9 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
     try:
         with open(path, "rb") as file:
             picture = look_at(file, Span(0, found.stamps[0]))
-        meta_bytes, text = read_beside(path, found.stamps[2] >= 0, found.stamps[4] >= 0)
+        meta_bytes, text = read_beside(path, found.stamps[2] >= 0, found.stamps[4] >= 0 and not found.told)
+        if found.told:
+            return LookedAt(*picture, told_by_table(root, found.key))
     except OSError:
         return LookedAt()
     meta = parse_meta(meta_bytes) if meta_bytes else {}
@@ -221,7 +231,7 @@ def _to_index(root: Path, whole: SampleIndex, faults: np.ndarray, passed_over: C
         told = told if len(whole) else ", ".join(["no picture at all", *([told] if told else [])])
         raise UserError(
             f"{name}={root} holds no picture with a caption ({told}): expected for example "
-            "cat.jpg with cat.txt or cat.json beside it."
+            "cat.jpg with cat.txt or cat.json beside it, or a metadata.jsonl with file_name and text."
         )
     if os.environ.get("RANK", "0") == "0" and told:
         print(f"{name}={root}: {len(rows)} pictures with captions; passed over: {told}", file=sys.stderr, flush=True)
