@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors
+from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors, whole_files
 from paradiffusion.checks import finite
 from paradiffusion.config import CodecConfig
 from paradiffusion.errors import UserError, reason_of
@@ -104,7 +104,7 @@ def locate_codec(config: CodecConfig) -> Path:
     """The codec's local folder, downloaded if need be; UserError when it is nowhere."""
     if config.path is not None:
         if (folder := find_folder(config.path)) is not None:
-            return folder
+            return whole_files(folder)
         raise UserError(
             f"codec.path={config.path} holds no config.json; expected an AutoencoderKL in the diffusers layout "
             "(config.json, diffusion_pytorch_model.safetensors)."

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from paradiffusion.atomic import atomic_folder, cache_folder, locked
+from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.config import TextEncoderConfig
 from paradiffusion.errors import UserError
 
@@ -69,7 +70,7 @@ def locate(config: TextEncoderConfig) -> Path:
                 f"text_encoder.path={config.path} holds no config.json; expected a folder with a model in the transformers "
                 "layout (config.json, *.safetensors, tokenizer files)."
             )
-        return folder
+        return whole_files(folder)
     if config.package is not None:
         gguf = find_gguf(config.package)
         if gguf is not None:

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_unet import TINY_UNET
 
-from paradiffusion.checkpoints.layouts import describe, open_layout, save_weights
+from paradiffusion.checkpoints.layouts import describe, find_checkpoint, open_layout, save_weights
+from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
@@ -179,6 +180,31 @@ def test_another_frozen_model_is_refused_and_a_moved_one_found(
     moved = shutil.copytree(codec_folder, tmp_path / "moved")
     models = load_models(open_layout(folder), SampleConfig(codec=FrozenConfig(path=str(moved))), device="cpu")
     assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
+
+
+def test_a_git_lfs_pointer_is_named_wherever_weights_are_read(
+    make: Callable[..., Made], codec_folder: Path, tmp_path: Path
+) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    folder, _, _ = make("paper", True)
+    for number, (source, name) in enumerate((
+        (folder, "unet/diffusion_pytorch_model.safetensors"), (folder, "text_encoder_lora/adapter_model.safetensors"),
+        (codec_folder, "diffusion_pytorch_model.safetensors"), (locate(TextEncoderConfig()), "model.safetensors"),
+    )):  # fmt: skip
+        copy = tmp_path / str(number)
+        shutil.copytree(source, copy)
+        (copy / name).write_text(pointer)
+        with pytest.raises(UserError, match=f"{Path(name).name} is a Git LFS pointer.*git-lfs"):
+            if source == codec_folder:
+                load_codec(CodecConfig(path=str(copy)), "another hash")
+            elif source == folder:
+                open_layout(copy).weights()
+            else:
+                load_text_encoder(TextEncoderConfig(path=str(copy)), ConditioningConfig(), "another hash")
+    write_manifest(folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_text(pointer)
+    with pytest.raises(UserError, match="is a Git LFS pointer"):
+        find_checkpoint(folder)
 
 
 def test_damaged_checkpoints_are_refused(make: Callable[..., Made]) -> None:
