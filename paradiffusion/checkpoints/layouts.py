@@ -41,7 +41,7 @@ from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import DENOISERS, class_of, kind_of, read_width
 from paradiffusion.repository import find_shipped
 from paradiffusion.text.encoder import TextEncoder, attach_lora
-from paradiffusion.text.sources import fingerprint, hash_ends, locate
+from paradiffusion.text.sources import locate, weights_hash
 
 FORMAT = "paradiffusion"
 FORMAT_VERSION = 1
@@ -201,9 +201,8 @@ class Pipeline(Layout):
         # Saved anew, the frozen models have other bytes than those that the checkpoint was trained with.
         for part, folder in (("text_encoder", self.folder / "text_encoder"), ("codec", self.folder / "vae")):
             if (folder / "config.json").is_file():
-                files = sorted(folder.glob("*.safetensors"))
-                found = fingerprint(folder) if part == "text_encoder" else hash_ends(files)
-                description[part] |= {"path": str(folder.resolve()), "hash": found}
+                stem = "model" if part == "text_encoder" else UNET_STEM
+                description[part] |= {"path": str(folder.resolve()), "hash": weights_hash(folder, stem)}
         description["codec"]["subfolder"] = None
         return description
 

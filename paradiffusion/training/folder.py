@@ -28,6 +28,7 @@ from paradiffusion.config import SourceConfig, TrainConfig, keys_of
 from paradiffusion.data.index import same_data
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel
+from paradiffusion.text.sources import same_weights
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import Engine
 
@@ -130,6 +131,8 @@ def check_unchanged(config: TrainConfig, folder: Path, facts: dict[str, Any] | N
         if may_differ(key, config.data.streaming) or (facts is None and key.startswith("facts.")):
             continue
         if (old := before.get(key, defaults.get(key))) != after.get(key):
+            if key in ("facts.text_encoder", "facts.codec") and same_weights(old, after[key]):
+                continue
             if key == "facts.data":
                 if same_data(old, after[key]):
                     continue

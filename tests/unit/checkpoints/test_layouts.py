@@ -14,6 +14,7 @@ from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_unet import TINY_UNET
+from transformers import AutoModel
 
 from paradiffusion.checkpoints.layouts import describe, find_checkpoint, open_layout, save_weights
 from paradiffusion.checkpoints.manifest import write_manifest
@@ -116,7 +117,7 @@ def test_diffusers_loads_the_unet_by_itself(make: Callable[..., Made]) -> None:
 @torch.no_grad()
 def test_peft_loads_the_adapter_by_itself(make: Callable[..., Made]) -> None:
     from peft import PeftModel
-    from transformers import AutoModel, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder, _, encoder = make("paper", True)
     base = AutoModel.from_pretrained(locate(TextEncoderConfig()), dtype=torch.float32)
@@ -178,6 +179,19 @@ def test_another_frozen_model_is_refused_and_a_moved_one_found(
         with pytest.raises(UserError, match=said):
             load_models(open_layout(folder), device="cpu")
     moved = shutil.copytree(codec_folder, tmp_path / "moved")
+    # The same tensors in other files, and one file that nothing reads, are the same model.
+    source, dealt = locate(TextEncoderConfig()), tmp_path / "dealt"
+    AutoModel.from_pretrained(source, dtype=torch.float32).save_pretrained(dealt, max_shard_size="100KB")
+    assert len(list(dealt.glob("*.safetensors"))) > 1
+    for file in source.glob("token*"):
+        shutil.copy(file, dealt)
+    (moved / "unused.safetensors").write_bytes((moved / "diffusion_pytorch_model.safetensors").read_bytes())
+    frozen = {"text_encoder": FrozenConfig(path=str(dealt)), "codec": FrozenConfig(path=str(moved))}
+    description["codec"]["path"] = None
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+    models = load_models(open_layout(folder), SampleConfig(**frozen), device="cpu")
+    assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
+    (folder / "checkpoint.json").write_text(json.dumps(description))
     models = load_models(open_layout(folder), SampleConfig(codec=FrozenConfig(path=str(moved))), device="cpu")
     assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
 
