@@ -4,7 +4,7 @@
     python sample.py ckpt=runs/nano prompt_file=prompts.txt output_dir=out
     torchrun --nproc_per_node 2 sample.py ckpt=runs/nano prompt_file=cases.jsonl
 
-Prompts come from .txt (one a line), .csv (a prompt column), .jsonl (prompt, seed, height, width, steps, guidance,
+Prompts come from .txt (one a line), .csv or .tsv (a prompt column), .json or .jsonl (prompt, seed, height, width, steps, guidance,
 negative_prompt a line) or standard input (prompt_file=-). Images are written as 00000.png, ... in the order of the
 prompts, with manifest.jsonl and a page, index.html. A run that was stopped goes on with the same command. All keys with
 their defaults are in configs/sample.yaml.

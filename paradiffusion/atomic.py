@@ -9,8 +9,11 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+from paradiffusion.errors import UserError
 
 
 @contextmanager
@@ -63,10 +66,28 @@ def cached_index(path: object, suffix: str) -> Path:
     return cache_folder() / "index" / (name + suffix)
 
 
+def hold(file: int | IO[Any], wait: bool = False, unsure: bool = True) -> bool:
+    """Hold an open file or folder against other processes until it is closed; the system gives it free when this one dies.
+
+    Args:
+        wait: for another process to give it free.
+    Returns:
+        Whether it is held; ``unsure`` on a file system that has no locks, where nobody can be kept out.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return unsure
+    return True
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, refusal: str = "") -> Iterator[None]:
     """Held by one process of a machine at a time, for what lies at ``path``. The lock is in the user's cache, since the
-    disks that data lie on may be read only; where there can be none, nobody waits."""
+    disks that data lie on may be read only; where there can be none, nobody waits. With a ``refusal`` nobody waits either, and
+    a UserError says it."""
     lock = cached_index(path, ".lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +96,6 @@ def locked(path: Path) -> Iterator[None]:
         yield
         return
     with file:
-        with suppress(OSError):  # Some network disks have no locks.
-            fcntl.flock(file, fcntl.LOCK_EX)
+        if not hold(file, wait=not refusal):
+            raise UserError(refusal)
         yield

@@ -464,7 +464,7 @@ class OptimizerConfig:
         fused: one kernel for all parameters, on a GPU and on a processor.
         lr, lr_conditioning, lr_lora: of the U-Net, of refiner and linear projection, of the adapter.
         schedule: after the warm-up "constant", "cosine", "linear", or "trapezoid": constant, then linear over the last
-            ``decay`` of all steps; down to ``final_lr`` times the rate.
+            ``decay`` of the steps after the warm-up; down to ``final_lr`` times the rate.
         momentum: Muon's.
     """
 
@@ -589,6 +589,12 @@ class TrainConfig:
             raise UserError(f"spike_factor={self.spike_factor} is out of range; expected a number above 1.")
         for part in (self.conditioning, self.lora, self.objective, self.data, self.sampler):
             part.check()
+        for key, value in self.unet.arguments.items():
+            if "dropout" in key and value:
+                raise UserError(
+                    f"unet.arguments.{key}={value} would be drawn from torch's global generator, so that no run could be resumed or "
+                    "replayed; leave it out (data.caption_dropout and optimizer.weight_decay are there)."
+                )
         if self.objective.layout_share and not (self.conditioning.layout_patch and self.objective.layout_weight):
             raise UserError(
                 f"objective.layout_share={self.objective.layout_share} trains by the layout loss alone, and there is none with "

@@ -41,15 +41,16 @@ from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import DENOISERS, class_of, kind_of, read_width
 from paradiffusion.repository import find_shipped
 from paradiffusion.text.encoder import TextEncoder, attach_lora
-from paradiffusion.text.sources import fingerprint, hash_ends, locate
+from paradiffusion.text.sources import locate, weights_hash
 
 FORMAT = "paradiffusion"
 FORMAT_VERSION = 1
 # Where each part of the joint module is stored, and the prefix of its parameters' names there.
 UNET, REFINER, LORA, UNET_LORA = "unet", "refiner", "text_encoder_lora", "unet_lora"
 DENOISER_FOLDERS = tuple(kind.folder for kind in DENOISERS.values())  # "unet", and "transformer" for one that is none
-# PEFT's own prefix: by it PEFT loads unet_lora/ by itself.
+# PEFT's own prefix, and that of an adapter for a model with its language head; we read the bare model.
 PEFT_PREFIX = "base_model.model."
+HEADED = re.compile(r"^base_model\.model\.model\.(?=layers\.|embed_tokens\.)")
 # Of the published weights.
 SCHEDULER = "scheduler"
 LLM_FOLDERS = ("Llama-2-7b-hf", "text_encoder")
@@ -139,7 +140,8 @@ class Layout(ABC):
             merge: add a U-Net's LoRA to its base; else the layers that have it are named as PEFT does, ``...base_layer.weight``.
         """
         stored = read_tensors(self.folder / UNET_LORA, ADAPTER_STEM)
-        adapter = {joint_adapter_name(n.removeprefix(PEFT_PREFIX), f"{UNET}."): t.float() for n, t in stored.items()}
+        peft = {name.removeprefix(PEFT_PREFIX): t for name, t in stored.items() if name.startswith(PEFT_PREFIX)}
+        adapter = {joint_adapter_name(name, f"{UNET}."): tensor.float() for name, tensor in peft.items()}
         adapted = {name.partition(".lora_")[0] for name in adapter}
         state = dict(adapter)
         for name, tensor in read_tensors(self.unet, UNET_STEM).items():
@@ -148,10 +150,7 @@ class Layout(ABC):
         for stem in ("model", UNET_STEM):  # ours, and a pipeline's, whose names have the prefix already
             for name, tensor in read_tensors(self.folder / REFINER, stem).items():
                 state[f"{REFINER}.{name.removeprefix(f'{REFINER}.')}"] = tensor.float()
-        for name, tensor in read_tensors(self.adapter, ADAPTER_STEM).items():
-            # An adapter of a model with its language head has one more "model." than one of the bare model, which we read.
-            bare = re.sub(r"^base_model\.model\.model\.(?=layers\.|embed_tokens\.)", PEFT_PREFIX, name)
-            state[joint_adapter_name(bare)] = tensor.float()
+        state |= read_adapter(self.adapter)
         return merge_unet_lora(state, self.description["unet_lora"]) if adapter and merge else state
 
     def place(self, text_encoder_path: str | None, codec_path: str | None) -> None:
@@ -202,9 +201,8 @@ class Pipeline(Layout):
         # Saved anew, the frozen models have other bytes than those that the checkpoint was trained with.
         for part, folder in (("text_encoder", self.folder / "text_encoder"), ("codec", self.folder / "vae")):
             if (folder / "config.json").is_file():
-                files = sorted(folder.glob("*.safetensors"))
-                found = fingerprint(folder) if part == "text_encoder" else hash_ends(files)
-                description[part] |= {"path": str(folder.resolve()), "hash": found}
+                stem = "model" if part == "text_encoder" else UNET_STEM
+                description[part] |= {"path": str(folder.resolve()), "hash": weights_hash(folder, stem)}
         description["codec"]["subfolder"] = None
         return description
 
@@ -438,9 +436,9 @@ def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]], description: 
     write_tensors(unet / f"{UNET_STEM}.safetensors", parts[UNET])
     if parts[REFINER]:
         write_tensors(folder / REFINER / "model.safetensors", parts[REFINER])
-    for part, key in ((LORA, "lora"), (UNET_LORA, "unet_lora")):
+    for part, key, denoiser in ((LORA, "lora", ""), (UNET_LORA, "unet_lora", unet.name)):
         if parts[part]:
-            write_adapter(folder / part, parts[part], description[key])
+            write_adapter(folder / part, parts[part], description[key], denoiser)
     (folder / "checkpoint.json").write_text(json.dumps(description, indent=1))
 
 
@@ -450,11 +448,31 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: dict[str, Any]) -> None:
-    """An adapter as PEFT itself can load it."""
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a language model's adapter by the joint module's names, fp32, whether it was made for the model with its
+    language head or without."""
+    stored = read_tensors(folder, ADAPTER_STEM)
+    return {joint_adapter_name(HEADED.sub(PEFT_PREFIX, name)): tensor.float() for name, tensor in stored.items()}
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: dict[str, Any], denoiser: str = "") -> None:
+    """An adapter as others load it, too: each looks for names of its own and passes over the rest, and an adapter is small.
+
+    A language model's is found by PEFT on the bare model, as in the released code, and on one with its language head. That of a
+    denoiser, which diffusers calls ``denoiser``, is found by PEFT, and by ``load_lora_adapter`` with ``prefix=None`` or that name;
+    diffusers takes alpha for the rank, so there alpha / rank is a part of lora_B.
+    """
     from peft import LoraConfig as PeftLoraConfig
 
-    write_tensors(folder / f"{ADAPTER_STEM}.safetensors", tensors)
+    others: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        bare = name.removeprefix(PEFT_PREFIX)
+        if denoiser:
+            scaled = tensor * (lora["alpha"] / lora["rank"]) if ".lora_B." in name else tensor
+            others |= {bare: scaled.clone(), f"{denoiser}.{bare}": scaled.clone()}
+        elif bare.startswith(("layers.", "embed_tokens.")):
+            others[f"{PEFT_PREFIX}model.{bare}"] = tensor.clone()
+    write_tensors(folder / f"{ADAPTER_STEM}.safetensors", {**tensors, **others})
     targets = {"target_modules": sorted(lora["target_modules"]), **lora.get("settings", {})}
     PeftLoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=0.0, **targets).save_pretrained(str(folder))
     path, defaults = folder / "adapter_config.json", PeftLoraConfig().to_dict()

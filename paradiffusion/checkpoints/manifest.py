@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+from paradiffusion.checkpoints.tensors import is_pointer
+
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1  # of the manifest; one without the key is version 1
 
@@ -52,6 +54,8 @@ def find_fault(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
+        if is_pointer(path):
+            return f"{name} is a Git LFS pointer, to be fetched with git-lfs (`git lfs pull`)"
         size = path.stat().st_size
         if size != expected["size"]:
             return f"{name} has {size} bytes instead of {expected['size']}"

@@ -12,9 +12,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from paradiffusion.atomic import atomic_file
+from paradiffusion.data.captions import LFS_POINTER
 from paradiffusion.errors import UserError, reason_of
 
+_MOST_OF_A_POINTER = 1024  # bytes
 UNET_STEM, ADAPTER_STEM = "diffusion_pytorch_model", "adapter_model"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a Git LFS pointer is there in the place of a file."""
+    return path.is_file() and path.stat().st_size < _MOST_OF_A_POINTER and path.read_bytes().startswith(LFS_POINTER)
+
+
+def whole_files(place: Path) -> Path:
+    """``place``, a file of weights or a model's folder. Raises UserError where a file there is a Git LFS pointer, as a clone without
+    git-lfs leaves them, which libraries report as damage of many kinds."""
+    for path in [place] if place.is_file() else sorted(place.glob("*")):
+        if is_pointer(path):
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the file itself; fetch it with git-lfs (`git lfs install && git lfs pull` in "
+                "the clone), or download the model again."
+            )
+    return place
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -71,6 +90,7 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, by its ending; see ``read_tensors``."""
+    whole_files(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from paradiffusion.atomic import hold
 from paradiffusion.errors import UserError
 
 
 def lock(file: int | IO[Any], refusal: str) -> None:
     """Hold an open file or folder against other processes until it is closed. Raises UserError with ``refusal``."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(refusal) from None
+    if not hold(file):
+        raise UserError(refusal)
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -2,8 +2,9 @@
 
 A cache folder holds ``latents/`` and ``text/``, or is one of the two: ``key.json``, which says everything that made the
 values, and a tar for each shard, with an index beside it. A tar is named after its shard's content, not its path, so that
-shards may move, and equally named ones of several sources do not meet. Its members are ``ID.safetensors``, ID 16 hexadecimal
-digits: of a sample's id (latents) or of a hash of the caption (features). Each holds ``values`` ([2, C, h, w], mean and
+shards may move, and equally named ones of several sources do not meet. Its members are ``NAME.safetensors``, NAME 16 hexadecimal
+digits: of a sample's id and a hash of its picture (latents), or of a hash of the caption (features); of a shard that has changed
+those that still hold are taken over. Each holds ``values`` ([2, C, h, w], mean and
 standard deviation, or [L, D], unpadded), ``length`` (of text: tokens before any cut) and ``checksum``.
 """
 
@@ -17,10 +18,11 @@ import re
 import tarfile
 import time
 import zlib
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +34,6 @@ from torch import Tensor
 
 from paradiffusion.atomic import atomic_file, write_atomic
 from paradiffusion.data.index import SampleIndex
-from paradiffusion.data.remote import RemotePath
 from paradiffusion.data.shards import Place, ShardPath, Span
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
@@ -40,7 +41,7 @@ from paradiffusion.randomness import seed_from
 KINDS: Final = ("latents", "text")
 KEY_FILE: Final = "key.json"
 NULL_FILE: Final = "null.tar"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 # How an encoded image becomes the codec's input (see images.py): another number for another crop, filter or colour.
 PIXELS_VERSION: Final = "crop 1, lanczos, JPEG reduced, on white, profiles to sRGB"
 # A window of shards of each of several sources, latents and text.
@@ -51,6 +52,11 @@ _INDEX: Final = np.dtype([("name", "<u8"), ("offset", "<u8"), ("size", "<u8")])
 _WHOLE: Final = 2**64 - 1
 
 Add = Callable[..., None]  # see ``writing``
+
+
+def picture_name(id: int, image_hash: int) -> int:
+    """The name of a picture's member: of its sample, since crops are drawn by that, and of its bytes."""
+    return id ^ image_hash
 
 
 def caption_name(caption: str) -> int:
@@ -70,14 +76,15 @@ class Entry:
 def writing(path: Path, dtype: torch.dtype) -> Iterator[Add]:
     """Write one tar of a cache and its index, whole or not at all: several commands may be at work on it.
 
-    Gives ``add(name, values, length=0)``, which appends a member; ``values`` are None for a sample that could not be read.
+    Gives ``add(name, values, length=0)``, which appends a member; ``values`` are None for a sample that could not be read, bytes
+    for a member of another tar (``Members.stored``).
     Raises UserError when the disk is full or refuses.
     """
     rows: list[tuple[int, int, int]] = []
 
-    def add(name: int, values: Tensor | None, length: int = 0) -> None:
-        data = b""
-        if values is not None:
+    def add(name: int, values: Tensor | bytes | None, length: int = 0) -> None:
+        data = values if isinstance(values, bytes) else b""
+        if isinstance(values, Tensor):
             values = values.detach().to("cpu", dtype).contiguous()
             facts = {"length": length, "checksum": checksum(name, length, values)}
             data = save({"values": values, **{key: torch.tensor(fact) for key, fact in facts.items()}})
@@ -144,6 +151,11 @@ class Members:
         at = np.searchsorted(self._names, np.uint64(name))
         return bool(at < len(self._names) and self._names[at] == name)
 
+    def stored(self, name: int) -> bytes:
+        """The member of that name, which is there, as it lies in the tar; empty for a sample that could not be read."""
+        row = self.rows[np.searchsorted(self._names, np.uint64(name))]
+        return os.pread(self._file.fileno(), int(row["size"]), int(row["offset"]))
+
     def get(self, name: int) -> Entry | None:
         """The entry of that name; None where there is none.
 
@@ -152,17 +164,53 @@ class Members:
         """
         if name not in self:
             return None
-        row = self.rows[np.searchsorted(self._names, np.uint64(name))]
-        if row["size"] == 0:
+        if not (data := self.stored(name)):
             raise ValueError("did not decode when its latents were cached")
         try:
-            tensors = load(os.pread(self._file.fileno(), int(row["size"]), int(row["offset"])))
+            tensors = load(data)
             entry = Entry(tensors["values"], int(tensors["length"]))
             if int(tensors["checksum"]) == checksum(name, entry.length, entry.values):
                 return entry
         except (SafetensorError, KeyError, ValueError, RuntimeError, OverflowError):
             pass
         raise ValueError(f"has a damaged entry in the cache: delete {self.path.name} and run scripts/cache.py again")
+
+
+class Former:
+    """Members of the tars of a cache's folder that no shard has any more, as those do of one that has changed.
+
+    Args:
+        current: the tars of today's shards.
+    Attributes:
+        used: tars that something was taken from.
+    """
+
+    def __init__(self, folder: Path, current: set[Path]) -> None:
+        others = set(folder.glob("*.tar")) - current - {folder / NULL_FILE}
+        self._paths = [path for path in sorted(others) if is_whole(path)]
+        names = [np.load(_index_of(path))[:-1]["name"] for path in self._paths]
+        joined = np.concatenate([np.zeros(0, np.uint64), *names])
+        order = np.argsort(joined, kind="stable")
+        self._names = joined[order]
+        self._of = np.repeat(np.arange(len(names)), [len(one) for one in names])[order]
+        self._opened = lru_cache(_OPEN_FILES)(Members)
+        self.used: set[Path] = set()
+
+    def give(self, name: int, add: Add) -> bool:
+        """Add the member of that name; whether there is one."""
+        at = int(np.searchsorted(self._names, np.uint64(name)))
+        if at == len(self._names) or self._names[at] != name:
+            return False
+        path = self._paths[self._of[at]]
+        add(name, self._opened(path).stored(name))
+        self.used.add(path)
+        return True
+
+    def drop(self) -> None:
+        """Remove the tars that something was taken from; what is left in them is of samples that are gone."""
+        for path in self.used:
+            path.unlink(missing_ok=True)
+            _index_of(path).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -233,19 +281,14 @@ class Cache:
         """
         latents, text = None, None
         if self.latents is not None:
-            found = self._members(self.latents[place.shard]).get(place.id)
+            found = self._members(self.latents[place.shard]).get(picture_name(place.id, place.image_hash))
             if found is None:
                 raise ValueError("is not in the cache")
             latents = found.values[:, None]
         if self.text is not None:
-            members = self._members(self.text[place.shard])
-            text = members.get(caption_name(caption))
+            text = self._members(self.text[place.shard]).get(caption_name(caption))
             if text is None:
-                # Captions of a remote shard cannot be compared with the cache at a bearable price.
-                first = f"delete {members.path.name} and " if isinstance(place.shard, RemotePath) else ""
-                raise ValueError(
-                    f"has a caption that is not in the cache, changed since: {first}run scripts/cache.py again"
-                )
+                raise ValueError("has a caption that is not in the cache, changed since: run scripts/cache.py again")
         if text is None:
             return Stored(latents, None, [], [])
         return Stored(latents, text.values, [len(text.values)], [text.length])
@@ -293,28 +336,22 @@ def write_key(folder: Path, what: str, key: dict[str, Any], about: dict[str, Any
 def file_names(index: SampleIndex, what: str) -> list[str]:
     """The name of each shard's file: its own name, and a hash of what the cached values are functions of besides the key.
 
-    For latents these are ids (from which crops are drawn) and images' sizes; for text ids and the captions' lengths. Where
-    all of that is equal in two shards (small folders, whose files are numbered alike), their paths tell them apart.
+    For latents these are ids (from which crops are drawn), and images' hashes and sizes; for text ids, and the captions' hashes and
+    lengths.
     """
     starts = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))
-    stems: dict[ShardPath, str] = {}
+    names = []
     for shard, start, end in zip(index.shards, starts, starts[1:], strict=False):
         rows = slice(int(start), int(end))
         digest = hashlib.blake2b(np.ascontiguousarray(index.ids[rows]).tobytes(), digest_size=8)
         if what == "latents":
-            for name in ("image_size", "width", "height"):
+            for name in ("image_hash", "image_size", "width", "height"):
                 digest.update(np.ascontiguousarray(index.table[name][rows]).tobytes())
         else:
+            digest.update(np.ascontiguousarray(index.table["captions_hash"][rows]).tobytes())
             for kind, column in sorted(zip(index.kinds, index.words[rows].T, strict=True), key=lambda pair: pair[0]):
                 if column.any():  # the columns of a joined index depend on the other shards, too
                     digest.update(kind.encode("utf-8", "surrogateescape") + np.ascontiguousarray(column).tobytes())
         stem = re.sub(r"[^\w.-]", "_", shard.stem)[:100]  # of a remote shard it may be anything
-        stems[shard] = f"{stem}-{digest.hexdigest()}"
-    alike = Counter(stems.values())
-    marks = {shard: _path_mark(shard) if alike[stem] > 1 else "" for shard, stem in stems.items()}
-    return [f"{stems[shard]}{marks[shard]}.tar" for shard in index.shards]
-
-
-def _path_mark(shard: ShardPath) -> str:
-    path = str(shard) if isinstance(shard, RemotePath) else os.path.abspath(str(shard))
-    return "-" + hashlib.blake2b(path.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+        names.append(f"{stem}-{digest.hexdigest()}.tar")
+    return names

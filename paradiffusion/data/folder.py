@@ -27,15 +27,16 @@ from paradiffusion.data.index import (
     arrays_of,
     assemble,
     index_of,
+    look_at,
     save_arrays,
-    size_of,
     tabulated,
 )
-from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, Span, TarEntry, names_beside, read_beside
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, IN_TABLE, FolderPart, Span, TarEntry, names_beside, read_beside
+from paradiffusion.data.tables import BESIDE, table_beside, told_by_table
 from paradiffusion.errors import UserError
 
 INDEX_NAME: Final = ".paradiffusion.index.npz"
-_VERSION: Final = 3
+_VERSION: Final = 4
 _PER_PART: Final = 1000
 _REPEATS: Final = re.compile(r"([1-9]\d{0,5})_.")
 _TOLD_FOLDERS: Final = 8
@@ -51,7 +52,8 @@ _READERS: Final = 16
 
 
 def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: str = "data.folder") -> SampleIndex:
-    """All pictures below ``folder`` that have a caption in a .txt, .caption or .json of the same name (``names_beside``).
+    """All pictures below ``folder`` that have a caption in a .txt, .caption or .json of the same name (``names_beside``), else in a
+    table there or above them (metadata.jsonl, captions.csv and the like; ``tables.BESIDE``).
 
     The index is kept in the folder (``.paradiffusion.index.npz``), else in the user's cache; only files whose size or time
     has changed are looked at again. A sample's key is its path in the folder, and its id is a function of that alone. Up to
@@ -68,6 +70,7 @@ def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: st
 
 def _load(root: Path, counter: TokenCounter | None, name: str) -> SampleIndex:
     passed_over: Counter[str] = Counter()
+    table_beside.cache_clear()
     found = sorted(walk_pictures(root, passed_over), key=lambda one: one.key)
     # All pictures that were looked at are kept, also those of no use, so that they need not be looked at again.
     whole, stamps, faults = _read_stored(root, counter) or _look_at(root, [], counter)
@@ -86,10 +89,12 @@ def _load(root: Path, counter: TokenCounter | None, name: str) -> SampleIndex:
 
 @dataclass
 class FoundPicture:
-    """A picture's files as the folder lists them: (size in bytes, time in ns) of image, JSON and text; -1: none."""
+    """A picture's files as the folder lists them: (size in bytes, time in ns) of image, JSON and text; -1: none. The text may be a
+    row of a table (``told``)."""
 
     key: str
     stamps: tuple[int, int, int, int, int, int]
+    told: bool = False
 
 
 @dataclass
@@ -98,6 +103,7 @@ class LookedAt:
 
     width: int = 0
     height: int = 0
+    hash: int = 0
     captions: dict[str, str] = field(default_factory=dict)
     bad_json: bool = False
     odd_text: bool = False
@@ -130,7 +136,7 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
         for name in files:
             stem, _, extension = name.rpartition(".")
             extension = extension.lower()
-            if not stem or name.startswith("."):
+            if not stem or name.startswith(".") or name in BESIDE:
                 strays.discard(name)
                 continue
             if extension not in IMAGE_EXTENSIONS:
@@ -145,13 +151,15 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
                 key.encode("utf-8")
                 image = _stamp(Path(folder, name))
                 stamps = [_stamp(Path(folder, side)) if side else (-1, -1) for side in beside]
+                table = None if any(beside) else table_beside(Path(folder), root)
+                stamps[1] = _stamp(table) if table else stamps[1]
             except UnicodeEncodeError:
                 passed_over["names that are not UTF-8"] += 1
             except OSError:
                 passed_over["files that cannot be opened"] += 1
             else:
                 if image[0] < _LARGEST:
-                    yield FoundPicture(key, (*image, *stamps[0], *stamps[1]))
+                    yield FoundPicture(key, (*image, *stamps[0], *stamps[1]), table is not None)
                 else:
                     passed_over["files over 1 GiB"] += 1
         unused, example = unused + len(strays), example or min(strays, default="")
@@ -187,9 +195,10 @@ def _look_at(
     entries = []
     for one in found:
         image, meta, text = (Span(0, max(size, 0)) for size in one.stamps[::2])
+        text.offset = IN_TABLE if one.told else 0
         entries.append(TarEntry(one.key, one.key.rpartition(".")[2].lower(), image, meta, text))
-    sizes, captions = [(saw.width, saw.height) for saw in looked], [saw.captions for saw in looked]
-    index = tabulated(FolderPart(root, 0), entries, sizes, captions, counter)
+    looks, captions = [(saw.width, saw.height, saw.hash) for saw in looked], [saw.captions for saw in looked]
+    index = tabulated(FolderPart(root, 0), entries, looks, captions, counter)
     stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)
     return index, stamps, np.array([(saw.bad_json, saw.odd_text) for saw in looked], bool).reshape(-1, 2)
 
@@ -198,12 +207,14 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
     path = root / found.key
     try:
         with open(path, "rb") as file:
-            width, height = size_of(file, Span(0, found.stamps[0]))
-        meta_bytes, text = read_beside(path, found.stamps[2] >= 0, found.stamps[4] >= 0)
+            picture = look_at(file, Span(0, found.stamps[0]))
+        meta_bytes, text = read_beside(path, found.stamps[2] >= 0, found.stamps[4] >= 0 and not found.told)
+        if found.told:
+            return LookedAt(*picture, told_by_table(root, found.key))
     except OSError:
         return LookedAt()
     meta = parse_meta(meta_bytes) if meta_bytes else {}
-    return LookedAt(width, height, captions_of(meta or {}, text), meta is None, is_odd(meta_bytes, text))
+    return LookedAt(*picture, captions_of(meta or {}, text), meta is None, is_odd(meta_bytes, text))
 
 
 def _to_index(root: Path, whole: SampleIndex, faults: np.ndarray, passed_over: Counter[str], name: str) -> SampleIndex:
@@ -220,7 +231,7 @@ def _to_index(root: Path, whole: SampleIndex, faults: np.ndarray, passed_over: C
         told = told if len(whole) else ", ".join(["no picture at all", *([told] if told else [])])
         raise UserError(
             f"{name}={root} holds no picture with a caption ({told}): expected for example "
-            "cat.jpg with cat.txt or cat.json beside it."
+            "cat.jpg with cat.txt or cat.json beside it, or a metadata.jsonl with file_name and text."
         )
     if os.environ.get("RANK", "0") == "0" and told:
         print(f"{name}={root}: {len(rows)} pictures with captions; passed over: {told}", file=sys.stderr, flush=True)

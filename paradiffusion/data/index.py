@@ -46,7 +46,8 @@ from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 from paradiffusion.randomness import seed_from
 
-_VERSION: Final = 3
+_VERSION: Final = 4
+_BEFORE: Final = 3  # without hashes of contents: a remote index of that version is read as well
 _MAX_KINDS: Final = 16
 # What an index counts of its files, in the order in which that is stored, and what a person is told of them.
 COUNTS: Final = {
@@ -62,6 +63,7 @@ _ROWS_AT_ONCE: Final = 1 << 20
 _KEPT_PARTS: Final = 128
 _CONNECTIONS: Final = 32
 _HEAD_BYTES: Final = 1 << 16
+_TAIL_BYTES: Final = 1 << 12
 # What np.load raises for files that are no .npz, or one with a flipped bit (zipfile then finds it encrypted, say).
 DAMAGED: Final = (ValueError, KeyError, EOFError, TypeError, RuntimeError, zlib.error, zipfile.BadZipFile)
 _PARSING: Final = threading.Lock()
@@ -69,6 +71,7 @@ ROW: Final = np.dtype(
     [
         ("image_offset", "<i8"), ("image_size", "<u4"), ("json_offset", "<i8"), ("json_size", "<u4"), ("text_offset", "<i8"),
         ("text_size", "<u4"), ("width", "<i4"), ("height", "<i4"), ("extension", "u1"), ("key_hash", "<u8"),
+        ("image_hash", "<u8"), ("captions_hash", "<u8"),  # of what is there; 0: not known
     ]
 )  # fmt: skip
 
@@ -86,7 +89,7 @@ class TokenCounter:
 
 @dataclass(eq=False)
 class SampleIndex:
-    """All samples of a list of shards, as arrays: about 75 bytes and the key per sample, so 85 MB per million. Those of a large
+    """All samples of a list of shards, as arrays: about 91 bytes and the key per sample, so 100 MB per million. Those of a large
     set are mapped from the folder ``columns``, read only, and cost a process no memory of its own.
 
     ``shard`` is int32 [N], the number in ``shards``, ascending; ``words`` uint16 [N, K], the words of the caption of
@@ -148,7 +151,8 @@ class SampleIndex:
         at = dict(zip(self.table.dtype.names or (), self.table[row].item(), strict=True))  # Faster than field by field.
         spans = [Span(at[f"{part}_offset"], at[f"{part}_size"]) for part in ("image", "json", "text")]
         extension = IMAGE_EXTENSIONS[at["extension"]]
-        return Place(self.shards[self.shard[row]], self.key(row), int(self.ids[row]), extension, *spans)
+        shard, key = self.shards[self.shard[row]], self.key(row)
+        return Place(shard, key, int(self.ids[row]), extension, *spans, at["image_hash"])
 
     def take(self, rows: np.ndarray) -> SampleIndex:
         """The samples of ``rows``, in that order."""
@@ -160,7 +164,8 @@ class SampleIndex:
         )  # fmt: skip
 
     def fingerprint(self) -> str:
-        """A short name of exactly these samples with these captions' lengths, to notice that data has changed.
+        """A short name of exactly these samples, to notice that data has changed: "shape.content", of their captions' lengths and
+        sizes in pixels, and of the hashes of captions and pictures, where all are known. See ``same_data``.
 
         Tokens and sources take part where there are any, since the plan follows them too.
         """
@@ -181,7 +186,11 @@ class SampleIndex:
         if len(self.sources) > 1:
             found.update("\n".join(["sources", *self.sources]).encode("utf-8", "surrogateescape"))
             add(self.shard, self.shard_source)
-        return found.hexdigest()
+        shape, found = found.hexdigest(), hashlib.blake2b(digest_size=8)
+        hashes = [self.table[name] for name in ("image_hash", "captions_hash")]
+        for column in hashes:
+            add(column)
+        return f"{shape}.{found.hexdigest()}" if all(column.all() for column in hashes) else shape
 
     def state(self) -> str:
         """A short name of these samples where they lie: unlike the fingerprint another one when a shard is written anew."""
@@ -189,6 +198,11 @@ class SampleIndex:
             return str(self.facts["state"])
         content = (self.table.tobytes(), self.key_bytes.tobytes(), self.fingerprint().encode())
         return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
+
+
+def same_data(was: str | None, now: str) -> bool:
+    """Whether two fingerprints may be those of the same data: one of before says nothing of contents."""
+    return was is not None and all(one == other for one, other in zip(was.split("."), now.split("."), strict=False))
 
 
 def read_sample(index: SampleIndex, row: int) -> RawSample:
@@ -494,11 +508,11 @@ def of_one_shard(path: ShardPath, table: np.ndarray, truncated: bool = False, **
 
 
 def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int | None = None) -> SampleIndex:
-    sizes, captions, bad_json, odd_text = [], [], 0, 0
+    looks, captions, bad_json, odd_text = [], [], 0, 0
     with open_shard(path) as file:
         listing = list_tar(file, str(path), at_most)
         for entry in listing.entries:
-            sizes.append(size_of(file, entry.image))
+            looks.append(look_at(file, entry.image))
             meta_bytes, text = _pick(file, entry.json), _pick(file, entry.text)
             meta = parse_meta(meta_bytes) if meta_bytes else {}
             bad_json += meta is None
@@ -510,21 +524,22 @@ def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int |
         "bad_json": bad_json,
         "odd_text": odd_text,
     }
-    return tabulated(path, listing.entries, sizes, captions, counter, listing.truncated, **counts)
+    return tabulated(path, listing.entries, looks, captions, counter, listing.truncated, **counts)
 
 
 def tabulated(
-    path: ShardPath, entries: list[TarEntry], sizes: list[tuple[int, int]], captions: list[dict[str, str]],
+    path: ShardPath, entries: list[TarEntry], looks: list[tuple[int, int, int]], captions: list[dict[str, str]],
     counter: TokenCounter | None, truncated: bool = False, **counts: int,
 ) -> SampleIndex:  # fmt: skip
-    """The index of one shard's samples, of which ``sizes`` are (width, height) and ``captions`` by kind."""
+    """The index of one shard's samples, of which ``looks`` are (width, height, hash) and ``captions`` by kind."""
     table = np.zeros(len(entries), ROW)
-    for row, entry, size in zip(table, entries, sizes, strict=True):
+    for row, entry, look, texts in zip(table, entries, looks, captions, strict=True):
         for name, span in (("image", entry.image), ("json", entry.json), ("text", entry.text)):
             row[f"{name}_offset"], row[f"{name}_size"] = span.offset, span.size
         row["extension"] = IMAGE_EXTENSIONS.index(entry.extension)
         row["key_hash"] = seed_from("folder", entry.key) if isinstance(path, FolderPart) else seed_from(entry.key)
-        row["width"], row["height"] = size
+        row["width"], row["height"], row["image_hash"] = look
+        row["captions_hash"] = seed_from(repr(sorted(texts.items()))) | 1
     kinds, words, tokens = _count_captions(captions, counter, path)
     keys = [entry.key.encode("utf-8", "replace") for entry in entries]
     return of_one_shard(
@@ -558,10 +573,16 @@ def _pick(file: BinaryIO, span: Span) -> bytes:
     return file.read(span.size)
 
 
-def size_of(file: BinaryIO, image: Span) -> tuple[int, int]:
-    """(width, height) from the head of the image, so that indexing does not read whole shards, else from all of it."""
-    size = probe_size(_pick(file, Span(image.offset, min(image.size, _HEAD_BYTES))))
-    return probe_size(_pick(file, image)) if size == (0, 0) and image.size > _HEAD_BYTES else size
+def look_at(file: BinaryIO, image: Span) -> tuple[int, int, int]:
+    """(width, height, hash) of an image from its head and its last bytes, so that indexing does not read whole shards; the size
+    from all of it where the head does not tell."""
+    head = _pick(file, Span(image.offset, min(image.size, _HEAD_BYTES)))
+    found = hashlib.blake2b(head, digest_size=8)
+    size = probe_size(head)
+    if image.size > _HEAD_BYTES:
+        found.update(_pick(file, Span(image.offset + image.size - _TAIL_BYTES, _TAIL_BYTES)) + str(image.size).encode())
+        size = probe_size(_pick(file, image)) if size == (0, 0) else size
+    return *size, int.from_bytes(found.digest(), "little") | 1
 
 
 # Stored indexes.
@@ -603,12 +624,15 @@ def arrays_of(index: SampleIndex) -> dict[str, Any]:
 
 def index_of(shard: ShardPath, stored: Any) -> SampleIndex:
     """The index of one shard from stored arrays. Raises KeyError, ValueError for others."""
-    if stored["table"].dtype != ROW:
-        raise ValueError("another version's")
+    table = stored["table"]
+    if table.dtype != ROW:
+        former, table = table, np.zeros(len(table), ROW)
+        for name in former.dtype.names or ():
+            table[name] = former[name]  # ValueError for that of no version
     counts = dict(zip([*COUNTS, "truncated"], stored["counts"].tolist(), strict=True))
     tokens = {"tokens": stored["tokens"], "tokenizer": str(stored["tokenizer"])} if "tokens" in stored else {}
     return of_one_shard(
-        shard, stored["table"], bool(counts.pop("truncated")), words=stored["words"], key_bytes=stored["key_bytes"],
+        shard, table, bool(counts.pop("truncated")), words=stored["words"], key_bytes=stored["key_bytes"],
         kinds=[str(kind) for kind in stored["kinds"]], **counts, **tokens,
         key_starts=np.concatenate([[0], stored["key_ends"]]).astype(np.int64),
     )  # fmt: skip
@@ -656,7 +680,7 @@ def _parse(path: Path | RemotePath, place: Path | io.BytesIO) -> SampleIndex | N
             if isinstance(path, RemotePath):
                 # Made beside a local copy it has that one's time; and not every server tells a size or a version.
                 versions = {str(stored["version"]), path.version} - {""}
-                same = stamp[0] == now[0] and stamp[1] == now[1] and len(versions) < 2
+                same = stamp[0] in (_BEFORE, now[0]) and stamp[1] == now[1] and len(versions) < 2
             else:
                 same = np.array_equal(stamp, now)
             return index_of(path, stored) if same else None

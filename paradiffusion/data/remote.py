@@ -6,7 +6,6 @@ store's own tools have it. Only bytes are fetched: nothing here runs commands.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import os
@@ -23,6 +22,7 @@ from typing import IO, Any, BinaryIO, Final, TypeVar
 import fsspec
 from fsspec.asyn import sync
 
+from paradiffusion.atomic import hold
 from paradiffusion.config import DataConfig
 from paradiffusion.errors import UserError
 
@@ -447,14 +447,13 @@ def _is_abandoned(partial: Path) -> bool:
     """Whether the process that was fetching is gone: it would hold the shard's lock."""
     try:
         with open(partial.with_suffix(".lock"), "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return hold(lock, unsure=False)
     except OSError:
         return False
-    return True
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[IO[str]]:
     with open(path, "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        hold(lock, wait=True)
         yield lock

@@ -28,6 +28,7 @@ from webdataset.writer import TarWriter
 from paradiffusion.atomic import atomic_file
 from paradiffusion.data.captions import captions_of, parse_meta
 from paradiffusion.data.remote import RemotePath, Storage, cached_copy, is_remote, list_remote, read_range
+from paradiffusion.data.tables import told_by_table
 from paradiffusion.errors import UserError
 
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "jfif")
@@ -37,6 +38,8 @@ _MAX_SHARDS: Final = 1_000_000
 _BLOCK: Final = 512
 _MAX_MEMBER: Final = 1 << 30  # Larger files are no images; sizes are stored in 32 bits.
 _OPEN_FILES: Final = 64
+# The offset of a text that is no file of its own but a row of a table beside a folder's pictures.
+IN_TABLE: Final = 1
 # Members of a sample that lie further apart are read one by one: what is between them would be read for nothing.
 _MOST_BETWEEN: Final = 1 << 16
 
@@ -86,7 +89,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one sample lies, enough to read it without an index. ``id`` is stable: of its key and shard's name."""
+    """Where one sample lies, enough to read it without an index. ``id`` is stable: of its key and shard's name;
+    ``image_hash`` is of the picture's bytes, 0 where it is not known."""
 
     shard: ShardPath
     key: str
@@ -95,6 +99,7 @@ class Place:
     image: Span
     json: Span
     text: Span
+    image_hash: int = 0
 
 
 def write_shards(samples: Iterable[RawSample], folder: Path, samples_per_shard: int) -> list[Path]:
@@ -311,8 +316,11 @@ def read_place(place: Place) -> RawSample:
     shard = place.shard
     if isinstance(shard, FolderPart):
         path = shard.root / place.key
-        meta_bytes, text = read_beside(path, place.json.size > 0, place.text.size > 0)
+        told = place.text.offset == IN_TABLE
+        meta_bytes, text = read_beside(path, place.json.size > 0, place.text.size > 0 and not told)
         image = path.read_bytes() if place.image.size else b""
+        if told:
+            return RawSample(place.key, image, place.extension, {"captions": told_by_table(shard.root, place.key)})
     elif not isinstance(shard, RemotePath):
         found = os.stat(shard)
         file = _opened(str(shard), found.st_dev, found.st_ino)

@@ -34,11 +34,13 @@ class Objective(ABC):
 
     Attributes:
         guided_from: guidance scales below this one draw without guidance.
+        suits: names of diffusers' schedulers that draw from it, for messages.
         published: of a published scheduler's settings, what other solvers of this objective take, too.
         schedulers: a function of (solver, **overrides) that makes the scheduler in place of the configuration.
     """
 
     guided_from: float = 0.0
+    suits: tuple[str, ...] = ("DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler")
     published: tuple[str, ...] = ()
     schedulers: Callable[..., Any] | None = None
 
@@ -145,6 +147,12 @@ class VariancePreserving(Objective):
         a, b = self.shares(alpha, sigma)
         return (alpha / sigma).square().clamp(max=self.config.min_snr_gamma) / (a - b * alpha / sigma) ** 2
 
+    def scheduler(self, solver: str = "dpm", size: Sequence[int] = (), **overrides: Any) -> Any:
+        made = super().scheduler(solver, size, **overrides)
+        # For who makes another of diffusers' schedulers from this one's settings: several clip x_0 to pixels' range by default.
+        made.register_to_config(clip_sample=False)
+        return made
+
     def usual_scheduler(self, solver: str, **overrides: Any) -> Any:
         config = self.config
         spacing = "trailing" if config.zero_terminal_snr else "leading"
@@ -158,10 +166,7 @@ class VariancePreserving(Objective):
             return EulerDiscreteScheduler(**{"steps_offset": 1, "timestep_spacing": spacing, **settings, **overrides})
         # DPM-Solver's own spacing in the official scheduler is "linspace" (no steps_offset there).
         settings["timestep_spacing"] = "trailing" if config.zero_terminal_snr else "linspace"
-        scheduler: Any = DPMSolverMultistepScheduler(**{**settings, **overrides})
-        # For who makes another of diffusers' schedulers from this one's settings: several clip x_0 to pixels' range by default.
-        scheduler.register_to_config(clip_sample=False)
-        return scheduler
+        return DPMSolverMultistepScheduler(**{**settings, **overrides})
 
 
 class Epsilon(VariancePreserving):
@@ -187,6 +192,8 @@ class Sample(VariancePreserving):
 
 class Flow(Objective):
     """Rectified flow, eps - x_0 on the straight line x_t = (1 - t) x_0 + t eps (arXiv 2403.03206)."""
+
+    suits = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 
     def times(self, u: Tensor, size: Sequence[int] = ()) -> Tensor:
         sigma, shift = self.density(u).clamp(1e-4, 1.0), self.shift(size) or 1.0

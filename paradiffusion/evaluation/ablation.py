@@ -6,7 +6,6 @@ The plan's commands run one after another; what is finished is not run again, ho
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import re
 import shlex
 import signal
@@ -21,6 +20,7 @@ from typing import IO, Any, Final
 
 from tqdm import tqdm
 
+from paradiffusion.atomic import hold
 from paradiffusion.checks import choice
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation_plan import (
@@ -318,19 +318,11 @@ def _wait_for_orphan(lock: IO[str], unit: Unit, stop: StopSignal, bar: tqdm[Any]
         held = [lock]
         if unit.kind == "train" and own.is_file():  # a launcher does not hand our lock on to its processes
             held.append(stack.enter_context(own.open("a+")))
-        while not all(_free(one) for one in held) and stop.came_at is None:
+        while not all(hold(one) for one in held) and stop.came_at is None:
             if not said:
                 bar.write("waiting for a command that an earlier run has started, until it has saved.", file=sys.stderr)
                 said = True
             time.sleep(_POLL_SECONDS)
-
-
-def _free(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _last_lines(log: Path, start: int = 0, most: int = 1000) -> list[str]:
@@ -349,7 +341,7 @@ def _only_one(output: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"output={output} cannot be written ({error.strerror}); choose another folder.") from None
     with file:
-        if not _free(file):
+        if not hold(file):
             raise UserError(f"{output} is in use by another scripts/ablate.py; wait for it, or choose another output=.")
         yield
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from paradiffusion.atomic import hold
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.picture_source import Place, Source, first_does
 from paradiffusion.evaluation.estimates import Estimate
@@ -186,12 +185,8 @@ def _lock(place: Place) -> Iterator[None]:
         with disk_errors(place.folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             handles.append(path.open("w"))
-        try:
-            fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                return  # a file system without locks
-            raise UserError(f"another evaluation is writing to {place.folder}; wait for its end.") from None
+        if not hold(handles[0]):
+            raise UserError(f"another evaluation is writing to {place.folder}; wait for its end.")
 
     try:
         first_does(place.processes, take)

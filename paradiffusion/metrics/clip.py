@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.sentences import sentences
 
@@ -104,7 +105,9 @@ def load_clip(spec: str, device: str, precision: str = "fp32") -> Clip:
 
     name, pretrained = parse_spec(spec)
     if name.startswith("local-dir:"):
-        _refuse_code(Path(name.partition(":")[2]))
+        _refuse_code(whole_files(Path(name.partition(":")[2])))
+    if pretrained:
+        whole_files(Path(pretrained))
     try:
         model, _, prepare = open_clip.create_model_and_transforms(
             name, pretrained, precision=precision, device=device, require_pretrained=True, weights_only=True
@@ -193,6 +196,7 @@ def load_head(path: Path) -> Head:
     unless a safetensors file says ``activation: relu`` in its metadata. Raises UserError for any other content.
     """
     expected = "expected linear layers (weight and bias) that lead from the CLIP features to one number"
+    whole_files(path)
     try:
         activation = "none"
         if path.suffix == ".safetensors":

@@ -19,6 +19,7 @@ from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
+from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.errors import UserError
 
 SIZE: Final = 299  # pixels
@@ -85,6 +86,7 @@ def _read(weights: Path) -> Any:
     """What ``weights`` holds, read lazily; nothing in it is executed."""
     if not weights.is_file():
         raise UserError(f"inception={weights} is no file; {_HINT}.")
+    whole_files(weights)
     try:
         if weights.suffix == ".safetensors":
             return load_file(weights)

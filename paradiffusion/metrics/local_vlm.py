@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
+from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.vlm import Answer, Decoding, Question
 
@@ -161,7 +162,7 @@ def _load(source: str, revision: str | None, dtype: torch.dtype, device: torch.d
     """(model, processor), ready to generate."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    revision = None if Path(source).is_dir() else revision
+    revision = None if whole_files(Path(source)).is_dir() else revision
     try:
         processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
         network = AutoModelForImageTextToText.from_pretrained(

@@ -11,6 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.checks import one_of, positive
 from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError
@@ -104,7 +105,7 @@ def _folder(options: EmbeddingOptions) -> Path:
     """The model's files on this machine, fetched if need be."""
     folder = Path(options.model).expanduser()
     if folder.is_dir():
-        return folder
+        return whole_files(folder)
     from huggingface_hub import snapshot_download
 
     try:

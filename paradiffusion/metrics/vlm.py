@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,18 @@ from paradiffusion.errors import UserError
 
 if TYPE_CHECKING:
     from paradiffusion.metrics.endpoint import Address
+
+# What a model thinks before it speaks, cut or whole; templates that begin the thought themselves leave only its end.
+_THOUGHT: Final = re.compile(
+    r"\A.*</think(?:ing)?>|\A.*◁/think▷|<think(?:ing)?>.*|◁think▷.*|\[THINK\].*?(?:\[/THINK\]|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
+_UNUSABLE_IN_A_ROW: Final = 5
+
+
+def spoken(text: str) -> str:
+    """What is left of an answer without the model's thinking, stripped."""
+    return _THOUGHT.sub("", text).strip()
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,39 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give back memory and connections."""
         ...
+
+
+def answers_of(engine: Engine, batches: Iterator[list[Question]]) -> Iterator[list[tuple[Question, Answer]]]:
+    """``engine.answers``, of which those without a word (no content, or a thought that was cut) come only after one that has
+    any: a model that only thinks is told before its silence is taken for answers.
+
+    Raises:
+        UserError: where a handful of answers in a row, or all of them, hold nothing.
+    """
+    silent: list[tuple[Question, Answer]] = []
+    heard = False
+
+    def refuse_silence() -> None:
+        raise UserError(
+            f"{engine.model} gave {len(silent)} answers without a word, as models do that think first: switch its reasoning off "
+            "(a server's chat template takes enable_thinking=false), or choose one that does not reason, or set max_new_tokens= "
+            "higher; then run the same command again: none of these is kept."
+        )
+
+    for group in engine.answers(batches):
+        spoke = []
+        for pair in group:
+            if pair[1].error or spoken(pair[1].text):
+                spoke += [*silent, pair]
+                silent, heard = [], True
+            else:
+                silent.append(pair)
+                if len(silent) >= _UNUSABLE_IN_A_ROW:
+                    refuse_silence()
+        yield spoke
+    if silent and not heard:
+        refuse_silence()
+    yield silent
 
 
 def fit(image: Image.Image, side: int) -> Image.Image:

@@ -14,13 +14,13 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors
+from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors, whole_files
 from paradiffusion.checks import finite
 from paradiffusion.config import CodecConfig
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.repository import ROOT
 from paradiffusion.text.encoder import DTYPES
-from paradiffusion.text.sources import download, hash_ends
+from paradiffusion.text.sources import download, same_weights, weights_hash
 
 DIFFUSERS_SCALING_FACTOR = 0.18215  # AutoencoderKL's, where a config.json has none
 
@@ -104,7 +104,7 @@ def locate_codec(config: CodecConfig) -> Path:
     """The codec's local folder, downloaded if need be; UserError when it is nowhere."""
     if config.path is not None:
         if (folder := find_folder(config.path)) is not None:
-            return folder
+            return whole_files(folder)
         raise UserError(
             f"codec.path={config.path} holds no config.json; expected an AutoencoderKL in the diffusers layout "
             "(config.json, diffusion_pytorch_model.safetensors)."
@@ -137,8 +137,8 @@ def load_codec(config: CodecConfig, expected_hash: str | None = None) -> Codec:
     """
     folder = locate_codec(config)
     files = find_tensors(folder, UNET_STEM)
-    found = hash_ends(sorted(folder.glob("*.safetensors")) or files)
-    if expected_hash is not None and found != expected_hash:
+    found = weights_hash(folder, UNET_STEM)
+    if not same_weights(expected_hash, found):
         raise UserError(
             f"the codec in {folder} has the hash {found}, but the checkpoint was trained with {expected_hash} "
             f"({config.name}); set codec.path=<folder> to that autoencoder."

@@ -53,9 +53,9 @@ DENOISERS = {
         lambda config: config["patch_size"], {"use_additional_conditions": False},
     ),
 }  # fmt: skip
-# Arguments that codec and conditioning decide, or that may differ between stages.
+# Arguments that codec and conditioning decide, or that may differ between stages; dropout is none here, whatever weights had.
 DECIDED = {"sample_size", "in_channels", "out_channels", "encoder_hid_dim", "encoder_hid_dim_type", "caption_channels",
-           "use_additional_conditions"}  # fmt: skip
+           "use_additional_conditions", "dropout"}  # fmt: skip
 # Names of the text projections' parameters within the joint module.
 PROJECTIONS = tuple(f"unet.{kind.projection}." for kind in DENOISERS.values())
 
@@ -230,12 +230,13 @@ def with_coordinates(latents: Tensor, octaves: int) -> Tensor:
     if not octaves:
         return latents
     b, _, h, w = latents.shape
-    y = ((torch.arange(h, device=latents.device, dtype=latents.dtype) + 0.5) / h * 2 - 1).view(h, 1).expand(h, w)
-    x = ((torch.arange(w, device=latents.device, dtype=latents.dtype) + 0.5) / w * 2 - 1).view(1, w).expand(h, w)
+    # In fp32, and then rounded, as under autocast in training: in bf16 neighbours would share a place.
+    y = ((torch.arange(h, device=latents.device, dtype=torch.float32) + 0.5) / h * 2 - 1).view(h, 1).expand(h, w)
+    x = ((torch.arange(w, device=latents.device, dtype=torch.float32) + 0.5) / w * 2 - 1).view(1, w).expand(h, w)
     channels = [x, y]
     for k in range(1, octaves):
         channels += [wave(math.pi * k * axis) for axis in (x, y) for wave in (torch.sin, torch.cos)]
-    return torch.cat([latents, torch.stack(channels).expand(b, -1, h, w)], dim=1)
+    return torch.cat([latents, torch.stack(channels).expand(b, -1, h, w).to(latents.dtype)], dim=1)
 
 
 def apart_from_image(unet: Any, features: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -43,15 +43,17 @@ from paradiffusion.checkpoints.layouts import (
     objective_of,
     parse,
     portable,
+    read_adapter,
     split_parts,
     write_adapter,
 )
-from paradiffusion.checkpoints.tensors import ADAPTER_STEM, joint_adapter_name, read_tensors
 from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, SamplerConfig, TextEncoderConfig
 from paradiffusion.diffusion.objective import Objective, set_steps
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel
-from paradiffusion.sampling.pipeline import InferenceModels, checked_side, is_guided, sample_prompts
+from paradiffusion.sampling.pipeline import InferenceModels, checked_side, encode_prompts, is_guided
+from paradiffusion.sampling.sampler import check_scheduler, sample_latents
+from paradiffusion.text.conditioning import Conditioning
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.families import cut_layers
 from paradiffusion.text.refiner import Refiner
@@ -93,6 +95,8 @@ def pipeline_objective(pipeline: Any) -> Objective:
         own = pipeline.scheduler
         if "flow_shift" in overrides and "shift" in own.config:  # as FlowMatchEuler and its like call it
             overrides["shift"] = overrides.pop("flow_shift")
+        if "clip_sample" in own.config:  # pipelines exported before do not say that latents are not to be clipped
+            overrides["clip_sample"] = False
         return type(own).from_config(own.config, **overrides)
 
     objective.schedulers = schedulers
@@ -204,8 +208,7 @@ class ParaDiffusionPipeline(_Base):
             kwargs["dtype"] = {**dtypes, "default": torch.float32}
         pipe: ParaDiffusionPipeline = super().from_pretrained(source, **kwargs)
         if pipe.config["description"]["lora"] is not None:
-            stored = read_tensors(beside / LORA, ADAPTER_STEM)
-            named = {joint_adapter_name(name): tensor.float() for name, tensor in stored.items()}
+            named = read_adapter(beside / LORA)
             if not (carried := pipe.adapter()):
                 pipe._attach(named)
             elif carried.keys() != named.keys() or not all(t.equal(named[n].to(t)) for n, t in carried.items()):
@@ -269,12 +272,14 @@ class ParaDiffusionPipeline(_Base):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: Prompts, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
+        prompt: Prompts | None = None, height: int | None = None, width: int | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, negative_prompt: Prompts | None = None, num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         guidance_rescale: float | None = None, guidance_start: float | None = None, guidance_stop: float | None = None,
         guidance_sigma_min: float | None = None, guidance_sigma_max: float | None = None,
-        output_type: str = "pil", return_dict: bool = True,
+        latents: Tensor | None = None, prompt_embeds: Tensor | None = None, prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None, negative_prompt_attention_mask: Tensor | None = None,
+        eta: float | None = None, output_type: str = "pil", return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
@@ -287,6 +292,9 @@ class ParaDiffusionPipeline(_Base):
             negative_prompt: takes the empty prompt's place in guidance; one, or one a prompt.
             generator: of the CPU: one, drawn from in turn, or one an image. ``torch.Generator().manual_seed(seed)`` gives
                 what ``sample.py seed=`` gives.
+            latents: noise to start from, [B, C, h, w], in place of the generators' own.
+            prompt_embeds, prompt_attention_mask, negative_...: what ``encode_prompt`` gave, in place of the texts.
+            eta: of DDIM and its like alone.
             output_type: "pil", "np" ([B, H, W, 3] in 0..1), "pt" ([B, 3, H, W] in 0..1) or "latent" ([B, C, h, w]).
             callback_on_step_end: called as ``f(pipe, step, timestep, {"latents": ...})`` after each step; the latents of
                 the dictionary that it returns go on. Setting ``pipe._interrupt`` ends the drawing there.
@@ -318,25 +326,31 @@ class ParaDiffusionPipeline(_Base):
             raise ValueError(
                 f"num_images_per_prompt={num_images_per_prompt} is out of range; expected a number above 0"
             )
-        asked = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(asked, (list, tuple)) or not asked or not all(isinstance(one, str) for one in asked):
-            raise ValueError(f"prompt={prompt!r} is neither a text nor a list of texts")
-        prompts = [one for one in asked for _ in range(num_images_per_prompt)]
-        negatives = [negative_prompt] * len(asked) if isinstance(negative_prompt, str) else list(negative_prompt or [])
-        if len(negatives) not in (0, len(asked)):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(asked)} prompts")
-        negatives = [one for one in negatives for _ in range(num_images_per_prompt)] if any(negatives) else []
-        if negatives and not is_guided(settings.guidance, models.objective):
+        guided = is_guided(settings.guidance, models.objective)
+        if (negative_prompt or negative_prompt_embeds is not None) and not guided:
             logger.warning(f"negative_prompt has no effect at guidance_scale={settings.guidance}")
-        cut = models.count_truncated(prompts)
-        if cut:
-            logger.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut")
+        if prompt_embeds is None:
+            embedded = self.encode_prompt(prompt, negative_prompt)
+            prompt_embeds, prompt_attention_mask = embedded[:2]
+            if negative_prompt_embeds is None:
+                negative_prompt_embeds, negative_prompt_attention_mask = embedded[2:]
+        elif prompt is not None:
+            raise ValueError("prompt= and prompt_embeds= are two ways to say the same; give one of them")
+        elif negative_prompt_embeds is None:
+            negative_prompt_embeds, negative_prompt_attention_mask = self.encode_prompt("", negative_prompt)[2:]
+        conditioning = Conditioning(
+            prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+        ).repeat_each(num_images_per_prompt)
+        check_scheduler(models.objective)
         size = height // models.factor, width // models.factor
         scheduler = models.objective.scheduler(size=size)
         set_steps(scheduler, settings.steps)
         self._interrupt = False
         reached = torch.empty(0)
-        with self.progress_bar(total=settings.steps) as bar:
+        shape = models.latent_channels, *size
+        if latents is not None and latents.shape != (len(conditioning), *shape):
+            raise ValueError(f"latents= has the shape {list(latents.shape)}; expected {[len(conditioning), *shape]}")
+        with self.progress_bar(total=len(scheduler.timesteps)) as bar:
 
             def on_step(done: int, latents: Tensor) -> Tensor | None:
                 nonlocal reached
@@ -350,14 +364,37 @@ class ParaDiffusionPipeline(_Base):
                     raise _Interrupted
                 return latents
 
-            sources = generators_of(generator, len(prompts))
+            sources = generators_of(generator, len(conditioning))
             try:
-                latents = sample_prompts(models, prompts, negatives, sources, size, settings, on_step)
+                drawn = sample_latents(
+                    models.denoise, models.objective, conditioning, sources, shape, settings, models.device, models.dtype,
+                    on_step, latents, eta,
+                )  # fmt: skip
             except _Interrupted:
-                latents = reached
-        images = self._finish(models, latents, output_type)
+                drawn = reached
+        images = self._finish(models, drawn, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompt: Prompts | None, negative_prompt: Prompts | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """What the denoiser is told: features [B, L, D] and mask [B, L] (None where padding is attended to) of the prompts, and those
+        of the negative prompts, one or B, or of the empty one. Longer texts than the text encoder takes are cut, with a warning."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
+            raise ValueError(f"prompt={prompt!r} is neither a text nor a list of texts")
+        negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt or [])
+        if len(negatives) not in (0, 1, len(prompts)):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
+        models = self.models
+        if cut := models.count_truncated([*prompts, *negatives]):
+            logger.warning(
+                f"{cut} of {len(prompts) + len(negatives)} prompts are longer than the text encoder's limit and are cut"
+            )
+        found = encode_prompts(models, list(prompts), negatives if any(negatives) else [])
+        return found.features, found.mask, found.null_features, found.null_mask
 
     def _finish(self, models: InferenceModels, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":

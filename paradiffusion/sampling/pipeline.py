@@ -28,7 +28,7 @@ from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import DENOISERS, class_of, drawn_multiple, read_width
 from paradiffusion.sampling.prompts import MAX_SEED, PromptRequest
-from paradiffusion.sampling.sampler import sample_latents
+from paradiffusion.sampling.sampler import against, sample_latents
 from paradiffusion.text.conditioning import Conditioning, pad_length
 from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
 from paradiffusion.text.families import lacks_bitsandbytes
@@ -339,7 +339,10 @@ def draw(
     prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
     negatives = [job.negative_prompt for job in batch if job.negative_prompt is not None]
     try:
-        latents = sample_prompts(models, prompts, negatives, seeds, size, first.settings, on_step)
+        latents = sample_latents(
+            models.denoise, models.objective, encode_prompts(models, prompts, negatives), seeds, (models.latent_channels, *size),
+            first.settings, models.device, models.dtype, on_step,
+        )  # fmt: skip
         finite(latents, f"the latents of image {first.name}, which the denoiser draws,", "dtype")
         return models.decode(latents).numpy()
     except torch.OutOfMemoryError:
@@ -349,19 +352,11 @@ def draw(
         ) from None
 
 
-def sample_prompts(
-    models: InferenceModels, prompts: list[str], negatives: list[str], seeds: Sequence[int | torch.Generator],
-    size: tuple[int, int], settings: SamplerConfig, on_step: Callable[[int, Tensor], Tensor | None] | None,
-) -> Tensor:  # fmt: skip
-    """``sample_latents`` of as many prompts as seeds, all or none with a negative prompt; ``size`` is (h, w) of the latents."""
-    return sample_latents(
-        models.denoise, models.objective, encode_prompts(models, prompts), seeds, (models.latent_channels, *size), settings,
-        models.device, models.dtype, negative=encode_prompts(models, negatives) if negatives else None, on_step=on_step,
-    )  # fmt: skip
-
-
-def encode_prompts(models: InferenceModels, prompts: list[str]) -> Conditioning:
-    """Conditioning of each prompt; equal prompts, such as several images of one, go through the LLM once."""
+def encode_prompts(models: InferenceModels, prompts: list[str], negatives: Sequence[str] = ()) -> Conditioning:
+    """Conditioning of each prompt, against as many negative ones or none; equal prompts, such as several images of one, go through
+    the LLM once."""
+    if negatives:
+        return against(encode_prompts(models, prompts), encode_prompts(models, list(negatives)))
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
     conditioning = models.encode(list(rows))
     return conditioning if len(rows) == len(prompts) else conditioning.select([rows[prompt] for prompt in prompts])

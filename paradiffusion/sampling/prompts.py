@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,10 @@ class PromptRequest:
 
 
 KEYS = tuple(field.name for field in fields(PromptRequest) if field.name not in ("index", "source"))
+# What the text itself is called, the first that is there.
+NAMES = ("prompt", "text", "caption")
+MISSPELT = 0.82  # as alike as sed and seed, but not as prompt_id and prompt
+EXAMPLE = '{"prompt": "a red circle", "seed": 1}'
 # Lowest and highest of each number; of whole ones but guidance.
 ANY = (1, math.inf)
 RANGES = {"seed": (0, MAX_SEED), "height": ANY, "width": ANY, "steps": ANY, "guidance": (0, 100)}
@@ -53,10 +59,11 @@ def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = Non
 
     Args:
         prompt: one prompt; "-" reads standard input, one a line.
-        prompt_file: .txt with one prompt a line, .csv with a ``prompt`` column, .jsonl with an object a line, or "-".
-            In .csv and .jsonl the other fields of PromptRequest may be given for each prompt.
+        prompt_file: .txt with one prompt a line, .csv or .tsv with a column of them (``NAMES``), .jsonl with an object a line,
+            .json with a list of objects or texts, or "-". In all but .txt the other fields of PromptRequest may be given for
+            each prompt; further columns are passed over, with a line that names them.
     Raises:
-        UserError: for a file that is missing, empty, not UTF-8 or malformed; it names the line.
+        UserError: for a file that is missing, empty, not UTF-8 or malformed, and for a misspelt column; it names the line.
     """
     if (prompt is None) == (prompt_file is None):
         raise UserError("expected one of prompt= and prompt_file=; prompt_file=prompts.txt is the main way.")
@@ -68,14 +75,20 @@ def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = Non
     else:
         path = find_shipped(str(prompt_file))
         source, kind = f"prompt_file={path}", path.suffix.lower()
-        readers = {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl}
+        readers = {".txt": _lines, ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json}
         if kind not in readers:
             found = f"a name that ends in {kind}" if kind else "a name without an ending"
             raise UserError(
                 f"{source} has {found}; expected {', '.join(readers)}, or prompt_file=- for standard input."
             )
         rows = readers[kind](read_text(path, source), path.name)
-    requests = [_request(index, *row) for index, row in enumerate(rows)]
+    passed_over: dict[str, None] = {}
+    requests = [_request(index, where, _known(row, where, passed_over)) for index, (where, row) in enumerate(rows)]
+    if passed_over and os.environ.get("RANK", "0") == "0":
+        shown = ", ".join([*passed_over][:8])
+        print(
+            f"{source}: passed over: {shown}; a prompt has the fields {', '.join(KEYS)}.", file=sys.stderr, flush=True
+        )
     if not requests:
         raise UserError(f"{source} holds no prompts; expected at least one, as a line of text.")
     return requests
@@ -124,7 +137,7 @@ def _csv(text: str, source: str) -> Iterator[Row]:
     if not header:
         return
     # Spreadsheets of many countries write semicolons, so the header decides.
-    delimiter = next((mark for mark in ",;\t" if "prompt" in _names(header.split(mark))), ",")
+    delimiter = next((mark for mark in ",;\t" if {*NAMES} & {*_names(header.split(mark))}), ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names: list[str] = []
     start = 1
@@ -135,15 +148,17 @@ def _csv(text: str, source: str) -> Iterator[Row]:
                 continue
             if not names:
                 names = _names(cells)
-                if "prompt" not in names:
-                    raise UserError(f"{where} has the columns {', '.join(cells)}; expected one named prompt.")
+                if not {*NAMES} & {*names}:
+                    raise UserError(
+                        f"{where} has the columns {', '.join(cells)}; expected one named {' or '.join(NAMES)}."
+                    )
                 continue
             if len(cells) > len(names):
                 raise UserError(
                     f"{where} has {len(cells)} cells, the header {len(names)}; "
                     "put a prompt that holds a comma into double quotes, or use .txt or .jsonl."
                 )
-            found = {name: cell for name, cell in zip(names, cells, strict=False) if name in KEYS and cell.strip()}
+            found = {name: cell for name, cell in zip(names, cells, strict=False) if name and cell.strip()}
             yield where, {name: _number(name, cell, where) for name, cell in found.items()}
     except csv.Error as error:
         raise UserError(
@@ -165,7 +180,6 @@ def _number(name: str, cell: str, where: str) -> Any:
 
 
 def _jsonl(text: str, source: str) -> Iterator[Row]:
-    example = '{"prompt": "a red circle", "seed": 1}'
     for number, line in enumerate(_split(text), 1):
         if not line.strip():
             continue
@@ -173,13 +187,42 @@ def _jsonl(text: str, source: str) -> Iterator[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # the number of digits of an integer is limited, too
-            raise UserError(f"{where} is not valid JSON ({error}); expected an object such as {example}.") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where} holds {_shown(row)}; expected an object such as {example}.")
-        for key in row:
-            if key not in KEYS:
-                raise UserError(f"{where} has the unknown key {key!r}; accepted keys are {', '.join(KEYS)}.")
-        yield where, {key: value for key, value in row.items() if value is not None}
+            raise UserError(f"{where} is not valid JSON ({error}); expected an object such as {EXAMPLE}.") from None
+        yield where, _object(row, where)
+
+
+def _json(text: str, source: str) -> Iterator[Row]:
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} is not valid JSON ({error}); one object a line belongs into a .jsonl.") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{source} holds {_shown(rows)}; expected a list of objects such as {EXAMPLE}, or of texts.")
+    for number, row in enumerate(rows, 1):
+        where = f"{source} entry {number}"
+        yield where, {"prompt": row} if isinstance(row, str) else _object(row, where)
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} holds {_shown(row)}; expected an object such as {EXAMPLE}.")
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _known(row: dict[str, Any], where: str, passed_over: dict[str, None]) -> dict[str, Any]:
+    """The fields of a prompt; others, noted in ``passed_over``, are those of somebody's benchmark, unless they look like one."""
+    text = next((name for name in NAMES if name in row), "prompt")
+    found = {}
+    for key, value in row.items():
+        if key == text:
+            found["prompt"] = value
+        elif key in KEYS and key not in NAMES:
+            found[key] = value
+        elif key not in NAMES and get_close_matches(key, KEYS, 1, MISSPELT):
+            raise UserError(f"{where} has the unknown key {key!r}; accepted keys are {', '.join(KEYS)}.")
+        else:
+            passed_over[key] = None
+    return found
 
 
 def _request(index: int, source: str, row: dict[str, Any]) -> PromptRequest:

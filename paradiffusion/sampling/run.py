@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from paradiffusion.atomic import locked
 from paradiffusion.checkpoints.layouts import find_checkpoint
 from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
@@ -66,8 +67,26 @@ def sample(config: SampleConfig) -> int:
     checkpoint = find_checkpoint(str(config.ckpt), unet=config.unet)
     with stop_on_signals() as stop, joined_processes() as processes:
         processes.set_threads(config.threads)
-        models = load_models(checkpoint, config, processes.device())
-        return draw_all(models, requests, config, output_folder(config), processes, stop)
+        folder = output_folder(config)
+        with drawing_alone(folder, processes):
+            models = load_models(checkpoint, config, processes.device())
+            return draw_all(models, requests, config, folder, processes, stop)
+
+
+@contextmanager
+def drawing_alone(folder: Path, processes: Processes) -> Iterator[None]:
+    """Keep other commands from drawing into ``folder``. Raises UserError, in all processes, where one does already."""
+    refusal = f"another command is drawing into {folder}; wait for its end, or choose another output_dir=."
+    with ExitStack() as stack:
+        refused = None
+        try:
+            if processes.rank == 0:
+                stack.enter_context(locked(folder.absolute(), refusal))
+        except UserError as error:
+            refused = error
+        if processes.agree(FAILED if refused else DONE):
+            raise refused or UserError(refusal)
+        yield
 
 
 def output_folder(config: SampleConfig) -> Path:

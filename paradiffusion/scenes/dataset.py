@@ -7,7 +7,6 @@ set, number), so its bytes do not depend on how many processes drew it.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import multiprocessing
@@ -22,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from paradiffusion.atomic import hold
 from paradiffusion.config import WORLDS, DataConfig
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
@@ -141,7 +141,7 @@ def _lock(path: Path) -> Iterator[int]:
             f"The demo data cannot be made in '{path.parent}' ({error.strerror}); choose another folder (data.demo_folder=)."
         ) from None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        hold(handle, wait=True)
         yield handle
     finally:
         os.close(handle)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ class Conditioning:
     Attributes:
         features: text features, [B, L, D].
         mask: [B, L] bool, True at real tokens; None where padding is attended to (the paper's arm).
-        null_features: features of the empty prompt, [1, L0, D], for classifier-free guidance.
-        null_mask: [1, L0] bool or None, as ``mask``.
+        null_features: features of the empty prompt, [1, L0, D], for classifier-free guidance; or of a negative one for each, [B, L0, D].
+        null_mask: [1 or B, L0] bool or None, as ``mask``.
     """
 
     features: Tensor
@@ -41,6 +41,15 @@ class Conditioning:
         """The conditioning of some of the prompts, with the same null prompt."""
         mask = None if self.mask is None else self.mask[rows]
         return Conditioning(self.features[rows], mask, self.null_features, self.null_mask)
+
+    def repeat_each(self, count: int) -> Conditioning:
+        """Each prompt ``count`` times in a row, and each negative one where there are as many."""
+        rows = torch.arange(len(self)).repeat_interleave(count)
+        each = self.select(rows.tolist())
+        if len(self.null_features) == 1:
+            return each
+        null_mask = None if self.null_mask is None else self.null_mask[rows]
+        return replace(each, null_features=self.null_features[rows], null_mask=null_mask)
 
     def repeat_null(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Features [count, L0, D] and mask of the null prompt alone."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
 from paradiffusion.text.families import DTYPES, marks_of, position_limit, read_model
-from paradiffusion.text.sources import fingerprint, locate
+from paradiffusion.text.sources import locate, same_weights, weights_hash
 from paradiffusion.text.tokenizer import CaptionTokenizer, Tokens
 
 __all__ = ["DTYPES", "TextEncoder", "Tokens", "attach_lora", "check_targets", "load_text_encoder"]
@@ -104,8 +104,8 @@ def load_text_encoder(
         UserError: when it is not to be had, is not readable, or is another model than the checkpoint's.
     """
     folder = locate(config)
-    found = fingerprint(folder)
-    if expected_hash is not None and expected_hash != found:
+    found = weights_hash(folder, "model")
+    if not same_weights(expected_hash, found):
         raise UserError(
             f"the text encoder in {folder} has the hash {found}, but the checkpoint was trained with {expected_hash} "
             f"({config.name}); set text_encoder.path=<folder> to that model."

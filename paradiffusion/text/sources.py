@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from paradiffusion.atomic import atomic_folder, cache_folder, locked
+from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors, whole_files
 from paradiffusion.config import TextEncoderConfig
 from paradiffusion.errors import UserError
 
@@ -35,7 +36,9 @@ def fingerprint(folder: Path) -> str:
     source = folder / SOURCE_FILE
     if source.is_file():
         return str(json.loads(source.read_text())["hash"])
-    return hash_ends(sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")))
+    return hash_ends(
+        sorted(folder.glob("*.safetensors")) or find_tensors(folder, UNET_STEM) or sorted(folder.glob("*.bin"))
+    )
 
 
 def hash_ends(files: list[Path]) -> str:
@@ -50,6 +53,42 @@ def hash_ends(files: list[Path]) -> str:
                 file.seek(max(size - (1 << 20), 1 << 20))
                 digest.update(file.read())
     return digest.hexdigest()[:16]
+
+
+def weights_hash(folder: Path, stem: str) -> str:
+    """What a checkpoint knows a frozen model by: "files.tensors", the ``fingerprint`` of its files, and a hash of the tensors called
+    ``stem`` however they are dealt to files, where those are safetensors. See ``same_weights``."""
+    files, used = fingerprint(folder), find_tensors(folder, stem)
+    if (folder / SOURCE_FILE).is_file() or not used or any(path.suffix != ".safetensors" for path in used):
+        return files
+    return f"{files}.{hash_tensors(used)}"
+
+
+def hash_tensors(files: list[Path]) -> str:
+    """Hash of names, dtypes, shapes and both ends of all tensors of safetensors ``files``, which are not loaded."""
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header = json.loads(file.read(length))
+            except (ValueError, MemoryError, OverflowError):
+                return hash_ends([path])  # whoever reads it says what is wrong with it
+            for name, about in header.items():
+                if name != "__metadata__":
+                    start, end = (8 + length + offset for offset in about["data_offsets"])
+                    file.seek(start)
+                    ends = file.read(min(end - start, 4096))
+                    file.seek(max(start, end - 4096))
+                    found.append(
+                        f"{name} {about['dtype']} {about['shape']}".encode() + ends + file.read(min(end - start, 4096))
+                    )
+    return hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16]
+
+
+def same_weights(expected: str | None, found: str) -> bool:
+    """Whether a ``weights_hash`` is that of the same files or the same tensors; checkpoints of before know files alone."""
+    return expected is None or any(a == b for a, b in zip(expected.split("."), found.split("."), strict=False))
 
 
 def locate(config: TextEncoderConfig) -> Path:
@@ -69,7 +108,7 @@ def locate(config: TextEncoderConfig) -> Path:
                 f"text_encoder.path={config.path} holds no config.json; expected a folder with a model in the transformers "
                 "layout (config.json, *.safetensors, tokenizer files)."
             )
-        return folder
+        return whole_files(folder)
     if config.package is not None:
         gguf = find_gguf(config.package)
         if gguf is not None:

@@ -27,17 +27,17 @@ from paradiffusion.checkpoints.layouts import load_adapter, open_layout
 from paradiffusion.checks import one_of, positive
 from paradiffusion.config import DataConfig, TrainConfig, check_values, identity, option
 from paradiffusion.data import cache as stored
-from paradiffusion.data.cache import Add, Cache, Members, caption_name, is_whole
+from paradiffusion.data.cache import Add, Cache, Former, Members, caption_name, is_whole, picture_name
 from paradiffusion.data.images import assign_buckets, buckets_of, decode, to_array
 from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.loader import join_pixels, scale_pixels
 from paradiffusion.data.plan import open_index
-from paradiffusion.data.remote import RemotePath
 from paradiffusion.data.shards import Place, RawSample, ShardPath, Span, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.sampling.run import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
 from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
+from paradiffusion.text.sources import same_weights
 from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.inputs import read_captions
 from paradiffusion.training.start import NEEDS_ADAPTER, check_init, find_init, start_from, startable
@@ -167,6 +167,8 @@ def compare(folder: Path, what: str, wanted: dict[str, Any], called: str, advice
     key: dict[str, Any] = stored.read_key(folder)["key"]
     for name, value in json.loads(json.dumps(wanted)).items():
         found = key.get(name)
+        if name in ("codec.hash", "text_encoder.hash") and isinstance(value, str) and same_weights(found, value):
+            continue
         if found != value and not (name == "data.captions" and isinstance(found, list) and set(value) <= set(found)):
             raise UserError(
                 f"{called} holds {CALLED[what]} made with {name}={found!r}, and this command says {value!r}; {advice}."
@@ -260,14 +262,17 @@ def make_cache(config: TrainConfig, options: CacheOptions) -> int:
         for what in kinds:
             folder, rate, status = Path(str(options.output)).expanduser() / what, 0.0, 0
             try:
-                make: type[LatentMaker | TextMaker] = LatentMaker if what == "latents" else TextMaker
-                rate = make_kind(what, folder, make(config, options, index, device, source, pool, stop), processes)
+                kind: type[LatentMaker | TextMaker] = LatentMaker if what == "latents" else TextMaker
+                maker = kind(config, options, index, device, source, pool, stop)
+                rate = make_kind(what, folder, maker, processes)
             except Stopped:
                 status = stop.status
             try:
                 status = processes.agree(status)
             except RuntimeError:  # One that has left has said why.
                 status = stop.status
+            if not status:
+                maker.former.drop()  # by now no other process takes anything from it
             if processes.rank == 0:
                 stopped = "stopped; finished shards are kept: run the same command again to go on."
                 print(stopped if status else report(what, folder, index, rate), flush=True)
@@ -304,6 +309,7 @@ def make_kind(what: str, folder: Path, maker: LatentMaker | TextMaker, processes
         with stored.writing(folder / stored.NULL_FILE, maker.dtype) as add:
             maker.encode([""], add)
     files = [folder / name for name in stored.file_names(index, what)]
+    maker.former = stored.Former(folder, set(files))
     mine = range(processes.rank, len(files), processes.size)
     parts = {number: np.arange(*np.searchsorted(index.shard, [number, number + 1])) for number in mine}
     share = f" (process 1 of {processes.size})" if processes.size > 1 else ""
@@ -312,7 +318,7 @@ def make_kind(what: str, folder: Path, maker: LatentMaker | TextMaker, processes
               disable=None if processes.rank == 0 else True, mininterval=1.0) as bar:  # fmt: skip
         for number, rows in parts.items():
             maker.stop.check()
-            if maker.is_done(files[number], index.shards[number], rows):
+            if is_whole(files[number]):
                 bar.initial = getattr(bar, "initial", 0) + len(rows)  # The rate is that of what is made.
             else:
                 began = time.monotonic()
@@ -376,7 +382,7 @@ def check_finite(values: Tensor, dtype: torch.dtype, whose: str, computed: str) 
 @dataclass
 class Maker:
     """What both makers are given (``source`` is the checkpoint whose adapter is applied, ``pool`` reads ahead), and what they
-    have once their model is loaded: the ``key`` of their values, and the ``dtype`` that these are stored in."""
+    have once their model is loaded: the ``key`` of their values, the ``dtype`` that these are stored in, and ``former`` ones."""
 
     config: TrainConfig
     options: CacheOptions
@@ -387,6 +393,7 @@ class Maker:
     stop: StopSignal
     key: dict[str, Any] = field(init=False)
     dtype: torch.dtype = field(init=False)
+    former: Former = field(init=False)
 
     def ahead(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """``function`` of each item, in order, a few of them ahead: decoding and resizing leave the interpreter to others.
@@ -422,12 +429,9 @@ class LatentMaker(Maker):
         self.buckets = buckets_of(self.config.data)
         self.assigned = assign_buckets(self.index.width, self.index.height, self.buckets)
 
-    def is_done(self, path: Path, shard: ShardPath, rows: np.ndarray) -> bool:
-        """Whether that shard's tar is there; another image would have another size, and the tar another name."""
-        return is_whole(path)
-
     def make(self, rows: np.ndarray, add: Add) -> Iterator[float]:
         """The members of one shard's ``rows``, int64; gives the share that is done."""
+        rows = rows[[not self.is_there(row, add) for row in rows.tolist()]]
         rows = rows[np.argsort(self.assigned[rows], kind="stable")]
         buckets = np.split(rows, np.flatnonzero(np.diff(self.assigned[rows])) + 1)
         groups = (
@@ -436,16 +440,23 @@ class LatentMaker(Maker):
         done = 0
         for group, pictures in self.ahead(self.pictures, groups):
             for row in set(group.tolist()) - set(pictures):
-                add(int(self.index.ids[row]), None)
+                add(self.name(row), None)
             if pictures:
                 pixels = join_pixels(list(pictures.values())).to(self.device)
                 values = torch.stack(self.codec.posterior(scale_pixels(pixels)), dim=1).cpu()  # [b, 2, C, h, w]
                 place = self.index.place(next(iter(pictures)))
                 check_finite(values, self.dtype, f"the latents of {place.shard.name}/{place.key}", "codec.dtype")
                 for row, value in zip(pictures, values, strict=True):
-                    add(int(self.index.ids[row]), value)
+                    add(self.name(row), value)
             done += len(group)
             yield done / len(rows)
+
+    def name(self, row: int) -> int:
+        return picture_name(int(self.index.ids[row]), int(self.index.table["image_hash"][row]))
+
+    def is_there(self, row: int, add: Add) -> bool:
+        """Whether the latents are taken over from a shard that has changed."""
+        return bool(self.index.table["image_hash"][row]) and self.former.give(self.name(row), add)
 
     def pictures(self, rows: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """``rows``, and by row the pixels, uint8 [H, W, 3], as the loader makes them, of those whose images decode."""
@@ -473,19 +484,10 @@ class TextMaker(Maker):
         self.dtype = DTYPES[self.options.dtype or computed]
         self.encoder.to(self.device)
 
-    def is_done(self, path: Path, shard: ShardPath, rows: np.ndarray) -> bool:
-        """Whether that shard's tar is there with all captions that the shard has now. Of a remote shard only whether it is
-        there: a request for each sample would take longer than the work that it may save."""
-        if not is_whole(path) or isinstance(shard, RemotePath):
-            return is_whole(path)
-        members = Members(path)
-        return all(
-            caption_name(text) in members for texts in self.ahead(self.captions, rows.tolist()) for text in texts
-        )
-
     def make(self, rows: np.ndarray, add: Add) -> Iterator[float]:
         """The members of one shard's ``rows``, int64; gives the share that is done."""
         captions = {text for texts in self.ahead(self.captions, rows.tolist()) for text in texts}
+        captions = {text for text in captions if not self.former.give(caption_name(text), add)}
         # By length, so that little is padded; by text too, so that the tar is a function of its captions.
         ordered = sorted(captions, key=lambda text: (len(text), text))
         size = self.options.at_once

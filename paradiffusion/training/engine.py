@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -522,6 +523,18 @@ def refuse_unless(agrees: bool, theirs: str, found: Any, ours: str, value: Any) 
     """Raise UserError where the launch configuration's key and ours do not agree."""
     if not agrees:
         raise UserError(
-            f"the launch configuration says {theirs}={found}, and {ours} makes it {value}; take {theirs} out of the launch "
-            f"configuration, since {ours} alone decides."
+            f"{launch_configuration(theirs, found)} says {theirs}={found}, and {ours} makes it {value}; take {theirs} out of it, "
+            f"since {ours} alone decides."
         )
+
+
+def launch_configuration(key: str, value: Any) -> str:
+    """What launched this, for messages: accelerate's own file, where that has this value, is read without being asked for."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    with suppress(OSError):
+        if re.search(
+            rf"^\s*{key}: *['\"]?{re.escape(str(value))}\b", Path(default_config_file).read_text(), re.MULTILINE | re.I
+        ):
+            return f"accelerate's own {default_config_file}, which is read where no --config_file is named,"
+    return "the launch configuration"

@@ -7,7 +7,6 @@ folder is whole.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -22,12 +21,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from paradiffusion.atomic import write_atomic
+from paradiffusion.atomic import hold, write_atomic
 from paradiffusion.checkpoints.layouts import Ours, check_complete, copy_tensors, save_weights, write_tensors
 from paradiffusion.checkpoints.manifest import checkpoints_of, newest_valid, sync, write_manifest
 from paradiffusion.config import SourceConfig, TrainConfig, keys_of
+from paradiffusion.data.index import same_data
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel
+from paradiffusion.text.sources import same_weights
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import Engine
 
@@ -56,14 +57,12 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"run_dir: {folder} cannot be written ({error.strerror}); choose another run_dir=.") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not hold(file):
             file.seek(0)
             raise UserError(
                 f"{folder} is being written by another run (process {file.read().strip() or 'unknown'}); wait for it, stop it, "
                 "or choose another run_dir=."
-            ) from None
+            )
         file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
@@ -132,9 +131,13 @@ def check_unchanged(config: TrainConfig, folder: Path, facts: dict[str, Any] | N
         if may_differ(key, config.data.streaming) or (facts is None and key.startswith("facts.")):
             continue
         if (old := before.get(key, defaults.get(key))) != after.get(key):
+            if key in ("facts.text_encoder", "facts.codec") and same_weights(old, after[key]):
+                continue
             if key == "facts.data":
+                if same_data(old, after[key]):
+                    continue
                 raise UserError(
-                    f"the data has changed since {folder} was begun (samples, captions, sizes, or the tokens in the indexes), and "
+                    f"the data has changed since {folder} was begun (samples, captions, pictures, or the tokens in the indexes), and "
                     "a resumed run reads the same data in the same order; put the old data back, or begin a new run on it from "
                     f"these weights with run_dir=<new folder> init_from={folder}."
                 )

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, find_checkpoint, open_layout
 from paradiffusion.checkpoints.manifest import checkpoints_of, find_fault
 from paradiffusion.config import TrainConfig, identity
+from paradiffusion.data.index import same_data
 from paradiffusion.data.plan import BatchPlan, make_plan, open_index
 from paradiffusion.diffusion.objective import make_objective
 from paradiffusion.errors import UserError
@@ -159,12 +160,13 @@ def open_plan(recorded: Recorded, shards: str | None, force: bool) -> tuple[Batc
         )
         raise UserError(f"{str(error).rstrip('.')}{moved}.") from None
     was, now = recorded.facts.get("data"), index.fingerprint()
-    if was != now and not force:
+    changed = not same_data(was, now)
+    if changed and not force:
         raise UserError(
             f"the data has changed since {recorded.folder} was begun (its fingerprint was {was} and is {now}), so the step "
             "would not be the same: put the old shards back, or look at what the step would be now with force=true."
         )
-    return make_plan(index, data, config.batch_size, config.seed), was != now
+    return make_plan(index, data, config.batch_size, config.seed), changed
 
 
 class Weights(NamedTuple):

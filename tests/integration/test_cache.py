@@ -225,8 +225,9 @@ def test_a_caption_that_has_changed_is_not_trained_on_with_old_features(argument
     here = [*arguments, f"data.shards={changed}", "data.captions={short: 1}", f"run_dir={tmp_path / 'run'}"]
     write("a red circle")
     assert make(here, cache) == 0
-    write("a blue square")  # as many words: nothing else gives it away
-    assert bad() == ["0.tar/a: has a caption that is not in the cache, changed since: run scripts/cache.py again"]
+    write("a blue square")  # as many words
+    with pytest.raises(UserError, match="lacks 1 of 1 shards .*which was never cached or has changed"):
+        bad()
     assert make(here, cache) == 0  # which makes that shard's features again, though its file is there
     assert not bad()
 
@@ -431,10 +432,70 @@ def test_folders_whose_files_are_numbered_alike(tiny_arguments: list[str], tmp_p
         losses.append([row["loss"] for row in records(tmp_path / name / "stage1")])
         assert not any(row["bad_samples"] for row in records(tmp_path / name / "stage1"))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    # Put elsewhere one by one, neither is taken for the other.
+    # One by one each has its own.
     for thing, folder in folders.items():
-        with pytest.raises(UserError, match="lacks 1 of 1 shards"):
-            build_here([*tiny_arguments, "stage=1", f"data.folder={folder}", f"run_dir={tmp_path / thing}", cache])
+        build_here([*tiny_arguments, "stage=1", f"data.folder={folder}", f"run_dir={tmp_path / thing}", cache])
+
+
+def test_entries_are_made_and_dropped_one_by_one(
+    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture replaced by one of the same name, size in bytes and sides; one more; one less; another caption."""
+    folder, encoded_now = tmp_path / "pictures", []
+    folder.mkdir()
+
+    def put(number: int, what: int, text: str) -> None:
+        (folder / f"{number}.png").write_bytes(encoded(picture(what), compress_level=0))
+        (folder / f"{number}.txt").write_text(text)
+
+    posterior, read_captions = Codec.posterior, caching.read_captions
+
+    def counted(self: Codec, images: torch.Tensor) -> Any:
+        encoded_now.extend(["picture"] * len(images))
+        return posterior(self, images)
+
+    def counted_text(encoder: TextEncoder, captions: list[str], device: torch.device) -> Any:
+        encoded_now.extend(["caption"] * len(captions))
+        return read_captions(encoder, captions, device)
+
+    here = [
+        *tiny_arguments,
+        "stage=1",
+        f"data.folder={folder}",
+        "log_every=1",
+        "max_steps=4",
+        "data.max_bad_fraction=0",
+    ]
+    cached = [*here, f"data.cache={tmp_path / 'cache'}"]
+
+    def made() -> tuple[int, int]:
+        encoded_now.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Codec, "posterior", counted)
+            patch.setattr(caching, "read_captions", counted_text)
+            assert make(here, tmp_path / "cache") == 0
+        assert len(list((tmp_path / "cache" / "latents").glob("*.tar"))) == 1
+        return encoded_now.count("picture"), encoded_now.count("caption")
+
+    for number in range(6):
+        put(number, number, f"a thing {number}")
+    assert made() == (6, 6 + 1)  # and the empty caption
+    size = (folder / "3.png").stat().st_size
+    put(3, 77, "a thing 3")
+    assert (folder / "3.png").stat().st_size == size
+    with pytest.raises(UserError, match="lacks 1 of 1 shards"):
+        build_here([*cached, f"run_dir={tmp_path / 'stale'}"])
+    assert made() == (1, 0)
+    put(0, 0, "a star 0")
+    assert made() == (0, 1)
+    put(10, 10, "a thing 10")
+    (folder / "1.png").unlink()
+    assert made() == (1, 1) and made() == (0, 0)
+    losses = []
+    for name, arguments in (("plain", here), ("cached", cached)):
+        assert train_here([*arguments, f"run_dir={tmp_path / name}"]) == 0
+        losses.append([row["loss"] for row in records(tmp_path / name / "stage1")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_shards_added_with_fewer_kinds_get_all_of_the_cache(plain: list[str], tmp_path: Path) -> None:

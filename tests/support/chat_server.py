@@ -72,7 +72,10 @@ class ChatServer:
     url: str = ""
     models: list[str] = field(default_factory=lambda: [NAME])
     faults: dict[int, tuple[int, bytes, float]] = field(default_factory=dict)
-    answer: Callable[[Asked], tuple[str, str]] = lambda asked: (paragraph(asked.image + asked.prompt.encode()), "stop")
+    answer: Callable[[Asked], tuple[str | None, str]] = lambda asked: (
+        paragraph(asked.image + asked.prompt.encode()),
+        "stop",
+    )
     retry_after: str = "0"
     key: str | None = None
     asked: list[Asked] = field(default_factory=list)
@@ -143,7 +146,10 @@ def chat_server() -> Iterator[ChatServer]:
                 said, reason = state.answer(asked)
                 choice = {"message": {"role": "assistant", "content": said}, "finish_reason": reason}
                 self.reply(
-                    200, json.dumps({"choices": [choice], "usage": {"completion_tokens": len(said.split())}}).encode()
+                    200,
+                    json.dumps(
+                        {"choices": [choice], "usage": {"completion_tokens": len((said or "").split())}}
+                    ).encode(),
                 )
             except (BrokenPipeError, ConnectionResetError):  # the captioner has gone
                 pass

@@ -22,8 +22,8 @@ from paradiffusion.curation.building.items import (
     text_of,
 )
 from paradiffusion.curation.building.places import EXTENSIONS, Archive, Place, is_archive
-from paradiffusion.curation.building.tables import SUFFIXES, Row, byte_columns, columns_of, read_rows
-from paradiffusion.data.shards import expand_shards
+from paradiffusion.data.shards import PARTS, expand_shards
+from paradiffusion.data.tables import FILE_NAMES, SUFFIXES, Row, byte_columns, columns_of, read_rows
 from paradiffusion.errors import UserError
 
 FORMATS: Final = ("auto", "folder", "table", "img2dataset", "webdataset", "imagefolder")
@@ -139,7 +139,10 @@ def _detect(spec: str, paths: Sequence[Path]) -> str:
     if any(first.glob("*.tar")):
         found = "img2dataset" if _stats_beside(first) else "webdataset"
     # A repository of tables alone, as data sets lie on the hub (data/train-00000-of-00010.parquet).
-    elif not _stats_beside(first) and any(path.suffix.lower() == ".parquet" for path in _tables_in(first)):
+    # Beside img2dataset's statistics only those that hold the pictures themselves.
+    elif (table := next((one for one in _tables_in(first) if one.suffix.lower() == ".parquet"), None)) and (
+        not _stats_beside(first) or byte_columns(table)
+    ):
         found = "table"
     else:
         return "folder"
@@ -193,7 +196,7 @@ def _split_of(name: str) -> str:
 
 
 # kohya's scripts write .caption; img2dataset's output format "files" writes .txt and .json.
-_SIDECARS: Final = ("txt", "caption")
+_SIDECARS: Final = tuple(extension for extension, part in PARTS.items() if part == "text")
 _MAX_SIDECAR: Final = 1 << 22
 # Telephones' pictures and the like: the report says how to convert them.
 _NOT_READ: Final = ("heic", "heif", "hif", "jxl")
@@ -379,10 +382,7 @@ def _fields(path: Path, members: Members) -> tuple[dict[str, Any], list[str]]:
 # In the order in which they are looked for; a table with both has the files already.
 _MAX_SHOWN: Final = 200  # characters of a path in reports: our choice
 _MAX_PATH: Final = 4096  # as Linux has it
-_IMAGES: Final = (
-    "file_name", "filename", "file", "file_path", "filepath", "image_path", "img_path", "path", "image", "img", "jpg",
-    "png", "webp", "url", "image_url", "img_url",
-)  # fmt: skip
+_IMAGES: Final = (*FILE_NAMES, "jpg", "png", "webp", "url", "image_url", "img_url")
 
 
 def check_columns(path: Path, columns: Columns) -> None:
@@ -420,7 +420,9 @@ def table_items(path: Path, root: Path, columns: Columns, archive: Archive | Non
             yield Item(name, _key(path, row, None, ""), Place("none", "row cannot be read", member=row.problem))
             continue
         if is_cell:
-            place = Place("cell", str(path), row.cell[0], row.cell[1], image)
+            beside = _place(location, root, archive)
+            otherwise = beside.path if beside.kind == "file" else ""
+            place = Place("cell", str(path), row.cell[0], row.cell[1], image, otherwise)
         else:
             place = _place(location, root, archive)
             shown = location if len(location) <= _MAX_SHOWN else f"{location[:_MAX_SHOWN]}..."

@@ -26,10 +26,11 @@ from yarl import URL
 
 from paradiffusion.atomic import atomic_file
 from paradiffusion.curation.pool import make_bar
+from paradiffusion.data.shards import IMAGE_EXTENSIONS
 from paradiffusion.errors import UserError
 
 # Of image files.
-EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jfif")
+EXTENSIONS: Final = (*IMAGE_EXTENSIONS, "gif", "bmp", "tif", "tiff", "avif")
 _AGENT: Final = "paradiffusion-build-shards"
 _REDIRECTS: Final = 5
 _PIECE: Final = 1 << 16
@@ -55,7 +56,7 @@ class Place:
     """Where the bytes of one image lie.
 
     ``kind`` is "file", "span" (``size`` bytes from byte ``offset`` of a plain tar), "zip" (``member`` of it), "cell"
-    (row ``size`` of row group ``offset`` in the Parquet column ``member``), "url", or "none": there is no image, for the
+    (row ``size`` of row group ``offset`` in the Parquet column ``member``; where that holds no bytes, the file ``otherwise``), "url", or "none": there is no image, for the
     reason in ``path`` and with the detail in ``member``.
     """
 
@@ -64,6 +65,7 @@ class Place:
     offset: int = 0
     size: int = 0
     member: str = ""
+    otherwise: str = ""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ class Reader:
             self._last = found
         value = self._last[1].as_py()
         value = value.get("bytes") if isinstance(value, dict) else value
+        if value is None and place.otherwise:  # as datasets writes pictures that it was given by path
+            return self._read(Place("file", place.otherwise))
         if value is None:
             raise Dropped("no image", "the cell is empty")
         return bytes(value)

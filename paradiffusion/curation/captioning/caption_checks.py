@@ -13,6 +13,7 @@ from typing import Final
 
 from paradiffusion.data.captions import clean
 from paradiffusion.metrics.sentences import sentences
+from paradiffusion.metrics.vlm import spoken
 
 EMPTY, TOO_SHORT, TOO_LONG, CUT = "empty", "too_short", "too_long", "cut"
 REPEATED, LOOP, REFUSAL, FILLER = "repeated_sentence", "loop", "refusal", "filler"
@@ -42,7 +43,6 @@ NOTES: Final = {
     CLOSING: "an offer to help or a count of words at the end was removed",
 }
 
-_THINKING = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)
 _LABEL = re.compile(r"^[^\w{\[]{0,4}(?:detailed )?(?:caption|description)\W{0,4}:\s*", re.IGNORECASE)
 _PREAMBLE = re.compile(r"^(?:sure|certainly|of course|here(?: is|'s|’s))\b[^.:\n]{0,120}[:!]\s+", re.IGNORECASE)
 _PICTURE = r"(?:image|picture|photo|photograph|scene|artwork|illustration)"
@@ -145,7 +145,7 @@ class Verdict:
 
 def judge_text(raw: str, finished: bool, limits: Limits) -> Verdict:
     """What to make of a model's answer as it came; ``finished`` is False where the token limit ended it."""
-    raw = _THINKING.sub("", raw).strip()
+    raw = spoken(raw)
     text, opened = remove_opening(clean(raw))
     text, closed = remove_closing(text)
     notes = [name for name, removed in ((OPENING, opened), (CLOSING, closed)) if removed]

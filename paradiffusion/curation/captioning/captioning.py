@@ -28,7 +28,7 @@ from paradiffusion.data.index import SampleIndex, read_sample
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.sentences import sentences
-from paradiffusion.metrics.vlm import Answer, Decoding, Engine, Question, fit
+from paradiffusion.metrics.vlm import Answer, Decoding, Engine, Question, answers_of, fit, spoken
 from paradiffusion.randomness import seed_from, uniform
 
 # A retry that takes the likeliest token again would only repeat itself where there is one template.
@@ -147,7 +147,7 @@ class Answers:
         batches = [ordered[at : at + at_once] for at in range(0, len(ordered), at_once)]
         missing = [batch for batch in batches if not all(map(self.has, batch))]
         last = time.monotonic()
-        with closing(self.engine.answers(self._questions(missing))) as answers:  # type: ignore[type-var]
+        with closing(answers_of(self.engine, self._questions(missing))) as answers:  # type: ignore[type-var]
             for group in answers:
                 now = time.monotonic()
                 if self._note(group, now - last, rejects):
@@ -380,7 +380,8 @@ def judge_shard(work: Work, engine: Engine, number: int) -> None:
                 records = []
                 for part, (row, template, claim) in enumerate(chosen):
                     entry = answers.entries[row - rows.start, part]
-                    verdict = "yes" if _YES.match(entry.text) else "no" if _NO.match(entry.text) else "unclear"
+                    said = spoken(entry.text)
+                    verdict = "yes" if _YES.match(said) else "no" if _NO.match(said) else "unclear"
                     records.append(
                         {"key": entry.key, "template": template, "claim": claim, "verdict": verdict, "answer": entry.text,
                          "judge": engine.model, "revision": engine.revision, "seconds": entry.seconds}

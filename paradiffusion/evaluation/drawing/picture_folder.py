@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.data.images import BadImage, decode
+from paradiffusion.data.shards import IMAGE_EXTENSIONS
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, first_does, image_name, progress
 from paradiffusion.evaluation.records import Drawn
@@ -20,7 +21,7 @@ from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.gallery import NAME, read_manifests
 from paradiffusion.sampling.run import disk_errors
 
-KINDS: Final = (".png", ".jpg", ".jpeg", ".webp")
+KINDS: Final = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 FOUND: Final = "pictures.json"
 # Where the sources of suites keep the name of a prompt's own or reference picture.
 NAMES: Final = ("original_id", "image", "file", "file_name", "filename")

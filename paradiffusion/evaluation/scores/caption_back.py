@@ -107,8 +107,7 @@ class CaptionBack:
         for image in images:
             prompt = prompts[image.prompt]
             reply = heard.reply(image, self.instruction(prompt))
-            caption = reply.text.strip()
-            error = reply.error or ("" if caption else "the model wrote nothing about it")
+            caption, error = reply.text, reply.error
             score = ImageScore(image.name, image.prompt, {one.name: 0.0 for one in _MEASURES}, error=error)
             scores.append(score)
             if not error:

@@ -14,12 +14,11 @@ from paradiffusion.evaluation.estimates import ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
 from paradiffusion.evaluation.scores.vlm_answers import CAPTIONERS, Ask, Asker, Heard
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt, by_id
-from paradiffusion.metrics.vlm import VlmOptions
+from paradiffusion.metrics.vlm import VlmOptions, spoken
 
 TOKENS: Final = 16
 _INSTRUCTION: Final = "Look at the picture and answer this question with one word, yes or no: {question}"
 
-_THOUGHT: Final = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _YES: Final = r"(?:yes|yeah|yep|true|correct)"
 _NO: Final = r"(?:no|nope|false|incorrect)"
 # Before the word: "Answer:", "The answer is", quotes, markdown's stars.
@@ -40,10 +39,10 @@ def asked(question: str) -> str:
 def verdict(answer: str) -> str:
     """ "yes", "no" or "unclear".
 
-    The first word counts ("No, it is blue."), or one that stands alone at the end ("... Answer: yes"); reasoning in <think>
-    tags is passed over. Whatever takes no side, or both, is unclear.
+    The first word counts ("No, it is blue."), or one that stands alone at the end ("... Answer: yes"); what a
+    model thinks before is passed over. Whatever takes no side, or both, is unclear.
     """
-    text = _THOUGHT.sub(" ", answer)
+    text = spoken(answer)
     if _BOTH.search(text):
         return "unclear"
     match = _FIRST.search(text) or _LAST.search(text)

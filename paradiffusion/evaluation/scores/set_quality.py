@@ -16,6 +16,7 @@ import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_kernel, poly_mmd
 
+from paradiffusion.data.shards import IMAGE_EXTENSIONS
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, mean
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
@@ -151,7 +152,7 @@ def kernel_influence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return influence - influence.mean()
 
 
-PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp")
+PICTURES: Final = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _EXPECTED: Final = (
     "expected a folder of at least 2 pictures (PNG, JPEG, WebP), or a .npz with mu and sigma as pytorch-fid writes it"
 )

@@ -20,7 +20,18 @@ from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Run
-from paradiffusion.metrics.vlm import Answer, Decoding, Engine, Question, VlmOptions, fit, open_engine, settings_of
+from paradiffusion.metrics.vlm import (
+    Answer,
+    Decoding,
+    Engine,
+    Question,
+    VlmOptions,
+    answers_of,
+    fit,
+    open_engine,
+    settings_of,
+    spoken,
+)
 from paradiffusion.repository import ROOT
 from paradiffusion.sampling.run import Processes
 from paradiffusion.text.sources import fingerprint
@@ -86,7 +97,7 @@ class Asker:
                 digest, error = _identity(ask.image)
                 if not error and _picture_key(ask.image, digest) not in journal.found:
                     key = _key(ask.image, digest, ask.prompt)
-                    if key not in journal.found:
+                    if not _holds_answer(journal.found.get(key)):
                         missing.append((key, ask))
             bar.update(len(asks) - len(missing))
             if not missing:
@@ -120,9 +131,9 @@ class Heard:
         if error:
             return Reply(error=error)
         record = self.found.get(_key(image, digest, prompt))
-        if record is None:
-            return Reply(error="the model was not asked about this picture")
-        return Reply(str(record["text"]), bool(record["finished"]), str(record["error"]))
+        if record is None or not _holds_answer(record):
+            return Reply(error="the model wrote nothing about it")
+        return Reply(spoken(str(record["text"])), bool(record["finished"]), str(record["error"]))
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -143,7 +154,7 @@ class _Round:
     def work(self, run: Run, bar: Any) -> None:
         answered = False
         refused: list[tuple[int, Answer]] = []
-        with closing(self.engine.answers(self._batches())) as groups:  # type: ignore[type-var]
+        with closing(answers_of(self.engine, self._batches())) as groups:  # type: ignore[type-var]
             for group in groups:
                 self._note_unread(bar)
                 pairs = [(question.part, answer) for question, answer in group]
@@ -174,7 +185,8 @@ class _Round:
     def _note(self, pairs: list[tuple[int, Answer]], bar: Any) -> None:
         for number, answer in pairs:
             record = {"text": answer.text, "finished": answer.finished, "error": answer.error}
-            self.journal.add(self.missing[number][0], record)
+            if _holds_answer(record):
+                self.journal.add(self.missing[number][0], record)
         bar.update(len(pairs))
 
     def _note_unread(self, bar: Any) -> None:
@@ -205,6 +217,11 @@ class _Round:
                 else:
                     batch.append(Question(number, number, picture, ask.prompt, 0, 0.0))
             yield batch
+
+
+def _holds_answer(record: dict[str, Any] | None) -> bool:
+    """Whether a line says anything: a model that answers nothing, or is cut as it thinks, is asked again."""
+    return record is not None and bool(record["error"] or spoken(str(record["text"])))
 
 
 def _bind(journal: Journal, engine: Engine) -> None:

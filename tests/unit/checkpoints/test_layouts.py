@@ -17,12 +17,13 @@ from diffusers import UNet2DConditionModel
 from official_models import MODERN, latents, make_official, make_ours, reference, same
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_unet import TINY_UNET
+from transformers import AutoModel
 
 from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline, official_differs
 from paradiffusion.checkpoints.layouts import describe, find_checkpoint, open_layout, save_weights
-from paradiffusion.checkpoints.manifest import find_fault
+from paradiffusion.checkpoints.manifest import find_fault, write_manifest
 from paradiffusion.config import (
     CodecConfig,
     ConditioningConfig,
@@ -125,7 +126,7 @@ def test_diffusers_loads_the_unet_by_itself(make: Callable[..., Made]) -> None:
 @torch.no_grad()
 def test_peft_loads_the_adapter_by_itself(make: Callable[..., Made]) -> None:
     from peft import PeftModel
-    from transformers import AutoModel
+    from transformers import AutoModelForCausalLM
 
     folder, _, encoder = make("paper", True)
     base = AutoModel.from_pretrained(locate(TextEncoderConfig()), dtype=torch.float32)
@@ -135,6 +136,10 @@ def test_peft_loads_the_adapter_by_itself(make: Callable[..., Made]) -> None:
     assert torch.equal(theirs, encoder(tokens.ids, tokens.mask, 0))
     with adapted.disable_adapter():
         bare = adapted(input_ids=tokens.ids, attention_mask=tokens.mask.long(), use_cache=False).last_hidden_state
+    headed = AutoModelForCausalLM.from_pretrained(locate(TextEncoderConfig()), dtype=torch.float32)
+    PeftModel.from_pretrained(headed, folder / "text_encoder_lora").eval()
+    again = headed.model(input_ids=tokens.ids, attention_mask=tokens.mask.long(), use_cache=False).last_hidden_state
+    assert torch.equal(again, theirs)
     assert not torch.allclose(theirs, bare, atol=1e-3), "the adapter does nothing"
 
 
@@ -182,8 +187,46 @@ def test_another_frozen_model_is_refused_and_a_moved_one_found(
         (folder / "checkpoint.json").write_text(json.dumps(description))
         user_error(said, load_models, open_layout(folder), device="cpu")
     moved = shutil.copytree(codec_folder, tmp_path / "moved")
+    # The same tensors in other files, and one file that nothing reads, are the same model.
+    source, dealt = locate(TextEncoderConfig()), tmp_path / "dealt"
+    AutoModel.from_pretrained(source, dtype=torch.float32).save_pretrained(dealt, max_shard_size="100KB")
+    assert len(list(dealt.glob("*.safetensors"))) > 1
+    for file in source.glob("token*"):
+        shutil.copy(file, dealt)
+    (moved / "unused.safetensors").write_bytes((moved / "diffusion_pytorch_model.safetensors").read_bytes())
+    frozen = {"text_encoder": FrozenConfig(path=str(dealt)), "codec": FrozenConfig(path=str(moved))}
+    description["codec"]["path"] = None
+    (folder / "checkpoint.json").write_text(json.dumps(description))
+    models = load_models(open_layout(folder), SampleConfig(**frozen), device="cpu")
+    assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
+    (folder / "checkpoint.json").write_text(json.dumps(description))
     models = load_models(open_layout(folder), SampleConfig(codec=FrozenConfig(path=str(moved))), device="cpu")
     assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
+
+
+def test_a_git_lfs_pointer_is_named_wherever_weights_are_read(
+    make: Callable[..., Made], codec_folder: Path, tmp_path: Path
+) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    folder, _, _ = make("paper", True)
+    for number, (source, name) in enumerate((
+        (folder, "unet/diffusion_pytorch_model.safetensors"), (folder, "text_encoder_lora/adapter_model.safetensors"),
+        (codec_folder, "diffusion_pytorch_model.safetensors"), (locate(TextEncoderConfig()), "model.safetensors"),
+    )):  # fmt: skip
+        copy = tmp_path / str(number)
+        shutil.copytree(source, copy)
+        (copy / name).write_text(pointer)
+        with pytest.raises(UserError, match=f"{Path(name).name} is a Git LFS pointer.*git-lfs"):
+            if source == codec_folder:
+                load_codec(CodecConfig(path=str(copy)), "another hash")
+            elif source == folder:
+                open_layout(copy).weights()
+            else:
+                load_text_encoder(TextEncoderConfig(path=str(copy)), ConditioningConfig(), "another hash")
+    write_manifest(folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_text(pointer)
+    with pytest.raises(UserError, match="is a Git LFS pointer"):
+        find_checkpoint(folder)
 
 
 def test_damaged_checkpoints_are_refused(make: Callable[..., Made]) -> None:
@@ -308,10 +351,23 @@ def test_lora_of_the_unet_is_stored_apart_and_merged(tmp_path: Path, codec_folde
     export_ours(open_layout(folder), tmp_path / "published", frozen="none")
     assert not (tmp_path / "published" / "unet_lora").exists()
     assert torch.equal(latents(folder), latents(tmp_path / "published", codec_folder))
-    # PEFT loads it by itself.
+    # PEFT loads it by itself, and diffusers by either prefix.
     base = UNet2DConditionModel.from_pretrained(folder / "unet")
     for name, tensor in PeftModel.from_pretrained(base, folder / "unet_lora").merge_and_unload().state_dict().items():
         torch.testing.assert_close(tensor, unet[name], atol=1e-6, rtol=0)
+    for prefix in (None, "unet"):
+        base = UNet2DConditionModel.from_pretrained(folder / "unet")
+        base.load_lora_adapter(folder / "unet_lora", prefix=prefix, weight_name="adapter_model.safetensors")
+        base.fuse_lora()
+        fused = {name.replace(".base_layer", ""): tensor for name, tensor in base.state_dict().items()}
+        for name, tensor in unet.items():
+            torch.testing.assert_close(fused[name], tensor, atol=1e-6, rtol=0)
+    # As versions before wrote it, under PEFT's names alone.
+    stored = load_file(folder / "unet_lora" / "adapter_model.safetensors")
+    old = {name: tensor for name, tensor in stored.items() if name.startswith("base_model.model.")}
+    assert len(stored) == 3 * len(old)
+    save_file(old, folder / "unet_lora" / "adapter_model.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in open_layout(folder).weights(merge=False).items())
 
 
 def test_publishing_says_nothing_of_this_machine(tmp_path: Path, codec_folder: Path) -> None:

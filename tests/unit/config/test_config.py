@@ -188,6 +188,7 @@ MISTAKES = {
     "objective=paper objective.zero_terminal_snr=true": "use objective.prediction=v_prediction", "optimizer.lr=inf": "above 0",
     "optimizer.beta2=1": "below 1", "optimizer.schedule=step": "constant, cosine, linear", "data=shards": "shards",
     "sampler.solver=heun": "dpm, ddim, euler", "data.world=huge": "data.world=huge",
+    "unet.arguments.dropout=0.1": r"unet\.arguments\.dropout=0\.1 would be drawn from torch's global generator",
 }  # fmt: skip
 
 

@@ -46,6 +46,28 @@ def test_parquet_with_the_images_in_it(tmp_path: Path) -> None:
     assert [value["short"] for value in captions(tmp_path / "out" / "val").values()] == ["number 5", "number 6"]
 
 
+def test_parquet_that_names_its_pictures(tmp_path: Path) -> None:
+    """As `datasets` writes pictures that it was given by path, some of them with their bytes; and img2dataset's own Parquet."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(image(1))
+    rows = [{"image": {"bytes": None, "path": "a.png"}, "text": "an a"}, {"image": {"bytes": image(2), "path": "b.png"}, "text": "a b"},
+            {"image": {"bytes": None, "path": "gone.png"}, "text": "nothing"}]  # fmt: skip
+    write_table(folder / "train-00000-of-00001.parquet", rows)
+    report = make(folder, tmp_path / "out")
+    assert (report.kept, report.dropped) == (2, {"no image": 1})
+    found = {sample.meta["captions"]["short"]: sample.image for sample in samples(tmp_path / "out").values()}
+    assert found == {"an a": image(1), "a b": image(2)}
+    other = tmp_path / "img2dataset"
+    other.mkdir()
+    write_table(
+        other / "00000.parquet",
+        [{"key": "000000000", "caption": "a b", "jpg": image(2), "url": "http://x/b.png"}],
+    )
+    (other / "00000_stats.json").write_text("{}")
+    assert make(other, tmp_path / "again").kept == 1
+
+
 def test_img2dataset_output(tmp_path: Path) -> None:
     folder, keys = tmp_path / "laion", [f"0000000{number}" for number in range(5)]
     members = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shlex
 from dataclasses import replace
@@ -15,10 +16,14 @@ from commands import user_error
 from data_fixtures import as_json, encoded, picture
 from loader_fixtures import assert_same, load
 
+from paradiffusion.atomic import hold, locked
 from paradiffusion.compose import compose_train
+from paradiffusion.curation.journal import lock as journal_lock
 from paradiffusion.data.folder import INDEX_NAME, FoundPicture, LookedAt, load_folder, look
-from paradiffusion.data.index import SampleIndex, TokenCounter, read_sample
+from paradiffusion.data.index import SampleIndex, TokenCounter, read_sample, same_data
 from paradiffusion.data.loader import LoaderSettings
+from paradiffusion.errors import UserError
+from paradiffusion.training.folder import locked as training_lock
 
 SETTINGS = LoaderSettings(seed=1, workers=0, last_step=6)
 
@@ -101,6 +106,34 @@ def test_hostile_folder(pictures: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert load(index, SETTINGS)
 
 
+def test_tables_of_captions_beside_the_pictures(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As the hub's image folders have them; what lies beside one picture wins over its row."""
+    for name in ("a.png", "in/b.png", "in/c.png", "other/d.png", "mute.png"):
+        put(tmp_path, name)
+    (tmp_path / "in" / "c.txt").write_text("beside it")
+    rows = [{"file_name": "a.png", "text": "an a"}, {"file_name": "./in/b.png", "captions": {"short": "b", "long": "a long b"}},
+            {"file_name": "in/c.png", "text": "in the table"}]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "other" / "captions.csv").write_bytes("filename;caption\nd.png;ein süßes d\n".encode("cp1252"))
+    index = load_folder(tmp_path)
+    captions = {index.key(row): read_sample(index, row).meta["captions"] for row in range(len(index))}
+    assert captions == {
+        "a.png": {"short": "an a"}, "in/b.png": {"short": "b", "long": "a long b"}, "in/c.png": {"short": "beside it"},
+        "other/d.png": {"short": "ein süßes d"},
+    }  # fmt: skip
+    assert "1 pictures without a caption (such as mute.png)" in capfd.readouterr().err
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [{"file_name": "a.png", "text": "another a"}])))
+    changed = load_folder(tmp_path)
+    assert keys(changed) == ["a.png", "in/c.png", "other/d.png"]
+    assert read_sample(changed, 0).meta["captions"] == {"short": "another a"}
+    assert not same_data(index.take(np.array([0, 2, 3])).fingerprint(), changed.fingerprint()), "as many words, others"
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"picture": "a.png", "text": "an a"}))
+    with pytest.raises(
+        UserError, match="metadata.jsonl has the columns picture, text, of which none names the pictures"
+    ):
+        load_folder(tmp_path)
+
+
 def test_the_usual_forms_of_a_picture_with_a_caption(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     forms = {
         "a.png": ("a.TXT", b"in capitals"), "b.jpg": ("b.jpg.txt", b"behind the whole name"), "c.jfif": ("c.txt", b"a JPEG"),
@@ -152,6 +185,11 @@ def test_a_disk_without_locks(pictures: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     assert len(load_folder(pictures)) == 22
+    # Nobody can be kept out there, and nobody is: whatever writes takes its lock by the same function.
+    refusal = "held by another process"
+    with open(pictures / "lock", "w") as file, locked(pictures, refusal), training_lock(pictures / "stage1"):
+        assert hold(file) and hold(file, wait=True) and not hold(file, unsure=False)
+        journal_lock(file, refusal)
 
 
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:

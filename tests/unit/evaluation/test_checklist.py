@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import ChatServer
+from chat_server import Asked, ChatServer
 from commands import user_error
 from judged_scenes import Alone
 from PIL import Image
@@ -179,6 +179,30 @@ def test_a_model_that_takes_no_picture_at_all_is_no_set_of_failures(server: Chat
     count = len(server.asked)
     none = asked(score, plain, [Drawn("a", "a", tmp_path / "a.png")], tmp_path / "plain")
     assert "plain has no questions" in none.skipped and len(server.asked) == count
+
+
+@pytest.mark.parametrize("silence", [None, "", "<think>Is it red? Let me look", "I see a shape\n</think>\n\n"])
+def test_a_judge_that_only_thinks_is_no_judge_and_its_silence_no_answer(
+    server: ChatServer, tmp_path: Path, silence: str | None
+) -> None:
+    suite, images = draw_scenes(tmp_path / "images", 3)
+    score = Checklist(options_for(server))
+    server.answer = lambda asked: (silence, "length" if silence else "stop")
+    with pytest.raises(UserError, match="tiny-vlm gave 5 answers without a word.*enable_thinking=false"):
+        asked(score, suite, images, tmp_path)
+    # To one question it is a failure of that picture, which is listed, and asked again once the server is repaired.
+    silenced: list[tuple[bytes, str]] = []
+
+    def mostly(asked: Asked) -> tuple[str | None, str]:
+        if not silenced:
+            silenced.append((asked.image, asked.prompt))
+        return (silence, "stop") if (asked.image, asked.prompt) == silenced[0] else look(asked)
+
+    server.answer = mostly
+    result = asked(score, suite, images, tmp_path)
+    assert sorted(means(result)) == [0, 1, 1] and "1 of 3 images failed" in " ".join(result.warnings)
+    server.answer, before = look, len(server.asked)
+    assert means(asked(score, suite, images, tmp_path)) == [1.0] * 3 and len(server.asked) == before + 1
 
 
 def test_two_processes_share_the_questions_and_a_stop_loses_none(server: ChatServer, tmp_path: Path) -> None:

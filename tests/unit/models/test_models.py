@@ -142,6 +142,8 @@ def test_coordinates(octaves: int) -> None:
         torch.testing.assert_close(out[0, 6], torch.sin(torch.pi * out[0, 4]))
         torch.testing.assert_close(out[0, 13], torch.cos(2 * torch.pi * out[0, 5]))
         assert len(out[0].flatten(1).T.unique(dim=0)) == 15, "every place is told from every other"
+    large = torch.zeros(1, 4, 128, 96)  # in bf16 what autocast makes of training's
+    assert torch.equal(with_coordinates(large.bfloat16(), octaves), with_coordinates(large, octaves).bfloat16())
 
 
 def test_weights_are_a_function_of_the_seed_alone() -> None:

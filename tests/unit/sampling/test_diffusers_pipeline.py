@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from official_models import MODERN, latents, make_official, make_ours, same
 from PIL import Image
 from tiny_encoders import write_llama_tokenizer
@@ -219,6 +219,37 @@ def test_the_tokenizers_own_rules_hold(folders: dict[str, Path], tmp_path: Path)
     pipe.save_pretrained(tmp_path / "again")
     for tokenizer in (pipe.tokenizer, ParaDiffusionPipeline.from_pretrained(str(tmp_path / "again")).tokenizer):
         assert tokenizer("  a b", add_special_tokens=False)["input_ids"] == rules.encode("  a b").ids
+
+
+def test_what_pipelines_of_diffusers_take(pipe: ParaDiffusionPipeline, folders: dict[str, Path]) -> None:
+    """latents=, prompt_embeds= and eta=, and another scheduler."""
+    noise = torch.randn(1, 4, 8, 8, generator=seeded())  # as the generator's own
+    assert np.array_equal(arrays(pipe, generator=None, latents=noise), arrays(pipe))
+    embeds = pipe.encode_prompt([PROMPT, "a"], "a green star")
+    names = "prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask"
+    settings = {"num_images_per_prompt": 2, "generator": [seeded(n) for n in range(4)], "guidance_scale": 3.0}
+    told = arrays(pipe, None, **dict(zip(names, embeds, strict=True)), **settings)
+    settings["generator"] = [seeded(n) for n in range(4)]
+    assert np.array_equal(told, arrays(pipe, [PROMPT, "a"], negative_prompt="a green star", **settings))
+    for wrong, words in (
+        ({"latents": noise[:, :3]}, "latents= has the shape"),
+        ({"prompt_embeds": embeds[0]}, "two ways"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            pipe("a", **wrong)
+    with pytest.raises(UserError, match=r"eta=0.5 means nothing to DPMSolver"):
+        pipe("a", eta=0.5)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(UserError, match="DDIMScheduler as it is set here does not draw .* flow"):
+        pipe("a")
+    other = ParaDiffusionPipeline.from_pretrained(str(folders["official"]))
+    other.scheduler = DDIMScheduler.from_config(other.scheduler.config)
+    assert np.array_equal(arrays(other, eta=0.0), arrays(other)) and not np.array_equal(
+        arrays(other, eta=1.0), arrays(other)
+    )
+    assert np.array_equal(
+        arrays(other, eta=1.0), arrays(other, eta=1.0)
+    )  # what is drawn anew is a function of the seed
 
 
 def test_wrong_arguments(pipe: ParaDiffusionPipeline) -> None:

@@ -35,6 +35,7 @@ from paradiffusion.sampling.run import (
     Processes,
     StopSignal,
     draw_all,
+    drawing_alone,
     joined_processes,
     output_folder,
     sample,
@@ -192,6 +193,17 @@ def test_a_signal_stops_between_steps_and_the_same_command_goes_on(
     run(tmp_path / "whole")
     for name in ("00000.png", "00003.png"):
         assert np.abs(pixels(tmp_path / name) - pixels(tmp_path / "whole" / name)).max() <= 1
+
+
+def test_two_commands_do_not_draw_into_one_folder(tmp_path: Path) -> None:
+    refused = pytest.raises(UserError, match=r"another command is drawing into .*out; wait for its end")
+    with drawing_alone(tmp_path / "out", Processes()):
+        with refused, drawing_alone(tmp_path / "out", Processes()):
+            pass
+        with drawing_alone(tmp_path / "other", Processes()):
+            pass
+    with drawing_alone(tmp_path / "out", Processes()):
+        pass
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path) -> None:

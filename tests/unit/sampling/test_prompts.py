@@ -53,6 +53,21 @@ def test_csv_fields(tmp_path: Path, mark: str) -> None:
     assert requests[1].source == "p.csv line 5"  # the first prompt spans two lines, and one line is blank
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("geneval.jsonl", '{"tag": "counting", "include": [{"class": "dog", "count": 2}], "prompt": "two dogs"}\n{"prompt": "b", "seed": 4}'),
+        ("hub.json", '[{"text": "two dogs", "id": 3}, {"text": "b", "seed": 4}]'), ("plain.json", '["two dogs", {"caption": "b", "seed": 4}]'),
+        ("p.tsv", "prompt_id\ttext\tseed\n1\ttwo dogs\t\n2\tb\t4\n"), ("p.csv", "category,caption,seed\nx,two dogs,\n,b,4\n"),
+    ],
+)  # fmt: skip
+def test_the_usual_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str) -> None:
+    requests = read_prompts(prompt_file=write(tmp_path, name, content))
+    assert [(one.prompt, one.seed) for one in requests] == [("two dogs", None), ("b", 4)]
+    extra = {"geneval.jsonl": "tag, include", "hub.json": "id", "p.tsv": "prompt_id", "p.csv": "category"}.get(name, "")
+    assert (f"passed over: {extra};" in capsys.readouterr().err) == bool(extra)
+
+
 def test_one_prompt_and_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [request.prompt for request in read_prompts(prompt=AWKWARD)] == [AWKWARD]
     for arguments in ({"prompt_file": "-"}, {"prompt": "-"}):
@@ -66,8 +81,9 @@ def test_one_prompt_and_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         ("p.txt", " \n\n", "holds no prompts"), ("p.csv", "prompt,seed\n", "holds no prompts"), ("p.jsonl", "\n", "holds no prompts"),
         ("p.txt", b"good\nb\xe4d\n", "0xe4 in line 2"), ("p.txt", b"good\nb\0d\n", "0x00 in line 2"),
         ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
-        ("p.json", "[]", "ends in .json; expected .txt, .csv, .jsonl"), ("p", "x", "without an ending"),
-        ("p.csv", "caption,seed\na,1\n", "columns caption, seed"), ("p.csv", "prompt\na cat, on a mat\n", "line 2 has 2 cells"),
+        ("p.json", "[]", "holds no prompts"), ("p.json", '{"a": 1}', "expected a list of objects"), ("p.md", "x", "ends in .md; expected .txt, .csv, .tsv"), ("p", "x", "without an ending"),
+        ("p.csv", "words,seed\na,1\n", "columns words, seed"), ("p.csv", "prompt,sead\na,1\n", "unknown key 'sead'"),
+        ("p.tsv", "prompt\tguidence\na\t2\n", "unknown key 'guidence'"), ("p.json", '[{"prompt": "a", "hight": 64}]', "unknown key 'hight'"), ("p.csv", "prompt\na cat, on a mat\n", "line 2 has 2 cells"),
         ("p.csv", 'prompt\n"never closed\n\n', "line 2 is not valid CSV"), ("p.csv", "prompt,seed\na,one\n", "line 2: seed is 'one'"),
         ("p.csv", "prompt,seed\n,1\n", "line 2 has an empty prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": }', "line 2 is not valid JSON"), ("p.jsonl", '["a"]', "line 1 holds"),

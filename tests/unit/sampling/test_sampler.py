@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import diffusers
 import pytest
 import torch
 from sampling_models import TinyModels
@@ -10,7 +13,7 @@ from torch import Tensor
 from paradiffusion.config import PREDICTIONS, SOLVERS, ObjectiveConfig, SamplerConfig
 from paradiffusion.diffusion.objective import make_objective, set_steps
 from paradiffusion.errors import UserError
-from paradiffusion.sampling.sampler import against, sample_latents, starting_noise
+from paradiffusion.sampling.sampler import against, check_scheduler, sample_latents, starting_noise
 from paradiffusion.text.conditioning import Conditioning
 
 SHAPE = (4, 8, 8)
@@ -20,10 +23,17 @@ PROMPTS = [f"a red circle and {'one more thing ' * n}" for n in range(4)]
 
 
 def draw(
-    models: TinyModels, prompts: list[str], seeds: list[int], settings: SamplerConfig, **options: object
+    models: TinyModels,
+    prompts: list[str],
+    seeds: list[int],
+    settings: SamplerConfig,
+    negative: Conditioning | None = None,
+    **options: object,
 ) -> Tensor:
+    conditioning = models.encode(prompts)
+    conditioning = conditioning if negative is None else against(conditioning, negative)
     return sample_latents(
-        models.denoise, models.objective, models.encode(prompts), seeds, SHAPE, settings, "cpu", models.dtype, **options
+        models.denoise, models.objective, conditioning, seeds, SHAPE, settings, "cpu", models.dtype, **options
     )
 
 
@@ -72,6 +82,43 @@ def test_a_perfect_denoiser_finds_the_latents(
     found = sample_latents(oracle, objective, conditioning, [0, 1], SHAPE, settings, "cpu", torch.float32)
     assert (found - truth).abs().mean() < 0.1
     assert seen == sorted(seen, reverse=True) and len(seen) == steps and 800 <= max(seen) <= 1000
+
+
+SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow"])
+def test_a_scheduler_of_diffusers_fits_the_objective_or_is_refused(prediction: str) -> None:
+    """Those that people put into a pipeline, made from the configuration that ours has."""
+    noises = {
+        diffusers.DDIMScheduler: [], diffusers.DDPMScheduler: [], diffusers.PNDMScheduler: [], diffusers.LCMScheduler: [],
+        diffusers.TCDScheduler: [], diffusers.EulerDiscreteScheduler: SIGMAS, diffusers.EulerAncestralDiscreteScheduler: [],
+        diffusers.HeunDiscreteScheduler: SIGMAS, diffusers.KDPM2DiscreteScheduler: SIGMAS,
+    }  # fmt: skip
+    flows = {diffusers.FlowMatchEulerDiscreteScheduler: SIGMAS, diffusers.FlowMatchHeunDiscreteScheduler: []}
+    both = {diffusers.DPMSolverMultistepScheduler: SIGMAS, diffusers.UniPCMultistepScheduler: SIGMAS}
+    right, wrong = (flows, noises) if prediction == "flow" else (noises, flows)
+    objective = make_objective(ObjectiveConfig(prediction=prediction))
+    config = objective.scheduler("dpm").config
+
+    def check(kind: Any, **more: Any) -> None:
+        objective.schedulers = lambda solver, **overrides: kind.from_config(config, **more)
+        check_scheduler(objective)
+
+    for kind, sigmas in {**right, **both}.items():
+        check(kind)
+        for key in sigmas:
+            # UniPC alone knows what Karras' sigmas are for a flow.
+            if prediction == "flow" and kind in both and (kind.__name__, key) != ("UniPCMultistepScheduler", SIGMAS[0]):
+                with pytest.raises(UserError, match=f"{kind.__name__} as it is set here .* flow .* without Karras"):
+                    check(kind, **{key: True})
+            else:
+                check(kind, **{key: True})
+    for kind in wrong:
+        with pytest.raises(
+            UserError, match=f"{kind.__name__} as it is set here .* {prediction} .*{objective.suits[0]}"
+        ):
+            check(kind)
 
 
 def test_more_steps_than_the_schedule_has() -> None:

@@ -8,11 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
-from paradiffusion.data.captions import ENCODING_NOTES, decode_text
+from paradiffusion.data.captions import ENCODING_NOTES, captions_of, decode_text
 from paradiffusion.errors import UserError
 
 
@@ -47,6 +48,14 @@ def repeated_name(path: Path, name: str, where: str = "") -> UserError:
     )
 
 
+# Tables of captions beside pictures, as the hub's image folders and others have them, the first that is there; and what the column
+# of the files is called.
+BESIDE: Final = tuple(
+    f"{stem}.{end}" for stem in ("metadata", "captions") for end in ("jsonl", "csv", "tsv", "parquet")
+)
+FILE_NAMES: Final = (
+    "file_name", "filename", "file", "file_path", "filepath", "image_path", "img_path", "path", "image", "img",
+)  # fmt: skip
 SUFFIXES: Final = (".csv", ".tsv", ".jsonl", ".jsonlines", ".ndjson", ".json", ".parquet")
 _UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
 _MAX_CELL: Final = 1 << 24
@@ -289,3 +298,42 @@ def _plain_times(batch: Any) -> Any:
             column = column.cast(pa.int64())
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def captions_by_file(table: Path) -> dict[str, dict[str, str]]:
+    """The captions by kind (``captions_of``) of each file that a table beside pictures names, relative to the table's folder.
+    Read once, and again when it has changed. Raises UserError as ``read_rows`` does, and where no column names files."""
+    stat = table.stat()
+    return _captions_by_file(table, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(8)
+def _captions_by_file(table: Path, *state: int) -> dict[str, dict[str, str]]:
+    names = columns_of(table)
+    column = next((name for name in FILE_NAMES if name in names), None)
+    if column is None:
+        raise UserError(
+            f"{table} has the columns {', '.join(names)}, of which none names the pictures; expected one of {', '.join(FILE_NAMES)}, "
+            "or another name for a table that is not meant to."
+        )
+    rows = ((row.fields.get(column), row.fields) for row in read_rows(table))
+    return {file.removeprefix("./"): captions_of(fields, b"") for file, fields in rows if isinstance(file, str)}
+
+
+@lru_cache(4096)
+def table_beside(folder: Path, root: Path) -> Path | None:
+    """The table of captions in ``folder``, else in the nearest folder above it, up to ``root``."""
+    for place in (folder, *folder.parents):
+        for name in BESIDE:
+            if (place / name).is_file():
+                return place / name
+        if place == root:
+            return None
+    return None
+
+
+def told_by_table(root: Path, key: str) -> dict[str, str]:
+    """The captions of the picture ``key`` of the folder ``root`` in the table beside it; empty where there are none."""
+    picture = root / key
+    table = table_beside(picture.parent, root)
+    return {} if table is None else captions_by_file(table).get(picture.relative_to(table.parent).as_posix(), {})
