@@ -7,7 +7,6 @@ import signal
 import subprocess
 import weakref
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from data_fixtures import encoded, picture, sample, shards_of
 from programs import end, fork, script, two_ranks
 from tiny_vlm import write_vlm
 
+from paradiffusion.config import keys_of
 from paradiffusion.curation.captioning.caption_options import CaptionOptions
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import expand_shards, write_shards
@@ -258,8 +258,8 @@ def test_a_wrong_request_is_told_in_a_sentence(
 
 
 def test_help_names_every_key(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    for one in fields(CaptionOptions):
-        assert f"{one.name}=" in str(script("caption").__doc__)
+    for key in keys_of(CaptionOptions):
+        assert f"{key}=" in str(script("caption").__doc__)
     result = command("scripts/caption.py", "output=x")
     assert result.returncode == 2 and result.stderr.startswith("error: shards= is missing")
     assert "Traceback" not in result.stderr

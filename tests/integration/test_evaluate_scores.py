@@ -14,10 +14,10 @@ from tiny_clip import write_clip
 from tiny_vlm import write_vlm
 
 from paradiffusion.errors import UserError
+from paradiffusion.evaluation.evaluate import without_nan
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.offered_scores import make_scores, offers
 from paradiffusion.evaluation.records import ImageScore, Measure, ScoreResult, estimate, read_evaluation
-from paradiffusion.evaluation.scoring import without_nan
 from paradiffusion.evaluation.suites.load import load_suite
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from builds import captions, image, make, pictures_site, samples, write_table
 
-from paradiffusion.curation.building.build_report import Report
+from paradiffusion.curation.building.build import Report
 from paradiffusion.curation.building.places import Dropped, FetchLimits, fetch
 from paradiffusion.errors import UserError
 

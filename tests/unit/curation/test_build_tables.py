@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from builds import captions, image, make, samples, write_table
 
-from paradiffusion.curation.building.build_report import Report
+from paradiffusion.curation.building.build import Report
 from paradiffusion.curation.building.places import Dropped, FetchLimits, Place, Reader
 from paradiffusion.errors import UserError
 
