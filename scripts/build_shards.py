@@ -49,9 +49,8 @@ from paradiffusion.entry import run
 
 def main(arguments: list[str]) -> int:
     """Build, and print the report."""
-    from paradiffusion.curation.building.build import build
+    from paradiffusion.curation.building.build import as_markdown, build
     from paradiffusion.curation.building.build_options import BuildOptions
-    from paradiffusion.curation.building.build_report import as_markdown
     from paradiffusion.data.index import TokenCounter
 
     options = compose_options(BuildOptions, arguments)

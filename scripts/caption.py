@@ -144,7 +144,7 @@ def work_on(
 def make_engine(options: CaptionOptions, device: str | None) -> tuple[Engine, int]:
     """The captioner, and the long side of what it is shown."""
     decoding = Decoding(options.max_new_tokens, options.top_p)
-    return open_engine(vlm_options(options, device), CONFIGS / "captioners.yaml", decoding, fingerprint_of)
+    return open_engine(vlm_options(options, device), decoding)
 
 
 def make_judge(options: CaptionOptions, device: str | None, decoding: Decoding) -> tuple[Engine, int]:
@@ -161,20 +161,13 @@ def make_judge(options: CaptionOptions, device: str | None, decoding: Decoding) 
         # The captioner's key goes to the captioner's server alone.
         key = options.judge_api_key_env or (options.api_key_env if url == options.endpoint else None)
         judge = replace(judge, endpoint=url, api_key_env=key)
-    return open_engine(judge, CONFIGS / "captioners.yaml", decoding, fingerprint_of)
+    return open_engine(judge, decoding)
 
 
 def vlm_options(options: CaptionOptions, device: str | None) -> VlmOptions:
     """The captioner among the script's keys."""
     shared = {field.name: getattr(options, field.name) for field in fields(VlmOptions) if hasattr(options, field.name)}
     return VlmOptions(**{**shared, "device": device})
-
-
-def fingerprint_of(folder: Path) -> str:
-    """A hash of the weights in a folder."""
-    from paradiffusion.text.sources import fingerprint
-
-    return fingerprint(folder)
 
 
 def report(options: CaptionOptions, stems: list[str], processes: int, status: int) -> None:

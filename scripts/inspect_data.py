@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.compose import compose_train, split_options, text_encoder_named
 from paradiffusion.config import TrainConfig
-from paradiffusion.curation.inspecting.inspect_options import InspectOptions
+from paradiffusion.curation.inspecting.inspect import InspectOptions
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
 

@@ -86,15 +86,11 @@ class _Hosts(TrustedHostMiddleware):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = re.sub(r":\d+$", "", Headers(scope=scope).get("host", "")).strip("[]")
-        await (self.app if _is_address(host) else super().__call__)(scope, receive, send)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return await super().__call__(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 def check_origin(request: Request) -> None:

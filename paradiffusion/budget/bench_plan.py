@@ -25,15 +25,7 @@ from paradiffusion.budget.results import facts, load, processor, today, write_re
 from paradiffusion.checks import not_negative, one_of, positive
 from paradiffusion.config import option
 from paradiffusion.data.images import make_buckets
-from paradiffusion.data.index import (
-    ROW,
-    SampleIndex,
-    _stamp,
-    _store,
-    join_indexes,
-    load_index,
-    of_one_shard,
-)
+from paradiffusion.data.index import ROW, SampleIndex, _stamp, _store, join_indexes, load_index, of_one_shard
 from paradiffusion.data.plan import BatchPlan, Share
 from paradiffusion.errors import UserError
 from paradiffusion.pages import markdown_table
@@ -174,11 +166,6 @@ def measure(settings: PlanBench) -> Iterator[PlanRow]:
             disk = sum(file.stat().st_size for file in folder.glob("*.columns/**/*.npy"))
             repeats: dict[str, list[Any]] = {key: [run[key] for run in runs] for key in runs[0]}
             yield PlanRow(sources, first, disk=disk, **repeats)
-
-
-def index_bytes(index: SampleIndex) -> int:
-    """What an index holds in memory."""
-    return sum(value.nbytes for value in vars(index).values() if isinstance(value, np.ndarray))
 
 
 def write(settings: PlanBench, rows: list[PlanRow]) -> Path:

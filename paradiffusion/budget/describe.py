@@ -188,19 +188,8 @@ def memory(d: Description) -> str:
     rows = [["launch", "GPUs", "micro", "weights", "copies", "frozen", "grads", "optim", "EMA", "activ.", "buffers", "context",
              "TOTAL"]]  # fmt: skip
     for m in d.memory:
-        values = (
-            m.weights,
-            m.copies,
-            m.frozen,
-            m.gradients,
-            m.optimizer,
-            m.ema,
-            m.activations,
-            m.buffers,
-            m.context,
-            m.total,
-        )
-        rows.append([TITLES[m.launch], str(m.gpus), str(d.micro_batches[m.launch]), *map(gib, values)])
+        parts = [value for name, value in vars(m).items() if name not in ("launch", "gpus", "host")]
+        rows.append([TITLES[m.launch], str(m.gpus), str(d.micro_batches[m.launch]), *map(gib, [*parts, m.total])])
     if d.gpu is not None:
         fits = ["fits" if m.total <= d.gpu * GIB else "no" for m in d.memory]
         rows = [[*row, cell] for row, cell in zip(rows, [f"in {d.gpu:g}?", *fits], strict=True)]

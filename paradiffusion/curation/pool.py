@@ -47,14 +47,14 @@ def make_bar(what: str, unit: str, total: int | None, done: int = 0, shown: bool
 
 def run_tasks(
     what: str, unit: str, total: int | None, function: Callable[[Any, Tell], Any], tasks: Sequence[Any], processes: int,
-    check: Callable[[], None], done: int = 0, start: str = "fork",
+    check: Callable[[], None], done: int = 0, start: str = "fork", shown: bool = True,
 ) -> list[Any]:  # fmt: skip
     """``function(task, tell)`` of each task, in their order, on up to ``processes`` processes, under a bar of ``total`` items.
 
     ``check`` is called between items, or every half second; what it raises ends the processes at once. ``start`` is "fork" (where there
     is none, "spawn") or "spawn", as GPUs need; ``function`` is pickled by "spawn" alone. What a task raises is raised here; a process
     that is killed from outside (most often for want of memory) is EndedFromOutside."""
-    with make_bar(what, unit, total, done) as bar:
+    with make_bar(what, unit, total, done, shown) as bar:
         return _run(function, tasks, processes, bar, check, start)
 
 

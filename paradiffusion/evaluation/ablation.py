@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from paradiffusion.atomic import hold
 from paradiffusion.checks import choice
+from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation_plan import (
     OWN_KEYS,
@@ -232,7 +233,7 @@ def run_plan(plan: Plan, output: Path, launcher: Launcher, keep_going: bool, aft
     blocked: list[str] = []
     with _only_one(output), stop_on_signals() as stop, Journal(output) as journal:
         done = finished_units(plan, output)
-        with _bar(len(plan.units), len(done)) as bar:
+        with make_bar("ablation", "unit", len(plan.units), len(done)) as bar:
             for unit in plan.units.values():
                 if unit.key in done:
                     continue
@@ -344,12 +345,3 @@ def _only_one(output: Path) -> Iterator[None]:
         if not hold(file):
             raise UserError(f"{output} is in use by another scripts/ablate.py; wait for it, or choose another output=.")
         yield
-
-
-def _bar(total: int, done: int) -> tqdm[Any]:
-    """Units with time left; in a log file, a line every half minute at most."""
-    slow = not sys.stderr.isatty()
-    return tqdm(
-        total=total, initial=done, desc="ablation", unit="unit", dynamic_ncols=not slow, smoothing=0,
-        mininterval=30 if slow else 0.2, maxinterval=60 if slow else 10,
-    )  # fmt: skip

@@ -38,18 +38,18 @@ def key_of(argument: str) -> str:
 
 
 def _rule(holds: Callable[[Any], bool], sentence: str) -> AfterValidator:
-    """A check by pydantic; ``sentence`` says what a value does not hold to, with the value in place of {}."""
+    """A check by pydantic; ``sentence`` says what a value does not hold to, with the value in place of {}, its key of {key}."""
 
     def check(value: Any) -> Any:
         if not holds(value):
-            raise ValueError(sentence.format(value if isinstance(value, str) else list(value)))
+            raise ValueError(sentence.format(value if isinstance(value, str) else list(value), key=key_of(str(value))))
         return value
 
     return AfterValidator(check)
 
 
 def _not_own(keys: tuple[str, ...]) -> AfterValidator:
-    return _rule(lambda text: key_of(text) not in keys, "{} is set by the study itself, so it cannot be overridden")
+    return _rule(lambda text: key_of(text) not in keys, "{key} is set by the study itself, so it cannot be overridden")
 
 
 # What a file may say.

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paradiffusion.atomic import hold
+from paradiffusion.atomic import hold, write_atomic
+from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import Place, Source, first_does
+from paradiffusion.evaluation.drawing.picture_source import Place, Source, all_do, first_does
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.offered_scores import check_possible, make_scores, offers
-from paradiffusion.evaluation.records import Evaluation, Measure, Score, ScoreResult, estimate, write_evaluation
+from paradiffusion.evaluation.records import Drawn, Evaluation, Measure, Score, ScoreResult, estimate, write_evaluation
 from paradiffusion.evaluation.scores.agreement import HumanPair, read_pairs
-from paradiffusion.evaluation.scoring import score_all
 from paradiffusion.evaluation.subjects import (
     Subject,
     base_folder,
@@ -42,12 +46,9 @@ class Task:
     scores: list[Score | ScoreResult]
 
 
-@dataclass
-class PeopleSaid:
-    """Votes on pairs, to compare scores with, and the results of a study, to show."""
-
-    pairs: list[HumanPair]
-    votes: dict[str, Any] | None
+PeopleSaid = tuple[
+    list[HumanPair], dict[str, Any] | None
+]  # votes on pairs, to compare scores with, and a study's results
 
 
 def evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> int:
@@ -138,9 +139,7 @@ def _evaluate(
         first_does(processes, lambda: bind_folder(place, source, task.own_folder))
         images, described = source.draw(place)
         if place.first:
-            _announce(
-                images_failed=[image.name for image in images if image.error], described=described, total=len(images)
-            )
+            _announce([image.name for image in images if image.error], described, len(images))
         if options.clip or options.vlm or options.inception:
             source.close()  # their models take its place in memory; the counterfactual, which is last, loads it again
         results, failures = score_all(task.scores, images, described, place)
@@ -160,15 +159,12 @@ def _evaluate(
 
 def _announce(images_failed: list[str], described: dict[str, Any], total: int) -> None:
     strangers = described.get("unmatched") or []
-    if strangers:
-        shown = ", ".join(strangers[:5]) + (", ..." if len(strangers) > 5 else "")
-        print(
-            f"warning: {len(strangers)} pictures are not used, since they are named after no wanted image: {shown}",
-            flush=True,
-        )
-    if images_failed:
-        shown = ", ".join(images_failed[:5]) + (", ..." if len(images_failed) > 5 else "")
-        print(f"warning: {len(images_failed)} of {total} images failed and count as failures: {shown}", flush=True)
+    for names, what in (
+        (strangers, f"{len(strangers)} pictures are not used, since they are named after no wanted image"),
+        (images_failed, f"{len(images_failed)} of {total} images failed and count as failures"),
+    ):
+        if names:
+            print(f"warning: {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}", flush=True)
 
 
 @contextmanager
@@ -203,6 +199,7 @@ def _report(
     """The joint reports of several models or suites, and what a person should read now."""
     from paradiffusion.evaluation.reporting.evaluation_report import write_report
 
+    pairs, votes = said
     bases = [base_folder(s.source) if s.source else Path(str(s.made)).parent for s in subjects]
     names = [s.source.name if s.source else s.label or Path(str(s.made)).resolve().name for s in subjects]
     several = len(subjects) > 1
@@ -219,19 +216,17 @@ def _report(
             rows = [one for one in results if one.suite.name == suite.name]
             inside = len(suites) > 1 or not options.output_dir
             folder = joint / suite_folder(suite, options.count) if inside else joint
-            if said.pairs:  # how often each score prefers the picture that people prefer
+            if pairs:  # how often each score prefers the picture that people prefer
                 from paradiffusion.evaluation.scores.agreement import agreement
 
-                rows[0] = replace(rows[0], scores=[*rows[0].scores, agreement(rows, said.pairs)])
-            page = (
-                write_report(folder, rows, votes=said.votes, baseline=options.baseline)
-                if several
-                else folder / "report.html"
-            )
+                rows[0] = replace(rows[0], scores=[*rows[0].scores, agreement(rows, pairs)])
+            page = folder / "report.html"
+            if several:
+                page = write_report(folder, rows, votes=votes, baseline=options.baseline)
             print(show_table(suite, rows), flush=True)
             joined += rows
         if len(suites) > 1:
-            page = write_report(joint, joined, votes=said.votes, baseline=options.baseline)
+            page = write_report(joint, joined, votes=votes, baseline=options.baseline)
     print(f"Look at {page}", flush=True)
 
 
@@ -248,10 +243,8 @@ def _said(options: EvaluateOptions) -> PeopleSaid:
     """What people said, read before anything is drawn."""
     from paradiffusion.evaluation.reporting.report_tables import read_votes
 
-    return PeopleSaid(
-        read_pairs(Path(options.agreement).expanduser()) if options.agreement else [],
-        read_votes(Path(options.votes).expanduser()) if options.votes else None,
-    )
+    pairs = read_pairs(Path(options.agreement).expanduser()) if options.agreement else []
+    return pairs, read_votes(Path(options.votes).expanduser()) if options.votes else None
 
 
 def show_table(suite: Suite, evaluations: Sequence[Evaluation]) -> str:
@@ -290,3 +283,92 @@ def shown(value: Estimate, measure: Measure) -> str:
     if measure.unit == "share":
         return f"{100 * value.mean:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"
     return f"{value.mean:.3g} [{value.low:.3g}, {value.high:.3g}]"
+
+
+SETTINGS = "settings.json"
+LAST = ("counterfactual",)  # it draws, so that the model that is judged must be in memory beside the judge
+
+
+@dataclass
+class Running:
+    """``records.Run`` of these processes."""
+
+    rank: int
+    size: int
+    signal: StopSignal
+
+    def bar(self, total: int, title: str) -> Any:
+        """A tqdm bar of the first process; a context manager."""
+        return make_bar(title, "it", total, shown=self.rank == 0)
+
+    def check(self) -> None:
+        """Stopped once a signal came."""
+        self.signal.check()
+
+
+def score_all(
+    scores: Sequence[Score | ScoreResult], images: list[Drawn], source: dict[str, Any], place: Place
+) -> tuple[list[ScoreResult], list[str]]:
+    """Each score's result, in order, and a sentence for each that could not be computed, which keeps no other from being computed.
+
+    The results are whole in the first process alone. Raises Stopped after a signal, in every process."""
+    results = {score.name: score for score in scores if isinstance(score, ScoreResult)}
+    failures = []
+    for score in sorted(scores, key=lambda score: score.name in LAST):
+        if isinstance(score, ScoreResult):
+            continue
+        try:
+            results[score.name] = _score(score, images, source, place)
+        except UserError as error:
+            results[score.name] = ScoreResult(score.name, score.title, skipped=str(error))
+            failures.append(f"{score.name}: {error}")
+    return [results[score.name] for score in scores], failures
+
+
+def _score(score: Score, images: list[Drawn], source: dict[str, Any], place: Place) -> ScoreResult:
+    work, processes = place.folder / "scores" / score.name, place.processes
+    run = Running(processes.rank, processes.size, place.signal)
+
+    def bind() -> None:
+        """Empty what was found under other settings, or about other pictures."""
+        failed = {image.name: image.error for image in images if image.error}
+        about = {"fingerprint": place.suite.fingerprint, "failed": failed, "content": source.get("content")}
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        text = json.dumps({"settings": score.settings(), "about": digest}, ensure_ascii=False, sort_keys=True)
+        kept = work / SETTINGS
+        with disk_errors(place.folder):
+            if not kept.is_file() or kept.read_text(encoding="utf-8") != text:
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir(parents=True)
+                write_atomic(kept, text)
+
+    def prepare() -> None:
+        with disk_errors(place.folder):
+            score.prepare(place.suite, images[processes.rank :: processes.size], work, run)
+
+    first_does(processes, bind)
+    all_do(processes, prepare, tell=True)
+    found: list[ScoreResult] = []
+
+    def join() -> None:
+        with disk_errors(place.folder):
+            found.append(without_nan(score.result(place.suite, images, work)))
+
+    first_does(processes, join)
+    return found[0] if found else ScoreResult(score.name, score.title)
+
+
+def without_nan(result: ScoreResult) -> ScoreResult:
+    """An image with a value that is no finite number, as half precision may give, failed: it must not leave the mean."""
+    worst = {measure.name: measure.worst for measure in result.measures}
+    for one in result.images:
+        bad = sorted(name for name, value in one.values.items() if not math.isfinite(value))
+        for name in bad:
+            least = worst.get(name)
+            if least is None:
+                del one.values[name]
+            else:
+                one.values[name] = least
+        if bad and not one.error:
+            one.error = f"{' and '.join(bad)} came out as no finite number"
+    return result

@@ -104,11 +104,9 @@ class Run(Protocol):
 
     def bar(self, total: int, title: str) -> Any:
         """A tqdm bar, shown by the first process alone; a context manager."""
-        ...
 
     def check(self) -> None:
         """Raises when the run is to stop; called between pieces of work that are on disk."""
-        ...
 
 
 class Score(Protocol):
@@ -123,15 +121,12 @@ class Score(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """What its numbers depend on, as JSON; ``work`` is emptied when it differs from what is kept there."""
-        ...
 
     def prepare(self, suite: Suite, images: list[Drawn], work: Path, run: Run) -> None:
         """Look at ``images``, this process's share. An image that cannot be read is noted as failed, never raised."""
-        ...
 
     def result(self, suite: Suite, images: list[Drawn], work: Path) -> ScoreResult:
         """The numbers over all ``images``, from what all processes left in ``work``."""
-        ...
 
 
 class Painter(Protocol):
@@ -139,7 +134,6 @@ class Painter(Protocol):
 
     def paint(self, requests: list[Request]) -> list[Any]:
         """Pictures, uint8 [H, W, 3], one for each request; the same request gives the same picture."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -231,10 +225,7 @@ def estimate(result: ScoreResult, measure: Measure, images: Sequence[ImageScore]
 
 
 def grouped(
-    result: ScoreResult,
-    measure: Measure,
-    group_of: Callable[[SuitePrompt], str],
-    prompts: Iterable[SuitePrompt],
+    result: ScoreResult, measure: Measure, group_of: Callable[[SuitePrompt], str], prompts: Iterable[SuitePrompt]
 ) -> dict[str, Estimate]:
     """The estimate of each group of prompts, such as a length band, in the order of the groups' first prompts; a group
     without a value is absent."""
@@ -282,36 +273,24 @@ def _evaluation(record: dict[str, Any], folder: Path) -> Evaluation:
 
 def suite_from(record: dict[str, Any]) -> Suite:
     """A suite from the JSON that ``dataclasses.asdict`` makes of it. KeyError or TypeError where it is damaged."""
-    prompts = tuple(
-        SuitePrompt(
-            **{
-                **row,
-                "questions": tuple(
-                    ChecklistQuestion(**{**question, "parents": tuple(question["parents"])})
-                    for question in row["questions"]
-                ),
-            }
-        )
-        for row in record["prompts"]
-    )
-    rows = tuple(record.get("rows", ()))
-    return Suite(**{**record, "prompts": prompts, "measures": tuple(record["measures"]), "rows": rows})
+    prompts = []
+    for row in record["prompts"]:
+        questions = (ChecklistQuestion(**{**one, "parents": tuple(one["parents"])}) for one in row["questions"])
+        prompts.append(SuitePrompt(**{**row, "questions": tuple(questions)}))
+    lists = {"measures": tuple(record["measures"]), "rows": tuple(record.get("rows", ()))}
+    return Suite(**{**record, "prompts": tuple(prompts), **lists})
 
 
 def _score_from(record: dict[str, Any]) -> ScoreResult:
-    images = [ImageScore(**{**row, "values": _numbers(row["values"])}) for row in record["images"]]
-    tables = [
-        Table(**{**row, "rows": [[_cell(cell) for cell in cells] for cells in row["rows"]]}) for row in record["tables"]
-    ]
-    return ScoreResult(
-        **{
-            **record,
-            "measures": [Measure(**row) for row in record["measures"]],
-            "images": images,
-            "overall": {name: estimate_from(row) for name, row in record["overall"].items()},
-            "tables": tables,
-        }
-    )
+    made = {
+        "measures": [Measure(**row) for row in record["measures"]],
+        "images": [ImageScore(**{**row, "values": _numbers(row["values"])}) for row in record["images"]],
+        "overall": {name: estimate_from(row) for name, row in record["overall"].items()},
+        "tables": [
+            Table(**{**row, "rows": [[*map(_cell, cells)] for cells in row["rows"]]}) for row in record["tables"]
+        ],
+    }
+    return ScoreResult(**{**record, **made})
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:

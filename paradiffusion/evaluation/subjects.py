@@ -45,12 +45,12 @@ def subjects_of(options: EvaluateOptions, device: str | None) -> list[Subject]:
         return [Subject(options.label, PicturesSource(Path(options.images), options.label))]
     subjects = [_compared(options, label, path, device) for label, path in options.compared()]
     drawn = [subject.source for subject in subjects if subject.source is not None]
-    for key, value in (("label", [s.label for s in drawn]), ("name", [s.name for s in drawn])):
-        for one in value:
-            if value.count(one) > 1:
-                raise UserError(
-                    f"compare= has two of the {key} {one}; give each a name of its own, as in compare=[a=...,b=...]."
-                )
+    for key in ("label", "name"):
+        value = [getattr(one, key) for one in drawn]
+        if twice := [one for one in value if value.count(one) > 1]:
+            raise UserError(
+                f"compare= has two of the {key} {twice[0]}; give each a name of its own, as in compare=[a=...,b=...]."
+            )
     return subjects
 
 
@@ -138,7 +138,13 @@ def bind_folder(place: Place, source: Source, own: bool) -> None:
     before = _read(path)
     with disk_errors(place.folder):
         follows = own and isinstance(source, CheckpointSource) and source.step is not None and not source.pinned
-        if before is not None and follows and _is_earlier(before, record):
+        # of other weights of the same stage
+        earlier = (
+            before is not None
+            and isinstance(before.get("step"), int)
+            and before.get("weights") != record.get("weights")
+        )
+        if before is not None and follows and earlier:
             _set_aside(place.folder, before, record)
             before = None
         if before is not None and before != record:
@@ -155,11 +161,6 @@ def bind_folder(place: Place, source: Source, own: bool) -> None:
         place.folder.mkdir(parents=True, exist_ok=True)
         if before is None:
             write_atomic(path, json.dumps(record, ensure_ascii=False))
-
-
-def _is_earlier(before: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether a folder is of other weights of the same stage."""
-    return isinstance(before.get("step"), int) and before.get("weights") != record["weights"]
 
 
 def _set_aside(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> None:

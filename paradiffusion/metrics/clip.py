@@ -63,16 +63,20 @@ class Clip:
         """float32 [B, D] of unit length, on the CPU, and which of ``texts`` were cut at ``context`` tokens."""
         if not texts:
             return torch.zeros(0, 0), []
-        pad = self.tokenize([""], context_length=self.context)[0, -1]
-        # Tokenised with room to spare: what lies beyond the context tells whether anything is cut, for any tokeniser.
-        beyond = self.tokenize(texts, context_length=2 * self.context)[:, self.context :]
-        cut = (beyond != pad).any(dim=1).tolist()
         ids = self.tokenize(texts, context_length=self.context)
         parts = [
             self.model.encode_text(ids[start : start + batch_size].to(self.device)).float().cpu()
             for start in range(0, len(texts), batch_size)
         ]
-        return torch.nn.functional.normalize(torch.cat(parts), dim=-1), cut
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1), self.cut(texts)
+
+    def cut(self, texts: list[str]) -> list[bool]:
+        """Which texts have more than ``context`` tokens."""
+        pad = self.tokenize([""], context_length=self.context)[0, -1]
+        # Tokenised with room to spare: what lies beyond the context tells whether anything is cut, for any tokeniser.
+        beyond = self.tokenize(texts, context_length=2 * self.context)[:, self.context :]
+        found: list[bool] = (beyond != pad).any(dim=1).tolist()
+        return found
 
     def agreements(self, features: torch.Tensor, captions: list[str]) -> list[Agreement | None]:
         """Agreement of each caption with the image features [B, D] of its row; None for a caption without any word.

@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.vlm import Answer, Decoding, Question
+from paradiffusion.repository import ROOT
 
 
 class LocalModel:
@@ -127,12 +128,12 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
         return scores - torch.log(-torch.log(noise))
 
 
-def find_model(name: str, table: Path, key: str = "model") -> tuple[str, int | None]:
-    """(hub id or folder, image side in pixels) of a name in ``table`` (configs/captioners.yaml); else the name itself.
+def find_model(name: str, key: str = "model") -> tuple[str, int | None]:
+    """(hub id or folder, image side in pixels) of a name in configs/captioners.yaml; else the name itself.
 
     Raises UserError, which names ``key`` as the command line's, for what is neither there, nor a folder or a hub id.
     """
-    known: Any = OmegaConf.to_container(OmegaConf.load(table))
+    known: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "captioners.yaml"))
     if name in known:
         return str(known[name]["hub"]), int(known[name]["image_side"])
     folder = Path(name).expanduser()

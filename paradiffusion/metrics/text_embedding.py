@@ -15,6 +15,7 @@ from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.checks import one_of, positive
 from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError
+from paradiffusion.text.sources import fingerprint
 
 POOLINGS: Final = {"mean": "mean", "last": "lasttoken", "cls": "cls", "max": "max"}  # ours to the library's
 _FILES: Final = ("*.json", "*.txt", "*.model", "*.safetensors")
@@ -51,8 +52,8 @@ class EmbeddingOptions:
                 f"{self.key}={self.model} is neither a folder nor a hub id; give one such as Qwen/Qwen3-Embedding-0.6B."
             )
 
-    def settings(self, fingerprint: Callable[[Path], str]) -> dict[str, Any]:
-        """What vectors depend on, as JSON, without loading the model; ``fingerprint`` is a hash of a folder's weights."""
+    def settings(self) -> dict[str, Any]:
+        """What vectors depend on, as JSON, without loading the model."""
         folder = Path(self.model).expanduser()
         name, revision = (
             (folder.resolve().name, fingerprint(folder)) if folder.is_dir() else (self.model, self.revision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -78,11 +78,9 @@ class Engine(Protocol):
     def answers(self, batches: Iterator[list[Question]]) -> Iterator[list[tuple[Question, Answer]]]:
         """Answer all questions, in any order; an empty list now and then, so that the caller can look at signals. UserError where it
         cannot go on."""
-        ...
 
     def close(self) -> None:
         """Give back memory and connections."""
-        ...
 
 
 def answers_of(engine: Engine, batches: Iterator[list[Question]]) -> Iterator[list[tuple[Question, Answer]]]:
@@ -191,44 +189,30 @@ class VlmOptions:
         return Path(self.model).name if Path(self.model).expanduser().is_dir() else self.model
 
 
-@dataclass(frozen=True)
-class Located:
-    """Where a model's files are: a hub id or folder, what tells its weights from others, the image side that suits it."""
-
-    source: str
-    revision: str | None
-    image_side: int | None
-
-
-def locate_model(options: VlmOptions, table: Path, fingerprint: Callable[[Path], str]) -> Located:
-    """The files of ``options.model``, which are not loaded yet. ``fingerprint`` makes a hash of the weights in a folder, which stands for
-    the revision there. UserError where the name is neither in ``table`` (configs/captioners.yaml), nor a folder or a hub id."""
+def locate_model(options: VlmOptions) -> tuple[str, str | None, int]:
+    """Hub id or folder of ``options.model``, which is not loaded yet, what tells its weights from others (of a folder their hash),
+    and the image side that suits it. UserError where the name is neither in
+    configs/captioners.yaml, nor a folder or a hub id."""
     from paradiffusion.metrics.local_vlm import find_model
+    from paradiffusion.text.sources import fingerprint
 
-    source, side = find_model(options.model, table, options.key)
-    return Located(source, fingerprint(Path(source)) if Path(source).is_dir() else options.revision, side)
+    source, side = find_model(options.model, options.key)
+    revision = fingerprint(Path(source)) if Path(source).is_dir() else options.revision
+    return source, revision, options.image_side or side or IMAGE_SIDE
 
 
-def settings_of(options: VlmOptions, table: Path, fingerprint: Callable[[Path], str]) -> dict[str, Any]:
+def settings_of(options: VlmOptions) -> dict[str, Any]:
     """What answers depend on, as JSON, without loading the model; not where a server stands or how often it is asked."""
     if options.engine == "endpoint":
         return {"engine": "endpoint", "model": options.served, "image_side": options.image_side or IMAGE_SIDE}
-    at = locate_model(options, table, fingerprint)
+    source, revision, side = locate_model(options)
     # A folder's place on the disk does not matter, its weights do.
-    name = Path(at.source).resolve().name if Path(at.source).is_dir() else at.source
-    side = options.image_side or at.image_side or IMAGE_SIDE
-    return {
-        "engine": "transformers",
-        "model": name,
-        "revision": at.revision,
-        "dtype": options.dtype,
-        "image_side": side,
-    }
+    name = Path(source).resolve().name if Path(source).is_dir() else source
+    own = {"engine": "transformers", "model": name, "revision": revision}
+    return {**own, "dtype": options.dtype, "image_side": side}
 
 
-def open_engine(
-    options: VlmOptions, table: Path, decoding: Decoding, fingerprint: Callable[[Path], str]
-) -> tuple[Engine, int]:
+def open_engine(options: VlmOptions, decoding: Decoding) -> tuple[Engine, int]:
     """The model, ready to answer, and the long side in pixels of what it is to be shown; ``decoding`` says how answers are drawn. UserError
     where the model cannot be had, or nobody answers at the address."""
     if options.engine == "endpoint":
@@ -237,6 +221,5 @@ def open_engine(
         return EndpointModel(options.address, decoding), options.image_side or IMAGE_SIDE
     from paradiffusion.metrics.local_vlm import LocalModel
 
-    at = locate_model(options, table, fingerprint)
-    engine = LocalModel(at.source, at.revision, options.dtype, options.device, options.batch_size, decoding)
-    return engine, options.image_side or at.image_side or IMAGE_SIDE
+    source, revision, side = locate_model(options)
+    return LocalModel(source, revision, options.dtype, options.device, options.batch_size, decoding), side

@@ -9,13 +9,22 @@ required sentences are short enough together, and true but idle ones fill up to 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from paradiffusion.randomness import seed_from
-from paradiffusion.scenes.forms import listed, varied
-from paradiffusion.scenes.grammar import word_list, word_lists
-from paradiffusion.scenes.unseen import unseen
+from paradiffusion.scenes.grammar import (
+    Slots,
+    Writer,
+    direction_of,
+    finished,
+    listed,
+    placed,
+    varied,
+    word_list,
+    word_lists,
+)
 from paradiffusion.scenes.world import PLACES, Background, Scene, SceneObject, is_held_out, pick, row_and_column
 
 SHAPE_WORDS = word_lists("captions", "SHAPE_WORDS")
@@ -266,3 +275,64 @@ def _short_object(item: SceneObject, rng: random.Random, wordy: float) -> str:
     noun = _noun(item, rng, tuple(adjectives))
     place = pick(rng, SHORT_PLACES[item.place])
     return pick(rng, SHORT_OBJECT).format(n=noun, a=_with_article(noun), p=place)
+
+
+UNSEEN = word_lists("unseen", "UNSEEN")
+UNSEEN_PLACES = [word_list("unseen", name) for name in ("CORNER", "ABOVE_OR_BELOW", "BESIDE", "CENTRE")]
+
+
+def unseen_places(place: str, grid: int) -> tuple[str, ...]:
+    """The adverbials of a place that no training caption has."""
+    return placed(place, grid, *UNSEEN_PLACES)
+
+
+def unseen(scene: Scene, rng: random.Random, most: int) -> str:
+    """A caption of held-out forms, of ``most`` words at most: every object with colour, shape and place, and the background."""
+    for _ in range(8):
+        text = finished(_sentences(scene, rng), rng)
+        if len(text.split()) <= most:
+            break
+    return text
+
+
+def _sentences(scene: Scene, rng: random.Random) -> list[str]:
+    writer = Writer(scene, rng)
+    ground = {"gc": scene.background.colour, "number": writer.ground()["number"]}
+    sentences = [_say("opening", rng, ground)] if rng.random() < 0.4 else []
+    early = rng.random() < 0.35
+    sentences += [_say("ground", rng, ground)] if early else []
+    items = writer.ordered()
+    last: SceneObject | None = None
+    while items:
+        item = items.pop(0)
+        alone = True
+        direction = direction_of(item, last, scene.grid) if last else None
+        if direction and rng.random() < 0.45:
+            sentences.append(_say("beside", rng, _slots(writer, item) | writer.beside(direction)))
+        elif items and rng.random() < 0.2:
+            pair: dict[str, str | Callable[[], str]] = {}
+            for number, one in enumerate((item, items.pop(0)), 1):
+                pair |= {f"{name}{number}": words for name, words in _slots(writer, one).items()}
+            sentences.append(_say("two", rng, pair))
+            alone = False
+        else:
+            sentences.append(_say("one", rng, _slots(writer, item)))
+        last = item if alone else None
+    return sentences if early else [*sentences, _say("ground", rng, ground)]
+
+
+def _slots(writer: Writer, item: SceneObject) -> dict[str, str | Callable[[], str]]:
+    slots = writer.slots(item)
+    known, new = slots["p"], unseen_places(item.place, writer.grid)
+    assert callable(known)
+    slots["p"] = lambda: pick(writer.rng, new) if writer.chance(0.5) else known()
+    slots["n"] = lambda: _say("n", writer.rng, slots)
+    return slots
+
+
+def _say(symbol: str, rng: random.Random, slots: Slots) -> str:
+    def word(match: re.Match[str]) -> str:
+        value = slots[match[1]]
+        return value if isinstance(value, str) else value()
+
+    return re.sub(r"\{([^}]+)\}", word, pick(rng, UNSEEN[symbol]))

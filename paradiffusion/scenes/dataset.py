@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from paradiffusion.atomic import hold
 from paradiffusion.config import WORLDS, DataConfig
+from paradiffusion.curation.pool import Tell, run_tasks
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
@@ -66,17 +63,13 @@ def ensure_demo_data(folder: Path, sizes: dict[str, int] | None = None, seed: in
     folder = Path(folder).resolve()  # what a link names may be replaced, a link to a folder not
     if world not in WORLDS:
         raise UserError(f"Unknown demo world '{world}', expected one of {', '.join(WORLDS)}; choose one of these.")
-    note: dict[str, Any] = {
-        "version": VERSION,
-        "world": world,
-        "seed": seed,
-        "sizes": _checked(DEFAULT_SIZES[world] if sizes is None else sizes),
-    }
+    wanted = _checked(DEFAULT_SIZES[world] if sizes is None else sizes)
+    note: dict[str, Any] = {"version": VERSION, "world": world, "seed": seed, "sizes": wanted}
     if not _fits(folder, note):
-        with _lock(folder.parent / f".{folder.name}.lock") as lock:
+        with _lock(folder.parent / f".{folder.name}.lock"):
             if not _fits(folder, note):  # it may have been built while this process waited
                 _refuse_foreign(folder)
-                _build(folder, note, lock, processes)
+                _build(folder, note, processes)
     return {name: folder / name for name in note["sizes"]}
 
 
@@ -131,7 +124,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[int]:
+def _lock(path: Path) -> Iterator[None]:
     """Wait for and hold an exclusive lock; the operating system drops it when this process dies."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,12 +135,12 @@ def _lock(path: Path) -> Iterator[int]:
         ) from None
     try:
         hold(handle, wait=True)
-        yield handle
+        yield
     finally:
         os.close(handle)
 
 
-def _build(folder: Path, note: dict[str, Any], lock: int, processes: int | None) -> None:
+def _build(folder: Path, note: dict[str, Any], processes: int | None) -> None:
     building = folder.with_name(f".{folder.name}.building")
     if building.exists() and _read_note(building / "plan.json") != note:
         shutil.rmtree(building)  # left by a build with other sizes
@@ -160,7 +153,12 @@ def _build(folder: Path, note: dict[str, Any], lock: int, processes: int | None)
                 first = number * SAMPLES_PER_SHARD
                 count = min(SAMPLES_PER_SHARD, size - first)
                 tasks.append((building / name / shard, name, first, count, note["seed"], note["world"]))
-    _draw_shards(tasks, lock, processes or cores(), sum(note["sizes"].values()))
+    total = sum(note["sizes"].values())
+    done = total - sum(task[3] for task in tasks)
+    # Forked children start at once and need no importable main module; they only draw, and touch no torch state. They end with
+    # this process, whose lock they hold too.
+    count, shown = processes or cores(), sys.stderr.isatty()
+    run_tasks("drawing the demo data", "pictures", total, _draw_shard, tasks, count, lambda: None, done, shown=shown)
     for left in building.glob("*/.*"):  # of builds that were killed in the midst of a shard
         shutil.rmtree(left, ignore_errors=True)
     (building / "plan.json").replace(building / NOTE)
@@ -177,55 +175,10 @@ def _build(folder: Path, note: dict[str, Any], lock: int, processes: int | None)
 Task = tuple[Path, str, int, int, int, str]  # shard, set, first sample, samples, seed, world
 
 
-def _draw_shards(tasks: list[Task], lock: int, processes: int, total: int) -> None:
-    processes = min(processes, len(tasks))
-    done = total - sum(task[3] for task in tasks)
-    with tqdm(total=total, initial=done, desc="drawing the demo data", unit="pictures", disable=None) as bar:
-        if processes <= 1:
-            for task in tasks:
-                _draw_shard(*task)
-                bar.update(task[3])
-            return
-        # Forked children start at once and need no importable main module; they only draw, and touch no torch state.
-        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        readers, workers = [], []
-        for number in range(processes):
-            reader, writer = context.Pipe(duplex=False)
-            share = (tasks[number::processes], writer, lock, os.getpid())
-            worker = context.Process(target=_work, args=share, daemon=True)
-            worker.start()
-            writer.close()  # else the end of the child would not show as the end of its pipe
-            readers.append(reader)
-            workers.append(worker)
-        _watch(readers, bar)
-        for worker in workers:
-            worker.join()
-            if worker.exitcode:
-                raise RuntimeError(f"a process that draws the demo data ended with status {worker.exitcode}")
-
-
-def _watch(readers: list[Connection], bar: Any) -> None:
-    while readers:
-        ready = wait(readers)
-        for reader in [one for one in readers if one in ready]:
-            try:
-                bar.update(reader.recv())
-            except EOFError:
-                readers.remove(reader)
-
-
-def _work(tasks: list[Task], progress: Connection, lock: int, parent: int) -> None:
-    if sys.platform == "linux":
-        os.close(lock)  # a child that outlives a killed parent must not keep the folder locked
-    for task in tasks:
-        if os.getppid() != parent:
-            return
-        _draw_shard(*task)
-        progress.send(task[3])
-
-
-def _draw_shard(shard: Path, set_name: str, first: int, count: int, seed: int, world: str) -> None:
+def _draw_shard(task: Task, tell: Tell) -> None:
+    shard, set_name, first, count, seed, world = task
     part = shard.with_name(f".{shard.stem}.{os.getpid()}")
     (written,) = write_shards(demo_samples(set_name, count, seed, first, world), part, SAMPLES_PER_SHARD)
     written.replace(shard)
     shutil.rmtree(part)
+    tell(count)

@@ -108,16 +108,8 @@ def score(scene: Scene, image: np.ndarray) -> SceneScore:
     both = sum(item.colour and item.shape for item in found.objects)
     background = found.ground == scene.background.colour
     everything = both == len(scene.objects) and background and found.extra == 0
-    return SceneScore(
-        len(scene.objects),
-        sum(item.colour for item in found.objects),
-        sum(item.shape for item in found.objects),
-        both,
-        background,
-        found.extra,
-        everything,
-        unbound(scene),
-    )
+    colours, shapes = sum(item.colour for item in found.objects), sum(item.shape for item in found.objects)
+    return SceneScore(len(scene.objects), colours, shapes, both, background, found.extra, everything, unbound(scene))
 
 
 def unbound(scene: Scene) -> float:

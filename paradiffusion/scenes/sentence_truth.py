@@ -11,34 +11,16 @@ that name a colour right before its shape; no other thing is claimed by a senten
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
 
 import numpy as np
 from PIL import Image
 
-from paradiffusion.scenes.captions import (
-    COUNTS,
-    PATTERN_WORDS,
-    SHAPE_WORDS,
-    SIZE_WORDS,
-    TEXTURE_AFTER,
-    TEXTURE_BEFORE,
-    TEXTURE_STATED,
-)
 from paradiffusion.scenes.drawing import draw, mix, pattern_strength
-from paradiffusion.scenes.grammar import (
-    SHAPES_SAID,
-    SIZES_SAID,
-    SIZES_STATED,
-    TEXTURES_AFTER,
-    TEXTURES_SAID,
-    TEXTURES_STATED,
-    place_names,
-    place_phrases,
-)
+from paradiffusion.scenes.grammar import place_names, place_phrases, word_lists
 from paradiffusion.scenes.judge import ObjectVerdict, cell_of, judge_picture, on_canvas, perceptual, presence_of
 from paradiffusion.scenes.world import (
     BACKGROUNDS,
@@ -91,8 +73,10 @@ class Claim:
         return any((one.colour, one.shape) == (colour, shape) for one in self.mentions)
 
 
-def _meanings(*tables: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """(words, meaning), longer words first, so that "boldly outlined" is not read as "outlined" and left half."""
+def _meanings(*names: str) -> list[tuple[str, str]]:
+    """(words, meaning) of tables of words.toml ("SHAPE_WORDS" of templates, "SHAPES_SAID" of the grammar), longer words first, so
+    that "boldly outlined" is not read as "outlined" and left half."""
+    tables = [word_lists("grammar" if "S_" in name else "captions", name) for name in names]
     pairs = {(words, meaning) for table in tables for meaning, forms in table.items() for words in forms}
     return sorted(pairs, key=lambda pair: (-len(pair[0]), pair[0]))
 
@@ -101,18 +85,18 @@ def _any(words: Sequence[str]) -> str:
     return "|".join(re.escape(word) for word in words)
 
 
-_SHAPES: Final = _meanings(SHAPE_WORDS, SHAPES_SAID)
-_SIZES: Final = _meanings(SIZE_WORDS, SIZES_SAID, SIZES_STATED)
+_SHAPES: Final = _meanings("SHAPE_WORDS", "SHAPES_SAID")
+_SIZES: Final = _meanings("SIZE_WORDS", "SIZES_SAID", "SIZES_STATED")
 _TEXTURES: Final = _meanings(
-    TEXTURE_BEFORE, TEXTURE_AFTER, TEXTURE_STATED, TEXTURES_SAID, TEXTURES_AFTER, TEXTURES_STATED
+    "TEXTURE_BEFORE", "TEXTURE_AFTER", "TEXTURE_STATED", "TEXTURES_SAID", "TEXTURES_AFTER", "TEXTURES_STATED"
 )
-_COUNTS: Final = _meanings({str(number): words for number, words in COUNTS.items()})
-_PATTERNS: Final = _meanings(PATTERN_WORDS)
+_COUNTS: Final = _meanings("COUNTS")
+_PATTERNS: Final = _meanings("PATTERN_WORDS")
 # "an orange, boldly outlined" never occurs: a colour stands before its shape, other attributes before both or after them.
 _NOUN: Final = re.compile(
-    rf"\b(?P<before>(?:(?:{_any([w for w, _ in _meanings(SIZE_WORDS, TEXTURE_BEFORE, SIZES_SAID, TEXTURES_SAID)])}),?\s+)*)"
+    rf"\b(?P<before>(?:(?:{_any([w for w, _ in _meanings('SIZE_WORDS', 'TEXTURE_BEFORE', 'SIZES_SAID', 'TEXTURES_SAID')])}),?\s+)*)"
     rf"(?P<colour>{_any(tuple(COLOURS))})\s+(?P<shape>{_any([w for w, _ in _SHAPES])})\b"
-    rf"(?P<after>\s+(?:{_any([w for w, _ in _meanings(TEXTURE_AFTER, TEXTURES_AFTER)])})\b)?",
+    rf"(?P<after>\s+(?:{_any([w for w, _ in _meanings('TEXTURE_AFTER', 'TEXTURES_AFTER')])})\b)?",
     re.IGNORECASE,
 )
 _GROUND: Final = re.compile(rf"\b({_any(tuple(BACKGROUNDS))})\b", re.IGNORECASE)
@@ -209,21 +193,11 @@ class Followed:
 
 
 @dataclass(frozen=True)
-class SeenObject:
-    """What of one object a picture shows; size and texture are only looked at where the caption speaks of them."""
-
-    present: bool
-    colour: bool
-    shape: bool
-    size: str
-    texture: str
-
-
-@dataclass(frozen=True)
 class SeenPicture:
-    """What a picture shows of a scene: its objects in the scene's order, the ground, and how many objects there are."""
+    """What a picture shows of a scene: its objects in the scene's order, each with size and texture, the ground, and how many
+    objects there are."""
 
-    objects: tuple[SeenObject, ...]
+    objects: tuple[tuple[ObjectVerdict, str, str], ...]
     ground: str
     pattern: str
     count: int
@@ -244,8 +218,8 @@ def look(scene: Scene, image: np.ndarray) -> SeenPicture:
     objects = []
     for item, found in zip(scene.objects, verdict.objects, strict=True):
         size, texture = _size_and_texture(pixels, item, found, verdict.ground, scene) if found.present else ("", "")
-        objects.append(SeenObject(found.present, found.colour, found.shape, size, texture))
-    count = sum(found.present for found in objects) + verdict.extra
+        objects.append((found, size, texture))
+    count = sum(found.present for found, _, _ in objects) + verdict.extra
     return SeenPicture(tuple(objects), verdict.ground, _pattern(pixels, scene, verdict.ground), count)
 
 
@@ -278,16 +252,16 @@ def _mean(facts: list[tuple[str, float]]) -> float:
 def _of_object(scene: Scene, mention: Mention, seen: SeenPicture) -> list[tuple[str, float]] | None:
     """Facts on one object. Where the sentence names it, nothing of it holds without its colour at its place; "It is small"
     holds of a thing in another colour too."""
-    for item, found in zip(scene.objects, seen.objects, strict=True):
+    for item, (found, size, texture) in zip(scene.objects, seen.objects, strict=True):
         if (item.colour, item.shape) == (mention.colour, mention.shape):
             there = found.colour if mention.named else found.present
             facts = (
                 [("colour at place", there), ("shape", there and found.shape)] if mention.named else [("there", there)]
             )
             if mention.size is not None:
-                facts.append(("size", there and found.size == mention.size))
+                facts.append(("size", there and size == mention.size))
             if mention.texture is not None:
-                facts.append(("texture", there and found.texture == mention.texture))
+                facts.append(("texture", there and texture == mention.texture))
             return [(name, float(value)) for name, value in facts]
     return None
 
@@ -392,14 +366,3 @@ def _free(scene: Scene, margin: int) -> np.ndarray:
 def object_of(scene: Scene, claim: Claim) -> list[SceneObject]:
     """The objects of the scene that a sentence speaks of."""
     return [item for item in scene.objects if claim.names(item.colour, item.shape)]
-
-
-def without(scene: Scene, item: SceneObject) -> Scene:
-    """The scene in which one object is missing."""
-    return replace(scene, objects=tuple(one for one in scene.objects if one != item))
-
-
-def recoloured(scene: Scene, item: SceneObject, colour: str) -> Scene:
-    """The scene in which one object has another colour."""
-    changed = replace(item, colour=colour)
-    return replace(scene, objects=tuple(changed if one == item else one for one in scene.objects))

@@ -14,7 +14,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import fields
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +27,7 @@ from data_fixtures import encoded, picture, sample, shards_of
 from programs import end, fork, script, two_ranks
 from tiny_vlm import write_vlm
 
+from paradiffusion.config import keys_of
 from paradiffusion.curation.captioning.caption_options import CaptionOptions
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import expand_shards, write_shards
@@ -260,8 +260,8 @@ def test_a_wrong_request_is_told_in_a_sentence(
 
 
 def test_help_names_every_key() -> None:
-    for one in fields(CaptionOptions):
-        assert f"{one.name}=" in str(script("caption").__doc__)
+    for key in keys_of(CaptionOptions):
+        assert f"{key}=" in str(script("caption").__doc__)
 
 
 def test_claims_of_lines_that_were_deleted_are_judged_again(arguments: list[str], vlm: Path, tmp_path: Path) -> None:

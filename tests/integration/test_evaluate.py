@@ -18,10 +18,10 @@ from programs import end, fork, script, two_ranks
 
 from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.errors import UserError
+from paradiffusion.evaluation.evaluate import without_nan
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.offered_scores import make_scores, offers
 from paradiffusion.evaluation.records import ImageScore, Measure, ScoreResult, estimate, read_evaluation
-from paradiffusion.evaluation.scoring import without_nan
 from paradiffusion.evaluation.suites.load import load_suite
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 

@@ -15,9 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from data_fixtures import encoded, picture
 
-from paradiffusion.curation.building.build import build
+from paradiffusion.curation.building.build import Report, build
 from paradiffusion.curation.building.build_options import BuildOptions
-from paradiffusion.curation.building.build_report import Report
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards
 

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.metrics.sentences import sentences
 from paradiffusion.scenes.dataset import captions, draw, make_scene, scene_to_meta
-from paradiffusion.scenes.sentence_truth import Claim, claims, recoloured, without
+from paradiffusion.scenes.sentence_truth import Claim, claims
 from paradiffusion.scenes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -73,6 +73,17 @@ def scenes_suite(count: int, kind: str = "clean", set_name: str = "val") -> Suit
 
 def pixels(scene: Scene) -> np.ndarray:
     return np.asarray(draw(scene))
+
+
+def without(scene: Scene, item: SceneObject) -> Scene:
+    """The scene in which one object is missing."""
+    return replace(scene, objects=tuple(one for one in scene.objects if one != item))
+
+
+def recoloured(scene: Scene, item: SceneObject, colour: str) -> Scene:
+    """The scene in which one object has another colour."""
+    changed = replace(item, colour=colour)
+    return replace(scene, objects=tuple(changed if one == item else one for one in scene.objects))
 
 
 def put(folder: Path, suite: Suite, picture_of: Callable[[int], np.ndarray]) -> list[Drawn]:

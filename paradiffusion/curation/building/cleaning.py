@@ -77,16 +77,12 @@ def clean_caption(raw: str, min_words: int = 1, max_words: int | None = None) ->
         cleaned.mended.append("control characters or white space tidied")
     cleaned.text = spaced
     words = len(spaced.split())
-    if words < min_words or not _has_words(spaced):
+    # A caption of nothing but ASCII punctuation says nothing; symbols and emoji may.
+    if words < min_words or not any(character.isalnum() or ord(character) > 127 for character in spaced):
         return _problem(cleaned, "caption too short")
     if max_words is not None and words > max_words:
         return _problem(cleaned, "caption too long")
     return cleaned
-
-
-def _has_words(text: str) -> bool:
-    """A caption of nothing but ASCII punctuation says nothing; symbols and emoji may."""
-    return any(character.isalnum() or ord(character) > 127 for character in text)
 
 
 def _without_surrogates(text: str) -> str:

@@ -100,10 +100,8 @@ def write_scores(
     """Write one shard's files, the table last: where it is, all is. ``model`` names the weights of CLIP."""
     path = score_file(work, shard)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {
-        name: pa.array([row.get(name) for row in rows], pa.string() if name in TEXT_COLUMNS else pa.float64())
-        for name in names
-    }
+    types = {name: pa.string() if name in TEXT_COLUMNS else pa.float64() for name in names}
+    columns = {name: pa.array([row.get(name) for row in rows], kind) for name, kind in types.items()}
     table = pa.table(columns, metadata={"shard": shard, "stamp": stamp, "model": model})
     target = _features_beside(path)
     for folder in (path.parent, target.parent):
@@ -143,16 +141,13 @@ def load_scores(work: Path) -> ScoreTable:
         )
     joined = pa.concat_tables(tables, promote_options="permissive")
     counts = [table.num_rows for table in tables]
+    measured = [name for name in joined.column_names if name not in TEXT_COLUMNS]
     return ScoreTable(
         shards=[(table.schema.metadata or {})[b"shard"].decode() for table in tables],
         shard=np.repeat(np.arange(len(tables), dtype=np.int32), counts),
         row=np.concatenate([np.arange(count) for count in counts]),
         keys=joined.column("key"),
-        columns={
-            name: joined.column(name).to_numpy().astype(np.float64)
-            for name in joined.column_names
-            if name not in TEXT_COLUMNS
-        },
+        columns={name: joined.column(name).to_numpy().astype(np.float64) for name in measured},
         unreadable=joined.column("error").is_valid().to_numpy(),
         files=files,
     )

@@ -139,11 +139,8 @@ def apply_thresholds(table: ScoreTable, choosing: Choosing) -> tuple[np.ndarray,
         good = column >= value if sign == ">=" else column <= value
         if name in _PASSES_WITHOUT:
             good |= np.isnan(column)
-        removed.append(
-            Removed(
-                name, f"{name} {sign} {value:g}", int((~good & ~table.unreadable).sum()), int((passed & ~good).sum())
-            )
-        )
+        alone, then = int((~good & ~table.unreadable).sum()), int((passed & ~good).sum())
+        removed.append(Removed(name, f"{name} {sign} {value:g}", alone, then))
         passed &= good
     return passed, removed
 

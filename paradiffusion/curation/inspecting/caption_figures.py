@@ -124,20 +124,12 @@ def read_captions(index: SampleIndex, counters: list[TokenCounter], limit: int, 
         if len(texts) >= _AT_ONCE:
             count()
     count()
-    return CaptionSample(
-        rows=rows,
-        tokens=tokens,
-        repeated=repetitions.most_common(12),
-        repeats=repetitions.repeats,
-        captions=repetitions.captions,
-        openings=[_opening_figures(kind, counts) for kind, counts in zip(index.kinds, openings, strict=True)],
-        unreadable=unreadable,
-    )
-
-
-def _opening_figures(kind: str, counts: Counter[str]) -> OpeningFigures:
-    n = counts.total()
-    return OpeningFigures(kind, n, [(words, times / n) for words, times in counts.most_common(_LISTED) if times > 1])
+    figures = []
+    for kind, counts in zip(index.kinds, openings, strict=True):
+        most = [(words, times / counts.total()) for words, times in counts.most_common(_LISTED) if times > 1]
+        figures.append(OpeningFigures(kind, counts.total(), most))
+    repeated, repeats, captions = repetitions.most_common(12), repetitions.repeats, repetitions.captions
+    return CaptionSample(rows, tokens, repeated, repeats, captions, figures, unreadable)
 
 
 class _Repetitions:
@@ -246,23 +238,14 @@ def measure_padding(plan: BatchPlan, counter: TokenCounter, limits: TextLimits, 
     shuffled = np.random.default_rng(seed).permutation(cut.reshape(-1)).reshape(cut.shape)
     planned, planned_rounded = (_padded(cut, multiple, limits.limit) for multiple in (1, limits.multiple))
     to_limit = 1 - float(cut.sum() / (cut.size * limits.limit))
+    unsorted, unsorted_rounded = (_padded(shuffled, multiple, limits.limit) for multiple in (1, limits.multiple))
     return PaddingFigures(
-        tokenizer=counter.name,
-        batches=len(steps),
-        of_batches=epoch,
-        batch_size=size,
-        limit=limits.limit,
-        multiple=limits.multiple,
-        planned=planned,
-        unsorted=_padded(shuffled, 1, limits.limit),
-        planned_rounded=planned_rounded,
-        unsorted_rounded=_padded(shuffled, limits.multiple, limits.limit),
-        to_limit=to_limit,
-        trained=planned_rounded if limits.masked else to_limit,
+        counter.name, len(steps), epoch, size, limits.limit, limits.multiple, planned, unsorted, planned_rounded,
+        unsorted_rounded, to_limit, trained=planned_rounded if limits.masked else to_limit,
         kinds={kind: count / kinds.total() for kind, count in kinds.most_common()},
         sources={name: float(n / origins.sum()) for name, n in zip(index.sources, origins, strict=True)},
         cut=float((lengths > limits.limit).mean()),
-    )
+    )  # fmt: skip
 
 
 def _padded(lengths: np.ndarray, multiple: int, limit: int) -> float:

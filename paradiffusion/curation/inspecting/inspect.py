@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from PIL import ImageStat
 from tqdm import tqdm
 
+from paradiffusion.checks import not_negative, positive
+from paradiffusion.config import option
 from paradiffusion.curation.inspecting.caption_figures import (
     CaptionSample,
     OpeningFigures,
@@ -27,6 +31,7 @@ from paradiffusion.data.images import MAX_PIXELS, assign_buckets, decode
 from paradiffusion.data.index import COUNTS, SampleIndex, TokenCounter, read_sample
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import IMAGE_EXTENSIONS
+from paradiffusion.errors import UserError
 from paradiffusion.pages import thumbnail_uri
 
 # Words, as the paper's table has them.
@@ -77,15 +82,13 @@ def count_of(index: SampleIndex) -> dict[str, Any]:
     counts = np.bincount(index.shard_source[index.shard], minlength=len(index.sources))
     size = sum(int(index.table[f"{part}_size"].sum(dtype=np.int64)) for part in ("image", "json", "text"))
     return {
-        "samples": len(index),
-        "shards": len(index.shards),
-        "bytes": size,
+        "samples": len(index), "shards": len(index.shards), "bytes": size,
         "sources": {name: int(count) for name, count in zip(index.sources, counts, strict=True)},
         "without_caption": int((~index.words.any(axis=1)).sum()),
         **{name: getattr(index, name) for name in COUNTS},
         "unreadable_header": int((index.width == 0).sum()),
         "truncated_shards": [str(shard) for shard in index.truncated],
-    }
+    }  # fmt: skip
 
 
 def kinds_of(index: SampleIndex, weights: dict[str, float], planned: dict[str, float]) -> list[KindFigures]:
@@ -360,20 +363,13 @@ def show(plan: BatchPlan, row: int, counters: list[TokenCounter]) -> ShownSample
     except (OSError, ValueError) as caught:
         error = str(caught)
     counted = {counter.name: counter.count(list(captions.values())) if captions else [] for counter in counters}
+    source, size = index.sources[int(index.shard_source[index.shard[row]])], int(index.table["image_size"][row])
+    tokens = {kind: {name: n[at] for name, n in counted.items()} for at, kind in enumerate(captions)}
+    words = {kind: len(text.split()) for kind, text in captions.items()}
     return ShownSample(
-        row=row,
-        key=_name(index, row),
-        source=index.sources[int(index.shard_source[index.shard[row]])],
-        width=width,
-        height=height,
-        bytes=int(index.table["image_size"][row]),
-        bucket=f"{bucket[1]}x{bucket[0]}",
-        captions=captions,
-        tokens={kind: {name: n[at] for name, n in counted.items()} for at, kind in enumerate(captions)},
-        words={kind: len(text.split()) for kind, text in captions.items()},
-        error=error,
-        thumbnail=thumbnail,
-    )
+        row, _name(index, row), source, width, height, size, f"{bucket[1]}x{bucket[0]}", captions, tokens, words, error,
+        thumbnail,
+    )  # fmt: skip
 
 
 def _name(index: SampleIndex, row: int) -> str:
@@ -443,3 +439,50 @@ def notes_of(
         if source.epochs > _MANY_EPOCHS:
             shown = f"every sample of {source.source}" if len(run) > 1 else "every sample"
             yield f"max_steps={source.steps} of batch_size={plan.batch_size} show {shown} {source.epochs:,.0f} times."
+
+
+@dataclass
+class InspectOptions:
+    """The keys beside those of train.py."""
+
+    output: str = "report.html"
+    tokenizers: str | None = None
+    samples: int = option(40, accepts=not_negative)
+    captions: int = option(20_000, accepts=positive)
+    check: int = option(200, accepts=not_negative)
+
+    def check_values(self) -> Path:
+        """The page's path. Raises UserError for one that cannot be written."""
+        path = Path(self.output).expanduser()
+        if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+            raise UserError(f"output={self.output} is no page; name a file such as output=report.html.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            usable = os.access(path.parent, os.W_OK | os.X_OK)
+        except OSError:
+            usable = False
+        if not usable:  # known before the data is read, which may take long
+            raise UserError(
+                f"output={self.output}: {path.parent} is no folder that can be written to; choose another one."
+            )
+        figures = path.with_suffix(".json")
+        if figures.exists() and not _is_ours(figures):
+            raise UserError(
+                f"output={self.output}: {figures} is there already and holds no figures of this script; choose another name."
+            )
+        return path
+
+    def tokenizer_names(self) -> list[str]:
+        """What ``tokenizers=`` lists."""
+        text = (self.tokenizers or "").strip()
+        inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        return [name.strip(" '\"") for name in inner.split(",") if name.strip(" '\"")]
+
+
+def _is_ours(figures: Path) -> bool:
+    """Whether a file holds an earlier report's figures, which may be replaced."""
+    try:
+        found = json.loads(figures.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"settings", "counts", "notes"} <= set(found)

@@ -22,14 +22,7 @@ from paradiffusion.evaluation.drawing.picture_source import Place, SuitePainter,
 from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.gallery import is_whole, read_manifests
-from paradiffusion.sampling.pipeline import (
-    InferenceModels,
-    Job,
-    generate,
-    load_models,
-    make_jobs,
-    sampler_settings,
-)
+from paradiffusion.sampling.pipeline import InferenceModels, Job, generate, load_models, make_jobs, sampler_settings
 from paradiffusion.sampling.prompts import PromptRequest
 from paradiffusion.sampling.run import Stopped, disk_errors, draw_all
 from paradiffusion.text.sources import hash_ends
@@ -97,16 +90,12 @@ class CheckpointSource:
         if place.processes.agree(int(place.signal.came_at is not None)):
             raise Stopped
         source = {
-            "checkpoint": str(self.checkpoint),
-            "step": models.step,
-            "weights": self.weights,
-            "resolution": models.resolution,
-            "settings": asdict(sampler_settings(config, models.sampler)),
-            "negative_prompt": config.negative_prompt,
-            "dtype": config.dtype,
+            "checkpoint": str(self.checkpoint), "step": models.step, "weights": self.weights,
+            "resolution": models.resolution, "settings": asdict(sampler_settings(config, models.sampler)),
+            "negative_prompt": config.negative_prompt, "dtype": config.dtype,
             "cut_prompts": models.count_truncated([prompt.text for prompt in place.suite.prompts]),
             "provenance": models.provenance,
-        }
+        }  # fmt: skip
         if place.first:
             text = json.dumps({"identity": self.identity(), "refused": refused, "source": source}, ensure_ascii=False)
             with disk_errors(place.folder):

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.curation.pool import make_bar
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.shards import IMAGE_EXTENSIONS
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, first_does, image_name, progress
+from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, first_does, image_name
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.gallery import NAME, read_manifests
@@ -67,14 +68,18 @@ def match_pictures(folder: Path, suite: Suite) -> Matching:
             same = here is not None and here.text.strip() == written[path.name]  # two prompts may have one text
             prompt = here.id if here is not None and same else of_text.get(written[path.name])
         else:
-            prompt, number = _prompt_of(path.stem, names)
+            prompt, number = names.get(path.stem), 0  # a whole name goes before one with a number
+            if prompt is None:
+                base, number = _split_number(path.stem)
+                prompt = names.get(base)
         taken = numbered.setdefault(prompt, {}) if prompt is not None else None
         if taken is None or number in taken:
             if path.name not in ("grid.png",) or NAME not in {entry.name for entry in entries}:
                 matching.strangers.append(path.name)
         else:
             taken[number] = path
-    matching.files = {prompt: _in_order(found) for prompt, found in numbered.items()}
+    for key, found in numbered.items():  # by number; a folder that counts from 1 is taken as it is meant
+        matching.files[key] = [found.get(number) for number in range(0 if 0 in found else min(found), max(found) + 1)]
     for path in entries:
         prompt = names.get(path.name) if path.is_dir() else None
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file()) if prompt else []
@@ -96,11 +101,6 @@ def _nothing_found(files: list[Path], written: dict[str, str], suite: Suite) -> 
     return f"{seen} and none named after a prompt of suite={suite.name}; {expected}"
 
 
-def _in_order(found: dict[int, Path]) -> list[Path | None]:
-    """Files by number; a folder that counts from 1 is taken as it is meant."""
-    return [found.get(number) for number in range(0 if 0 in found else min(found), max(found) + 1)]
-
-
 def _names_of(suite: Suite) -> dict[str, str]:
     """Prompt ids by every name that a picture may have, ids before rows before the source's own names."""
     names = {prompt.id: prompt.id for prompt in suite.prompts}
@@ -116,14 +116,6 @@ def _names_of(suite: Suite) -> dict[str, str]:
             if isinstance(value, str) and value.strip():
                 names.setdefault(Path(value.strip()).stem, prompt.id)
     return names
-
-
-def _prompt_of(stem: str, names: dict[str, str]) -> tuple[str | None, int]:
-    """(prompt id or None, number) of a picture's name; a whole name goes before one with a number."""
-    if stem in names:
-        return names[stem], 0
-    base, number = _split_number(stem)
-    return names.get(base), number
 
 
 def _split_number(stem: str) -> tuple[str, int]:
@@ -167,7 +159,7 @@ class PicturesSource:
         matching = self._match(place.suite)
         images, strangers = self._images(place, matching)
         found = [image for image in images if not image.error]
-        bar = progress(len(found), "looking at pictures", unit="image")
+        bar = make_bar("looking at pictures", "image", len(found))
         checked: dict[str, tuple[str, str]] = {}
         with bar, ThreadPoolExecutor(_READERS) as pool:
             for image, (error, content) in zip(found, pool.map(_check, (image.file for image in found)), strict=True):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-from tqdm import tqdm
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, Painter, Request
@@ -48,28 +45,22 @@ class Source(Protocol):
 
     def home(self) -> Path | None:
         """The folder whose ``evaluation/`` holds its evaluations, such as a training stage's; None where there is none."""
-        ...
 
     def identity(self) -> dict[str, Any]:
         """What decides its pictures, as JSON; found without loading it."""
-        ...
 
     def images_of(self, suite: Suite) -> int:
         """How many pictures of each prompt it has, where nobody says."""
-        ...
 
     def draw(self, place: Place) -> tuple[list[Drawn], dict[str, Any]]:
         """Draw this process's share of what is not there yet; all images, in the order of the suite, and what they come from, as
         JSON. Stopped after a signal, in every process."""
-        ...
 
     def painter(self, suite: Suite) -> Painter | None:
         """Draws further pictures; None for a folder of pictures."""
-        ...
 
     def close(self) -> None:
         """Let its models go."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -148,9 +139,3 @@ def all_do(
         raise failure if isinstance(failure, UserError) else UserError(ANOTHER)
     if status == 1:
         raise failure or Stopped
-
-
-def progress(total: int, title: str, rank: int = 0, unit: str = "it") -> tqdm[Any]:
-    """The first process's bar; in a log file, which need not hold every step, a line every ten seconds at most."""
-    pause = 0.5 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=title, unit=unit, disable=rank > 0, dynamic_ncols=True, mininterval=pause)

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from paradiffusion.config import SampleConfig
+from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint_pictures import drawn_images
-from paradiffusion.evaluation.drawing.picture_source import Place, SuitePainter, all_do, progress, size_for
+from paradiffusion.evaluation.drawing.picture_source import Place, SuitePainter, all_do, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
@@ -168,7 +169,7 @@ class PipelineSource:
         size, rank = self.config.batch_size, place.processes.rank
         batches = [rows[start : start + size] for rows in groups.values() for start in range(0, len(rows), size)]
         manifest = Manifest(place.pictures / f"manifest.rank{rank}.jsonl")
-        bar = progress(len(share), f"drawing with {self.label}", rank, "image")
+        bar = make_bar(f"drawing with {self.label}", "image", len(share), shown=rank == 0)
         with bar, Journal(folder, rank) as journal:
             try:
                 for batch in batches:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from paradiffusion.data.images import BadImage, decode
-from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, ScoreResult
+from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, ScoreResult, relative_file
 from paradiffusion.evaluation.reporting.numbers import ScoreNumbers, SuiteNumbers
 from paradiffusion.evaluation.reporting.texts import excerpt, value_text
 from paradiffusion.evaluation.suites.suite import SuitePrompt, by_id
@@ -128,16 +128,13 @@ def _extremes(numbers: SuiteNumbers, end: str) -> Iterator[tuple[str, str]]:
             half = own[: max(1, len(own) // 2)]  # of three images that were scored none is the best and the worst too
             whose = f" of {label}" if len(numbers.labels) > 1 else ""
             ranked.append([(image, f"{end}{whose}: {short_title(score)}") for _, image in half])
-    for rank in range(max(map(len, ranked), default=0)):
-        for images in ranked:
-            if rank < len(images):
-                yield images[rank]
+    yield from (found for turn in zip_longest(*ranked) for found in turn if found is not None)
 
 
 def _in_turn(shown: Sequence[Shown]) -> list[Shown]:
     """One of each group in turn, so that a full page leaves none of them out."""
-    groups = [[one for one in shown if one.group == group] for group in GROUPS]
-    return [group[rank] for rank in range(max(map(len, groups))) for group in groups if rank < len(group)]
+    groups = ([one for one in shown if one.group == group] for group in GROUPS)
+    return [one for turn in zip_longest(*groups) for one in turn if one is not None]
 
 
 @dataclass
@@ -166,16 +163,8 @@ class Album:
         self.left -= len(uri)
         return {
             "missing": "", "uri": uri, "width": picture.width, "height": picture.height, "tiny": max(picture.size) <= TINY,
-            "alt": excerpt(alt, 160), "link": _link(drawn.file, self.folder),
+            "alt": excerpt(alt, 160), "link": quote(relative_file(drawn.file, self.folder)),
         }  # fmt: skip
-
-
-def _link(file: Path, folder: Path) -> str:
-    """The file's address relative to the report, so that a folder that is copied whole keeps its links."""
-    try:
-        return quote(Path(os.path.relpath(file, folder)).as_posix())
-    except ValueError:  # another drive
-        return ""
 
 
 def picture_cards(numbers: SuiteNumbers, album: Album, budget: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -258,12 +247,8 @@ def _answer(row: dict[str, Any]) -> dict[str, str]:
     kind, mark = ("yes", "✓") if row.get("yes") is True else ("no", "✗")
     if row.get("counted") is False:
         kind, mark = "zeroed", "⊘"
-    return {
-        "kind": kind,
-        "mark": mark,
-        "text": str(row.get("text", row.get("id", ""))),
-        "said": str(row.get("answer", "")),
-    }
+    text, said = str(row.get("text", row.get("id", ""))), str(row.get("answer", ""))
+    return {"kind": kind, "mark": mark, "text": text, "said": said}
 
 
 def _values(numbers: SuiteNumbers, found: Sequence[Found]) -> Grid:

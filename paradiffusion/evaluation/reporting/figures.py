@@ -270,6 +270,7 @@ def measure_figures(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumb
     if len(one.bands) > 1:
         words = {band: fmean([p.words for p in numbers.suite.prompts if p.band == band] or [0]) for band in BAND_NAMES}
         places = [words[row.group] for row in one.bands]
+        step = (max(places) - min(places)) * 0.012
         series = _by_row(numbers, one.bands, _points(numbers, score, one) if len(numbers.labels) == 1 else ())
         found.append(
             line_figure(
@@ -279,7 +280,7 @@ def measure_figures(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumb
                 [f"{row.group} words" for row in one.bands],
                 measure.unit,
                 "words of the prompt",
-                xs=[_apart(places, number, len(series)) for number in range(len(series))],
+                xs=[[x + _shift(number, len(series), step) for x in places] for number in range(len(series))],
             )
         )
     if 1 < len(one.categories) <= MOST_PLACES:
@@ -326,12 +327,6 @@ def _points(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumbers) -> 
         for image in (result.images if result is not None else ())
         if image.prompt in words and math.isfinite(image.values.get(one.measure.name, math.nan))
     ]
-
-
-def _apart(places: Sequence[float], number: int, count: int) -> list[float]:
-    """``places`` moved a little for each series, so that intervals do not cover each other."""
-    step = (max(places) - min(places)) * 0.012
-    return [place + (number - (count - 1) / 2) * step for place in places]
 
 
 def _plotted(row: Sequence[object], column: int) -> Estimate | None:

@@ -108,7 +108,8 @@ def _suite(models: list[Evaluation], baseline: str | None, anchor: str) -> Suite
     first = next((i for i, model in enumerate(models) if baseline in (model.label, labels[i])), 0)
     names = list(dict.fromkeys(score.name for model in models for score in model.scores))
     scores = tuple(_score(models[0].suite, [model.score(name) for model in models], first) for name in names)
-    return SuiteNumbers(models[0].suite, tuple(models), labels, first, scores, _anchor(anchor))
+    anchor = "suite-" + "".join(c if c.isascii() and (c.isalnum() or c == "-") else "-" for c in anchor)
+    return SuiteNumbers(models[0].suite, tuple(models), labels, first, scores, anchor)
 
 
 def unique(labels: Sequence[str]) -> tuple[str, ...]:
@@ -121,10 +122,6 @@ def unique(labels: Sequence[str]) -> tuple[str, ...]:
             name = f"{label} ({number})"
         found.append(name)
     return tuple(found)
-
-
-def _anchor(name: str) -> str:
-    return "suite-" + "".join(c if c.isascii() and (c.isalnum() or c == "-") else "-" for c in name)
 
 
 def _score(suite: Suite, results: list[ScoreResult | None], baseline: int) -> ScoreNumbers:
@@ -205,10 +202,8 @@ def paired_difference(
     one, other = _measured(measure, first), _measured(measure, second)
     if not {prompt for _, _, prompt in one} & {prompt for _, _, prompt in other}:
         return None
-    (values_a, weights_a, prompts_a), (values_b, weights_b, prompts_b) = (
-        zip(*one, strict=True),
-        zip(*other, strict=True),
-    )
+    values_a, weights_a, prompts_a = zip(*one, strict=True)
+    values_b, weights_b, prompts_b = zip(*other, strict=True)
     return difference(values_a, prompts_a, values_b, prompts_b, weights_a, weights_b)
 
 

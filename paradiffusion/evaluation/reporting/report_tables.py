@@ -35,15 +35,9 @@ def judged_grid(numbers: SuiteNumbers) -> Grid:
     for label, model in zip(numbers.labels, numbers.models, strict=True):
         source = "; ".join(f"{key}: {setting_text(key, value)}" for key, value in model.source.items())
         failed = sum(bool(drawn.error) for drawn in model.images)
-        rows.append(
-            [
-                Cell(label),
-                Cell(model.kind),
-                Cell(source or MISSING),
-                Cell(f"{len(model.images):,}", (f"{model.images_per_prompt} for each prompt",)),
-                Cell(f"{failed:,}", mark="bad" if failed else ""),
-            ]
-        )
+        images = Cell(f"{len(model.images):,}", (f"{model.images_per_prompt} for each prompt",))
+        failures = Cell(f"{failed:,}", mark="bad" if failed else "")
+        rows.append([*cells([label, model.kind, source or MISSING]), images, failures])
     return Grid(["model", "kind", "source", "images", "not drawn"], [Group("", rows)], words=3)
 
 
@@ -57,10 +51,12 @@ def score_grid(numbers: SuiteNumbers) -> Grid:
     ]
     if len(numbers.labels) == 1:
         return _lengths_across(numbers, measures)
-    groups = [
-        Group(_title(score, one), [_row(row, one.measure, numbers) for row in _lengths(one)], main=1)
-        for score, one in measures
-    ]
+    groups = []
+    for score, one in measures:
+        rows = [one.whole, *one.bands]
+        if len(one.bands) == 1 and one.bands[0].prompts == one.whole.prompts:  # said instead of shown twice
+            rows = [replace(one.whole, group=f"all prompts, {one.bands[0].group}")]
+        groups.append(Group(_title(score, one), [_row(row, one.measure, numbers) for row in rows], main=1))
     return Grid(["length in words", "n", *numbers.labels], groups, _comparison_note(numbers))
 
 
@@ -72,21 +68,14 @@ def _lengths_across(numbers: SuiteNumbers, measures: Sequence[tuple[ScoreNumbers
     rows = []
     for score, one in measures:
         of = {row.group: row.estimates[0] for row in one.bands}
-        values = [one.whole.estimates[0], *(of.get(band) for band in bands)]
-        rows.append(
-            [
-                Cell(_title(score, one)),
-                *(
-                    Cell(MISSING)
-                    if value is None
-                    else Cell(
-                        value_text(value.mean, one.measure.unit),
-                        (interval_text(value, one.measure.unit), f"n {_count(value.n, value.prompts)}"),
-                    )
-                    for value in values
-                ),
-            ]
-        )
+        row = [Cell(_title(score, one))]
+        for value in (one.whole.estimates[0], *(of.get(band) for band in bands)):
+            if value is None:
+                row.append(Cell(MISSING))
+                continue
+            below = (interval_text(value, one.measure.unit), f"n {_count(value.n, value.prompts)}")
+            row.append(Cell(value_text(value.mean, one.measure.unit), below))
+        rows.append(row)
     head = ["score", every, *(f"{band} words" for band in bands)]
     return Grid(head, [Group("", rows)] if rows else [], _comparison_note(numbers))
 
@@ -126,24 +115,16 @@ def prompt_grid(numbers: SuiteNumbers, anchors: Mapping[str, str]) -> Grid:
     for prompt in numbers.suite.prompts[:MOST_PROMPTS]:
         names = images.get(prompt.id, [])
         link = next((f"#{anchors[name]}" for name in names if name in anchors), "")
-        row = [
-            Cell(prompt.id, link=link),
-            Cell(excerpt(prompt.text, 60)),
-            Cell(prompt.category),
-            Cell(f"{prompt.words}", order=prompt.words),
-        ]
+        words = Cell(f"{prompt.words}", order=prompt.words)
+        row = [Cell(prompt.id, link=link), Cell(excerpt(prompt.text, 60)), Cell(prompt.category), words]
         for _, measure, values in scores:
             for model in range(len(numbers.models)):
                 own = [values[name][model] for name in names if model in values.get(name, {})]
                 value = sum(own) / len(own) if own else None
                 row.append(Cell(value_text(value, measure.unit), order=value))
         rows.append(row)
-    many = len(numbers.labels) > 1
-    heads = [
-        f"{short_title(score)}: {label}" if many else short_title(score)
-        for score, _, _ in scores
-        for label in numbers.labels
-    ]
+    whose = [f": {label}" for label in numbers.labels] if len(numbers.labels) > 1 else [""]
+    heads = [f"{short_title(score)}{label}" for score, _, _ in scores for label in whose]
     total = len(numbers.suite.prompts)
     note = f"{len(rows):,} of {total:,} prompts; evaluation.json has all." if len(rows) < total else ""
     return Grid(["prompt", "text", "category", "words", *heads], [Group("", rows)], note, words=3, sortable=True)
@@ -152,11 +133,9 @@ def prompt_grid(numbers: SuiteNumbers, anchors: Mapping[str, str]) -> Grid:
 def failure_grid(numbers: SuiteNumbers) -> Grid:
     """Everything that failed, with the reason; without groups where nothing did."""
     failures, prompts = numbers.failures, by_id(numbers.suite.prompts)
+    texts = {name: excerpt(prompt.text, 80) for name, prompt in prompts.items()}
     rows = [
-        [
-            *cells([image, numbers.labels[model], what, reason]),
-            Cell(excerpt(prompts[prompt].text, 80) if prompt in prompts else ""),
-        ]
+        cells([image, numbers.labels[model], what, reason, texts.get(prompt, "")])
         for model, image, prompt, what, reason in failures[:MOST_FAILURES]
     ]
     note = f"{len(rows):,} of {len(failures):,} shown; report.json has all." if len(rows) < len(failures) else ""
@@ -231,13 +210,6 @@ def _row(row: Row, measure: Measure, numbers: SuiteNumbers) -> list[Cell]:
         text = value_text(value.mean if isinstance(value, Estimate) else None, measure.unit)
         made.append(Cell(text, tuple(small), "best" if row.best == number else ""))
     return made
-
-
-def _lengths(one: MeasureNumbers) -> tuple[Row, ...]:
-    """All prompts, then by length; where all are of one length, that is said instead of shown twice."""
-    if len(one.bands) == 1 and one.bands[0].prompts == one.whole.prompts:
-        return (replace(one.whole, group=f"all prompts, {one.bands[0].group}"),)
-    return (one.whole, *one.bands)
 
 
 def _count(n: int, prompts: int) -> str:

@@ -15,12 +15,11 @@ from safetensors.torch import save_file
 
 from paradiffusion.atomic import atomic_file
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult
-from paradiffusion.evaluation.scores.vlm_answers import CAPTIONERS, Ask, Asker
+from paradiffusion.evaluation.scores.vlm_answers import Ask, Asker
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
 from paradiffusion.metrics.text_embedding import EmbeddingOptions, TextEmbedder
 from paradiffusion.metrics.vlm import VlmOptions
 from paradiffusion.sampling.run import Processes
-from paradiffusion.text.sources import fingerprint
 
 TOKENS: Final = 768
 _WORDS: Final = (20, 400)  # what is asked for at least and at most: our choice
@@ -46,22 +45,18 @@ class CaptionBack:
 
     name = "caption_back"
 
-    def __init__(
-        self, options: VlmOptions, embedding: EmbeddingOptions | str, words: int | None = None, table: Path = CAPTIONERS
-    ) -> None:
-        self.asker, self.words = Asker(options, TOKENS, table), words
+    def __init__(self, options: VlmOptions, embedding: EmbeddingOptions | str, words: int | None = None) -> None:
+        self.asker, self.words = Asker(options, TOKENS), words
         self.embedding = EmbeddingOptions(embedding) if isinstance(embedding, str) else embedding
         self.title = f"Caption-back, {options.name} and {Path(self.embedding.model).name}"
 
     def settings(self) -> dict[str, Any]:
-        """See Score."""
         return {
             "model": self.asker.settings(), "instruction": _INSTRUCTION, "words": self.words or "as the prompt",
-            "text_embedding": self.embedding.settings(fingerprint),
+            "text_embedding": self.embedding.settings(),
         }  # fmt: skip
 
     def prepare(self, suite: Suite, images: list[Drawn], work: Path, run: Run) -> None:
-        """See Score."""
         self.embedding.check()
         prompts = by_id(suite.prompts)
         asks = [Ask(image, self.instruction(prompts[image.prompt])) for image in images]
@@ -99,7 +94,6 @@ class CaptionBack:
                 known.add(run.rank, part, vectors, cut, embedder.max_length)
 
     def result(self, suite: Suite, images: list[Drawn], work: Path) -> ScoreResult:
-        """See Score."""
         prompts, heard, vectors = by_id(suite.prompts), self.asker.heard(work), Vectors(work)
         scores: list[ImageScore] = []
         described: list[tuple[ImageScore, torch.Tensor, torch.Tensor]] = []

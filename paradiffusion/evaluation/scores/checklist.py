@@ -12,7 +12,7 @@ from typing import Any, Final
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.vlm_answers import CAPTIONERS, Ask, Asker, Heard
+from paradiffusion.evaluation.scores.vlm_answers import Ask, Asker, Heard
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt, by_id
 from paradiffusion.metrics.vlm import VlmOptions, spoken
 
@@ -137,20 +137,15 @@ class Checklist:
     An image's score is the mean over its questions, after the dependency rule (dependencies.py), as in Davidsonian Scene
     Graph (arXiv 2310.18235) and DPG-Bench (arXiv 2403.05135). ``checklist`` is the mean of those over prompts, as DPG-Bench
     takes it, ``checklist_by_question`` weighs each image by its questions.
-
-    Args:
-        options: the model that answers.
-        table: configs/captioners.yaml.
     """
 
     name = "checklist"
 
-    def __init__(self, options: VlmOptions, table: Path = CAPTIONERS) -> None:
-        self.asker = Asker(options, TOKENS, table)
+    def __init__(self, options: VlmOptions) -> None:
+        self.asker = Asker(options, TOKENS)
         self.title = f"Checklist, answered by {options.name}"
 
     def settings(self) -> dict[str, Any]:
-        """See Score."""
         return {"model": self.asker.settings(), "instruction": asked("{question}")}
 
     def prepare(self, suite: Suite, images: list[Drawn], work: Path, run: Run) -> None:
@@ -161,7 +156,6 @@ class Checklist:
         ask_questions(self.asker, images, lambda image: prompts[image.prompt].questions, work, run, self.name)
 
     def result(self, suite: Suite, images: list[Drawn], work: Path) -> ScoreResult:
-        """See Score."""
         if not any(prompt.questions for prompt in suite.prompts):
             return ScoreResult(self.name, self.title, skipped=no_questions(suite))
         prompts, heard = by_id(suite.prompts), self.asker.heard(work)

@@ -249,7 +249,8 @@ class Counterfactual:
                 try:
                     self._paint(requests, work / "pictures" / prompt.id, run, bar)
                 except (UserError, ValueError, RuntimeError) as error:
-                    journal.add(prompt.id, {"error": f"it could not be drawn again: {_first_line(error)}"})
+                    reason = next(iter(str(error).splitlines()), type(error).__name__)[:300].rstrip(".")
+                    journal.add(prompt.id, {"error": f"it could not be drawn again: {reason}"})
                     continue
                 journal.add(prompt.id, self._compared(prompt, requests, work / "pictures" / prompt.id))
                 run.check()
@@ -397,7 +398,3 @@ def _image_score(name: str, removals: Sequence[Removal]) -> ImageScore:
     ]  # fmt: skip
     kept = {key: float(weight) for key, weight in weights.items() if key in values}
     return ImageScore(name, name, values, kept, detail={"sentences": detail})
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300].rstrip(".")

@@ -27,7 +27,7 @@ from paradiffusion.evaluation.scores.checklist import (
     read,
     with_rule,
 )
-from paradiffusion.evaluation.scores.vlm_answers import CAPTIONERS, Asker
+from paradiffusion.evaluation.scores.vlm_answers import Asker
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt, by_id
 from paradiffusion.metrics.vlm import VlmOptions
 
@@ -157,12 +157,11 @@ class DpgPublished:
     what = "DPG-Bench, procedure as published"
     quirks = PUBLISHED
 
-    def __init__(self, options: VlmOptions, quirks: Quirks | None = None, table: Path = CAPTIONERS) -> None:
-        self.asker, self.quirks = Asker(options, TOKENS, table), quirks or self.quirks
+    def __init__(self, options: VlmOptions, quirks: Quirks | None = None) -> None:
+        self.asker, self.quirks = Asker(options, TOKENS), quirks or self.quirks
         self.title = f"{self.what}, with {options.name} for mPLUG"
 
     def settings(self) -> dict[str, Any]:
-        """See Score."""
         return {
             "model": self.asker.settings(), "instruction": asked("{question}"), "quirks": asdict(self.quirks),
         }  # fmt: skip
@@ -178,7 +177,6 @@ class DpgPublished:
         )
 
     def result(self, suite: Suite, images: list[Drawn], work: Path) -> ScoreResult:
-        """See Score."""
         prompts = [prompt for prompt in suite.prompts if prompt.questions]
         if not prompts:
             return ScoreResult(self.name, self.title, skipped=no_questions(suite))

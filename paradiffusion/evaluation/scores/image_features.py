@@ -101,7 +101,8 @@ def read_features(work: Path, names: Sequence[str]) -> tuple[list[str], np.ndarr
         wanted.setdefault(place[name][0], []).append(name)
     rows: dict[str, np.ndarray] = {}
     for chunk, held in wanted.items():
-        features = _features(chunk)
+        with safe_open(chunk, framework="pt") as file:
+            features = file.get_tensor("features").numpy()
         rows |= {name: features[place[name][1]] for name in held}
     return found, np.stack([rows[name] for name in found]) if found else np.zeros((0, 0), np.float32), failed
 
@@ -161,11 +162,6 @@ def _notes(chunk: Path) -> _Notes:
             return _Notes(**json.loads((file.metadata() or {})["images"]))
     except (OSError, ValueError, TypeError, KeyError, SafetensorError):
         return _Notes()
-
-
-def _features(chunk: Path) -> np.ndarray:
-    with safe_open(chunk, framework="pt") as file:
-        return file.get_tensor("features").numpy()
 
 
 def looked_at(

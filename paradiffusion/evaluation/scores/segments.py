@@ -156,16 +156,10 @@ def _image_score(found: PictureRows, measures: Sequence[Measure]) -> ImageScore:
 def sentence_details(found: PictureRows) -> list[dict[str, Any]]:
     """The sentences as the report's coloured page takes them."""
     return [
-        {
-            "text": row.text,
-            "position": row.position,
-            "score": row.own.score,
-            "followed": row.own.followed,
-            "cut": row.cut,
-            "percentile": row.percentile() if len(row.others) else None,
-        }
+        {"text": row.text, "position": row.position, "score": row.own.score, "followed": row.own.followed,
+         "cut": row.cut, "percentile": row.percentile() if len(row.others) else None}
         for row in found.rows
-    ]
+    ]  # fmt: skip
 
 
 def words_read(clip: Clip, texts: Sequence[str]) -> list[int]:
@@ -174,14 +168,8 @@ def words_read(clip: Clip, texts: Sequence[str]) -> list[int]:
     low, high = [0] * len(words), [len(one) for one in words]
     while any(a < b for a, b in zip(low, high, strict=True)):
         middle = [(a + b + 1) // 2 for a, b in zip(low, high, strict=True)]
-        fits = _fit(clip, [" ".join(one[:count]) for one, count in zip(words, middle, strict=True)])
-        low = [count if ok else a for a, count, ok in zip(low, middle, fits, strict=True)]
-        high = [b if ok else count - 1 for b, count, ok in zip(high, middle, fits, strict=True)]
+        # A text that is cut ends in another token than when there is more room.
+        cut = clip.cut([" ".join(one[:count]) for one, count in zip(words, middle, strict=True)])
+        low = [a if over else count for a, count, over in zip(low, middle, cut, strict=True)]
+        high = [count - 1 if over else b for b, count, over in zip(high, middle, cut, strict=True)]
     return low
-
-
-def _fit(clip: Clip, texts: list[str]) -> list[bool]:
-    """Which texts fit into the context. A text that is cut there ends in another token than when there is more room."""
-    pad = clip.tokenize([""], context_length=clip.context)[0, -1]
-    beyond = clip.tokenize(texts, context_length=2 * clip.context)[:, clip.context :]
-    return [not cut for cut in (beyond != pad).any(dim=1).tolist()]

@@ -83,19 +83,15 @@ class SentenceJudge(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """What its scores depend on, as JSON; loads nothing."""
-        ...
 
     def judge(self, prompt: SuitePrompt, sentences: Sequence[str], image: np.ndarray) -> list[Judgement | None]:
         """Each sentence of the prompt against a picture, uint8 [H, W, 3]; None where no picture could show it."""
-        ...
 
     def kinds(self, prompt: SuitePrompt, sentences: Sequence[str]) -> list[str | None]:
         """What each sentence is about, "" where that is not known; None for those that are not judged."""
-        ...
 
     def regions(self, prompt: SuitePrompt, sentences: Sequence[str]) -> list[tuple[Box, ...]]:
         """Where in the picture what each sentence speaks of belongs; () where that is not known, or everywhere."""
-        ...
 
 
 class SceneJudge:
@@ -121,16 +117,14 @@ class SceneJudge:
 
     def regions(self, prompt: SuitePrompt, sentences: Sequence[str]) -> list[tuple[Box, ...]]:
         scene = scene_of(prompt)
-        return [
-            tuple(_cell_box(scene, item.place) for item in object_of(scene, claim)) if claim.kind != "relation" else ()
-            for claim in claims(sentences)
-        ]
+        width, height = scene.width, scene.height
 
+        def box(place: str) -> Box:
+            rows, columns = cell_of(place, width, height, scene.grid)
+            return columns.start / width, rows.start / height, columns.stop / width, rows.stop / height
 
-def _cell_box(scene: Scene, place: str) -> Box:
-    rows, columns = cell_of(place, scene.width, scene.height, scene.grid)
-    width, height = scene.width, scene.height
-    return columns.start / width, rows.start / height, columns.stop / width, rows.stop / height
+        found = (object_of(scene, claim) if claim.kind != "relation" else () for claim in claims(sentences))
+        return [tuple(box(item.place) for item in items) for items in found]
 
 
 def scene_of(prompt: SuitePrompt) -> Scene:

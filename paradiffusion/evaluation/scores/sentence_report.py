@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from paradiffusion.evaluation.estimates import Estimate, mean, mean_rows
+from paradiffusion.evaluation.estimates import mean, mean_rows
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
 from paradiffusion.evaluation.scores.segments import sentence_details
 from paradiffusion.evaluation.scores.sentence_judges import (
@@ -154,7 +154,7 @@ def _tables(told: Sequence[Told]) -> Iterable[Table]:
     )  # fmt: skip
     yield _table(
         "Sentences followed, by their length", "words", told, [name for _, name in LENGTHS],
-        lambda one: _length(one.row.text),
+        lambda one: next(name for end, name in LENGTHS if end is None or len(one.row.text.split()) <= end),
     )  # fmt: skip
 
 
@@ -173,14 +173,10 @@ def _table(
         if not members:
             continue
         row: list[Any] = [group, mean([float(one.followed) for one in members], [one.prompt for one in members])]
-        rows.append([*row, _chance(members)] if any_chance else row)
+        chances = [one.chance for one in members if one.chance is not None]
+        rows.append([*row, float(np.mean(chances)) if chances else ""] if any_chance else row)
     columns = [head, "followed", *(["chance"] if any_chance else [])]
     return Table(title, columns, rows, "Chance: the same sentences on other prompts' pictures." * any_chance, plot=plot)
-
-
-def _chance(members: Sequence[Told]) -> Estimate | float | str:
-    known = [(one.chance, one.prompt) for one in members if one.chance is not None]
-    return float(np.mean([value for value, _ in known])) if known else ""
 
 
 def _facts(told: Sequence[Told]) -> Table:
@@ -191,8 +187,3 @@ def _facts(told: Sequence[Told]) -> Table:
         "Of an object that is not there in its colour, no further fact holds. Images that failed are not in this table."
     )
     return Table("Single facts that hold, of all sentences", ["fact", "holds"], rows, note, plot="bars")
-
-
-def _length(text: str) -> str:
-    words = len(text.split())
-    return next(name for end, name in LENGTHS if end is None or words <= end)

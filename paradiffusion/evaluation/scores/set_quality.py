@@ -172,11 +172,8 @@ def open_reference(path: Path) -> Reference:
     """The reference at ``path``; pictures in folders below it count too, and are not read yet. UserError where there is nothing, no
     pictures, or no such statistics."""
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in PICTURES and file.is_file() and not is_overview(file)
-        )
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+        files = [file for file in files if not is_overview(file)]
         if len(files) < 2:
             raise UserError(f"reference={path} holds {len(files)} pictures; {_EXPECTED}.")
         names = [file.relative_to(path).as_posix() for file in files]

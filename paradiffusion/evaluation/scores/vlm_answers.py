@@ -32,11 +32,8 @@ from paradiffusion.metrics.vlm import (
     settings_of,
     spoken,
 )
-from paradiffusion.repository import ROOT
 from paradiffusion.sampling.run import Processes
-from paradiffusion.text.sources import fingerprint
 
-CAPTIONERS: Final = ROOT / "configs" / "captioners.yaml"
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 _REFUSED_AT_START: Final = 16
 _ENGINE: Final = "engine"  # the journal's line that says who answers
@@ -61,13 +58,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Asker:
-    """A model and the longest answer that a score wants of it, where ``options`` do not say; ``table`` is configs/captioners.yaml.
+    """A model and the longest answer that a score wants of it, where ``options`` do not say.
 
     UserError for options that cannot be meant and a model that is nowhere, so that this is told before anything is drawn."""
 
     options: VlmOptions
     tokens: int
-    table: Path = CAPTIONERS
 
     def __post_init__(self) -> None:
         self.options.check()
@@ -79,7 +75,7 @@ class Asker:
 
     def settings(self) -> dict[str, Any]:
         """What the answers depend on, as JSON; no model is loaded. Raises UserError for a model that cannot be found."""
-        return {**settings_of(self.options, self.table, fingerprint), "max_new_tokens": self.max_new_tokens}
+        return {**settings_of(self.options), "max_new_tokens": self.max_new_tokens}
 
     def folder(self, work: Path) -> Path:
         """Where the answers are kept, for a score whose own folder is ``work``."""
@@ -105,7 +101,7 @@ class Asker:
             options = self.options
             if options.device is None and options.engine == "transformers":
                 options = replace(options, device=Processes(run.rank, run.size).device())
-            engine, side = open_engine(options, self.table, Decoding(self.max_new_tokens), fingerprint)
+            engine, side = open_engine(options, Decoding(self.max_new_tokens))
             try:
                 _bind(journal, engine)
                 _Round(missing, engine, side, journal).work(run, bar)

@@ -74,8 +74,8 @@ def checklist_questions(values: Any, file: Path) -> Iterator[ChecklistQuestion]:
         else:
             text = f"Does the picture show this: {thing}?"
         yield ChecklistQuestion(str(number), text, "entity", about=name)
-        for kind, key in (("attribute", "attribute"), ("location", "location")):
-            wanted = [value for part, value in parts.items() if str(part).strip().casefold().rstrip("s") == key]
+        for kind in ("attribute", "location"):
+            wanted = [value for part, value in parts.items() if str(part).strip().casefold().rstrip("s") == kind]
             sayings = [text for value in wanted for text in _sayings(value)]
             for order, saying in enumerate(sayings, 1):
                 asked = f"is it {'here' if kind == 'location' else 'like this'}: {saying}?"
@@ -147,7 +147,9 @@ def read_dpg(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
         if breaks := [after for (before, _), (after, _) in pairwise(rows) if after != before + 1]:
             known["last_block"] = breaks[-1]
         meta = {"dpg": known}
-        prompts.append(SuitePrompt(item, text, _origin(item), questions=tuple(questions.values()), meta=meta))
+        # The set that a prompt was taken from is told by the letters that its name begins with; our grouping.
+        origin = item.rstrip("0123456789_-")
+        prompts.append(SuitePrompt(item, text, origin, questions=tuple(questions.values()), meta=meta))
     return prompts
 
 
@@ -185,11 +187,6 @@ def _whole(row: Row, column: str) -> str:
     return str(int(text))
 
 
-def _origin(item: str) -> str:
-    """The set that a prompt was taken from, by the letters that its name begins with; our grouping."""
-    return item.rstrip("0123456789_-")
-
-
 def read_geneval(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     """The prompts of evaluation_metadata.jsonl; ids are line numbers as in GenEval's folders, 00000 first, the category is the tag.
 
@@ -219,7 +216,8 @@ def _geneval_questions(include: list[dict[str, Any]], exclude: list[dict[str, An
     for number, item in enumerate(include, 1):
         name, count = str(item["class"]), int(item["count"])
         one = str(number)
-        yield ChecklistQuestion(one, f"Is there {_article(name)} in the picture?", "entity", about=name)
+        article = "an" if name[:1].lower() in "aeiou" else "a"
+        yield ChecklistQuestion(one, f"Is there {article} {name} in the picture?", "entity", about=name)
         if count > 1:
             # "count + 1" among what is excluded means that more of them are wrong too.
             exactly = limits.get(name) == count + 1
@@ -241,10 +239,6 @@ def _geneval_questions(include: list[dict[str, Any]], exclude: list[dict[str, An
         if item["class"] not in asked:
             text = f"Is the picture free of this: {item['class']}?"
             yield ChecklistQuestion(f"without.{number}", text, "absence", about=f"no {item['class']}")
-
-
-def _article(name: str) -> str:
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def read_detailmaster(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:

@@ -122,7 +122,11 @@ def safe_ids(names: Sequence[str]) -> list[str]:
     for name in names:
         further = _FURTHER.match(name)
         clash = further is not None and further.group(1).casefold() in whole
-        made.append(_hashed(name) if clash or not _is_safe(name) else name)
+        safe = name and not _UNSAFE.search(name) and name[0] not in ".-" and len(name) <= MAX_BYTES
+        if clash or not safe:
+            digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+            name = f"{_UNSAFE.sub('-', name).strip('.-_')[: MAX_BYTES - 20] or 'prompt'}-{digest}"
+        made.append(name)
     first: set[str] = set()
     seen: Counter[str] = Counter()
     taken = {name.casefold() for name in made}
@@ -138,13 +142,3 @@ def safe_ids(names: Sequence[str]) -> list[str]:
             taken.add(other.casefold())
         first.add(made[place].casefold())
     return made
-
-
-def _is_safe(name: str) -> bool:
-    return bool(name) and not _UNSAFE.search(name) and name[0] not in ".-" and len(name) <= MAX_BYTES
-
-
-def _hashed(name: str) -> str:
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    kept = _UNSAFE.sub("-", name).strip(".-_")[: MAX_BYTES - 20]
-    return f"{kept}-{digest}" if kept else f"prompt-{digest}"

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any, Final
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite import BAND_NAMES, Suite, SuitePrompt, safe_ids
@@ -76,7 +77,6 @@ class SuiteEntry:
 
 # What a table may say; name comes from its key, allow_other from the command line.
 _KEYS: Final = tuple(f.name for f in fields(SuiteEntry) if f.name not in ("name", "allow_other"))
-_KINDS: Final = {"expected": dict, "columns": dict, "options": dict, "measures": list, "choose": int}
 
 
 def read_table(path: Path = TABLE) -> dict[str, SuiteEntry]:
@@ -152,28 +152,19 @@ def _entry(name: str, values: Any, path: Path) -> SuiteEntry:
         raise UserError(f"{where}: the name becomes a folder's; expected letters, digits, '.', '_' and '-'.")
     _known(f"{where}: key", values, _KEYS)
     given = {key: value for key, value in values.items() if value is not None}
-    for key, value in given.items():
-        kind = _KINDS.get(key, str)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{where}: {key} is {value!r}; expected {_PLAIN[kind]}.")
-    expected = given.get("expected", {})
-    _known(f"{where}: expected", expected, tuple(f.name for f in fields(Expected)))
-    for key, value in list(expected.items()):
-        kind = {"prompts": int, "checklists": int, "categories": dict}.get(key, str)
-        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise UserError(f"{where}: expected: {key} is {value!r}; expected {_PLAIN[kind]}.")
-    if expected.get("rows"):
-        expected = {**expected, "rows": "".join(expected["rows"].split())}
-    texts = {key: " ".join(given[key].split()) for key in ("source", "licence", "note", "title") if key in given}
-    columns = {str(part): str(column) for part, column in given.get("columns", {}).items()}
-    measures = tuple(str(measure) for measure in given.get("measures", ()))
-    return SuiteEntry(
-        name,
-        **{**given, **texts, "expected": Expected(**expected), "columns": columns, "measures": measures},
-    )
-
-
-_PLAIN: Final = {dict: "a mapping", list: "a list", int: "a whole number", str: "a text (in quotes)"}
+    if isinstance(given.get("expected"), dict):
+        _known(f"{where}: expected", given["expected"], tuple(f.name for f in fields(Expected)))
+    try:
+        found = TypeAdapter(SuiteEntry).validate_python({"name": name, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ": ".join(map(str, first["loc"]))
+        raise UserError(
+            f"{where}: {key} is {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}."
+        ) from None
+    texts = {key: " ".join(getattr(found, key).split()) for key in ("source", "licence", "note", "title")}
+    rows = "".join((found.expected.rows or "").split()) or None
+    return replace(found, **texts, expected=replace(found.expected, rows=rows))
 
 
 def _known(what: str, values: Mapping[Any, Any], known: tuple[str, ...]) -> None:
@@ -243,14 +234,7 @@ def _first_difference(prompts: Sequence[SuitePrompt], found: str, released: str 
 def where_from(entry: SuiteEntry) -> str:
     """Source, licence, size, how to get it, and what to type then."""
     lines = [f"{entry.name}: {entry.title or entry.name}"]
-    for label, text in (
-        ("source", entry.source),
-        ("note", entry.note),
-        ("licence", entry.licence),
-        ("size", entry.size),
-    ):
-        if text:
-            lines.append(f"  {label}: {text}")
+    lines += [f"  {key}: {text}" for key in ("source", "note", "licence", "size") if (text := getattr(entry, key))]
     if entry.get:
         lines += ["  get it:", *(f"    {line}" for line in entry.get.strip().splitlines())]
     if entry.path:

@@ -242,20 +242,12 @@ def make_study(options: VoteOptions, folder: Path, suite: Suite | None = None) -
     prompts = [prompt for prompt in common.prompts if prompt.id in shown]
     questions = options.asked()
     rounds = 1 if options.ask == "together" else len(questions)
-    study = Study(
-        folder=folder,
-        title=options.title.strip(),
-        suite=common.name,
-        settings=settings,
-        ask=options.ask,
-        questions=questions,
-        prompts={p.id: VotedPrompt(p.id, p.text, p.category, p.band) for p in prompts},
-        sets={},
-        pairs=pairs,
-        tasks=assign(pairs, raters, repeats, rounds, options.retest, seed),
-    )
+    voted = {p.id: VotedPrompt(p.id, p.text, p.category, p.band) for p in prompts}
+    tasks = assign(pairs, raters, repeats, rounds, options.retest, seed)
     sets = [look_at(source, prompts, options.images_per_prompt) for source in sources]
-    study.sets.update({one.name: one for one in sets})
+    named = {one.name: one for one in sets}
+    title = options.title.strip()
+    study = Study(folder, title, common.name, settings, options.ask, questions, voted, named, pairs, tasks)
     check_set_names(study)
     for one in sets:
         if all(picture.error for row in one.pictures.values() for picture in row):

@@ -358,21 +358,15 @@ def results_of(study: Study, votes: Sequence[Vote], comments: Mapping[tuple[str,
     """Count ``votes``, as ``Store`` has them. ``seed`` is the bootstrap's."""
     found = outcomes(study, votes, comments)
     remarks = {(o.rater, o.prompt, o.comment): None for o in found if o.comment}
+    # How many raters see a pair.
+    repeats = sum(not (t.pair or t.occasion or t.round) for own in study.tasks.values() for t in own)
     return Results(
-        study=study.name,
-        title=study.title,
-        suite=study.suite,
-        prompts=len(study.prompts),
-        pairs=len(study.pairs),
-        # How many raters see a pair.
-        repeats=sum(not (t.pair or t.occasion or t.round) for own in study.tasks.values() for t in own),
-        ask=study.ask,
-        sets=list(study.sets),
+        study.name, study.title, study.suite, len(study.prompts), len(study.pairs), repeats, study.ask, list(study.sets),
         raters=[_rater(study, rater, votes, found) for rater in study.tasks],
         answers=[_answers(study, q, [o for o in found if o.question == q.name], seed) for q in study.questions],
         failures=study.failures(),
         comments=list(remarks),
-    )
+    )  # fmt: skip
 
 
 def rates_of(found: Sequence[Outcome], sets: Sequence[str], seed: int = 0) -> list[Rates]:

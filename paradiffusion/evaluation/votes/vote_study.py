@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
-from tqdm import tqdm
-
 from paradiffusion.atomic import write_atomic
+from paradiffusion.curation.pool import make_bar
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import NAME, read_evaluation, relative_file
@@ -354,12 +352,12 @@ def common_suite(sources: Sequence[Source], suite: Suite | None) -> Suite:
 def look_at(source: Source, prompts: Sequence[SuitePrompt], images: int) -> PictureSet:
     """Decode each picture once, so that one that cannot be shown is known before the first vote."""
     files = [file for p in prompts for file in [*source.files.get(p.id, []), *[ABSENT] * images][:images]]
-    threads = min(4, os.cpu_count() or 1)
-    pause = 0.5 if sys.stderr.isatty() else 10.0  # a log file stays readable
-    pool = ThreadPoolExecutor(threads)
+    pool, found = ThreadPoolExecutor(min(4, os.cpu_count() or 1)), []
     try:
-        looked = pool.map(partial(_looked_at, root=source.root), files)
-        found = list(tqdm(looked, total=len(files), desc=f"pictures of {source.name}", mininterval=pause))
+        with make_bar(f"pictures of {source.name}", "picture", len(files)) as bar:
+            for picture in pool.map(partial(_looked_at, root=source.root), files):
+                found.append(picture)
+                bar.update()
     finally:  # after Ctrl-C too, which would else wait for all
         pool.shutdown(cancel_futures=True)
     return PictureSet(

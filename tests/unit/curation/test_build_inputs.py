@@ -25,7 +25,7 @@ from builds import captions, image, make, pictures_site, samples, write_captione
 from commands import user_error
 from data_fixtures import as_json, encoded, picture, write_tar
 
-from paradiffusion.curation.building.build_report import Report
+from paradiffusion.curation.building.build import Report
 from paradiffusion.curation.building.places import Dropped, FetchLimits, fetch
 from paradiffusion.errors import UserError
 

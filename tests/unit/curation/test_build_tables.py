@@ -13,7 +13,7 @@ import pytest
 from builds import captions, image, make, samples, write_table
 from commands import user_error
 
-from paradiffusion.curation.building.build_report import Report
+from paradiffusion.curation.building.build import Report
 from paradiffusion.curation.building.places import Dropped, FetchLimits, Place, Reader
 
 Content = str | bytes | dict[str, Any] | pa.Table

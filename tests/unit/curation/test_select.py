@@ -21,7 +21,8 @@ from programs import script
 from safetensors.torch import load_file, save_file
 from tiny_clip import CONTEXT, WIDTH, write_candidates
 
-from paradiffusion.curation.choosing import selection, technical
+from paradiffusion.curation.choosing import scoring as technical
+from paradiffusion.curation.choosing import selection
 from paradiffusion.curation.choosing.candidates import Candidates, sample_name
 from paradiffusion.curation.choosing.decisions import DecisionLog
 from paradiffusion.curation.choosing.kept import export

@@ -255,7 +255,7 @@ def test_a_suite_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("x: {format: folder, pth: here}", "did you mean path"), ("x: {format: folder, path: 3}", "path is 3"),
         ("x: {format: folders, path: .}", "format=folders is unknown; choose one of paraprompts"),
         ("x: {format: folder, path: ., options: {deep: 1}}", "'deep' is unknown"),
-        ("x: {format: folder, path: ., expected: {prompts: many}}", "whole number"),
+        ("x: {format: folder, path: ., expected: {prompts: many}}", "valid integer"),
         ("x: {format: folder, path: nowhere}", "nowhere does not exist"), ("x: {format: folder, path: empty}", "holds no prompts"),
         ("x: {format: folder, path: blank}", "nothing.txt is empty"), ("x: {format: folder, path: zeros}", "0x00 in line 1"),
         ("x: {format: folder, path: latin}", "not UTF-8: byte 0xe9 in line 2"), ("'a/b': {format: folder, path: .}", "becomes a folder's"),

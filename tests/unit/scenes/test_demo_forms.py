@@ -9,7 +9,7 @@ import pytest
 
 from paradiffusion.config import WORLDS
 from paradiffusion.metrics.sentences import sentences
-from paradiffusion.scenes.captions import LARGE_WORDS, WORDS
+from paradiffusion.scenes.captions import LARGE_WORDS, UNSEEN, WORDS, unseen_places
 from paradiffusion.scenes.dataset import captions, make_scene
 from paradiffusion.scenes.grammar import (
     PATTERNS_AFTER,
@@ -27,7 +27,6 @@ from paradiffusion.scenes.grammar import (
     place_names,
     place_phrases,
 )
-from paradiffusion.scenes.unseen import UNSEEN, unseen_places
 from paradiffusion.scenes.world import BACKGROUNDS, COLOURS, Scene, SceneObject, places, row_and_column
 
 STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
