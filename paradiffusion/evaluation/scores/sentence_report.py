@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from paradiffusion.data.captions import count_words
 from paradiffusion.evaluation.estimates import Estimate, mean, ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
 from paradiffusion.evaluation.scores.segments import sentence_details
@@ -199,5 +200,5 @@ def _facts(told: Sequence[Told]) -> Table:
 
 
 def _length(text: str) -> str:
-    words = len(text.split())
+    words = count_words(text)
     return next(name for end, name in LENGTHS if end is None or words <= end)
