@@ -38,6 +38,10 @@ _MARKS: Final = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _FOREIGN = re.compile(rb"[\x80-\xff]{4}")
+# What programs write for a cell without a value.
+MISSING: Final = re.compile(r"nan|none|null|n/a|<na>|#n/a|undefined", re.IGNORECASE)
+# Signs of languages that put no spaces between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese.
+_UNSPACED: Final = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 # Soft hyphens, word joiners and marks of writing direction. The joiner within an emoji is a part of it.
 _INVISIBLE = re.compile(r"[\u00ad\u200e\u200f\u2060\u202a-\u202e\u2066-\u2069]")
 
@@ -76,6 +80,11 @@ def clean(text: str) -> str:
     return " ".join(_CONTROL.sub(" ", text).split())
 
 
+def count_words(text: str) -> int:
+    """Words between spaces; of languages without them each sign, which is about a token."""
+    return len((text if text.isascii() else _UNSPACED.sub(r" \g<0> ", text)).split())
+
+
 def parse_meta(data: bytes) -> dict[str, Any] | None:
     """The object in a sample's JSON; None when it is none."""
     try:
@@ -86,7 +95,7 @@ def parse_meta(data: bytes) -> dict[str, Any] | None:
 
 
 def captions_of(meta: dict[str, Any], text: bytes) -> dict[str, str]:
-    """The cleaned captions by kind, none empty: the JSON's "captions", with "short" from the text, or from the JSON's "caption",
+    """The cleaned captions by kind, none empty or "nan": the JSON's "captions", with "short" from the text, or from the JSON's "caption",
     "text" or "prompt"; of a list the first."""
     captions = meta.get("captions")
     found = dict(captions) if isinstance(captions, dict) else {}
@@ -96,7 +105,7 @@ def captions_of(meta: dict[str, Any], text: bytes) -> dict[str, str]:
         "short", decode_text(text)[0] or next((one for one in texts if isinstance(one, str) and one.strip()), "")
     )
     cleaned = {kind: clean(value) for kind, value in found.items() if kind and isinstance(value, str)}
-    return {kind: value for kind, value in cleaned.items() if value}
+    return {kind: value for kind, value in cleaned.items() if value and not MISSING.fullmatch(value)}
 
 
 def drawable_kinds(kinds: list[str]) -> list[str]:

@@ -74,7 +74,7 @@ def _load(root: Path, counter: TokenCounter | None, name: str) -> SampleIndex:
     found = sorted(walk_pictures(root, passed_over), key=lambda one: one.key)
     # All pictures that were looked at are kept, also those of no use, so that they need not be looked at again.
     whole, stamps, faults = _read_stored(root, counter) or _look_at(root, [], counter)
-    known = {(whole.key(row), *stamps[row].tolist()): row for row in range(len(whole))}
+    known = {(whole.key(row), *stamps[row].tolist()): row for row in np.flatnonzero(~faults[:, 2]).tolist()}
     rows = np.array([known.get((one.key, *one.stamps), -1) for one in found], np.int64)
     if (rows < 0).any() or len(whole) != len(found):
         new, *more = _look_at(root, [one for one, row in zip(found, rows, strict=True) if row < 0], counter)
@@ -107,6 +107,7 @@ class LookedAt:
     captions: dict[str, str] = field(default_factory=dict)
     bad_json: bool = False
     odd_text: bool = False
+    unreadable: bool = False
 
 
 def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPicture]:
@@ -186,7 +187,8 @@ def _look_at(
     """Read the head of each picture, and its captions. Threads, since most of it is waiting for the disk.
 
     Returns:
-        Their index, the stamps, int64 [n, 6], and bool [n, 2]: whose JSON cannot be read, and whose texts are not UTF-8.
+        Their index, the stamps, int64 [n, 6], and bool [n, 3]: whose JSON cannot be read, whose texts are not UTF-8, and
+        which cannot be opened.
     """
     shown = None if len(found) > _SHOWN_FROM else True
     with ThreadPoolExecutor(_READERS) as pool:
@@ -200,7 +202,11 @@ def _look_at(
     looks, captions = [(saw.width, saw.height, saw.hash) for saw in looked], [saw.captions for saw in looked]
     index = tabulated(FolderPart(root, 0), entries, looks, captions, counter)
     stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)
-    return index, stamps, np.array([(saw.bad_json, saw.odd_text) for saw in looked], bool).reshape(-1, 2)
+    return (
+        index,
+        stamps,
+        np.array([(saw.bad_json, saw.odd_text, saw.unreadable) for saw in looked], bool).reshape(-1, 3),
+    )
 
 
 def look(root: Path, found: FoundPicture) -> LookedAt:
@@ -212,7 +218,7 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
         if found.told:
             return LookedAt(*picture, told_by_table(root, found.key))
     except OSError:
-        return LookedAt()
+        return LookedAt(unreadable=True)
     meta = parse_meta(meta_bytes) if meta_bytes else {}
     return LookedAt(*picture, captions_of(meta or {}, text), meta is None, is_odd(meta_bytes, text))
 
@@ -220,7 +226,8 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
 def _to_index(root: Path, whole: SampleIndex, faults: np.ndarray, passed_over: Counter[str], name: str) -> SampleIndex:
     readable, captioned = whole.width > 0, whole.words.any(axis=1)
     for what, which in (
-        ("files that are no picture", ~readable),
+        ("files that cannot be opened", faults[:, 2]),
+        ("files that are no picture", ~readable & ~faults[:, 2]),
         ("pictures without a caption", readable & ~captioned),
     ):
         if len(unused := np.flatnonzero(which)):

@@ -7,7 +7,7 @@ import math
 import warnings
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -164,6 +164,14 @@ def assign_buckets(width: np.ndarray, height: np.ndarray, buckets: list[Bucket])
         nearest = _nearest_aspect(width[inside], height[inside], [buckets[member] for member in members])
         assigned[inside] = members.astype(np.int16)[nearest]
     return assigned
+
+
+def fitted(width: np.ndarray, height: np.ndarray, tall: Any, wide: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Of images of known sizes in buckets of ``tall`` x ``wide``: the share of each one's area that is cropped away, and by how much
+    its sides are enlarged (below 1: made smaller)."""
+    width, height = width.astype(np.float64), height.astype(np.float64)
+    ratio = (width / height) / (wide / tall)
+    return 1 - np.minimum(ratio, 1 / ratio), np.maximum(wide / width, tall / height)
 
 
 def _nearest_aspect(width: np.ndarray, height: np.ndarray, buckets: list[Bucket]) -> np.ndarray:

@@ -149,10 +149,10 @@ class SampleIndex:
     def place(self, row: int) -> Place:
         """Where the sample of ``row`` lies."""
         at = dict(zip(self.table.dtype.names or (), self.table[row].item(), strict=True))  # Faster than field by field.
-        spans = [Span(at[f"{part}_offset"], at[f"{part}_size"]) for part in ("image", "json", "text")]
+        image, json, text = (Span(at[f"{part}_offset"], at[f"{part}_size"]) for part in ("image", "json", "text"))
         extension = IMAGE_EXTENSIONS[at["extension"]]
         shard, key = self.shards[self.shard[row]], self.key(row)
-        return Place(shard, key, int(self.ids[row]), extension, *spans, image_hash=at["image_hash"])
+        return Place(shard, key, int(self.ids[row]), extension, image, json, text, at["image_hash"])
 
     def take(self, rows: np.ndarray) -> SampleIndex:
         """The samples of ``rows``, in that order."""

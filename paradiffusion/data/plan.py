@@ -35,7 +35,7 @@ from paradiffusion.data.captions import (
 )
 from paradiffusion.data.columns import shared_columns
 from paradiffusion.data.folder import load_folder
-from paradiffusion.data.images import Bucket, assign_buckets, buckets_of
+from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, fitted
 from paradiffusion.data.index import New, SampleIndex, TokenCounter, index_head, join_indexes, load_index
 from paradiffusion.data.remote import storage_of
 from paradiffusion.data.shards import expand_shards
@@ -46,6 +46,9 @@ from paradiffusion.randomness import Part, permutation, seed_from, uniforms
 _KEPT_WINDOWS, _KEPT_BATCHES, _KEPT_COUNTS = 4, 64, 4096
 _KEPT_EPOCHS, _KEPT_ORDERS, _KEPT_ARRIVALS = 16, 8, 128
 # A row of the index, the caption kind that it is read with, and the kind that was drawn for it.
+_ROWS_AT_ONCE: Final = 1 << 20
+# Of which a person is told: of a picture's area, of its sides, and of all pictures (as scripts/inspect_data.py does).
+_MUCH_CROPPED, _MUCH_ENLARGED, _MUCH_ON_AVERAGE = 0.5, 2.0, 0.1
 _SAMPLE: Final = np.dtype([("row", np.int64), ("kind", np.int8), ("drawn", np.int8)])
 
 
@@ -84,8 +87,9 @@ def make_plan(index: SampleIndex, data: DataConfig, batch_size: int, seed: int) 
 
 
 def describe_plan(plan: BatchPlan) -> str:
-    """What is mixed, a line each: the sources with their shares, where there are several, and the caption kinds, where
-    there are several or samples lack the one that is asked for."""
+    """What a person may want to know before hours are spent, a line each: the sources with their shares, where there are several;
+    the caption kinds, where there are several or samples lack the one that is asked for; what is cropped and enlarged, where
+    that is much."""
     lines = []
     names, total = plan.index.sources, sum(share.weight for share in plan.shares)
     if len(names) > 1:
@@ -101,7 +105,32 @@ def describe_plan(plan: BatchPlan) -> str:
             lacking = [f"{share:.1%} lack {kind}" for kind, share in shares.fell_back.items() if share]
             of = f" of {name}" if len(names) > 1 else ""
             lines.append(f"captions{of}: {read}" + (f" ({', '.join(lacking)}, and another is read)" if lacking else ""))
+    if fit := _describe_fit(plan):
+        lines.append(fit)
     return "".join(f"\n  {line}" for line in lines)
+
+
+def _describe_fit(plan: BatchPlan) -> str:
+    """What the buckets cost the pictures, of a million of them at most; empty where that is little."""
+    index = plan.index
+    rows = np.arange(0, len(index), max(1, len(index) // _ROWS_AT_ONCE))
+    rows = rows[(index.width[rows] > 0) & (index.height[rows] > 0) & index.words[rows].any(axis=1)]
+    if not len(rows):
+        return ""
+    width, height = index.width[rows], index.height[rows]
+    tall, wide = np.array(plan.buckets)[assign_buckets(width, height, plan.buckets)].T
+    cropped, scale = fitted(width, height, tall, wide)
+    most, largest = int(cropped.argmax()), int(scale.argmax())
+    parts = []
+    if cropped[most] > _MUCH_CROPPED or cropped.mean() > _MUCH_ON_AVERAGE:
+        parts.append(
+            f"up to {cropped[most]:.0%} of a picture's area is cut away ({index.key(rows[most])}), {cropped.mean():.1%} on average"
+        )
+    if scale[largest] > _MUCH_ENLARGED or (scale > 1).mean() > _MUCH_ON_AVERAGE:
+        parts.append(
+            f"up to {scale[largest]:.1f} times enlarged ({index.key(rows[largest])}), {(scale > 1).mean():.1%} of the pictures at all"
+        )
+    return f"crops: {'; '.join(parts)} (scripts/inspect_data.py shows them)" if parts else ""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Final
 
 import ftfy
 
-from paradiffusion.data.captions import clean
+from paradiffusion.data.captions import MISSING, clean
 
 _FIX: Final = ftfy.TextFixerConfig(
     unescape_html=False,  # done below, and counted
@@ -33,8 +33,6 @@ _ENDING: Final = r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|svg|psd|mp4|pdf)"
 _FILE: Final = re.compile(
     rf"[^\s/\\]+{_ENDING}|(?:[a-z]:)?[^\s/\\]*[/\\].{{0,200}}{_ENDING}|{_CAMERA}(?:{_ENDING})?", re.IGNORECASE
 )
-# What programs write for a cell without a value.
-_MISSING: Final = re.compile(r"nan|none|null|n/a|<na>|#n/a|undefined", re.IGNORECASE)
 _LEFT_OVER: Final = re.compile(r"[\W_]*")
 # Characters. Longer ones are whole pages in the wrong column, over which the patterns above would take minutes: our choice.
 MAX_CAPTION: Final = 20_000
@@ -62,7 +60,7 @@ def clean_caption(raw: str, min_words: int = 1, max_words: int | None = None) ->
         return _problem(cleaned, "caption too long")
     _step(cleaned, "broken characters removed", _without_surrogates)
     _step(cleaned, "mojibake mended", lambda text: ftfy.fix_text(text, _FIX) if not text.isascii() else text)
-    if _MISSING.fullmatch(cleaned.text.strip()):  # before HTML goes, and <NA> with it
+    if MISSING.fullmatch(cleaned.text.strip()):  # before HTML goes, and <NA> with it
         return _problem(cleaned, "caption is a missing value")
     _step(cleaned, "HTML removed", _without_html)
     if not clean(cleaned.text):

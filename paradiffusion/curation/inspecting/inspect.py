@@ -27,7 +27,7 @@ from paradiffusion.curation.inspecting.caption_figures import (
     tokens_of,
 )
 from paradiffusion.curation.inspecting.histograms import Distribution, distribution, usual_most
-from paradiffusion.data.images import MAX_PIXELS, assign_buckets, decode
+from paradiffusion.data.images import MAX_PIXELS, assign_buckets, decode, fitted
 from paradiffusion.data.index import COUNTS, SampleIndex, TokenCounter, read_sample
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import IMAGE_EXTENSIONS
@@ -132,11 +132,9 @@ def buckets_of(plan: BatchPlan) -> list[BucketFigures]:
     for at, (tall, wide) in enumerate(plan.buckets):
         inside = usable & (number == at)
         known = inside & (index.width > 0) & (index.height > 0)
-        width, height = index.width[known].astype(np.float64), index.height[known].astype(np.float64)
-        ratio = (width / height) / (wide / tall)
-        scale = np.maximum(wide / width, tall / height)
+        ratio, scale = fitted(index.width[known], index.height[known], tall, wide)
         samples = int(inside.sum())
-        cropped = float(1 - np.minimum(ratio, 1 / ratio).mean()) if len(ratio) else 0.0
+        cropped = float(ratio.mean()) if len(ratio) else 0.0
         enlarged = float((scale > 1).mean()) if len(scale) else 0.0
         share = samples / max(int(usable.sum()), 1)
         figures.append(BucketFigures(tall, wide, samples, share, samples / plan.batch_size, cropped, enlarged))

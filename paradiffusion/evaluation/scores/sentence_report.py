@@ -154,7 +154,7 @@ def _tables(told: Sequence[Told]) -> Iterable[Table]:
     )  # fmt: skip
     yield _table(
         "Sentences followed, by their length", "words", told, [name for _, name in LENGTHS],
-        lambda one: next(name for end, name in LENGTHS if end is None or len(one.row.text.split()) <= end),
+        lambda one: next(name for end, name in LENGTHS if end is None or count_words(one.row.text) <= end),
     )  # fmt: skip
 
 

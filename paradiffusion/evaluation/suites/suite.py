@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from paradiffusion.data.captions import count_words
 from paradiffusion.randomness import seed_from
 
 # Words, upper ends included; CLIP's 77 tokens are about the first two bands, Llama's 512 all of them. The bands are our choice.
@@ -50,8 +51,8 @@ class SuitePrompt:
 
     @property
     def words(self) -> int:
-        """Words between spaces."""
-        return len(self.text.split())
+        """See ``count_words``."""
+        return count_words(self.text)
 
     @property
     def band(self) -> str:

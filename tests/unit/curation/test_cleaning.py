@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from paradiffusion.curation.building.cleaning import clean_caption
 from paradiffusion.curation.building.duplicates import near_duplicates
 from paradiffusion.curation.building.items import Columns, key_of, pick_captions
-from paradiffusion.data.captions import decode_text
+from paradiffusion.data.captions import captions_of, count_words, decode_text
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,12 @@ def test_what_is_no_caption(raw: str, problem: str) -> None:
 def test_any_text_is_cleaned_to_one_line_of_text(raw: str) -> None:
     text = clean_caption(raw).text
     assert text == " ".join(text.split()) and text.encode("utf-8").decode() == text
+
+
+def test_words_of_languages_without_spaces_are_signs() -> None:
+    assert count_words("a  red, round thing") == 4 and count_words("un café") == 2
+    assert count_words("一只红色的猫") == 6 and count_words("a 猫 and 犬") == 4 and count_words("รูป") == 3
+    assert captions_of({"captions": {"long": "None", "short": "a nan"}}, b"") == {"short": "a nan"}
 
 
 def test_encodings() -> None:

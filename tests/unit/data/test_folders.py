@@ -9,6 +9,7 @@ import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,12 @@ from loader_fixtures import assert_same, load
 
 from paradiffusion.atomic import hold, locked
 from paradiffusion.compose import compose_train
+from paradiffusion.config import DataConfig
 from paradiffusion.curation.journal import lock as journal_lock
 from paradiffusion.data.folder import INDEX_NAME, FoundPicture, LookedAt, load_folder, look
-from paradiffusion.data.index import SampleIndex, TokenCounter, read_sample, same_data
+from paradiffusion.data.index import SampleIndex, TokenCounter, look_at, read_sample, same_data
 from paradiffusion.data.loader import LoaderSettings
-from paradiffusion.errors import UserError
+from paradiffusion.data.plan import describe_plan, make_plan
 from paradiffusion.training.folder import locked as training_lock
 
 SETTINGS = LoaderSettings(seed=1, workers=0, last_step=6)
@@ -90,6 +92,7 @@ def test_hostile_folder(pictures: Path, capfd: pytest.CaptureFixture[str]) -> No
     put(pictures, "mute.png")
     put(pictures, "empty.png", text=" \n")
     put(pictures, "list.png", json=b"[1, 2]")
+    put(pictures, "nan.png", text="NaN")
     put(pictures, ".hidden/x.png", text="not seen")
     os.mkdir(pictures / "folder.png")
     os.mkfifo(pictures / "pipe.png")
@@ -102,7 +105,7 @@ def test_hostile_folder(pictures: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert "2 files that cannot be opened" in line and "1 files that are no picture (such as broken.jpg)" in line
     assert "1 gif files (scripts/build_shards.py reads them)" in line
     assert "1 files that are no part of a sample (such as notes.txt)" in line
-    assert "3 pictures without a caption" in line and "1 names that are not UTF-8" in line
+    assert "4 pictures without a caption" in line and "1 names that are not UTF-8" in line
     assert load(index, SETTINGS)
 
 
@@ -128,10 +131,8 @@ def test_tables_of_captions_beside_the_pictures(tmp_path: Path, capfd: pytest.Ca
     assert read_sample(changed, 0).meta["captions"] == {"short": "another a"}
     assert not same_data(index.take(np.array([0, 2, 3])).fingerprint(), changed.fingerprint()), "as many words, others"
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"picture": "a.png", "text": "an a"}))
-    with pytest.raises(
-        UserError, match="metadata.jsonl has the columns picture, text, of which none names the pictures"
-    ):
-        load_folder(tmp_path)
+    assert keys(load_folder(tmp_path)) == ["in/c.png", "other/d.png"]
+    assert "metadata.jsonl is passed over: none of its columns (picture, text) names pictures" in capfd.readouterr().err
 
 
 def test_the_usual_forms_of_a_picture_with_a_caption(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +148,7 @@ def test_the_usual_forms_of_a_picture_with_a_caption(tmp_path: Path, capfd: pyte
     (tmp_path / "c.jpg").rename(tmp_path / "c.jfif")
     put(tmp_path, "j.png")
     (tmp_path / "j.txt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    (tmp_path / "metadata.jsonl").write_text("{}\n")
+    (tmp_path / "other.jsonl").write_text("{}\n")
     index = load_folder(tmp_path)
     found = {index.key(row): read_sample(index, row).meta["captions"]["short"] for row in range(len(index))}
     assert list(found) == list(forms)
@@ -179,6 +180,18 @@ def test_texts_in_the_way_of_kohyas_scripts(tmp_path: Path, capfd: pytest.Captur
     assert not capfd.readouterr().err
 
 
+def test_what_one_picture_loses_is_told_at_the_start(pictures: Path) -> None:
+    config = DataConfig(resolution=64, bucket_multiple=16, max_aspect=2.0, captions={"short": 1.0})
+    assert "crops:" not in describe_plan(make_plan(load_folder(pictures), config, 2, 0))
+    put(pictures, "long.png", text="a panorama", size=(3000, 100))
+    put(pictures, "icon.png", text="an icon", size=(8, 8))
+    (line,) = describe_plan(make_plan(load_folder(pictures), config, 2, 0)).splitlines()[-1:]
+    assert (
+        "crops: up to 94% of a picture's area is cut away (long.png)" in line
+        and "up to 8.0 times enlarged (icon.png)" in line
+    )
+
+
 def test_a_disk_without_locks(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(file: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -190,6 +203,21 @@ def test_a_disk_without_locks(pictures: Path, monkeypatch: pytest.MonkeyPatch) -
     with open(pictures / "lock", "w") as file, locked(pictures, refusal), training_lock(pictures / "stage1"):
         assert hold(file) and hold(file, wait=True) and not hold(file, unsure=False)
         journal_lock(file, refusal)
+
+
+def test_a_file_that_cannot_be_read_is_not_told_as_no_picture_and_is_tried_again(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(file: Any, image: Any) -> tuple[int, int, int]:
+        if file.name.endswith("03.png"):
+            raise OSError(errno.EIO, "Input/output error")
+        return look_at(file, image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("paradiffusion.data.folder.look_at", broken)
+        assert len(load_folder(pictures)) == 21
+    assert "1 files that cannot be opened (such as 03.png)" in capfd.readouterr().err
+    assert len(load_folder(pictures)) == 22 and not capfd.readouterr().err
 
 
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:

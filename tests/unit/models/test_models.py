@@ -6,11 +6,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from commands import user_error
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from tiny_unet import SIMPLE, TINY_UNET, WIDTH, a_batch
 from torch import Tensor
 
@@ -222,6 +224,15 @@ def test_the_vae_brings_its_own_scale(codec_folder: Path, tmp_path: Path, own: d
     expected = (raw - shift) * own["scaling_factor"] / torch.tensor(own.get("latents_std", 1.0)).view(-1, 1, 1)
     torch.testing.assert_close(codec.encode(images), expected)
     torch.testing.assert_close(codec.decode(expected), plain.decode(raw))
+    # As diffusers' own pipelines encode pictures with these keys, but for the noise that one of them adds.
+    shifted = "shift_factor" in own
+    kind, more = (
+        (StableDiffusion3Img2ImgPipeline, {}) if shifted else (StableDiffusionXLImg2ImgPipeline, {"add_noise": False})
+    )
+    parts = SimpleNamespace(vae=codec.vae, scheduler=SimpleNamespace(scale_noise=lambda latents, *_: latents))
+    first, second = (torch.Generator().manual_seed(3) for _ in range(2))
+    theirs = kind.prepare_latents(parts, images, None, 2, 1, torch.float32, "cpu", generator=first, **more)
+    torch.testing.assert_close(codec.encode(images, torch.randn(raw.shape, generator=second)), theirs)
 
 
 def test_another_scale_than_the_vaes_own_is_refused(codec_folder: Path, tmp_path: Path) -> None:
