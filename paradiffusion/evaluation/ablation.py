@@ -137,9 +137,8 @@ def ablate(
     study = replace(study, seeds=options.seed_list() or study.seeds)
     output = Path(options.output or f"runs/ablations/{study.name}").expanduser()
     plan = make_plan(study, output, extra, compose)
-    asked: dict[
-        tuple[str, ...], Unit
-    ] = {}  # evaluations by what they ask for, whatever it is asked of: of equal ones the first
+    # Evaluations by what they ask for, whatever it is asked of; of equal ones the first.
+    asked: dict[tuple[str, ...], Unit] = {}
     for unit in plan.units.values():
         if unit.kind == "evaluate":
             own = ("ckpt=", "label=", "output_dir=")

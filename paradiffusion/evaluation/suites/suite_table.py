@@ -162,7 +162,9 @@ def _entry(name: str, values: Any, path: Path) -> SuiteEntry:
         raise UserError(
             f"{where}: {key} is {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}."
         ) from None
-    texts = {key: " ".join(getattr(found, key).split()) for key in ("source", "licence", "note", "title")}
+    texts: dict[str, Any] = {
+        key: " ".join(getattr(found, key).split()) for key in ("source", "licence", "note", "title")
+    }
     rows = "".join((found.expected.rows or "").split()) or None
     return replace(found, **texts, expected=replace(found.expected, rows=rows))
 
