@@ -152,7 +152,8 @@ class SampleIndex:
         spans = [Span(at[f"{part}_offset"], at[f"{part}_size"]) for part in ("image", "json", "text")]
         extension = IMAGE_EXTENSIONS[at["extension"]]
         shard, key = self.shards[self.shard[row]], self.key(row)
-        return Place(shard, key, int(self.ids[row]), extension, *spans, at["image_hash"])
+        image, beside, text = spans
+        return Place(shard, key, int(self.ids[row]), extension, image, beside, text, at["image_hash"])
 
     def take(self, rows: np.ndarray) -> SampleIndex:
         """The samples of ``rows``, in that order."""
