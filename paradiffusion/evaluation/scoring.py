@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import ANOTHER, Place, first_does
+from paradiffusion.evaluation.drawing.picture_source import Place
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult
-from paradiffusion.sampling.run import Stopped, StopSignal, disk_errors
+from paradiffusion.sampling.run import ANOTHER, Stopped, StopSignal, disk_errors, first_does
 
 SETTINGS = "settings.json"
 LAST = ("counterfactual",)  # it draws, so that the model that is judged must be in memory beside the judge

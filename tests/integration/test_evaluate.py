@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import resource
 import shutil
@@ -16,6 +15,7 @@ from evaluations import EXACT, copy_run, evaluate_here, make_run, record_in, wri
 from PIL import Image
 from programs import end, fork, script, two_ranks
 
+from paradiffusion.atomic import locked
 from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
@@ -248,10 +248,9 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(run: Path) -> None:
 
 def test_a_second_evaluation_is_kept_out(run: Path) -> None:
     Path("out").mkdir()
-    with Path(".out.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another evaluation is writing to out; wait for its end"):
-            evaluate_here(f"ckpt={run}", *DRAWN, "output_dir=out")
+    refused = pytest.raises(UserError, match="another evaluation is writing to out; wait for its end")
+    with locked(Path("out").absolute()), refused:
+        evaluate_here(f"ckpt={run}", *DRAWN, "output_dir=out")
 
 
 def test_two_processes_give_what_one_gives(run: Path, tmp_path: Path) -> None:

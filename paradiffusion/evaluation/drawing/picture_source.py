@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, Painter
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.sampling.run import Processes, Stopped, StopSignal
+from paradiffusion.sampling.run import Processes, StopSignal
 
 SCENE_BASE = 64  # pixels: the resolution that the sizes of the built-in scenes are for
-ANOTHER = "another process could not go on; its own message says why, and the same command continues."
 
 
 @dataclass(frozen=True)
@@ -108,18 +105,3 @@ def is_scaled(suite: Suite) -> bool:
         bool(canvas) and (prompt.height, prompt.width) == (canvas.get("height"), canvas.get("width"))
         for prompt, canvas in zip(suite.prompts, canvases, strict=True)
     )
-
-
-def first_does(processes: Processes, work: Callable[[], None]) -> None:
-    """Let the first process do ``work`` while the others wait; where it raises UserError or Stopped all do."""
-    failure: UserError | Stopped | None = None
-    if processes.rank == 0:
-        try:
-            work()
-        except (UserError, Stopped) as error:
-            failure = error
-    status = processes.agree(0 if failure is None else 1 if isinstance(failure, Stopped) else 2)
-    if failure is not None:
-        raise failure
-    if status:
-        raise Stopped if status == 1 else UserError(ANOTHER)

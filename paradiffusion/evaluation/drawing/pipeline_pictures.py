@@ -16,7 +16,7 @@ from tqdm import tqdm
 from paradiffusion.config import SampleConfig
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint_pictures import drawn_images
-from paradiffusion.evaluation.drawing.picture_source import ANOTHER, Place, size_for
+from paradiffusion.evaluation.drawing.picture_source import Place, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
@@ -29,7 +29,7 @@ from paradiffusion.sampling.gallery import (
     save_png,
 )
 from paradiffusion.sampling.pipeline import choose_device
-from paradiffusion.sampling.run import Stopped, disk_errors
+from paradiffusion.sampling.run import ANOTHER, Stopped, disk_errors
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import hash_ends
 
