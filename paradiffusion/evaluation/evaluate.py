@@ -6,16 +6,15 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from paradiffusion.atomic import hold, write_atomic
+from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import Place, Source, all_do, first_does
+from paradiffusion.evaluation.drawing.picture_source import Place, Source
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.offered_scores import check_possible, make_scores, offers
@@ -32,7 +31,17 @@ from paradiffusion.evaluation.subjects import (
 )
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.pipeline import choose_device
-from paradiffusion.sampling.run import Processes, Stopped, StopSignal, disk_errors, joined_processes, stop_on_signals
+from paradiffusion.sampling.run import (
+    Processes,
+    Stopped,
+    StopSignal,
+    all_do,
+    disk_errors,
+    first_does,
+    joined_processes,
+    stop_on_signals,
+    written_alone,
+)
 
 
 @dataclass
@@ -135,7 +144,8 @@ def _evaluate(
     place = Place(suite, wanted, task.folder, processes, signal)
     if place.first:
         print(f"== {source.label} on {suite.name}: {len(suite.prompts)} prompts, {task.folder}", flush=True)
-    with _lock(place):
+    refusal = f"another evaluation is writing to {task.folder}; wait for its end."
+    with written_alone(task.folder, processes, refusal):
         first_does(processes, lambda: bind_folder(place, source, task.own_folder))
         images, described = source.draw(place)
         if place.first:
@@ -165,31 +175,6 @@ def _announce(images_failed: list[str], described: dict[str, Any], total: int) -
     ):
         if names:
             print(f"warning: {what}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}", flush=True)
-
-
-@contextmanager
-def _lock(place: Place) -> Iterator[None]:
-    """Keep a second evaluation out of the folder while this one writes there; the lock lies beside it, as it may be moved away."""
-    if not place.first:
-        first_does(place.processes, lambda: None)
-        yield
-        return
-    path = place.folder.parent / f".{place.folder.name}.lock"
-    handles: list[Any] = []
-
-    def take() -> None:
-        with disk_errors(place.folder):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handles.append(path.open("w"))
-        if not hold(handles[0]):
-            raise UserError(f"another evaluation is writing to {place.folder}; wait for its end.")
-
-    try:
-        first_does(place.processes, take)
-        yield
-    finally:
-        for handle in handles:
-            handle.close()
 
 
 def _report(

@@ -12,6 +12,7 @@ model that PEFT has wrapped. What our ``checkpoint.json`` says is the ``descript
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -101,6 +102,12 @@ def pipeline_objective(pipeline: Any) -> Objective:
 
     objective.schedulers = schedulers
     return objective
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:
+    """The class and the configuration of a scheduler, as JSON has them."""
+    values = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return {"class": type(scheduler).__name__, **json.loads(json.dumps(values, default=str))}
 
 
 def plain(model: Any) -> Any:
@@ -341,7 +348,9 @@ class ParaDiffusionPipeline(_Base):
         conditioning = Conditioning(
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
         ).repeat_each(num_images_per_prompt)
-        check_scheduler(models.objective)
+        own = objective_of(self.config["description"]).scheduler(models.sampler.solver)
+        if settings_of(self.scheduler) != settings_of(own):
+            check_scheduler(models.objective)
         size = height // models.factor, width // models.factor
         scheduler = models.objective.scheduler(size=size)
         set_steps(scheduler, settings.steps)

@@ -45,7 +45,7 @@ class PromptRequest:
 KEYS = tuple(field.name for field in fields(PromptRequest) if field.name not in ("index", "source"))
 # What the text itself is called, the first that is there.
 NAMES = ("prompt", "text", "caption")
-MISSPELT = 0.82  # as alike as sed and seed, but not as prompt_id and prompt
+MISSPELT = 0.74  # as alike as sead and seed
 EXAMPLE = '{"prompt": "a red circle", "seed": 1}'
 # Lowest and highest of each number; of whole ones but guidance.
 ANY = (1, math.inf)
@@ -218,7 +218,9 @@ def _known(row: dict[str, Any], where: str, passed_over: dict[str, None]) -> dic
             found["prompt"] = value
         elif key in KEYS and key not in NAMES:
             found[key] = value
-        elif key not in NAMES and get_close_matches(key, KEYS, 1, MISSPELT):
+        elif (
+            key not in NAMES and get_close_matches(key, KEYS, 1, MISSPELT) and not {*key.split("_")} & {*KEYS}
+        ):  # prompt_id
             raise UserError(f"{where} has the unknown key {key!r}; accepted keys are {', '.join(KEYS)}.")
         else:
             passed_over[key] = None

@@ -7,7 +7,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -48,6 +48,7 @@ from paradiffusion.sampling.prompts import PromptRequest, read_prompts
 from paradiffusion.stopping import Stopped, StopSignal, stop_on_signals
 
 DONE, STOPPED, FAILED = 0, 1, 2
+ANOTHER = "another process could not go on; its own message says why, and the same command continues."
 BATCHES_AHEAD = 8  # batches whose prompts are encoded at once where the text encoder leaves the GPU
 
 
@@ -68,24 +69,48 @@ def sample(config: SampleConfig) -> int:
     with stop_on_signals() as stop, joined_processes() as processes:
         processes.set_threads(config.threads)
         folder = output_folder(config)
-        with drawing_alone(folder, processes):
+        refusal = f"another command is drawing into {folder}; wait for its end, or choose another output_dir=."
+        with written_alone(folder, processes, refusal):
             models = load_models(checkpoint, config, processes.device())
             return draw_all(models, requests, config, folder, processes, stop)
 
 
+def first_does(processes: Processes, work: Callable[[], object]) -> None:
+    """Let the first process do ``work`` while the others wait; where it raises UserError or Stopped all do."""
+    all_do(processes, work if processes.rank == 0 else lambda: None)
+
+
+def all_do(
+    processes: Processes, work: Callable[[], object], tell: bool = False, after: Callable[[], None] | None = None
+) -> None:
+    """Let each process do ``work``; where one raises UserError (which it says where ``tell``) or Stopped, all do.
+
+    Args:
+        after: what the first process does once all have ended, however they did, while the others wait.
+    """
+    failure: UserError | Stopped | None = None
+    try:
+        work()
+    except (UserError, Stopped) as error:
+        failure = error
+        if tell and isinstance(error, UserError):
+            processes.tell(error)
+    status = processes.agree(0 if failure is None else 1 if isinstance(failure, Stopped) else 2)
+    if after is not None:
+        if processes.rank == 0:
+            after()
+        processes.agree(0)
+    if status == 2:
+        raise failure if isinstance(failure, UserError) else UserError(ANOTHER)
+    if status == 1:
+        raise failure or Stopped
+
+
 @contextmanager
-def drawing_alone(folder: Path, processes: Processes) -> Iterator[None]:
-    """Keep other commands from drawing into ``folder``. Raises UserError, in all processes, where one does already."""
-    refusal = f"another command is drawing into {folder}; wait for its end, or choose another output_dir=."
+def written_alone(folder: Path, processes: Processes, refusal: str) -> Iterator[None]:
+    """Keep other commands from writing into ``folder``. Raises UserError, in all processes, where one does already."""
     with ExitStack() as stack:
-        refused = None
-        try:
-            if processes.rank == 0:
-                stack.enter_context(locked(folder.absolute(), refusal))
-        except UserError as error:
-            refused = error
-        if processes.agree(FAILED if refused else DONE):
-            raise refused or UserError(refusal)
+        first_does(processes, lambda: stack.enter_context(locked(folder.absolute(), refusal)))
         yield
 
 
@@ -163,7 +188,7 @@ def draw_all(
     if failure is not None:
         raise failure
     if status == FAILED:
-        raise UserError("another process could not go on; its own message says why, and the same command continues.")
+        raise UserError(ANOTHER)
     return stop.status if status == STOPPED else 0
 
 

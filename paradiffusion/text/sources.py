@@ -7,6 +7,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from paradiffusion.atomic import atomic_folder, cache_folder, locked
 from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors, whole_files
@@ -84,6 +85,17 @@ def hash_tensors(files: list[Path]) -> str:
                         f"{name} {about['dtype']} {about['shape']}".encode() + ends + file.read(min(end - start, 4096))
                     )
     return hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16]
+
+
+def as_source(weights: str) -> dict[str, str]:
+    """A ``weights_hash`` as a checkpoint's description has it: "hash" and "tensors"."""
+    return dict(zip(("hash", "tensors"), weights.split("."), strict=False))
+
+
+def known_by(source: dict[str, Any]) -> str | None:
+    """The ``weights_hash`` in a description; None where any model is accepted."""
+    found = [source[key] for key in ("hash", "tensors") if source.get(key)]
+    return ".".join(found) if source.get("hash") else None
 
 
 def same_weights(expected: str | None, found: str) -> bool:

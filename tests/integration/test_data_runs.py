@@ -43,9 +43,18 @@ def test_a_folder_of_pictures(tiny_arguments: list[str], tmp_path: Path, capsys:
     assert f"data: {SIZE} samples in 1 shards" in capsys.readouterr().out
     assert [row["step"] for row in records(tmp_path / "run" / "stage1")] == [1, 2, 3, 4]
     assert train_here([*arguments, "max_steps=5"]) == 0  # The same data, found again.
-    shutil.copy(pictures / f"{one.key}.{one.extension}", pictures / f"added.{one.extension}")
-    (pictures / "added.txt").write_text("one picture more")
     stage = tmp_path / "run" / "stage1"
+    caption, picture = pictures / f"{one.key}.txt", pictures / f"{one.key}.{one.extension}"
+    before = caption.read_text(), picture.read_bytes()
+    other = next(path for path in pictures.glob(f"*.{one.extension}") if path != picture)
+    for path, content in ((caption, before[0].swapcase().encode()), (picture, other.read_bytes())):
+        path.write_bytes(content)  # as many words, and a picture of the same sides
+        with pytest.raises(UserError, match=r"the data has changed since .* \(samples, captions, pictures"):
+            train_here([*arguments, "max_steps=6"])
+        caption.write_text(before[0])
+        picture.write_bytes(before[1])
+    shutil.copy(picture, pictures / f"added.{one.extension}")
+    (pictures / "added.txt").write_text("one picture more")
     with pytest.raises(UserError, match=r"^the data has changed since .* run_dir=<new folder> init_from="):
         train_here([*arguments, "max_steps=6"])
     assert train_here([*arguments, f"run_dir={tmp_path / 'more'}", f"init_from={stage}", "max_steps=1"]) == 0

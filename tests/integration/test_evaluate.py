@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import shutil
 import signal
@@ -16,6 +15,7 @@ from evaluations import EXACT, copy_run, evaluate_here, make_run, record_in, wri
 from PIL import Image
 from programs import end, fork, script, two_ranks
 
+from paradiffusion.atomic import locked
 from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.evaluate import without_nan
@@ -204,10 +204,9 @@ def test_what_cannot_be_meant_is_one_sentence(run: Path) -> None:
     assert not list(Path().glob("runs/**/images/0*.png"))  # before anything is drawn
 
     Path("out").mkdir()
-    with Path(".out.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another evaluation is writing to out; wait for its end"):
-            evaluate_here(f"ckpt={run}", *DRAWN, "output_dir=out")
+    refused = pytest.raises(UserError, match="another evaluation is writing to out; wait for its end")
+    with locked(Path("out").absolute()), refused:
+        evaluate_here(f"ckpt={run}", *DRAWN, "output_dir=out")
 
 
 def test_two_processes_give_what_one_gives(run: Path, tmp_path: Path) -> None:

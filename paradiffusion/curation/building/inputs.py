@@ -342,8 +342,10 @@ Members = dict[str, tuple[int, int]]
 
 
 def _samples(path: Path) -> dict[str, Members]:
-    """Members (extension to offset and size) by key. A tar that is cut short is read up to the cut."""
-    found: dict[str, Members] = {}
+    """Members (extension to offset and size) by key: up to the first dot, or to the last where an image and a text agree in that
+    (img.v1.07.jpg, img.v1.07.txt). A tar that is cut short is read up to the cut."""
+    members: list[tuple[str, str, int, int]] = []  # folder with its slash, name, offset, size
+    kinds: dict[str, set[str]] = {}  # by name without the last extension
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
@@ -353,16 +355,23 @@ def _samples(path: Path) -> dict[str, Members]:
                         break
                     name = member.name.removeprefix("./")
                     folder, slash, base = name.rpartition("/")
-                    stem, _, extension = base.partition(".")
+                    stem, _, extension = base.rpartition(".")
                     whole = member.offset_data + member.size <= size
                     if stem and extension and member.isreg() and not member.issparse() and whole:
-                        found.setdefault(folder + slash + stem, {}).setdefault(
-                            extension.lower(), (member.offset_data, member.size)
-                        )
+                        members.append((folder + slash, base, member.offset_data, member.size))
+                        kind = "image" if extension.lower() in EXTENSIONS else PARTS.get(extension.lower(), "")
+                        kinds.setdefault(folder + slash + stem, set()).add(kind)
             except (tarfile.ReadError, ValueError):  # ValueError: a size that no file has
                 pass
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{path} cannot be read as an uncompressed tar ({error}); unzip it, or leave it out.") from None
+    found: dict[str, Members] = {}
+    for folder, base, offset, length in members:
+        stem, _, extension = base.rpartition(".")
+        if not ("image" in (there := kinds[folder + stem]) and there & {"json", "text"}):
+            stem, _, extension = base.partition(".")
+        if stem:
+            found.setdefault(folder + stem, {}).setdefault(extension.lower(), (offset, length))
     return found
 
 

@@ -56,8 +56,8 @@ class Place:
     """Where the bytes of one image lie.
 
     ``kind`` is "file", "span" (``size`` bytes from byte ``offset`` of a plain tar), "zip" (``member`` of it), "cell"
-    (row ``size`` of row group ``offset`` in the Parquet column ``member``; where that holds no bytes, the file ``otherwise``), "url", or "none": there is no image, for the
-    reason in ``path`` and with the detail in ``member``.
+    (row ``size`` of row group ``offset`` in the Parquet column ``member``; where that holds no bytes, the file ``otherwise``),
+    "url", or "none": there is no image, for the reason in ``path`` and with the detail in ``member``.
     """
 
     kind: str

@@ -16,11 +16,11 @@ from paradiffusion.curation.pool import make_bar
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.shards import IMAGE_EXTENSIONS
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, first_does, image_name
+from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, image_name
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.gallery import NAME, read_manifests
-from paradiffusion.sampling.run import disk_errors
+from paradiffusion.sampling.run import disk_errors, first_does
 
 KINDS: Final = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 FOUND: Final = "pictures.json"

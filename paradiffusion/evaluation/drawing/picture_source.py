@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import Drawn, Painter, Request
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.sampling.run import Processes, Stopped, StopSignal
+from paradiffusion.sampling.run import Processes, StopSignal
 
 SCENE_BASE = 64  # pixels: the resolution that the sizes of the built-in scenes are for
-ANOTHER = "another process could not go on; its own message says why, and the same command continues."
 
 
 @dataclass(frozen=True)
@@ -108,34 +105,3 @@ def is_scaled(suite: Suite) -> bool:
         bool(canvas) and (prompt.height, prompt.width) == (canvas.get("height"), canvas.get("width"))
         for prompt, canvas in zip(suite.prompts, canvases, strict=True)
     )
-
-
-def first_does(processes: Processes, work: Callable[[], None]) -> None:
-    """Let the first process do ``work`` while the others wait; where it raises UserError or Stopped all do."""
-    all_do(processes, work if processes.rank == 0 else lambda: None)
-
-
-def all_do(
-    processes: Processes, work: Callable[[], None], tell: bool = False, after: Callable[[], None] | None = None
-) -> None:
-    """Let each process do ``work``; where one raises UserError (which it says where ``tell``) or Stopped, all do.
-
-    Args:
-        after: what the first process does once all have ended, however they did, while the others wait.
-    """
-    failure: UserError | Stopped | None = None
-    try:
-        work()
-    except (UserError, Stopped) as error:
-        failure = error
-        if tell and isinstance(error, UserError):
-            processes.tell(error)
-    status = processes.agree(0 if failure is None else 1 if isinstance(failure, Stopped) else 2)
-    if after is not None:
-        if processes.rank == 0:
-            after()
-        processes.agree(0)
-    if status == 2:
-        raise failure if isinstance(failure, UserError) else UserError(ANOTHER)
-    if status == 1:
-        raise failure or Stopped

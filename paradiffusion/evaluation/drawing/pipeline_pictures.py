@@ -15,7 +15,7 @@ from paradiffusion.config import SampleConfig
 from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint_pictures import drawn_images
-from paradiffusion.evaluation.drawing.picture_source import Place, SuitePainter, all_do, size_for
+from paradiffusion.evaluation.drawing.picture_source import Place, SuitePainter, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Request
 from paradiffusion.evaluation.suites.suite import Suite
@@ -28,7 +28,7 @@ from paradiffusion.sampling.gallery import (
     save_png,
 )
 from paradiffusion.sampling.pipeline import choose_device
-from paradiffusion.sampling.run import disk_errors
+from paradiffusion.sampling.run import all_do, disk_errors
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import hash_ends
 

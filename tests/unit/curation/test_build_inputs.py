@@ -105,6 +105,20 @@ def test_any_webdataset(tmp_path: Path) -> None:
     assert found["captions"]["long"] == "a longer text" and found["caption_sources"]["short"] == "tar blip.text"
 
 
+def test_names_with_dots_in_a_tar(tmp_path: Path) -> None:
+    """As training reads them: the last dot counts where a picture and a text agree in it, else the first."""
+    members = [
+        (f"img.v1.{n:02d}.{end}", image(n) if end == "jpg" else f"number {n}".encode())
+        for n in (7, 8)
+        for end in ("jpg", "txt")
+    ]
+    members += [("cat.jpg", image(1)), ("cat.seg.png", image(2)), ("cat.txt", b"a cat")]
+    write_tar(tmp_path / "in" / "0.tar", members)
+    assert make(tmp_path / "in", tmp_path / "out").kept == 3
+    found = {value["short"] for value in captions(tmp_path / "out").values()}
+    assert found == {"number 7", "number 8", "a cat"}
+
+
 def test_image_folder_of_datasets(tmp_path: Path) -> None:
     for split, number in (("train", 0), ("validation", 1)):
         folder = tmp_path / "in" / split

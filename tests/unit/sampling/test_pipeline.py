@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import user_error
+from commands import ROOT, user_error
 from PIL import Image
 from sampling_models import TinyModels
 
@@ -35,11 +35,11 @@ from paradiffusion.sampling.run import (
     Processes,
     StopSignal,
     draw_all,
-    drawing_alone,
     joined_processes,
     output_folder,
     sample,
     stop_on_signals,
+    written_alone,
 )
 
 PROMPTS = [f"a circle {'and a square ' * number}" for number in range(5)]
@@ -196,13 +196,16 @@ def test_a_signal_stops_between_steps_and_the_same_command_goes_on(
 
 
 def test_two_commands_do_not_draw_into_one_folder(tmp_path: Path) -> None:
-    refused = pytest.raises(UserError, match=r"another command is drawing into .*out; wait for its end")
-    with drawing_alone(tmp_path / "out", Processes()):
-        with refused, drawing_alone(tmp_path / "out", Processes()):
+    out, said = tmp_path / "out", "another command is drawing into it"
+    config = SampleConfig(ckpt=str(ROOT / "data" / "nano"), prompt="a", output_dir=str(out))
+    with written_alone(out, Processes(), said):
+        with pytest.raises(UserError, match=said), written_alone(out, Processes(), said):
             pass
-        with drawing_alone(tmp_path / "other", Processes()):
+        with written_alone(tmp_path / "other", Processes(), said):
             pass
-    with drawing_alone(tmp_path / "out", Processes()):
+        with pytest.raises(UserError, match=r"another command is drawing into .*out; wait for its end"):
+            sample(config)
+    with written_alone(out, Processes(), said):
         pass
 
 

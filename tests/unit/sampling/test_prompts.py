@@ -82,7 +82,7 @@ def test_one_prompt_and_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         ("p.txt", b"good\nb\xe4d\n", "0xe4 in line 2"), ("p.txt", b"good\nb\0d\n", "0x00 in line 2"),
         ("p.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("p.json", "[]", "holds no prompts"), ("p.json", '{"a": 1}', "expected a list of objects"), ("p.md", "x", "ends in .md; expected .txt, .csv, .tsv"), ("p", "x", "without an ending"),
-        ("p.csv", "words,seed\na,1\n", "columns words, seed"), ("p.csv", "prompt,sead\na,1\n", "unknown key 'sead'"),
+        ("p.csv", "words,seed\na,1\n", "columns words, seed"), ("p.csv", "prompt,widht\na,64\n", "unknown key 'widht'"),
         ("p.tsv", "prompt\tguidence\na\t2\n", "unknown key 'guidence'"), ("p.json", '[{"prompt": "a", "hight": 64}]', "unknown key 'hight'"), ("p.csv", "prompt\na cat, on a mat\n", "line 2 has 2 cells"),
         ("p.csv", 'prompt\n"never closed\n\n', "line 2 is not valid CSV"), ("p.csv", "prompt,seed\na,one\n", "line 2: seed is 'one'"),
         ("p.csv", "prompt,seed\n,1\n", "line 2 has an empty prompt"),
