@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from paradiffusion.data.captions import count_words
 from paradiffusion.evaluation.estimates import mean, mean_rows
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
 from paradiffusion.evaluation.scores.segments import sentence_details
