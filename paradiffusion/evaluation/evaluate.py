@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.curation.journal import lock
 from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.picture_source import Place, Source, all_do, first_does
@@ -172,30 +171,17 @@ def _announce(images_failed: list[str], described: dict[str, Any], total: int) -
 @contextmanager
 def _lock(place: Place) -> Iterator[None]:
     """Keep a second evaluation out of the folder while this one writes there; the lock lies beside it, as it may be moved away."""
-    if not place.first:
-        first_does(place.processes, lambda: None)
-        yield
-        return
-    path = place.folder.parent / f".{place.folder.name}.lock"
-    handles: list[Any] = []
+    with ExitStack() as held:
 
-    def take() -> None:
-        with disk_errors(place.folder):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handles.append(path.open("w"))
-        try:
-            fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                return  # a file system without locks
-            raise UserError(f"another evaluation is writing to {place.folder}; wait for its end.") from None
+        def take() -> None:
+            with disk_errors(place.folder):
+                place.folder.parent.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context((place.folder.parent / f".{place.folder.name}.lock").open("w"))
+            with suppress(OSError):  # a file system without locks
+                lock(file, f"another evaluation is writing to {place.folder}; wait for its end.")
 
-    try:
         first_does(place.processes, take)
         yield
-    finally:
-        for handle in handles:
-            handle.close()
 
 
 def _report(
