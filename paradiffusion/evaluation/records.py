@@ -8,12 +8,14 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, ratio
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -129,13 +131,6 @@ class Score(Protocol):
         """The numbers over all ``images``, from what all processes left in ``work``."""
 
 
-class Painter(Protocol):
-    """A model that can be asked for further pictures, as the counterfactual does."""
-
-    def paint(self, requests: list[Request]) -> list[Any]:
-        """Pictures, uint8 [H, W, 3], one for each request; the same request gives the same picture."""
-
-
 @dataclass(frozen=True)
 class Request:
     """A picture to paint; height and width in pixels, None for the model's own."""
@@ -145,6 +140,9 @@ class Request:
     height: int | None = None
     width: int | None = None
 
+
+# Draws further pictures, uint8 [H, W, 3], one for each request; the same request gives the same picture.
+Painter = Callable[[list[Request]], list[Any]]
 
 NAME: Final = "evaluation.json"
 FORMAT_VERSION: Final = 1
@@ -185,28 +183,35 @@ def read_evaluation(folder: Path) -> Evaluation:
     """The evaluation that ``folder`` holds; its files are absolute or relative to the working folder, as ``folder`` is. UserError
     where evaluation.json is missing, damaged, or not one of ours."""
     path = folder / NAME
+
+    def made(record: Any) -> Evaluation:
+        version = record.get("paradiffusion_evaluation") if isinstance(record, dict) else None
+        if not isinstance(version, int):
+            raise UserError(f"{path} was not written by scripts/evaluate.py; name the folder of an evaluation.")
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"{path} has the version {version}, newer than {FORMAT_VERSION}, so this repository must be updated to read it."
+            )
+        return _evaluation(record, folder)
+
+    missing = f"{folder} holds no {NAME}; expected a folder that scripts/evaluate.py has filled, so run it first."
+    return read_record(path, made, "run scripts/evaluate.py again to write it anew", missing)
+
+
+def read_record(path: Path, make: Callable[[Any], T], fix: str, missing: str = "") -> T:
+    """What ``make`` makes of the JSON at ``path``. UserError with ``fix`` where that is damaged, or no file can be read, with ``missing``
+    where there is none."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} holds no {NAME}; expected a folder that scripts/evaluate.py has filled, so run it first."
-        ) from None
     except (OSError, ValueError, RecursionError) as error:
+        if missing and isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise UserError(missing) from None
         reason = error.strerror if isinstance(error, OSError) else "it is not whole JSON"
-        raise UserError(f"{path} cannot be read ({reason}); run scripts/evaluate.py again to write it anew.") from None
-    version = record.get("paradiffusion_evaluation") if isinstance(record, dict) else None
-    if not isinstance(version, int):
-        raise UserError(f"{path} was not written by scripts/evaluate.py; name the folder of an evaluation.")
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has the version {version}, newer than {FORMAT_VERSION}, so this repository must be updated to read it."
-        )
+        raise UserError(f"{path} cannot be read ({reason}); {fix}.") from None
     try:
-        return _evaluation(record, folder)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}); run scripts/evaluate.py again to write it anew."
-        ) from None
+        return make(record)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {fix}.") from None
 
 
 def estimate(result: ScoreResult, measure: Measure, images: Sequence[ImageScore] | None = None) -> Estimate | None:

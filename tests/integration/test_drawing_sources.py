@@ -298,6 +298,6 @@ def test_our_own_pipeline_and_the_painters(codec_folder: Path, prompts: Path) ->
         CheckpointSource(checkpoint, checkpoint, config, None, None),
         PipelineSource("exported", config, None, None),
     )
-    for drawn in (pixels(Path("a")), *(source.painter(scenes).paint(requests) for source in (ours, exported))):
+    for drawn in (pixels(Path("a")), *(source.painter(scenes)(requests) for source in (ours, exported))):
         for one, other in zip(drawn, pixels(Path("b")), strict=True):
             assert np.abs(one.astype(int) - other).max() <= 1

@@ -143,7 +143,7 @@ class Reader:
     words: int | None = None
     asked: list[Request] = field(default_factory=list)
 
-    def paint(self, requests: list[Request]) -> list[np.ndarray]:
+    def __call__(self, requests: list[Request]) -> list[np.ndarray]:
         self.asked += requests
         return [pixels(self._scene(request)) for request in requests]
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -49,9 +49,12 @@ from paradiffusion.machine import cores
 from paradiffusion.pages import markdown_table
 
 JOURNAL: Final = "build.json"
+_NAME: Final = "report.json"
 VAL: Final = "val"
 _CHUNK: Final = 500  # items; some seconds of work, which is what an interrupt loses per process
 _VERSION: Final = 2
+_MAX_PROFILES: Final = 20  # screens have profiles of their own by the thousand
+_PERCENTILES: Final = (0, 5, 25, 50, 75, 95, 100)
 _Run = Callable[..., list[Any]]  # ``run_tasks`` with the processes of this build
 # What a killed build leaves of a file or shard under its temporary name.
 _HALF: Final = re.compile(
@@ -285,15 +288,6 @@ def _again(reader: Reader, place: Place, name: str, crc: int) -> bytes:
             f"{name} is not what it was when it was first read ({drop.reason}); leave the input alone until the build "
             "ends, then start it anew in another folder."
         ) from None
-
-
-if TYPE_CHECKING:
-    from paradiffusion.curation.building.duplicates import Selection
-
-
-_NAME: Final = "report.json"
-_MAX_PROFILES: Final = 20  # screens have profiles of their own by the thousand
-_PERCENTILES: Final = (0, 5, 25, 50, 75, 95, 100)
 
 
 @dataclass

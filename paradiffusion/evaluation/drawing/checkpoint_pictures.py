@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.manifest import MANIFEST
 from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import Place, SuitePainter, file_stem, image_name, size_for
-from paradiffusion.evaluation.records import Drawn, Request
+from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, image_name, size_for
+from paradiffusion.evaluation.records import Drawn, Painter, Request
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.gallery import is_whole, read_manifests
 from paradiffusion.sampling.pipeline import InferenceModels, Job, generate, load_models, make_jobs, sampler_settings
@@ -126,8 +127,8 @@ class CheckpointSource:
                 return None
         return images, {**source, "checkpoint": str(self.checkpoint)}
 
-    def painter(self, suite: Suite) -> SuitePainter:
-        return SuitePainter(self, suite)
+    def painter(self, suite: Suite) -> Painter:
+        return partial(self.paint_for, suite)
 
     def paint_for(self, suite: Suite, requests: list[Request]) -> list[np.ndarray]:
         """Pictures, uint8 [H, W, 3]. Raises UserError for a size that the model cannot draw."""

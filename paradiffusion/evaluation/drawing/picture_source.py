@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from paradiffusion.evaluation.records import Drawn, Painter, Request
+from paradiffusion.evaluation.records import Drawn, Painter
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.sampling.run import Processes, StopSignal
 
@@ -58,18 +58,6 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let its models go."""
-
-
-@dataclass(frozen=True)
-class SuitePainter:
-    """``records.Painter`` of one suite, by a source that has ``paint_for``."""
-
-    source: Any
-    suite: Suite
-
-    def paint(self, requests: list[Request]) -> list[Any]:
-        found: list[Any] = self.source.paint_for(self.suite, requests)
-        return found
 
 
 def image_name(prompt: SuitePrompt, number: int) -> str:

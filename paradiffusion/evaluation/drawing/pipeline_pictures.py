@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from paradiffusion.config import SampleConfig
 from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint_pictures import drawn_images
-from paradiffusion.evaluation.drawing.picture_source import Place, SuitePainter, size_for
+from paradiffusion.evaluation.drawing.picture_source import Place, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
-from paradiffusion.evaluation.records import Drawn, Request
+from paradiffusion.evaluation.records import Drawn, Painter, Request
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.gallery import (
     ImageRecord,
@@ -217,8 +218,8 @@ class PipelineSource:
         }
         return images, source
 
-    def painter(self, suite: Suite) -> SuitePainter:
-        return SuitePainter(self, suite)
+    def painter(self, suite: Suite) -> Painter:
+        return partial(self.paint_for, suite)
 
     def paint_for(self, suite: Suite, requests: list[Request]) -> list[np.ndarray]:
         """Pictures, uint8 [H, W, 3]. Raises UserError where the pipeline cannot draw one."""

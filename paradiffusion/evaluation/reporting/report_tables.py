@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Final
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
-from paradiffusion.evaluation.records import Measure, Table, estimate_from
+from paradiffusion.evaluation.records import Measure, Table, estimate_from, read_record
 from paradiffusion.evaluation.reporting.cards import image_values, leading, short_title
 from paradiffusion.evaluation.reporting.numbers import MeasureNumbers, Row, ScoreNumbers, SuiteNumbers
 from paradiffusion.evaluation.reporting.texts import (
@@ -240,18 +239,14 @@ def _comparison_note(numbers: SuiteNumbers) -> str:
 def read_votes(path: Path) -> dict[str, Any]:
     """The results of scripts/vote.py from its results.json. UserError for a file that is missing, damaged or another one."""
     fix = "name the results.json of a study of scripts/vote.py"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not whole JSON"
-        raise UserError(f"{path} cannot be read ({reason}); {fix}.") from None
-    if not isinstance(record, dict) or "paradiffusion_votes" not in record:
-        raise UserError(f"{path} holds no results of votes; {fix}.")
-    try:
+
+    def made(record: Any) -> dict[str, Any]:
+        if not isinstance(record, dict) or "paradiffusion_votes" not in record:
+            raise UserError(f"{path} holds no results of votes; {fix}.")
         vote_tables(record)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {fix}.") from None
-    return record
+        return record
+
+    return read_record(path, made, fix)
 
 
 def vote_tables(votes: Mapping[str, Any]) -> list[Table]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, Final
@@ -199,7 +199,7 @@ def read(heard: Heard, image: Drawn, questions: Sequence[ChecklistQuestion]) -> 
 def with_rule(prompt: SuitePrompt, answers: Sequence[Answered]) -> list[Answered]:
     """The answers with the dependency rule applied."""
     counted = apply_rule(parents_first(prompt), {one.question.id: one.verdict == "yes" for one in answers})
-    return [Answered(one.image, one.question, one.text, one.verdict, counted[one.question.id]) for one in answers]
+    return [replace(one, counted=counted[one.question.id]) for one in answers]
 
 
 def _score(image: Drawn, answers: Sequence[Answered], error: str) -> ImageScore:

@@ -308,7 +308,7 @@ class Counterfactual:
         bar.update(len(requests) - len(missing))
         for start in range(0, len(missing), AT_ONCE):
             names = missing[start : start + AT_ONCE]
-            for name, picture in zip(names, self.painter.paint([requests[name] for name in names]), strict=True):
+            for name, picture in zip(names, self.painter([requests[name] for name in names]), strict=True):
                 with atomic_file(folder / f"{name}.png") as partial:
                     Image.fromarray(np.asarray(picture)).save(partial, "png")
             bar.update(len(names))

@@ -27,6 +27,7 @@ from paradiffusion.evaluation.scores.checklist import (
     read,
     with_rule,
 )
+from paradiffusion.evaluation.scores.sentence_judges import turn_of
 from paradiffusion.evaluation.scores.vlm_answers import Asker
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt, by_id
 from paradiffusion.metrics.vlm import VlmOptions
@@ -184,7 +185,7 @@ class DpgPublished:
         for image in images:
             by_prompt.setdefault(image.prompt, []).append(image)
         for prompt in prompts:
-            own = in_order(by_prompt.get(prompt.id, []))
+            own = sorted(by_prompt.get(prompt.id, []), key=turn_of)
             answers = {image.name: read(heard, image, questions_of(prompt, self.quirks)) for image in own}
             judged.append(judge(prompt, answers, self.quirks))
         measure = Measure(self.name, self.title, "share", worst=None if self.quirks.drop_failures else 0.0)
@@ -204,16 +205,6 @@ class DpgCorrected(DpgPublished):
     name = "dpg_corrected"
     what = "DPG-Bench, corrected procedure"
     quirks = CORRECTED
-
-
-def in_order(images: Sequence[Drawn]) -> list[Drawn]:
-    """A prompt's images, the first one first."""
-
-    def number(image: Drawn) -> int:
-        rest = image.name.removeprefix(image.prompt).removeprefix("_")
-        return int(rest) if rest.isdigit() else 0
-
-    return sorted(images, key=number)
 
 
 def _image_scores(one: JudgedPrompt, name: str) -> list[ImageScore]:

@@ -177,6 +177,16 @@ def looked_at(
             bar.update(1)
 
 
+def read_picture(image: Drawn) -> Image.Image | str:
+    """The picture in RGB, or why there is none."""
+    if image.error:
+        return image.error
+    try:
+        return decode(image.file.read_bytes())
+    except (OSError, BadImage) as error:
+        return f"{image.file.name} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+
+
 def stamp_of(image: Drawn) -> str:
     """What changes when the picture is another one; "" for no picture."""
     if image.error:
@@ -204,12 +214,9 @@ def _read_ahead(
 
 def _read(image: Drawn, prepare: Callable[[Image.Image], torch.Tensor]) -> torch.Tensor | str:
     """The prepared picture, or why there is none."""
-    if image.error:
-        return image.error
-    try:
-        picture = decode(image.file.read_bytes())
-    except (OSError, BadImage) as error:
-        return f"{image.file.name} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
+    picture = read_picture(image)
+    if isinstance(picture, str):
+        return picture
     try:
         return prepare(picture)
     except Exception as error:  # one odd picture, of 1 x 4000 pixels, must not end the evaluation

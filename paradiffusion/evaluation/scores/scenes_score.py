@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from paradiffusion.evaluation.estimates import ratio
 from paradiffusion.evaluation.journal import read_journals
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.image_features import looked_at
-from paradiffusion.evaluation.scores.sentence_judges import read_picture, scene_of
+from paradiffusion.evaluation.scores.image_features import looked_at, read_picture
+from paradiffusion.evaluation.scores.sentence_judges import scene_of
 from paradiffusion.evaluation.suites.suite import Suite, by_id
 from paradiffusion.scenes.judge import SceneScore, score, sums_of, unbound
 from paradiffusion.scenes.world import Scene
@@ -47,7 +49,7 @@ class ScenesScore:
             picture = read_picture(image)
             if isinstance(picture, str):
                 return {"error": picture}
-            return vars(score(scene_of(prompts[image.prompt]), picture))
+            return vars(score(scene_of(prompts[image.prompt]), np.asarray(picture)))
 
         looked_at(images, work, run, self.title, look)
 

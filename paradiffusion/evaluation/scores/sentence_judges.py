@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.journal import read_journals
 from paradiffusion.evaluation.records import Drawn, Run
@@ -25,6 +24,7 @@ from paradiffusion.evaluation.scores.image_features import (
     image_features,
     looked_at,
     read_features,
+    read_picture,
 )
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
 from paradiffusion.metrics.clip import Clip, load_clip
@@ -206,16 +206,6 @@ class ClipJudge(_KnowsNoScene):
     _last: tuple[tuple[str, ...], tuple[torch.Tensor, list[bool]]] | None = field(default=None, init=False, repr=False)
 
 
-def read_picture(image: Drawn) -> np.ndarray | str:
-    """The pixels, uint8 [H, W, 3], or why there are none."""
-    if image.error:
-        return image.error
-    try:
-        return np.asarray(decode(image.file.read_bytes()))
-    except (OSError, BadImage) as error:
-        return f"{image.file.name} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
-
-
 # Cosines are rounded before they are compared: equal pictures may differ in the last bits by their place in a batch.
 DIGITS: Final = 6
 
@@ -364,10 +354,10 @@ def _judged(
     picture = read_picture(image)
     if isinstance(picture, str):
         return {"error": picture}
-    prompt = prompts[image.prompt]
-    own = judge.judge(prompt, sentences(prompt.text), picture)
+    prompt, pixels = prompts[image.prompt], np.asarray(picture)
+    own = judge.judge(prompt, sentences(prompt.text), pixels)
     tried = {
-        other.id: [one and (one.score, one.followed) for one in judge.judge(other, sentences(other.text), picture)]
+        other.id: [one and (one.score, one.followed) for one in judge.judge(other, sentences(other.text), pixels)]
         for other in foreign
     }
     return {"own": [one and vars(one) for one in own], "foreign": tried}

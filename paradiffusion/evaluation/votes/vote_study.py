@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.pool import make_bar
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.records import NAME, read_evaluation, relative_file
+from paradiffusion.evaluation.records import NAME, read_evaluation, read_record, relative_file
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.randomness import permutation
 
@@ -175,26 +176,18 @@ def write_study(study: Study) -> Path:
 def read_study(folder: Path) -> Study:
     """The study in ``folder``. UserError where there is none, or it is damaged."""
     path = folder / STUDY
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder} holds no {STUDY}; begin a study there with action=serve, sets= and raters=, see --help."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not whole JSON"
-        raise UserError(f"{path} cannot be read ({reason}); bring it back from a copy.") from None
-    if not isinstance(record, dict) or record.get("paradiffusion_study") != FORMAT_VERSION:
-        raise UserError(f"{path} is no study of version {FORMAT_VERSION}; name another folder with study=.")
-    try:
+
+    def made(record: Any) -> Study:
+        if not isinstance(record, dict) or record.get("paradiffusion_study") != FORMAT_VERSION:
+            raise UserError(f"{path} is no study of version {FORMAT_VERSION}; name another folder with study=.")
         study = _study_from(record, folder)
-        for tasks in study.tasks.values():
-            for task in tasks:
-                study.settled(study.pairs[task.pair])
-                study.asked(task.round)
+        for task in chain(*study.tasks.values()):
+            study.settled(study.pairs[task.pair])
+            study.asked(task.round)
         return study
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); bring it back from a copy.") from None
+
+    missing = f"{folder} holds no {STUDY}; begin a study there with action=serve, sets= and raters=, see --help."
+    return read_record(path, made, "bring it back from a copy", missing)
 
 
 def _study_from(record: dict[str, Any], folder: Path) -> Study:

@@ -22,7 +22,7 @@ from paradiffusion.scenes.sentence_truth import Claim, claims
 
 def drawn(suite: Suite, painter: Painter, folder: Path) -> list[Drawn]:
     requests = [Request(prompt.text, prompt.seed(suite.name), prompt.height, prompt.width) for prompt in suite.prompts]
-    pictures = painter.paint(requests)
+    pictures = painter(requests)
     return put(folder, suite, lambda number: pictures[number])
 
 
@@ -173,10 +173,10 @@ class Broken:
         self.word = word
         self.painter = Reader()
 
-    def paint(self, requests: list[Request]) -> list[np.ndarray]:
+    def __call__(self, requests: list[Request]) -> list[np.ndarray]:
         if any(self.word in request.text for request in requests):
             raise UserError("a height of 40 is not a multiple of 16; choose another.")
-        return self.painter.paint(requests)
+        return self.painter(requests)
 
 
 def test_prompts_that_cannot_be_painted_or_have_one_sentence(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ class CheckpointPainter:
         self.models = TinyModels()
         self.asked = 0
 
-    def paint(self, requests: list[Request]) -> list[np.ndarray]:
+    def __call__(self, requests: list[Request]) -> list[np.ndarray]:
         self.asked += len(requests)
         jobs = [
             Job(str(n), one.text, one.seed, one.height or 32, one.width or 32, self.models.sampler)

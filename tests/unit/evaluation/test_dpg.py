@@ -23,10 +23,10 @@ from paradiffusion.evaluation.scores.dpg_bench import (
     DpgPublished,
     JudgedPrompt,
     Quirks,
-    in_order,
     judge,
     questions_of,
 )
+from paradiffusion.evaluation.scores.sentence_judges import turn_of
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt
 
 OFF = {field.name: False for field in fields(Quirks)}
@@ -145,7 +145,12 @@ def images(tmp_path: Path) -> list[Drawn]:
             Image.new("RGB", (32, 32), (60 * row, 60 * number, 0)).save(tmp_path / f"{name}.png")
             made.append(Drawn(name, one.id, tmp_path / f"{name}.png"))
     names = ["p_10", "p", "p_2", "p_1"]  # which are counted, not spelled
-    assert [one.name for one in in_order([Drawn(n, "p", Path("x")) for n in names])] == ["p", "p_1", "p_2", "p_10"]
+    assert [one.name for one in sorted([Drawn(n, "p", Path("x")) for n in names], key=turn_of)] == [
+        "p",
+        "p_1",
+        "p_2",
+        "p_10",
+    ]
     return made
 
 
