@@ -18,7 +18,7 @@ import re
 import tarfile
 import time
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -182,7 +182,7 @@ class Former:
     Args:
         current: the tars of today's shards.
     Attributes:
-        used: tars that something was taken from.
+        taken: how many members were taken from each tar.
     """
 
     def __init__(self, folder: Path, current: set[Path]) -> None:
@@ -194,7 +194,8 @@ class Former:
         self._names = joined[order]
         self._of = np.repeat(np.arange(len(names)), [len(one) for one in names])[order]
         self._opened = lru_cache(_OPEN_FILES)(Members)
-        self.used: set[Path] = set()
+        self._sizes = {path: len(one) for path, one in zip(self._paths, names, strict=True)}
+        self.taken: Counter[Path] = Counter()
 
     def give(self, name: int, add: Add) -> bool:
         """Add the member of that name; whether there is one."""
@@ -203,14 +204,15 @@ class Former:
             return False
         path = self._paths[self._of[at]]
         add(name, self._opened(path).stored(name))
-        self.used.add(path)
+        self.taken[path] += 1
         return True
 
     def drop(self) -> None:
-        """Remove the tars that something was taken from; what is left in them is of samples that are gone."""
-        for path in self.used:
-            path.unlink(missing_ok=True)
-            _index_of(path).unlink(missing_ok=True)
+        """Remove the tars that have moved to others for the most part. One of another set may share a few captions, and stays."""
+        for path, count in self.taken.items():
+            if 2 * count > self._sizes[path]:
+                path.unlink(missing_ok=True)
+                _index_of(path).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

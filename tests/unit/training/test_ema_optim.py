@@ -280,3 +280,17 @@ def test_unreadable_samples_leave_the_mean_over_the_readable_ones(tiny_arguments
     assert loss == pytest.approx(other, rel=1e-5)
     for name, gradient in parts.items():
         assert float((gradient - whole[name]).norm()) <= 1e-4 * float(whole[name].norm()) + 1e-7, name
+
+
+def test_accelerates_own_default_file_is_named_where_it_contradicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "default_config.yaml"
+    file.write_text("distributed_type: MULTI_GPU\nmixed_precision: bf16\n")
+    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(file))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    config = compose_train(["preset=nano", "precision=fp32"])
+    own = rf"^accelerate's own {file}, .* says mixed_precision=bf16, and precision makes it no;"
+    user_error(own, check_launch, config, 1)
+    file.write_text("mixed_precision: 'no'\n")
+    user_error("^the launch configuration says mixed_precision=bf16", check_launch, config, 1)
