@@ -135,8 +135,8 @@ def _load(folder: Path, options: EmbeddingOptions) -> Any:
         raise
     except Exception as error:  # transformers raises a dozen unrelated types
         raise UserError(
-            f"{options.key}={options.model} cannot be loaded ({reason_of(error)[:300].rstrip('.')}); expected config.json, *.safetensors and a tokenizer "
-            "of a model that sentence-transformers knows by itself, such as Qwen/Qwen3-Embedding-0.6B."
+            f"{options.key}={options.model} cannot be loaded ({reason_of(error)[:300].rstrip('.')}); expected config.json, "
+            "*.safetensors and a tokenizer of a model that sentence-transformers knows by itself, such as Qwen/Qwen3-Embedding-0.6B."
         ) from None
     if options.pooling is not None:
         for place, module in enumerate(network):
