@@ -18,4 +18,4 @@ class UserError(Exception):
 
 def reason_of(error: BaseException) -> str:
     """The first line of what a library's error says; its type, where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

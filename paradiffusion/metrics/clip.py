@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from paradiffusion.checkpoints.tensors import whole_files
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 from paradiffusion.metrics.sentences import sentences
 
 _SCHEMAS: Final = ("local-dir:", "hf-hub:")
@@ -118,9 +118,8 @@ def load_clip(spec: str, device: str, precision: str = "fp32") -> Clip:
         ) if pretrained else _from_schema(name, precision, device)  # fmt: skip
         tokenize = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub client and torch raise a dozen unrelated types
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"clip={spec} could not be loaded ({reason[:300].rstrip('.')}); give <model>:<tag or file>, hf-hub:<id>, or "
+            f"clip={spec} could not be loaded ({reason_of(error)[:300].rstrip('.')}); give <model>:<tag or file>, hf-hub:<id>, or "
             "a folder with open_clip_config.json and open_clip_model.safetensors."
         ) from None
     model.eval().requires_grad_(False)
@@ -217,8 +216,7 @@ def load_head(path: Path) -> Head:
             for name, bias in pairs
         ]
     except Exception as error:  # safetensors raises its own type, which it does not export; pickle raises anything
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"aesthetic={path} cannot be read ({reason}); {expected}.") from None
+        raise UserError(f"aesthetic={path} cannot be read ({reason_of(error)}); {expected}.") from None
     shapes = [tuple(weight.shape) for weight, _ in layers]
     chained = all(len(shape) == 2 for shape in shapes) and all(
         before[0] == after[1] for before, after in pairwise(shapes)

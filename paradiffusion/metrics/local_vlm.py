@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from paradiffusion.checkpoints.tensors import whole_files
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 from paradiffusion.metrics.vlm import Answer, Decoding, Question
 from paradiffusion.repository import ROOT
 
@@ -172,14 +172,15 @@ def _load(source: str, revision: str | None, dtype: torch.dtype, device: torch.d
     except (KeyboardInterrupt, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the hub's client and transformers raise a dozen unrelated types
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         advice = (
             "expected a folder with a model of transformers' image-text-to-text classes (config.json, *.safetensors, "
             "processor files)"
             if Path(source).is_dir()
             else f"fetch it where there is a network (`hf download {source}`), log in with `hf auth login` if it has a gate"
         )
-        raise UserError(f"the model {source} cannot be loaded ({reason[:300].rstrip('.')}); {advice}.") from None
+        raise UserError(
+            f"the model {source} cannot be loaded ({reason_of(error)[:300].rstrip('.')}); {advice}."
+        ) from None
     if getattr(processor, "chat_template", None) is None or getattr(processor, "image_processor", None) is None:
         raise UserError(
             f"the model {source} has no chat template or no image processor; choose an instruction-tuned one."

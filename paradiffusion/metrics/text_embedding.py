@@ -14,7 +14,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.checks import one_of, positive
 from paradiffusion.config import check_values, option
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 from paradiffusion.text.sources import fingerprint
 
 POOLINGS: Final = {"mean": "mean", "last": "lasttoken", "cls": "cls", "max": "max"}  # ours to the library's
@@ -113,7 +113,7 @@ def _folder(options: EmbeddingOptions) -> Path:
         return Path(snapshot_download(options.model, revision=options.revision, allow_patterns=list(_FILES)))
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise UserError(
-            f"{options.key}={options.model} cannot be had ({_reason(error)}); fetch it where there is a network "
+            f"{options.key}={options.model} cannot be had ({reason_of(error)[:300].rstrip('.')}); fetch it where there is a network "
             f"(`hf download {options.model}`), or give a folder."
         ) from None
 
@@ -136,8 +136,8 @@ def _load(folder: Path, options: EmbeddingOptions) -> Any:
         raise
     except Exception as error:  # transformers raises a dozen unrelated types
         raise UserError(
-            f"{options.key}={options.model} cannot be loaded ({_reason(error)}); expected config.json, *.safetensors and a tokenizer "
-            "of a model that sentence-transformers knows by itself, such as Qwen/Qwen3-Embedding-0.6B."
+            f"{options.key}={options.model} cannot be loaded ({reason_of(error)[:300].rstrip('.')}); expected config.json, "
+            "*.safetensors and a tokenizer of a model that sentence-transformers knows by itself, such as Qwen/Qwen3-Embedding-0.6B."
         ) from None
     if options.pooling is not None:
         for place, module in enumerate(network):
@@ -148,8 +148,3 @@ def _load(folder: Path, options: EmbeddingOptions) -> Any:
     if tokens.pad_token is None:
         tokens.pad_token = tokens.eos_token
     return network.requires_grad_(False)
-
-
-def _reason(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line[:300].rstrip(".")

@@ -33,7 +33,7 @@ from paradiffusion.curation.pool import Tell, interruptible, process_number, run
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.remote import RemotePath
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 from paradiffusion.metrics.clip import Clip, Head, load_clip, load_head
 
 
@@ -301,9 +301,8 @@ def load_detector(folder: str, labels: Sequence[str], threshold: float, device: 
     except UserError:
         raise
     except Exception as error:  # transformers and the hub client raise a dozen unrelated types
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"text_detector={folder} could not be loaded ({reason[:300].rstrip('.')}); give a transformers folder."
+            f"text_detector={folder} could not be loaded ({reason_of(error)[:300].rstrip('.')}); give a transformers folder."
         ) from None
     names = {str(name): int(number) for number, name in config.id2label.items()}
     unknown = [label for label in labels if label not in names]
