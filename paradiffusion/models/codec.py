@@ -140,7 +140,7 @@ def load_codec(config: CodecConfig, expected_hash: str | None = None) -> Codec:
     found = weights_hash(folder, UNET_STEM)
     if not same_weights(expected_hash, found):
         raise UserError(
-            f"the codec in {folder} has the hash {found}, but the checkpoint was trained with {expected_hash} "
+            f"the codec in {folder} has the hash {found.partition('.')[0]}, but the checkpoint was trained with {expected_hash} "
             f"({config.name}); set codec.path=<folder> to that autoencoder."
         )
     try:

@@ -107,7 +107,7 @@ def load_text_encoder(
     found = weights_hash(folder, "model")
     if not same_weights(expected_hash, found):
         raise UserError(
-            f"the text encoder in {folder} has the hash {found}, but the checkpoint was trained with {expected_hash} "
+            f"the text encoder in {folder} has the hash {found.partition('.')[0]}, but the checkpoint was trained with {expected_hash} "
             f"({config.name}); set text_encoder.path=<folder> to that model."
         )
     model, tokenizer = read_model(folder, config)
