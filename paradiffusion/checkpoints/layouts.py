@@ -41,7 +41,7 @@ from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import DENOISERS, class_of, kind_of, read_width
 from paradiffusion.repository import find_shipped
 from paradiffusion.text.encoder import TextEncoder, attach_lora
-from paradiffusion.text.sources import as_source, locate, weights_hash
+from paradiffusion.text.sources import locate, weights_hash
 
 FORMAT = "paradiffusion"
 FORMAT_VERSION = 1
@@ -202,7 +202,10 @@ class Pipeline(Layout):
         for part, folder in (("text_encoder", self.folder / "text_encoder"), ("codec", self.folder / "vae")):
             if (folder / "config.json").is_file():
                 stem = "model" if part == "text_encoder" else UNET_STEM
-                description[part] |= {"path": str(folder.resolve()), **as_source(weights_hash(folder, stem))}
+                description[part] |= {
+                    "path": str(folder.resolve()),
+                    "hash": weights_hash(folder, stem).partition(".")[0],
+                }
         description["codec"]["subfolder"] = None
         return description
 
@@ -375,20 +378,16 @@ def describe(
         "step": step,
         "seed": config.seed,
         "resolution": config.data.resolution,
-        "text_encoder": {**asdict(config.text_encoder), **_recorded(text_source, "hash", "tensors")},
+        "text_encoder": {**asdict(config.text_encoder), "hash": text_source["hash"]},
         "lora": None if config.train_text == "frozen" else asdict(config.lora),
         "conditioning": asdict(config.conditioning),
         "coordinates": config.unet.coordinates,
         "unet_lora": unet_lora if config.unet.lora_rank else None,
-        "codec": {**asdict(config.codec), **_recorded(codec_source, "hash", "tensors", "scaling_factor")},
+        "codec": {**asdict(config.codec), **{key: codec_source[key] for key in ("hash", "scaling_factor")}},
         "objective": asdict(config.objective),
         "sampler": asdict(config.sampler),
         "provenance": {"libraries": libraries, "images_seen": step * config.batch_size, "init_from": config.init_from},
     }
-
-
-def _recorded(source: dict[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: source[key] for key in keys if key in source}
 
 
 def portable(description: dict[str, Any]) -> dict[str, Any]:

@@ -187,8 +187,13 @@ class Former:
 
     def __init__(self, folder: Path, current: set[Path]) -> None:
         others = set(folder.glob("*.tar")) - current - {folder / NULL_FILE}
-        self._paths = [path for path in sorted(others) if is_whole(path)]
-        names = [np.load(_index_of(path))[:-1]["name"] for path in self._paths]
+        self._paths: list[Path] = []
+        names: list[np.ndarray] = []
+        for path in sorted(others):
+            with suppress(OSError):  # another command may have dropped it just now, here and below
+                if is_whole(path):
+                    names.append(np.load(_index_of(path))[:-1]["name"])
+                    self._paths.append(path)
         joined = np.concatenate([np.zeros(0, np.uint64), *names])
         order = np.argsort(joined, kind="stable")
         self._names = joined[order]
@@ -203,7 +208,11 @@ class Former:
         if at == len(self._names) or self._names[at] != name:
             return False
         path = self._paths[self._of[at]]
-        add(name, self._opened(path).stored(name))
+        try:
+            data = self._opened(path).stored(name)
+        except OSError:
+            return False
+        add(name, data)
         self.taken[path] += 1
         return True
 

@@ -20,7 +20,7 @@ from paradiffusion.config import CodecConfig
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.repository import ROOT
 from paradiffusion.text.encoder import DTYPES
-from paradiffusion.text.sources import as_source, download, same_weights, weights_hash
+from paradiffusion.text.sources import download, same_weights, weights_hash
 
 DIFFUSERS_SCALING_FACTOR = 0.18215  # AutoencoderKL's, where a config.json has none
 
@@ -140,7 +140,7 @@ def load_codec(config: CodecConfig, expected_hash: str | None = None) -> Codec:
     found = weights_hash(folder, UNET_STEM)
     if not same_weights(expected_hash, found):
         raise UserError(
-            f"the codec in {folder} has the hash {found}, but the checkpoint was trained with {expected_hash} "
+            f"the codec in {folder} has the hash {found.partition('.')[0]}, but the checkpoint was trained with {expected_hash} "
             f"({config.name}); set codec.path=<folder> to that autoencoder."
         )
     try:
@@ -171,5 +171,6 @@ def load_codec(config: CodecConfig, expected_hash: str | None = None) -> Codec:
             "says otherwise; set codec.scaling_factor=null, which takes the codec's own."
         )
     vae.requires_grad_(False)
-    source = {"name": config.name, "hub": config.hub, "revision": config.revision, **as_source(found)}
+    source = {"name": config.name, "hub": config.hub, "revision": config.revision}
+    source |= {"hash": found.partition(".")[0], "known_by": found}
     return Codec(vae.eval(), config, source)

@@ -33,7 +33,6 @@ from paradiffusion.text.conditioning import Conditioning, pad_length
 from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
 from paradiffusion.text.families import lacks_bitsandbytes
 from paradiffusion.text.refiner import Refiner
-from paradiffusion.text.sources import known_by
 
 # Features of a prompt take 2 MB at the paper's size in half precision.
 KEPT_PROMPTS = 64
@@ -187,9 +186,9 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
         encoder_config.quantization = None  # trained with 4 bits, but whole weights draw as well
     target, dtype = choose_device(config.device or device), DTYPES[config.dtype]
 
-    codec = load_codec(codec_config, known_by(description["codec"]))
+    codec = load_codec(codec_config, description["codec"]["hash"])
     conditioning = parse(ConditioningConfig, description["conditioning"])
-    encoder = load_text_encoder(encoder_config, conditioning, known_by(description["text_encoder"]))
+    encoder = load_text_encoder(encoder_config, conditioning, description["text_encoder"]["hash"])
     state, lora = checkpoint.weights(), description["lora"]
     if lora is not None:
         load_adapter(encoder, state, parse(LoraConfig, lora), lora.get("settings"))

@@ -131,7 +131,7 @@ def check_scheduler(objective: Objective) -> None:
     if reason:
         raise UserError(
             f"{kind} as it is set here does not draw from a model whose prediction is {objective.config.prediction} ({reason}); put the "
-            f"pipeline's own back, or take {' or '.join(objective.suits)}, without Karras or other sigmas where it has been tried with."
+            f"pipeline's own back, or take {' or '.join(objective.suits)}, without Karras or other sigmas."
         )
 
 

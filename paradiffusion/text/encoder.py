@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
 from paradiffusion.text.families import DTYPES, marks_of, position_limit, read_model
-from paradiffusion.text.sources import as_source, locate, same_weights, weights_hash
+from paradiffusion.text.sources import locate, same_weights, weights_hash
 from paradiffusion.text.tokenizer import CaptionTokenizer, Tokens
 
 __all__ = ["DTYPES", "TextEncoder", "Tokens", "attach_lora", "check_targets", "load_text_encoder"]
@@ -107,7 +107,7 @@ def load_text_encoder(
     found = weights_hash(folder, "model")
     if not same_weights(expected_hash, found):
         raise UserError(
-            f"the text encoder in {folder} has the hash {found}, but the checkpoint was trained with {expected_hash} "
+            f"the text encoder in {folder} has the hash {found.partition('.')[0]}, but the checkpoint was trained with {expected_hash} "
             f"({config.name}); set text_encoder.path=<folder> to that model."
         )
     model, tokenizer = read_model(folder, config)
@@ -115,7 +115,8 @@ def load_text_encoder(
         "name": config.name,
         "hub": config.hub,
         "revision": config.revision,
-        **as_source(found),
+        "hash": found.partition(".")[0],
+        "known_by": found,
         "layers": config.layers,
     }
     return TextEncoder(model, tokenizer, settings, source)

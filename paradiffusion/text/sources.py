@@ -7,7 +7,6 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from paradiffusion.atomic import atomic_folder, cache_folder, locked
 from paradiffusion.checkpoints.tensors import UNET_STEM, find_tensors, whole_files
@@ -57,12 +56,12 @@ def hash_ends(files: list[Path]) -> str:
 
 
 def weights_hash(folder: Path, stem: str) -> str:
-    """What a checkpoint knows a frozen model by: "files.tensors", the ``fingerprint`` of its files, and a hash of the tensors called
-    ``stem`` however they are dealt to files, where those are safetensors. See ``same_weights``."""
+    """What a frozen model is known by: "tensors.files", a hash of the tensors called ``stem`` however they are dealt to files, where
+    those are safetensors, and the ``fingerprint`` of its files, which checkpoints of before have. See ``same_weights``."""
     files, used = fingerprint(folder), find_tensors(folder, stem)
     if (folder / SOURCE_FILE).is_file() or not used or any(path.suffix != ".safetensors" for path in used):
         return files
-    return f"{files}.{hash_tensors(used)}"
+    return f"{hash_tensors(used)}.{files}"
 
 
 def hash_tensors(files: list[Path]) -> str:
@@ -87,20 +86,9 @@ def hash_tensors(files: list[Path]) -> str:
     return hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16]
 
 
-def as_source(weights: str) -> dict[str, str]:
-    """A ``weights_hash`` as a checkpoint's description has it: "hash" and "tensors"."""
-    return dict(zip(("hash", "tensors"), weights.split("."), strict=False))
-
-
-def known_by(source: dict[str, Any]) -> str | None:
-    """The ``weights_hash`` in a description; None where any model is accepted."""
-    found = [source[key] for key in ("hash", "tensors") if source.get(key)]
-    return ".".join(found) if source.get("hash") else None
-
-
 def same_weights(expected: str | None, found: str) -> bool:
-    """Whether a ``weights_hash`` is that of the same files or the same tensors; checkpoints of before know files alone."""
-    return expected is None or any(a == b for a, b in zip(expected.split("."), found.split("."), strict=False))
+    """Whether a ``weights_hash``, or a part of one, is that of the same tensors or files; None: any are accepted."""
+    return expected is None or bool({*expected.split(".")} & {*found.split(".")})
 
 
 def locate(config: TextEncoderConfig) -> Path:

@@ -37,7 +37,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.sampling.run import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
 from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
-from paradiffusion.text.sources import known_by, same_weights
+from paradiffusion.text.sources import same_weights
 from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.inputs import read_captions
 from paradiffusion.training.start import NEEDS_ADAPTER, check_init, find_init, start_from, startable
@@ -64,7 +64,7 @@ def key_of(config: TrainConfig, what: str, model: Any = None) -> dict[str, Any]:
         key |= {"pixels": stored.PIXELS_VERSION, "data.lower_resolutions": sorted(config.data.lower_resolutions)}
         if model is not None:
             key |= {
-                "codec.hash": known_by(model.source),
+                "codec.hash": model.source["known_by"],
                 "codec.weights": weights_hash(model.vae),
                 "codec.tiling": bool(getattr(model.vae, "use_tiling", False)),
             }
@@ -72,7 +72,7 @@ def key_of(config: TrainConfig, what: str, model: Any = None) -> dict[str, Any]:
     key["data.captions"] = weighted_kinds(config.data)
     if model is not None:
         key |= {
-            "text_encoder.hash": known_by(model.source),
+            "text_encoder.hash": model.source["known_by"],
             "text_encoder.weights": weights_hash(model.model),
             "text_encoder.tokenizer": tokenizer_hash(model),
             "lora.hash": adapter_hash(config, model),

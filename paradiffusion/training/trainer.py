@@ -31,7 +31,6 @@ from paradiffusion.models.joint import LossBatch, Losses
 from paradiffusion.sampling.pipeline import InferenceModels
 from paradiffusion.stopping import stop_on_signals
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
-from paradiffusion.text.sources import known_by
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import count_micro_batches, layout_steps, make_accelerator, make_engine
@@ -162,8 +161,8 @@ class Trainer:
         if self.main:
             facts = {
                 "data": index.fingerprint(),
-                "text_encoder": known_by(self.encoder.source),
-                "codec": known_by(self.codec.source),
+                "text_encoder": self.encoder.source["known_by"],
+                "codec": self.codec.source["known_by"],
             }
             if start.resumes:
                 check_unchanged(config, self.folder, facts)
