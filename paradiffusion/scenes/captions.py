@@ -2,7 +2,7 @@
 
 Every caption is a function of (seed, number, scene) and never says anything false. In the small world short, long and
 clean ones are made of few templates; their paragraphs are complete: each object with colour, shape,
-size, texture and place, and the background. All others come from the grammar (forms.py). Word counts hold: the
+size, texture and place, and the background. All others come from the grammar (grammar.py). Word counts hold: the
 required sentences are short enough together, and true but idle ones fill up to the least number of words.
 """
 

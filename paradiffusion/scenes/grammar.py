@@ -1,4 +1,4 @@
-"""Words, phrases of places and sentence parts of the grammar of captions (words.toml), combined by the hundred by forms.py."""
+"""Grammar of captions: words, phrases of places and sentence parts (words.toml), combined by the hundred."""
 
 from __future__ import annotations
 
