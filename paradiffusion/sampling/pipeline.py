@@ -90,9 +90,7 @@ class InferenceModels:
     def encode(self, prompts: list[str]) -> Conditioning:
         """Refined features of prompts and of the null prompt (the encoded empty string)."""
         self.encode_ahead(prompts)
-        features, mask = self._batch(prompts)
-        null_features, null_mask = self._batch([""])
-        return Conditioning(features, mask, null_features, null_mask)
+        return Conditioning(*self._batch(prompts), *self._batch([""]))
 
     @torch.no_grad()
     def encode_ahead(self, prompts: list[str]) -> None:
@@ -122,12 +120,12 @@ class InferenceModels:
     def _one(self, prompt: str) -> Tensor:
         """Refined features of a prompt, [1, L, D]; L is its own length where padding is masked."""
         tokens = self.text_encoder.tokenize([prompt]).to(self.device)
-        ids, mask, prefix = tokens.ids, tokens.mask, tokens.prefix
-        if not self.text_encoder.settings.mask_padding:
-            return self.joint.refine(self.text_encoder(ids, mask, prefix).to(self.dtype), None)
-        length = int(mask.sum())
-        features = self.text_encoder(ids[:, :length], mask[:, :length], prefix)
-        return self.joint.refine(features.to(self.dtype), mask[:, prefix:length])
+        masked, prefix = self.text_encoder.settings.mask_padding, tokens.prefix
+        length = int(tokens.mask.sum()) if masked else None
+        ids, mask = tokens.ids[:, :length], tokens.mask[:, :length]
+        return self.joint.refine(
+            self.text_encoder(ids, mask, prefix).to(self.dtype), mask[:, prefix:] if masked else None
+        )
 
     def _batch(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
         """Kept features of several prompts, padded to the length that they have as a batch, with their mask."""
@@ -171,7 +169,6 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     """Build everything that a checkpoint describes, ready to sample.
 
     Args:
-        config: dtypes, paths of the frozen models, and switches of speed and memory.
         device: where ``config`` names none; None for CUDA where there is one, else the CPU.
     Raises:
         UserError: when a part is missing, damaged, or not the one that the checkpoint was trained with.
