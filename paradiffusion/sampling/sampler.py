@@ -24,8 +24,8 @@ from paradiffusion.text.conditioning import Conditioning
 Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def starting_noise(seeds: Sequence[int | torch.Generator], shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal noise, [B, C, h, w] float32 on the CPU; row i is a function of ``seeds[i]`` and ``shape`` alone.
+def starting_noise(seeds: Sequence[int | torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, [B, *shape] float32 on the CPU; row i is a function of ``seeds[i]`` and ``shape`` alone.
 
     Drawn on the CPU, since every kind of accelerator has a generator of its own. In a seed's place a generator of the CPU
     may stand, which goes on from where it is.

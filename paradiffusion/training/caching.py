@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from paradiffusion.checkpoints.layouts import load_adapter, open_layout
 from paradiffusion.checks import one_of, positive
-from paradiffusion.config import DataConfig, TrainConfig, check_values, identity, option
+from paradiffusion.config import TrainConfig, check_values, identity, option
 from paradiffusion.data import cache as stored
 from paradiffusion.data.cache import Add, Cache, Former, Members, caption_name, is_whole, picture_name
 from paradiffusion.data.images import assign_buckets, buckets_of, decode, to_array
@@ -69,7 +69,8 @@ def key_of(config: TrainConfig, what: str, model: Any = None) -> dict[str, Any]:
                 "codec.tiling": bool(getattr(model.vae, "use_tiling", False)),
             }
         return key
-    key["data.captions"] = weighted_kinds(config.data)
+    mixtures = [source.captions or config.data.captions for source in config.data.sources] or [config.data.captions]
+    key["data.captions"] = sorted({kind for mixture in mixtures for kind, weight in mixture.items() if weight > 0})
     if model is not None:
         key |= {
             "text_encoder.hash": known_by(model.source),
@@ -78,12 +79,6 @@ def key_of(config: TrainConfig, what: str, model: Any = None) -> dict[str, Any]:
             "lora.hash": adapter_hash(config, model),
         }
     return key
-
-
-def weighted_kinds(data: DataConfig) -> list[str]:
-    """The caption kinds that training draws, of any source, sorted."""
-    mixtures = [source.captions or data.captions for source in data.sources] or [data.captions]
-    return sorted({kind for mixture in mixtures for kind, weight in mixture.items() if weight > 0})
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -262,8 +257,7 @@ def make_cache(config: TrainConfig, options: CacheOptions) -> int:
         for what in kinds:
             folder, rate, status = Path(str(options.output)).expanduser() / what, 0.0, 0
             try:
-                kind: type[LatentMaker | TextMaker] = LatentMaker if what == "latents" else TextMaker
-                maker = kind(config, options, index, device, source, pool, stop)
+                maker = MAKERS[what](config, options, index, device, source, pool, stop)
                 rate = make_kind(what, folder, maker, processes)
             except Stopped:
                 status = stop.status
@@ -510,3 +504,6 @@ class TextMaker(Maker):
         for caption, entry in zip(captions, read_captions(self.encoder, captions, self.device), strict=True):
             check_finite(entry.values, self.dtype, f"the features of {caption[:60]!r}", "text_encoder.dtype")
             add(caption_name(caption), entry.values, entry.length)
+
+
+MAKERS: Final[dict[str, type[LatentMaker | TextMaker]]] = {"latents": LatentMaker, "text": TextMaker}

@@ -57,13 +57,12 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"run_dir: {folder} cannot be written ({error.strerror}); choose another run_dir=.") from None
     with file:
+        file.seek(0)
         if not hold(file):
-            file.seek(0)
             raise UserError(
                 f"{folder} is being written by another run (process {file.read().strip() or 'unknown'}); wait for it, stop it, "
                 "or choose another run_dir=."
             )
-        file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
@@ -79,8 +78,7 @@ def find_resume(config: TrainConfig, folder: Path) -> Path | None:
     found, faults = newest_valid(folder)
     for sentence in faults:
         print(f"warning: {sentence}", flush=True)
-    has_any = found is not None or bool(faults)
-    if not config.resume and has_any:
+    if not config.resume and (found is not None or faults):
         raise UserError(
             f"resume=false, but {folder} already holds checkpoints; choose another run_dir=, or delete that folder yourself."
         )
@@ -217,7 +215,7 @@ def save_checkpoint(
         write_atomic(folder.parent / "latest", folder.name + "\n")  # for people and scripts
     except Exception as error:  # safetensors reports a full disk as its own type, which it does not export
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+        reason = str(getattr(error, "strerror", None) or error)
         if not isinstance(error, OSError) and "os error" not in reason.lower() and "No space" not in reason:
             raise
         kept = checkpoints_of(stage_folder)

@@ -87,8 +87,7 @@ def preflight(config: TrainConfig, accelerator: Accelerator) -> Findings:
         clean()
     if accelerator.is_main_process:
         print(report(config, findings), flush=True)
-    if accelerator.num_processes > 1:
-        torch.distributed.destroy_process_group()
+    accelerator.end_training()
     return findings
 
 

@@ -119,9 +119,7 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
     try:
         again = read_again(trainer.config, trainer.plan, step, trainer.rank, trainer.processes, trainer.micro_batches)
         for batch, times, losses in taken:
-            if not has_pixels(
-                batch
-            ):  # cached latents come without pictures; shards that are gone leave the page without them
+            if not has_pixels(batch):  # of cached latents; shards that are gone leave the page without them
                 with suppress(UserError, OSError, StopIteration):
                     pictured = next(again)  # where a sample cannot be read, another may stand in its slot
                     batch = replace(batch, pixels=pictured.pixels) if pictured.keys == batch.keys else batch
@@ -133,11 +131,8 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
     samples = trainer.gather(parts)  # pictures only as thumbnails, some kilobytes each
     if trainer.main:
         try:
-            facts = {
-                "loss": fault,
-                "losses": "of the weights as they were in this step",
-                **facts_of(samples, trainer.processes, trainer.micro_batches),
-            }
+            facts = {"loss": fault, "losses": "of the weights as they were in this step"}
+            facts |= facts_of(samples, trainer.processes, trainer.micro_batches)
             title = f"loss spike at step {step} of {trainer.folder.parent.name}/{trainer.folder.name}"
             verdict = "Written by the run itself, from the samples that it had in memory"
             verdict += "; the pictures of cached latents were read again." if trainer.cache is not None else "."

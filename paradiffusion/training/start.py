@@ -67,10 +67,8 @@ class Start:
 
 
 def find_start(config: TrainConfig, folder: Path, main: bool = True) -> Start:
-    """Where the stage in ``folder`` goes on or starts, checked against the configuration.
+    """Where the stage in ``folder`` goes on or starts, checked against the configuration; ``main`` processes tell a person of it.
 
-    Args:
-        main: whether this process tells what a person may want to know of it.
     Raises:
         UserError: for a checkpoint that is missing, damaged, or contradicts the configuration.
     """
@@ -78,10 +76,8 @@ def find_start(config: TrainConfig, folder: Path, main: bool = True) -> Start:
     start = start_from(config, resume or find_init(config), resumes=resume is not None)
     if start.config.unet != config.unet and main:
         print(f"the U-Net takes its shape from {start.found}, not from unet={config.unet.name}", flush=True)
-    if resume is not None:
-        check_unchanged(
-            start.config, folder
-        )  # before a model is loaded, which might only say that a tensor does not fit
+    if resume is not None:  # before a model is loaded, which might only say that a tensor does not fit
+        check_unchanged(start.config, folder)
     elif start.description is not None:
         assert start.found is not None
         check_init(start.config, start.found, start.description)

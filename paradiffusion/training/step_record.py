@@ -127,17 +127,15 @@ def _find(path: Path, step: int) -> dict[str, Any] | None:
 def differences(recorded: SeenStep, replayed: dict[int, Seen]) -> list[str]:
     """A few words for each slot in which a replay differs from what was recorded; empty where it is identical."""
     found = []
-    for slot in sorted({*recorded.samples, *replayed}):
-        was, now = recorded.samples.get(slot), replayed.get(slot)
-        if was is None or now is None:
-            found.append(f"slot {slot} is {'new' if was is None else 'missing'}")
-        elif was.key != now.key:
+    for slot, was in sorted(recorded.samples.items()):  # a replay of the same plan has the same slots
+        now = replayed[slot]
+        if was.key != now.key:
             found.append(f"slot {slot} was {was.key} and is now {now.key}")
-        else:
-            # Where pixels came from a cache there is nothing to compare them with.
-            compared = [part for part in PARTS if part != "pixels" or (was.pixels and now.pixels)]
-            parts = [PARTS[part] for part in compared if getattr(was, part) != getattr(now, part)]
-            found += [f"slot {slot} ({now.key}) has {' and '.join(parts)}"] if parts else []
+            continue
+        # Where pixels came from a cache there is nothing to compare them with.
+        compared = [part for part in PARTS if part != "pixels" or (was.pixels and now.pixels)]
+        if parts := [PARTS[part] for part in compared if getattr(was, part) != getattr(now, part)]:
+            found.append(f"slot {slot} ({now.key}) has {' and '.join(parts)}")
     return found
 
 
