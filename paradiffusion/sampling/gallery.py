@@ -113,11 +113,8 @@ def is_whole(folder: Path, record: ImageRecord) -> bool:
 
 
 def finished_names(folder: Path, wanted: Sequence[ImageRecord]) -> set[str]:
-    """Names of the wanted images that the folder already holds.
-
-    Raises:
-        UserError: when the folder holds an image of a wanted name that was drawn otherwise, or is not ours.
-    """
+    """Names of the wanted images that the folder already holds. Raises UserError when the folder holds an image of a wanted
+    name that was drawn otherwise, or is not ours."""
     found = read_manifests(folder)
     finished = set()
     for record in wanted:

@@ -237,11 +237,8 @@ class Job:
 def sampler_settings(
     config: SampleConfig, defaults: SamplerConfig, request: PromptRequest | None = None
 ) -> SamplerConfig:
-    """Settings of one prompt: its line's value, else the command line's, else the checkpoint's.
-
-    Raises:
-        UserError: for a value out of range.
-    """
+    """Settings of one prompt: its line's value, else the command line's, else the checkpoint's. Raises UserError for a value
+    out of range."""
     keys = [one.name for one in fields(SamplerConfig)]
     chosen = {key: value for key in keys if (value := getattr(config, key)) is not None}
     if request is not None:
@@ -252,11 +249,8 @@ def sampler_settings(
 
 
 def make_jobs(requests: Sequence[PromptRequest], config: SampleConfig, models: InferenceModels) -> list[Job]:
-    """One job for each image, in the order of the prompts; image j of a prompt has the prompt's seed + j.
-
-    Raises:
-        UserError: for a size, solver or number of steps that the models cannot take; it names the prompt's line.
-    """
+    """One job for each image, in the order of the prompts; image j of a prompt has the prompt's seed + j. Raises UserError for
+    a size, solver or number of steps that the models cannot take; it names the prompt's line."""
     jobs = []
     objective = models.objective
     for request in requests:
@@ -327,11 +321,8 @@ def make_batches(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
 def draw(
     models: InferenceModels, batch: Sequence[Job], on_step: Callable[[int, Tensor], None] | None = None
 ) -> np.ndarray:
-    """Draw one batch of ``make_batches``: uint8 [B, H, W, 3].
-
-    Raises:
-        UserError: when the model's numbers overflow, or the batch does not fit into memory.
-    """
+    """Draw one batch of ``make_batches``: uint8 [B, H, W, 3]. Raises UserError when the model's numbers overflow, or the batch
+    does not fit into memory."""
     first = batch[0]
     size = first.height // models.factor, first.width // models.factor
     prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]

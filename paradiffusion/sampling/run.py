@@ -51,11 +51,8 @@ BATCHES_AHEAD = 8  # batches whose prompts are encoded at once where the text en
 
 
 def sample(config: SampleConfig) -> int:
-    """Draw what ``config`` asks for; the exit status.
-
-    Raises:
-        UserError: for wrong input (before any model is loaded, where it can be known), and for a disk that is full.
-    """
+    """Draw what ``config`` asks for; the exit status. Raises UserError for wrong input (before any model is loaded, where it
+    can be known), and for a disk that is full."""
     config.check()
     sampler_settings(config, SamplerConfig())
     if "-" in (config.prompt, config.prompt_file) and Processes.count() > 1:

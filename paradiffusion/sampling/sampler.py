@@ -103,12 +103,9 @@ def sample_latents(
 
 
 def check_scheduler(objective: Objective) -> None:
-    """See that ``objective.scheduler`` leads where the objective means it to: with a denoiser that knows the picture, each step must
-    show it as much noise as the step's time says, and the last one the picture.
-
-    Raises:
-        UserError: where it does not, as with a flow's scheduler on a model that predicts noise, or the other way about.
-    """
+    """See that ``objective.scheduler`` leads where the objective means it to: with a denoiser that knows the picture, each step
+    must show it as much noise as the step's time says, and the last one the picture. Raises UserError where it does not, as
+    with a flow's scheduler on a model that predicts noise, or the other way about."""
     truth = torch.linspace(-2, 2, 4096).view(1, 1, 64, 64)
     off: list[Tensor] = []
 

@@ -236,12 +236,9 @@ class CacheOptions:
 
 
 def make_cache(config: TrainConfig, options: CacheOptions) -> int:
-    """Make what is missing of the cache; 0 when it is whole, 128 + the signal's number when it was asked to stop.
-
-    Raises:
-        UserError: for a stage whose text cannot be cached, another key in the folder, a shard that cannot be read, and a
-            disk that is full. Finished shards stay.
-    """
+    """Make what is missing of the cache; 0 when it is whole, 128 + the signal's number when it was asked to stop. Raises
+    UserError for a stage whose text cannot be cached, another key in the folder, a shard that cannot be read, and a disk that
+    is full. Finished shards stay."""
     options.check()
     refuse_streaming(config)
     kinds = ("latents", "text") if options.what == "both" else (options.what,)

@@ -329,11 +329,8 @@ def layout_steps(config: TrainConfig) -> int:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The launcher's processes and device. The launcher always exports a precision of "no", so ours is passed on.
-
-    Raises:
-        UserError: where the launch configuration contradicts ours, or asks for what is not installed.
-    """
+    """The launcher's processes and device. The launcher always exports a precision of "no", so ours is passed on. Raises
+    UserError where the launch configuration contradicts ours, or asks for what is not installed."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     check_launch(config, count_micro_batches(config, world_size))

@@ -46,11 +46,8 @@ def stage_folder(config: TrainConfig) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the stage folder; the lock goes with the process, however it ends.
-
-    Raises:
-        UserError: when another process writes there, or the folder cannot be made.
-    """
+    """Hold the stage folder; the lock goes with the process, however it ends. Raises UserError when another process writes
+    there, or the folder cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the block ends
@@ -70,11 +67,8 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def find_resume(config: TrainConfig, folder: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh stage.
-
-    Raises:
-        UserError: when resume=false meets a folder with checkpoints, or only damaged ones are left.
-    """
+    """The checkpoint to go on from, or None for a fresh stage. Raises UserError when resume=false meets a folder with
+    checkpoints, or only damaged ones are left."""
     found, faults = newest_valid(folder)
     for sentence in faults:
         print(f"warning: {sentence}", flush=True)
@@ -234,11 +228,8 @@ def prune(stage_folder: Path, keep_last: int, keep_every: int | None) -> None:
 
 
 def restore_checkpoint(checkpoint: Path, joint: JointModel, engine: Engine, ema: Ema) -> TrainState:
-    """Bring back weights, average, optimiser and position, on whatever number of processes; returns the state.
-
-    Raises:
-        UserError: when the checkpoint has no training state (a published one), or does not fit.
-    """
+    """Bring back weights, average, optimiser and position, on whatever number of processes; returns the state. Raises UserError
+    when the checkpoint has no training state (a published one), or does not fit."""
     folder = checkpoint / STATE
     if not folder.is_dir():
         raise UserError(

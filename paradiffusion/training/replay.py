@@ -85,11 +85,8 @@ def read_recorded(run: str) -> tuple[Path, TrainConfig, dict[str, Any]]:
 
 
 def replay(options: ReplayOptions) -> tuple[Replay, Path]:
-    """Read the step again, take its losses, and write page, pictures and JSON lines; returns it and the page's path.
-
-    Raises:
-        UserError: for a run, step or checkpoint that is not there, and for data that has changed.
-    """
+    """Read the step again, take its losses, and write page, pictures and JSON lines; returns it and the page's path. Raises
+    UserError for a run, step or checkpoint that is not there, and for data that has changed."""
     options.check()
     assert options.run is not None and options.step is not None
     step = options.step

@@ -54,11 +54,7 @@ class Spikes:
 
     def answer(self, fault: str | None, loss: float, taken: list[MicroBatch]) -> None:
         """Take a good step's loss into the average; of another stop, skip the update, or go back to the last checkpoint's
-        weights and on with the next data.
-
-        Raises:
-            UserError: where the run ends here.
-        """
+        weights and on with the next data. Raises UserError where the run ends here."""
         trainer, state, config = self.trainer, self.trainer.state, self.trainer.config
         if fault is None:
             self.in_a_row = 0

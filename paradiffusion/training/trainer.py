@@ -303,11 +303,8 @@ class Trainer:
         self.meters.reset()
 
     def save(self) -> None:
-        """Write a checkpoint; the main process writes, and every process learns whether it could.
-
-        Raises:
-            UserError: in the main process, where it could not. The others leave without a word of their own.
-        """
+        """Write a checkpoint; the main process writes, and every process learns whether it could. Raises UserError in the main
+        process, where it could not. The others leave without a word of their own."""
         self.enter("save", [])
         failure = None
         try:

@@ -64,10 +64,7 @@ class Scorer(Protocol):
 
 def read_held_out(index: SampleIndex, config: TrainConfig, count: int) -> list[HeldOut]:
     """The first ``count`` held-out samples with a caption, in their buckets. Those that cannot be read are left out, and named.
-
-    Raises:
-        UserError: where none can be read.
-    """
+    Raises UserError where none can be read."""
     buckets = buckets_of(config.data)
     items: list[HeldOut] = []
     bad: list[str] = []

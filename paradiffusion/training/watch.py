@@ -258,9 +258,8 @@ class Watch:
 def together(watch: Watch) -> Iterator[None]:
     """Around all of a run's work: an error of any process ends all, promptly, and is told once. Closes ``watch``.
 
-    Raises:
-        UserError: in the process that failed first, or in the first to notice that another has died.
-        SystemExit: in the others, without a word of their own: what they would say is the same, or a consequence.
+    Raises UserError in the process that failed first, or in the first to notice that another has died; SystemExit in the others,
+    without a word of their own: what they would say is the same, or a consequence.
     """
     try:
         yield
