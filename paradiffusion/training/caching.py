@@ -40,7 +40,7 @@ from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
 from paradiffusion.text.sources import known_by, same_weights
 from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.inputs import read_captions
-from paradiffusion.training.start import NEEDS_ADAPTER, check_init, find_init, start_from, startable
+from paradiffusion.training.start import check_fits, find_init, start_from, startable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,17 +59,14 @@ _PROBE: Final = "Two RED kites, 3.5 m above the caf\u00e9's  roof -- (sunset); \
 def key_of(config: TrainConfig, what: str, model: Any = None) -> dict[str, Any]:
     """Everything that cached values are functions of; without ``model`` (the codec, or the text encoder) what can be told
     before it is loaded."""
-    key = identity(config, what)
+    key, data = identity(config, what), config.data
     if what == "latents":
-        key |= {"pixels": stored.PIXELS_VERSION, "data.lower_resolutions": sorted(config.data.lower_resolutions)}
+        key |= {"pixels": stored.PIXELS_VERSION, "data.lower_resolutions": sorted(data.lower_resolutions)}
         if model is not None:
-            key |= {
-                "codec.hash": known_by(model.source),
-                "codec.weights": weights_hash(model.vae),
-                "codec.tiling": bool(getattr(model.vae, "use_tiling", False)),
-            }
+            key |= {"codec.hash": known_by(model.source), "codec.weights": weights_hash(model.vae)}
+            key["codec.tiling"] = bool(getattr(model.vae, "use_tiling", False))
         return key
-    mixtures = [source.captions or config.data.captions for source in config.data.sources] or [config.data.captions]
+    mixtures = [source.captions or data.captions for source in data.sources] or [data.captions]
     key["data.captions"] = sorted({kind for mixture in mixtures for kind, weight in mixture.items() if weight > 0})
     if model is not None:
         key |= {
@@ -104,8 +101,8 @@ def tokenizer_hash(encoder: TextEncoder) -> str:
 
 def adapter_hash(config: TrainConfig, encoder: TextEncoder) -> str | None:
     """A hash of the LoRA adapter that is applied to the language model, and of its scale; None without one."""
-    digest = hashlib.sha256(f"{config.lora.rank} {config.lora.alpha}".encode())
     tensors = sorted((name, p) for name, p in encoder.named_parameters() if ".lora_" in name)
+    digest = hashlib.sha256(f"{config.lora.rank} {config.lora.alpha}".encode())
     for name, tensor in tensors:
         digest.update(name.encode() + _bytes_of(tensor))
     return digest.hexdigest()[:16] if tensors else None
@@ -120,8 +117,8 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 def command(what: str, config: TrainConfig, output: Path | str = "<folder>") -> str:
     """What makes a fitting cache in ``output``, for messages."""
-    preset = f"preset={config.preset} stage={config.stage}"
-    return f"`python scripts/cache.py what={what} {preset} output={output}` with the other arguments of this command"
+    called = f"python scripts/cache.py what={what} preset={config.preset} stage={config.stage} output={output}"
+    return f"`{called}` with the other arguments of this command"
 
 
 def check_cache(config: TrainConfig, models: dict[str, Any] | None = None) -> dict[str, Path]:
@@ -133,13 +130,10 @@ def check_cache(config: TrainConfig, models: dict[str, Any] | None = None) -> di
     folder = Path(config.data.cache).expanduser()
     found = stored.folders_of(folder)
     if not found:
-        raise UserError(
-            f"data.cache={folder} holds no cache (latents/ or text/); make it with {command('both', config)}."
-        )
+        make = command("both", config)
+        raise UserError(f"data.cache={folder} holds no cache (latents/ or text/); make it with {make}.")
     if "text" in found and config.train_text == "lora":
-        alone = (
-            f"set data.cache={found['latents']} for the latents alone" if "latents" in found else "leave data.cache out"
-        )
+        alone = f"set data.cache={found['latents']} for the latents alone" if "latents" in found else "leave it out"
         raise UserError(f"data.cache={folder} holds text features, and {LORA_TEXT}; {alone}.")
     for what, held in found.items():
         advice = f"put that back, or make a fitting cache with {command(what, config)}"
@@ -244,9 +238,8 @@ def make_cache(config: TrainConfig, options: CacheOptions) -> int:
     kinds = ("latents", "text") if options.what == "both" else (options.what,)
     if "text" in kinds and config.train_text == "lora":
         raise UserError(f"{LORA_TEXT}{'; what=latents caches the images alone' if options.what == 'both' else ''}.")
-    with (
-        stop_on_signals() as stop, joined_processes() as processes, ThreadPoolExecutor(options.readers) as pool,
-    ):  # fmt: skip
+    pool = ThreadPoolExecutor(options.readers)
+    with stop_on_signals() as stop, joined_processes() as processes, pool:
         processes.set_threads(config.threads)
         device = torch.device(processes.device() or ("cuda" if torch.cuda.is_available() else "cpu"))
         config, source = starting_point(config)
@@ -281,10 +274,7 @@ def starting_point(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
     config = startable(config)
     source = (find_resume(config, stage_folder(config)) if applies else None) or find_init(config)
     start = start_from(config, source, resumes=False)
-    if source is not None and start.description is not None:
-        check_init(start.config, source, start.description)
-    elif applies:
-        raise UserError(NEEDS_ADAPTER)
+    check_fits(start)
     return start.config, source if applies else None
 
 
@@ -425,10 +415,8 @@ class LatentMaker(Maker):
         rows = rows[[not self.is_there(row, add) for row in rows.tolist()]]
         rows = rows[np.argsort(self.assigned[rows], kind="stable")]
         buckets = np.split(rows, np.flatnonzero(np.diff(self.assigned[rows])) + 1)
-        groups = (
-            one[i : i + self.options.at_once] for one in buckets for i in range(0, len(one), self.options.at_once)
-        )
-        done = 0
+        size, done = self.options.at_once, 0
+        groups = (one[i : i + size] for one in buckets for i in range(0, len(one), size))
         for group, pictures in self.ahead(self.pictures, groups):
             for row in set(group.tolist()) - set(pictures):
                 add(self.name(row), None)

@@ -34,7 +34,6 @@ from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora
 from paradiffusion.training.folder import CONFIG_FILE, check_unchanged, find_resume
 
-NEEDS_ADAPTER = "train_text=adapter needs a stage 2 checkpoint to take the LoRA adapter from; set init_from=."
 # Captions from which the refiner's input statistics are taken, and how many of them the language model reads at once.
 STATISTICS_CAPTIONS, AT_ONCE = 256, 16
 
@@ -75,12 +74,17 @@ def find_start(config: TrainConfig, folder: Path, main: bool = True) -> Start:
         print(f"the U-Net takes its shape from {start.found}, not from unet={config.unet.name}", flush=True)
     if resume is not None:  # before a model is loaded, which might only say that a tensor does not fit
         check_unchanged(start.config, folder)
-    elif start.description is not None:
-        assert start.found is not None
-        check_init(start.config, start.found, start.description)
-    elif config.train_text == "adapter":
-        raise UserError(NEEDS_ADAPTER)
+    else:
+        check_fits(start)
     return start
+
+
+def check_fits(start: Start) -> None:
+    """Raise UserError where a stage cannot start from these weights (see ``check_init``)."""
+    if start.found is not None and start.description is not None:
+        check_init(start.config, start.found, start.description)
+    elif start.config.train_text == "adapter":
+        raise UserError("train_text=adapter needs a stage 2 checkpoint to take the LoRA adapter from; set init_from=.")
 
 
 def startable(config: TrainConfig) -> TrainConfig:
