@@ -386,8 +386,6 @@ class ParaDiffusionPipeline(_Base):
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
             raise ValueError(f"prompt={prompt!r} is neither a text nor a list of texts")
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt or [])
-        if len(negatives) not in (0, 1, len(prompts)):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         models = self.models
         if cut := models.count_truncated([*prompts, *negatives]):
             logger.warning(

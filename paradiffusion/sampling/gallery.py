@@ -32,12 +32,8 @@ DEFAULTS = {key: value for key, value in asdict(SamplerConfig()).items() if key.
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image: what it was drawn from, and where it lies.
-
-    Attributes:
-        settings: the SamplerConfig as a dictionary.
-        bytes: size of the file; another size means that the file is not the one that was written.
-    """
+    """One image: what it was drawn from (``settings``: the SamplerConfig as a dictionary), and where it lies. Another size than
+    ``bytes`` means that the file is not the one that was written."""
 
     name: str
     prompt: str

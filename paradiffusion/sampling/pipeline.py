@@ -166,13 +166,8 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: str | None = None) -> InferenceModels:
-    """Build everything that a checkpoint describes, ready to sample.
-
-    Args:
-        device: where ``config`` names none; None for CUDA where there is one, else the CPU.
-    Raises:
-        UserError: when a part is missing, damaged, or not the one that the checkpoint was trained with.
-    """
+    """Build everything that a checkpoint describes, ready to sample, on ``device`` where ``config`` names none (see
+    ``choose_device``). Raises UserError when a part is missing, damaged, or not the one that the checkpoint was trained with."""
     config = config or SampleConfig()
     checkpoint.place(config.text_encoder.path, config.codec.path)
     description = checkpoint.description

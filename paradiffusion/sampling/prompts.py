@@ -24,12 +24,8 @@ MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes on every platform
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One prompt and what its line says about how to draw it; None means that the line says nothing.
-
-    Attributes:
-        index: place among the prompts, 0 first; it names the images.
-        source: where it stands, for messages, such as "prompts.csv line 3".
-    """
+    """One prompt and what its line says about how to draw it; None means that the line says nothing. The ``index`` among the
+    prompts, 0 first, names the images; ``source`` is where it stands, for messages, such as "prompts.csv line 3"."""
 
     index: int
     prompt: str

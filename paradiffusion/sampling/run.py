@@ -78,11 +78,8 @@ def first_does(processes: Processes, work: Callable[[], object]) -> None:
 def all_do(
     processes: Processes, work: Callable[[], object], tell: bool = False, after: Callable[[], None] | None = None
 ) -> None:
-    """Let each process do ``work``; where one raises UserError (which it says where ``tell``) or Stopped, all do.
-
-    Args:
-        after: what the first process does once all have ended, however they did, while the others wait.
-    """
+    """Let each process do ``work``; where one raises UserError (which it says where ``tell``) or Stopped, all do. What comes
+    ``after`` the first process does once all have ended, however they did, while the others wait."""
     failure: UserError | Stopped | None = None
     try:
         work()

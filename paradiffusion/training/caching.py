@@ -346,11 +346,8 @@ def report(what: str, folder: Path, index: SampleIndex, rate: float) -> str:
 
 
 def check_finite(values: Tensor, dtype: torch.dtype, whose: str, computed: str) -> None:
-    """Raise UserError for what would spoil every step that reads it: float16 ends at 65504, and some models go beyond.
-
-    Args:
-        dtype: as they are stored; ``whose`` they are; ``computed`` is the key of the dtype that the model computes in.
-    """
+    """Raise UserError for what would spoil every step that reads it: float16 ends at 65504, and some models go beyond. ``dtype``
+    is what they are stored in, ``computed`` the key of what the model computes in."""
     if not torch.isfinite(values).all():
         advice = f"set {computed}=float32, and another output="
     elif not torch.isfinite(values.to(dtype)).all():

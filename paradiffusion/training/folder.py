@@ -107,13 +107,8 @@ def may_differ(key: str, streaming: bool) -> bool:
 
 
 def check_unchanged(config: TrainConfig, folder: Path, facts: dict[str, Any] | None = None) -> None:
-    """Compare with the configuration that the stage began with.
-
-    Args:
-        facts: what was found rather than configured, such as the data's fingerprint; None before anything was loaded.
-    Raises:
-        UserError: naming the first key that differs, with both values.
-    """
+    """Compare with the configuration that the stage began with, and with its ``facts``, which were found rather than configured, such
+    as the data's fingerprint (None before anything was loaded). UserError names the first key that differs, with both values."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         return
@@ -177,13 +172,8 @@ def save_checkpoint(
     description: dict[str, Any],
     main: bool = True,
 ) -> Path:
-    """Write ``checkpoints/step_NNNNNN``. Every process calls this, since each may hold a part; the ``main`` one writes.
-
-    Args:
-        frozen: tensors that are applied but not trained, and belong to the checkpoint: the adapter in stage 3.
-    Raises:
-        UserError: when the disk is full or refuses; nothing that was there before is lost.
-    """
+    """Write ``checkpoints/step_NNNNNN``, with the ``frozen`` tensors that are applied but not trained. Every process calls this, since
+    each may hold a part; the ``main`` one writes. UserError when the disk is full or refuses: nothing that was there is lost."""
     folder = stage_folder / "checkpoints" / f"step_{state.step:06d}"
     averages = ema.full()
     weights = engine.masters.full(engine.masters.tensors())

@@ -94,11 +94,8 @@ class Meters:
 
 def mixture(choices: Counter[tuple[str, str, str]]) -> dict[str, float]:
     """Realised shares: ``source/NAME`` (where there are several) and ``caption/KIND`` of all samples, and ``fell_back/KIND``
-    of those for which KIND was drawn, the ones that lack it and were read with another.
-
-    Args:
-        choices: samples by source, caption kind drawn, and caption kind read.
-    """
+    of those for which KIND was drawn, the ones that lack it and were read with another. ``choices`` counts samples by source,
+    caption kind drawn, and caption kind read."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for (source, drawn, read), count in choices.items():
         counts["source"][source] += count

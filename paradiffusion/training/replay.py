@@ -123,12 +123,8 @@ def replay(options: ReplayOptions) -> tuple[Replay, Path]:
 
 
 def open_plan(folder: Path, config: TrainConfig, was: Any, shards: str | None, force: bool) -> tuple[BatchPlan, bool]:
-    """The run's plan of batches, and whether its data is other than it was.
-
-    Args:
-        was: the data's fingerprint at the start of the run.
-        shards: where the shards lie now; None for where they lay.
-    """
+    """The run's plan of batches, and whether its data is other than it ``was`` at the start, by its fingerprint; ``shards`` says where
+    they lie now, None for where they lay."""
     data = config.data
     if data.streaming:
         raise UserError(

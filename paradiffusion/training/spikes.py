@@ -57,8 +57,7 @@ class Spikes:
         weights and on with the next data. Raises UserError where the run ends here."""
         trainer, state, config = self.trainer, self.trainer.state, self.trainer.config
         if fault is None:
-            self.in_a_row = 0
-            typical = state.typical_loss
+            self.in_a_row, typical = 0, state.typical_loss
             if typical is None or state.step <= trainer.layout_steps:
                 typical = loss
             state.typical_loss = typical + SPIKE_SHARE * (loss - typical)

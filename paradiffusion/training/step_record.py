@@ -182,13 +182,8 @@ class ReplayedSample:
 
 @dataclass
 class Replay:
-    """A step, whole.
-
-    Attributes:
-        facts: name and value of what is told of the step, in order.
-        verdict: one sentence on how sure it is that this is what the step saw; ``certain`` says so in a word:
-            "identical", "different" or "unknown".
-    """
+    """A step, whole: what is told of it, by name and in order (``facts``), and how sure it is that this is what the step saw, in one
+    sentence (``verdict``) and in a word (``certain``: "identical", "different" or "unknown")."""
 
     title: str
     step: int
@@ -201,12 +196,8 @@ class Replay:
 def samples_of(
     batch: Batch, rank: int, times: torch.Tensor, errors: torch.Tensor, inputs: Inputs, plan: BatchPlan
 ) -> list[ReplayedSample]:
-    """What there is to say of a micro-batch's samples; pictures are named, not written.
-
-    Args:
-        times, errors: [R * b], of the objective and of the model.
-        inputs: what the micro-batch went through.
-    """
+    """What there is to say of a micro-batch's samples, with the objective's times and the model's errors [R * b]; pictures are named,
+    not written."""
     encoder, config = inputs.encoder, inputs.config
     texts = encoder.tokenize(batch.captions)
     rows = plan.batch(batch.step).rows

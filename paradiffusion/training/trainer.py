@@ -60,13 +60,7 @@ SUMMARY = "summary.json"
 
 def train(config: TrainConfig, scorer: Scorer | None = None) -> int:
     """Run a stage from where it stands to ``max_steps``; 0 when it is done, 128 + the signal's number when it was asked to stop and has
-    saved.
-
-    Args:
-        scorer: judges the pictures that validation draws, where somebody can.
-    Raises:
-        UserError: for what a user can mend; whatever was saved before stays.
-    """
+    saved. The ``scorer`` judges the pictures that validation draws. Raises UserError for what a user can mend; what was saved stays."""
     # A launcher that is killed leaves its processes to another parent. Without one another parent means only that the
     # shell has gone: "nohup python train.py &" goes on. Asked before models are loaded, which may take minutes.
     launched, parent = bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()), os.getppid()
@@ -178,11 +172,7 @@ class Trainer:
         self.say(announcement(self, start))
 
     def train_step(self, batches: Iterator[Batch], stop: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
-        """One optimiser step.
-
-        Returns:
-            The loss over all processes, and whether ``stop`` said so in any of them.
-        """
+        """One optimiser step: the loss over all processes, and whether ``stop`` said so in any of them."""
         config, engine, state, meters, began = self.config, self.engine, self.state, self.meters, time.monotonic()
         set_learning_rate(engine.optimizer, schedule(config.optimizer, state.step, config.max_steps))
         share, taken = self.gradients(batches)
