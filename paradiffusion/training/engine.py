@@ -209,18 +209,20 @@ class Engine:
             by_name.setdefault(name, {})[kind] = value
         for name, parameter in self.parameters.items():
             self.optimizer.state[parameter] = {
-                key: self._placed(key, value, parameter) for key, value in by_name.get(name, {}).items()
+                key: placed(key, value, parameter, self.optimizer) for key, value in by_name.get(name, {}).items()
             }
 
-    def _placed(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """A stored value where the optimiser wants it."""
-        if key == "step":  # AdamW's own counter stays on the CPU, except in its fused form
-            fused = any(group.get("fused") for group in self.optimizer.param_groups)
-            return value.to(parameter.device if fused else "cpu")
-        if value.shape != parameter.shape:
-            return value.to(parameter.device)
-        # With the weight's strides, which channels_last changes: a fused step takes nothing else.
-        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+def placed(key: str, value: Tensor, parameter: Tensor, optimizer: Any) -> Tensor:
+    """A stored value of an optimiser's state where that wants it."""
+    if key == "step":  # AdamW's own counter stays on the CPU, except in its fused form
+        return value.clone().to(
+            parameter.device if any(group.get("fused") for group in optimizer.param_groups) else "cpu"
+        )
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    # With the weight's strides, which channels_last changes: a fused step takes nothing else.
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def share_from_main(joint: JointModel) -> None:
@@ -303,12 +305,11 @@ class ZeroEngine(Engine):
             return
         adamw, masters = self.optimizer.optimizer, self.masters
         step = next(value for key, value in tensors.items() if key.startswith("step/"))
-        fused = any(group.get("fused") for group in adamw.param_groups)
         moments = {key: [torch.zeros_like(tensor) for tensor in masters.tensors()] for key in MOMENTS}
         for key, values in moments.items():
             masters.fill(values, lambda name, key=key: tensors[f"{key}/{name}"])  # type: ignore[misc]
         for number, tensor in enumerate(masters.flat):
-            counter = step.clone().to(tensor.device if fused else "cpu")
+            counter = placed("step", step, tensor, adamw)
             adamw.state[tensor] = {"step": counter, **{key: values[number] for key, values in moments.items()}}
 
 
@@ -380,13 +381,10 @@ def check_gpus(local_processes: int) -> None:
 
 def count_micro_batches(config: TrainConfig, processes: int) -> int:
     """Micro-batches per process and optimiser step; UserError unless all ratios are whole."""
-    micro = config.micro_batch_size
-    if micro is None and config.batch_size % processes == 0:
-        return 1
-    if micro is None or config.batch_size % (micro * processes):
-        shown = "batch_size / processes" if micro is None else micro
+    micro = config.micro_batch_size or max(1, config.batch_size // processes)
+    if config.batch_size % (micro * processes):
         raise UserError(
-            f"batch_size={config.batch_size} is not a whole multiple of micro_batch_size={shown} times {processes} processes; "
+            f"batch_size={config.batch_size} is not a whole multiple of micro_batch_size={micro} times {processes} processes; "
             "choose numbers that divide."
         )
     return config.batch_size // (micro * processes)
