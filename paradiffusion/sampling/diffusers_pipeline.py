@@ -175,10 +175,8 @@ class ParaDiffusionPipeline(_Base):
 
     def _text(self) -> TextEncoder:
         description = self.config["description"]
-        settings = parse(ConditioningConfig, description["conditioning"])
-        return TextEncoder(
-            self.text_encoder, self.tokenizer, settings, {"hash": description["text_encoder"].get("hash")}
-        )
+        settings, source = parse(ConditioningConfig, description["conditioning"]), description["text_encoder"]
+        return TextEncoder(self.text_encoder, self.tokenizer, settings, {"hash": source.get("hash")})
 
     @classmethod
     def from_models(cls, models: InferenceModels, description: dict[str, Any]) -> ParaDiffusionPipeline:
@@ -208,20 +206,16 @@ class ParaDiffusionPipeline(_Base):
         if "tokenizer" not in kwargs and (beside / "tokenizer").is_dir():
             kwargs["tokenizer"] = load_tokenizer(beside / "tokenizer")  # by its files' own rules
         if not {"torch_dtype", "dtype"} & kwargs.keys():
-            kinds = {"text_encoder": "text_encoder", "vae": "codec"}
-            dtypes = {
-                part: getattr(torch, described.get(key, {}).get("dtype", "float32")) for part, key in kinds.items()
-            }
-            kwargs["dtype"] = {**dtypes, "default": torch.float32}
+            kwargs["dtype"] = {"default": torch.float32}
+            for part, key in (("text_encoder", "text_encoder"), ("vae", "codec")):
+                kwargs["dtype"][part] = getattr(torch, described.get(key, {}).get("dtype", "float32"))
         pipe: ParaDiffusionPipeline = super().from_pretrained(source, **kwargs)
         if pipe.config["description"]["lora"] is not None:
             named = read_adapter(beside / LORA)
             if not (carried := pipe.adapter()):
                 pipe._attach(named)
             elif carried.keys() != named.keys() or not all(t.equal(named[n].to(t)) for n, t in carried.items()):
-                raise ValueError(
-                    "text_encoder= carries another adapter than this pipeline's; pass one without an adapter"
-                )
+                raise ValueError("text_encoder= carries another adapter than this pipeline's; pass one without it")
         return pipe
 
     def save_pretrained(self, save_directory: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
@@ -241,8 +235,7 @@ class ParaDiffusionPipeline(_Base):
 
     def save_adapter(self, folder: Path) -> None:
         """Write ``text_encoder_lora/`` below ``folder``, where there is an adapter."""
-        adapter = self.adapter()
-        if adapter:
+        if adapter := self.adapter():
             write_adapter(folder / LORA, split_parts(adapter)[LORA], self.config["description"]["lora"])
 
     def adapter(self) -> dict[str, Tensor]:
@@ -330,9 +323,7 @@ class ParaDiffusionPipeline(_Base):
         if others := set(callback_on_step_end_tensor_inputs) - {"latents"}:
             raise ValueError(f"callback_on_step_end_tensor_inputs names more than latents: {others}")
         if num_images_per_prompt < 1:
-            raise ValueError(
-                f"num_images_per_prompt={num_images_per_prompt} is out of range; expected a number above 0"
-            )
+            raise ValueError(f"num_images_per_prompt={num_images_per_prompt} is out of range; expected 1 or more")
         guided = is_guided(settings.guidance, models.objective)
         if (negative_prompt or negative_prompt_embeds is not None) and not guided:
             logger.warning(f"negative_prompt has no effect at guidance_scale={settings.guidance}")
@@ -395,8 +386,6 @@ class ParaDiffusionPipeline(_Base):
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
             raise ValueError(f"prompt={prompt!r} is neither a text nor a list of texts")
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt or [])
-        if len(negatives) not in (0, 1, len(prompts)):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         models = self.models
         if cut := models.count_truncated([*prompts, *negatives]):
             logger.warning(
@@ -419,7 +408,7 @@ def generators_of(
 ) -> list[int | torch.Generator]:
     """One source of noise for each image."""
     if generator is None:
-        return [torch.Generator().manual_seed(int(seed)) for seed in torch.randint(2**62, (count,))]
+        return torch.randint(2**62, (count,)).tolist()
     single = isinstance(generator, torch.Generator)
     generators: list[Any] = [generator] * count if single else list(generator)  # type: ignore[arg-type]
     if len(generators) != count:

@@ -32,12 +32,8 @@ DEFAULTS = {key: value for key, value in asdict(SamplerConfig()).items() if key.
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image: what it was drawn from, and where it lies.
-
-    Attributes:
-        settings: the SamplerConfig as a dictionary.
-        bytes: size of the file; another size means that the file is not the one that was written.
-    """
+    """One image: what it was drawn from (``settings``: the SamplerConfig as a dictionary), and where it lies. Another size than
+    ``bytes`` means that the file is not the one that was written."""
 
     name: str
     prompt: str
@@ -98,10 +94,7 @@ def read_manifests(folder: Path) -> dict[str, ImageRecord]:
 
 
 def merge_manifests(folder: Path) -> list[ImageRecord]:
-    """Join the files of all processes into one in the order of the images, and return its records.
-
-    The files of the processes go only once the joined one has its final name.
-    """
+    """Join the files of all processes into one in the order of the images, and return its records."""
     records = [record for record in read_manifests(folder).values() if is_whole(folder, record)]
     write_atomic(folder / NAME, "".join(map(_line, records)))
     for path in folder.glob("manifest.rank*.jsonl"):
@@ -116,11 +109,8 @@ def is_whole(folder: Path, record: ImageRecord) -> bool:
 
 
 def finished_names(folder: Path, wanted: Sequence[ImageRecord]) -> set[str]:
-    """Names of the wanted images that the folder already holds.
-
-    Raises:
-        UserError: when the folder holds an image of a wanted name that was drawn otherwise, or is not ours.
-    """
+    """Names of the wanted images that the folder already holds. Raises UserError when the folder holds an image of a wanted
+    name that was drawn otherwise, or is not ours."""
     found = read_manifests(folder)
     finished = set()
     for record in wanted:
@@ -194,14 +184,10 @@ def write_gallery(folder: Path, rows: Sequence[ImageRecord], title: str) -> Path
     """
     cards = [list(g) for _, g in groupby(rows, key=lambda row: (row.order[0], row.prompt, row.negative_prompt))]
     page = render(
-        "sampling/templates/gallery.html",
-        title=title,
-        images=len(rows),
-        cards=cards,
-        tiny=TINY,
+        "sampling/templates/gallery.html", title=title, images=len(rows), cards=cards, tiny=TINY,
         shown=lambda row: thumbnail_uri(_opened(folder, row), THUMBNAIL) if len(rows) <= MAX_EMBEDDED else row.file,
         settings=lambda row: ", ".join(f"{k} {v}" for k, v in row.settings.items() if v != DEFAULTS.get(k)),
-    )
+    )  # fmt: skip
     write_atomic(folder / "index.html", page)
     return folder / "index.html"
 
@@ -243,19 +229,18 @@ def contact_sheet(
     font = ImageFont.load_default(font_size)
     letters = max(1, int(width / font.getlength("n")))  # on a line, about
     texts = ["\n".join(textwrap.wrap(label, letters)) for label in labels or [""] * len(pictures)]
-    strips = []
+    rows = []  # of each its top, the height of its pictures, and that of the texts below
+    bottom = gap
     for start in range(0, len(pictures), columns):
-        row, below = pictures[start : start + columns], texts[start : start + columns]
-        height = max(picture.height for picture in row)
-        note = max(round(font_size * 1.35) * (text.count("\n") + 1) if text else 0 for text in below)
-        strip = Image.new("RGB", (columns * (width + gap) + gap, height + note + gap), "white")
-        for number, (picture, text) in enumerate(zip(row, below, strict=True)):
-            cell = Image.new("RGB", (width, height + note), "white")
-            cell.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
-            ImageDraw.Draw(cell).multiline_text((0, height + 2), text, "black", font, spacing=round(font_size * 0.15))
-            strip.paste(cell, (gap + number * (width + gap), gap))
-        strips.append(strip)
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips) + gap), "white")
-    for number, strip in enumerate(strips):
-        sheet.paste(strip, (0, sum(above.height for above in strips[:number])))
+        height = max(picture.height for picture in pictures[start : start + columns])
+        lines = max(text.count("\n") + 1 if text else 0 for text in texts[start : start + columns])
+        rows.append((bottom, height, round(font_size * 1.35) * lines))
+        bottom += height + rows[-1][2] + gap
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, bottom), "white")
+    for number, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        top, height, note = rows[number // columns]
+        cell = Image.new("RGB", (width, height + note), "white")
+        cell.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
+        ImageDraw.Draw(cell).multiline_text((0, height + 2), text, "black", font, spacing=round(font_size * 0.15))
+        sheet.paste(cell, (gap + number % columns * (width + gap), top))
     return sheet

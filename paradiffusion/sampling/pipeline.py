@@ -89,9 +89,7 @@ class InferenceModels:
     def encode(self, prompts: list[str]) -> Conditioning:
         """Refined features of prompts and of the null prompt (the encoded empty string)."""
         self.encode_ahead(prompts)
-        features, mask = self._batch(prompts)
-        null_features, null_mask = self._batch([""])
-        return Conditioning(features, mask, null_features, null_mask)
+        return Conditioning(*self._batch(prompts), *self._batch([""]))
 
     @torch.no_grad()
     def encode_ahead(self, prompts: list[str]) -> None:
@@ -121,12 +119,12 @@ class InferenceModels:
     def _one(self, prompt: str) -> Tensor:
         """Refined features of a prompt, [1, L, D]; L is its own length where padding is masked."""
         tokens = self.text_encoder.tokenize([prompt]).to(self.device)
-        ids, mask, prefix = tokens.ids, tokens.mask, tokens.prefix
-        if not self.text_encoder.settings.mask_padding:
-            return self.joint.refine(self.text_encoder(ids, mask, prefix).to(self.dtype), None)
-        length = int(mask.sum())
-        features = self.text_encoder(ids[:, :length], mask[:, :length], prefix)
-        return self.joint.refine(features.to(self.dtype), mask[:, prefix:length])
+        masked, prefix = self.text_encoder.settings.mask_padding, tokens.prefix
+        length = int(tokens.mask.sum()) if masked else None
+        ids, mask = tokens.ids[:, :length], tokens.mask[:, :length]
+        return self.joint.refine(
+            self.text_encoder(ids, mask, prefix).to(self.dtype), mask[:, prefix:] if masked else None
+        )
 
     def _batch(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
         """Kept features of several prompts, padded to the length that they have as a batch, with their mask."""
@@ -167,14 +165,8 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: str | None = None) -> InferenceModels:
-    """Build everything that a checkpoint describes, ready to sample.
-
-    Args:
-        config: dtypes, paths of the frozen models, and switches of speed and memory.
-        device: where ``config`` names none; None for CUDA where there is one, else the CPU.
-    Raises:
-        UserError: when a part is missing, damaged, or not the one that the checkpoint was trained with.
-    """
+    """Build everything that a checkpoint describes, ready to sample, on ``device`` where ``config`` names none (see
+    ``choose_device``). Raises UserError when a part is missing, damaged, or not the one that the checkpoint was trained with."""
     config = config or SampleConfig()
     checkpoint.place(config.text_encoder.path, config.codec.path)
     description = checkpoint.description
@@ -239,11 +231,8 @@ class Job:
 def sampler_settings(
     config: SampleConfig, defaults: SamplerConfig, request: PromptRequest | None = None
 ) -> SamplerConfig:
-    """Settings of one prompt: its line's value, else the command line's, else the checkpoint's.
-
-    Raises:
-        UserError: for a value out of range.
-    """
+    """Settings of one prompt: its line's value, else the command line's, else the checkpoint's. Raises UserError for a value
+    out of range."""
     keys = [one.name for one in fields(SamplerConfig)]
     chosen = {key: value for key in keys if (value := getattr(config, key)) is not None}
     if request is not None:
@@ -254,11 +243,8 @@ def sampler_settings(
 
 
 def make_jobs(requests: Sequence[PromptRequest], config: SampleConfig, models: InferenceModels) -> list[Job]:
-    """One job for each image, in the order of the prompts; image j of a prompt has the prompt's seed + j.
-
-    Raises:
-        UserError: for a size, solver or number of steps that the models cannot take; it names the prompt's line.
-    """
+    """One job for each image, in the order of the prompts; image j of a prompt has the prompt's seed + j. Raises UserError for
+    a size, solver or number of steps that the models cannot take; it names the prompt's line."""
     jobs = []
     objective = models.objective
     for request in requests:
@@ -329,11 +315,8 @@ def make_batches(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
 def draw(
     models: InferenceModels, batch: Sequence[Job], on_step: Callable[[int, Tensor], None] | None = None
 ) -> np.ndarray:
-    """Draw one batch of ``make_batches``: uint8 [B, H, W, 3].
-
-    Raises:
-        UserError: when the model's numbers overflow, or the batch does not fit into memory.
-    """
+    """Draw one batch of ``make_batches``: uint8 [B, H, W, 3]. Raises UserError when the model's numbers overflow, or the batch
+    does not fit into memory."""
     first = batch[0]
     size = first.height // models.factor, first.width // models.factor
     prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]

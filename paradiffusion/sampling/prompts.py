@@ -24,12 +24,8 @@ MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes on every platform
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One prompt and what its line says about how to draw it; None means that the line says nothing.
-
-    Attributes:
-        index: place among the prompts, 0 first; it names the images.
-        source: where it stands, for messages, such as "prompts.csv line 3".
-    """
+    """One prompt and what its line says about how to draw it; None means that the line says nothing. The ``index`` among the
+    prompts, 0 first, names the images; ``source`` is where it stands, for messages, such as "prompts.csv line 3"."""
 
     index: int
     prompt: str
@@ -86,9 +82,8 @@ def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = Non
     requests = [_request(index, where, _known(row, where, passed_over)) for index, (where, row) in enumerate(rows)]
     if passed_over and os.environ.get("RANK", "0") == "0":
         shown = ", ".join([*passed_over][:8])
-        print(
-            f"{source}: passed over: {shown}; a prompt has the fields {', '.join(KEYS)}.", file=sys.stderr, flush=True
-        )
+        known = ", ".join(KEYS)
+        print(f"{source}: passed over: {shown}; a prompt has the fields {known}.", file=sys.stderr, flush=True)
     if not requests:
         raise UserError(f"{source} holds no prompts; expected at least one, as a line of text.")
     return requests
@@ -149,9 +144,8 @@ def _csv(text: str, source: str) -> Iterator[Row]:
             if not names:
                 names = _names(cells)
                 if not {*NAMES} & {*names}:
-                    raise UserError(
-                        f"{where} has the columns {', '.join(cells)}; expected one named {' or '.join(NAMES)}."
-                    )
+                    columns = ", ".join(cells)
+                    raise UserError(f"{where} has the columns {columns}; expected one named {' or '.join(NAMES)}.")
                 continue
             if len(cells) > len(names):
                 raise UserError(
@@ -180,27 +174,24 @@ def _number(name: str, cell: str, where: str) -> Any:
 
 
 def _jsonl(text: str, source: str) -> Iterator[Row]:
-    for number, line in enumerate(_split(text), 1):
-        if not line.strip():
-            continue
-        where = f"{source} line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # the number of digits of an integer is limited, too
-            raise UserError(f"{where} is not valid JSON ({error}); expected an object such as {EXAMPLE}.") from None
-        yield where, _object(row, where)
+    for where, row in _lines(text, source):
+        yield where, _object(_loaded(row["prompt"], where, f"expected an object such as {EXAMPLE}"), where)
 
 
 def _json(text: str, source: str) -> Iterator[Row]:
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is not valid JSON ({error}); one object a line belongs into a .jsonl.") from None
+    rows = _loaded(text, source, "one object a line belongs into a .jsonl")
     if not isinstance(rows, list):
         raise UserError(f"{source} holds {_shown(rows)}; expected a list of objects such as {EXAMPLE}, or of texts.")
     for number, row in enumerate(rows, 1):
         where = f"{source} entry {number}"
         yield where, {"prompt": row} if isinstance(row, str) else _object(row, where)
+
+
+def _loaded(text: str, where: str, advice: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # the number of digits of an integer is limited, too
+        raise UserError(f"{where} is not valid JSON ({error}); {advice}.") from None
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -218,12 +209,10 @@ def _known(row: dict[str, Any], where: str, passed_over: dict[str, None]) -> dic
             found["prompt"] = value
         elif key in KEYS and key not in NAMES:
             found[key] = value
-        elif (
-            key not in NAMES and get_close_matches(key, KEYS, 1, MISSPELT) and not {*key.split("_")} & {*KEYS}
-        ):  # prompt_id
-            raise UserError(f"{where} has the unknown key {key!r}; accepted keys are {', '.join(KEYS)}.")
-        else:
+        elif key in NAMES or {*key.split("_")} & {*KEYS} or not get_close_matches(key, KEYS, 1, MISSPELT):  # prompt_id
             passed_over[key] = None
+        else:
+            raise UserError(f"{where} has the unknown key {key!r}; accepted keys are {', '.join(KEYS)}.")
     return found
 
 

@@ -47,17 +47,12 @@ from paradiffusion.sampling.pipeline import (
 from paradiffusion.sampling.prompts import PromptRequest, read_prompts
 from paradiffusion.stopping import Stopped, StopSignal, stop_on_signals
 
-DONE, STOPPED, FAILED = 0, 1, 2
-ANOTHER = "another process could not go on; its own message says why, and the same command continues."
 BATCHES_AHEAD = 8  # batches whose prompts are encoded at once where the text encoder leaves the GPU
 
 
 def sample(config: SampleConfig) -> int:
-    """Draw what ``config`` asks for; the exit status.
-
-    Raises:
-        UserError: for wrong input (before any model is loaded, where it can be known), and for a disk that is full.
-    """
+    """Draw what ``config`` asks for; the exit status. Raises UserError for wrong input (before any model is loaded, where it
+    can be known), and for a disk that is full."""
     config.check()
     sampler_settings(config, SamplerConfig())
     if "-" in (config.prompt, config.prompt_file) and Processes.count() > 1:
@@ -83,11 +78,8 @@ def first_does(processes: Processes, work: Callable[[], object]) -> None:
 def all_do(
     processes: Processes, work: Callable[[], object], tell: bool = False, after: Callable[[], None] | None = None
 ) -> None:
-    """Let each process do ``work``; where one raises UserError (which it says where ``tell``) or Stopped, all do.
-
-    Args:
-        after: what the first process does once all have ended, however they did, while the others wait.
-    """
+    """Let each process do ``work``; where one raises UserError (which it says where ``tell``) or Stopped, all do. What comes
+    ``after`` the first process does once all have ended, however they did, while the others wait."""
     failure: UserError | Stopped | None = None
     try:
         work()
@@ -101,7 +93,10 @@ def all_do(
             after()
         processes.agree(0)
     if status == 2:
-        raise failure if isinstance(failure, UserError) else UserError(ANOTHER)
+        another = UserError(
+            "another process could not go on; its own message says why, and the same command continues."
+        )
+        raise failure if isinstance(failure, UserError) else another
     if status == 1:
         raise failure or Stopped
 
@@ -130,13 +125,13 @@ def draw_all(
     models: InferenceModels, requests: Sequence[PromptRequest], config: SampleConfig, folder: Path, processes: Processes,
     stop: StopSignal,
 ) -> int:  # fmt: skip
-    """Draw this process's share of the images that ``folder`` does not hold yet; the first process joins all of it.
-
-    Raises:
-        UserError: as ``sample``.
-    """
+    """Draw this process's share of the images that ``folder`` does not hold yet; the first process joins all of it."""
     jobs = make_jobs(requests, config, models)
-    records = {job.name: record_of(job, models) for job in jobs}
+    dtype = str(models.dtype).removeprefix("torch.")
+    records = {
+        job.name: ImageRecord(**asdict(job), checkpoint=models.checkpoint, step=models.step, dtype=dtype)
+        for job in jobs
+    }
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         finished = finished_names(folder, list(records.values()))
@@ -157,39 +152,37 @@ def draw_all(
                 flush=True,
             )
 
-    status, failure, start = DONE, None, time.monotonic()
-    try:
+    def draw_share() -> None:
         with disk_errors(folder):
             _draw_share(models, share, records, config, folder, processes, stop)
-    except Stopped:
-        status = STOPPED
-    except UserError as error:
-        processes.tell(error)
-        status, failure = FAILED, error
-    status = processes.agree(status)  # all processes have written what they finished
-    if processes.rank == 0:
+
+    failure: UserError | Stopped | None = None
+    start = time.monotonic()
+    try:
+        all_do(processes, draw_share, tell=True)
+    except (UserError, Stopped) as error:
+        failure = error
+    if processes.rank == 0:  # all have written what they finished
         try:
             with disk_errors(folder):
                 merged = merge_manifests(folder)
                 page = write_gallery(folder, merged, made_by)
                 write_grid(folder, merged)
         except UserError as error:
-            status, failure = FAILED, failure or error
+            failure = failure if isinstance(failure, UserError) else error
         else:
             made, seconds = sum(record.name in records for record in merged), time.monotonic() - start
             new = made - len(finished)
             rate = f"{new} new in {seconds:.0f} s, {seconds / new:.2g} s each" if new else "none new"
             told = f"{made} images ({rate})."
-            if status != DONE:
-                ended = "Stopped" if status == STOPPED else "Ended early"
+            if failure is not None:
+                ended = "Stopped" if isinstance(failure, Stopped) else "Ended early"
                 told = f"{ended} with {made} of {len(jobs)} images ({rate}); the same command goes on from here."
             print(f"{told} Look at {page}", flush=True)
-    processes.agree(DONE)  # launchers end the others as soon as one has left with another status than 0
-    if failure is not None:
+    processes.agree(0)  # launchers end the others as soon as one has left with another status than 0
+    if isinstance(failure, UserError):
         raise failure
-    if status == FAILED:
-        raise UserError(ANOTHER)
-    return stop.status if status == STOPPED else 0
+    return stop.status if failure else 0
 
 
 def _draw_share(
@@ -222,21 +215,10 @@ def _draw_share(
             stop.check()
             for job, image in zip(batch, draw(models, batch, on_step), strict=True):
                 record = records[job.name]
-                size = save_png(folder / record.file, image, metadata_of(record, models))
-                manifest.append(replace(record, bytes=size))
+                told = {key: v for key, v in asdict(record).items() if v is not None and key not in ("name", "bytes")}
+                told |= {"provenance": models.provenance, "Software": "ParaDiffusion"}
+                manifest.append(replace(record, bytes=save_png(folder / record.file, image, told)))
             bar.update(len(batch))
-
-
-def record_of(job: Job, models: InferenceModels) -> ImageRecord:
-    """The record of an image before it is drawn."""
-    dtype = str(models.dtype).removeprefix("torch.")
-    return ImageRecord(**asdict(job), checkpoint=models.checkpoint, step=models.step, dtype=dtype)
-
-
-def metadata_of(record: ImageRecord, models: InferenceModels) -> dict[str, object]:
-    """What a PNG says about itself."""
-    described = {key: v for key, v in asdict(record).items() if v is not None and key not in ("name", "bytes")}
-    return {**described, "provenance": models.provenance, "Software": "ParaDiffusion"}
 
 
 @contextmanager
@@ -305,11 +287,7 @@ class Processes:
 
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
-    """Meet the other processes of the launcher, if any.
-
-    Raises:
-        UserError: where RANK and WORLD_SIZE are set, but not what torch needs to find the others.
-    """
+    """Meet the other processes of the launcher, if any. Raises UserError where not all is set that torch needs to find them."""
     size = Processes.count()
     if size == 1:
         yield Processes()

@@ -24,8 +24,8 @@ from paradiffusion.text.conditioning import Conditioning
 Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def starting_noise(seeds: Sequence[int | torch.Generator], shape: tuple[int, int, int]) -> Tensor:
-    """Standard normal noise, [B, C, h, w] float32 on the CPU; row i is a function of ``seeds[i]`` and ``shape`` alone.
+def starting_noise(seeds: Sequence[int | torch.Generator], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, [B, *shape] float32 on the CPU; row i is a function of ``seeds[i]`` and ``shape`` alone.
 
     Drawn on the CPU, since every kind of accelerator has a generator of its own. In a seed's place a generator of the CPU
     may stand, which goes on from where it is.
@@ -103,12 +103,9 @@ def sample_latents(
 
 
 def check_scheduler(objective: Objective) -> None:
-    """See that ``objective.scheduler`` leads where the objective means it to: with a denoiser that knows the picture, each step must
-    show it as much noise as the step's time says, and the last one the picture.
-
-    Raises:
-        UserError: where it does not, as with a flow's scheduler on a model that predicts noise, or the other way about.
-    """
+    """See that ``objective.scheduler`` leads where the objective means it to: with a denoiser that knows the picture, each step
+    must show it as much noise as the step's time says, and the last one the picture. Raises UserError where it does not, as
+    with a flow's scheduler on a model that predicts noise, or the other way about."""
     truth = torch.linspace(-2, 2, 4096).view(1, 1, 64, 64)
     off: list[Tensor] = []
 

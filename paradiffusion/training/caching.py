@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from paradiffusion.checkpoints.layouts import load_adapter, open_layout
 from paradiffusion.checks import one_of, positive
-from paradiffusion.config import DataConfig, TrainConfig, check_values, identity, option
+from paradiffusion.config import TrainConfig, check_values, identity, option
 from paradiffusion.data import cache as stored
 from paradiffusion.data.cache import Add, Cache, Former, Members, caption_name, is_whole, picture_name
 from paradiffusion.data.images import assign_buckets, buckets_of, decode, to_array
@@ -40,7 +40,7 @@ from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
 from paradiffusion.text.sources import same_weights
 from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.inputs import read_captions
-from paradiffusion.training.start import NEEDS_ADAPTER, check_init, find_init, start_from, startable
+from paradiffusion.training.start import check_fits, find_init, start_from, startable
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -59,17 +59,15 @@ _PROBE: Final = "Two RED kites, 3.5 m above the caf\u00e9's  roof -- (sunset); \
 def key_of(config: TrainConfig, what: str, model: Any = None) -> dict[str, Any]:
     """Everything that cached values are functions of; without ``model`` (the codec, or the text encoder) what can be told
     before it is loaded."""
-    key = identity(config, what)
+    key, data = identity(config, what), config.data
     if what == "latents":
-        key |= {"pixels": stored.PIXELS_VERSION, "data.lower_resolutions": sorted(config.data.lower_resolutions)}
+        key |= {"pixels": stored.PIXELS_VERSION, "data.lower_resolutions": sorted(data.lower_resolutions)}
         if model is not None:
-            key |= {
-                "codec.hash": model.source["known_by"],
-                "codec.weights": weights_hash(model.vae),
-                "codec.tiling": bool(getattr(model.vae, "use_tiling", False)),
-            }
+            key |= {"codec.hash": model.source["known_by"], "codec.weights": weights_hash(model.vae)}
+            key["codec.tiling"] = bool(getattr(model.vae, "use_tiling", False))
         return key
-    key["data.captions"] = weighted_kinds(config.data)
+    mixtures = [source.captions or data.captions for source in data.sources] or [data.captions]
+    key["data.captions"] = sorted({kind for mixture in mixtures for kind, weight in mixture.items() if weight > 0})
     if model is not None:
         key |= {
             "text_encoder.hash": model.source["known_by"],
@@ -78,12 +76,6 @@ def key_of(config: TrainConfig, what: str, model: Any = None) -> dict[str, Any]:
             "lora.hash": adapter_hash(config, model),
         }
     return key
-
-
-def weighted_kinds(data: DataConfig) -> list[str]:
-    """The caption kinds that training draws, of any source, sorted."""
-    mixtures = [source.captions or data.captions for source in data.sources] or [data.captions]
-    return sorted({kind for mixture in mixtures for kind, weight in mixture.items() if weight > 0})
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -109,8 +101,8 @@ def tokenizer_hash(encoder: TextEncoder) -> str:
 
 def adapter_hash(config: TrainConfig, encoder: TextEncoder) -> str | None:
     """A hash of the LoRA adapter that is applied to the language model, and of its scale; None without one."""
-    digest = hashlib.sha256(f"{config.lora.rank} {config.lora.alpha}".encode())
     tensors = sorted((name, p) for name, p in encoder.named_parameters() if ".lora_" in name)
+    digest = hashlib.sha256(f"{config.lora.rank} {config.lora.alpha}".encode())
     for name, tensor in tensors:
         digest.update(name.encode() + _bytes_of(tensor))
     return digest.hexdigest()[:16] if tensors else None
@@ -125,8 +117,8 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 def command(what: str, config: TrainConfig, output: Path | str = "<folder>") -> str:
     """What makes a fitting cache in ``output``, for messages."""
-    preset = f"preset={config.preset} stage={config.stage}"
-    return f"`python scripts/cache.py what={what} {preset} output={output}` with the other arguments of this command"
+    called = f"python scripts/cache.py what={what} preset={config.preset} stage={config.stage} output={output}"
+    return f"`{called}` with the other arguments of this command"
 
 
 def check_cache(config: TrainConfig, models: dict[str, Any] | None = None) -> dict[str, Path]:
@@ -138,13 +130,10 @@ def check_cache(config: TrainConfig, models: dict[str, Any] | None = None) -> di
     folder = Path(config.data.cache).expanduser()
     found = stored.folders_of(folder)
     if not found:
-        raise UserError(
-            f"data.cache={folder} holds no cache (latents/ or text/); make it with {command('both', config)}."
-        )
+        make = command("both", config)
+        raise UserError(f"data.cache={folder} holds no cache (latents/ or text/); make it with {make}.")
     if "text" in found and config.train_text == "lora":
-        alone = (
-            f"set data.cache={found['latents']} for the latents alone" if "latents" in found else "leave data.cache out"
-        )
+        alone = f"set data.cache={found['latents']} for the latents alone" if "latents" in found else "leave it out"
         raise UserError(f"data.cache={folder} holds text features, and {LORA_TEXT}; {alone}.")
     for what, held in found.items():
         advice = f"put that back, or make a fitting cache with {command(what, config)}"
@@ -241,20 +230,16 @@ class CacheOptions:
 
 
 def make_cache(config: TrainConfig, options: CacheOptions) -> int:
-    """Make what is missing of the cache; 0 when it is whole, 128 + the signal's number when it was asked to stop.
-
-    Raises:
-        UserError: for a stage whose text cannot be cached, another key in the folder, a shard that cannot be read, and a
-            disk that is full. Finished shards stay.
-    """
+    """Make what is missing of the cache; 0 when it is whole, 128 + the signal's number when it was asked to stop. Raises
+    UserError for a stage whose text cannot be cached, another key in the folder, a shard that cannot be read, and a disk that
+    is full. Finished shards stay."""
     options.check()
     refuse_streaming(config)
     kinds = ("latents", "text") if options.what == "both" else (options.what,)
     if "text" in kinds and config.train_text == "lora":
         raise UserError(f"{LORA_TEXT}{'; what=latents caches the images alone' if options.what == 'both' else ''}.")
-    with (
-        stop_on_signals() as stop, joined_processes() as processes, ThreadPoolExecutor(options.readers) as pool,
-    ):  # fmt: skip
+    pool = ThreadPoolExecutor(options.readers)
+    with stop_on_signals() as stop, joined_processes() as processes, pool:
         processes.set_threads(config.threads)
         device = torch.device(processes.device() or ("cuda" if torch.cuda.is_available() else "cpu"))
         config, source = starting_point(config)
@@ -262,8 +247,7 @@ def make_cache(config: TrainConfig, options: CacheOptions) -> int:
         for what in kinds:
             folder, rate, status = Path(str(options.output)).expanduser() / what, 0.0, 0
             try:
-                kind: type[LatentMaker | TextMaker] = LatentMaker if what == "latents" else TextMaker
-                maker = kind(config, options, index, device, source, pool, stop)
+                maker = MAKERS[what](config, options, index, device, source, pool, stop)
                 rate = make_kind(what, folder, maker, processes)
             except Stopped:
                 status = stop.status
@@ -290,10 +274,7 @@ def starting_point(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
     config = startable(config)
     source = (find_resume(config, stage_folder(config)) if applies else None) or find_init(config)
     start = start_from(config, source, resumes=False)
-    if source is not None and start.description is not None:
-        check_init(start.config, source, start.description)
-    elif applies:
-        raise UserError(NEEDS_ADAPTER)
+    check_fits(start)
     return start.config, source if applies else None
 
 
@@ -365,11 +346,8 @@ def report(what: str, folder: Path, index: SampleIndex, rate: float) -> str:
 
 
 def check_finite(values: Tensor, dtype: torch.dtype, whose: str, computed: str) -> None:
-    """Raise UserError for what would spoil every step that reads it: float16 ends at 65504, and some models go beyond.
-
-    Args:
-        dtype: as they are stored; ``whose`` they are; ``computed`` is the key of the dtype that the model computes in.
-    """
+    """Raise UserError for what would spoil every step that reads it: float16 ends at 65504, and some models go beyond. ``dtype``
+    is what they are stored in, ``computed`` the key of what the model computes in."""
     if not torch.isfinite(values).all():
         advice = f"set {computed}=float32, and another output="
     elif not torch.isfinite(values.to(dtype)).all():
@@ -434,10 +412,8 @@ class LatentMaker(Maker):
         rows = rows[[not self.is_there(row, add) for row in rows.tolist()]]
         rows = rows[np.argsort(self.assigned[rows], kind="stable")]
         buckets = np.split(rows, np.flatnonzero(np.diff(self.assigned[rows])) + 1)
-        groups = (
-            one[i : i + self.options.at_once] for one in buckets for i in range(0, len(one), self.options.at_once)
-        )
-        done = 0
+        size, done = self.options.at_once, 0
+        groups = (one[i : i + size] for one in buckets for i in range(0, len(one), size))
         for group, pictures in self.ahead(self.pictures, groups):
             for row in set(group.tolist()) - set(pictures):
                 add(self.name(row), None)
@@ -510,3 +486,6 @@ class TextMaker(Maker):
         for caption, entry in zip(captions, read_captions(self.encoder, captions, self.device), strict=True):
             check_finite(entry.values, self.dtype, f"the features of {caption[:60]!r}", "text_encoder.dtype")
             add(caption_name(caption), entry.values, entry.length)
+
+
+MAKERS: Final[dict[str, type[LatentMaker | TextMaker]]] = {"latents": LatentMaker, "text": TextMaker}

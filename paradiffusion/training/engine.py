@@ -143,10 +143,10 @@ class ZeroMasters(WholeMasters):
 class Engine:
     """One process, or DDP; ``ZeroEngine`` is the other way.
 
+    Args:
+        joint: on its device, with the weights that it starts from.
     Attributes:
         model: the prepared wrapper of the joint module; training always calls it.
-        masters: the fp32 weights.
-        optimizer: has ``param_groups`` whose rates the schedule sets.
         whole: whether every process computes with whole weights, so that processes may draw different images.
         kind: what it is called in the log.
     """
@@ -209,18 +209,20 @@ class Engine:
             by_name.setdefault(name, {})[kind] = value
         for name, parameter in self.parameters.items():
             self.optimizer.state[parameter] = {
-                key: self._placed(key, value, parameter) for key, value in by_name.get(name, {}).items()
+                key: placed(key, value, parameter, self.optimizer) for key, value in by_name.get(name, {}).items()
             }
 
-    def _placed(self, key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
-        """A stored value where the optimiser wants it."""
-        if key == "step":  # AdamW's own counter stays on the CPU, except in its fused form
-            fused = any(group.get("fused") for group in self.optimizer.param_groups)
-            return value.to(parameter.device if fused else "cpu")
-        if value.shape != parameter.shape:
-            return value.to(parameter.device)
-        # With the weight's strides, which channels_last changes: a fused step takes nothing else.
-        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+def placed(key: str, value: Tensor, parameter: Tensor, optimizer: Any) -> Tensor:
+    """A stored value of an optimiser's state where that wants it."""
+    if key == "step":  # AdamW's own counter stays on the CPU, except in its fused form
+        return value.clone().to(
+            parameter.device if any(group.get("fused") for group in optimizer.param_groups) else "cpu"
+        )
+    if value.shape != parameter.shape:
+        return value.to(parameter.device)
+    # With the weight's strides, which channels_last changes: a fused step takes nothing else.
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def share_from_main(joint: JointModel) -> None:
@@ -238,13 +240,6 @@ class ZeroEngine(Engine):
     """DeepSpeed with ZeRO stage 1, 2 or 3."""
 
     def __init__(self, accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> None:
-        given = (("optimizer.name", config.optimizer.name, "adamw"), ("channels_last", config.channels_last, False))
-        for key, value, works in given:
-            if value != works:
-                raise UserError(
-                    f"{key}={str(value).lower()} does not work under DeepSpeed, which cuts weights into flat pieces; use "
-                    f"{key}={str(works).lower()}, or launch without DeepSpeed."
-                )
         plugin: Any = accelerator.state.deepspeed_plugin
         plugin.deepspeed_config.update({
             "train_micro_batch_size_per_gpu": config.batch_size // (micro_batches * accelerator.num_processes),
@@ -310,12 +305,11 @@ class ZeroEngine(Engine):
             return
         adamw, masters = self.optimizer.optimizer, self.masters
         step = next(value for key, value in tensors.items() if key.startswith("step/"))
-        fused = any(group.get("fused") for group in adamw.param_groups)
         moments = {key: [torch.zeros_like(tensor) for tensor in masters.tensors()] for key in MOMENTS}
         for key, values in moments.items():
             masters.fill(values, lambda name, key=key: tensors[f"{key}/{name}"])  # type: ignore[misc]
         for number, tensor in enumerate(masters.flat):
-            counter = step.clone().to(tensor.device if fused else "cpu")
+            counter = placed("step", step, tensor, adamw)
             adamw.state[tensor] = {"step": counter, **{key: values[number] for key, values in moments.items()}}
 
 
@@ -336,11 +330,8 @@ def layout_steps(config: TrainConfig) -> int:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The launcher's processes and device. The launcher always exports a precision of "no", so ours is passed on.
-
-    Raises:
-        UserError: where the launch configuration contradicts ours, or asks for what is not installed.
-    """
+    """The launcher's processes and device. The launcher always exports a precision of "no", so ours is passed on. Raises
+    UserError where the launch configuration contradicts ours, or asks for what is not installed."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     check_launch(config, count_micro_batches(config, world_size))
@@ -368,7 +359,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "train a model of its own; launch one process, or set ACCELERATE_USE_CPU=1 to train on processors."
         )
     if plugin is not None:
-        load_models_whole(plugin)
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        # Or transformers would cut every model that it loads under ZeRO-3: the frozen ones stay outside the engine, and the engine
+        # cuts the joint module itself.
+        plugin.dschf = None
+        unset_hf_deepspeed_config()
     set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
     return accelerator
 
@@ -385,13 +381,10 @@ def check_gpus(local_processes: int) -> None:
 
 def count_micro_batches(config: TrainConfig, processes: int) -> int:
     """Micro-batches per process and optimiser step; UserError unless all ratios are whole."""
-    micro = config.micro_batch_size
-    if micro is None and config.batch_size % processes == 0:
-        return 1
-    if micro is None or config.batch_size % (micro * processes):
-        shown = "batch_size / processes" if micro is None else micro
+    micro = config.micro_batch_size or max(1, config.batch_size // processes)
+    if config.batch_size % (micro * processes):
         raise UserError(
-            f"batch_size={config.batch_size} is not a whole multiple of micro_batch_size={shown} times {processes} processes; "
+            f"batch_size={config.batch_size} is not a whole multiple of micro_batch_size={micro} times {processes} processes; "
             "choose numbers that divide."
         )
     return config.batch_size // (micro * processes)
@@ -403,11 +396,7 @@ def is_deepspeed() -> bool:
 
 
 def deepspeed_plugin(config: TrainConfig) -> Any:
-    """Accelerate's plugin from the launcher's settings, with our own keys in the place of its.
-
-    Raises:
-        UserError: where DeepSpeed is not installed.
-    """
+    """Accelerate's plugin from the launcher's settings, with our own keys in the place of its. UserError without DeepSpeed."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -437,11 +426,7 @@ def deepspeed_plugin(config: TrainConfig) -> Any:
 
 
 def check_zero(plugin: Any) -> int:
-    """The stage of ZeRO that the launch configuration asks for.
-
-    Raises:
-        UserError: for one that checkpoints could not be read from.
-    """
+    """The stage of ZeRO that the launch configuration asks for. UserError for one that checkpoints could not be read from."""
     stage, settings = int(plugin.zero_stage), plugin.deepspeed_config.get("zero_optimization", {})
     if stage not in (1, 2, 3):
         raise UserError(
@@ -457,31 +442,23 @@ def check_zero(plugin: Any) -> int:
     return stage
 
 
-def load_models_whole(plugin: Any) -> None:
-    """Keep transformers from cutting every model that it loads under ZeRO-3: the frozen ones stay outside the engine, and
-    the engine cuts the joint module itself. Called once the Accelerator has been made."""
-    from transformers.integrations import unset_hf_deepspeed_config
-
-    plugin.dschf = None
-    unset_hf_deepspeed_config()
-
-
 def check_launch(config: TrainConfig, micro_batches: int) -> None:
-    """One key each for precision, accumulation and clipping: a launcher's other value is refused.
-
-    Raises:
-        UserError: naming both keys and both values.
-    """
+    """One key each for precision, accumulation and clipping: a launcher's other value is refused, as is what does not work there."""
     for kind in ("FSDP", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
             raise UserError(
                 f"the launch configuration asks for {kind}, which is not supported; use one of configs/launch/: ddp, zero2 or zero3."
             )
-    if is_deepspeed() and config.objective.layout_share:
-        # Its optimiser would decay the weights of a denoiser that has no gradient yet; others leave them alone.
-        raise UserError(
-            "objective.layout_share does not go with DeepSpeed; launch with configs/launch/ddp.yaml, or set 0."
-        )
+    # DeepSpeed cuts weights into flat pieces, and its optimiser would decay those of a denoiser that has no gradient yet.
+    for key, set_to, works in (
+        ("objective.layout_share", config.objective.layout_share, 0),
+        ("optimizer.name", config.optimizer.name, "adamw"),
+        ("channels_last", config.channels_last, False),
+    ):
+        if is_deepspeed() and set_to != works:
+            raise UserError(
+                f"{key} does not go with DeepSpeed; set {str(works).lower()}, or launch with configs/launch/ddp.yaml."
+            )
     precision = "no" if config.precision == "fp32" else config.precision
     norm = config.optimizer.max_grad_norm
     # With what launchers export for a key that their configuration does not set.

@@ -46,24 +46,20 @@ def stage_folder(config: TrainConfig) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the stage folder; the lock goes with the process, however it ends.
-
-    Raises:
-        UserError: when another process writes there, or the folder cannot be made.
-    """
+    """Hold the stage folder; the lock goes with the process, however it ends. Raises UserError when another process writes
+    there, or the folder cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the block ends
     except OSError as error:
         raise UserError(f"run_dir: {folder} cannot be written ({error.strerror}); choose another run_dir=.") from None
     with file:
+        file.seek(0)
         if not hold(file):
-            file.seek(0)
             raise UserError(
                 f"{folder} is being written by another run (process {file.read().strip() or 'unknown'}); wait for it, stop it, "
                 "or choose another run_dir=."
             )
-        file.seek(0)
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
@@ -71,16 +67,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def find_resume(config: TrainConfig, folder: Path) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh stage.
-
-    Raises:
-        UserError: when resume=false meets a folder with checkpoints, or only damaged ones are left.
-    """
+    """The checkpoint to go on from, or None for a fresh stage. Raises UserError when resume=false meets a folder with
+    checkpoints, or only damaged ones are left."""
     found, faults = newest_valid(folder)
     for sentence in faults:
         print(f"warning: {sentence}", flush=True)
-    has_any = found is not None or bool(faults)
-    if not config.resume and has_any:
+    if not config.resume and (found is not None or faults):
         raise UserError(
             f"resume=false, but {folder} already holds checkpoints; choose another run_dir=, or delete that folder yourself."
         )
@@ -115,13 +107,8 @@ def may_differ(key: str, streaming: bool) -> bool:
 
 
 def check_unchanged(config: TrainConfig, folder: Path, facts: dict[str, Any] | None = None) -> None:
-    """Compare with the configuration that the stage began with.
-
-    Args:
-        facts: what was found rather than configured, such as the data's fingerprint; None before anything was loaded.
-    Raises:
-        UserError: naming the first key that differs, with both values.
-    """
+    """Compare with the configuration that the stage began with, and with its ``facts``, which were found rather than configured, such
+    as the data's fingerprint (None before anything was loaded). UserError names the first key that differs, with both values."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         return
@@ -185,13 +172,8 @@ def save_checkpoint(
     description: dict[str, Any],
     main: bool = True,
 ) -> Path:
-    """Write ``checkpoints/step_NNNNNN``. Every process calls this, since each may hold a part; the ``main`` one writes.
-
-    Args:
-        frozen: tensors that are applied but not trained, and belong to the checkpoint: the adapter in stage 3.
-    Raises:
-        UserError: when the disk is full or refuses; nothing that was there before is lost.
-    """
+    """Write ``checkpoints/step_NNNNNN``, with the ``frozen`` tensors that are applied but not trained. Every process calls this, since
+    each may hold a part; the ``main`` one writes. UserError when the disk is full or refuses: nothing that was there is lost."""
     folder = stage_folder / "checkpoints" / f"step_{state.step:06d}"
     averages = ema.full()
     weights = engine.masters.full(engine.masters.tensors())
@@ -217,7 +199,7 @@ def save_checkpoint(
         write_atomic(folder.parent / "latest", folder.name + "\n")  # for people and scripts
     except Exception as error:  # safetensors reports a full disk as its own type, which it does not export
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+        reason = str(getattr(error, "strerror", None) or error)
         if not isinstance(error, OSError) and "os error" not in reason.lower() and "No space" not in reason:
             raise
         kept = checkpoints_of(stage_folder)
@@ -236,11 +218,8 @@ def prune(stage_folder: Path, keep_last: int, keep_every: int | None) -> None:
 
 
 def restore_checkpoint(checkpoint: Path, joint: JointModel, engine: Engine, ema: Ema) -> TrainState:
-    """Bring back weights, average, optimiser and position, on whatever number of processes; returns the state.
-
-    Raises:
-        UserError: when the checkpoint has no training state (a published one), or does not fit.
-    """
+    """Bring back weights, average, optimiser and position, on whatever number of processes; returns the state. Raises UserError
+    when the checkpoint has no training state (a published one), or does not fit."""
     folder = checkpoint / STATE
     if not folder.is_dir():
         raise UserError(

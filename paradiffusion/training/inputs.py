@@ -19,6 +19,7 @@ from paradiffusion.data.loader import Batch, scale_pixels
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel, LossBatch
 from paradiffusion.randomness import permutation, seed_from, uniform
+from paradiffusion.sampling.sampler import starting_noise
 from paradiffusion.text.conditioning import padded_length
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.tokenizer import tokenize_once
@@ -80,9 +81,8 @@ class Inputs:
         if self.joint.text_encoder is not None:
             return LossBatch(**common, ids=tokens.ids, id_mask=tokens.mask, prefix=tokens.prefix, rows=rows)
         with torch.no_grad():
-            return LossBatch(
-                **common, features=on_device(encoder, device)(tokens.ids, tokens.mask, tokens.prefix)[rows]
-            )
+            features = on_device(encoder, device)(tokens.ids, tokens.mask, tokens.prefix)
+            return LossBatch(**common, features=features[rows])
 
     def has_text(self) -> bool:
         """Whether text features are stored, or kept in memory, so that captions need no tokens."""
@@ -100,8 +100,7 @@ class Inputs:
 def draw_noise(seed: int, step: int, slots: Tensor, shape: tuple[int, ...], what: str, repeats: int = 1) -> Tensor:
     """Noise [repeats * b, *shape], the first repeat of all samples first: a function of (seed, step, slot, repeat)."""
     parts = [(int(slot), repeat) if repeat else (int(slot),) for repeat in range(repeats) for slot in slots]
-    generators = [torch.Generator().manual_seed(seed_from(what, seed, step, *part)) for part in parts]
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return starting_noise([seed_from(what, seed, step, *part) for part in parts], shape)
 
 
 def draw_uniform(seed: int, step: int, slots: Tensor, batch_size: int, repeats: int = 1) -> Tensor:
@@ -133,8 +132,7 @@ def on_device(model: Model, device: torch.device) -> Model:
 def latent_shape(codec: Codec, batch: Batch) -> tuple[int, int, int]:
     """(C, h, w) of the batch's latents."""
     if batch.stored is not None and batch.stored.latents is not None:
-        channels, height, width = batch.stored.latents.shape[2:]
-        return channels, height, width
+        return batch.stored.latents.shape[2:]  # type: ignore[return-value]
     return codec.latent_shape(*batch.pixels.shape[-2:])
 
 
@@ -187,14 +185,11 @@ class Memory:
 
     def texts(self, captions: Iterable[str]) -> dict[str, Entry]:
         """Features [L, D] of captions, in bfloat16 on the CPU."""
-        found: dict[str, Entry] = {}
+        wanted, encoder = dict.fromkeys(captions), self.encoder
+        found = {caption: self._texts[caption] for caption in wanted if caption in self._texts}
         missing: dict[int, list[str]] = {}
-        encoder = self.encoder
-        for caption in dict.fromkeys(captions):
-            if caption in self._texts:
-                found[caption] = self._texts[caption]
-            else:
-                missing.setdefault(encoder.tokenize([caption]).ids.shape[1], []).append(caption)
+        for caption in (caption for caption in wanted if caption not in found):
+            missing.setdefault(encoder.tokenize([caption]).ids.shape[1], []).append(caption)
 
         def run(captions: list[str]) -> Iterable[Entry]:
             with self.autocast():

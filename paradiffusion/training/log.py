@@ -7,14 +7,16 @@ import secrets
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.config import TrackerConfig, TrainConfig
+from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch
 from paradiffusion.models.joint import Losses
 
@@ -92,11 +94,8 @@ class Meters:
 
 def mixture(choices: Counter[tuple[str, str, str]]) -> dict[str, float]:
     """Realised shares: ``source/NAME`` (where there are several) and ``caption/KIND`` of all samples, and ``fell_back/KIND``
-    of those for which KIND was drawn, the ones that lack it and were read with another.
-
-    Args:
-        choices: samples by source, caption kind drawn, and caption kind read.
-    """
+    of those for which KIND was drawn, the ones that lack it and were read with another. ``choices`` counts samples by source,
+    caption kind drawn, and caption kind read."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for (source, drawn, read), count in choices.items():
         counts["source"][source] += count
@@ -155,14 +154,16 @@ def log_line(config: TrainConfig, step: int, record: dict[str, Any]) -> str:
 
 
 class Log:
-    """``log.jsonl`` always, and one tracker when chosen. Only the main process has one."""
+    """``log.jsonl`` always, and one tracker when chosen; the main process alone has one. A tracker that fails, such as a server out
+    of reach, is left out from then on, and a sentence says so: it never takes the training down."""
 
     def __init__(self, folder: Path, config: TrainConfig, settings: dict[str, Any], first_step: int) -> None:
         self.path = folder / "log.jsonl"
         self._forget_after(first_step)
         self._file = self.path.open("a", encoding="utf-8")
-        name = config.tracker.run_name or f"{Path(config.run_dir).name}-stage{config.stage}"
-        self._tracker = Tracker(config.tracker, folder, name, settings, first_step)
+        self._chosen, self._tracker, self._begun = config.tracker.name, None, 0
+        with self._guarded():
+            self._tracker, self._begun = open_tracker(config, folder, settings, first_step)
 
     def _forget_after(self, step: int) -> None:
         """Drop records of steps that were done after the checkpoint that the run resumes from: they are done again."""
@@ -170,100 +171,52 @@ class Log:
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
+            with suppress(ValueError, KeyError, TypeError):  # the last line of a run that was killed
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a run that was killed
         write_atomic(self.path, "".join(kept))
 
     def write(self, step: int, kind: str, record: dict[str, Any]) -> None:
         """Add one record ("train", "validation", ...)."""
         self._file.write(json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **record}) + "\n")
         self._file.flush()
-        self._tracker.write(
-            step, {f"{kind}/{key}": value for key, value in record.items() if isinstance(value, int | float)}
-        )
+        if self._tracker is not None and step >= self._begun:
+            with self._guarded():
+                self._tracker.log({f"{kind}/{k}": v for k, v in record.items() if isinstance(v, int | float)}, step)
 
     def close(self) -> None:
         self._file.close()
-        self._tracker.close()
+        if self._tracker is not None:
+            with self._guarded():
+                self._tracker.finish()
 
-
-class Tracker:
-    """The chosen tracker, imported only when used. One that fails, such as a server out of reach, is left out from then on, and a
-    sentence says so: it never takes the training down.
-
-    Args:
-        name: of the run, for people; first_step: steps after it are done again, and shown once.
-    """
-
-    def __init__(
-        self, config: TrackerConfig, folder: Path, name: str, settings: dict[str, Any], first_step: int
-    ) -> None:
-        self._name, self._write, self._close = config.name, _nothing, _nothing
-        if config.name != "jsonl":
-            opened = {"wandb": open_wandb, "tensorboard": open_tensorboard}[config.name]
-            self._guarded(lambda: self._open(*opened(config, folder, name, settings, first_step)))
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        self._guarded(lambda: self._write(step, numbers))
-
-    def close(self) -> None:
-        self._guarded(self._close)
-
-    def _open(self, write: Callable[..., None], close: Callable[..., None]) -> None:
-        self._write, self._close = write, close
-
-    def _guarded(self, work: Callable[[], None]) -> None:
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
         try:
-            work()
+            yield
         except ImportError:
             raise
         except Exception as error:  # whatever a tracker or its server raises
-            self._open(_nothing, _nothing)
+            self._tracker = None
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            print(f"warning: tracker={self._name} failed ({reason}); the run goes on without it.", flush=True)
+            print(f"warning: tracker={self._chosen} failed ({reason}); the run goes on without it.", flush=True)
 
 
-def _nothing(*_: object) -> None:
-    pass
-
-
-def open_wandb(
-    config: TrackerConfig, folder: Path, name: str, settings: dict[str, Any], _: int
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    """What writes a step's numbers to Weights & Biases, and what ends it. The id is the stage's own, kept in ``wandb_id``: a
-    folder's name may be that of another run, too."""
-    import wandb
-
-    kept = folder / "wandb_id"
+def open_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], first_step: int) -> tuple[Any, int]:
+    """The chosen tracker, None for "jsonl", and the first step that it has not got: where a run goes on from a checkpoint steps are
+    done again, which TensorBoard (in the stage's ``tensorboard/``) forgets, and Weights & Biases has already."""
+    name, chosen = config.tracker.run_name or f"{Path(config.run_dir).name}-stage{config.stage}", config.tracker
+    if chosen.name == "jsonl":
+        return None, 0
+    if chosen.name == "tensorboard":
+        board = TensorBoardTracker("tensorboard", str(folder), purge_step=first_step + 1)
+        board.start()
+        return board, 0
+    kept = folder / "wandb_id"  # the stage's own: a folder's name may be that of another run, too
     if not kept.is_file():
         write_atomic(kept, secrets.token_hex(8))
-    run = wandb.init(
-        project=config.project, name=name, dir=str(folder), config=settings, mode=config.mode,  # type: ignore[arg-type]
-        id=kept.read_text().strip(), resume="allow",
+    wandb = WandBTracker(
+        chosen.project, name=name, dir=str(folder), config=settings, mode=chosen.mode, id=kept.read_text().strip(), resume="allow",
     )  # fmt: skip
-
-    begun = run.step  # of a run that goes on: a step that is done again is there already
-
-    def write(step: int, numbers: dict[str, float]) -> None:
-        if step >= begun:
-            run.log(numbers, step=step)
-
-    return write, run.finish
-
-
-def open_tensorboard(
-    _: TrackerConfig, folder: Path, name: str, settings: dict[str, Any], first_step: int
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    """The same of TensorBoard, in the stage's ``tensorboard/``."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-
-    def write(step: int, numbers: dict[str, float]) -> None:
-        for key, value in numbers.items():
-            writer.add_scalar(key, value, step)
-
-    return write, writer.close
+    wandb.start()
+    return wandb, wandb.run.step

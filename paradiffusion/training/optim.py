@@ -78,24 +78,17 @@ class AdamW8bit:
 Optimizer = torch.optim.AdamW | MuonAdamW | AdamW8bit
 
 
-def takes_muon(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is one of the matrices that Muon is for: not kernels, and not LoRA's thin factors."""
-    return parameter.ndim == 2 and part_of(name) != "lora"
-
-
 def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> Optimizer:
-    """The optimiser over named parameters, in one group per part, kind of decay and method.
-
-    Weight decay is for matrices and kernels; norms and biases have none, as usual for transformers and U-Nets.
-
-    Raises:
-        UserError: for "adamw8bit" without bitsandbytes, or with parameters that are not on a CUDA device.
-    """
+    """The optimiser over named parameters, in one group per part, kind of decay and method. Weight decay is for matrices and kernels;
+    norms and biases have none, as usual for transformers and U-Nets."""
     rates = {"unet": config.lr, "conditioning": config.lr_conditioning, "lora": config.lr_lora}
     groups: dict[tuple[bool, str, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        muon = config.name == "muon" and takes_muon(name, parameter)
-        groups.setdefault((muon, part_of(name), parameter.ndim > 1), []).append(parameter)
+        part = part_of(name)
+        muon = (
+            config.name == "muon" and parameter.ndim == 2 and part != "lora"
+        )  # not for kernels, and LoRA's thin factors
+        groups.setdefault((muon, part, parameter.ndim > 1), []).append(parameter)
 
     def select(wanted: bool) -> list[dict[str, Any]]:
         return [
@@ -105,7 +98,14 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
         ]  # fmt: skip
 
     if config.name == "adamw8bit":
-        check_8bit(parameters)
+        lacking = lacks_bitsandbytes()
+        if lacking is None and any(p.device.type != "cuda" for p in parameters.values()):
+            lacking = "the model is not on it"
+        if lacking is not None:
+            raise UserError(
+                f"optimizer.name=adamw8bit needs a CUDA device and the package bitsandbytes, and {lacking}; set "
+                "optimizer.name=adamw, or run it where both are."
+            )
         return AdamW8bit(select(False), config)
     adamw = torch.optim.AdamW(
         select(False), betas=(config.beta1, config.beta2), eps=config.eps, fused=takes_fused(parameters, config)
@@ -119,18 +119,6 @@ def takes_fused(parameters: dict[str, nn.Parameter], config: OptimizerConfig) ->
     """True where one kernel can update all parameters: floating point, on CUDA or a processor. None leaves the choice to torch."""
     fits = all(p.device.type in ("cuda", "cpu") and p.is_floating_point() for p in parameters.values())
     return True if config.fused and parameters and fits else None
-
-
-def check_8bit(parameters: dict[str, nn.Parameter]) -> None:
-    """Raise UserError unless there are bitsandbytes and a CUDA device, and the parameters lie on it."""
-    lacking = lacks_bitsandbytes()
-    if lacking is None and any(p.device.type != "cuda" for p in parameters.values()):
-        lacking = "the model is not on it"
-    if lacking is not None:
-        raise UserError(
-            f"optimizer.name=adamw8bit needs a CUDA device and the package bitsandbytes, and {lacking}; set "
-            "optimizer.name=adamw, or run it where both are."
-        )
 
 
 def schedule(config: OptimizerConfig, step: int, max_steps: int) -> float:

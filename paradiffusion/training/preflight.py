@@ -55,11 +55,8 @@ class Findings:
 
 
 def preflight(config: TrainConfig, accelerator: Accelerator) -> Findings:
-    """Run it and print what it found; nothing of it stays behind, and a run in the same folder is not touched.
-
-    Raises:
-        UserError: when it does not fit, with the keys that make it smaller.
-    """
+    """Run it and print what it found; nothing of it stays behind, and a run in the same folder is not touched. Raises UserError
+    when it does not fit, with the keys that make it smaller."""
     folder = stage_folder(config)
     # Beside the real folder, so that the disk is the same; its parents may be ours to remove as well.
     trial = folder.parent / f".preflight_{folder.name}"
@@ -87,8 +84,7 @@ def preflight(config: TrainConfig, accelerator: Accelerator) -> Findings:
         clean()
     if accelerator.is_main_process:
         print(report(config, findings), flush=True)
-    if accelerator.num_processes > 1:
-        torch.distributed.destroy_process_group()
+    accelerator.end_training()
     return findings
 
 

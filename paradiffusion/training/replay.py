@@ -23,7 +23,7 @@ from paradiffusion.config import TrainConfig, identity
 from paradiffusion.data.index import same_data
 from paradiffusion.data.plan import BatchPlan, make_plan, open_index
 from paradiffusion.diffusion.objective import make_objective
-from paradiffusion.errors import UserError
+from paradiffusion.errors import UserError, reason_of
 from paradiffusion.models.codec import load_codec
 from paradiffusion.sampling.pipeline import choose_device, load_models
 from paradiffusion.text.encoder import load_text_encoder
@@ -59,16 +59,9 @@ class ReplayOptions:
             raise UserError(f"world={self.world} is out of range; expected the number of processes, 1 or more.")
 
 
-class Recorded(NamedTuple):
-    """A stage as its folder tells it: the configuration that it runs with, and what was found at its start."""
-
-    folder: Path
-    config: TrainConfig
-    facts: dict[str, Any]
-
-
-def read_recorded(run: str) -> Recorded:
-    """The stage that ``run=`` means: a stage's folder, or a run with one stage in it."""
+def read_recorded(run: str) -> tuple[Path, TrainConfig, dict[str, Any]]:
+    """The stage that ``run=`` means, a stage's folder or a run with one stage in it: its folder, the configuration that it runs with,
+    and what was found at its start."""
     folder = Path(run).expanduser()
     if not (folder / CONFIG_FILE).is_file():
         stages = sorted(path.parent for path in folder.glob(f"stage[0-9]/{CONFIG_FILE}"))
@@ -85,41 +78,37 @@ def read_recorded(run: str) -> Recorded:
             raise UserError(f"{path} has the key {unknown[0]}, which this version of the program does not know.")
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), values))
     except (OSError, ValueError, AttributeError, OmegaConfBaseException) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} cannot be used ({first}); expected what train.py writes, by this version of the program."
+            f"{path} cannot be used ({reason_of(error)}); expected what train.py writes, by this version of the program."
         ) from None
-    return Recorded(folder, config, facts)
+    return folder, config, facts
 
 
 def replay(options: ReplayOptions) -> tuple[Replay, Path]:
-    """Read the step again, take its losses, and write page, pictures and JSON lines; returns it and the page's path.
-
-    Raises:
-        UserError: for a run, step or checkpoint that is not there, and for data that has changed.
-    """
+    """Read the step again, take its losses, and write page, pictures and JSON lines; returns it and the page's path. Raises
+    UserError for a run, step or checkpoint that is not there, and for data that has changed."""
     options.check()
     assert options.run is not None and options.step is not None
-    recorded = read_recorded(options.run)
-    config, step = recorded.config, options.step
+    step = options.step
+    folder, config, began_with = read_recorded(options.run)
     if step >= config.max_steps:
         raise UserError(
-            f"step={step} is beyond the run {recorded.folder}, which has {config.max_steps} steps: the last one is "
+            f"step={step} is beyond the run {folder}, which has {config.max_steps} steps: the last one is "
             f"{config.max_steps - 1}, since they are counted from 0."
         )
-    seen = step_record.read_seen(recorded.folder, step)
-    plan, changed = open_plan(recorded, options.shards, options.force)
+    seen = step_record.read_seen(folder, step)
+    plan, changed = open_plan(folder, config, began_with.get("data"), options.shards, options.force)
     world = options.world or (seen.world_size if seen else 1)
     micro_batches = seen.micro_batches if seen and seen.world_size == world else count_micro_batches(config, world)
-    weights = choose_weights(recorded.folder, step, options.ckpt)
-    inputs = open_models(config, recorded.folder, plan, weights, options.device)
-    output = Path(options.output).expanduser() if options.output else recorded.folder / "replay" / f"step_{step:06d}"
+    weights = choose_weights(folder, step, options.ckpt)
+    inputs = open_models(config, folder, plan, weights, options.device)
+    output = Path(options.output).expanduser() if options.output else folder / "replay" / f"step_{step:06d}"
     if file := next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), None):
         raise UserError(f"output={output}: {file} is a file; name a folder.")
 
     samples, digests, weighted = replay_batches(inputs, plan, step, world, micro_batches, output)
     certain, verdict = judge(seen, digests, changed, config.log_samples)
-    batch, logged = plan.batch(step), logged_loss(recorded, step)
+    batch, logged = plan.batch(step), logged_loss(folder, step) if config.log_every == 1 else None
     facts: dict[str, Any] = {
         "epoch": batch.epoch,
         "bucket": f"{batch.bucket[1]}x{batch.bucket[0]} pixels",
@@ -128,42 +117,39 @@ def replay(options: ReplayOptions) -> tuple[Replay, Path]:
         "mean loss, weighted as trained": weighted,
         **({} if logged is None else {"mean loss in log.jsonl": logged}),
     }
-    title = f"step {step} of {recorded.folder.parent.name}/{recorded.folder.name}"
+    title = f"step {step} of {folder.parent.name}/{folder.name}"
     found = Replay(title, step, facts, verdict, certain, samples)
     return found, step_record.write_replay(output, found)
 
 
-def open_plan(recorded: Recorded, shards: str | None, force: bool) -> tuple[BatchPlan, bool]:
-    """The run's plan of batches, and whether its data is other than it was.
-
-    Args:
-        shards: where the shards lie now; None for where they lay.
-    """
-    config, data = recorded.config, recorded.config.data
+def open_plan(folder: Path, config: TrainConfig, was: Any, shards: str | None, force: bool) -> tuple[BatchPlan, bool]:
+    """The run's plan of batches, and whether its data is other than it ``was`` at the start, by its fingerprint; ``shards`` says where
+    they lie now, None for where they lay."""
+    data = config.data
+    if data.streaming:
+        raise UserError(
+            f"{folder} streams its data (data.streaming=true), so which samples a step had cannot be found again; "
+            "index the shards with scripts/index_shards.py for runs that can be replayed."
+        )
     if shards is not None:
         if data.sources or data.folder:
             raise UserError(
-                f"shards= names new places of data.shards, and {recorded.folder} reads "
+                f"shards= names new places of data.shards, and {folder} reads "
                 f"{'data.sources' if data.sources else 'data.folder'}: put a link where that data lay."
             )
         data = replace(data, shards=shards)
-    if config.data.streaming:
-        raise UserError(
-            f"{recorded.folder} streams its data (data.streaming=true), so which samples a step had cannot be found again; "
-            "index the shards with scripts/index_shards.py for runs that can be replayed."
-        )
     try:
         index = open_index(data)
     except UserError as error:
-        moved = (
-            "" if shards or data.sources or data.folder else "; where shards have moved, name their place with shards="
-        )
-        raise UserError(f"{str(error).rstrip('.')}{moved}.") from None
-    was, now = recorded.facts.get("data"), index.fingerprint()
+        if shards or data.sources or data.folder:
+            raise
+        moved = "where shards have moved, name their place with shards="
+        raise UserError(f"{str(error).rstrip('.')}; {moved}.") from None
+    now = index.fingerprint()
     changed = not same_data(was, now)
     if changed and not force:
         raise UserError(
-            f"the data has changed since {recorded.folder} was begun (its fingerprint was {was} and is {now}), so the step "
+            f"the data has changed since {folder} was begun (its fingerprint was {was} and is {now}), so the step "
             "would not be the same: put the old shards back, or look at what the step would be now with force=true."
         )
     return make_plan(index, data, config.batch_size, config.seed), changed
@@ -273,10 +259,10 @@ def judge(seen: SeenStep | None, digests: dict[int, Seen], changed: bool, logged
     )
 
 
-def logged_loss(recorded: Recorded, step: int) -> float | None:
-    """The loss that log.jsonl has for exactly this step: where it is written for every one of them."""
-    path = recorded.folder / "log.jsonl"
-    if recorded.config.log_every == 1 and path.is_file():
+def logged_loss(folder: Path, step: int) -> float | None:
+    """The loss that log.jsonl has for exactly this step, where it is written for every one of them."""
+    path = folder / "log.jsonl"
+    if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.startswith(f'{{"step": {step + 1}, "kind": "train"') and line.endswith("\n"):
                 return float(json.loads(line)["loss"])

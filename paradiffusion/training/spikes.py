@@ -54,15 +54,10 @@ class Spikes:
 
     def answer(self, fault: str | None, loss: float, taken: list[MicroBatch]) -> None:
         """Take a good step's loss into the average; of another stop, skip the update, or go back to the last checkpoint's
-        weights and on with the next data.
-
-        Raises:
-            UserError: where the run ends here.
-        """
+        weights and on with the next data. Raises UserError where the run ends here."""
         trainer, state, config = self.trainer, self.trainer.state, self.trainer.config
         if fault is None:
-            self.in_a_row = 0
-            typical = state.typical_loss
+            self.in_a_row, typical = 0, state.typical_loss
             if typical is None or state.step <= trainer.layout_steps:
                 typical = loss
             state.typical_loss = typical + SPIKE_SHARE * (loss - typical)
@@ -119,9 +114,7 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
     try:
         again = read_again(trainer.config, trainer.plan, step, trainer.rank, trainer.processes, trainer.micro_batches)
         for batch, times, losses in taken:
-            if not has_pixels(
-                batch
-            ):  # cached latents come without pictures; shards that are gone leave the page without them
+            if not has_pixels(batch):  # of cached latents; shards that are gone leave the page without them
                 with suppress(UserError, OSError, StopIteration):
                     pictured = next(again)  # where a sample cannot be read, another may stand in its slot
                     batch = replace(batch, pixels=pictured.pixels) if pictured.keys == batch.keys else batch
@@ -133,11 +126,8 @@ def write_spike_page(trainer: Trainer, fault: str, taken: list[MicroBatch]) -> P
     samples = trainer.gather(parts)  # pictures only as thumbnails, some kilobytes each
     if trainer.main:
         try:
-            facts = {
-                "loss": fault,
-                "losses": "of the weights as they were in this step",
-                **facts_of(samples, trainer.processes, trainer.micro_batches),
-            }
+            facts = {"loss": fault, "losses": "of the weights as they were in this step"}
+            facts |= facts_of(samples, trainer.processes, trainer.micro_batches)
             title = f"loss spike at step {step} of {trainer.folder.parent.name}/{trainer.folder.name}"
             verdict = "Written by the run itself, from the samples that it had in memory"
             verdict += "; the pictures of cached latents were read again." if trainer.cache is not None else "."

@@ -34,7 +34,6 @@ from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora
 from paradiffusion.training.folder import CONFIG_FILE, check_unchanged, find_resume
 
-NEEDS_ADAPTER = "train_text=adapter needs a stage 2 checkpoint to take the LoRA adapter from; set init_from=."
 # Captions from which the refiner's input statistics are taken, and how many of them the language model reads at once.
 STATISTICS_CAPTIONS, AT_ONCE = 256, 16
 
@@ -67,27 +66,25 @@ class Start:
 
 
 def find_start(config: TrainConfig, folder: Path, main: bool = True) -> Start:
-    """Where the stage in ``folder`` goes on or starts, checked against the configuration.
-
-    Args:
-        main: whether this process tells what a person may want to know of it.
-    Raises:
-        UserError: for a checkpoint that is missing, damaged, or contradicts the configuration.
-    """
+    """Where the stage in ``folder`` goes on or starts, checked against the configuration; ``main`` processes tell a person of
+    it. Raises UserError for a checkpoint that is missing, damaged, or contradicts the configuration."""
     resume = find_resume(config, folder)
     start = start_from(config, resume or find_init(config), resumes=resume is not None)
     if start.config.unet != config.unet and main:
         print(f"the U-Net takes its shape from {start.found}, not from unet={config.unet.name}", flush=True)
-    if resume is not None:
-        check_unchanged(
-            start.config, folder
-        )  # before a model is loaded, which might only say that a tensor does not fit
-    elif start.description is not None:
-        assert start.found is not None
-        check_init(start.config, start.found, start.description)
-    elif config.train_text == "adapter":
-        raise UserError(NEEDS_ADAPTER)
+    if resume is not None:  # before a model is loaded, which might only say that a tensor does not fit
+        check_unchanged(start.config, folder)
+    else:
+        check_fits(start)
     return start
+
+
+def check_fits(start: Start) -> None:
+    """Raise UserError where a stage cannot start from these weights (see ``check_init``)."""
+    if start.found is not None and start.description is not None:
+        check_init(start.config, start.found, start.description)
+    elif start.config.train_text == "adapter":
+        raise UserError("train_text=adapter needs a stage 2 checkpoint to take the LoRA adapter from; set init_from=.")
 
 
 def startable(config: TrainConfig) -> TrainConfig:
@@ -107,11 +104,8 @@ def start_from(config: TrainConfig, found: Path | None, resumes: bool) -> Start:
 
 
 def find_init(config: TrainConfig) -> Path | None:
-    """The checkpoint whose weights the stage starts from; None for fresh weights.
-
-    Raises:
-        UserError: saying what to run first when there is none.
-    """
+    """The checkpoint whose weights the stage starts from; None for fresh weights. Raises UserError, which
+    says what to run first, when there is none."""
     if config.init_from == "scratch" or (config.init_from is None and config.stage == 1):
         return None
     if config.init_from is not None:
@@ -131,13 +125,9 @@ def find_init(config: TrainConfig) -> Path | None:
 
 
 def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> TrainConfig:
-    """``config`` with what only the checkpoint ``source`` that it goes on from can know: where its frozen models lie, the
-    shape of its U-Net where ``unet.arguments`` are left as their file has them, and that of an adapter that is applied but
-    not trained.
-
-    Raises:
-        UserError: for an adapter of a kind that our configuration cannot describe.
-    """
+    """``config`` with what only the checkpoint ``source`` that it goes on from can know: where its frozen models lie, the shape
+    of its U-Net where ``unet.arguments`` are left as their file has them, and that of an adapter that is applied but not
+    trained. Raises UserError for an adapter of a kind that our configuration cannot describe."""
     for part in ("text_encoder", "codec"):
         mine, path = getattr(config, part), description[part].get("path")
         if mine.path is None and path is not None and Path(path).is_dir():
@@ -164,11 +154,8 @@ def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> Tra
 
 
 def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> None:
-    """Refuse a start from a checkpoint whose conditioning, text encoder, codec, noise, U-Net or adapter is another.
-
-    Raises:
-        UserError: naming the key that differs, with both values.
-    """
+    """Refuse a start from a checkpoint whose conditioning, text encoder, codec, noise, U-Net or adapter is another: UserError
+    names the key that differs, with both values."""
     parts = ("text_encoder", "conditioning", "codec", "objective")
     # A key that was not there yet when the checkpoint was written has its default.
     theirs = replace(config, **{part: parse(type(getattr(config, part)), description[part]) for part in parts})

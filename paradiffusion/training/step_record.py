@@ -127,17 +127,15 @@ def _find(path: Path, step: int) -> dict[str, Any] | None:
 def differences(recorded: SeenStep, replayed: dict[int, Seen]) -> list[str]:
     """A few words for each slot in which a replay differs from what was recorded; empty where it is identical."""
     found = []
-    for slot in sorted({*recorded.samples, *replayed}):
-        was, now = recorded.samples.get(slot), replayed.get(slot)
-        if was is None or now is None:
-            found.append(f"slot {slot} is {'new' if was is None else 'missing'}")
-        elif was.key != now.key:
+    for slot, was in sorted(recorded.samples.items()):  # a replay of the same plan has the same slots
+        now = replayed[slot]
+        if was.key != now.key:
             found.append(f"slot {slot} was {was.key} and is now {now.key}")
-        else:
-            # Where pixels came from a cache there is nothing to compare them with.
-            compared = [part for part in PARTS if part != "pixels" or (was.pixels and now.pixels)]
-            parts = [PARTS[part] for part in compared if getattr(was, part) != getattr(now, part)]
-            found += [f"slot {slot} ({now.key}) has {' and '.join(parts)}"] if parts else []
+            continue
+        # Where pixels came from a cache there is nothing to compare them with.
+        compared = [part for part in PARTS if part != "pixels" or (was.pixels and now.pixels)]
+        if parts := [PARTS[part] for part in compared if getattr(was, part) != getattr(now, part)]:
+            found.append(f"slot {slot} ({now.key}) has {' and '.join(parts)}")
     return found
 
 
@@ -184,13 +182,8 @@ class ReplayedSample:
 
 @dataclass
 class Replay:
-    """A step, whole.
-
-    Attributes:
-        facts: name and value of what is told of the step, in order.
-        verdict: one sentence on how sure it is that this is what the step saw; ``certain`` says so in a word:
-            "identical", "different" or "unknown".
-    """
+    """A step, whole: what is told of it, by name and in order (``facts``), and how sure it is that this is what the step saw, in one
+    sentence (``verdict``) and in a word (``certain``: "identical", "different" or "unknown")."""
 
     title: str
     step: int
@@ -203,12 +196,8 @@ class Replay:
 def samples_of(
     batch: Batch, rank: int, times: torch.Tensor, errors: torch.Tensor, inputs: Inputs, plan: BatchPlan
 ) -> list[ReplayedSample]:
-    """What there is to say of a micro-batch's samples; pictures are named, not written.
-
-    Args:
-        times, errors: [R * b], of the objective and of the model.
-        inputs: what the micro-batch went through.
-    """
+    """What there is to say of a micro-batch's samples, with the objective's times and the model's errors [R * b]; pictures are named,
+    not written."""
     encoder, config = inputs.encoder, inputs.config
     texts = encoder.tokenize(batch.captions)
     rows = plan.batch(batch.step).rows

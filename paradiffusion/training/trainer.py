@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -58,13 +59,7 @@ SUMMARY = "summary.json"
 
 def train(config: TrainConfig, scorer: Scorer | None = None) -> int:
     """Run a stage from where it stands to ``max_steps``; 0 when it is done, 128 + the signal's number when it was asked to stop and has
-    saved.
-
-    Args:
-        scorer: judges the pictures that validation draws, where somebody can.
-    Raises:
-        UserError: for what a user can mend; whatever was saved before stays.
-    """
+    saved. The ``scorer`` judges the pictures that validation draws. Raises UserError for what a user can mend; what was saved stays."""
     # A launcher that is killed leaves its processes to another parent. Without one another parent means only that the
     # shell has gone: "nohup python train.py &" goes on. Asked before models are loaded, which may take minutes.
     launched, parent = bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()), os.getppid()
@@ -74,11 +69,8 @@ def train(config: TrainConfig, scorer: Scorer | None = None) -> int:
         trainer = Trainer(config, accelerator, watch, scorer=scorer)
         with stop_on_signals() as stop:
             done = trainer.train(lambda: stop.came_at is not None or (launched and os.getppid() != parent))
-        if accelerator.num_processes > 1:
-            torch.distributed.barrier()  # launchers end the others as soon as one has left with another status than 0
-    # Not after an error: who waits inside a collective operation is not there for this.
-    if accelerator.num_processes > 1:
-        torch.distributed.destroy_process_group()
+        accelerator.wait_for_everyone()  # launchers end the others as soon as one has left with another status than 0
+    accelerator.end_training()  # not after an error: who waits inside a collective operation is not there for this
     return 0 if done else stop.status
 
 
@@ -179,11 +171,7 @@ class Trainer:
         self.say(announcement(self, start))
 
     def train_step(self, batches: Iterator[Batch], stop: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
-        """One optimiser step.
-
-        Returns:
-            The loss over all processes, and whether ``stop`` said so in any of them.
-        """
+        """One optimiser step: the loss over all processes, and whether ``stop`` said so in any of them."""
         config, engine, state, meters, began = self.config, self.engine, self.state, self.meters, time.monotonic()
         set_learning_rate(engine.optimizer, schedule(config.optimizer, state.step, config.max_steps))
         share, taken = self.gradients(batches)
@@ -224,8 +212,7 @@ class Trainer:
         for micro, batch in enumerate(read):
             self.enter("encode", batch.keys)
             inputs = self.encode(batch)
-            denoise = self.state.step >= self.layout_steps
-            inputs = replace(inputs, weights=inputs.weights * scale, denoise=denoise)
+            inputs = replace(inputs, weights=inputs.weights * scale, denoise=self.state.step >= self.layout_steps)
             self.enter("forward")
             with self.engine.accumulating(last=micro == self.micro_batches - 1):
                 losses = self.engine.model(inputs)
@@ -305,11 +292,8 @@ class Trainer:
         self.meters.reset()
 
     def save(self) -> None:
-        """Write a checkpoint; the main process writes, and every process learns whether it could.
-
-        Raises:
-            UserError: in the main process, where it could not. The others leave without a word of their own.
-        """
+        """Write a checkpoint; the main process writes, and every process learns whether it could. Raises UserError in the main
+        process, where it could not. The others leave without a word of their own."""
         self.enter("save", [])
         failure = None
         try:
@@ -414,7 +398,8 @@ class Trainer:
 
     def gather(self, items: list[Any]) -> list[Any]:
         """Lists of all processes, joined in the order of ranks."""
-        return [item for part in gather_objects(self.accelerator, items) for item in part]
+        found: list[Any] = gather_object(items)
+        return found
 
     def agree(self, loss: Tensor, stop: bool) -> tuple[float, bool]:
         """The mean of all processes' losses, and whether any of them was asked to stop; one exchange for both."""
@@ -425,25 +410,16 @@ class Trainer:
         return total / self.processes, stops > 0
 
 
-def gather_objects(accelerator: Accelerator, item: Any) -> list[Any]:
-    """One item of each process, in the order of ranks."""
-    found = [item] * accelerator.num_processes
-    if accelerator.num_processes > 1:
-        torch.distributed.all_gather_object(found, item)
-    return found
-
-
 def open_data(config: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
     """Indexes of the training and held-out shards."""
     data = config.data
-    index = open_index(data)
-    return index, None if data.val_shards is None else open_shards(data, data.val_shards, "data.val_shards")
+    return open_index(data), None if data.val_shards is None else open_shards(data, data.val_shards, "data.val_shards")
 
 
 def check_same_data(index: SampleIndex, accelerator: Accelerator) -> None:
     """Raise UserError unless all processes found the same samples: each plans by itself, and with another index some
     samples would come twice and others never, without a sign."""
-    found = gather_objects(accelerator, index.fingerprint() if accelerator.num_processes > 1 else "")
+    found = gather_object([index.fingerprint() if accelerator.num_processes > 1 else ""])
     other = next((rank for rank, one in enumerate(found) if one != found[0]), None)
     if other is not None:
         raise UserError(

@@ -21,6 +21,7 @@ from paradiffusion.models.joint import JointModel, LossBatch
 from paradiffusion.randomness import seed_from
 from paradiffusion.sampling.gallery import contact_sheet
 from paradiffusion.sampling.pipeline import InferenceModels, Job, generate
+from paradiffusion.sampling.sampler import starting_noise
 from paradiffusion.text.encoder import TextEncoder
 
 # Validation draws and scores the same things whatever the run's seed is, so that runs can be compared.
@@ -63,10 +64,7 @@ class Scorer(Protocol):
 
 def read_held_out(index: SampleIndex, config: TrainConfig, count: int) -> list[HeldOut]:
     """The first ``count`` held-out samples with a caption, in their buckets. Those that cannot be read are left out, and named.
-
-    Raises:
-        UserError: where none can be read.
-    """
+    Raises UserError where none can be read."""
     buckets = buckets_of(config.data)
     items: list[HeldOut] = []
     bad: list[str] = []
@@ -103,7 +101,6 @@ class Validation:
     Args:
         rank, world_size: each process takes every ``world_size``-th item; ``gather`` merges lists over processes.
         writes: whether this process writes the pictures, which all of them may have drawn.
-        scorer: judges them, where somebody can.
     """
 
     def __init__(
@@ -140,8 +137,8 @@ class Validation:
         """Per-sample losses [B] of one batch of equal size."""
         pixels = torch.from_numpy(np.stack([item.image for _, item in batch])).permute(0, 3, 1, 2)  # [B, 3, H, W]
         latents = codec.encode((pixels.float() / 127.5 - 1).to(device))
-        generators = [torch.Generator().manual_seed(seed_from("validation noise", SEED, number)) for number, _ in batch]
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(device)
+        seeds = [seed_from("validation noise", SEED, number) for number, _ in batch]
+        noise = starting_noise(seeds, latents.shape[1:]).to(device)
         u = torch.tensor([(number + 0.5) / total for number, _ in batch])
         times = joint.objective.times(u, latents.shape[2:]).to(device)
         tokens = encoder.tokenize([getattr(item, kind) for _, item in batch]).to(device)
@@ -163,7 +160,7 @@ class Validation:
             contact_sheet(pictures, columns=8, labels=labels, scale=2, font_size=9).save(path)
         if self.scorer is None or not self.writes:
             return {}
-        known = [number for number, item in enumerate(items) if number in drawn and self.scorer.knows(item)]
+        known = [number for number, item in enumerate(items) if self.scorer.knows(item)]
         return self.scorer.followed([items[n] for n in known], [drawn[n] for n in known]) if known else {}
 
     def alignment(self, models: InferenceModels) -> dict[str, Any]:
@@ -185,17 +182,11 @@ class Validation:
     def _draw(self, models: InferenceModels, items: list[HeldOut]) -> dict[int, np.ndarray]:
         """Pictures by item number, from all processes."""
         jobs = [
-            Job(
-                str(number),
-                item.paragraph,
-                SEED + number,
-                item.image.shape[0],
-                item.image.shape[1],
-                self.config.sampler,
-            )
+            Job(str(number), item.paragraph, SEED + number, *item.image.shape[:2], self.config.sampler)
             for number, item in enumerate(items)
-        ][self.rank :: self.world_size]
-        drawn = [(int(job.name), image) for job, image in generate(models, jobs, self.config.validation.batch_size)]
+        ]
+        mine = jobs[self.rank :: self.world_size]
+        drawn = [(int(job.name), image) for job, image in generate(models, mine, self.config.validation.batch_size)]
         return dict(self.gather(drawn))
 
 

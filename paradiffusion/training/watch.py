@@ -56,11 +56,8 @@ class Place:
 
 
 def describe_stall(places: list[Place], now: float, seconds: float, silence: float | None = None) -> str | None:
-    """One sentence about the processes that are behind, or None while none has been in its place for ``seconds``.
-
-    Args:
-        silence: after how many seconds without a sign of life a process counts as dead; None for ``seconds``.
-    """
+    """One sentence about the processes that are behind, or None while none has been in its place for ``seconds``; after ``silence``
+    seconds (None: as many) without a sign of life a process counts as dead."""
     waiting = [place for place in places if place.phase != "done"]
     last = min((place.progress() for place in waiting), default=None)
     behind = [place for place in waiting if place.progress() == last]
@@ -258,9 +255,8 @@ class Watch:
 def together(watch: Watch) -> Iterator[None]:
     """Around all of a run's work: an error of any process ends all, promptly, and is told once. Closes ``watch``.
 
-    Raises:
-        UserError: in the process that failed first, or in the first to notice that another has died.
-        SystemExit: in the others, without a word of their own: what they would say is the same, or a consequence.
+    Raises UserError in the process that failed first, or in the first to notice that another has died; SystemExit in the others,
+    without a word of their own: what they would say is the same, or a consequence.
     """
     try:
         yield
