@@ -62,7 +62,9 @@ def random_text_encoder(config: TrainConfig, device: torch.device) -> TextEncode
         build_tiny(Path(folder))
         tokenizer = load_tokenizer(Path(folder))
     model.requires_grad_(False)
-    return TextEncoder(model.eval(), tokenizer, config.conditioning, {"name": settings.name, "hash": "random"})
+    return TextEncoder(
+        model.eval(), tokenizer, config.conditioning, {"name": settings.name, "hash": "random", "known_by": "random"}
+    )
 
 
 def random_codec(config: CodecConfig, device: torch.device) -> Codec:
@@ -71,7 +73,9 @@ def random_codec(config: CodecConfig, device: torch.device) -> Codec:
         torch.manual_seed(0)
         vae: Any = AutoencoderKL(**codec_arguments(config))
     torch.nn.Module.to(vae, DTYPES[config.dtype])
-    return Codec(vae.requires_grad_(False).eval(), config, {"name": config.name, "hash": "random"})
+    return Codec(
+        vae.requires_grad_(False).eval(), config, {"name": config.name, "hash": "random", "known_by": "random"}
+    )
 
 
 def captions(kind: str, count: int, seed: int = 0) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def exports_of(run: Path, layouts: list[str]) -> dict[str, Any]:
         assert export([f"ckpt={run}", f"to={layout}", f"output={folder}", "frozen=none"]) == 0
         for path in sorted(folder.rglob("*.safetensors")):
             values = load_file(path)
+            if (
+                path.name == "adapter_model.safetensors"
+            ):  # under PEFT's names; the same again is there for other loaders
+                values = {
+                    name: value for name, value in values.items() if re.match(r"base_model\.model\.(?!model\.)", name)
+                }
             names = {name: [list(v.shape), v.double().abs().sum().item()] for name, v in sorted(values.items())}
             tensors[f"{layout}/{path.relative_to(folder)}"] = {
                 "tensors": len(names),

@@ -116,8 +116,9 @@ def test_language_model_never_changes_and_stage_3_keeps_the_adapter_of_stage_2(s
     assert not (stages.checkpoint(1) / ADAPTER).exists()
 
     trained = load_file(stages.checkpoint(2) / ADAPTER)
-    moved = {name: tensor.abs().max().item() for name, tensor in trained.items() if "lora_B" in name}
-    assert len(moved) == 4 and all(value > 0 for value in moved.values())  # q and v of two layers; B begins at 0
+    moved = {name: float(tensor.abs().max()) for name, tensor in trained.items() if "lora_B" in name}
+    # q and v of two layers, under the names of PEFT and of models with a head; B begins at 0.
+    assert len(moved) == 2 * 4 and all(value > 0 for value in moved.values())
     assert (stages.checkpoint(3) / ADAPTER).read_bytes() == (stages.checkpoint(2) / ADAPTER).read_bytes()
     assert not any("lora" in name for name in load_file(stages.checkpoint(3) / MASTERS))
     description = json.loads((stages.checkpoint(3) / "checkpoint.json").read_text())
