@@ -133,8 +133,8 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
             seen.add(identity)
             kept.append(name)
         below[:] = kept
-        present, strays = set(files), set(files)
-        for name in files:
+        present, strays, claimed = set(files), set(files), set[str]()
+        for name in sorted(files):
             stem, _, extension = name.rpartition(".")
             extension = extension.lower()
             if not stem or name.startswith(".") or name in BESIDE:
@@ -147,7 +147,11 @@ def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPictur
                 continue
             key = PurePosixPath(Path(folder, name).relative_to(root)).as_posix()
             beside = [next((side for side in names if side in present), "") for names in names_beside(name)]
-            strays -= {name, *beside}
+            sides = {side for side in beside if side}
+            if sides and sides <= claimed:
+                continue  # Of two pictures with one caption the first is the sample, as in tars and for the builder.
+            claimed |= sides
+            strays -= {name, *sides}
             try:
                 key.encode("utf-8")
                 image = _stamp(Path(folder, name))

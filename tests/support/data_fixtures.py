@@ -73,7 +73,7 @@ def as_json(**content: object) -> bytes:
 def synthetic_index(count: int, shards: int, seed: int = 0) -> SampleIndex:
     """An index of ``count`` samples that exist nowhere: for planning, which reads nothing."""
     rng = np.random.default_rng(seed)
-    table = np.zeros(count, np.dtype([("width", "<i4"), ("height", "<i4")]))
+    table = np.zeros(count, ROW)
     table["width"] = rng.integers(300, 900, count)
     table["height"] = rng.integers(300, 900, count)
     return SampleIndex(

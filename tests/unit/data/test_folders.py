@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builds import make
 from commands import user_error
-from data_fixtures import as_json, encoded, picture
+from data_fixtures import as_json, encoded, picture, write_tar
 from loader_fixtures import assert_same, load
 
 from paradiffusion.atomic import hold, locked
@@ -22,7 +23,7 @@ from paradiffusion.compose import compose_train
 from paradiffusion.config import DataConfig
 from paradiffusion.curation.journal import lock as journal_lock
 from paradiffusion.data.folder import INDEX_NAME, FoundPicture, LookedAt, load_folder, look
-from paradiffusion.data.index import SampleIndex, TokenCounter, look_at, read_sample, same_data
+from paradiffusion.data.index import SampleIndex, TokenCounter, load_index, look_at, read_sample, same_data
 from paradiffusion.data.loader import LoaderSettings
 from paradiffusion.data.plan import describe_plan, make_plan
 from paradiffusion.training.folder import locked as training_lock
@@ -133,6 +134,25 @@ def test_tables_of_captions_beside_the_pictures(tmp_path: Path, capfd: pytest.Ca
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"picture": "a.png", "text": "an a"}))
     assert keys(load_folder(tmp_path)) == ["in/c.png", "other/d.png"]
     assert "metadata.jsonl is passed over: none of its columns (picture, text) names pictures" in capfd.readouterr().err
+
+
+def test_two_pictures_for_one_caption(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a folder, in a tar and for the builder the first by name is the sample, and the other is counted."""
+    files = {"a.jpg": encoded(picture(1), "JPEG"), "a.png": encoded(picture(2)), "a.txt": b"an a",
+             "b.jpg": encoded(picture(3), "JPEG"), "b.jpg.txt": b"one", "b.png": encoded(picture(4)), "b.png.txt": b"other"}  # fmt: skip
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    assert keys(load_folder(folder)) == ["a.jpg", "b.jpg", "b.png"]
+    assert "1 files that are no part of a sample (such as a.png)" in capfd.readouterr().err
+    write_tar(tmp_path / "pictures.tar", [(name, files[name]) for name in ("a.jpg", "a.png", "a.txt")])
+    index = load_index([tmp_path / "pictures.tar"])
+    assert [index.key(row) for row in range(len(index))] == ["a"] and read_sample(index, 0).extension == "jpg"
+    for other in ("b.png", "b.png.txt"):  # which are a sample of their own here
+        (folder / other).unlink()
+    report = make(folder, tmp_path / "built")
+    assert report.dropped["duplicate key"] == 1 and report.kept == 2
 
 
 def test_the_usual_forms_of_a_picture_with_a_caption(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
