@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from paradiffusion.data.index import SampleIndex, load_index
+from paradiffusion.data.index import ROW, SampleIndex, load_index
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.randomness import seed_from
 from paradiffusion.scenes.dataset import demo_samples
