@@ -409,9 +409,7 @@ class LatentMaker(Maker):
 
     def make(self, rows: np.ndarray, add: Add) -> Iterator[float]:
         """The members of one shard's ``rows``, int64; gives the share that is done."""
-        hashes = self.index.table[
-            "image_hash"
-        ]  # latents of a shard that has changed are taken over where the picture has not
+        hashes = self.index.table["image_hash"]  # what has not changed is taken over from a shard that has
         rows = rows[[not (hashes[row] and self.former.give(self.name(row), add)) for row in rows.tolist()]]
         rows = rows[np.argsort(self.assigned[rows], kind="stable")]
         buckets = np.split(rows, np.flatnonzero(np.diff(self.assigned[rows])) + 1)
