@@ -125,8 +125,8 @@ def draw_all(
 ) -> int:  # fmt: skip
     """Draw this process's share of the images that ``folder`` does not hold yet; the first process joins all of it."""
     jobs = make_jobs(requests, config, models)
-    made = {"checkpoint": models.checkpoint, "step": models.step, "dtype": str(models.dtype).removeprefix("torch.")}
-    records = {job.name: ImageRecord(**asdict(job), **made) for job in jobs}
+    dtype, checkpoint, step = str(models.dtype).removeprefix("torch."), models.checkpoint, models.step
+    records = {job.name: ImageRecord(**asdict(job), checkpoint=checkpoint, step=step, dtype=dtype) for job in jobs}
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         finished = finished_names(folder, list(records.values()))
