@@ -97,7 +97,7 @@ def merge_manifests(folder: Path) -> list[ImageRecord]:
     """Join the files of all processes into one in the order of the images, and return its records."""
     records = [record for record in read_manifests(folder).values() if is_whole(folder, record)]
     write_atomic(folder / NAME, "".join(map(_line, records)))
-    for path in folder.glob("manifest.rank*.jsonl"):
+    for path in folder.glob("manifest.rank*.jsonl"):  # only once the joined one has its name
         path.unlink()
     return records
 

@@ -122,9 +122,8 @@ class InferenceModels:
         masked, prefix = self.text_encoder.settings.mask_padding, tokens.prefix
         length = int(tokens.mask.sum()) if masked else None
         ids, mask = tokens.ids[:, :length], tokens.mask[:, :length]
-        return self.joint.refine(
-            self.text_encoder(ids, mask, prefix).to(self.dtype), mask[:, prefix:] if masked else None
-        )
+        features = self.text_encoder(ids, mask, prefix).to(self.dtype)
+        return self.joint.refine(features, mask[:, prefix:] if masked else None)
 
     def _batch(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
         """Kept features of several prompts, padded to the length that they have as a batch, with their mask."""

@@ -47,6 +47,7 @@ from paradiffusion.sampling.pipeline import (
 from paradiffusion.sampling.prompts import PromptRequest, read_prompts
 from paradiffusion.stopping import Stopped, StopSignal, stop_on_signals
 
+ANOTHER = "another process could not go on; its own message says why, and the same command continues."
 BATCHES_AHEAD = 8  # batches whose prompts are encoded at once where the text encoder leaves the GPU
 
 
@@ -93,10 +94,7 @@ def all_do(
             after()
         processes.agree(0)
     if status == 2:
-        another = UserError(
-            "another process could not go on; its own message says why, and the same command continues."
-        )
-        raise failure if isinstance(failure, UserError) else another
+        raise failure if isinstance(failure, UserError) else UserError(ANOTHER)
     if status == 1:
         raise failure or Stopped
 
@@ -127,11 +125,8 @@ def draw_all(
 ) -> int:  # fmt: skip
     """Draw this process's share of the images that ``folder`` does not hold yet; the first process joins all of it."""
     jobs = make_jobs(requests, config, models)
-    dtype = str(models.dtype).removeprefix("torch.")
-    records = {
-        job.name: ImageRecord(**asdict(job), checkpoint=models.checkpoint, step=models.step, dtype=dtype)
-        for job in jobs
-    }
+    dtype, checkpoint, step = str(models.dtype).removeprefix("torch."), models.checkpoint, models.step
+    records = {job.name: ImageRecord(**asdict(job), checkpoint=checkpoint, step=step, dtype=dtype) for job in jobs}
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         finished = finished_names(folder, list(records.values()))

@@ -409,7 +409,8 @@ class LatentMaker(Maker):
 
     def make(self, rows: np.ndarray, add: Add) -> Iterator[float]:
         """The members of one shard's ``rows``, int64; gives the share that is done."""
-        rows = rows[[not self.is_there(row, add) for row in rows.tolist()]]
+        hashes = self.index.table["image_hash"]  # what has not changed is taken over from a shard that has
+        rows = rows[[not (hashes[row] and self.former.give(self.name(row), add)) for row in rows.tolist()]]
         rows = rows[np.argsort(self.assigned[rows], kind="stable")]
         buckets = np.split(rows, np.flatnonzero(np.diff(self.assigned[rows])) + 1)
         size, done = self.options.at_once, 0
@@ -429,10 +430,6 @@ class LatentMaker(Maker):
 
     def name(self, row: int) -> int:
         return picture_name(int(self.index.ids[row]), int(self.index.table["image_hash"][row]))
-
-    def is_there(self, row: int, add: Add) -> bool:
-        """Whether the latents are taken over from a shard that has changed."""
-        return bool(self.index.table["image_hash"][row]) and self.former.give(self.name(row), add)
 
     def pictures(self, rows: np.ndarray) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """``rows``, and by row the pixels, uint8 [H, W, 3], as the loader makes them, of those whose images decode."""

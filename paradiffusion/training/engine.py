@@ -216,9 +216,8 @@ class Engine:
 def placed(key: str, value: Tensor, parameter: Tensor, optimizer: Any) -> Tensor:
     """A stored value of an optimiser's state where that wants it."""
     if key == "step":  # AdamW's own counter stays on the CPU, except in its fused form
-        return value.clone().to(
-            parameter.device if any(group.get("fused") for group in optimizer.param_groups) else "cpu"
-        )
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        return value.clone().to(parameter.device if fused else "cpu")
     if value.shape != parameter.shape:
         return value.to(parameter.device)
     # With the weight's strides, which channels_last changes: a fused step takes nothing else.

@@ -182,14 +182,7 @@ class Validation:
     def _draw(self, models: InferenceModels, items: list[HeldOut]) -> dict[int, np.ndarray]:
         """Pictures by item number, from all processes."""
         jobs = [
-            Job(
-                str(number),
-                item.paragraph,
-                SEED + number,
-                item.image.shape[0],
-                item.image.shape[1],
-                self.config.sampler,
-            )
+            Job(str(number), item.paragraph, SEED + number, len(item.image), item.image.shape[1], self.config.sampler)
             for number, item in enumerate(items)
         ]
         mine = jobs[self.rank :: self.world_size]

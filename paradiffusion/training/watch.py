@@ -50,17 +50,13 @@ class Place:
     at: float = 0.0
     alive: float = 0.0
 
-    def progress(self) -> tuple[int, int]:
-        """How far it is, in an order that can be compared."""
-        return self.step, PHASES.index(self.phase)
-
 
 def describe_stall(places: list[Place], now: float, seconds: float, silence: float | None = None) -> str | None:
     """One sentence about the processes that are behind, or None while none has been in its place for ``seconds``; after ``silence``
     seconds (None: as many) without a sign of life a process counts as dead."""
     waiting = [place for place in places if place.phase != "done"]
-    last = min((place.progress() for place in waiting), default=None)
-    behind = [place for place in waiting if place.progress() == last]
+    progress = [(place.step, PHASES.index(place.phase)) for place in waiting]
+    behind = [place for place, come in zip(waiting, progress, strict=True) if come == min(progress)]
     dead = [place for place in waiting if now - place.alive > (seconds if silence is None else silence)]
     named = dead or behind
     at_work = not dead and len(behind) == len(waiting) and all(place.phase in LONG for place in behind)
@@ -69,13 +65,11 @@ def describe_stall(places: list[Place], now: float, seconds: float, silence: flo
     parts = []
     for place in named[:SHOWN]:
         where = f"phase {place.phase!r} of step {place.step}"
+        lost = f"gave its last sign of life {now - place.alive:.0f} s ago, in {where}"
+        told = lost if place in dead else f"has been in {where} for {now - place.at:.0f} s"
         more = f" and {len(place.keys) - SHOWN} more" if len(place.keys) > SHOWN else ""
-        parts.append(
-            f"process {place.rank} ({place.host}) "
-            + (f"gave its last sign of life {now - place.alive:.0f} s ago, in {where}" if place in dead
-               else f"has been in {where} for {now - place.at:.0f} s")
-            + (f", samples {', '.join(place.keys[:SHOWN])}{more}" if place.keys else "")
-        )  # fmt: skip
+        keys = f", samples {', '.join(place.keys[:SHOWN])}{more}" if place.keys else ""
+        parts.append(f"process {place.rank} ({place.host}) {told}{keys}")
     return "; ".join(parts) + (f", and {len(named) - SHOWN} more" if len(named) > SHOWN else "")
 
 
@@ -283,10 +277,8 @@ def what_to_tell(error: BaseException, watch: Watch) -> UserError | None:
             "for a run that has not begun, text_encoder.quantization=4bit); scripts/describe.py says what each saves."
         )
     # A collective operation fails where another process has died.
-    signs = ("gloo", "NCCL", "Connection")
-    if isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    ):
+    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("gloo", "NCCL", "Connection"))
+    if said or isinstance(error, dist.DistError):
         lost = watch.who_is_lost()
         if lost is not None or watch.failing.is_set():
             return UserError(
