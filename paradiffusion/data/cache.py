@@ -187,6 +187,7 @@ class Former:
 
     def __init__(self, folder: Path, current: set[Path]) -> None:
         others = set(folder.glob("*.tar")) - current - {folder / NULL_FILE}
+        self._shards = {path.name.rpartition("-")[0] for path in current}
         self._paths: list[Path] = []
         names: list[np.ndarray] = []
         for path in sorted(others):
@@ -217,9 +218,9 @@ class Former:
         return True
 
     def drop(self) -> None:
-        """Remove the tars that have moved to others for the most part. One of another set may share a few captions, and stays."""
+        """Remove the tars of shards of today that have moved to others for the most part; those of other shards stay."""
         for path, count in self.taken.items():
-            if 2 * count > self._sizes[path]:
+            if path.name.rpartition("-")[0] in self._shards and 2 * count > self._sizes[path]:
                 path.unlink(missing_ok=True)
                 _index_of(path).unlink(missing_ok=True)
 
@@ -297,9 +298,14 @@ class Cache:
                 raise ValueError("is not in the cache")
             latents = found.values[:, None]
         if self.text is not None:
-            text = self._members(self.text[place.shard]).get(caption_name(caption))
+            members = self._members(self.text[place.shard])
+            text = members.get(caption_name(caption))
             if text is None:
-                raise ValueError("has a caption that is not in the cache, changed since: run scripts/cache.py again")
+                # An index of before has no hashes, so that a changed caption gives the same name.
+                first = "" if place.image_hash else f"delete {members.path.name} and "
+                raise ValueError(
+                    f"has a caption that is not in the cache, changed since: {first}run scripts/cache.py again"
+                )
         if text is None:
             return Stored(latents, None, [], [])
         return Stored(latents, text.values, [len(text.values)], [text.length])

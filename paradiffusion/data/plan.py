@@ -45,10 +45,10 @@ from paradiffusion.randomness import Part, permutation, seed_from, uniforms
 # Batches are asked for twice: ahead of time by who reads, and in time by who trains.
 _KEPT_WINDOWS, _KEPT_BATCHES, _KEPT_COUNTS = 4, 64, 4096
 _KEPT_EPOCHS, _KEPT_ORDERS, _KEPT_ARRIVALS = 16, 8, 128
-# A row of the index, the caption kind that it is read with, and the kind that was drawn for it.
 _ROWS_AT_ONCE: Final = 1 << 20
 # Of which a person is told: of a picture's area, of its sides, and of all pictures (as scripts/inspect_data.py does).
 _MUCH_CROPPED, _MUCH_ENLARGED, _MUCH_ON_AVERAGE = 0.5, 2.0, 0.1
+# A row of the index, the caption kind that it is read with, and the kind that was drawn for it.
 _SAMPLE: Final = np.dtype([("row", np.int64), ("kind", np.int8), ("drawn", np.int8)])
 
 

@@ -59,7 +59,7 @@ def offers(options: EvaluateOptions, suite: Suite, painter: Painter | None, devi
 
     Args:
         painter: of the model that is judged; None for a folder of pictures.
-        kind: of that model, as ``result.KINDS``.
+        kind: of that model, as ``records.KINDS``.
     """
     scenes = any("scene" in prompt.meta for prompt in suite.prompts)
     only_scenes = "" if scenes else "it is for suite=scenes, whose ground truth is known"

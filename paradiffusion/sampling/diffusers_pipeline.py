@@ -335,7 +335,9 @@ class ParaDiffusionPipeline(_Base):
         elif prompt is not None:
             raise ValueError("prompt= and prompt_embeds= are two ways to say the same; give one of them")
         elif negative_prompt_embeds is None:
-            negative_prompt_embeds, negative_prompt_attention_mask = self.encode_prompt("", negative_prompt)[2:]
+            negative_prompt_embeds, negative_prompt_attention_mask = self.encode_prompt(
+                [""] * len(prompt_embeds), negative_prompt
+            )[2:]
         conditioning = Conditioning(
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
         ).repeat_each(num_images_per_prompt)

@@ -132,7 +132,8 @@ def _csv(text: str, source: str) -> Iterator[Row]:
     if not header:
         return
     # Spreadsheets of many countries write semicolons, so the header decides.
-    delimiter = next((mark for mark in ",;\t" if {*NAMES} & {*_names(header.split(mark))}), ",")
+    marks = (mark for mark in ",;\t" if mark in header and {*NAMES} & {*_names(header.split(mark))})
+    delimiter = next(marks, "\t" if source.lower().endswith(".tsv") else ",")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     names: list[str] = []
     start = 1
@@ -153,6 +154,10 @@ def _csv(text: str, source: str) -> Iterator[Row]:
                     "put a prompt that holds a comma into double quotes, or use .txt or .jsonl."
                 )
             found = {name: cell for name, cell in zip(names, cells, strict=False) if name and cell.strip()}
+            if (
+                next(name for name in NAMES if name in names) not in found
+            ):  # another column does not stand in for an empty prompt
+                found = {name: cell for name, cell in found.items() if name not in NAMES}
             yield where, {name: _number(name, cell, where) for name, cell in found.items()}
     except csv.Error as error:
         raise UserError(
@@ -209,11 +214,15 @@ def _known(row: dict[str, Any], where: str, passed_over: dict[str, None]) -> dic
             found["prompt"] = value
         elif key in KEYS and key not in NAMES:
             found[key] = value
-        elif key in NAMES or {*key.split("_")} & {*KEYS} or not get_close_matches(key, KEYS, 1, MISSPELT):  # prompt_id
+        elif key in NAMES or {*key.split("_")} & {*KEYS} or not _misspelt(key):  # prompt_id
             passed_over[key] = None
         else:
             raise UserError(f"{where} has the unknown key {key!r}; accepted keys are {', '.join(KEYS)}.")
     return found
+
+
+def _misspelt(key: str) -> bool:
+    return any(close[0] == key[:1] for close in get_close_matches(key, KEYS, 1, MISSPELT))  # "weight" is no height
 
 
 def _request(index: int, source: str, row: dict[str, Any]) -> PromptRequest:

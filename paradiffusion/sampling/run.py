@@ -103,7 +103,7 @@ def all_do(
 def written_alone(folder: Path, processes: Processes, refusal: str) -> Iterator[None]:
     """Keep other commands from writing into ``folder``. Raises UserError, in all processes, where one does already."""
     with ExitStack() as stack:
-        first_does(processes, lambda: stack.enter_context(locked(folder.absolute(), refusal)))
+        first_does(processes, lambda: stack.enter_context(locked(folder.resolve(), refusal)))
         yield
 
 

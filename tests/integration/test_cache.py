@@ -498,6 +498,15 @@ def test_entries_are_made_and_dropped_one_by_one(
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_shards_of_another_name_keep_their_entries(tiny_arguments: list[str], tmp_path: Path) -> None:
+    for name, numbers in (("a", range(8)), ("b", range(6))):  # a set, and most of it
+        (shard,) = write_shards((sample(number) for number in numbers), tmp_path / name, 8)
+        path = shard.rename(shard.with_name(f"{name}.tar"))
+        assert make([*tiny_arguments, "stage=1", f"data.shards={path}"], tmp_path / "cache") == 0
+    made = {path.name.partition("-")[0] for path in (tmp_path / "cache").rglob("*-*.tar")}
+    assert made == {"a", "b"}
+
+
 def test_shards_added_with_fewer_kinds_get_all_of_the_cache(plain: list[str], tmp_path: Path) -> None:
     data, cache = tmp_path / "data", tmp_path / "cache"
     write_shards((sample(number) for number in range(8)), data, 8)

@@ -205,7 +205,7 @@ def test_what_cannot_be_meant_is_one_sentence(run: Path) -> None:
 
     Path("out").mkdir()
     refused = pytest.raises(UserError, match="another evaluation is writing to out; wait for its end")
-    with locked(Path("out").absolute()), refused:
+    with locked(Path("out").resolve()), refused:
         evaluate_here(f"ckpt={run}", *DRAWN, "output_dir=out")
 
 

@@ -51,7 +51,7 @@ SETTINGS = LoaderSettings(seed=1, workers=0, last_step=12)
 
 
 class Relay(ThreadingHTTPServer):
-    """Passes requests on to port ``to``. ``answer`` may give (status, code of S3) instead."""
+    """Passes requests on to port ``to``. ``answer`` may give (status, code of S3) instead; ``cut`` halves one answer."""
 
     daemon_threads = True
 
@@ -63,6 +63,7 @@ class Relay(ThreadingHTTPServer):
 
     def restore(self) -> None:
         self.answer: Callable[[str], tuple[int, str] | None] = lambda line: None
+        self.cut = 0
         self.lines.clear()
 
     def gets(self) -> list[str]:
@@ -86,6 +87,9 @@ class _Passing(BaseHTTPRequestHandler):
         data = response.read()
         upstream.close()
         whole = int(response.getheader("Content-Length") or len(data))
+        if self.server.cut and self.command == "GET":
+            self.server.cut -= 1
+            data, self.close_connection = data[: len(data) // 2], True
         dropped = ("content-length", "transfer-encoding", "connection", "date", "server")
         kept = [(name, value) for name, value in response.getheaders() if name.lower() not in dropped]
         self._answer(response.status, kept, data, whole)
@@ -191,6 +195,24 @@ def test_folders_and_patterns(relay: Relay) -> None:
     assert [str(path) for path in list_remote("s3://bucket/web/00000[12].tar", FEW)] == names[1:3]
     for nothing in ("s3://bucket/nothing/", "s3://nowhere/"):
         user_error(r"matches no .tar file", expand_shards, nothing)
+
+
+def test_the_store_goes_away_in_the_middle(local: SampleIndex, indexes: Path, relay: Relay) -> None:
+    """For a moment, which is passed over; then for good."""
+    index = remote(indexes, retries=6)
+    relay.answer = lambda line: (503, "SlowDown") if len(relay.lines) % 3 == 0 else None
+    relay.cut = 5  # Answers that end in the middle.
+    loader = make_loader(index, plan_of(index), SETTINGS)
+    assert_same(list(make_loader(local, plan_of(local), SETTINGS)), list(loader))
+    assert not loader.report.bad and relay.cut == 0 and len(relay.gets()) > 12 * 8 * 1.3
+    relay.restore()
+    loader = make_loader(remote(indexes), plan_of(index), replace(SETTINGS, workers=1, last_step=None))
+    next(loader)
+    relay.answer = lambda line: (503, "ServiceUnavailable")
+    said = r"samples could not be read .*answers 503 \(ServiceUnavailable\), after 3 tries"
+    with pytest.raises(UserError, match=said):
+        for _ in loader:
+            pass
 
 
 def test_index_and_train(

@@ -134,7 +134,7 @@ class Answered:
 class Checklist:
     """Share of a picture's questions that are answered yes, where no question counts whose object is not there.
 
-    An image's score is the mean over its questions, after the dependency rule (dependencies.py), as in Davidsonian Scene
+    An image's score is the mean over its questions, after the dependency rule, as in Davidsonian Scene
     Graph (arXiv 2310.18235) and DPG-Bench (arXiv 2403.05135). ``checklist`` is the mean of those over prompts, as DPG-Bench
     takes it, ``checklist_by_question`` weighs each image by its questions.
     """

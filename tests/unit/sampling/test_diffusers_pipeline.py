@@ -231,6 +231,9 @@ def test_what_pipelines_of_diffusers_take(pipe: ParaDiffusionPipeline, folders: 
     told = arrays(pipe, None, **dict(zip(names, embeds, strict=True)), **settings)
     settings["generator"] = [seeded(n) for n in range(4)]
     assert np.array_equal(told, arrays(pipe, [PROMPT, "a"], negative_prompt="a green star", **settings))
+    settings["generator"] = [seeded(n) for n in range(4)]
+    apart = dict(zip(names[:2], embeds, strict=False))  # with negative texts, one for each
+    assert np.array_equal(told, arrays(pipe, None, **apart, negative_prompt=["a green star"] * 2, **settings))
     for wrong, words in (
         ({"latents": noise[:, :3]}, "latents= has the shape"),
         ({"prompt_embeds": embeds[0]}, "two ways"),

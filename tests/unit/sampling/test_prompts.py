@@ -68,6 +68,12 @@ def test_the_usual_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str], nam
     assert (f"passed over: {extra};" in capsys.readouterr().err) == bool(extra)
 
 
+def test_one_column_of_tabs_holds_commas_and_a_weight_is_no_misspelt_height(tmp_path: Path) -> None:
+    (one,) = read_prompts(prompt_file=write(tmp_path, "one.tsv", "prompt\na red circle, and a blue square\n"))
+    (two,) = read_prompts(prompt_file=write(tmp_path, "two.csv", "prompt,weight\na,2\n"))
+    assert (one.prompt, two.prompt, two.height) == ("a red circle, and a blue square", "a", None)
+
+
 def test_one_prompt_and_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [request.prompt for request in read_prompts(prompt=AWKWARD)] == [AWKWARD]
     for arguments in ({"prompt_file": "-"}, {"prompt": "-"}):
@@ -86,6 +92,7 @@ def test_one_prompt_and_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         ("p.tsv", "prompt\tguidence\na\t2\n", "unknown key 'guidence'"), ("p.json", '[{"prompt": "a", "hight": 64}]', "unknown key 'hight'"), ("p.csv", "prompt\na cat, on a mat\n", "line 2 has 2 cells"),
         ("p.csv", 'prompt\n"never closed\n\n', "line 2 is not valid CSV"), ("p.csv", "prompt,seed\na,one\n", "line 2: seed is 'one'"),
         ("p.csv", "prompt,seed\n,1\n", "line 2 has an empty prompt"),
+        ("p.csv", "prompt,caption\n,another text\n", "line 2 has an empty prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": }', "line 2 is not valid JSON"), ("p.jsonl", '["a"]', "line 1 holds"),
         ("p.jsonl", f'{{"prompt": "a", "seed": {"9" * 5000}}}', "line 1 is not valid JSON"),
         ("p.jsonl", '{"prompt": "a", "sed": 1}', "unknown key 'sed'; accepted keys are prompt, seed, height"),
