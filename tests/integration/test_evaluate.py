@@ -276,6 +276,30 @@ def test_scores_are_made_from_what_is_given(models: dict[str, Path], tmp_path: P
     user_error("fidd is unknown; choose among scenes, ", chosen, plain, scores="[fid,fidd]")
 
 
+def test_a_distance_of_sets_on_two_processes(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    suite = ("suite=geneval", f"suite_path={write_prompts(Path('geneval.jsonl'), ROWS)}", "allow_other=true")
+    for folder, colours in (("one", ("red", "green")), ("other", ("blue", "grey"))):
+        Path(folder).mkdir()
+        for prompt, colour in zip(
+            load_suite("geneval", "geneval.jsonl", allow_other=True).prompts, colours, strict=True
+        ):
+            Image.new("RGB", (32, 32), colour).save(Path(folder, f"{prompt.id}.png"))
+    arguments = [
+        "compare=[one,other]",
+        *suite,
+        f"clip={models['clip']}",
+        "scores=[clip_fd]",
+        "reference=one",
+        "output_dir=both",
+    ]
+    codes, said = two_ranks("evaluate", arguments, tmp_path)
+    assert codes == [0, 0], said
+    assert "clip_fd" not in "".join(said).partition("not computed")[2]
+
+
 def test_models_judge_and_people_are_agreed_with(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -151,15 +151,19 @@ def test_one_process_goes_on_where_two_stopped(
     check_samples(copy / "stage2", alone / "stage2", arguments)
 
 
-def test_two_processes_go_on_where_one_stopped(settings: list[str], alone: Path, tmp_path: Path) -> None:
-    arguments = [*settings, f"run_dir={tmp_path / 'run'}", "stage=2", f"init_from={alone / 'stage1'}"]
+@pytest.mark.parametrize(("kind", "stage"), [("ddp", 1), ("zero2", 2)])
+def test_two_processes_go_on_where_one_stopped(
+    kind: str, stage: int, settings: list[str], alone: Path, tmp_path: Path
+) -> None:
+    init = [f"init_from={alone / 'stage1'}"] if stage == 2 else []
+    arguments = [*settings, f"run_dir={tmp_path / 'run'}", f"stage={stage}", *init]
     # Micro-batches may differ too.
     assert train_here([*arguments, "micro_batch_size=2", f"max_steps={HALF}"]) == 0
-    train_on_two("zero2", *arguments, f"max_steps={STEPS}")
-    folder = tmp_path / "run" / "stage2"
+    train_on_two(kind, *arguments, f"max_steps={STEPS}")
+    folder = tmp_path / "run" / f"stage{stage}"
     assert steps_saved(folder) == [6, HALF, STEPS]
-    assert losses_of(folder) == pytest.approx(losses_of(alone / "stage2"), rel=1e-5)
-    check_samples(folder, alone / "stage2", arguments)
+    assert losses_of(folder) == pytest.approx(losses_of(alone / f"stage{stage}"), rel=1e-5)
+    check_samples(folder, alone / f"stage{stage}", arguments)
 
 
 def check_samples(stage: Path, reference: Path, arguments: list[str]) -> None:

@@ -81,6 +81,19 @@ def test_stage_1_killed_ends_in_the_same_bits(first_run: Path, tiny_arguments: l
     assert len(records(stage, "validation")) == 1
 
 
+def test_stage_2_killed_ends_in_the_same_bits(
+    first_run: Path, second_run: Path, tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    arguments = [*tiny_arguments, *SECOND, f"init_from={newest(first_run / 'stage1')}", f"run_dir={tmp_path / 'run'}"]
+    stage = tmp_path / "run" / "stage2"
+    for moment in (lambda: logged(stage) >= 3, lambda: logged(stage) >= 12):
+        kill_when(Started("train.py", *arguments), moment)
+    assert train_here(arguments) == 0
+    assert_same_bits(newest(second_run / "stage2"), newest(stage))
+    assert [row["step"] for row in records(stage)] == list(range(1, 31))
+    assert (newest(stage) / "text_encoder_lora" / "adapter_model.safetensors").is_file()
+
+
 def test_a_signal_saves_and_leaves_quietly(
     second_run: Path, first_run: Path, tiny_arguments: list[str], tmp_path: Path
 ) -> None:
@@ -221,6 +234,8 @@ def test_a_second_writer_and_a_folder_without_a_whole_checkpoint_are_refused(sta
     with locked(stage), pytest.raises(UserError, match=rf"written by another run \(process {os.getpid()}\)"):
         train("max_steps=16")
     assert steps_saved(stage) == [4, 8, 12]
+    shutil.copytree(stage.parent, stage.parent.with_name("free"))
+    assert train("max_steps=13", f"run_dir={stage.parent.with_name('free')}") == 0  # the lock goes with its holder
 
     checkpoints = [stage / "checkpoints" / f"step_{step:06d}" for step in (4, 8, 12)]
     for checkpoint in checkpoints:
