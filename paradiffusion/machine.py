@@ -1,4 +1,4 @@
-"""What of this machine the process may use."""
+"""The machine: processor cores that the process may use, and the precision that it multiplies fastest in."""
 
 from __future__ import annotations
 

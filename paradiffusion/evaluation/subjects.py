@@ -1,4 +1,4 @@
-"""What is evaluated, and where its evaluation lies: from the command line's words to sources and folders."""
+"""Subjects of an evaluation: from the command line's words to models, pipelines and pictures, and the folders of their results."""
 
 from __future__ import annotations
 

@@ -64,6 +64,7 @@ logger = logging.get_logger(__name__)
 # Where model_index.json of pipelines exported before looks for the refiner: diffusers takes modules that are imported already.
 sys.modules["paradiffusion.sampling.pipeline_components"] = sys.modules[__name__]
 Prompts = str | list[str]
+Embedded = tuple[Tensor | None, Tensor | None]  # features and their mask
 
 
 class RefinerModel(ModelMixin, ConfigMixin):
@@ -327,20 +328,8 @@ class ParaDiffusionPipeline(_Base):
         guided = is_guided(settings.guidance, models.objective)
         if (negative_prompt or negative_prompt_embeds is not None) and not guided:
             logger.warning(f"negative_prompt has no effect at guidance_scale={settings.guidance}")
-        if prompt_embeds is None:
-            embedded = self.encode_prompt(prompt, negative_prompt)
-            prompt_embeds, prompt_attention_mask = embedded[:2]
-            if negative_prompt_embeds is None:
-                negative_prompt_embeds, negative_prompt_attention_mask = embedded[2:]
-        elif prompt is not None:
-            raise ValueError("prompt= and prompt_embeds= are two ways to say the same; give one of them")
-        elif negative_prompt_embeds is None:
-            negative_prompt_embeds, negative_prompt_attention_mask = self.encode_prompt(
-                [""] * len(prompt_embeds), negative_prompt
-            )[2:]
-        conditioning = Conditioning(
-            prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
-        ).repeat_each(num_images_per_prompt)
+        told, against = (prompt_embeds, prompt_attention_mask), (negative_prompt_embeds, negative_prompt_attention_mask)
+        conditioning = self._conditioning(prompt, negative_prompt, told, against).repeat_each(num_images_per_prompt)
         own = objective_of(self.config["description"]).scheduler(models.sampler.solver)
         if settings_of(self.scheduler) != settings_of(own):
             check_scheduler(models.objective)
@@ -377,6 +366,19 @@ class ParaDiffusionPipeline(_Base):
         images = self._finish(models, drawn, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _conditioning(
+        self, prompt: Prompts | None, negative: Prompts | None, told: Embedded, against: Embedded
+    ) -> Conditioning:
+        """Of texts, or of what ``encode_prompt`` gave in their place."""
+        if told[0] is not None and prompt is not None:
+            raise ValueError("prompt= and prompt_embeds= are two ways to say the same; give one of them")
+        if told[0] is None or against[0] is None:
+            *texts, others, mask = self.encode_prompt(prompt if told[0] is None else [""] * len(told[0]), negative)
+            told = told if told[0] is not None else (texts[0], texts[1])
+            against = against if against[0] is not None else (others, mask)
+        assert told[0] is not None and against[0] is not None
+        return Conditioning(told[0], told[1], against[0], against[1])
 
     @torch.no_grad()
     def encode_prompt(

@@ -207,6 +207,18 @@ def test_a_vote_that_cannot_be_written_is_not_acknowledged(serving: Any) -> None
     assert len(served.store.votes()) == 1
 
 
+def test_two_tabs_of_one_rater_do_not_undo_each_other(serving: Any) -> None:
+    served = serving()
+    task = served.state()["task"]
+    served.json("/api/vote", vote(task, "left", stamp=10))
+    assert served.json("/api/vote", vote(task, "right", stamp=9))["choices"] == {"faithfulness": "left"}  # came late
+    after = served.json("/api/next", {"task": task["name"]})
+    assert served.json("/api/next", {"task": task["name"]}) == after  # a double click does not skip a pair
+    assert served.ask("/api/vote", vote(task, "right", stamp=20))[0] == 409
+    assert served.json("/api/back", {})["task"]["name"] == task["name"]
+    assert served.json("/api/vote", vote(task, "right", stamp=20))["choices"] == {"faithfulness": "right"}
+
+
 def test_too_many_requests_and_connections_are_refused(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     served = serving(rates=Rates(rate=0.001, burst=3))
     asked = [

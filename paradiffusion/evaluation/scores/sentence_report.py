@@ -1,4 +1,4 @@
-"""Which sentences did the model ignore? Recall by their place in the paragraph, their length and what they say."""
+"""Sentence report: the share of sentences that were followed, by place in the paragraph, by length and by what they say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a vision-language model says about a suite's pictures, asked once and kept.
+"""Answers of a vision-language model about a suite's pictures, asked once and kept.
 
 Answers lie beside the scores' own folders, under a hash of what they depend on, so that scores that ask the same question
 (the checklist, both DPG scores) share the answer, and each answer is bound to the bytes of its picture: a picture that was

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paradiffusion.text.refiner import Refiner, convolve
+from paradiffusion.text.refiner import Refiner, convolve, rotary
 
 
 @pytest.fixture(params=[0, 3], ids=["attention", "convolution"])
@@ -75,3 +75,15 @@ def test_a_constant_channel_does_not_divide_by_zero(refiner: Refiner, features: 
     features[..., 3] = 2.0
     refiner.set_statistics(features, None)
     assert torch.isfinite(refiner(features)).all()
+
+
+def test_rotary_depends_on_distances_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(8, generator=generator), torch.randn(8, generator=generator)
+    rows = lambda x: x.expand(1, 1, 10, 8)  # noqa: E731 - the same vector at ten places
+    scores = (rotary(rows(q)) @ rotary(rows(k)).transpose(-1, -2))[0, 0]
+    for distance in range(-4, 5):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rotary(rows(q)).norm(dim=-1), rows(q).norm(dim=-1))
+    assert torch.equal(rotary(rows(q))[0, 0, 0], q)
