@@ -28,6 +28,9 @@ def test_padding_changes_nothing_where_it_is_masked(refiner: Refiner, features: 
     out = refiner(features, mask)
     assert out.shape == (2, 7, 16)
     torch.testing.assert_close(refiner(padded, padded_mask)[:, :7], out, atol=1e-5, rtol=0)
+    # Before the text, too: places count by their distances alone.
+    padded, padded_mask = (torch.cat([x[:, 7:], x[:, :7]], dim=1) for x in (padded, padded_mask))
+    torch.testing.assert_close(refiner(padded, padded_mask)[:, 9:], out, atol=1e-5, rtol=0)
     torch.testing.assert_close(refiner(features, None), out, atol=1e-6, rtol=0)
     assert not torch.allclose(refiner(padded, None)[:, :7], out, atol=1e-3), "unmasked padding must count"
 
