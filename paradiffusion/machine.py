@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for who only composes a configuration, torch is slow to import
+    from torch import Tensor, device
 
 
 def cores() -> int:
@@ -19,10 +23,15 @@ def settled_precision(precision: str) -> str:
     """
     if precision != "auto":
         return precision
-    import torch  # here, for who only composes a configuration
+    import torch
 
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     path = Path("/proc/cpuinfo")
     flags = path.read_text().split() if path.is_file() else []
     return "bf16" if "amx_bf16" in flags or {"avx512_bf16", "AuthenticAMD"} <= set(flags) else "fp32"
+
+
+def upload(values: Tensor, to: device | str) -> Tensor:
+    """``values`` on a device. To a GPU they go by way of pinned memory: nobody waits until they are there."""
+    return values.pin_memory().to(to, non_blocking=True) if str(to).startswith("cuda") else values.to(to)

@@ -112,12 +112,13 @@ def own_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object]:
 def given_step(trainer: Trainer, batch: Batch) -> Callable[[int], object]:
     """The same with text features and latents given, as a cache would."""
     inputs, engine = trainer.encode(batch), trainer.engine
+    all_well = torch.zeros((), dtype=torch.bool, device=trainer.device)
 
     def step(number: int) -> None:
         try:
             engine.backward(engine.model(inputs).total)
             engine.clip()
-            engine.update()
+            engine.update(all_well)
             trainer.ema.update(number)
         finally:
             engine.discard()
@@ -324,25 +325,27 @@ MEASURES = {"step": measure_steps, "sampler": measure_sampler, "text": measure_t
 def benchmark(
     settings: BenchmarkSettings, overrides: list[str], compose: Callable[[list[str]], TrainConfig]
 ) -> tuple[Path, list[Row]]:
-    """Run everything and write ``<output>/<name>.json`` and ``.md``; returns their stem and the rows. UserError for overrides that
-    are wrong."""
+    """Run everything and write ``<output>/<name>.json`` and ``.md``, anew after each row: a run that is ended keeps what it has.
+
+    Returns their stem and the rows. UserError for overrides that are wrong."""
     config = compose(["data.shards=unused", *overrides])  # refuses what is wrong before anything is built
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         bench = Bench(settings, overrides, compose, SAMPLERS, Path(folder))
+        name = settings.name or f"{config.preset}_{device_slug(bench.device)}"
+        document = {
+            "date": today(),
+            "machine": machine(bench.device.type),
+            "command": " ".join(["python scripts/benchmark.py", *overrides, *settings.spelled()]),
+            "precision": config.precision,
+        }
         for what in settings.several("what"):
             for row in MEASURES[what](bench):
                 rows.append(row)
                 print("  ".join(cell for cell in cells(row) if cell != "-"), flush=True)
-    document = {
-        "date": today(),
-        "machine": machine(bench.device.type),
-        "command": " ".join(["python scripts/benchmark.py", *overrides, *settings.spelled()]),
-        "precision": config.precision,
-        "rows": [asdict(row) for row in rows],
-    }
-    name = settings.name or f"{config.preset}_{device_slug(bench.device)}"
-    return write_results(settings.output, name, document, as_markdown(document, rows)), rows
+                full = document | {"rows": [asdict(row) for row in rows]}
+                stem = write_results(settings.output, name, full, as_markdown(document, rows))
+    return stem, rows
 
 
 def device_slug(device: torch.device) -> str:

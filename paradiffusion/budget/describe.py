@@ -109,7 +109,7 @@ def describe(arguments: Sequence[str], question: Question, compose: Callable[[li
         memory=[fitter.memory(launch) for launch in LAUNCHES],
         micro_batches={launch.name: fitter.micro_batch(config, launch) for launch in LAUNCHES},
         feature_bytes=2 * models.tokens * models.text.width,
-        latent_bytes=2 * channels * rows * columns,
+        latent_bytes=2 * 2 * channels * rows * columns,  # mean and standard deviation
         checkpoint_weights=weights,
         checkpoint_whole=whole,
         throughput=throughput(config, flops, question, DEVICES[question.device]),

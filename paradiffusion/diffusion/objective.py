@@ -136,7 +136,8 @@ class VariancePreserving(Objective):
         return (self.density(u) * count).floor().clamp(max=count - 1).float()
 
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        kept = self.alphas_cumprod.to(times.device)[times.long()]
+        self.alphas_cumprod = self.alphas_cumprod.to(times.device)  # a copy at the first call alone
+        kept = self.alphas_cumprod[times.long()]
         return kept.sqrt(), (1 - kept).sqrt()
 
     def weight(self, times: Tensor) -> Tensor:

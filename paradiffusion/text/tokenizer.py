@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from paradiffusion.data.captions import clean
+from paradiffusion.machine import upload
 from paradiffusion.text.conditioning import padded_length
 
 SPACE = "\u2581"  # SentencePiece's mark for a space
@@ -40,7 +41,7 @@ class Tokens:
     truncated: int
 
     def to(self, device: torch.device | str) -> Tokens:
-        return Tokens(self.ids.to(device), self.mask.to(device), self.prefix, self.lengths, self.truncated)
+        return Tokens(upload(self.ids, device), upload(self.mask, device), self.prefix, self.lengths, self.truncated)
 
 
 @dataclass(frozen=True)

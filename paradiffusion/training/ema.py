@@ -27,15 +27,20 @@ class Ema:
         self.values: list[Tensor] = [
             t.detach().to(device or t.device, torch.float32, copy=True) for t in masters.tensors()
         ]
+        # An average on the CPU takes a GPU's weights by way of pinned memory: one wait for all of them, not one for each.
+        apart = [t.is_cuda and not value.is_cuda for t, value in zip(masters.tensors(), self.values, strict=True)]
+        self.pinned = [torch.empty_like(value, pin_memory=True) for value in self.values] if any(apart) else None
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights after optimiser step ``step`` (0 first)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = [
-            tensor.to(value.device, torch.float32, non_blocking=value.device == tensor.device)
-            for tensor, value in zip(self.masters.tensors(), self.values, strict=True)
-        ]
+        current = self.masters.tensors()
+        if self.pinned is not None:
+            for tensor, place in zip(current, self.pinned, strict=True):
+                place.copy_(tensor, non_blocking=True)
+            torch.cuda.synchronize(current[0].device)
+            current = self.pinned
         torch._foreach_lerp_(self.values, current, 1 - decay)
 
     def full(self) -> dict[str, Tensor]:

@@ -168,7 +168,6 @@ class Engine:
         self.masters = WholeMasters(self.parameters, accelerator.is_main_process)
         self.max_norm, self.micro_batches = config.optimizer.max_grad_norm, micro_batches
         self.kind = "DDP" if accelerator.num_processes > 1 else "one process"
-        self._norm = 0.0
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch; only the ``last`` one's gradients are exchanged."""
@@ -178,16 +177,21 @@ class Engine:
         """Add the gradients of a micro-batch's mean loss."""
         self.accelerator.backward(loss / self.micro_batches)
 
-    def clip(self) -> float | None:
-        """Clip the accumulated gradients; their norm before that, or None where only ``update`` tells."""
-        self._norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm))
-        return self._norm
+    def clip(self) -> Tensor | None:
+        """Clip the accumulated gradients; their norm before that, a scalar, or None where only ``update`` tells."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_norm)
 
-    def update(self) -> float:
-        """Take the optimiser step; the gradients' norm before they were clipped. After one that is not finite the weights may
-        be spoiled, and are to be restored."""
-        self.optimizer.step()
-        return self._norm
+    def update(self, left_out: Tensor) -> float | None:
+        """Take the optimiser step, unless the bool scalar ``left_out`` holds; the gradients' norm where ``clip`` could not tell it.
+
+        torch's fused AdamW looks at the scalar on the device, as it does for a loss scaler's overflow, so nobody waits for it.
+        """
+        if isinstance(self.optimizer, torch.optim.AdamW) and self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not left_out:
+            self.optimizer.step()
+        return None
 
     def discard(self) -> None:
         """Forget the accumulated gradients."""
@@ -264,10 +268,12 @@ class ZeroEngine(Engine):
         self.model.backward(loss)  # divides by the number of micro-batches itself
         self._pending = True
 
-    def clip(self) -> float | None:
+    def clip(self) -> Tensor | None:
         return None
 
-    def update(self) -> float:
+    def update(self, left_out: Tensor) -> float | None:
+        if left_out:
+            return None
         self.model.step()
         self._pending = False
         norm = self.model.get_global_grad_norm()

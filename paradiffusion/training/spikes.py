@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.checks import overflow
 from paradiffusion.errors import UserError
@@ -42,14 +44,24 @@ class Spikes:
         self.trainer = trainer
         self.in_a_row = 0
 
+    def limit(self) -> float:
+        """The largest loss that is none."""
+        state, begun = self.trainer.state, self.trainer.layout_steps  # with the denoiser another loss begins
+        known = state.typical_loss is not None and state.step >= begun + SPIKE_WARMUP
+        return self.trainer.config.spike_factor * state.typical_loss if known else math.inf  # type: ignore[operator]
+
+    def sees(self, loss: Tensor, norm: Tensor | None) -> Tensor:
+        """Whether ``find`` will find something, a bool scalar on the device, which nobody has to wait for."""
+        unfit = ~loss.isfinite() | (loss > self.limit())
+        return unfit if norm is None else unfit | ~norm.isfinite()
+
     def find(self, loss: float, norm: float | None) -> str | None:
-        """What is wrong with this step's loss or gradient (norm None: not known yet), or None."""
-        state, factor = self.trainer.state, self.trainer.config.spike_factor
+        """What is wrong with this step's loss or gradient (norm None: nobody knows), or None."""
         if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
             return f"the loss is {loss} and the gradient norm {'unknown' if norm is None else norm}"
-        begun = self.trainer.layout_steps  # with the denoiser another loss begins
-        if state.typical_loss is not None and state.step >= begun + SPIKE_WARMUP and loss > factor * state.typical_loss:
-            return f"the loss is {loss:.4g}, over {factor:g} times its average of {state.typical_loss:.4g}"
+        if loss > self.limit():
+            factor, typical = self.trainer.config.spike_factor, self.trainer.state.typical_loss
+            return f"the loss is {loss:.4g}, over {factor:g} times its average of {typical:.4g}"
         return None
 
     def answer(self, fault: str | None, loss: float, taken: list[MicroBatch]) -> None:

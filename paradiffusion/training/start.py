@@ -65,12 +65,14 @@ class Start:
         return told
 
 
-def find_start(config: TrainConfig, folder: Path, main: bool = True) -> Start:
-    """Where the stage in ``folder`` goes on or starts, checked against the configuration; ``main`` processes tell a person of
-    it. Raises UserError for a checkpoint that is missing, damaged, or contradicts the configuration."""
+def find_start(config: TrainConfig, folder: Path) -> Start:
+    """Where the stage in ``folder`` goes on or starts, checked against the configuration; a person is told of it.
+
+    Raises UserError for a checkpoint that is missing, damaged, or contradicts the configuration.
+    """
     resume = find_resume(config, folder)
     start = start_from(config, resume or find_init(config), resumes=resume is not None)
-    if start.config.unet != config.unet and main:
+    if start.config.unet != config.unet:
         print(f"the U-Net takes its shape from {start.found}, not from unet={config.unet.name}", flush=True)
     if resume is not None:  # before a model is loaded, which might only say that a tensor does not fit
         check_unchanged(start.config, folder)

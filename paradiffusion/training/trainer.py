@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from paradiffusion.data.loader import Batch, Loader, LoaderSettings, make_loader
 from paradiffusion.data.plan import describe_plan, make_plan, open_index, open_shards
 from paradiffusion.data.stream import NOT_RESUMABLE, open_stream
 from paradiffusion.errors import UserError
+from paradiffusion.machine import upload
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import LossBatch, Losses
 from paradiffusion.sampling.pipeline import InferenceModels
@@ -117,7 +118,7 @@ class Trainer:
         self.watch, self._own_watch = watch or Watch(self.rank, self.processes, config.stall_seconds), watch is None
         self.micro_batches = count_micro_batches(config, self.processes)
         self.layout_steps = layout_steps(config)
-        start = find_start(config, self.folder, self.main)
+        start = shared_start(config, self.folder, accelerator)
         self.config = config = start.config
         check_cache(config)
 
@@ -175,24 +176,25 @@ class Trainer:
         config, engine, state, meters, began = self.config, self.engine, self.state, self.meters, time.monotonic()
         set_learning_rate(engine.optimizer, schedule(config.optimizer, state.step, config.max_steps))
         share, taken = self.gradients(batches)
-        norm = engine.clip()
+        # Everything is asked for before a number is read: a look at a GPU's numbers waits until all before it is done.
+        clipped = engine.clip()
         self.enter("wait")
-        loss, stopping = self.agree(share, stop())
-        self.record(taken)
+        both = self.agree(share, stop())
+        self.enter("update")
+        norm = engine.update(self.spikes.sees(both[0], clipped))
+        loss, stops = both.tolist()
+        norm = norm if clipped is None else float(clipped)
         fault = self.spikes.find(loss, norm)
-        if fault is None:
-            self.enter("update")
-            norm = engine.update()
-            fault = self.spikes.find(loss, norm)  # DeepSpeed tells the norm only now
         engine.discard()
         if fault is None:
             self.ema.update(state.step)
+        self.record(taken)
         self.spikes.answer(fault, loss, taken)
         state.step += 1
         state.seconds += time.monotonic() - began
         meters.steps += 1
         meters.gradient += norm if norm is not None and math.isfinite(norm) else 0.0
-        return loss, stopping
+        return loss, stops > 0
 
     def gradients(self, batches: Iterator[Batch]) -> tuple[Tensor, list[MicroBatch]]:
         """Accumulate one global batch's: this process's mean loss, and what it was taken of."""
@@ -204,7 +206,7 @@ class Trainer:
             self.meters.waited += time.monotonic() - waiting
         # The mean of the weights over the global batch is 1: that of the weighted losses is then that over the readable
         # samples, in whichever process and micro-batch the others are.
-        readable = torch.stack([batch.weights.sum() for batch in read]).sum().to(self.device)
+        readable = upload(torch.stack([batch.weights.sum() for batch in read]).sum(), self.device)
         if self.processes > 1:
             torch.distributed.all_reduce(readable)
         scale = self.config.batch_size / readable.clamp_min(1)
@@ -269,8 +271,7 @@ class Trainer:
         self.watch.beat(phase, self.state.step, keys)
 
     def record(self, taken: list[MicroBatch]) -> None:
-        """What a step saw: into the meters, and to the disk where that was asked for. Read only after all of a step was
-        asked for: each look at a GPU's numbers waits for it."""
+        """What a step saw: into the meters, and to the disk where that was asked for."""
         for batch, times, losses in taken:
             self.meters.add(batch, times.cpu() / self.joint.objective.config.train_timesteps, losses)
             if not self.config.data.streaming:  # where another order than the plan's comes
@@ -401,19 +402,34 @@ class Trainer:
         found: list[Any] = gather_object(items)
         return found
 
-    def agree(self, loss: Tensor, stop: bool) -> tuple[float, bool]:
-        """The mean of all processes' losses, and whether any of them was asked to stop; one exchange for both."""
-        both = torch.stack([loss.double(), torch.tensor(float(stop), device=loss.device, dtype=torch.float64)])
+    def agree(self, loss: Tensor, stop: bool) -> Tensor:
+        """The mean of all processes' losses, and the share of them that were asked to stop, float64 [2]; one exchange for both."""
+        both = torch.stack([loss.double(), torch.full_like(loss, float(stop), dtype=torch.float64)])
         if self.processes > 1:
             torch.distributed.all_reduce(both)
-        total, stops = both.tolist()
-        return total / self.processes, stops > 0
+        return both / self.processes
 
 
 def open_data(config: TrainConfig) -> tuple[SampleIndex, SampleIndex | None]:
     """Indexes of the training and held-out shards."""
     data = config.data
     return open_index(data), None if data.val_shards is None else open_shards(data, data.val_shards, "data.val_shards")
+
+
+def shared_start(config: TrainConfig, folder: Path, accelerator: Accelerator) -> Start:
+    """``find_start``, in the main process alone, since it reads the whole checkpoint for its hash. All processes get, or raise, the
+    same."""
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [find_start(config, folder)]
+        except UserError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    start: Start = found[0]
+    return start
 
 
 def check_same_data(index: SampleIndex, accelerator: Accelerator) -> None:

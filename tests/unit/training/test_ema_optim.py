@@ -19,7 +19,7 @@ from paradiffusion.compose import compose_train
 from paradiffusion.config import OptimizerConfig, TrackerConfig, TrainConfig
 from paradiffusion.errors import UserError
 from paradiffusion.training.ema import Ema
-from paradiffusion.training.engine import WholeMasters, check_deepspeed_file, check_launch
+from paradiffusion.training.engine import Engine, WholeMasters, check_deepspeed_file, check_launch
 from paradiffusion.training.log import Log, Meters, human_time, length_band, log_line
 from paradiffusion.training.optim import MuonAdamW, build_optimizer, part_of, schedule, set_learning_rate
 
@@ -151,6 +151,25 @@ def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw() -> None:
     assert all(kept == {"step", "exp_avg", "exp_avg_sq"} for name, kept in keys.items() if name not in muon)
     optimizer.zero_grad()
     assert all(p.grad is None for p in named.values())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_that_is_left_out_leaves_no_trace(name: str) -> None:
+    followed = parameters() | {"bias": nn.Parameter(torch.ones(2))}
+    engine = Engine.__new__(Engine)
+    engine.optimizer = build_optimizer(followed, OptimizerConfig(name=name))
+    for out in (False, True, False):
+        for p in followed.values():
+            p.grad = torch.full_like(p, math.nan if out else 0.5)
+        kept = {key: p.detach().clone() for key, p in followed.items()}
+        states = {
+            id(p): {k: torch.as_tensor(v).clone() for k, v in s.items()} for p, s in engine.optimizer.state.items()
+        }
+        engine.update(torch.tensor(out))
+        assert all(torch.equal(p, kept[key]) == out for key, p in followed.items())
+        if out:
+            for p, state in engine.optimizer.state.items():
+                assert all(torch.equal(torch.as_tensor(v), states[id(p)][k]) for k, v in state.items())
 
 
 def test_length_bands_and_times() -> None:
