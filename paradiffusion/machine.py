@@ -1,14 +1,23 @@
-"""The machine: processor cores that the process may use, and the precision that it multiplies fastest in."""
+"""The machine: processor cores and the device that are this process's own, the precision that it multiplies fastest in, the way to a GPU."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cores() -> int:
     """The processor cores that this process may run on; all of them where the system does not say (macOS)."""
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``; on its way to a GPU through pinned memory, so that the host does not wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def settled_precision(precision: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import Entry
 from paradiffusion.data.loader import Batch, scale_pixels
+from paradiffusion.machine import to_device
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel, LossBatch
 from paradiffusion.randomness import permutation, seed_from, uniform
@@ -59,10 +60,10 @@ class Inputs:
         )
         common: dict[str, Any] = {
             "latents": latents_of(self.codec, batch, posterior, device, self.memory),
-            "noise": noise.to(device),
-            "times": self.joint.objective.times(u, shape[1:]).to(device),
-            "weights": batch.weights.to(device),
-            "told": torch.tensor([bool(caption) for caption in batch.captions], device=device),
+            "noise": to_device(noise, device),
+            "times": to_device(self.joint.objective.times(u, shape[1:]), device),
+            "weights": to_device(batch.weights, device),
+            "told": to_device(torch.tensor([bool(caption) for caption in batch.captions]), device),
         }
         meters.samples += len(batch.captions)
         meters.bad += len(batch.bad)
@@ -75,7 +76,7 @@ class Inputs:
         tokens, rows = batch.tokens or tokenize_once(encoder.tokenize, batch.captions)
         meters.tokens += int(tokens.mask[rows].sum())
         meters.truncated += sum(tokens.lengths[row] > encoder.limit for row in rows.tolist())
-        tokens, rows = tokens.to(device), rows.to(device)
+        tokens, rows = tokens.to(device), to_device(rows, device)
         mask = encoder.feature_mask(tokens)
         common["mask"] = None if mask is None else mask[rows]
         if self.joint.text_encoder is not None:
@@ -138,7 +139,7 @@ def latent_shape(codec: Codec, batch: Batch) -> tuple[int, int, int]:
 
 def latents_of(codec: Codec, batch: Batch, noise: Tensor | None, device: torch.device, memory: Memory | None) -> Tensor:
     """Latents [b, C, h, w], fp32; ``noise`` draws from the posterior, from a cached one too."""
-    noise = None if noise is None else noise.to(device)
+    noise = None if noise is None else to_device(noise, device)
     if batch.stored is not None and batch.stored.latents is not None:
         mean, std = batch.stored.latents.to(device, non_blocking=True)
         return codec.draw(mean, std, noise)
@@ -222,7 +223,7 @@ class Memory:
             found[key] = stored
             if self._fits(stored):
                 self._latents[key] = stored
-        mean, std = torch.stack([found[key] for key in keys], dim=1).to(self.device)
+        mean, std = to_device(torch.stack([found[key] for key in keys], dim=1), self.device)
         return mean, std
 
 
@@ -253,10 +254,10 @@ def stored_text(
     features = entries[0].values.new_zeros(len(entries), width, entries[0].values.shape[-1])  # [U, L, D]
     for row, entry in zip(features, entries, strict=True):
         row[: len(entry.values)] = entry.values
-    places = rows.to(device)
+    places = to_device(rows, device)
     return TextInputs(
-        features=features.to(device)[places].float(),
-        mask=(torch.arange(width) < real[:, None]).to(device)[places] if settings.mask_padding else None,
+        features=to_device(features, device)[places].float(),
+        mask=to_device(torch.arange(width) < real[:, None], device)[places] if settings.mask_padding else None,
         tokens=int(real[rows].sum()) + len(captions) * len(encoder.prefix_ids),
         truncated=sum(entries[row].length > limit for row in rows.tolist()),
     )
