@@ -105,8 +105,8 @@ def follow(trainer: Trainer, gpu: Gpu) -> None:
 @each_case
 def test_a_stage_runs_on_a_gpu(gpu: Gpu, stage: int, arm: str, more: list[str], tmp_path: Path) -> None:
     config = compose_train([*options(stage, arm, *TINY, *more), "codec.path=null", "data.shards=unused"])
-    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", lambda _: VAE):
-        trainer = stage_of(config, tmp_path, "cpu")
+    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+        trainer = stage_of(config, tmp_path, "cuda" if arm == "modern" else "cpu")
     follow(trainer, gpu)
     loader = trainer.loader()
     trainer.train_step(loader)  # what is done once is done
@@ -148,8 +148,15 @@ def test_the_papers_size_peaks_where_describe_says(
             return build_joint(*arguments)
 
     before = gpu.live
+
+    def backward(loss: torch.Tensor) -> None:
+        scaled = loss / trainer.micro_batches
+        loss.detach_()  # torch's own engine empties the graph on its way; here the loss would keep it whole
+        scaled.backward()
+
     with mock.patch("paradiffusion.training.start.build_joint", on_gpu):
         trainer = stage_of(compose_train(given), tmp_path, "cuda")
+    trainer.engine.backward = backward  # type: ignore[method-assign]
     trainer.train_step(batches(trainer, *hardest(trainer.plan, trainer.config.batch_size)))
     gpu.peak = gpu.live
     trainer.train_step(batches(trainer, *hardest(trainer.plan, trainer.config.batch_size)))
