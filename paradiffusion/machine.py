@@ -1,18 +1,60 @@
-"""The machine: processor cores that the process may use, and the precision that it multiplies fastest in."""
+"""The machine: processor cores and the device that are this process's own, the precision that it multiplies fastest in, the way to a GPU."""
 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from paradiffusion.errors import UserError
+
 if TYPE_CHECKING:  # for who only composes a configuration, torch is slow to import
-    from torch import Tensor, device
+    import torch
 
 
 def cores() -> int:
     """The processor cores that this process may run on; all of them where the system does not say (macOS)."""
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def own_cores() -> int:
+    """Of ``cores`` this process's share, beside those that a launcher started on the same machine. A task of Slurm's is bound to
+    its own already, where the cluster binds any."""
+    job, world = os.environ, os.environ.get("WORLD_SIZE", "1")
+    if job.get("SLURM_NTASKS") == world and cores() < int(job.get("SLURM_CPUS_ON_NODE", "0")):
+        return cores()
+    return max(1, cores() // max(1, int(job.get("LOCAL_WORLD_SIZE", world))))
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device that ``name`` says, None for CUDA where there is one, else the CPU. "cuda" alone is this process's own GPU where a
+    launcher started several. It becomes torch's current one, on which libraries put what nobody has placed (weights of 4 bits,
+    contexts). UserError where it is not to be had."""
+    import torch
+
+    mps = int(torch.backends.mps.is_available())
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps, "xpu": torch.xpu.device_count()}
+    with suppress(RuntimeError):  # torch does not know the name
+        target = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        local = os.environ.get("LOCAL_RANK", os.environ.get("RANK"))
+        if target.type == "cuda" and target.index is None and local is not None and found["cuda"]:
+            target = torch.device("cuda", int(local) % found["cuda"])
+        if target.type in found:
+            if (target.index or 0) < found[target.type]:
+                if target.type == "cuda" and target.index is not None:
+                    torch.cuda.set_device(target)
+                return target
+            has = f"{found[target.type] or 'no'} {target.type.upper()} device(s)"
+            raise UserError(
+                f"device={name} is not to be had here, where torch finds {has}; choose another, or device=cpu."
+            )
+    raise UserError(f"device={name} is unknown; choose one of {', '.join(found)}, or cuda:0 and the like.")
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` on ``device``; on its way to a GPU through pinned memory, so that the host does not wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def settled_precision(precision: str) -> str:
@@ -30,8 +72,3 @@ def settled_precision(precision: str) -> str:
     path = Path("/proc/cpuinfo")
     flags = path.read_text().split() if path.is_file() else []
     return "bf16" if "amx_bf16" in flags or {"avx512_bf16", "AuthenticAMD"} <= set(flags) else "fp32"
-
-
-def upload(values: Tensor, to: device | str) -> Tensor:
-    """``values`` on a device. To a GPU they go by way of pinned memory: nobody waits until they are there."""
-    return values.pin_memory().to(to, non_blocking=True) if str(to).startswith("cuda") else values.to(to)

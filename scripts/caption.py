@@ -112,7 +112,7 @@ def work_on(
     if not shards:
         return DONE
     output = Path(str(options.output)).expanduser()
-    device, shown = options.device or processes.device(), processes.rank == 0
+    device, shown = options.device, processes.rank == 0
     try:
         index = load_index(shards, options.allow_truncated, key="shards")
         engine, side = make_engine(options, device)

@@ -47,7 +47,8 @@ case "$LAUNCH" in
     ;;
 esac
 
-# --kill-on-bad-exit: when one process fails, the others need not wait for their time-out.
-exec srun --kill-on-bad-exit=1 bash -c '
+# --kill-on-bad-exit: when one process fails, the others need not wait for their time-out. --cpus-per-task: from 22.05 on srun
+# does not take it over from sbatch, and would give each task one core.
+exec srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} bash -c '
   export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID" LOCAL_WORLD_SIZE="$SLURM_NTASKS_PER_NODE"
   exec "$0" train.py "$@"' "$PYTHON" "$@"

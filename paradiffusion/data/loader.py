@@ -35,7 +35,7 @@ from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.plan import BatchPlan, GlobalBatch
 from paradiffusion.data.shards import Place, RawSample, read_place
 from paradiffusion.errors import UserError
-from paradiffusion.machine import cores
+from paradiffusion.machine import own_cores
 from paradiffusion.text.tokenizer import Tokens, tokenize_once
 
 # Below so many samples read, a few bad ones say nothing about their share; and until all samples have been read once it
@@ -248,7 +248,7 @@ class Loader(Iterator[Batch]):
 
 def default_workers() -> int:
     """Processes that read for this one: its share of the cores, at most 8, at least 1."""
-    return max(1, min(8, cores() // max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)))
+    return min(8, own_cores())
 
 
 def slots_of(rank: int, world_size: int, size: int, micro: int) -> range:

@@ -136,7 +136,8 @@ class VariancePreserving(Objective):
         return (self.density(u) * count).floor().clamp(max=count - 1).float()
 
     def coefficients(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        self.alphas_cumprod = self.alphas_cumprod.to(times.device)  # a copy at the first call alone
+        if self.alphas_cumprod.device != times.device:  # once: in each step the device would wait for it
+            self.alphas_cumprod = self.alphas_cumprod.to(times.device)
         kept = self.alphas_cumprod[times.long()]
         return kept.sqrt(), (1 - kept).sqrt()
 

@@ -30,7 +30,7 @@ from paradiffusion.evaluation.subjects import (
     suite_folder,
 )
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.sampling.pipeline import choose_device
+from paradiffusion.machine import choose_device
 from paradiffusion.sampling.run import (
     Processes,
     Stopped,
@@ -70,12 +70,12 @@ def evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> int:
             everything else is done, for a score that failed.
     """
     # Before the processes meet: what they all find wrong is then said once.
-    device = Processes(size=Processes.count()).device()
-    subjects = subjects_of(options, device)
+    device = str(choose_device(options.device))
+    subjects = subjects_of(options)
     made = {number: made_before(s, suites) for number, s in enumerate(subjects) if s.made is not None}
     suites = list(suites) or _suites_of(list(made.values()), subjects)
     tasks = {
-        number: _tasks(options, subject.source, suites, str(choose_device(options.device or device)))
+        number: _tasks(options, subject.source, suites, device)
         for number, subject in enumerate(subjects)
         if subject.source is not None
     }

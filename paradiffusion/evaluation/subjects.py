@@ -34,16 +34,16 @@ class Subject:
     made: Path | None = None
 
 
-def subjects_of(options: EvaluateOptions, device: str | None) -> list[Subject]:
-    """What the options name, in order; nothing is loaded yet. ``device`` is this process's, where the user names none. UserError for
+def subjects_of(options: EvaluateOptions) -> list[Subject]:
+    """What the options name, in order; nothing is loaded yet. UserError for
     what is no checkpoint, pipeline, evaluation or folder of pictures."""
     if options.ckpt:
-        return [Subject(options.label, _checkpoint(options, options.ckpt, "ckpt", device, options.label))]
+        return [Subject(options.label, _checkpoint(options, options.ckpt, "ckpt", options.label))]
     if options.pipeline:
-        return [Subject(options.label, _pipeline(options, options.pipeline, device, options.label))]
+        return [Subject(options.label, _pipeline(options, options.pipeline, options.label))]
     if options.images:
         return [Subject(options.label, PicturesSource(Path(options.images), options.label))]
-    subjects = [_compared(options, label, path, device) for label, path in options.compared()]
+    subjects = [_compared(options, label, path) for label, path in options.compared()]
     drawn = [subject.source for subject in subjects if subject.source is not None]
     for key in ("label", "name"):
         value = [getattr(one, key) for one in drawn]
@@ -54,10 +54,10 @@ def subjects_of(options: EvaluateOptions, device: str | None) -> list[Subject]:
     return subjects
 
 
-def _compared(options: EvaluateOptions, label: str | None, path: str, device: str | None) -> Subject:
+def _compared(options: EvaluateOptions, label: str | None, path: str) -> Subject:
     folder = Path(path).expanduser()
     if path.startswith(HUB):
-        return Subject(label, _pipeline(options, path.removeprefix(HUB), device, label))
+        return Subject(label, _pipeline(options, path.removeprefix(HUB), label))
     if not folder.is_dir():
         raise UserError(
             f"compare= names {path}, which is no folder; expected a run, a stage, a checkpoint, an evaluation's folder, a "
@@ -66,7 +66,7 @@ def _compared(options: EvaluateOptions, label: str | None, path: str, device: st
     if (folder / NAME).is_file():
         return Subject(label, made=folder)
     if (folder / "model_index.json").is_file() and not (folder / "checkpoint.json").is_file():
-        return Subject(label, _pipeline(options, path, device, label))
+        return Subject(label, _pipeline(options, path, label))
     trained = (
         (folder / "checkpoint.json").is_file() or (folder / "checkpoints").is_dir() or any(folder.glob("stage[0-9]"))
     )
@@ -77,18 +77,16 @@ def _compared(options: EvaluateOptions, label: str | None, path: str, device: st
             f"compare= names {path}, which holds neither a checkpoint, nor a pipeline (model_index.json), nor an evaluation "
             f"({NAME}), nor pictures; name a folder that does."
         )
-    return Subject(label, _checkpoint(options, path, "compare", device, label))
+    return Subject(label, _checkpoint(options, path, "compare", label))
 
 
-def _checkpoint(
-    options: EvaluateOptions, path: str, key: str, device: str | None, label: str | None
-) -> CheckpointSource:
+def _checkpoint(options: EvaluateOptions, path: str, key: str, label: str | None) -> CheckpointSource:
     given = Path(path).expanduser()
     checkpoint = find_checkpoint(given, key).folder
-    return CheckpointSource(checkpoint, given, options.sampling(str(checkpoint)), device, label)
+    return CheckpointSource(checkpoint, given, options.sampling(str(checkpoint)), label)
 
 
-def _pipeline(options: EvaluateOptions, path: str, device: str | None, label: str | None) -> Source:
+def _pipeline(options: EvaluateOptions, path: str, label: str | None) -> Source:
     from paradiffusion.evaluation.drawing.pipeline_pictures import PipelineSource
 
     folder = Path(path).expanduser()
@@ -96,7 +94,7 @@ def _pipeline(options: EvaluateOptions, path: str, device: str | None, label: st
         raise UserError(
             f"pipeline={path} holds no model_index.json; expected a diffusers pipeline's folder, or ckpt= for a checkpoint of ours."
         )
-    return PipelineSource(path, options.sampling(path), device, label)
+    return PipelineSource(path, options.sampling(path), label)
 
 
 def base_folder(source: Source) -> Path:

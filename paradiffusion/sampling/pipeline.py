@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import astuple, dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any
@@ -24,6 +23,7 @@ from paradiffusion.config import (
 )
 from paradiffusion.diffusion.objective import Objective
 from paradiffusion.errors import UserError
+from paradiffusion.machine import choose_device
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import DENOISERS, class_of, drawn_multiple, read_width
@@ -145,22 +145,6 @@ class InferenceModels:
         """uint8 [B, H, W, 3] on the CPU."""
         images = self.codec.decode(latents.to(self.device))
         return ((images + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).to("cpu", torch.uint8)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device that ``name`` says, None for CUDA where there is one, else the CPU; UserError where it is not to be had."""
-    mps = int(torch.backends.mps.is_available())
-    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps, "xpu": torch.xpu.device_count()}
-    with suppress(RuntimeError):  # torch does not know the name
-        target = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if target.type in found:
-            if (target.index or 0) < found[target.type]:
-                return target
-            has = f"{found[target.type] or 'no'} {target.type.upper()} device(s)"
-            raise UserError(
-                f"device={name} is not to be had here, where torch finds {has}; choose another, or device=cpu."
-            )
-    raise UserError(f"device={name} is unknown; choose one of {', '.join(found)}, or cuda:0 and the like.")
 
 
 def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: str | None = None) -> InferenceModels:

@@ -22,7 +22,7 @@ from paradiffusion.atomic import locked
 from paradiffusion.checkpoints.layouts import find_checkpoint
 from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
-from paradiffusion.machine import cores
+from paradiffusion.machine import own_cores
 from paradiffusion.sampling.gallery import (
     NAME,
     ImageRecord,
@@ -67,7 +67,7 @@ def sample(config: SampleConfig) -> int:
         folder = output_folder(config)
         refusal = f"another command is drawing into {folder}; wait for its end, or choose another output_dir=."
         with written_alone(folder, processes, refusal):
-            models = load_models(checkpoint, config, processes.device())
+            models = load_models(checkpoint, config)
             return draw_all(models, requests, config, folder, processes, stop)
 
 
@@ -264,18 +264,11 @@ class Processes:
             if isinstance(error, UserError):
                 error.told = True
 
-    def device(self) -> str | None:
-        """The accelerator of this process, or None where there is nothing to divide."""
-        if self.size == 1 or not torch.cuda.is_available():
-            return None
-        local = int(os.environ.get("LOCAL_RANK", self.rank))
-        return f"cuda:{local % torch.cuda.device_count()}"
-
     def set_threads(self, threads: int | None) -> None:
         """CPU threads: as asked, else all cores shared by the machine's processes, where a launcher set only one."""
         launched = "LOCAL_WORLD_SIZE" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
         if threads is None and launched:
-            threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            threads = own_cores()
         if threads is not None:
             torch.set_num_threads(threads)
 

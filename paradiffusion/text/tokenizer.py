@@ -8,7 +8,7 @@ ids, so the files' rules are put back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from paradiffusion.data.captions import clean
-from paradiffusion.machine import upload
+from paradiffusion.machine import to_device
 from paradiffusion.text.conditioning import padded_length
 
 SPACE = "\u2581"  # SentencePiece's mark for a space
@@ -40,8 +40,8 @@ class Tokens:
     lengths: list[int]
     truncated: int
 
-    def to(self, device: torch.device | str) -> Tokens:
-        return Tokens(upload(self.ids, device), upload(self.mask, device), self.prefix, self.lengths, self.truncated)
+    def to(self, device: torch.device) -> Tokens:
+        return replace(self, ids=to_device(self.ids, device), mask=to_device(self.mask, device))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from paradiffusion.data.loader import join_pixels, scale_pixels
 from paradiffusion.data.plan import open_index
 from paradiffusion.data.shards import Place, RawSample, ShardPath, Span, read_place
 from paradiffusion.errors import UserError
+from paradiffusion.machine import choose_device
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.sampling.run import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
 from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
@@ -241,7 +242,7 @@ def make_cache(config: TrainConfig, options: CacheOptions) -> int:
     pool = ThreadPoolExecutor(options.readers)
     with stop_on_signals() as stop, joined_processes() as processes, pool:
         processes.set_threads(config.threads)
-        device = torch.device(processes.device() or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = choose_device()
         config, source = starting_point(config)
         index = open_index(config.data)
         for what in kinds:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.machine import cores
+from paradiffusion.machine import own_cores
 from paradiffusion.models.joint import JointModel
 from paradiffusion.training.optim import build_optimizer
 
@@ -162,8 +162,7 @@ class Engine:
         self.optimizer = build_optimizer(self.parameters, config.optimizer)
         # The launcher may name the same number as we: accelerate would then divide by it a second time.
         accelerator.gradient_accumulation_steps = 1
-        if accelerator.num_processes > 1:
-            share_from_main(joint)
+        leave_frozen_alone(joint)
         self.model = accelerator.prepare(joint)
         self.masters = WholeMasters(self.parameters, accelerator.is_main_process)
         self.max_norm, self.micro_batches = config.optimizer.max_grad_norm, micro_batches
@@ -228,12 +227,15 @@ def placed(key: str, value: Tensor, parameter: Tensor, optimizer: Any) -> Tensor
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
-def share_from_main(joint: JointModel) -> None:
-    """Everything that is not trained, as DDP finds it: it sends trained weights to all processes once, and would send the
-    frozen ones too, gigabytes that each has read from the same files, and the buffers in every step."""
-    for name, buffer in joint.named_buffers():
-        if not name.startswith("text_encoder."):  # the refiner's statistics, which each process has computed
-            torch.distributed.broadcast(buffer, src=0)
+def share(tensors: Iterable[Tensor]) -> None:
+    """The main process's values of ``tensors``, in all processes."""
+    for tensor in tensors if dist.is_initialized() else ():
+        dist.broadcast(tensor, src=0)
+
+
+def leave_frozen_alone(joint: JointModel) -> None:
+    """DDP sends trained weights to all processes once, and would send the frozen ones too, gigabytes that each has read from the
+    same files, and the buffers in every step."""
     frozen = [name for name, parameter in joint.named_parameters() if not parameter.requires_grad]
     left_alone: Any = [*frozen, *(name for name, _ in joint.named_buffers())]
     joint._ddp_params_and_buffers_to_ignore = left_alone
@@ -323,12 +325,6 @@ def make_engine(accelerator: Accelerator, joint: JointModel, config: TrainConfig
     return (ZeroEngine if is_deepspeed() else Engine)(accelerator, joint, config, micro_batches)
 
 
-def set_threads(config: TrainConfig, local_processes: int) -> None:
-    """Share the cores among this machine's processes. ``accelerate launch`` sets OMP_NUM_THREADS=1 for one process too,
-    which would leave all cores but one idle."""
-    torch.set_num_threads(config.threads or max(1, cores() // max(local_processes, 1)))
-
-
 def layout_steps(config: TrainConfig) -> int:
     """The first steps of the stage that train the text path alone (objective.layout_share)."""
     return int(config.objective.layout_share * config.max_steps)
@@ -370,7 +366,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # cuts the joint module itself.
         plugin.dschf = None
         unset_hf_deepspeed_config()
-    set_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+    # ``accelerate launch`` sets OMP_NUM_THREADS=1 for one process too, which would leave all cores but one idle.
+    torch.set_num_threads(config.threads or own_cores())
     return accelerator
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.cache import Entry
 from paradiffusion.data.loader import Batch, scale_pixels
-from paradiffusion.machine import upload
+from paradiffusion.machine import to_device
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel, LossBatch
 from paradiffusion.randomness import permutation, seed_from, uniform
@@ -60,10 +60,10 @@ class Inputs:
         )
         common: dict[str, Any] = {
             "latents": latents_of(self.codec, batch, posterior, device, self.memory),
-            "noise": upload(noise, device),
-            "times": upload(self.joint.objective.times(u, shape[1:]), device),
-            "weights": upload(batch.weights, device),
-            "told": upload(torch.tensor([bool(caption) for caption in batch.captions]), device),
+            "noise": to_device(noise, device),
+            "times": to_device(self.joint.objective.times(u, shape[1:]), device),
+            "weights": to_device(batch.weights, device),
+            "told": to_device(torch.tensor([bool(caption) for caption in batch.captions]), device),
         }
         meters.samples += len(batch.captions)
         meters.bad += len(batch.bad)
@@ -76,7 +76,7 @@ class Inputs:
         tokens, rows = batch.tokens or tokenize_once(encoder.tokenize, batch.captions)
         meters.tokens += int(tokens.mask[rows].sum())
         meters.truncated += sum(tokens.lengths[row] > encoder.limit for row in rows.tolist())
-        tokens, rows = tokens.to(device), upload(rows, device)
+        tokens, rows = tokens.to(device), to_device(rows, device)
         mask = encoder.feature_mask(tokens)
         common["mask"] = None if mask is None else mask[rows]
         if self.joint.text_encoder is not None:
@@ -139,13 +139,13 @@ def latent_shape(codec: Codec, batch: Batch) -> tuple[int, int, int]:
 
 def latents_of(codec: Codec, batch: Batch, noise: Tensor | None, device: torch.device, memory: Memory | None) -> Tensor:
     """Latents [b, C, h, w], fp32; ``noise`` draws from the posterior, from a cached one too."""
-    noise = None if noise is None else upload(noise, device)
+    noise = None if noise is None else to_device(noise, device)
     if batch.stored is not None and batch.stored.latents is not None:
-        mean, std = upload(batch.stored.latents, device)
+        mean, std = to_device(batch.stored.latents, device)
         return codec.draw(mean, std, noise)
     if memory is not None:
         return codec.draw(*memory.latents(batch), noise)
-    return on_device(codec, device).encode(scale_pixels(upload(batch.pixels, device)), noise)
+    return on_device(codec, device).encode(scale_pixels(to_device(batch.pixels, device)), noise)
 
 
 # Captions, or images, that go through a frozen model at once.
@@ -215,7 +215,7 @@ class Memory:
         found = {key: self._latents[key] for key in images if key in self._latents}
 
         def run(keys: list[ImageKey]) -> Iterable[Tensor]:
-            pixels = scale_pixels(upload(torch.stack([images[key] for key in keys]), self.device))
+            pixels = scale_pixels(to_device(torch.stack([images[key] for key in keys]), self.device))
             mean_and_std = torch.stack(on_device(self.codec, self.device).posterior(pixels), dim=1).cpu()
             return (row.clone() for row in mean_and_std)  # each [2, C, h, w]
 
@@ -223,7 +223,7 @@ class Memory:
             found[key] = stored
             if self._fits(stored):
                 self._latents[key] = stored
-        mean, std = upload(torch.stack([found[key] for key in keys], dim=1), self.device)
+        mean, std = to_device(torch.stack([found[key] for key in keys], dim=1), self.device)
         return mean, std
 
 
@@ -254,10 +254,10 @@ def stored_text(
     features = entries[0].values.new_zeros(len(entries), width, entries[0].values.shape[-1])  # [U, L, D]
     for row, entry in zip(features, entries, strict=True):
         row[: len(entry.values)] = entry.values
-    places = upload(rows, device)
+    places = to_device(rows, device)
     return TextInputs(
-        features=upload(features, device)[places].float(),
-        mask=upload(torch.arange(width) < real[:, None], device)[places] if settings.mask_padding else None,
+        features=to_device(features, device)[places].float(),
+        mask=to_device(torch.arange(width) < real[:, None], device)[places] if settings.mask_padding else None,
         tokens=int(real[rows].sum()) + len(captions) * len(encoder.prefix_ids),
         truncated=sum(entries[row].length > limit for row in rows.tolist()),
     )

@@ -24,15 +24,16 @@ from paradiffusion.data.index import same_data
 from paradiffusion.data.plan import BatchPlan, make_plan, open_index
 from paradiffusion.diffusion.objective import make_objective
 from paradiffusion.errors import UserError, reason_of
+from paradiffusion.machine import choose_device, own_cores
 from paradiffusion.models.codec import load_codec
-from paradiffusion.sampling.pipeline import choose_device, load_models
+from paradiffusion.sampling.pipeline import load_models
 from paradiffusion.text.encoder import load_text_encoder
 from paradiffusion.training import step_record
-from paradiffusion.training.engine import count_micro_batches, set_threads
+from paradiffusion.training.engine import count_micro_batches
 from paradiffusion.training.folder import CONFIG_FILE, STATE
 from paradiffusion.training.inputs import Inputs
 from paradiffusion.training.log import Meters
-from paradiffusion.training.start import build_models, find_init, start_from
+from paradiffusion.training.start import build_models, find_init, start_from, take_statistics
 from paradiffusion.training.step_record import Replay, ReplayedSample, Seen, SeenStep
 
 
@@ -185,12 +186,14 @@ def choose_weights(folder: Path, step: int, wanted: str | None) -> Weights:
 def open_models(config: TrainConfig, folder: Path, plan: BatchPlan, weights: Weights, device: str | None) -> Inputs:
     """The models with ``weights``: as a step of training has them where those are trained ones, else as the sampler does."""
     target = choose_device(device)
-    set_threads(config, 1)
+    torch.set_num_threads(config.threads or own_cores())
     if weights.trained:
         config = replace(config, run_dir=str(folder.parent))  # wherever the run lies now
         encoder, codec = load_text_encoder(config.text_encoder, config.conditioning), load_codec(config.codec)
         start = start_from(config, weights.checkpoint or find_init(config), resumes=weights.checkpoint is not None)
-        joint, _ = build_models(start, encoder, plan)
+        joint, _ = build_models(start, encoder)
+        if joint.refiner is not None and start.description is None:
+            take_statistics(joint.refiner, encoder, plan, target)
         if weights.checkpoint is not None:
             stored = load_file(weights.checkpoint / STATE / "model.safetensors")
             check_complete(set(joint.trained()), stored)
@@ -209,8 +212,6 @@ def open_models(config: TrainConfig, folder: Path, plan: BatchPlan, weights: Wei
         joint.objective = make_objective(config.objective)  # which draws the times and weighs the losses as in the run
     for model in (encoder, codec, joint):
         model.to(target)
-    if target.type == "cuda":
-        torch.cuda.set_device(target)
     return Inputs(config, encoder, codec, joint, target)
 
 

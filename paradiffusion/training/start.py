@@ -32,7 +32,9 @@ from paradiffusion.models.joint import JointModel, build_joint
 from paradiffusion.models.unet import DENOISERS, class_of, downsampling, lora_names, own_arguments
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora
+from paradiffusion.text.refiner import Refiner
 from paradiffusion.training.folder import CONFIG_FILE, check_unchanged, find_resume
+from paradiffusion.training.inputs import on_device
 
 # Captions from which the refiner's input statistics are taken, and how many of them the language model reads at once.
 STATISTICS_CAPTIONS, AT_ONCE = 256, 16
@@ -203,9 +205,7 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
             raise UserError(f"{init} has a LoRA adapter with {stored}, and lora says {own}; make them equal.")
 
 
-def build_models(
-    start: Start, encoder: TextEncoder, plan: BatchPlan, main: bool = False
-) -> tuple[JointModel, dict[str, Tensor]]:
+def build_models(start: Start, encoder: TextEncoder, main: bool = False) -> tuple[JointModel, dict[str, Tensor]]:
     """The joint module with the weights that it starts from, on the CPU, and the frozen tensors that checkpoints keep."""
     config = start.config
     is_unet = start.found is not None and start.description is None
@@ -236,8 +236,6 @@ def build_models(
         # Adapters that begin with this stage are the one thing that a checkpoint may lack.
         check_complete({name for name in own if not name.startswith("text_encoder.") and ".lora_" not in name}, stored)
         copy_tensors(joint, {n: t for n, t in stored.items() if n in own or not n.startswith("text_encoder.")})
-    if not stored or is_unet:
-        take_statistics(joint, encoder, plan)
     frozen = {n: t for n, t in stored.items() if n.startswith("text_encoder.") and config.train_text == "adapter"}
     # Under its own LoRA the U-Net belongs to the checkpoint too; kept here, since ZeRO-3 cuts frozen weights as well.
     frozen |= {f"unet.{name}": p.detach() for name, p in joint.unet.named_parameters() if not p.requires_grad}
@@ -260,16 +258,18 @@ def checkpoint_activations(encoder: TextEncoder) -> None:
 
 
 @torch.no_grad()
-def take_statistics(joint: JointModel, encoder: TextEncoder, plan: BatchPlan) -> None:
-    """Standardise the refiner's input, where there is one, by the features of the plan's first captions."""
-    if joint.refiner is None:
-        return
+def take_statistics(refiner: Refiner, encoder: TextEncoder, plan: BatchPlan, device: torch.device) -> None:
+    """Standardise the refiner's input by the features of the plan's first captions, which the language model reads on ``device``."""
     captions: list[str] = []
     while len(captions) < STATISTICS_CAPTIONS:
         batch = plan.batch(len(captions) // plan.batch_size)
         for row, kind in zip(batch.rows, batch.kinds, strict=True):
             captions.append(read_sample(plan.index, int(row)).meta["captions"].get(plan.index.kinds[kind], ""))
-    tokens = encoder.tokenize(captions[:STATISTICS_CAPTIONS])
-    rows = zip(tokens.ids.split(AT_ONCE), tokens.mask.split(AT_ONCE), strict=True)
-    features = torch.cat([encoder(ids, mask, tokens.prefix).float() for ids, mask in rows])
-    joint.refiner.set_statistics(features, tokens.mask[:, tokens.prefix :])
+    tokens, home = encoder.tokenize(captions[:STATISTICS_CAPTIONS]), encoder.device
+    on_device(encoder, device)
+    features = [
+        encoder(ids.to(device), mask.to(device), tokens.prefix).float().cpu()
+        for ids, mask in zip(tokens.ids.split(AT_ONCE), tokens.mask.split(AT_ONCE), strict=True)
+    ]
+    on_device(encoder, home)
+    refiner.set_statistics(torch.cat(features), tokens.mask[:, tokens.prefix :])

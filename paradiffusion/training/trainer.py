@@ -27,7 +27,7 @@ from paradiffusion.data.loader import Batch, Loader, LoaderSettings, make_loader
 from paradiffusion.data.plan import describe_plan, make_plan, open_index, open_shards
 from paradiffusion.data.stream import NOT_RESUMABLE, open_stream
 from paradiffusion.errors import UserError
-from paradiffusion.machine import upload
+from paradiffusion.machine import to_device
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import LossBatch, Losses
 from paradiffusion.sampling.pipeline import InferenceModels
@@ -35,7 +35,7 @@ from paradiffusion.stopping import stop_on_signals
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema
-from paradiffusion.training.engine import count_micro_batches, layout_steps, make_accelerator, make_engine
+from paradiffusion.training.engine import count_micro_batches, layout_steps, make_accelerator, make_engine, share
 from paradiffusion.training.folder import (
     TrainState,
     check_unchanged,
@@ -50,7 +50,7 @@ from paradiffusion.training.inputs import Inputs, Memory
 from paradiffusion.training.log import Log, Meters, human_time, log_line, mixture_line
 from paradiffusion.training.optim import schedule, set_learning_rate
 from paradiffusion.training.spikes import Spikes
-from paradiffusion.training.start import Start, build_models, find_start
+from paradiffusion.training.start import Start, build_models, find_start, take_statistics
 from paradiffusion.training.step_record import line_of, open_seen
 from paradiffusion.training.validation import Scorer, Validation
 from paradiffusion.training.watch import Watch, together
@@ -129,13 +129,17 @@ class Trainer:
         self.encoder, self.codec = frozen_models or (
             load_text_encoder(config.text_encoder, config.conditioning), load_codec(config.codec),
         )  # fmt: skip
-        self.joint, frozen = build_models(start, self.encoder, self.plan, self.main)
+        self.joint, frozen = build_models(start, self.encoder, self.main)
         self.frozen = frozen if self.main else {}
         self.cache = open_cache(config, index, self.encoder, self.codec)
         for what, model in (("text", self.encoder), ("latents", self.codec)):
             if not spares_models(config, self.cache, what, held_out):
                 model.to(self.device)
         self.joint.to(self.device)
+        if (refiner := self.joint.refiner) is not None and start.description is None:
+            if self.main:
+                take_statistics(refiner, self.encoder, self.plan, self.device)
+            share(refiner.buffers())
         if config.channels_last:
             self.joint.unet.to(memory_format=torch.channels_last)
         if config.compile:
@@ -206,7 +210,7 @@ class Trainer:
             self.meters.waited += time.monotonic() - waiting
         # The mean of the weights over the global batch is 1: that of the weighted losses is then that over the readable
         # samples, in whichever process and micro-batch the others are.
-        readable = upload(torch.stack([batch.weights.sum() for batch in read]).sum(), self.device)
+        readable = to_device(torch.stack([batch.weights.sum() for batch in read]).sum(), self.device)
         if self.processes > 1:
             torch.distributed.all_reduce(readable)
         scale = self.config.batch_size / readable.clamp_min(1)

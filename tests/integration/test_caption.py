@@ -228,7 +228,7 @@ def test_what_the_captions_depend_on_may_not_change(arguments: list[str], tmp_pa
         ("judge_share=0.5", "judge_share= needs judge="),
         ("output=IN/000000.tar/out", "is a file or lies under one"),
         ("output=OTHER", "holds 000000.tar and no settings.json"),
-        ("model=TINY device=cuda:99", "device=cuda:99 cannot be used here"),
+        ("model=TINY device=cuda:99", "device=cuda:99 is not to be had here"),
         ("model=qwen", "neither a folder, nor a hub id"),
         ("model=IN", "cannot be loaded"),
         ("model=nobody/nothing", "cannot be loaded"),

@@ -178,6 +178,12 @@ def test_two_tasks_train_together(environment: dict[str, str], tiny_arguments: l
     assert [row["step"] for row in records(tmp_path / "a run" / "stage1")] == [2]
 
 
+def test_tasks_get_the_cores_that_the_job_asks_for(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "srun").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    assert "--cpus-per-task=12" in submit({**environment, "SLURM_CPUS_PER_TASK": "12"}).stdout
+    assert "--cpus-per-task" not in submit(environment).stdout  # as with --cpus-per-gpu
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [({"LAUNCH": "zero4"}, "choose one of ddp, zero2"), ({"SLURM_SUBMIT_DIR": "/"}, "holds no train.py")],

@@ -295,8 +295,8 @@ def test_our_own_pipeline_and_the_painters(codec_folder: Path, prompts: Path) ->
     config = EvaluateOptions(steps=3, guidance=4).sampling()
     requests = [Request(p.text, p.seed("scenes"), p.height, p.width) for p in scenes.prompts]
     ours, exported = (
-        CheckpointSource(checkpoint, checkpoint, config, None, None),
-        PipelineSource("exported", config, None, None),
+        CheckpointSource(checkpoint, checkpoint, config, None),
+        PipelineSource("exported", config, None),
     )
     for drawn in (pixels(Path("a")), *(source.painter(scenes)(requests) for source in (ours, exported))):
         for one, other in zip(drawn, pixels(Path("b")), strict=True):

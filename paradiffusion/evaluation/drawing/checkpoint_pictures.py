@@ -35,15 +35,12 @@ _WEIGHTS = (".safetensors", ".bin")
 class CheckpointSource:
     """A checkpoint, whose models are loaded when the first picture is asked for.
 
-    ``checkpoint`` is as ``find_checkpoint`` finds it, ``given`` what the user wrote, which says whether a step was meant, and
-    ``device`` this process's, where the user names none."""
+    ``checkpoint`` is as ``find_checkpoint`` finds it, ``given`` what the user wrote, which says whether a step was meant."""
 
     kind = "checkpoint"
 
-    def __init__(
-        self, checkpoint: Path, given: Path, config: SampleConfig, device: str | None, label: str | None
-    ) -> None:
-        self.checkpoint, self.config, self.device = checkpoint, config, device
+    def __init__(self, checkpoint: Path, given: Path, config: SampleConfig, label: str | None) -> None:
+        self.checkpoint, self.config = checkpoint, config
         self.pinned = given.resolve() == checkpoint.resolve()
         self.name = _name_of(checkpoint)
         self.label = label or readable(self.name, self.pinned)
@@ -74,7 +71,7 @@ class CheckpointSource:
         """The loaded models. Raises UserError as ``load_models``."""
         if self._models is None:
             config = self.config
-            self._models = load_models(open_layout(self.checkpoint, config.unet), config, self.device)
+            self._models = load_models(open_layout(self.checkpoint, config.unet), config)
             # By its weights, not its path or name: a run that was moved or renamed is still the same one.
             self._models.checkpoint = f"weights {self.weights}"
         return self._models

@@ -20,6 +20,7 @@ from paradiffusion.evaluation.drawing.picture_source import Place, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Painter, Request
 from paradiffusion.evaluation.suites.suite import Suite
+from paradiffusion.machine import choose_device
 from paradiffusion.sampling.gallery import (
     ImageRecord,
     Manifest,
@@ -28,7 +29,6 @@ from paradiffusion.sampling.gallery import (
     read_manifests,
     save_png,
 )
-from paradiffusion.sampling.pipeline import choose_device
 from paradiffusion.sampling.run import all_do, disk_errors
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import hash_ends
@@ -51,8 +51,8 @@ class PipelineSource:
 
     kind = "pipeline"
 
-    def __init__(self, path: str, config: SampleConfig, device: str | None, label: str | None) -> None:
-        self.path, self.config, self.device = path, config, device
+    def __init__(self, path: str, config: SampleConfig, label: str | None) -> None:
+        self.path, self.config = path, config
         folder = Path(path).expanduser()
         self.folder = folder if folder.is_dir() else None
         self.name = (folder.resolve().name if self.folder else path).replace("/", "--")
@@ -80,7 +80,7 @@ class PipelineSource:
     def pipe(self) -> Any:
         """The loaded pipeline. Raises UserError for one that cannot be loaded, or takes no text."""
         if self._pipe is None:
-            self._pipe = load_pipeline(self.path, self.config, self.device)
+            self._pipe = load_pipeline(self.path, self.config)
         return self._pipe
 
     def arguments(self) -> dict[str, Any]:
@@ -238,14 +238,14 @@ class PipelineSource:
             torch.cuda.empty_cache()
 
 
-def load_pipeline(path: str, config: SampleConfig, device: str | None) -> Any:
+def load_pipeline(path: str, config: SampleConfig) -> Any:
     """A pipeline on its device, from safetensors and diffusers' own classes alone. UserError for what cannot be loaded so, or does not
     take a text."""
     from diffusers import DiffusionPipeline
 
     from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
 
-    target = choose_device(config.device or device)
+    target = choose_device(config.device)
     folder = Path(path).expanduser()
     source = str(folder) if folder.is_dir() else path
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +18,6 @@ from paradiffusion.evaluation.scores.vlm_answers import Ask, Asker
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
 from paradiffusion.metrics.text_embedding import EmbeddingOptions, TextEmbedder
 from paradiffusion.metrics.vlm import VlmOptions
-from paradiffusion.sampling.run import Processes
 
 TOKENS: Final = 768
 _WORDS: Final = (20, 400)  # what is asked for at least and at most: our choice
@@ -81,7 +79,7 @@ class CaptionBack:
         if not missing:
             return
         options = self.embedding
-        embedder = TextEmbedder(replace(options, device=options.device or Processes(run.rank, run.size).device()))
+        embedder = TextEmbedder(options)
         with run.bar(len(missing), "text embeddings") as bar:
 
             def between(done: int) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +32,6 @@ from paradiffusion.metrics.vlm import (
     settings_of,
     spoken,
 )
-from paradiffusion.sampling.run import Processes
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 _REFUSED_AT_START: Final = 16
@@ -98,10 +97,7 @@ class Asker:
             bar.update(len(asks) - len(missing))
             if not missing:
                 return
-            options = self.options
-            if options.device is None and options.engine == "transformers":
-                options = replace(options, device=Processes(run.rank, run.size).device())
-            engine, side = open_engine(options, Decoding(self.max_new_tokens))
+            engine, side = open_engine(self.options, Decoding(self.max_new_tokens))
             try:
                 _bind(journal, engine)
                 _Round(missing, engine, side, journal).work(run, bar)

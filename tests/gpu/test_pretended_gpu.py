@@ -1,0 +1,164 @@
+"""Set-up, steps, EMA and validation of each stage on the pretended GPU; `PARADIFFUSION_FULL_SIZE=1 pytest tests/gpu` does the same at
+the paper's size, a minute each, and holds the peak of memory against what `describe` says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from pretended_gpu import Gpu, needs_its_torch, pretend
+
+from paradiffusion.budget.memory import LAUNCHES, Fitter
+from paradiffusion.budget.synthetic import random_models, write_samples
+from paradiffusion.compose import compose_train
+from paradiffusion.config import TrainConfig
+from paradiffusion.models.joint import build_joint
+from paradiffusion.training.engine import make_accelerator
+from paradiffusion.training.folder import stage_folder
+from paradiffusion.training.preflight import batches, hardest
+from paradiffusion.training.trainer import Trainer
+
+pytestmark = needs_its_torch
+FULL_SIZE = os.environ.get("PARADIFFUSION_FULL_SIZE") == "1"
+
+ARMS = {
+    "paper": ["conditioning=paper"],
+    "masked": ["conditioning=paper", "conditioning.mask_padding=true"],
+    "modern": ["conditioning=modern", "conditioning.layout_patch=4"],
+}
+CHECKPOINTING, LORA = "gradient_checkpointing={}".format, "unet.lora_rank=2"
+CASES = [
+    (1, "paper", CHECKPOINTING("false")),
+    (1, "masked", CHECKPOINTING("true")),
+    (1, "modern", CHECKPOINTING("false")),
+    (2, "paper", CHECKPOINTING("true")),
+    (2, "masked", CHECKPOINTING("false"), LORA),
+    (2, "modern", CHECKPOINTING("true")),
+    (3, "paper", CHECKPOINTING("true"), LORA),
+    (3, "masked", CHECKPOINTING("false")),
+    (3, "modern", CHECKPOINTING("false"), LORA),
+]
+each_case = pytest.mark.parametrize(
+    ("stage", "arm", "more"),
+    [pytest.param(stage, arm, more, id=f"{stage}-{arm}") for stage, arm, *more in CASES],
+)
+# The paper's blocks and text path, small.
+TINY = [
+    "text_encoder=tiny", "text_encoder.dtype=bfloat16", "data.resolution=64", "data.bucket_multiple=16", "micro_batch_size=2",
+    "unet.arguments.block_out_channels=[16,32]", "unet.arguments.layers_per_block=1", "unet.arguments.cross_attention_dim=32",
+    "unet.arguments.mid_block_type=null", "conditioning.refiner_layers=1", "conditioning.layout_layers=1",
+    "unet.arguments.down_block_types=[ResnetDownsampleBlock2D,SimpleCrossAttnDownBlock2D]",
+    "unet.arguments.up_block_types=[SimpleCrossAttnUpBlock2D,ResnetUpsampleBlock2D]",
+    "unet.arguments.attention_head_dim=8", "unet.arguments.norm_num_groups=8", "conditioning.refiner_width=32", "lora.rank=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Gpu]:
+    with pretend() as made:
+        yield made
+
+
+def options(stage: int, arm: str, *more: str) -> list[str]:
+    """Overrides of train.py."""
+    # A language model whose adapter is applied, as `random_models` makes it, needs no checkpoint to take it from.
+    return ["preset=paper", f"stage={stage}", "init_from=scratch", *ARMS[arm], *more, "data.max_aspect=1", "data.workers=0",
+            "validation.samples=2", "validation.images=2", "sampler.steps=2", "threads=1"]  # fmt: skip
+
+
+def stage_of(config: TrainConfig, folder: Path, device: str) -> Trainer:
+    """A stage of two micro-batches a step, with random frozen models made on ``device``."""
+    side = config.data.resolution
+    write_samples(folder / "shards", 4, side, side)
+    data = replace(config.data, shards=str(folder / "shards"), val_shards=str(folder / "shards"))
+    assert config.micro_batch_size is not None
+    config = replace(config, data=data, run_dir=str(folder / "run"), batch_size=2 * config.micro_batch_size)
+    stage_folder(config).mkdir(parents=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    models = random_models(config, torch.device(device))
+    if config.train_text == "adapter":
+        config = replace(config, train_text="frozen")
+    return Trainer(config, make_accelerator(config), frozen_models=models)
+
+
+def follow(trainer: Trainer, gpu: Gpu) -> None:
+    """Let counts be kept by the trainer's phases; each step's own begin with it."""
+    enter, clip = trainer.enter, trainer.engine.clip
+
+    def entered(phase: str, keys: list[str] | None = None) -> None:
+        gpu.phase = phase
+        enter(phase, keys)
+
+    def clipped() -> float | None:
+        gpu.phase = "clip"
+        return clip()
+
+    trainer.enter, trainer.engine.clip = entered, clipped  # type: ignore[method-assign]
+
+
+@each_case
+def test_a_stage_runs_on_a_gpu(gpu: Gpu, stage: int, arm: str, more: list[str], tmp_path: Path) -> None:
+    config = compose_train([*options(stage, arm, *TINY, *more), "codec.path=null", "data.shards=unused"])
+    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+        trainer = stage_of(config, tmp_path, "cuda" if arm == "modern" else "cpu")
+    follow(trainer, gpu)
+    loader = trainer.loader()
+    trainer.train_step(loader)  # what is done once is done
+    gpu.forget()
+    trainer.gradients(loader)
+    trained = trainer.joint.trained()
+    assert trained and all(p.grad is not None for p in trained.values())
+    for name, parameter in trained.items():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32, name
+        assert parameter.device.type == parameter.grad.device.type == "cuda", name
+    within = ("encode", "forward", "backward")
+    assert not [line for phase, line in gpu.reads if phase in within]
+    assert not [line for phase, line in gpu.blocking if phase in within]
+    trainer.engine.clip()
+    trainer.engine.update()
+    trainer.ema.update(1)
+    assert all(value.device.type == "cuda" for value in trainer.ema.values)
+    trainer.engine.discard()
+    assert trainer.validate().keys() >= {"loss_short", "loss_long"}
+    trainer.close()
+
+
+VAE = dict(
+    block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    latent_channels=4, layers_per_block=1, norm_num_groups=4, sample_size=64,
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not FULL_SIZE, reason="a minute each: PARADIFFUSION_FULL_SIZE=1")
+@each_case
+def test_the_papers_size_peaks_where_describe_says(
+    gpu: Gpu, stage: int, arm: str, more: list[str], tmp_path: Path
+) -> None:
+    given = [*options(stage, arm, *more), "data.shards=unused"]
+    expected = Fitter(given, compose_train, gpus=1).memory(LAUNCHES[0])
+
+    def on_gpu(*arguments: object) -> object:  # made there at once, or this machine would hold 5 GB of numbers
+        with torch.device("cuda"):
+            return build_joint(*arguments)
+
+    before = gpu.live
+
+    def backward(loss: torch.Tensor) -> None:
+        scaled = loss / trainer.micro_batches
+        loss.detach_()  # torch's own engine empties the graph on its way; here the loss would keep it whole
+        scaled.backward()
+
+    with mock.patch("paradiffusion.training.start.build_joint", on_gpu):
+        trainer = stage_of(compose_train(given), tmp_path, "cuda")
+    trainer.engine.backward = backward  # type: ignore[method-assign]
+    trainer.train_step(batches(trainer, *hardest(trainer.plan, trainer.config.batch_size)))
+    gpu.peak = gpu.live
+    trainer.train_step(batches(trainer, *hardest(trainer.plan, trainer.config.batch_size)))
+    trainer.close()
+    assert gpu.peak - before == pytest.approx(expected.total - expected.context, rel=0.02)
