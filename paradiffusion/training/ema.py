@@ -29,7 +29,7 @@ class Ema:
         ]
         # An average on the CPU takes a GPU's weights by way of pinned memory: one wait for all of them, not one for each.
         apart = [t.is_cuda and not value.is_cuda for t, value in zip(masters.tensors(), self.values, strict=True)]
-        self.pinned = [torch.empty_like(value, pin_memory=True) for value in self.values] if any(apart) else None
+        self.pinned = [torch.empty_like(value).pin_memory() for value in self.values] if any(apart) else None
 
     @torch.no_grad()
     def update(self, step: int) -> None:
