@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.machine import own_cores
+from paradiffusion.machine import deterministic, exact_float32, own_cores
 from paradiffusion.models.joint import JointModel
 from paradiffusion.training.optim import build_optimizer
 
@@ -336,6 +336,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     check_launch(config, count_micro_batches(config, world_size))
     plugin = deepspeed_plugin(config) if is_deepspeed() else None
+    if config.deterministic:
+        deterministic()
+    if config.precision == "fp32":
+        exact_float32()
     # Gradients as views into the buffers that are exchanged: one copy of all of them less.
     handlers: list[KwargsHandler] = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=layout_steps(config) > 0)
