@@ -526,12 +526,13 @@ class TrainConfig:
         batch_size, micro_batch_size: samples of one optimiser step over all processes, and of one process at once;
             accumulation is their whole-number ratio over the processes.
         repeats: noise levels at which each sample of a batch is seen; its text is read, and its image encoded, once for all.
-        precision: "fp32", "bf16", or "auto": bf16 on GPUs and on processors that multiply it faster, else fp32. (fp16 would need
-            its loss scale in every checkpoint.)
+        precision: "fp32" (without TF32 on GPUs), "bf16", or "auto": bf16 on GPUs and on processors that multiply it faster, else
+            fp32. (fp16 would need its loss scale in every checkpoint.)
         keep_gb: keep text features and latents of the frozen models in memory, made once, while each process has so many GB of
             them; 0 to make them in every epoch.
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
         compile, channels_last: torch.compile of the U-Net, and its memory layout; neither changes what is computed.
+        deterministic: the same bits on the same GPUs, run again or resumed; slower. On processors it is so in any case.
         preflight: one step of the largest bucket with the longest captions, validation and a save, reported and undone.
         log_samples: write each step's sample keys and digests to ``samples_seen/`` in the stage folder, by which
             scripts/replay.py shows that it has the same bytes.
@@ -563,6 +564,7 @@ class TrainConfig:
     ema_decay: float = option(0.9999, accepts=below_one)
     ema_device: str | None = option(None, free="always", accepts=one_of("cpu"))
     compile: bool = option(False, free="always")
+    deterministic: bool = option(False, free="always")
     channels_last: bool = option(False, free="always")
     preflight: bool = option(False, free="always")
     log_samples: bool = option(False, free="always")
@@ -640,7 +642,7 @@ class SampleConfig:
     guidance_sigma_min: float | None = None
     guidance_sigma_max: float | None = None
     device: str | None = None
-    dtype: str = option("float32", accepts=one_of(*DTYPES))
+    dtype: str = option("auto", accepts=one_of("auto", *DTYPES))
     threads: int | None = option(None, accepts=positive)
     compile: bool = False
     channels_last: bool = False

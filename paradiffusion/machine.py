@@ -52,6 +52,28 @@ def choose_device(name: str | None = None) -> torch.device:
     raise UserError(f"device={name} is unknown; choose one of {', '.join(found)}, or cuda:0 and the like.")
 
 
+def settled_dtype(dtype: str, device: torch.device) -> str:
+    """ "bfloat16" or "float32" for "auto": bfloat16 on a GPU."""
+    return ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
+
+
+def exact_float32() -> None:
+    """Let float32 be float32: in convolutions GPUs would round to TF32's 10 bits by default."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def deterministic() -> None:
+    """Let GPUs compute the same bits each time, slower; before the first of them is used."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its gradients are summed in any order
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """``tensor`` on ``device``; on its way to a GPU through pinned memory, so that the host does not wait for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

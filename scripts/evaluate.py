@@ -4,7 +4,7 @@
     python scripts/evaluate.py compare=[runs/nano/stage1,runs/nano/stage2,runs/nano/stage3] suite=[scenes,paraprompts]
     python scripts/evaluate.py pipeline=stabilityai/sdxl-turbo suite=dpg images_per_prompt=4 vlm=qwen3_vl_8b
     python scripts/evaluate.py images=pictures/other suite=paraprompts clip=ViT-L-14-quickgelu:openai
-    torchrun --nproc_per_node 8 scripts/evaluate.py ckpt=weights suite=paraprompts dtype=bfloat16
+    torchrun --nproc_per_node 8 scripts/evaluate.py ckpt=weights suite=paraprompts
 
 Run the same command again after a stop of any kind: it goes on where it was, and draws and asks nothing twice. Each evaluation
 (one model, one suite) has a folder: images/, scores/, evaluation.json, report.html, report.md. It is <stage>/evaluation/<suite>
@@ -33,7 +33,7 @@ count=           that many prompts, spread evenly; images_per_prompt=1 (images=:
 Drawing, as in sample.py:
 steps= guidance= sampler= solver= guidance_rescale= guidance_start= guidance_stop=
 guidance_sigma_min= guidance_sigma_max= negative_prompt= height= width= batch_size=16
-device= dtype=float32 threads= compile= channels_last= offload_text_encoder= vae_tiling= text_encoder.path= text_encoder.dtype=
+device= dtype=auto threads= compile= channels_last= offload_text_encoder= vae_tiling= text_encoder.path= text_encoder.dtype=
 codec.path= codec.dtype=
 Scores:
 scores=auto      or [names]: scenes, sentences, counterfactual, segments, checklist, dpg, dpg_corrected, caption_back, fid,

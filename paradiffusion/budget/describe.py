@@ -106,8 +106,8 @@ def describe(arguments: Sequence[str], question: Question, compose: Callable[[li
         tokens=models.tokens,
         parameters=counts,
         flops=flops,
-        memory=[fitter.memory(launch) for launch in LAUNCHES],
-        micro_batches={launch.name: fitter.micro_batch(config, launch) for launch in LAUNCHES},
+        memory=[fitter.memory(launch) for launch in fitter.launches()],
+        micro_batches={launch.name: fitter.micro_batch(config, launch) for launch in fitter.launches()},
         feature_bytes=2 * models.tokens * models.text.width,
         latent_bytes=2 * 2 * channels * rows * columns,  # mean and standard deviation
         checkpoint_weights=weights,

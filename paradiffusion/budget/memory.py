@@ -18,6 +18,7 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.data.images import make_buckets
 from paradiffusion.models.unet import PROJECTIONS
 from paradiffusion.text.encoder import DTYPES
+from paradiffusion.training.engine import deepspeed_needs
 
 GIB = 2**30
 # CUDA context, cuBLAS and cuDNN workspaces, and what the allocator cannot use: our estimate.
@@ -301,16 +302,21 @@ class Fitter:
             host=host + (ema * share if on_cpu else 0.0),
         )
 
+    def launches(self) -> list[Launch]:
+        """Those that train.py does not refuse."""
+        refused = deepspeed_needs(self.config()) is not None
+        return [launch for launch in LAUNCHES if not (launch.zero and refused)]
+
     def advise(self, available: float) -> list[Advice]:
         """One entry for each launch that needs more than ``available`` bytes."""
-        needed = {launch: self.memory(launch).total for launch in LAUNCHES}
+        needed = {launch: self.memory(launch).total for launch in self.launches()}
         return [self._advise(launch, total, available) for launch, total in needed.items() if total > available]
 
     def _advise(self, launch: Launch, needed: float, available: float) -> Advice:
         totals = {override: self.memory(launch, override).total for override in self.candidates(launch)}
-        if launch.name != "zero2_offload":
-            other = next(item for item in LAUNCHES if item.name == "zero2_offload")
-            totals["--config_file configs/launch/zero2_offload.yaml"] = self.memory(other).total
+        for other in self.launches():
+            if other.offload and other != launch:
+                totals[f"--config_file configs/launch/{other.name}.yaml"] = self.memory(other).total
         changes = [
             Change(override, needed - total, total, total <= available)
             for override, total in totals.items()

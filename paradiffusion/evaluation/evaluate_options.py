@@ -12,6 +12,7 @@ from paradiffusion.checks import not_negative, one_of, positive
 from paradiffusion.config import FrozenConfig, SampleConfig, SamplerConfig, check_values, option
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite_files import read_yaml
+from paradiffusion.machine import choose_device, settled_dtype
 
 SOURCES = ("ckpt", "pipeline", "images", "compare")
 # What decides a picture beside the weights, the prompt, its seed and its size.
@@ -52,7 +53,7 @@ class EvaluateOptions:
     width: int | None = None
     batch_size: int = option(16, accepts=positive)
     device: str | None = None
-    dtype: str = "float32"
+    dtype: str = "auto"
     threads: int | None = None
     compile: bool = False
     channels_last: bool = False
@@ -183,6 +184,7 @@ class EvaluateOptions:
         shared = (*DRAWING, "unet", "height", "width", "batch_size", "device", "dtype", "threads", "compile", "channels_last",
                   "offload_text_encoder", "vae_tiling", "text_encoder", "codec")  # fmt: skip
         values = {key: getattr(self, key) for key in shared}
+        values["dtype"] = settled_dtype(self.dtype, choose_device(self.device))  # by which pictures are known
         return SampleConfig(ckpt=ckpt, prompt="suite", images_per_prompt=images_per_prompt, **values)
 
 

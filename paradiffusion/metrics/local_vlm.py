@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.errors import UserError, reason_of
-from paradiffusion.machine import choose_device
+from paradiffusion.machine import choose_device, settled_dtype
 from paradiffusion.metrics.vlm import Answer, Decoding, Question
 from paradiffusion.repository import ROOT
 
@@ -35,7 +35,7 @@ class LocalModel:
         self.model = Path(source).resolve().name if Path(source).is_dir() else source
         self.device, self.batch_size = place.type, batch_size
         self._place, self._decoding = place, decoding
-        number_type = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
+        number_type = settled_dtype(dtype, place)
         self._network, self._processor = _load(source, revision, getattr(torch, number_type), place)
         commit = getattr(self._network.config, "_commit_hash", None)
         self.revision = str(commit or revision or "unknown")

@@ -15,7 +15,7 @@ from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.checks import one_of, positive
 from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError, reason_of
-from paradiffusion.machine import choose_device
+from paradiffusion.machine import choose_device, settled_dtype
 from paradiffusion.text.sources import fingerprint
 
 POOLINGS: Final = {"mean": "mean", "last": "lasttoken", "cls": "cls", "max": "max"}  # ours to the library's
@@ -122,7 +122,7 @@ def _folder(options: EmbeddingOptions) -> Path:
 def _load(folder: Path, options: EmbeddingOptions) -> Any:
     """The modules that ``folder`` names; without modules.json the transformer, and decoders' last token or others' mean."""
     device = choose_device(options.device)
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if options.dtype == "auto" else options.dtype
+    dtype = settled_dtype(options.dtype, device)
     try:
         network: Any = SentenceTransformer(
             str(folder),

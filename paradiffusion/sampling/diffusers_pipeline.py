@@ -195,7 +195,8 @@ class ParaDiffusionPipeline(_Base):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> ParaDiffusionPipeline:
-        """As ``DiffusionPipeline.from_pretrained``; without ``torch_dtype`` each model keeps the dtype it was trained with."""
+        """As ``DiffusionPipeline.from_pretrained``; without ``torch_dtype`` the frozen models keep the dtype
+        they were trained with, and the others are in bfloat16 where there is CUDA, else in float32."""
         source = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
         described = cls.load_config(source, **hub).get("description") or {}
@@ -207,7 +208,7 @@ class ParaDiffusionPipeline(_Base):
         if "tokenizer" not in kwargs and (beside / "tokenizer").is_dir():
             kwargs["tokenizer"] = load_tokenizer(beside / "tokenizer")  # by its files' own rules
         if not {"torch_dtype", "dtype"} & kwargs.keys():
-            kwargs["dtype"] = {"default": torch.float32}
+            kwargs["dtype"] = {"default": torch.bfloat16 if torch.cuda.is_available() else torch.float32}
             for part, key in (("text_encoder", "text_encoder"), ("vae", "codec")):
                 kwargs["dtype"][part] = getattr(torch, described.get(key, {}).get("dtype", "float32"))
         pipe: ParaDiffusionPipeline = super().from_pretrained(source, **kwargs)

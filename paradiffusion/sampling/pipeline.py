@@ -23,7 +23,7 @@ from paradiffusion.config import (
 )
 from paradiffusion.diffusion.objective import Objective
 from paradiffusion.errors import UserError
-from paradiffusion.machine import choose_device
+from paradiffusion.machine import choose_device, exact_float32, settled_dtype
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import DENOISERS, class_of, drawn_multiple, read_width
@@ -159,7 +159,10 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     codec_config.dtype = config.codec.dtype or codec_config.dtype
     if lacks_bitsandbytes() is not None:
         encoder_config.quantization = None  # trained with 4 bits, but whole weights draw as well
-    target, dtype = choose_device(config.device or device), DTYPES[config.dtype]
+    target = choose_device(config.device or device)
+    dtype = DTYPES[settled_dtype(config.dtype, target)]
+    if dtype == torch.float32:
+        exact_float32()
 
     codec = load_codec(codec_config, description["codec"]["hash"])
     conditioning = parse(ConditioningConfig, description["conditioning"])

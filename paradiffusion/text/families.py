@@ -233,7 +233,11 @@ def lacks_bitsandbytes() -> str | None:
     """What bitsandbytes (weights of 4 bits, optimisers of 8) would need and is not here; None where it can run."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    return "bitsandbytes is not installed" if importlib.util.find_spec("bitsandbytes") is None else None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    from transformers.utils import is_bitsandbytes_available  # of a version that transformers takes
+
+    return None if is_bitsandbytes_available() else "this one is too old (`pip install -U bitsandbytes`)"
 
 
 def quantized(config: TextEncoderConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.machine import own_cores
+from paradiffusion.machine import deterministic, exact_float32, own_cores
 from paradiffusion.models.joint import JointModel
 from paradiffusion.training.optim import build_optimizer
 
@@ -157,7 +157,7 @@ class Engine:
     whole = True
 
     def __init__(self, accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> None:
-        self.accelerator = accelerator
+        self.accelerator, self.device = accelerator, accelerator.device
         self.parameters = joint.trained()
         self.optimizer = build_optimizer(self.parameters, config.optimizer)
         # The launcher may name the same number as we: accelerate would then divide by it a second time.
@@ -169,8 +169,13 @@ class Engine:
         self.kind = "DDP" if accelerator.num_processes > 1 else "one process"
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch; only the ``last`` one's gradients are exchanged."""
-        return nullcontext() if last else self.accelerator.no_sync(self.model)
+        """Around forward and backward of a micro-batch; only the ``last`` one's gradients are exchanged.
+
+        Under DDP the first of all too: gradients lie in its buckets from an exchange on, and are held a second time before. (It costs
+        a rounding after a resume, so not where runs are the same to the bit.)"""
+        exact = self.device.type != "cuda" or torch.are_deterministic_algorithms_enabled()
+        first = not exact and all(parameter.grad is None for parameter in self.parameters.values())
+        return nullcontext() if last or first else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's mean loss."""
@@ -193,8 +198,8 @@ class Engine:
         return None
 
     def discard(self) -> None:
-        """Forget the accumulated gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
+        """Forget the accumulated gradients. DDP's stay where they are, in its buckets: others would be held beside these."""
+        self.optimizer.zero_grad(set_to_none=self.accelerator.num_processes == 1)
 
     def optimizer_state(self) -> Iterator[tuple[str, Tensor]]:
         """("exp_avg/NAME", tensor) and the like in the main process; every process must call this."""
@@ -337,6 +342,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     check_launch(config, count_micro_batches(config, world_size))
     plugin = deepspeed_plugin(config) if is_deepspeed() else None
+    if config.deterministic:
+        deterministic()
+    if config.precision == "fp32":
+        exact_float32()
     # Gradients as views into the buffers that are exchanged: one copy of all of them less.
     handlers: list[KwargsHandler] = [
         DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=layout_steps(config) > 0)
@@ -444,6 +453,18 @@ def check_zero(plugin: Any) -> int:
     return stage
 
 
+def deepspeed_needs(config: TrainConfig) -> str | None:
+    """The override without which a stage cannot be launched under DeepSpeed, or None. It cuts weights into flat pieces, packed ones
+    of 4 bits as if they were numbers, and its optimiser would decay those of a denoiser that has no gradient yet."""
+    needs = {
+        "objective.layout_share=0": config.objective.layout_share == 0,
+        "optimizer.name=adamw": config.optimizer.name == "adamw",
+        "channels_last=false": not config.channels_last,
+        "text_encoder.quantization=null": config.text_encoder.quantization is None,
+    }
+    return next((override for override, is_so in needs.items() if not is_so), None)
+
+
 def check_launch(config: TrainConfig, micro_batches: int) -> None:
     """One key each for precision, accumulation and clipping: a launcher's other value is refused, as is what does not work there."""
     for kind in ("FSDP", "MEGATRON_LM"):
@@ -451,16 +472,9 @@ def check_launch(config: TrainConfig, micro_batches: int) -> None:
             raise UserError(
                 f"the launch configuration asks for {kind}, which is not supported; use one of configs/launch/: ddp, zero2 or zero3."
             )
-    # DeepSpeed cuts weights into flat pieces, and its optimiser would decay those of a denoiser that has no gradient yet.
-    for key, set_to, works in (
-        ("objective.layout_share", config.objective.layout_share, 0),
-        ("optimizer.name", config.optimizer.name, "adamw"),
-        ("channels_last", config.channels_last, False),
-    ):
-        if is_deepspeed() and set_to != works:
-            raise UserError(
-                f"{key} does not go with DeepSpeed; set {str(works).lower()}, or launch with configs/launch/ddp.yaml."
-            )
+    if is_deepspeed() and (override := deepspeed_needs(config)) is not None:
+        key, _, works = override.partition("=")
+        raise UserError(f"{key} does not go with DeepSpeed; set {works}, or launch with configs/launch/ddp.yaml.")
     precision = "no" if config.precision == "fp32" else config.precision
     norm = config.optimizer.max_grad_norm
     # With what launchers export for a key that their configuration does not set.

@@ -170,6 +170,7 @@ class Trainer:
         rank, processes, gather = (self.rank, self.processes, self.gather) if whole else (0, 1, list)
         self.validation = Validation(held_out, config, rank, processes, gather, self.main, scorer)
         self.spikes = Spikes(self)
+        self.compiled: set[tuple[int, ...]] = set()
         self.seen = open_seen(self.folder, self.rank, self.state.step) if config.log_samples else None
         self.meters = Meters()
         self.log = Log(self.folder, config, self.description(), self.state.step) if self.main else None
@@ -219,10 +220,12 @@ class Trainer:
             self.enter("encode", batch.keys)
             inputs = self.encode(batch)
             inputs = replace(inputs, weights=inputs.weights * scale, denoise=self.state.step >= self.layout_steps)
-            self.enter("forward")
+            known = self.knows_shape(inputs)
+            self.enter("forward" if known else "compile")
             with self.engine.accumulating(last=micro == self.micro_batches - 1):
                 losses = self.engine.model(inputs)
-                self.enter("backward")
+                if known:
+                    self.enter("backward")
                 self.engine.backward(losses.total)
             total += losses.diffusion / self.micro_batches
             taken.append(MicroBatch(batch, inputs.times, losses._replace(total=losses.total.detach())))
@@ -269,6 +272,15 @@ class Trainer:
     def encode(self, batch: Batch) -> LossBatch:
         """A micro-batch as the joint module takes it."""
         return self.inputs(batch, self.meters)
+
+    def knows_shape(self, inputs: LossBatch) -> bool:
+        """Whether nothing is compiled for a micro-batch of this shape, in either direction; from now on it is known."""
+        text = inputs.ids if inputs.features is None else inputs.features
+        assert text is not None
+        shape = (*inputs.latents.shape, text.shape[1], inputs.denoise)
+        known = not self.config.compile or shape in self.compiled
+        self.compiled.add(shape)
+        return known
 
     def enter(self, phase: str, keys: list[str] | None = None) -> None:
         """Tell the watch what comes now, and of which samples (None: the same as before)."""

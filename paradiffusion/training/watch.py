@@ -27,9 +27,9 @@ from paradiffusion.errors import UserError
 
 # In the order in which a step goes through them; of two processes in one step the one in the earlier phase is behind.
 # What follows the n-th step, a save and a validation, comes before the data of step n, counted from 0.
-PHASES = ("setup", "save", "validate", "data", "encode", "forward", "backward", "wait", "update", "done")
+PHASES = ("setup", "save", "validate", "data", "encode", "forward", "compile", "backward", "wait", "update", "done")
 # These may rightly take long, so all processes together in one of them are no stall.
-LONG = ("setup", "validate", "save")
+LONG = ("setup", "validate", "save", "compile")
 STALLED, FAILED = 3, 2  # exit statuses
 SHOWN = 8
 # Seconds that a process has for leaving by itself once another has failed.
@@ -59,7 +59,10 @@ def describe_stall(places: list[Place], now: float, seconds: float, silence: flo
     behind = [place for place, come in zip(waiting, progress, strict=True) if come == min(progress)]
     dead = [place for place in waiting if now - place.alive > (seconds if silence is None else silence)]
     named = dead or behind
-    at_work = not dead and len(behind) == len(waiting) and all(place.phase in LONG for place in behind)
+    long = not dead and all(place.phase in LONG for place in behind)
+    at_work = long and (
+        len(behind) == len(waiting) or behind[0].phase == "compile"
+    )  # its shapes may be new to one alone
     if at_work or min(now - place.at for place in named) < seconds:
         return None
     parts = []

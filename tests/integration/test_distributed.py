@@ -137,6 +137,40 @@ def test_processes_with_other_data_do_not_train_together(tmp_path: Path) -> None
     assert "process 1 found other samples than process 0" in said
 
 
+DDP = """
+import json, os, sys, torch
+from accelerate.utils import gather_object
+from training_runs import build_here
+from paradiffusion.training import trainer as module
+took, take_statistics = [], module.take_statistics
+module.take_statistics = lambda *arguments: (took.append(os.environ["RANK"]), take_statistics(*arguments))
+trainer = build_here(json.loads(sys.argv[1]))
+refiner = trainer.joint.refiner
+assert gather_object(took) == ["0"], took
+means = gather_object([refiner.mean])
+assert means[0].abs().sum() > 0 and torch.equal(*means) and torch.equal(*gather_object([refiner.std]))
+assert trainer.engine.kind == "DDP" and trainer.micro_batches == 2
+loader, trained = trainer.loader(), trainer.joint.trained().values()
+for _ in range(2):  # DDP lays its buckets out anew in the second
+    trainer.train_step(loader)
+places = [parameter.grad.data_ptr() for parameter in trained]
+trainer.gradients(loader)
+assert places == [parameter.grad.data_ptr() for parameter in trained], "gradients beside the buckets"
+trainer.close()
+print("all held", flush=True)
+"""
+
+
+def test_ddp_shares_what_one_process_has_counted_and_holds_gradients_once(
+    tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    program = tmp_path / "ddp.py"
+    program.write_text(DDP)
+    arguments = [*tiny_arguments, "batch_size=4", "micro_batch_size=1", f"run_dir={tmp_path / 'run'}"]
+    ended, said = run_on_two(str(program), json.dumps(arguments))
+    assert ended == [0, 0] and said.count("all held\n") == 2, said
+
+
 SRUN = """#!/usr/bin/env bash
 # One process a task on this machine, as srun starts them.
 while [[ "$1" == --* ]]; do shift; done

@@ -48,6 +48,14 @@ def test_long_work_of_all_together_is_no_stall(phase: str) -> None:
     assert describe_stall([place(0, 9, "done", 0, alive=0)], 100.0, 10.0) is None, "who has finished is not waited for"
 
 
+def test_compiling_is_no_stall_of_one_process_either() -> None:
+    """Shapes may be new to it alone; another that is behind is still named."""
+    compiling = [place(0, 7, "compile", 0), place(1, 7, "backward", 0)]
+    assert describe_stall(compiling, 100.0, 10.0) is None
+    assert "process 2" in str(describe_stall([*compiling, place(2, 7, "encode", 0)], 100.0, 10.0))
+    assert "life" in str(describe_stall([place(0, 7, "compile", 0, alive=50.0), *compiling[1:]], 100.0, 10.0))
+
+
 def test_one_process_is_only_warned(capsys: pytest.CaptureFixture[str]) -> None:
     saving = Watch(0, 1, 0.2)
     saving.beat("save", 3)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
-from paradiffusion.machine import choose_device, own_cores
+from paradiffusion.compose import compose_train
+from paradiffusion.machine import choose_device, own_cores, settled_dtype
+from paradiffusion.training.engine import make_accelerator
 
 TASK = {"SLURM_NTASKS": "16", "WORLD_SIZE": "16", "SLURM_CPUS_ON_NODE": "96", "LOCAL_WORLD_SIZE": "8"}
 
@@ -59,3 +63,42 @@ def test_each_process_takes_a_gpu_of_its_own_and_makes_it_the_current_one(
         monkeypatch.setenv("LOCAL_RANK", local)
     assert choose_device(name) == torch.device(chosen)
     assert taken == ([] if current is None else [current])
+
+
+@pytest.fixture
+def switches() -> Iterator[None]:
+    """torch's own, as they are by default, before and after."""
+
+    def put_back() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+    put_back()
+    yield
+    put_back()
+
+
+@pytest.mark.usefixtures("switches")
+def test_fp32_is_no_tf32() -> None:
+    for precision, rounded in (("bf16", True), ("fp32", False)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        make_accelerator(compose_train([f"precision={precision}"]))
+        assert torch.backends.cudnn.allow_tf32 is rounded
+    assert torch.backends.cuda.matmul.allow_tf32 is False
+
+
+@pytest.mark.usefixtures("switches")
+def test_deterministic_is_asked_of_torch_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    make_accelerator(compose_train(["precision=fp32"]))
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    make_accelerator(compose_train(["precision=fp32", "deterministic=true"]))
+    assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_an_open_dtype_is_bfloat16_on_a_gpu_alone() -> None:
+    assert settled_dtype("auto", torch.device("cuda:1")) == "bfloat16"
+    assert settled_dtype("auto", torch.device("cpu")) == settled_dtype("float32", torch.device("cuda")) == "float32"

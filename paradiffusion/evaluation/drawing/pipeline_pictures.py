@@ -20,7 +20,7 @@ from paradiffusion.evaluation.drawing.picture_source import Place, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Painter, Request
 from paradiffusion.evaluation.suites.suite import Suite
-from paradiffusion.machine import choose_device
+from paradiffusion.machine import choose_device, exact_float32
 from paradiffusion.sampling.gallery import (
     ImageRecord,
     Manifest,
@@ -246,6 +246,8 @@ def load_pipeline(path: str, config: SampleConfig) -> Any:
     from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
 
     target = choose_device(config.device)
+    if config.dtype == "float32":
+        exact_float32()
     folder = Path(path).expanduser()
     source = str(folder) if folder.is_dir() else path
     try:
