@@ -322,7 +322,9 @@ def _captions_by_file(table: Path, *state: int) -> dict[str, tuple[dict[str, str
         return {}
     rows = ((row.fields.get(column), row) for row in read_rows(table))
     return {
-        file.removeprefix("./"): (captions_of(row.fields, b""), bool(row.notes)) for file, row in rows if isinstance(file, str)
+        file.removeprefix("./"): (captions_of(row.fields, b""), bool(row.notes))
+        for file, row in rows
+        if isinstance(file, str)
     }
 
 
