@@ -37,7 +37,12 @@ _MARKS: Final = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_FOREIGN = re.compile(rb"[\x80-\xff]{4}")
+# What is written with other letters than Latin ones has runs of bytes that are no ASCII, three letters or four of any kind.
+_FOREIGN = re.compile(rb"[\x80-\xff]{4}|[\xc0-\xff]{3}")
+# Signs that stand between letters where Central European text, or that of old Macs and DOS, is read as Windows-1252.
+_WITHIN = re.compile(
+    r"[^\W\d_][\xa1-\xa3\xa5\xa6\xa9\xab\xac\xae-\xb3\xb6\xb9\xbb-\xbf\u201a\u201e\u2020-\u2022\u02c6\u2030\u2039\u203a\u02dc][^\W\d_]"
+)
 # What programs write for a cell without a value.
 MISSING: Final = re.compile(r"nan|none|null|n/a|<na>|#n/a|undefined", re.IGNORECASE)
 # Signs of languages that put no spaces between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese.
@@ -51,16 +56,15 @@ def decode_text(data: bytes) -> tuple[str, str]:
     of them explains, and for a Git LFS pointer in a text's place."""
     if data.startswith(LFS_POINTER):
         return "", "unknown"
-    for mark, encoding in _MARKS:
-        if data.startswith(mark):
-            return data[len(mark) :].decode(encoding, "replace"), encoding
+    mark, marked = next(((mark, [encoding]) for mark, encoding in _MARKS if data.startswith(mark)), (b"", []))
     zeros = {"utf-16-le": data[1::2], "utf-16-be": data[::2]}  # of Latin letters, every other byte
     wide = [name for name, part in zeros.items() if part.count(0) * 2 > len(part)]
-    # What is written with other letters than Latin ones has long runs of bytes that are no ASCII.
     last = ["cp1252"] if b"\0" not in data and not _FOREIGN.search(data) else []
-    for encoding in wide or ["utf-8", *last]:
+    for encoding in marked or wide or ["utf-8", *last]:
         with suppress(UnicodeDecodeError):
-            return data.decode(encoding), encoding
+            text = data[len(mark) :].decode(encoding)
+            if encoding != "cp1252" or not _WITHIN.search(text):
+                return text, encoding
     return "", "unknown"
 
 
@@ -86,12 +90,12 @@ def count_words(text: str) -> int:
 
 
 def parse_meta(data: bytes) -> dict[str, Any] | None:
-    """The object in a sample's JSON; None when it is none."""
+    """The object in a sample's JSON, of a text or a list one with it as the caption; None where there is none."""
     try:
         meta = json.loads(decode_text(data)[0])
     except (ValueError, RecursionError):
         return None
-    return meta if isinstance(meta, dict) else None
+    return meta if isinstance(meta, dict) else {"caption": meta} if isinstance(meta, str | list) else None
 
 
 def captions_of(meta: dict[str, Any], text: bytes) -> dict[str, str]:

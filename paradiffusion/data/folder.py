@@ -220,7 +220,8 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
             picture = look_at(file, Span(0, found.stamps[0]))
         meta_bytes, text = read_beside(path, found.stamps[2] >= 0, found.stamps[4] >= 0 and not found.told)
         if found.told:
-            return LookedAt(*picture, told_by_table(root, found.key))
+            captions, odd_text = told_by_table(root, found.key)
+            return LookedAt(*picture, captions, odd_text=odd_text)
     except OSError:
         return LookedAt(unreadable=True)
     meta = parse_meta(meta_bytes) if meta_bytes else {}

@@ -33,7 +33,13 @@ from paradiffusion.errors import UserError
 
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "jfif")
 # What a file is of its sample, by its extension in small letters: in tars, folders and streams. kohya's scripts write .caption.
-PARTS: Final = {"json": "json", "txt": "text", "caption": "text", **dict.fromkeys(IMAGE_EXTENSIONS, "image")}
+PARTS: Final = {
+    "json": "json",
+    "txt": "text",
+    "caption": "text",
+    "text": "text",
+    **dict.fromkeys(IMAGE_EXTENSIONS, "image"),
+}
 _MAX_SHARDS: Final = 1_000_000
 _BLOCK: Final = 512
 _MAX_MEMBER: Final = 1 << 30  # Larger files are no images; sizes are stored in 32 bits.
@@ -206,7 +212,7 @@ class TarEntry:
     image: Span = field(default_factory=Span)
     json: Span = field(default_factory=Span)
     text: Span = field(default_factory=Span)
-    by_kohya: bool = False  # the text is a .caption
+    is_txt: bool = False  # the text, which then goes before a .caption
 
 
 @dataclass
@@ -280,11 +286,14 @@ def list_tar(file: BinaryIO, name: str, at_most: int | None = None) -> Listing:
 
 def split_member(name: str) -> tuple[str, str]:
     """A member's key and extension in small letters: up to the first dot, as WebDataset has it, or to the last where only that
-    gives a part of a sample (img.v1.07.jpg)."""
+    gives a part of a sample (img.v1.07.jpg); of a text behind a whole name (cat.jpg.txt) without the picture's ending."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     if extension.lower() not in PARTS and extension.lower().rpartition(".")[2] in PARTS:
         stem, _, extension = base.rpartition(".")
+        name, _, ending = stem.rpartition(".")
+        beside = PARTS[extension.lower()] != "image" and PARTS.get(ending.lower()) == "image"
+        stem = name if beside else stem
     return folder + slash + stem, extension.lower()
 
 
@@ -299,10 +308,10 @@ def _add(found: dict[str, TarEntry], member: tarfile.TarInfo) -> str:
         return ""
     entry = found.setdefault(key, TarEntry(key))
     # Of two texts a .txt is read, as beside pictures in folders.
-    if getattr(entry, part).size and not (part == "text" and entry.by_kohya and extension == "txt"):
+    if getattr(entry, part).size and not (part == "text" and extension == "txt" and not entry.is_txt):
         return ""
     if part == "text":
-        entry.by_kohya = extension == "caption"
+        entry.is_txt = extension == "txt"
     setattr(entry, part, Span(member.offset_data, member.size))
     entry.extension = extension if part == "image" else entry.extension
     return key
@@ -320,7 +329,7 @@ def read_place(place: Place) -> RawSample:
         meta_bytes, text = read_beside(path, place.json.size > 0, place.text.size > 0 and not told)
         image = path.read_bytes() if place.image.size else b""
         if told:
-            return RawSample(place.key, image, place.extension, {"captions": told_by_table(shard.root, place.key)})
+            return RawSample(place.key, image, place.extension, {"captions": told_by_table(shard.root, place.key)[0]})
     elif not isinstance(shard, RemotePath):
         found = os.stat(shard)
         file = _opened(str(shard), found.st_dev, found.st_ino)
@@ -352,13 +361,14 @@ def _read_spans(place: Place, read: Callable[[int, int], bytes]) -> tuple[bytes,
 
 def names_beside(name: str) -> tuple[list[str], list[str]]:
     """How the JSON and the text of a picture ``name`` may be called, the first that is there being taken: cat.txt, cat.TXT,
-    cat.caption, cat.jpg.txt."""
+    cat.Txt, cat.caption, cat.jpg.txt."""
 
-    def names(*extensions: str) -> list[str]:
-        cased = [one for extension in extensions for one in (extension, extension.upper())]
-        return [f"{stem}.{extension}" for stem in (name.rpartition(".")[0], name) for extension in cased]
+    def names(kind: str) -> list[str]:
+        endings = [extension for extension, part in PARTS.items() if part == kind]
+        cased = [one for ending in endings for one in (ending, ending.upper(), ending.capitalize())]
+        return [f"{stem}.{ending}" for stem in (name.rpartition(".")[0], name) for ending in cased]
 
-    return names("json"), names("txt", "caption")
+    return names("json"), names("text")
 
 
 def read_beside(path: Path, json: bool, text: bool) -> tuple[bytes, bytes]:

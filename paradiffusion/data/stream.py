@@ -160,7 +160,8 @@ class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
         key = str(sample["__key__"])
         extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
         meta = parse_meta(sample["json"]) if "json" in sample else {}
-        captions = captions_of(meta or {}, sample.get("txt") or sample.get("caption", b""))
+        texts = (sample.get(extension) for extension, part in PARTS.items() if part == "text")
+        captions = captions_of(meta or {}, next(filter(None, texts), b""))
         if extension is None or not captions:
             return 0, None
         kinds = list(dict.fromkeys([*captions, *self.caption_weights]))
@@ -199,10 +200,11 @@ class _Keys:
     def __call__(self, name: str) -> tuple[str, str]:
         folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
-        if self.last == folder + slash + stem:
+        key, ending = split_member(name)
+        if self.last == folder + slash + stem != key:
             return self.last, extension.lower()
-        self.last, extension = split_member(name)
-        return self.last, extension
+        self.last = key
+        return key, ending
 
 
 def _is_wanted(name: str) -> bool:

@@ -302,8 +302,9 @@ def _plain_times(batch: Any) -> Any:
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def captions_by_file(table: Path) -> dict[str, dict[str, str]]:
-    """The captions by kind (``captions_of``) of each file that a table beside pictures names, relative to the table's folder.
+def captions_by_file(table: Path) -> dict[str, tuple[dict[str, str], bool]]:
+    """The captions by kind (``captions_of``) of each file that a table beside pictures names, relative to the table's folder, and
+    whether its row was not in UTF-8.
     Read once, and again when it has changed; empty, with a line that says so, where no column names files. Raises UserError as
     ``read_rows`` does."""
     stat = table.stat()
@@ -311,7 +312,7 @@ def captions_by_file(table: Path) -> dict[str, dict[str, str]]:
 
 
 @lru_cache(8)
-def _captions_by_file(table: Path, *state: int) -> dict[str, dict[str, str]]:
+def _captions_by_file(table: Path, *state: int) -> dict[str, tuple[dict[str, str], bool]]:
     names = columns_of(table)
     column = next((name for name in FILE_NAMES if name in names), None)
     if column is None:
@@ -319,8 +320,12 @@ def _captions_by_file(table: Path, *state: int) -> dict[str, dict[str, str]]:
             told = f"none of its columns ({', '.join(names)}) names pictures, as {', '.join(FILE_NAMES[:3])} would"
             print(f"{table} is passed over: {told}", file=sys.stderr, flush=True)
         return {}
-    rows = ((row.fields.get(column), row.fields) for row in read_rows(table))
-    return {file.removeprefix("./"): captions_of(fields, b"") for file, fields in rows if isinstance(file, str)}
+    rows = ((row.fields.get(column), row) for row in read_rows(table))
+    return {
+        file.removeprefix("./"): (captions_of(row.fields, b""), bool(row.notes))
+        for file, row in rows
+        if isinstance(file, str)
+    }
 
 
 @lru_cache(4096)
@@ -335,8 +340,9 @@ def table_beside(folder: Path, root: Path) -> Path | None:
     return None
 
 
-def told_by_table(root: Path, key: str) -> dict[str, str]:
-    """The captions of the picture ``key`` of the folder ``root`` in the table beside it; empty where there are none."""
+def told_by_table(root: Path, key: str) -> tuple[dict[str, str], bool]:
+    """``captions_by_file`` of the picture ``key`` of the folder ``root`` in the table beside it; empty where there are none."""
     picture = root / key
     table = table_beside(picture.parent, root)
-    return {} if table is None else captions_by_file(table).get(picture.relative_to(table.parent).as_posix(), {})
+    nothing: tuple[dict[str, str], bool] = {}, False
+    return captions_by_file(table).get(picture.relative_to(table.parent).as_posix(), nothing) if table else nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +173,13 @@ MODERN = {
 }  # fmt: skip
 
 
-def latents(folder: Path, codec: Path | None = None) -> torch.Tensor:
-    """What a folder draws of one prompt."""
+def latents(folder: Path, codec: Path | None = None, **scheduler: Any) -> torch.Tensor:
+    """What a folder draws of one prompt, with settings of its own ``scheduler`` changed."""
     frozen = FrozenConfig(path=codec and str(codec))
     models = load_models(find_checkpoint(folder), SampleConfig(codec=frozen), device="cpu")
     models.sampler.steps, models.sampler.guidance = 3, 4.0
+    if scheduler:
+        models.objective.schedulers = partial(models.objective.usual_scheduler, **scheduler)
     conditioning = models.encode(["a red circle"])
     return sample_latents(
         models.denoise, models.objective, conditioning, [4], (4, 8, 8), models.sampler, "cpu", torch.float32

@@ -301,7 +301,7 @@ def _sidecars(found: _Found) -> tuple[dict[str, Any], list[str]]:
     return fields, notes
 
 
-_TEXTS: Final = ("txt", "caption", "text", "json")
+_TEXTS: Final = (*_SIDECARS, "json")
 _MAX_TEXT: Final = 1 << 22
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from paradiffusion.curation.building.places import EXTENSIONS, Place
-from paradiffusion.data.captions import ENCODING_NOTES, decode_text
+from paradiffusion.data.captions import ENCODING_NOTES, decode_text, parse_meta
 
 # Columns and JSON fields that are captions unless captions= says otherwise, for each kind the first one that has text.
 # Our choice, after the layouts of img2dataset, kohya's scripts and the data sets with synthetic captions.
@@ -174,12 +174,7 @@ def add_text(fields: dict[str, Any], notes: list[str], name: str, data: bytes, i
         notes.append(ENCODING_NOTES[encoding])
     if not is_json:
         fields[name] = text
-        return
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        content = None
-    if isinstance(content, dict):
+    elif (content := parse_meta(data)) is not None:
         fields.update(content)
     else:
         notes.append("JSON beside the image is damaged")

@@ -303,7 +303,8 @@ def test_ours_to_official_keeps_what_it_has_no_place_for(tmp_path: Path, codec_f
     ours = make_ours(tmp_path / "ours", codec_folder, conditioning=ConditioningConfig(max_tokens=32))
     export_official(open_layout(ours), tmp_path / "weights", frozen="copy")
     assert same(open_layout(ours).weights(), open_layout(tmp_path / "weights").weights())
-    assert torch.equal(latents(ours), latents(tmp_path / "weights"))
+    drawn = latents(tmp_path / "weights")  # as the released code does, which ends at the schedule's lowest noise
+    assert torch.equal(latents(ours, final_sigmas_type="sigma_min"), drawn) and not torch.equal(latents(ours), drawn)
     descriptions = [open_layout(folder).description for folder in (ours, tmp_path / "weights")]
     for key in ("conditioning", "sampler", "resolution", "step", "objective", "lora", "stage"):
         values = [about[key] for about in descriptions]
@@ -422,12 +423,15 @@ def test_the_command_line(tmp_path: Path, codec_folder: Path, capsys: pytest.Cap
     assert export([ours, "to=official", f"output={tmp_path / 'w'}", "frozen=none", "dtype=float16"]) == 0
     said = capsys.readouterr().out
     assert "in the layout official" in said
-    assert said.count("the released code: ") == 2 and "16 bits" in said and "to the letter" in said
+    assert said.count("the released code: ") == 3 and "16 bits" in said and "to the letter" in said
     longer = open_layout(tmp_path / "ours")
     longer.description["conditioning"] |= {"max_tokens": 512, "clean_text": False}
     assert official_differs(longer, "float32") == [
-        "it reads 256 tokens of a prompt, and this checkpoint 512: set that number there"
+        "it reads 256 tokens of a prompt, and this checkpoint 512: set that number there",
+        "it leaves the schedule's lowest noise in, as sample.py does from this folder but not from the checkpoint",
     ]
+    longer.description["scheduler"] = {"final_sigmas_type": "sigma_min"}  # of official weights
+    assert len(official_differs(longer, "float32")) == 1
     found = sorted(path.name for path in (tmp_path / "w").iterdir())
     assert found == ["paradiffusion.json", "scheduler", "text_encoder_lora", "unet"]
     for arguments, words in (

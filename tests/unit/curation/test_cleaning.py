@@ -71,8 +71,10 @@ def test_encodings() -> None:
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         assert decode_text("grün 狐".encode(encoding))[0] == "grün 狐"
     assert decode_text("grün".encode("cp1252")) == ("grün", "cp1252")
-    assert decode_text("Zwölf Äpfel – „süß“".encode("cp1252"))[0] == "Zwölf Äpfel – „süß“"
-    for data in (b"\x81\xff", "красный круг".encode("cp1251"), "红色的圆".encode("gb18030"), b"\x89PNG\0\0\0\r"):
+    for text in ("Zwölf Äpfel – „süß“", "«l’été» à 20 °C, ½ mètre…", "col·lecció 3ª, Lego® 5×7"):
+        assert decode_text(text.encode("cp1252")) == (text, "cp1252")
+    for data in (b"\x81\xff", "красный круг".encode("cp1251"), "红色的圆".encode("gb18030"), b"\x89PNG\0\0\0\r",
+                 "кот и дом".encode("cp1251"), "žluťoučký kůň".encode("iso8859-2"), "naïve".encode("mac-roman"), "é".encode("utf-16")[:-1]):  # fmt: skip
         assert decode_text(data) == ("", "unknown"), "no guess is better than a wrong one"
     assert decode_text(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n") == ("", "unknown")
     assert decode_text("a red circle".encode("utf-16-be")) == ("a red circle", "utf-16-be")

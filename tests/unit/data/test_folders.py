@@ -125,6 +125,7 @@ def test_tables_of_captions_beside_the_pictures(tmp_path: Path, capfd: pytest.Ca
         "a.png": {"short": "an a"}, "in/b.png": {"short": "b", "long": "a long b"}, "in/c.png": {"short": "beside it"},
         "other/d.png": {"short": "ein süßes d"},
     }  # fmt: skip
+    assert index.odd_text == 1
     assert "1 pictures without a caption (such as mute.png)" in capfd.readouterr().err
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [{"file_name": "a.png", "text": "another a"}])))
     changed = load_folder(tmp_path)
@@ -160,22 +161,26 @@ def test_the_usual_forms_of_a_picture_with_a_caption(tmp_path: Path, capfd: pyte
         "d.png": ("d.JSON", b'{"text": "by text"}'), "e.png": ("e.png.json", b'{"prompt": "by prompt"}'),
         "f.png": ("f.json", b'{"caption": ["the first", "another"]}'), "g.v1.07.png": ("g.v1.07.caption", b"with dots"),
         "h.png": ("h.txt", "un café".encode("cp1252")), "i.png": ("i.txt", "\u732b".encode("utf-16")),
+        "k.jpg": ("k.jpg.Txt", b"Txt"), "l.png": ("l.Json", b'["of a list", "another"]'), "m.png": ("m.text", "swe\u0301".encode("utf-8-sig")),
     }  # fmt: skip
     for name, (text, data) in forms.items():
         put(tmp_path, name.replace(".jfif", ".jpg"))
         (tmp_path / text).write_bytes(data)
     (tmp_path / "c.jpg").rename(tmp_path / "c.jfif")
     put(tmp_path, "j.png")
+    put(tmp_path, "n.png")
+    (tmp_path / "n.txt").write_bytes("\u017elu\u0165ou\u010dk\u00fd k\u016f\u0148".encode("iso8859-2"))
     (tmp_path / "j.txt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (tmp_path / "other.jsonl").write_text("{}\n")
     index = load_folder(tmp_path)
     found = {index.key(row): read_sample(index, row).meta["captions"]["short"] for row in range(len(index))}
-    assert list(found) == list(forms)
+    assert list(found) == list(forms)  # j and n are not among them
     assert list(found.values()) == [
         "in capitals", "behind the whole name", "a JPEG", "by text", "by prompt", "the first", "with dots", "un café", "\u732b",
+        "Txt", "of a list", "sw\u00e9",
     ]  # fmt: skip
     said = capfd.readouterr().err
-    assert "1 pictures without a caption (such as j.png)" in said and "1 jsonl files (scripts/build_shards.py" in said
+    assert "2 pictures without a caption (such as j.png)" in said and "1 jsonl files (scripts/build_shards.py" in said
     assert index.odd_text == 2
 
 

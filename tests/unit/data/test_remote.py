@@ -362,7 +362,7 @@ def test_names_with_dots_and_side_files(folder: Path, tmp_path: Path, monkeypatc
     picture = read_sample(load_index(expand_shards(str(folder))), 0).image
     write_tar(tmp_path / "x.tar", [
         ("cat.png", picture), ("cat.seg.png", picture), ("cat.txt", b"a cat"), ("img.v1.07.png", picture),
-        ("img.v1.07.caption", b"with dots"), ("lost.png", picture),
+        ("img.v1.07.caption", b"with dots"), ("lost.png", picture), ("d.png", picture), ("d.png.text", b"behind the name"),
     ])  # fmt: skip
     with serving(tmp_path) as server:
         shards = expand_shards(f"{server.url}x.tar", storage=Storage(retries=2))
@@ -375,7 +375,8 @@ def test_names_with_dots_and_side_files(folder: Path, tmp_path: Path, monkeypatc
         ):
             list(loader)
     found = {(key, caption) for batch in batches for key, caption in zip(batch.keys, batch.captions, strict=True)}
-    assert found - {(key, "") for key, _ in found} == {("x.tar/cat", "a cat"), ("x.tar/img.v1.07", "with dots")}
+    assert found - {(key, "") for key, _ in found} == {("x.tar/cat", "a cat"), ("x.tar/img.v1.07", "with dots"),
+                                                         ("x.tar/d", "behind the name")}  # fmt: skip
 
 
 def test_all_ranks_take_the_same_number_of_steps(folder: Path) -> None:
