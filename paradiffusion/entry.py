@@ -15,6 +15,13 @@ from paradiffusion.errors import UserError
 from paradiffusion.repository import as_typed
 
 SECONDS_TO_BE_ENDED = 30.0
+# The extras of pyproject.toml by the modules that commands import; of two that bring one, that of the command that asks for it first.
+EXTRA_OF = {
+    **dict.fromkeys(("matplotlib", "open_clip", "sentence_transformers", "torch_fidelity", "torchmetrics", "torchvision"), "evaluation"),
+    **dict.fromkeys(("ftfy", "imagehash", "openai", "pyarrow", "sklearn", "tenacity"), "curation"),
+    **dict.fromkeys(("starlette", "uvicorn"), "apps"),
+    "deepspeed": "deepspeed",
+}  # fmt: skip
 
 
 def run(function: Callable[[list[str]], int], help_text: Callable[[], str] = str) -> NoReturn:
@@ -58,12 +65,14 @@ def run(function: Callable[[list[str]], int], help_text: Callable[[], str] = str
         )
         status = 2
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] in ("", "paradiffusion"):
+        module = (error.name or "").partition(".")[0]
+        if module in ("", "paradiffusion"):
             raise
+        extra = EXTRA_OF.get(module)
+        whose, brackets = (f" and belongs to the extra {extra}", f"[{extra}]") if extra else ("", "")
         print(
-            f"error: the package of the module {error.name} is not installed; what evaluation, data tools and pages need beside "
-            "training are the extras evaluation, curation and apps: `pip install 'paradiffusion[all]'` (in a checkout "
-            "`pip install '.[all]'` or `make setup`).",
+            f"error: the package of the module {module} is not installed{whose}: `pip install 'paradiffusion{brackets}'` (in a "
+            f"checkout `pip install '.{brackets}'` or `make setup`).",
             file=sys.stderr,
         )
         status = 2

@@ -325,7 +325,7 @@ def _measured(evaluation: Evaluation, whose: str, seen: _Seen) -> dict[str, Obse
             seen.warn(f"{name} was computed with other settings for {whose}, and is left out there.")
             continue
         for measure in result.measures:
-            if (observed := _observed(result, measure)) is not None:
+            if measure.higher_is_better is not None and (observed := _observed(result, measure)) is not None:
                 key = f"{name}/{measure.name}"
                 found[key] = observed
                 title = measure.title or measure.name
@@ -407,7 +407,7 @@ def notes(comparison: Comparison) -> list[str]:
     found = []
     if most > 1:
         found.append(
-            f"In brackets: 95 % intervals over up to {most} seeds and {over}: Student's t with the variance between seeds and the "
+            f"With each mean its 95 % interval over up to {most} seeds and {over}: Student's t with the variance between seeds and the "
             "bootstrap variance over prompts, which all seeds share."
         )
         if most < 5:
@@ -417,12 +417,12 @@ def notes(comparison: Comparison) -> list[str]:
             )
     elif most == 1:
         found.append(
-            f"In brackets: 95 % intervals by bootstrap over {over}. With one seed they do not hold how much another training of "
+            f"With each mean its 95 % interval by bootstrap over {over}. With one seed it does not hold how much another training of "
             "the same setting would differ."
         )
     if any(row.differences for row in comparison.rows):
         found.append(
-            f"Second in a cell: the difference to {comparison.study.baseline}, paired by seed and prompt. Of many such intervals "
+            f"Behind it the difference to {comparison.study.baseline}, paired by seed and prompt. Of many such intervals "
             "one in twenty leaves out 0 by chance."
         )
     if any(not column.suite for column in comparison.columns):

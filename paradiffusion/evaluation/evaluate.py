@@ -19,7 +19,9 @@ from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.offered_scores import check_possible, make_scores, offers
 from paradiffusion.evaluation.records import Drawn, Evaluation, Measure, Score, ScoreResult, estimate, write_evaluation
-from paradiffusion.evaluation.scores.agreement import HumanPair, read_pairs
+from paradiffusion.evaluation.reporting.evaluation_report import write_report
+from paradiffusion.evaluation.reporting.report_tables import read_votes
+from paradiffusion.evaluation.scores.agreement import HumanPair, agreement, read_pairs
 from paradiffusion.evaluation.subjects import (
     Subject,
     base_folder,
@@ -157,8 +159,6 @@ def _evaluate(
         evaluation = Evaluation(source.label, source.kind, described, suite, wanted, images, results)
 
         def write() -> None:
-            from paradiffusion.evaluation.reporting.evaluation_report import write_report
-
             with disk_errors(task.folder):
                 write_evaluation(task.folder, evaluation)
                 write_report(task.folder, [evaluation])
@@ -182,8 +182,6 @@ def _report(
     said: PeopleSaid,
 ) -> None:  # fmt: skip
     """The joint reports of several models or suites, and what a person should read now."""
-    from paradiffusion.evaluation.reporting.evaluation_report import write_report
-
     pairs, votes = said
     bases = [base_folder(s.source) if s.source else Path(str(s.made)).parent for s in subjects]
     names = [s.source.name if s.source else s.label or Path(str(s.made)).resolve().name for s in subjects]
@@ -202,8 +200,6 @@ def _report(
             inside = len(suites) > 1 or not options.output_dir
             folder = joint / suite_folder(suite, options.count) if inside else joint
             if pairs:  # how often each score prefers the picture that people prefer
-                from paradiffusion.evaluation.scores.agreement import agreement
-
                 rows[0] = replace(rows[0], scores=[*rows[0].scores, agreement(rows, pairs)])
             page = folder / "report.html"
             if several:
@@ -226,8 +222,6 @@ def with_short_labels(results: list[Evaluation]) -> list[Evaluation]:
 
 def _said(options: EvaluateOptions) -> PeopleSaid:
     """What people said, read before anything is drawn."""
-    from paradiffusion.evaluation.reporting.report_tables import read_votes
-
     pairs = read_pairs(Path(options.agreement).expanduser()) if options.agreement else []
     return pairs, read_votes(Path(options.votes).expanduser()) if options.votes else None
 

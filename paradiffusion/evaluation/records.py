@@ -33,12 +33,13 @@ class Drawn:
 @dataclass(frozen=True)
 class Measure:
     """One number that a score gives each image, or the whole set. ``unit`` is "share" (0 to 1, shown in per cent), "cosine" (-1 to 1) or
-    "number"; ``worst`` what an image that failed counts as, None for a number of the whole set."""
+    "number"; ``higher_is_better`` is None for what is no merit of a model, such as what chance reaches; ``worst`` what an image that failed
+    counts as, None for a number of the whole set."""
 
     name: str
     title: str
     unit: str = "number"
-    higher_is_better: bool = True
+    higher_is_better: bool | None = True
     worst: float | None = 0.0
 
 

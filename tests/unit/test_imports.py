@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from commands import ROOT
 
-from paradiffusion.entry import run
+from paradiffusion.entry import EXTRA_OF, run
 
 PACKAGE = ROOT / "paradiffusion"
 REST = {"scenes", "metrics", "evaluation", "curation", "apps", "budget"}
@@ -41,26 +43,40 @@ def test_the_core_imports_none_of_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "module"),
+    ("package", "module", "extra"),
     [
-        ("torchmetrics", "evaluation.scores.set_quality"),
-        ("torch_fidelity", "metrics.inception"),
-        ("sentence_transformers", "metrics.text_embedding"),
-        ("openai", "metrics.endpoint"),
-        ("tenacity", "metrics.endpoint"),
-        ("tenacity", "curation.building.places"),
+        ("matplotlib", "evaluation.evaluate", "evaluation"),  # before anything is drawn
+        ("torchmetrics", "evaluation.scores.set_quality", "evaluation"),
+        ("torch_fidelity", "metrics.inception", "evaluation"),
+        ("sentence_transformers", "metrics.text_embedding", "evaluation"),
+        ("openai", "metrics.endpoint", "curation"),
+        ("tenacity", "curation.building.places", "curation"),
+        ("pyarrow", "curation.choosing.score_files", "curation"),
+        ("starlette", "apps.vote", "apps"),
     ],
 )
 def test_a_package_that_is_missing_is_named_with_its_extra(
-    package: str, module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    package: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"paradiffusion.{module}", raising=False)
+    for name in (module, "evaluation.reporting.evaluation_report", "evaluation.reporting.figures"):
+        monkeypatch.delitem(sys.modules, f"paradiffusion.{name}", raising=False)
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(SystemExit) as ended:
         run(lambda _: bool(importlib.import_module(f"paradiffusion.{module}")))
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("\n") == 1
-    assert f"the module {package}" in said and "paradiffusion[all]" in said
+    assert f"the module {package}" in said and f"paradiffusion[{extra}]" in said
+
+
+def test_extras_are_those_of_the_project() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    called = {"sklearn": "scikit-learn"}
+    for module, extra in EXTRA_OF.items():
+        name = called.get(module, module).replace("_", "-")
+        brought = {
+            re.split(r"[<>=]", line)[0].lower().replace("_", "-").removesuffix("-torch") for line in extras[extra]
+        }
+        assert name in brought, (module, extra)

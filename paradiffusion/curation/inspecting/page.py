@@ -188,12 +188,14 @@ def _buckets(found: Inspection) -> dict[str, Any]:
         [
             Cell(f"{bucket.width}x{bucket.height}"),
             Cell(f"{bucket.samples:,}"),
-            Cell(f"{bucket.share:.1%}", bar=(bucket.share / most,)),
-            *cells([f"{bucket.batches:,.2f}", f"{bucket.cropped:.1%}", f"{bucket.enlarged:.1%}"]),
+            Cell("", bar=(bucket.share / most,)),
+            *cells(
+                [f"{bucket.share:.1%}", f"{bucket.batches:,.2f}", f"{bucket.cropped:.1%}", f"{bucket.enlarged:.1%}"]
+            ),
         ]
         for bucket in found.buckets
     ]
-    head = ["bucket", "samples", "share", "batches an epoch", "cropped away", "enlarged"]
+    head = ["bucket", "samples", "", "share", "batches an epoch", "cropped away", "enlarged"]
     note = (
         "What does not fill a batch waits for the next epoch; nothing is dropped. Cropped away is the mean share of an image's "
         "area, enlarged the share of images that are smaller than the bucket."

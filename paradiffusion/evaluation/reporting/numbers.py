@@ -218,10 +218,10 @@ def _measured(measure: str, images: Sequence[ImageScore] | None) -> list[tuple[f
 
 
 def _best(
-    estimates: Sequence[Estimate | None], higher: bool, change: Callable[[int, int], Estimate | None]
+    estimates: Sequence[Estimate | None], higher: bool | None, change: Callable[[int, int], Estimate | None]
 ) -> int | None:
     known = [(value.mean, i) for i, value in enumerate(estimates) if value is not None and math.isfinite(value.mean)]
-    if len(known) < 2:
+    if len(known) < 2 or higher is None:
         return None
     order = [i for _, i in sorted(known, key=lambda pair: -pair[0] if higher else pair[0])]
     lead = change(order[1], order[0])

@@ -216,7 +216,7 @@ def _count(n: int, prompts: int) -> str:
 
 
 def _title(score: ScoreNumbers, one: MeasureNumbers) -> str:
-    better = "" if one.measure.higher_is_better else " (lower is better)"
+    better = " (lower is better)" if one.measure.higher_is_better is False else ""
     name = one.measure.title
     return f"{score.title}: {name}{better}" if name.lower() != score.title.lower() else f"{name}{better}"
 

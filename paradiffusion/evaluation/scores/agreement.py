@@ -247,6 +247,8 @@ def _measured(evaluations: Sequence[Evaluation]) -> list[tuple[str, dict[Side, f
     for evaluation in evaluations:
         for score in evaluation.scores:
             for measure in score.measures:
+                if measure.higher_is_better is None:
+                    continue
                 sign = 1.0 if measure.higher_is_better else -1.0
                 values = {
                     (evaluation.label, image.image): sign * image.values[measure.name]

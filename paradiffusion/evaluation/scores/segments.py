@@ -109,7 +109,7 @@ class SegmentAlignment:
         for score in result.images:
             score.values["whole"] = cosines.get(score.image, worst)
         read = words_read(clip, texts)
-        words = [max(1, prompt.words) for prompt in suite.prompts]
+        words = [max(1, len(text.split())) for text in texts]  # as ``words_read`` takes them
         ids = list(prompts)
         unread = [count - seen for count, seen in zip(words, read, strict=True)]
         cut = [float(row.cut) for rows in found for row in rows.rows]

@@ -467,7 +467,7 @@ def test_what_is_not_finished_is_said_and_pairs_are_of_seeds_that_both_have(make
     assert "| base | 1 of 2 |" in text and "| none | 0 of 2 | – |" in text
     assert made.compared({"t-new-1"}).rows[1].seeds == (), "without its evaluation a run has no place in the table"
     made.study = replace(made.study, seeds=(0,))
-    assert "With one seed they do not hold how much another training" in as_markdown(made.compared(), [])
+    assert "With one seed it does not hold how much another training" in as_markdown(made.compared(), [])
 
 
 def test_settings_that_were_trained_as_one_are_said_to_be(make: Callable[..., Made]) -> None:
