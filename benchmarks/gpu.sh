@@ -34,7 +34,7 @@ benchmark() {  # TITLE NAME OVERRIDES...
   measure "$1" "$python" scripts/benchmark.py "${model[@]}" "${rounds[@]}" output="$output" name="${name}_$2" "${@:3}"
 }
 
-measure "tests on a real GPU" "$python" -m pytest -q -n0 -m "not slow" tests/gpu
+measure "tests on a real GPU" env CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" "$python" -m pytest -q -n0 tests/gpu/test_real_gpu.py tests/gpu/test_eight_bits.py
 benchmark "stage 1 and its switches" stage1 what=step stages=1 resolution="${side[0]}" conditioning.mask_padding=true switches="$switches"
 benchmark "stage 2, recomputed" stage2 what=step stages=2 resolution="${side[0]}" conditioning.mask_padding=true switches=none
 benchmark "stage 2, all activations kept" stage2_kept what=step stages=2 resolution="${side[0]}" conditioning.mask_padding=true switches=none gradient_checkpointing=false
