@@ -77,11 +77,11 @@ def options(stage: int, arm: str, *more: str) -> list[str]:
 
 def stage_of(config: TrainConfig, folder: Path, device: str) -> Trainer:
     """A stage of two micro-batches a step, with random frozen models made on ``device``."""
-    side = config.data.resolution
-    write_samples(folder / "shards", 4, side, side)
-    data = replace(config.data, shards=str(folder / "shards"), val_shards=str(folder / "shards"))
     assert config.micro_batch_size is not None
-    config = replace(config, data=data, run_dir=str(folder / "run"), batch_size=2 * config.micro_batch_size)
+    size, side = 2 * config.micro_batch_size, config.data.resolution
+    write_samples(folder / "shards", size, side, side)  # equal captions would go through the language model once
+    data = replace(config.data, shards=str(folder / "shards"), val_shards=str(folder / "shards"))
+    config = replace(config, data=data, run_dir=str(folder / "run"), batch_size=size)
     stage_folder(config).mkdir(parents=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     models = random_models(config, torch.device(device))
