@@ -157,7 +157,7 @@ class Engine:
     whole = True
 
     def __init__(self, accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> None:
-        self.accelerator, self.device = accelerator, accelerator.device
+        self.accelerator = accelerator
         self.parameters = joint.trained()
         self.optimizer = build_optimizer(self.parameters, config.optimizer)
         # The launcher may name the same number as we: accelerate would then divide by it a second time.
@@ -173,7 +173,7 @@ class Engine:
 
         Under DDP the first of all too: gradients lie in its buckets from an exchange on, and are held a second time before. (It costs
         a rounding after a resume, so not where runs are the same to the bit.)"""
-        exact = self.device.type != "cuda" or torch.are_deterministic_algorithms_enabled()
+        exact = self.accelerator.device.type != "cuda" or torch.are_deterministic_algorithms_enabled()
         first = not exact and all(parameter.grad is None for parameter in self.parameters.values())
         return nullcontext() if last or first else self.accelerator.no_sync(self.model)
 

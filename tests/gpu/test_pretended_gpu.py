@@ -17,7 +17,7 @@ from pretended_gpu import Gpu, needs_its_torch, pretend
 from torch import Tensor
 
 from paradiffusion.budget.memory import LAUNCHES, Fitter
-from paradiffusion.budget.synthetic import random_models, write_samples
+from paradiffusion.budget.synthetic import CAPTION_WORDS, random_models, write_samples
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.compose import compose_train
 from paradiffusion.config import SampleConfig, TrainConfig
@@ -78,11 +78,11 @@ def options(stage: int, arm: str, *more: str) -> list[str]:
 
 def stage_of(config: TrainConfig, folder: Path, device: str) -> Trainer:
     """A stage of two micro-batches a step, with random frozen models made on ``device``."""
-    side = config.data.resolution
-    write_samples(folder / "shards", 4, side, side)
-    data = replace(config.data, shards=str(folder / "shards"), val_shards=str(folder / "shards"))
     assert config.micro_batch_size is not None
-    config = replace(config, data=data, run_dir=str(folder / "run"), batch_size=2 * config.micro_batch_size)
+    size, side = 2 * config.micro_batch_size, config.data.resolution
+    write_samples(folder / "shards", size, side, side)  # equal captions would go through the language model once
+    data = replace(config.data, shards=str(folder / "shards"), val_shards=str(folder / "shards"))
+    config = replace(config, data=data, run_dir=str(folder / "run"), batch_size=size)
     stage_folder(config).mkdir(parents=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     models = random_models(config, torch.device(device))
@@ -162,6 +162,7 @@ VAE = dict(
 @each_case
 def test_the_papers_size_peaks_where_describe_says(stage: int, arm: str, more: list[str], tmp_path: Path) -> None:
     given = [*options(stage, arm, *more), "data.shards=unused"]
+    config = compose_train(given)
     expected = Fitter(given, compose_train, gpus=1).memory(LAUNCHES[0])  # on the meta device, not on this one
 
     def backward(loss: torch.Tensor) -> None:
@@ -174,8 +175,12 @@ def test_the_papers_size_peaks_where_describe_says(stage: int, arm: str, more: l
             return build_joint(*arguments)  # type: ignore[arg-type]
 
     with pretend() as gpu:
-        with mock.patch("paradiffusion.training.start.build_joint", on_gpu):
-            trainer = stage_of(compose_train(given), tmp_path, "cuda")
+        longest = dict.fromkeys(CAPTION_WORDS, (config.conditioning.max_tokens, 0))  # a word has one token or more
+        with (
+            mock.patch("paradiffusion.training.start.build_joint", on_gpu),
+            mock.patch.dict(CAPTION_WORDS, longest),
+        ):
+            trainer = stage_of(config, tmp_path, "cuda")
         trainer.engine.backward = backward  # type: ignore[method-assign]
         for _ in range(2):  # the optimiser's state is made in the first
             gpu.peak = gpu.live

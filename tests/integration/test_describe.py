@@ -20,6 +20,7 @@ from paradiffusion.budget.memory import GIB, LAUNCHES, Fitter, measure_training
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
 from paradiffusion.models.unet import build_unet, empty_unet
+from paradiffusion.training.engine import check_launch
 
 PAPER = ["preset=paper", "data.shards=unused"]
 # The paper's arm with the smallest models: stage 2 has everything that its memory is made of.
@@ -197,6 +198,16 @@ def test_bytes_that_are_exact() -> None:
     assert zero3.frozen - vae == (one.frozen - vae) / 8  # stage 2's language model is cut as well
     assert description.checkpoint_whole == 16 * trained
     assert description.latent_bytes == 2 * 4 * 8 * 8
+
+
+@pytest.mark.parametrize("override", ["optimizer.name=muon", "text_encoder.quantization=4bit"])
+def test_no_launch_is_listed_that_the_start_refuses(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [*SMALL, override]
+    assert [launch.name for launch in Fitter(given, compose_train, 8).launches()] == ["one_gpu", "ddp"]
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    key = override.partition("=")[0]
+    user_error(f"^{key} does not go with DeepSpeed; set (adamw|null),", check_launch, compose_train(given), 1)
+    check_launch(compose_train(SMALL), 1)
 
 
 def test_the_24gb_recipe_fits() -> None:

@@ -6,12 +6,13 @@ import json
 import re
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from commands import wait_for
 from ranks import Started, start_two
+from training_runs import build_here
 
 from paradiffusion.training.watch import FAILED, STALLED, Place, Watch, describe_stall
 
@@ -54,6 +55,23 @@ def test_compiling_is_no_stall_of_one_process_either() -> None:
     assert describe_stall(compiling, 100.0, 10.0) is None
     assert "process 2" in str(describe_stall([*compiling, place(2, 7, "encode", 0)], 100.0, 10.0))
     assert "life" in str(describe_stall([place(0, 7, "compile", 0, alive=50.0), *compiling[1:]], 100.0, 10.0))
+
+
+def test_a_step_compiles_where_its_shape_is_new(
+    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build_here([*tiny_arguments, "conditioning=paper", "max_steps=2", f"run_dir={tmp_path / 'run'}"])
+    trainer.config = replace(trainer.config, compile=True)  # as far as the watch knows
+    phases: list[str] = []
+    monkeypatch.setattr(trainer.watch, "beat", lambda phase, *_: phases.append(phase))
+    loader = trainer.loader()
+    batch = next(loader)
+    for expected in (["compile"], ["forward", "backward"]):
+        phases.clear()
+        trainer.train_step(iter([batch]))
+        assert [phase for phase in phases if phase in ("compile", "forward", "backward")] == expected
+    loader.close()
+    trainer.close()
 
 
 def test_one_process_is_only_warned(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from paradiffusion.compose import compose_train, options
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
-from paradiffusion.text.families import empty_model, layers_of, text_width
+from paradiffusion.text.families import empty_model, lacks_bitsandbytes, layers_of, text_width
 
 NAMES = options("text_encoder")
 # Millions of parameters without a head, and the width of the features; published, or counted from the weights' headers.
@@ -303,6 +303,14 @@ def test_four_bits_need_a_gpu(folder: Folder) -> None:
         UserError, match="needs a CUDA device and the package bitsandbytes, and there is no CUDA device"
     ):
         load("llama2_7b", folder("llama2_7b"), None, "text_encoder.quantization=4bit")
+
+
+def test_an_old_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for taken, said in ((False, "too old"), (True, None)):
+        monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda taken=taken: taken)
+        assert (said or "None") in str(lacks_bitsandbytes())
 
 
 def sentencepiece() -> Path | None:
