@@ -157,7 +157,16 @@ def test_the_last_of_two_values_wins_however_it_is_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["'a' and 'b'", "/data/big/{00000..03299}.tar", "/a b/c=d, e.tar", "it's/(x)", "runs/a=b", "'/q/{0..1}.tar'", "C:\\shards"]
+    "path",
+    [
+        "'a' and 'b'",
+        "/data/big/{00000..03299}.tar",
+        "/a b/c=d, e.tar",
+        "it's/(x)",
+        "runs/a=b",
+        "'/q/{0..1}.tar'",
+        "C:\\shards",
+    ],
 )
 def test_paths_arrive_as_typed(path: str) -> None:
     config = compose_train([f"data.shards={path}", f"run_dir={path}", f"codec.path={path}"])
