@@ -92,7 +92,9 @@ def compose_options(cls: type[Options], arguments: Sequence[str]) -> Options:
 
 
 def to_the_letter(text: str) -> str:
-    """``text`` as OmegaConf has to be given it, to which "${...}" is an interpolation."""
+    """``text`` as OmegaConf has to be given it, to which "${...}" is an interpolation. UserError for "???", its mark of no value."""
+    if text == "???":
+        raise UserError("a value of ??? alone would count as none; write another text, or leave that key out.")
     return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
 
 
@@ -185,7 +187,7 @@ def _override(composed: DictConfig, values: list[tuple[str, str]], keys: dict[st
         elif kind == "yaml":
             found = parse_sources(to_the_letter(value))
         elif kind == "path" or (kind == "paths" and not value.startswith("[")):
-            text = re.sub(r"^(['\"])(.*)\1$", r"\2", value, flags=re.DOTALL)
+            text = re.sub(r"^(['\"])((?:(?!\1).)*)\1$", r"\2", value, flags=re.DOTALL)
             found = None if value == "null" else to_the_letter(text)
         else:
             override = parser.parse_override(f"++{key}={value}")

@@ -42,7 +42,9 @@ from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import locate
 
 OFFICIAL_TOKENS = 256  # what the released demo reads of a prompt, whatever the checkpoint was trained with
-OFFICIAL_END = "sigma_min"  # its solver's last step leads to the schedule's lowest noise, where later libraries go to none
+OFFICIAL_END = (
+    "sigma_min"  # its solver's last step leads to the schedule's lowest noise, where later libraries go to none
+)
 
 
 def export_ours(checkpoint: Layout, output: Path, dtype: str = "float32", frozen: str = "link") -> None:
@@ -143,7 +145,9 @@ def official_differs(checkpoint: Layout, dtype: str) -> list[str]:
     if dtype != "float32" or encoder.get("dtype", "float32") != "float32":
         reasons.append("what is stored or computed in 16 bits draws slightly other pictures than float32")
     if objective_of(checkpoint.description).scheduler("dpm").config.get("final_sigmas_type") != OFFICIAL_END:
-        reasons.append("it leaves the schedule's lowest noise in, as sample.py does from this folder but not from the checkpoint")
+        reasons.append(
+            "it leaves the schedule's lowest noise in, as sample.py does from this folder but not from the checkpoint"
+        )
     if checkpoint.description["conditioning"].get("clean_text", True):
         reasons.append("it reads text to the letter: give it prompts on one line, with single spaces, as in training")
     return reasons

@@ -47,8 +47,8 @@ _WITHIN = re.compile(
 MISSING: Final = re.compile(r"nan|none|null|n/a|<na>|#n/a|undefined", re.IGNORECASE)
 # Signs of languages that put no spaces between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese.
 _UNSPACED: Final = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-# Soft hyphens, word joiners and marks of writing direction. The joiner within an emoji is a part of it.
-_INVISIBLE = re.compile(r"[\u00ad\u200e\u200f\u2060\u202a-\u202e\u2066-\u2069]")
+# Soft hyphens, word joiners, marks of writing direction and the like. The joiner within an emoji is a part of it.
+_INVISIBLE = re.compile(r"[\u00ad\u061c\u180e\u200e\u200f\u202a-\u202e\u2060-\u206f\ufff9-\ufffb]")
 
 
 def decode_text(data: bytes) -> tuple[str, str]:

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from paradiffusion.atomic import atomic_file, cached_index, locked
-from paradiffusion.data.captions import captions_of, is_odd, parse_meta
+from paradiffusion.data.captions import captions_of, count_words, is_odd, parse_meta
 from paradiffusion.data.columns import New, digest, map_columns, shared_columns
 from paradiffusion.data.images import probe_size
 from paradiffusion.data.remote import RemoteError, RemotePath, open_shard, read_whole, with_state
@@ -562,7 +562,7 @@ def _count_captions(
     for column, kind in enumerate(kinds):
         rows = [number for number, one in enumerate(captions) if kind in one]
         texts = [captions[number][kind] for number in rows]
-        words[rows, column] = np.minimum([len(text.split()) for text in texts], 65535)
+        words[rows, column] = np.minimum([*map(count_words, texts)], 65535)
         if counter is not None and tokens is not None:
             tokens[rows, column] = np.clip(counter.count(texts), 1, 65535)
     return kinds, words, tokens

@@ -29,7 +29,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from paradiffusion.data.cache import Cache, Stored, collate
-from paradiffusion.data.captions import is_dropped
+from paradiffusion.data.captions import count_words, is_dropped
 from paradiffusion.data.images import Bucket, decode, to_array
 from paradiffusion.data.index import SampleIndex
 from paradiffusion.data.plan import BatchPlan, GlobalBatch
@@ -380,7 +380,7 @@ def batch_of(order: Order, delivery: Delivery, tokenize: Tokenize | None = None)
         pixels=delivery.pixels,
         captions=captions,
         kinds=delivery.kinds,
-        words=[len(caption.split()) for caption in captions],
+        words=[*map(count_words, captions)],
         keys=delivery.keys,
         slots=torch.tensor(order.slots),
         weights=torch.tensor(delivery.weights, dtype=torch.float32),

@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from paradiffusion.config import DataConfig
-from paradiffusion.data.captions import captions_of, choose_kinds, is_dropped, parse_meta
+from paradiffusion.data.captions import captions_of, choose_kinds, count_words, is_dropped, parse_meta
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, probe_size, to_array
 from paradiffusion.data.loader import Delivery, Failure, Loader, LoaderSettings, Order, Sample, deliver, slots_of
 from paradiffusion.data.remote import RemoteError, RemotePath, explain, open_shard, storage_of
@@ -165,7 +165,7 @@ class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
         if extension is None or not captions:
             return 0, None
         kinds = list(dict.fromkeys([*captions, *self.caption_weights]))
-        words = np.array([[len(captions.get(kind, "").split()) for kind in kinds]])
+        words = np.array([[count_words(captions.get(kind, "")) for kind in kinds]])
         ids = np.array([seed_from(key) ^ seed_from("shard", shard)], np.uint64)
         kind = kinds[int(choose_kinds(words, kinds, self.caption_weights, self.settings.seed, epoch, ids)[0])]
         try:

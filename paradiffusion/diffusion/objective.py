@@ -241,8 +241,8 @@ class Flow(Objective):
 def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = None) -> None:
     """``scheduler.set_timesteps`` for any number of steps up to the length of its schedule.
 
-    Where diffusers' "leading" spacing, which rounds the distance down, would leave out the fifth of highest noise, or "linspace"
-    would give a time twice, the times are those of "trailing".
+    Where diffusers' "leading" spacing, which rounds the distance down and begins a distance below the top, would leave out the fifth
+    of highest noise, or "linspace" would give a time twice, the times are those of "trailing".
 
     Raises:
         UserError: for more steps than the schedule has.
@@ -252,9 +252,16 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = No
     if spacing is not None and not config.get("use_flow_sigmas"):
         if steps > count:
             raise UserError(f"steps={steps} are more than the {count} of the noise schedule; use at most {count}.")
-        if steps == count or (spacing == "leading" and count // steps * steps < 0.8 * count):
+        if steps == count or (spacing == "leading" and (steps < 5 or count // steps * steps < 0.8 * count)):
             scheduler.register_to_config(timestep_spacing="trailing")
     scheduler.set_timesteps(steps, device=device)
+
+
+def keep_distance(scheduler: Any, step: int) -> None:
+    """Before each step: DDIM takes the distance to the next time from the number of steps, rounded down; of 501 that is one for two."""
+    times, count = scheduler.timesteps, scheduler.config.num_train_timesteps
+    if isinstance(scheduler, DDIMScheduler) and step + 1 < len(times) and len(times) ** 2 > count:
+        scheduler.num_inference_steps = count // int(times[step] - times[step + 1])
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"epsilon": Epsilon, "v_prediction": Velocity, "sample": Sample, "flow": Flow}

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from paradiffusion.metrics.endpoint import Address
 
 # What a model thinks before it speaks, cut or whole; templates that begin the thought themselves leave only its end.
+_TAG: Final = r"(?:\w+:)?(?:think(?:ing)?|thought|reasoning)>"
 _THOUGHT: Final = re.compile(
-    r"\A.*</think(?:ing)?>|\A.*◁/think▷|<think(?:ing)?>.*|◁think▷.*|\[THINK\].*?(?:\[/THINK\]|\Z)",
+    rf"\A.*</{_TAG}|\A.*◁/think▷|\A.*<\|channel\|>final<\|message\|>|<{_TAG}.*|◁think▷.*|<\|channel\|>analysis.*"
+    r"|\[THINK\].*?(?:\[/THINK\]|\Z)",
     re.DOTALL | re.IGNORECASE,
 )
 _UNUSABLE_IN_A_ROW: Final = 5

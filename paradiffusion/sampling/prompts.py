@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from paradiffusion.data.captions import ENCODING_NOTES, LFS_POINTER, decode_text
+from paradiffusion.data.tables import check_names
 from paradiffusion.errors import UserError
 from paradiffusion.repository import find_shipped
 
@@ -144,6 +145,7 @@ def _csv(text: str, source: str) -> Iterator[Row]:
                 continue
             if not names:
                 names = _names(cells)
+                check_names(Path(source), names)
                 if not {*NAMES} & {*names}:
                     columns = ", ".join(cells)
                     raise UserError(f"{where} has the columns {columns}; expected one named {' or '.join(NAMES)}.")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from paradiffusion.config import SamplerConfig
 from paradiffusion.diffusion.guidance import guide, guided_steps
-from paradiffusion.diffusion.objective import Objective, set_steps
+from paradiffusion.diffusion.objective import Objective, keep_distance, set_steps
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.text.conditioning import Conditioning
 
@@ -95,6 +95,7 @@ def sample_latents(
             prediction = guide(null, prompt, settings.guidance, settings.guidance_rescale)
         else:
             prediction = denoise(inputs, times, features, mask).float()
+        keep_distance(scheduler, step)
         latents = scheduler.step(prediction, timestep, latents, **drawn).prev_sample.float()
         if on_step is not None:
             replaced = on_step(step + 1, latents)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from paradiffusion.config import TrainConfig
+from paradiffusion.data.captions import count_words
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, to_array
 from paradiffusion.data.index import SampleIndex, read_sample
 from paradiffusion.errors import UserError
@@ -89,7 +90,7 @@ def read_held_out(index: SampleIndex, config: TrainConfig, count: int) -> list[H
 
 def _read(index: SampleIndex, row: int, bucket: Bucket, kind: str) -> HeldOut:
     sample = read_sample(index, row)
-    captions = sorted((c for c in sample.meta["captions"].values() if c.strip()), key=lambda text: len(text.split()))
+    captions = sorted((c for c in sample.meta["captions"].values() if c.strip()), key=count_words)
     image = to_array(decode(sample.image), bucket, seed_from("validation", sample.key))
     paragraph, unseen = (sample.meta["captions"].get(name, "").strip() for name in (kind, "unseen"))
     return HeldOut(sample.key, image, captions[0], captions[-1], paragraph or captions[-1], unseen, sample.meta)

@@ -10,7 +10,7 @@ from typing import Final
 
 import ftfy
 
-from paradiffusion.data.captions import MISSING, clean
+from paradiffusion.data.captions import MISSING, clean, count_words
 
 _FIX: Final = ftfy.TextFixerConfig(
     unescape_html=False,  # done below, and counted
@@ -74,7 +74,7 @@ def clean_caption(raw: str, min_words: int = 1, max_words: int | None = None) ->
     if spaced != cleaned.text.strip():
         cleaned.mended.append("control characters or white space tidied")
     cleaned.text = spaced
-    words = len(spaced.split())
+    words = count_words(spaced)
     # A caption of nothing but ASCII punctuation says nothing; symbols and emoji may.
     if words < min_words or not any(character.isalnum() or ord(character) > 127 for character in spaced):
         return _problem(cleaned, "caption too short")

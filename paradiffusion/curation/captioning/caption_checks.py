@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
-from paradiffusion.data.captions import clean
+from paradiffusion.data.captions import clean, count_words
 from paradiffusion.metrics.sentences import sentences
 from paradiffusion.metrics.vlm import spoken
 
@@ -153,10 +153,10 @@ def judge_text(raw: str, finished: bool, limits: Limits) -> Verdict:
     cut = bool(text) and (not finished or not _END.search(text))
     if cut:
         kept = last_whole_sentence(text)
-        if kept and len(kept.split()) >= limits.low:
+        if kept and count_words(kept) >= limits.low:
             notes += [TRIMMED] if kept != text else []
             text, cut = kept, False
-    words = len(text.split())
+    words = count_words(text)
     tests = {
         EMPTY: not words,
         TOO_SHORT: 0 < words < limits.low,

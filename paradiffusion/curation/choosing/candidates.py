@@ -11,6 +11,7 @@ import numpy as np
 
 from paradiffusion.curation.choosing.score_files import located
 from paradiffusion.curation.journal import read_journal
+from paradiffusion.data.captions import count_words
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards
 from paradiffusion.errors import UserError
@@ -91,7 +92,7 @@ def sample_name(shard: str, key: str) -> str:
 
 def start_caption(captions: dict[str, str]) -> tuple[str, str]:
     """The kind and text of the description that a person starts from; both empty where there is no caption."""
-    kind = _FIRST if _FIRST in captions else max(captions, key=lambda name: len(captions[name].split()), default="")
+    kind = _FIRST if _FIRST in captions else max(captions, key=lambda name: count_words(captions[name]), default="")
     return kind, captions.get(kind, "")
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from paradiffusion.curation.choosing.candidates import Candidate, Candidates, start_caption
 from paradiffusion.curation.choosing.decisions import DECISIONS, Standing, read_decisions
 from paradiffusion.curation.journal import lock
-from paradiffusion.data.captions import clean
+from paradiffusion.data.captions import clean, count_words
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 
@@ -188,7 +188,7 @@ def _report(
     candidates: Candidates, standing: Standing, verdicts: dict[str, bool | None], written: list[dict[str, Any]],
     skipped: Counter[str],
 ) -> ExportReport:  # fmt: skip
-    words = np.array([len(one["caption"].split()) for one in written])
+    words = np.array([count_words(one["caption"]) for one in written])
     # As the paper's bands meet at their ends: 50 and 100 words belong to 50-100.
     numbers = np.digitize(words, (50, 101, 151, 201))
     bands = {name: float(np.mean(numbers == number)) for number, name in enumerate(_BANDS)}

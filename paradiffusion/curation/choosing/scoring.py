@@ -30,6 +30,7 @@ from paradiffusion.curation.choosing.score_files import (
     write_scores,
 )
 from paradiffusion.curation.pool import Tell, interruptible, process_number, run_tasks
+from paradiffusion.data.captions import count_words
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.remote import RemotePath
@@ -191,9 +192,9 @@ def _read_row(index: SampleIndex, row: int, scoring: Scoring, models: _Models) -
     except (BadImage, OSError) as error:
         return _Row({"key": key, "error": str(error)[:200] or type(error).__name__})
     captions: dict[str, str] = sample.meta["captions"]
-    kind = scoring.caption or max(captions, key=lambda name: len(captions[name].split()), default=None)
+    kind = scoring.caption or max(captions, key=lambda name: count_words(captions[name]), default=None)
     caption = captions.get(kind, "") if kind else ""
-    values |= {"caption_kind": kind if caption else None, "words": len(caption.split())}
+    values |= {"caption_kind": kind if caption else None, "words": count_words(caption)}
     # numpy's nan is a value for Parquet; a missing one is null.
     values = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
     return _Row(values, caption, models.clip.prepare(image), image if models.detector else None)

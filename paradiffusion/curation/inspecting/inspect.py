@@ -27,6 +27,7 @@ from paradiffusion.curation.inspecting.caption_figures import (
     tokens_of,
 )
 from paradiffusion.curation.inspecting.histograms import Distribution, distribution, usual_most
+from paradiffusion.data.captions import count_words
 from paradiffusion.data.images import MAX_PIXELS, assign_buckets, decode, fitted
 from paradiffusion.data.index import COUNTS, SampleIndex, TokenCounter, read_sample
 from paradiffusion.data.plan import BatchPlan
@@ -363,7 +364,7 @@ def show(plan: BatchPlan, row: int, counters: list[TokenCounter]) -> ShownSample
     counted = {counter.name: counter.count(list(captions.values())) if captions else [] for counter in counters}
     source, size = index.sources[int(index.shard_source[index.shard[row]])], int(index.table["image_size"][row])
     tokens = {kind: {name: n[at] for name, n in counted.items()} for at, kind in enumerate(captions)}
-    words = {kind: len(text.split()) for kind, text in captions.items()}
+    words = {kind: count_words(text) for kind, text in captions.items()}
     return ShownSample(
         row, _name(index, row), source, width, height, size, f"{bucket[1]}x{bucket[0]}", captions, tokens, words, error,
         thumbnail,

@@ -157,11 +157,20 @@ def test_the_last_of_two_values_wins_however_it_is_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/data/big/{00000..03299}.tar", "/a b/c=d, e.tar", "it's/(x)", "runs/a=b", "'/q/{0..1}.tar'", "C:\\shards"]
+    "path",
+    [
+        "'a' and 'b'",
+        "/data/big/{00000..03299}.tar",
+        "/a b/c=d, e.tar",
+        "it's/(x)",
+        "runs/a=b",
+        "'/q/{0..1}.tar'",
+        "C:\\shards",
+    ],
 )
 def test_paths_arrive_as_typed(path: str) -> None:
     config = compose_train([f"data.shards={path}", f"run_dir={path}", f"codec.path={path}"])
-    expected = path.strip("'")
+    expected = path.strip("'") if path.count("'") == 2 else path
     assert (config.data.shards, config.run_dir, config.codec.path) == (expected,) * 3
 
 
@@ -188,6 +197,7 @@ MISTAKES = {
     "objective=paper objective.zero_terminal_snr=true": "use objective.prediction=v_prediction", "optimizer.lr=inf": "above 0",
     "optimizer.beta2=1": "below 1", "optimizer.schedule=step": "constant, cosine, linear", "data=shards": "shards",
     "sampler.solver=heun": "dpm, ddim, euler", "data.world=huge": "data.world=huge",
+    "tracker.run_name=???": r"\?\?\? alone",
     "unet.arguments.dropout=0.1": r"unet\.arguments\.dropout=0\.1 would be drawn from torch's global generator",
 }  # fmt: skip
 

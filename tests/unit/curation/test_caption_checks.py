@@ -30,6 +30,7 @@ CLOSINGS = (
     [
         ("empty", "  \n ", True),
         ("empty", "<think>What is it? A cat.</think>", True),
+        ("empty", "<|channel|>analysis<|message|>A cat is what", True),
         ("too_short", "A tabby cat sleeps on a chair.", True),
         ("too_long", " ".join(f"The cat number {n} sleeps on a chair of its own." for n in range(20)), True),
         ("cut", "A tabby cat sleeps on a green armchair by the window with its tail over the left arm, which is worn and shows the", True),

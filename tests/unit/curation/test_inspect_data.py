@@ -227,7 +227,7 @@ def test_dark_flat_and_long_ones_are_found(odd: SampleIndex) -> None:
     assert (report.dark, report.flat) == (1, 3)
     assert "3 of 86 images that were decoded are of nearly one colour" in " ".join(report.notes)
     worst = {name: [one.key.partition("/")[2] for one in rows] for name, rows in report.worst.items()}
-    assert worst["very dark images"] == ["dark"] and "chinese" not in worst["longest captions"]
+    assert worst["very dark images"] == ["dark"] and worst["longest captions"][:2] == ["book", "chinese"]
     assert worst["captions of the most tokens, of those read"][:2] == ["book", "chinese"]
 
 

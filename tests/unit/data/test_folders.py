@@ -160,7 +160,7 @@ def test_the_usual_forms_of_a_picture_with_a_caption(tmp_path: Path, capfd: pyte
         "a.png": ("a.TXT", b"in capitals"), "b.jpg": ("b.jpg.txt", b"behind the whole name"), "c.jfif": ("c.txt", b"a JPEG"),
         "d.png": ("d.JSON", b'{"text": "by text"}'), "e.png": ("e.png.json", b'{"prompt": "by prompt"}'),
         "f.png": ("f.json", b'{"caption": ["the first", "another"]}'), "g.v1.07.png": ("g.v1.07.caption", b"with dots"),
-        "h.png": ("h.txt", "un café".encode("cp1252")), "i.png": ("i.txt", "\u732b".encode("utf-16")),
+        "h.png": ("h.txt", "un café".encode("cp1252")), "i.png": ("i.txt", "\u732b\u3068\u72ac".encode("utf-16")),
         "k.jpg": ("k.jpg.Txt", b"Txt"), "l.png": ("l.Json", b'["of a list", "another"]'), "m.png": ("m.text", "swe\u0301".encode("utf-8-sig")),
     }  # fmt: skip
     for name, (text, data) in forms.items():
@@ -176,9 +176,10 @@ def test_the_usual_forms_of_a_picture_with_a_caption(tmp_path: Path, capfd: pyte
     found = {index.key(row): read_sample(index, row).meta["captions"]["short"] for row in range(len(index))}
     assert list(found) == list(forms)  # j and n are not among them
     assert list(found.values()) == [
-        "in capitals", "behind the whole name", "a JPEG", "by text", "by prompt", "the first", "with dots", "un café", "\u732b",
+        "in capitals", "behind the whole name", "a JPEG", "by text", "by prompt", "the first", "with dots", "un café", "\u732b\u3068\u72ac",
         "Txt", "of a list", "sw\u00e9",
     ]  # fmt: skip
+    assert index.words[8:10].tolist() == [[3], [1]]  # without spaces each sign counts
     said = capfd.readouterr().err
     assert "2 pictures without a caption (such as j.png)" in said and "1 jsonl files (scripts/build_shards.py" in said
     assert index.odd_text == 2

@@ -116,7 +116,7 @@ def test_kinds_are_a_function_of_the_sample_not_of_its_row() -> None:
 def test_clean_and_dropout() -> None:
     assert clean("  a\tb\r\n\n c\x00d\u2028e\u00a0f\ufeff ") == "a b c d e f"
     assert clean("x\ud800y") == "xy" and clean(" \n") == ""
-    assert clean("\ufeffcafe\u0301 \u200eso\u00adlo\u2060\u202c") == "caf\u00e9 solo"
+    assert clean("\ufeffcafe\u0301 \u200eso\u00adlo\u2060\u202c\u061c\u2064\ufff9") == "caf\u00e9 solo"
     assert clean("\U0001f469\u200d\U0001f680") == "\U0001f469\u200d\U0001f680"  # a joiner makes one emoji of two
     assert clean('na\u00efve \U0001f600, {braces} "quotes"') == 'na\u00efve \U0001f600, {braces} "quotes"'
     dropped = [is_dropped(0, step, slot, 0.1) for step in range(50) for slot in range(100)]

@@ -181,7 +181,9 @@ def test_a_model_that_takes_no_picture_at_all_is_no_set_of_failures(server: Chat
     assert "plain has no questions" in none.skipped and len(server.asked) == count
 
 
-@pytest.mark.parametrize("silence", [None, "", "<think>Is it red? Let me look", "I see a shape\n</think>\n\n"])
+@pytest.mark.parametrize(
+    "silence", [None, "", "<think>Is it red? Let me look", "I see a shape\n</think>\n\n", "<seed:think>A cut"]
+)
 def test_a_judge_that_only_thinks_is_no_judge_and_its_silence_no_answer(
     server: ChatServer, tmp_path: Path, silence: str | None
 ) -> None:

@@ -91,7 +91,7 @@ def test_one_prompt_and_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
         ("p.csv", "words,seed\na,1\n", "columns words, seed"), ("p.csv", "prompt,widht\na,64\n", "unknown key 'widht'"),
         ("p.tsv", "prompt\tguidence\na\t2\n", "unknown key 'guidence'"), ("p.json", '[{"prompt": "a", "hight": 64}]', "unknown key 'hight'"), ("p.csv", "prompt\na cat, on a mat\n", "line 2 has 2 cells"),
         ("p.csv", 'prompt\n"never closed\n\n', "line 2 is not valid CSV"), ("p.csv", "prompt,seed\na,one\n", "line 2: seed is 'one'"),
-        ("p.csv", "prompt,seed\n,1\n", "line 2 has an empty prompt"),
+        ("p.csv", "prompt,seed\n,1\n", "line 2 has an empty prompt"), ("p.csv", "prompt,seed,Prompt\na,1,b\n", "has 'prompt' twice"),
         ("p.csv", "prompt,caption\n,another text\n", "line 2 has an empty prompt"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": }', "line 2 is not valid JSON"), ("p.jsonl", '["a"]', "line 1 holds"),
         ("p.jsonl", f'{{"prompt": "a", "seed": {"9" * 5000}}}', "line 1 is not valid JSON"),

@@ -40,7 +40,7 @@ def draw(
 @pytest.mark.parametrize(("prediction", "solver"), KINDS)
 def test_alone_equals_in_a_batch_of_eight(prediction: str, solver: str) -> None:
     models = TinyModels(prediction=prediction)
-    settings = SamplerConfig(solver=solver, steps=4, guidance=3.0, guidance_rescale=0.5)
+    settings = SamplerConfig(solver=solver, steps=5, guidance=3.0, guidance_rescale=0.5)
     seeds = [3, 1, 4, 1, 5, 9, 2, 6]
     together = draw(models, PROMPTS * 2, seeds, settings)
     for row in (0, 3, 7):
@@ -51,7 +51,7 @@ def test_alone_equals_in_a_batch_of_eight(prediction: str, solver: str) -> None:
     assert (together[0] - together[4]).abs().max() > 1e-2  # same prompt, another seed
 
 
-@pytest.mark.parametrize("steps", [20, 600, 1000])
+@pytest.mark.parametrize("steps", [1, 20, 501, 1000])
 @pytest.mark.parametrize(
     ("prediction", "solver", "zero_terminal_snr"),
     [(*kind, False) for kind in KINDS] + [("v_prediction", solver, True) for solver in SOLVERS],
@@ -80,7 +80,7 @@ def test_a_perfect_denoiser_finds_the_latents(
     conditioning = Conditioning(torch.zeros(2, 1, 1), None, torch.zeros(1, 1, 1), None)
     settings = SamplerConfig(solver=solver, steps=steps, guidance=1.0)
     found = sample_latents(oracle, objective, conditioning, [0, 1], SHAPE, settings, "cpu", torch.float32)
-    assert (found - truth).abs().mean() < 0.1
+    assert (found - truth).abs().mean() < 0.03  # DDIM ends at the lowest noise
     assert seen == sorted(seen, reverse=True) and len(seen) == steps and 800 <= max(seen) <= 1000
 
 
