@@ -15,6 +15,7 @@ from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.metrics.vlm import Answer, Decoding, Question
 from paradiffusion.repository import ROOT
+from paradiffusion.sampling.pipeline import choose_device
 
 
 class LocalModel:
@@ -29,7 +30,7 @@ class LocalModel:
     def __init__(
         self, source: str, revision: str | None, dtype: str, device: str | None, batch_size: int, decoding: Decoding
     ) -> None:
-        place = _place(device)
+        place = choose_device(device)
         # Of a folder the name alone: the captions of a published set should not tell where on a disk the model lay.
         self.model = Path(source).resolve().name if Path(source).is_dir() else source
         self.device, self.batch_size = place.type, batch_size
@@ -144,19 +145,6 @@ def find_model(name: str, key: str = "model") -> tuple[str, int | None]:
             f"{key}={name} is neither a folder, nor a hub id such as Qwen/Qwen3-VL-8B-Instruct, nor one of {', '.join(known)}."
         )
     return name, None
-
-
-def _place(device: str | None) -> torch.device:
-    """The device of that name, or a GPU where there is one. Raises UserError where this machine has it not."""
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such kind, no driver, no such number
-        reason = str(error).strip().partition("\n")[0][:160].rstrip(".")
-        raise UserError(
-            f"device={device or 'cuda'} cannot be used here ({reason}); choose cpu, cuda or cuda:0."
-        ) from None
-    return place
 
 
 def _load(source: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:

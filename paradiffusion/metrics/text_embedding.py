@@ -15,6 +15,7 @@ from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.checks import one_of, positive
 from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError, reason_of
+from paradiffusion.sampling.pipeline import choose_device
 from paradiffusion.text.sources import fingerprint
 
 POOLINGS: Final = {"mean": "mean", "last": "lasttoken", "cls": "cls", "max": "max"}  # ours to the library's
@@ -120,7 +121,7 @@ def _folder(options: EmbeddingOptions) -> Path:
 
 def _load(folder: Path, options: EmbeddingOptions) -> Any:
     """The modules that ``folder`` names; without modules.json the transformer, and decoders' last token or others' mean."""
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(options.device)
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if options.dtype == "auto" else options.dtype
     try:
         network: Any = SentenceTransformer(

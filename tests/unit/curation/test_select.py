@@ -342,7 +342,7 @@ def test_the_walk_on_the_command_line(clip_folder: Path, tmp_path: Path, capsys:
         ("action=choose folder=x clip=y", "clip= belongs to action=score"), ("action=choose folder=x count=0", "count=0"),
         ("action=choose folder=x min=5", "expected min='{aesthetic: 5.5"), ("action=choose folder=x min={a:[}", "is not understood"),
         ("action=choose folder=absent", "holds no scores"), ("action=review folder=absent", "holds no candidates"),
-        ("action=review folder=x port=99999", "port=99999"), ("action=score folder=x shards=absent.tar", "matches no .tar"),
+        ("action=score folder=x shards=absent.tar", "matches no .tar"),
         ("action=score folder=x shards=y device=tpu", "device=tpu is unknown"),
     ],
 )  # fmt: skip
