@@ -263,9 +263,7 @@ def test_mistakes_on_the_command_line_are_one_sentence(
     for program, place in (("vote", "study"), ("select", "folder")):
         action = {"vote": "serve", "select": "review"}[program]
         done = command(f"scripts/{program}.py", f"action={action}", f"{place}={tmp_path / 'new'}")
-        assert (
-            done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "curation and apps" in done.stderr
-        )
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "the extra apps" in done.stderr
         assert not (tmp_path / "new").exists()
 
 
