@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -73,3 +73,22 @@ def parsed(key: str, text: str | None, example: str) -> Any:
 def not_understood(key: str, text: str | None, example: str) -> UserError:
     """The refusal of a value of another form than ``example``."""
     return UserError(f"{key}={text} is not understood; expected {key}='{example}'.")
+
+
+def split_list(text: str | None) -> list[str]:
+    """``[a,b]``, ``a,b`` or ``a`` as a list; spaces and quotes around an item are dropped."""
+    inner = (text or "").strip()
+    inner = inner[1:-1] if inner.startswith("[") and inner.endswith("]") else inner
+    return [item for part in inner.split(",") if (item := part.strip().strip("'\""))]
+
+
+def step_of(action: str | None, given: Iterable[str], steps: Mapping[str, Sequence[str]]) -> str:
+    """The one of ``steps`` that ``action=`` names; UserError for none, and for a key among ``given`` that belongs to another step alone."""
+    if action is None:
+        raise UserError(f"action= is missing; expected action={'|'.join(steps)}, see --help.")
+    choice("action", action, tuple(steps))
+    for key in given:
+        owners = [step for step, keys in steps.items() if key in keys]
+        if owners and action not in owners:
+            raise UserError(f"{key}= belongs to action={owners[0]}, and does nothing in action={action}; leave it out.")
+    return action

@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from paradiffusion.checks import split_list
 from paradiffusion.compose import compose_train, split_options, text_encoder_named
 from paradiffusion.config import TrainConfig
 from paradiffusion.curation.inspecting.inspect import InspectOptions
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
         )
     encoders = [
         config.text_encoder,
-        *(text_encoder_named(name, "tokenizers", overrides) for name in asked.tokenizer_names()),
+        *(text_encoder_named(name, "tokenizers", overrides) for name in split_list(asked.tokenizers)),
     ]
 
     from paradiffusion.atomic import write_atomic

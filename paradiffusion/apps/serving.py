@@ -187,7 +187,7 @@ def listen(host: str, port: int) -> socket.socket:
             dual = socket.has_dualstack_ipv6()
             return socket.create_server((host, port), family=socket.AF_INET6, dualstack_ipv6=dual)
         return socket.create_server((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise UserError(f"{host}:{port} cannot be listened on ({error}); choose another host= or port=.") from None
 
 

@@ -15,10 +15,10 @@ from accelerate.utils import patch_environment
 
 from paradiffusion.budget.flops import recognise
 from paradiffusion.budget.synthetic import write_samples
-from paradiffusion.checks import choice, positive
+from paradiffusion.checks import choice, positive, split_list
 from paradiffusion.compose import split_options
 from paradiffusion.config import TrainConfig
-from paradiffusion.errors import UserError
+from paradiffusion.sampling.pipeline import choose_device
 from paradiffusion.training.engine import make_accelerator
 
 GIB = 2**30
@@ -161,11 +161,7 @@ class BenchmarkSettings:
 
     def settle(self) -> None:
         """Fill in what depends on the device; UserError for a value that makes no sense."""
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise UserError(
-                f"device={self.device} is not to be had here; use device=cpu, or device=cuda where there is a GPU."
-            )
+        self.device = choose_device(self.device).type
         # Compiling for a processor takes minutes.
         usual = {"warmup": 1, "repeats": 3, "steps": 20, "switches": "channels_last,fused"}
         if self.device == "cuda":
@@ -183,8 +179,7 @@ class BenchmarkSettings:
 
     def several(self, key: str) -> tuple[str, ...]:
         """The parts of "a,b" or "[a,b]"; of "none" none."""
-        parts = str(getattr(self, key)).strip("[]").replace(" ", "").split(",")
-        return tuple(part for part in parts if part and part != "none")
+        return tuple(part for part in split_list(getattr(self, key)) if part != "none")
 
     def spelled(self) -> list[str]:
         """The settings as one would type them, where the file lies left out."""

@@ -7,17 +7,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 from tqdm import tqdm
 
 from paradiffusion.errors import UserError
-from paradiffusion.stopping import stop_on_signals
 
 Tell = Callable[[int], object]
 """Tells that so many more items are done."""
@@ -27,13 +26,6 @@ _OWN: dict[str, Any] = {}
 
 class EndedFromOutside(UserError):
     """A working process was killed; what is done stays, and the same command goes on."""
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], None]]:
-    """A check to call between items: after Ctrl-C or SIGTERM (a scheduler's stop) it raises Stopped."""
-    with stop_on_signals() as stop:
-        yield stop.check
 
 
 def make_bar(what: str, unit: str, total: int | None, done: int = 0, shown: bool = True) -> tqdm[Any]:

@@ -21,7 +21,7 @@ from typing import IO, Any, Final
 from tqdm import tqdm
 
 from paradiffusion.atomic import hold
-from paradiffusion.checks import choice
+from paradiffusion.checks import choice, split_list
 from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation_plan import (
@@ -38,7 +38,6 @@ from paradiffusion.evaluation.ablation_plan import (
     read_study,
 )
 from paradiffusion.evaluation.ablation_table import as_markdown, compare, stage_summary, write_comparison
-from paradiffusion.evaluation.evaluate_options import split_list
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import NAME
 from paradiffusion.repository import find_shipped
@@ -69,14 +68,16 @@ class AblateOptions:
             raise UserError("study= is missing; name a YAML file, such as study=configs/ablations/nano.yaml.")
         self.print = {"true": "shell", "false": "no"}.get(self.print.lower(), self.print)
         choice("print", self.print, ("no", "shell", "json", "slurm"))
-        if self.table and self.print != "no":
-            raise UserError("both table=true and print= are given; keep one of them.")
-        if self.launch is not None and not Path(self.launch).is_file():
-            raise UserError(
-                f"launch={self.launch} is no file; choose one of configs/launch, such as configs/launch/ddp.yaml."
-            )
-        if self.launch is None and self.launch_arguments:
-            raise UserError("launch_arguments= go with launch=, which is missing; name a file of configs/launch.")
+        for wrong, sentence in (
+            (self.table and self.print != "no", "both table=true and print= are given; keep one of them"),
+            (
+                self.launch and not Path(self.launch).is_file(),
+                f"launch={self.launch} is no file; choose one of configs/launch",
+            ),
+            (self.launch_arguments and not self.launch, "launch_arguments= go with launch=, which is missing"),
+        ):
+            if wrong:
+                raise UserError(f"{sentence}.")
         self.seed_list()
 
     def seed_list(self) -> tuple[int, ...]:

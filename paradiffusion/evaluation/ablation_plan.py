@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-import yaml
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
 from paradiffusion.config import TrainConfig, identity, keys_of, values_of
@@ -127,11 +126,8 @@ def read_study(path: Path) -> Study:
         raise UserError(
             f"study={path} cannot be read ({getattr(error, 'strerror', 'no text')}); name a YAML file."
         ) from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where is not None else ""
-        reason = getattr(error, "problem", None) or "it is no YAML"
-        raise UserError(f"study={path} is not understood{line}: {reason}; {_FIX}.") from None
+    except ValueError as error:
+        raise UserError(f"study={path} is not understood: {error}; {_FIX}.") from None
     if not isinstance(values, dict):
         raise UserError(f"study={path} is no mapping of keys to values; {_FIX}.")
     named = values.get("settings")

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import numpy as np
+from pydantic import BeforeValidator
 from scipy import special
 
 from paradiffusion.randomness import seed_from
 
 RESAMPLES: Final = 2000
 _AT_ONCE: Final = 1 << 21  # draws: [resamples, prompts] of tens of thousands of prompts would not fit in memory
+
+
+# JSON has null for what is no finite number.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,9 @@ class Estimate:
         n: what was counted: images, questions, sentences, pairs; ``prompts``: what these belong to and what is resampled.
     """
 
-    mean: float
-    low: float
-    high: float
+    mean: Number
+    low: Number
+    high: Number
     n: int
     prompts: int
 

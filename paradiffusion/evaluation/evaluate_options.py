@@ -6,9 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import yaml
-
-from paradiffusion.checks import not_negative, one_of, positive
+from paradiffusion.checks import not_negative, one_of, positive, split_list
 from paradiffusion.config import FrozenConfig, SampleConfig, SamplerConfig, check_values, option
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite_files import read_yaml
@@ -87,43 +85,31 @@ class EvaluateOptions:
         if len(given) != 1:
             found = " and ".join(f"{key}=" for key in given) or "none of them"
             raise UserError(f"expected one of {', '.join(f'{key}=' for key in SOURCES)}, found {found}.")
-        if self.compare and len(self.compared()) < 2:
-            raise UserError(
-                f"compare={self.compare} names one; expected at least two, such as compare=[runs/a,runs/b]."
-            )
-        if self.compare and self.label:
-            raise UserError(
-                "label= is for one model; with compare= write the names inside, as in compare=[ours=runs/a,...]."
-            )
-        if not self.compare and not self.suites():
-            raise UserError("suite= is missing; name one, such as suite=scenes or suite=[scenes,paraprompts].")
         self.suite_paths()
-        if self.suite_options and len(self.suites()) != 1:
-            raise UserError("suite_options= are of one suite; give them with a single suite=.")
-        if self.agreement and not self.compare:
-            raise UserError(
-                "agreement= asks which of two pictures people prefer; give the sets that they saw as compare=[a,b]."
-            )
-        if (self.votes or self.baseline) and not self.compare:
-            raise UserError(
-                "votes= and baseline= are for a comparison; name the models as compare=[a,b], or leave them out."
-            )
         self.of_suite()
         check_values(self)
-        if self.vlm and self.endpoint:
-            raise UserError("both vlm= and endpoint= are given; keep the model in this process or the server.")
-        if (self.served or self.api_key_env) and not self.endpoint:
-            raise UserError(
-                "served= and api_key_env= are for a server; add endpoint=, such as http://localhost:8000/v1."
-            )
-        if self.images:
-            for key in (*DRAWING, "height", "width", "sampler"):
-                if getattr(self, key) is not None:
-                    raise UserError(f"{key}= is for drawing, and images= draws nothing; leave it out.")
-            if self.counterfactual:
-                raise UserError(
-                    f"counterfactual={self.counterfactual} draws further pictures, and images= draws nothing; leave it out."
-                )
+        undrawn = [key for key in (*DRAWING, "height", "width", "sampler") if getattr(self, key) is not None]
+        undrawn += ["counterfactual"] if self.counterfactual else []
+        for wrong, sentence in (
+            (self.compare and len(self.compared()) < 2,
+             f"compare={self.compare} names one; expected at least two, such as [a,b]"),
+            (self.compare and self.label,
+             "label= is for one model; with compare= write the names inside, as in [ours=runs/a,...]"),
+            (not self.compare and not self.suites(),
+             "suite= is missing; name one, such as suite=scenes or [scenes,paraprompts]"),
+            (self.suite_options and len(self.suites()) != 1,
+             "suite_options= are of one suite; give them with a single suite="),
+            ((self.agreement or self.votes or self.baseline) and not self.compare,
+             "agreement=, votes= and baseline= are for a comparison; name the models as compare=[a,b], or leave them out"),
+            (self.vlm and self.endpoint,
+             "both vlm= and endpoint= are given; keep the model in this process or the server"),
+            ((self.served or self.api_key_env) and not self.endpoint,
+             "served= and api_key_env= are for a server; add endpoint=, such as http://localhost:8000/v1"),
+            (self.images and undrawn,
+             f"{''.join(undrawn[:1])}= is for drawing, and images= draws nothing; leave it out"),
+        ):  # fmt: skip
+            if wrong:
+                raise UserError(f"{sentence}.")
         self.sampling().check()
         SamplerConfig(**{key: value for key in DRAWING[:-1] if (value := getattr(self, key)) is not None}).check()
 
@@ -188,16 +174,9 @@ class EvaluateOptions:
         return SampleConfig(ckpt=ckpt, prompt="suite", images_per_prompt=images_per_prompt, **values)
 
 
-def split_list(text: str | None) -> list[str]:
-    """``[a,b]``, ``a,b`` or ``a`` as a list; spaces and quotes around an item are dropped."""
-    inner = (text or "").strip()
-    inner = inner[1:-1] if inner.startswith("[") and inner.endswith("]") else inner
-    return [item for part in inner.split(",") if (item := part.strip().strip("'\""))]
-
-
 def _mapping(text: str) -> dict[str, Any] | None:
     try:
         values = read_yaml(text)
-    except yaml.YAMLError:
+    except ValueError:
         return None
     return values if isinstance(values, dict) else None

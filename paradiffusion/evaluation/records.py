@@ -6,14 +6,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Annotated, Any, Final, Protocol, TypeVar
+
+from pydantic import BeforeValidator, TypeAdapter
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.errors import UserError
-from paradiffusion.evaluation.estimates import Estimate, ratio
-from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt
+from paradiffusion.errors import UserError, reason_of
+from paradiffusion.evaluation.estimates import Estimate, Number, ratio
+from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 
 T = TypeVar("T")
 
@@ -56,7 +58,7 @@ class ImageScore:
 
     image: str
     prompt: str
-    values: dict[str, float]
+    values: dict[str, Number]
     weights: dict[str, float] = field(default_factory=dict)
     error: str = ""
     detail: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +71,7 @@ class Table:
 
     title: str
     head: list[str]
-    rows: list[list[Any]]
+    rows: list[list[Annotated[Any, BeforeValidator(lambda cell: _cell(cell))]]]
     note: str = ""
     unit: str = "share"
     plot: str = ""
@@ -193,7 +195,9 @@ def read_evaluation(folder: Path) -> Evaluation:
             raise UserError(
                 f"{path} has the version {version}, newer than {FORMAT_VERSION}, so this repository must be updated to read it."
             )
-        return _evaluation(record, folder)
+        found = TypeAdapter(Evaluation).validate_python(record)
+        found.images = [replace(image, file=folder / image.file) for image in found.images]
+        return found
 
     missing = f"{folder} holds no {NAME}; expected a folder that scripts/evaluate.py has filled, so run it first."
     return read_record(path, made, "run scripts/evaluate.py again to write it anew", missing)
@@ -212,7 +216,7 @@ def read_record(path: Path, make: Callable[[Any], T], fix: str, missing: str = "
     try:
         return make(record)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); {fix}.") from None
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {reason_of(error)}); {fix}.") from None
 
 
 def estimate(result: ScoreResult, measure: Measure, images: Sequence[ImageScore] | None = None) -> Estimate | None:
@@ -265,52 +269,12 @@ def finite(value: Any) -> Any:
     return finite(value.item()) if hasattr(value, "item") else str(value)
 
 
-def _evaluation(record: dict[str, Any], folder: Path) -> Evaluation:
-    return Evaluation(
-        label=str(record["label"]),
-        kind=str(record["kind"]),
-        source=dict(record["source"]),
-        suite=suite_from(record["suite"]),
-        images_per_prompt=int(record["images_per_prompt"]),
-        images=[Drawn(**{**row, "file": folder / row["file"]}) for row in record["images"]],
-        scores=[_score_from(row) for row in record["scores"]],
-    )
-
-
-def suite_from(record: dict[str, Any]) -> Suite:
-    """A suite from the JSON that ``dataclasses.asdict`` makes of it. KeyError or TypeError where it is damaged."""
-    prompts = []
-    for row in record["prompts"]:
-        questions = (ChecklistQuestion(**{**one, "parents": tuple(one["parents"])}) for one in row["questions"])
-        prompts.append(SuitePrompt(**{**row, "questions": tuple(questions)}))
-    lists = {"measures": tuple(record["measures"]), "rows": tuple(record.get("rows", ()))}
-    return Suite(**{**record, "prompts": tuple(prompts), **lists})
-
-
-def _score_from(record: dict[str, Any]) -> ScoreResult:
-    made = {
-        "measures": [Measure(**row) for row in record["measures"]],
-        "images": [ImageScore(**{**row, "values": _numbers(row["values"])}) for row in record["images"]],
-        "overall": {name: estimate_from(row) for name, row in record["overall"].items()},
-        "tables": [
-            Table(**{**row, "rows": [[*map(_cell, cells)] for cells in row["rows"]]}) for row in record["tables"]
-        ],
-    }
-    return ScoreResult(**{**record, **made})
-
-
-def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: math.nan if value is None else value for name, value in values.items()}
-
-
 def estimate_from(record: dict[str, Any]) -> Estimate:
-    """An estimate from the JSON that ``finite`` makes of its fields. KeyError, TypeError or ValueError where it is none."""
-    ends = {name: float(value) for name, value in _numbers(record).items() if name in ("mean", "low", "high")}
-    return Estimate(**ends, n=record["n"], prompts=record["prompts"])
+    """An estimate from the JSON that ``finite`` makes of its fields. ValueError where it is none."""
+    return TypeAdapter(Estimate).validate_python(record)
 
 
 def _cell(cell: Any) -> Any:
     """A table's cell; an Estimate is stored as its fields."""
-    if isinstance(cell, dict) and cell.keys() == Estimate.__dataclass_fields__.keys():
-        return estimate_from(cell)
-    return cell
+    is_estimate = isinstance(cell, dict) and cell.keys() == Estimate.__dataclass_fields__.keys()
+    return estimate_from(cell) if is_estimate else cell

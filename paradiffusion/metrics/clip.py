@@ -113,9 +113,13 @@ def load_clip(spec: str, device: str, precision: str = "fp32") -> Clip:
     if pretrained:
         whole_files(Path(pretrained))
     try:
-        model, _, prepare = open_clip.create_model_and_transforms(
-            name, pretrained, precision=precision, device=device, require_pretrained=True, weights_only=True
-        ) if pretrained else _from_schema(name, precision, device)  # fmt: skip
+        placed: Any = {"precision": precision, "device": device, "weights_only": True}
+        if pretrained:
+            model, _, prepare = open_clip.create_model_and_transforms(
+                name, pretrained, require_pretrained=True, **placed
+            )
+        else:
+            model, prepare = open_clip.create_model_from_pretrained(name, **placed)
         tokenize = open_clip.get_tokenizer(name)
     except Exception as error:  # open_clip, the hub client and torch raise a dozen unrelated types
         raise UserError(
@@ -125,13 +129,6 @@ def load_clip(spec: str, device: str, precision: str = "fp32") -> Clip:
     model.eval().requires_grad_(False)
     context = getattr(tokenize, "context_length", None) or getattr(model, "context_length", None) or 77
     return Clip(model, prepare, tokenize, int(context), torch.device(device))
-
-
-def _from_schema(name: str, precision: str, device: str) -> tuple[Any, Any, Any]:
-    import open_clip
-
-    model, prepare = open_clip.create_model_from_pretrained(name, precision=precision, device=device, weights_only=True)
-    return model, None, prepare
 
 
 def parse_spec(spec: str) -> tuple[str, str | None]:
@@ -170,26 +167,17 @@ def _refuse_code(folder: Path) -> None:
         )
 
 
-class Head(torch.nn.Module):
+class Head(torch.nn.Sequential):
     """A chain of linear layers, 768 -> ... -> 1, on image features of unit length: a picture's aesthetic score."""
-
-    def __init__(self, layers: list[tuple[torch.Tensor, torch.Tensor]], activation: str) -> None:
-        super().__init__()
-        self.layers = layers
-        self.activation = activation
 
     @property
     def width(self) -> int:
         """Features that the first layer takes."""
-        return self.layers[0][0].shape[1]
+        return next(self.parameters()).shape[1]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """float32 [B] of ``features`` [B, D]."""
-        for number, (weight, bias) in enumerate(self.layers):
-            features = torch.nn.functional.linear(features, weight, bias)
-            if self.activation == "relu" and number + 1 < len(self.layers):
-                features = torch.relu(features)
-        return features[:, 0]
+        return super().forward(features)[:, 0]  # type: ignore[no-any-return]
 
 
 def load_head(path: Path) -> Head:
@@ -225,7 +213,12 @@ def load_head(path: Path) -> Head:
         raise UserError(f"aesthetic={path} holds weights of the shapes {shapes}; {expected}.")
     if activation not in ("none", "relu"):
         raise UserError(f"aesthetic={path} asks for the activation {activation!r}; none and relu are known.")
-    return Head(layers, activation)
+    modules: list[torch.nn.Module] = []
+    for weight, bias in layers:
+        linear = torch.nn.Linear(*reversed(weight.shape))
+        linear.weight, linear.bias = torch.nn.Parameter(weight, False), torch.nn.Parameter(bias, False)
+        modules += [linear, torch.nn.ReLU()] if activation == "relu" else [linear]
+    return Head(*(modules[:-1] if activation == "relu" else modules))
 
 
 def _natural(name: str) -> list[int | str]:

@@ -232,7 +232,7 @@ def test_what_the_captions_depend_on_may_not_change(arguments: list[str], tmp_pa
         ("model=qwen", "neither a folder, nor a hub id"),
         ("model=IN", "cannot be loaded"),
         ("model=nobody/nothing", "cannot be loaded"),
-        ("reject=ugly", "check ugly is unknown"),
+        ("reject=ugly", "reject=ugly is unknown"),
         ("prompts=x", "choose among paper"),
         ("prompt_file=none.yaml", "cannot be read"),
         ("kind=../x", "no name for a caption kind"),

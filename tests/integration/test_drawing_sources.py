@@ -15,6 +15,7 @@ from commands import user_error
 from evaluations import evaluate_here, record_in, write_prompts
 from official_models import MODERN, make_ours
 from PIL import Image
+from pydantic import TypeAdapter
 
 from paradiffusion.checkpoints.export import export_pipeline
 from paradiffusion.checkpoints.layouts import open_layout
@@ -24,7 +25,7 @@ from paradiffusion.evaluation.drawing.picture_folder import match_pictures
 from paradiffusion.evaluation.drawing.picture_source import size_for
 from paradiffusion.evaluation.drawing.pipeline_pictures import PipelineSource
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
-from paradiffusion.evaluation.records import Request, suite_from
+from paradiffusion.evaluation.records import Request
 from paradiffusion.evaluation.suites.load import load_suite
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 
@@ -79,7 +80,7 @@ def test_rows_are_of_the_whole_suite(tmp_path: Path) -> None:
     """Whoever drew all prompts and judges some of them has numbered all of them."""
     whole = Suite("n", "N", tuple(SuitePrompt(f"p{number}", f"bird {number}") for number in range(6)))
     folder = put(tmp_path / "rows", *(f"{number:05d}.png" for number in range(6)))
-    for some in (whole.first(3), suite_from(json.loads(json.dumps(asdict(whole.first(3)))))):
+    for some in (whole.first(3), TypeAdapter(Suite).validate_python(json.loads(json.dumps(asdict(whole.first(3)))))):
         assert firsts(folder, some) == {"p0": "00000.png", "p2": "00002.png", "p4": "00004.png"}
         assert match_pictures(folder, some).strangers == ["00001.png", "00003.png", "00005.png"]
     assert whole.first(4).first(2).rows == (0, 3)

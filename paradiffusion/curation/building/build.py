@@ -41,12 +41,13 @@ from paradiffusion.curation.building.places import (
     open_archive,
 )
 from paradiffusion.curation.journal import lock
-from paradiffusion.curation.pool import EndedFromOutside, Tell, interruptible, run_tasks
+from paradiffusion.curation.pool import EndedFromOutside, Tell, run_tasks
 from paradiffusion.data.index import TokenCounter, index_shard, load_index
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
-from paradiffusion.pages import markdown_table
+from paradiffusion.pages import markdown_table, plain
+from paradiffusion.stopping import stop_on_signals
 
 JOURNAL: Final = "build.json"
 _NAME: Final = "report.json"
@@ -75,18 +76,18 @@ def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
     kind, parts = find_parts(str(options.input), options.format, columns, options.root)
     matter = {name: value for name, value in asdict(options).items() if name not in FREE}
     journal = {"version": _VERSION, "options": matter, "input": _stamps(parts, options.root), "done": False}
-    with _locked(output), _naming(output), interruptible() as check:
+    with _locked(output), _naming(output), stop_on_signals() as stop:
         before = _check_output(output, journal)
         if before is not None and before["done"]:
             return read_report(output)
         write_atomic(output / JOURNAL, json.dumps(journal, indent=1))
         work = output / ".build"
-        run = partial(run_tasks, processes=options.processes or cores(), check=check)
+        run = partial(run_tasks, processes=options.processes or cores(), check=stop.check)
         try:
             root = Path(options.root).expanduser() if options.root else None
             limit, archive = options.max_unzipped_gigabytes, None
             if root is not None and is_archive(root):
-                archive = open_archive(root, work, limit, check)
+                archive = open_archive(root, work, limit, stop.check)
             chunks = _list(parts, columns, archive, work, run)
             if not chunks:
                 raise UserError(
@@ -106,7 +107,7 @@ def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
             [work / "chunks" / name for name in chunks], options.duplicates == "drop", options.distance()
         )
         tally.add(selection.tally)
-        check()
+        stop.check()
         _write_shards(selection, output, options, run, counter)
         report = make_report(output, kind, options, tally, selection)
         write_report(report, output)
@@ -382,38 +383,32 @@ def read_report(output: Path) -> Report:
 
 def as_markdown(report: Report) -> str:
     """The report to read."""
-    lines = [
+    parts = [
         f"# Shards from {report.input}",
-        "",
         f"{report.items} items ({report.format}): {report.kept} kept ({report.train} train, {report.val} val) in "
         f"{report.shards} shards, {report.bytes / 2**20:.1f} MiB of images; {sum(report.dropped.values())} dropped.",
-        "",
     ]
-    if report.dropped:
-        lines += ["| dropped because | items | for example |", "|---|---:|---|"]
-        for reason, count in report.dropped.items():
-            shown = "<br>".join(_cell(example) for example in report.examples.get(reason, []))
-            lines.append(f"| {reason} | {count} | {shown} |")
-        lines.append("")
+    dropped = [
+        [reason, str(count), "<br>".join(map(_quoted, report.examples.get(reason, [])))]
+        for reason, count in report.dropped.items()
+    ]
+    parts += [markdown_table(["dropped because", "items", "for example"], dropped)] if dropped else []
     for title, counts in (("mended, duplicates included", report.mended),
                           ("captions left out of samples that have another", report.captions_dropped)):  # fmt: skip
         if counts:
-            lines += [f"| {title} | items |", "|---|---:|"]
-            lines += [f"| {_cell(name)} | {count} |" for name, count in counts.items()] + [""]
-    if report.captions:
-        lines += _table("words of captions", report.captions)
-    if report.sizes:
-        lines += _table("pixels, upright", report.sizes)
-    return "\n".join(lines).rstrip()
+            parts.append(markdown_table([title, "items"], [[_quoted(name), str(n)] for name, n in counts.items()], 1))
+    measured: list[tuple[str, dict[str, Any]]] = [
+        ("words of captions", report.captions),
+        ("pixels, upright", report.sizes),
+    ]
+    for title, rows in measured:
+        if rows:
+            columns = list(next(iter(rows.values())))
+            cells = [[name, *(str(row.get(column, "")) for column in columns)] for name, row in rows.items()]
+            parts.append(markdown_table([title, *columns], cells, 1))
+    return "\n\n".join(parts)
 
 
-def _table(title: str, rows: dict[str, Any]) -> list[str]:
-    columns = list(next(iter(rows.values())))
-    cells = [[name, *(str(row.get(column, "")) for column in columns)] for name, row in rows.items()]
-    return [markdown_table([title, *columns], cells, 1), ""]
-
-
-def _cell(text: str) -> str:
-    """Somebody else's text as the cell of a table."""
-    plain = "".join(character if character.isprintable() else "?" for character in text)
-    return "`" + plain.replace("`", "'").replace("|", "¦") + "`"
+def _quoted(text: str) -> str:
+    """Somebody else's text in a cell of a table."""
+    return "`" + plain(text).replace("`", "'").replace("|", "¦") + "`"

@@ -63,24 +63,23 @@ class BuildOptions:
             if not getattr(self, key):
                 raise UserError(f"{key}= is missing; expected input=<folder, table or tars> output=<new folder>.")
         check_values(self)
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"quality={self.quality} is out of range; expected 1 to 100.")
         try:
             parse_colour(self.background)
         except ValueError:
             raise UserError(f"background={self.background} is no colour; expected white, black or '#rrggbb'.") from None
-        if self.max_pixels > MAX_PIXELS:
-            raise UserError(
-                f"max_pixels={self.max_pixels} is above {MAX_PIXELS}, more than training reads; give that or less."
-            )
-        if self.max_aspect is not None and not (self.max_aspect >= 1 and math.isfinite(self.max_aspect)):
-            raise UserError(
-                f"max_aspect={self.max_aspect} is out of range; expected the long side over the short, from 1."
-            )
-        if self.max_side is not None and self.max_side < self.min_side:
-            raise UserError(f"max_side={self.max_side} is below min_side={self.min_side}; no image could stay.")
-        if self.max_words is not None and self.max_words < self.min_words:
-            raise UserError(f"max_words={self.max_words} is below min_words={self.min_words}; no caption could stay.")
+        for wrong, sentence in (
+            (not 1 <= self.quality <= 100, f"quality={self.quality} is out of range; expected 1 to 100"),
+            (self.max_pixels > MAX_PIXELS,
+             f"max_pixels={self.max_pixels} is more than training reads; give {MAX_PIXELS} or less"),
+            (self.max_aspect is not None and not 1 <= self.max_aspect < math.inf,
+             f"max_aspect={self.max_aspect}: expected the long side over the short, from 1"),
+            ((self.max_side or math.inf) < self.min_side,
+             f"max_side={self.max_side} is below min_side={self.min_side}"),
+            ((self.max_words or math.inf) < self.min_words,
+             f"max_words={self.max_words} is below min_words={self.min_words}"),
+        ):  # fmt: skip
+            if wrong:
+                raise UserError(f"{sentence}.")
         self.distance()
         self.columns()
 

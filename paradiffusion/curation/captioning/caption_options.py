@@ -12,7 +12,7 @@ from typing import Any, Final
 import yaml
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.checks import fraction, not_negative, one_of, positive
+from paradiffusion.checks import choice, fraction, not_negative, one_of, positive, split_list
 from paradiffusion.config import check_values, option
 from paradiffusion.curation.captioning.caption_checks import DEFAULT_REJECT, REASONS, Limits
 from paradiffusion.curation.journal import read_object
@@ -192,12 +192,9 @@ class CaptionOptions(VlmOptions):
 
     def rejecting(self) -> tuple[str, ...]:
         """The checks that reject a caption."""
-        names = tuple(dict.fromkeys(name.strip() for name in self.reject.split(",") if name.strip()))
+        names = tuple(dict.fromkeys(split_list(self.reject)))
         for name in names:
-            if name not in REASONS:
-                raise UserError(
-                    f"reject={self.reject}: the check {name} is unknown; choose among {', '.join(REASONS)}."
-                )
+            choice("reject", name, tuple(REASONS))
         return names
 
     def limits(self, template: Template) -> Limits:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.captioning.caption_checks import NOTES, REASONS
 from paradiffusion.curation.captioning.captioning import interval, read_lines
-from paradiffusion.pages import markdown
+from paradiffusion.pages import markdown, markdown_table
 
 # The paper's table for ParaImage-Big: mean words and the share of each band.
 PAPER_MEAN: Final = 132.9
@@ -114,69 +114,53 @@ def write_report(report: dict[str, Any], output: Path) -> Path:
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report for a person."""
-    lines = [
+    facts = [
+        (f"captions per hour, with {report['processes']} process(es)", _number(report["captions_per_hour"])),
+        ("captions per GPU-hour", _number(report["captions_per_gpu_hour"])),
+        ("process-hours", f"{report['seconds'] / 3600:.3g}"),
+        ("tokens generated", str(report["tokens"])),
+        (f"mean words (ParaImage-Big: {report['paper_mean_words']})", _number(report["mean_words"])),
+    ]
+    bands = [(name, f"{report['bands'].get(name, 0):.0%}", f"{of:.0%}") for name, of in report["paper_bands"].items()]
+    templates = [(markdown(n), str(t["answers"]), f"{t['rejected']:.1%}") for n, t in report["templates"].items()]
+    ranked = sorted(report["reasons"].items(), key=lambda item: (-item[1], item[0]))
+    rejected = [(name, str(n), f"{n / report['answers']:.1%}", REASONS.get(name, "")) for name, n in ranked]
+    counted = {**report["found_in_accepted"], **report["notes"]}
+    passed = [(name, str(count), REASONS.get(name) or NOTES.get(name, "")) for name, count in counted.items()]
+    parts = [
         "# Captions",
-        "",
         f"{report['captioned']} of {report['samples']} samples have a caption; {report['rejected_samples']:.1%} have none that "
         f"passed, and {report['rejected_answers']:.1%} of {report['answers']} answers were rejected. {report['shards_done']} of "
         f"{report['shards']} shards are done. Model: {', '.join(report['models']) or 'none yet'}.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| captions per hour, with {report['processes']} process(es) | {_number(report['captions_per_hour'])} |",
-        f"| captions per GPU-hour | {_number(report['captions_per_gpu_hour'])} |",
-        f"| process-hours | {report['seconds'] / 3600:.3g} |",
-        f"| tokens generated | {report['tokens']} |",
-        f"| mean words (ParaImage-Big: {report['paper_mean_words']}) | {_number(report['mean_words'])} |",
-        "",
-        "| words | here | ParaImage-Big |",
-        "|---|---|---|",
-        *(
-            f"| {name} | {report['bands'].get(name, 0):.0%} | {paper:.0%} |"
-            for name, paper in report["paper_bands"].items()
-        ),
-        "",
-        "| template | answers | rejected |",
-        "|---|---|---|",
-        *(f"| {markdown(n)} | {t['answers']:.0f} | {t['rejected']:.1%} |" for n, t in report["templates"].items()),
-        "",
-        "| rejected for | answers | of all | |",
-        "|---|---|---|---|",
+        markdown_table(("", ""), facts),
+        markdown_table(("words", "here", "ParaImage-Big"), bands),
+        markdown_table(("template", "answers", "rejected"), templates),
+        markdown_table(("rejected for", "answers", "of all", ""), rejected or [("nothing", "0", "", "")]),
+        *([markdown_table(("in captions that passed", "captions", ""), passed)] if passed else []),
     ]
-    ranked = sorted(report["reasons"].items(), key=lambda item: (-item[1], item[0]))
-    lines += [
-        f"| {name} | {count} | {count / report['answers']:.1%} | {REASONS.get(name, '')} |" for name, count in ranked
-    ] or ["| nothing | 0 | | |"]
-    counted = {**report["found_in_accepted"], **report["notes"]}
-    if counted:
-        lines += ["", "| in captions that passed | captions | |", "|---|---|---|"]
-        lines += [
-            f"| {name} | {count} | {REASONS.get(name) or NOTES.get(name, '')} |" for name, count in counted.items()
-        ]
-    if report["examples"]:
-        lines += ["", "## Examples of rejected answers", ""]
-        lines += [
-            f"- {name}, {one['shard']}/{markdown(one['key'])}: {markdown(one['text']) or '(nothing)'}"
-            for name, examples in sorted(report["examples"].items())
-            for one in examples
-        ]
-    return "\n".join(lines + (_judged_lines(report["judged"]) if report["judged"] else [])) + "\n"
+    examples = [
+        f"- {name}, {one['shard']}/{markdown(one['key'])}: {markdown(one['text']) or '(nothing)'}"
+        for name, shown in sorted(report["examples"].items())
+        for one in shown
+    ]
+    parts += ["## Examples of rejected answers", "\n".join(examples)] if examples else []
+    return "\n\n".join([*parts, *(_judged_parts(report["judged"]) if report["judged"] else [])]) + "\n"
 
 
-def _judged_lines(judged: dict[str, Any]) -> list[str]:
+def _judged_parts(judged: dict[str, Any]) -> list[str]:
     share = "no claim got a yes or a no"
-    if judged["share"] is not None and judged["interval"] is not None:
+    if judged["interval"] is not None:
         low, high = judged["interval"]
         share = f"{judged['share']:.1%} confirmed (95 % interval {low:.1%} to {high:.1%})"
-    lines = [
-        "", "## Claims checked by a second model", "",
+    said = (
         f"{judged['judge'] or 'no judge'}: {judged['claims']} sentences of {judged['captions']} captions, {share}, "
-        f"{judged['unclear']} without a clear answer. Claims about one picture count as dependent in the interval.", "",
-    ]  # fmt: skip
-    return lines + [
+        f"{judged['unclear']} without a clear answer. Claims about one picture count as dependent in the interval."
+    )
+    unconfirmed = [
         f"- not confirmed, {one['shard']}/{markdown(one['key'])}: {markdown(one['text'])}"
         for one in judged["unconfirmed"]
     ]
+    return ["## Claims checked by a second model", said, *(["\n".join(unconfirmed)] if unconfirmed else [])]
 
 
 def _number(value: float | None) -> str:

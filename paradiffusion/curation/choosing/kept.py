@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
+from paradiffusion.atomic import atomic_folder, locked
 from paradiffusion.curation.choosing.candidates import Candidate, Candidates, start_caption
 from paradiffusion.curation.choosing.decisions import DECISIONS, Standing, read_decisions
-from paradiffusion.curation.journal import lock
 from paradiffusion.data.captions import clean, count_words
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
@@ -67,62 +63,36 @@ def export(work: Path, output: Path, samples_per_shard: int = 1000, votes: str =
     when nothing is kept, ``output`` holds something, or another export writes it.
     """
     output = output.absolute()  # "." has no name
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(
-            f"output={output} is not empty; name a new folder, so that no shard of another export stays in it."
-        )
-    candidates = Candidates.load(work)
-    standing = read_decisions(work / DECISIONS)
-    verdicts = {one.sample: verdict(standing, one.sample, votes) for one in candidates.all}
-    chosen = [one for one in candidates.all if verdicts[one.sample] is True]
-    if not chosen:
-        raise UserError(f"no candidate of {len(candidates.all)} in {work} is kept; keep some with action=review first.")
-    written: list[dict[str, Any]] = []
-    skipped: Counter[str] = Counter()
-    with _unfinished(output) as partial:
-        with tqdm(total=len(chosen), desc="writing", unit="image", disable=None if len(chosen) > 500 else True) as bar:
-            write_shards(_samples(candidates, standing, chosen, written, skipped, bar), partial, samples_per_shard)
-        if not written:
+    with locked(output, f"another export writes output={output} now; wait for it, or name another folder."):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(
-                f"none of the {len(chosen)} kept candidates has an image and a description; write some first."
+                f"output={output} is not empty; name a new folder, so that no shard of another export stays in it."
             )
-        report = _report(candidates, standing, verdicts, written, skipped)
-        lines = [json.dumps(one, ensure_ascii=False) for one in written]
-        (partial / "kept.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (partial / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        try:
-            if output.exists():
-                output.rmdir()
-            os.replace(partial, output)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            raise UserError(_meanwhile(output)) from None
+        candidates = Candidates.load(work)
+        standing = read_decisions(work / DECISIONS)
+        verdicts = {one.sample: verdict(standing, one.sample, votes) for one in candidates.all}
+        chosen = [one for one in candidates.all if verdicts[one.sample] is True]
+        if not chosen:
+            raise UserError(
+                f"no candidate of {len(candidates.all)} in {work} is kept; keep some with action=review first."
+            )
+        written: list[dict[str, Any]] = []
+        skipped: Counter[str] = Counter()
+        quiet = None if len(chosen) > 500 else True
+        with (
+            atomic_folder(output) as partial,
+            tqdm(total=len(chosen), desc="writing", unit="image", disable=quiet) as bar,
+        ):
+            write_shards(_samples(candidates, standing, chosen, written, skipped, bar), partial, samples_per_shard)
+            if not written:
+                raise UserError(
+                    f"none of the {len(chosen)} kept candidates has an image and a description; write some first."
+                )
+            report = _report(candidates, standing, verdicts, written, skipped)
+            lines = [json.dumps(one, ensure_ascii=False) for one in written]
+            (partial / "kept.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (partial / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     return report
-
-
-def _meanwhile(output: Path) -> str:
-    return f"output={output} was filled by another export meanwhile; name another folder."
-
-
-@contextmanager
-def _unfinished(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` to write into, gone at the end. Raises UserError while another export writes there."""
-    partial = output.with_name(f".{output.name}.part")
-    partial.mkdir(parents=True, exist_ok=True)
-    folder = os.open(partial, os.O_RDONLY)
-    try:
-        lock(folder, f"another export writes output={output} now; wait for it, or name another folder.")
-        if not partial.exists():  # it became the other's output between our look and our lock
-            raise UserError(_meanwhile(output))
-        try:
-            for left in partial.iterdir():  # by an export that was killed
-                left.unlink()
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(folder)
 
 
 def verdict(standing: Standing, sample: str, votes: str) -> bool | None:

@@ -29,13 +29,14 @@ from paradiffusion.curation.choosing.score_files import (
     stamp_of,
     write_scores,
 )
-from paradiffusion.curation.pool import Tell, interruptible, process_number, run_tasks
+from paradiffusion.curation.pool import Tell, process_number, run_tasks
 from paradiffusion.data.captions import count_words
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.remote import RemotePath
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.metrics.clip import Clip, Head, load_clip, load_head
+from paradiffusion.stopping import stop_on_signals
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def score_shards(
         _load_models(scoring, _device_of(scoring.device, 0))
     function = partial(_score_shard, work=work, scoring=scoring)
     try:
-        with interruptible() as check:
-            run_tasks("scoring", "image", total, function, tasks, processes, check, start="spawn")
+        with stop_on_signals() as stop:
+            run_tasks("scoring", "image", total, function, tasks, processes, stop.check, start="spawn")
     finally:
         _load_models.cache_clear()
     return total

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from paradiffusion.checks import choice, not_understood, one_of, parsed, positive
+from paradiffusion.checks import not_understood, one_of, parsed, positive, split_list, step_of
 from paradiffusion.config import check_values, option
 from paradiffusion.curation.choosing.score_files import move_root, scored_names
 from paradiffusion.errors import UserError
@@ -61,32 +61,11 @@ class SelectOptions:
     given: list[str] = field(default_factory=list, metadata={"internal": True})
 
     def check(self) -> None:
-        if self.action is None:
-            raise UserError(
-                f"action= is missing; expected action={'|'.join(STEPS)} folder=<working folder>; see --help."
-            )
-        choice("action", self.action, tuple(STEPS))
-        for key in self.given:
-            owner = next((step for step, keys in STEPS.items() if key in keys), self.action)
-            if owner != self.action:
-                raise UserError(
-                    f"{key}= belongs to action={owner}, and does nothing in action={self.action}; leave it out."
-                )
-        for key in ("folder", *{"score": ("shards",), "export": ("output",)}.get(self.action, ())):
+        action = step_of(self.action, self.given, STEPS)
+        for key in ("folder", *{"score": ("shards",), "export": ("output",)}.get(action, ())):
             if not getattr(self, key):
-                raise UserError(f"{key}= is missing; action={self.action} needs it, see --help.")
+                raise UserError(f"{key}= is missing; action={action} needs it, see --help.")
         check_values(self)
-        if not 0 <= self.port < 1 << 16:
-            raise UserError(f"port={self.port} is out of range; expected 0 to 65535.")
-
-
-def names(key: str, text: str | None) -> list[str]:
-    """What ``key`` lists; one name needs no brackets. Raises UserError for anything else."""
-    value = parsed(key, text, "[first, second]") or []
-    value = [value] if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise not_understood(key, text, "[first, second]")
-    return value
 
 
 def numbers(key: str, text: str | None) -> dict[str, float]:
@@ -111,23 +90,19 @@ def run_step(options: SelectOptions) -> int:
 
 
 def _score(options: SelectOptions, work: Path) -> None:
-    import torch
-
     from paradiffusion.curation.choosing.scoring import Scoring, score_shards
     from paradiffusion.data.shards import expand_shards
+    from paradiffusion.sampling.pipeline import choose_device
 
-    device = options.device
-    if device not in ("auto", "cpu", "cuda") and not (device.startswith("cuda:") and device[5:].isdigit()):
-        raise UserError(f"device={device} is unknown; choose auto, cpu, cuda or cuda:<number>.")
-    if device.startswith("cuda") and int(device[5:] or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={device} is not there: torch sees {torch.cuda.device_count()} GPUs; use device=auto.")
+    if options.device != "auto":
+        choose_device(options.device)  # UserError for what is not here
     scoring = Scoring(
         options.clip, Path(options.aesthetic).expanduser() if options.aesthetic else None, options.text_detector,
-        tuple(names("text_labels", options.text_labels)), options.text_threshold, options.caption, options.precision,
-        device, options.batch_size, options.threads, options.allow_truncated,
+        tuple(split_list(options.text_labels)), options.text_threshold, options.caption, options.precision,
+        options.device, options.batch_size, options.threads, options.allow_truncated,
     )  # fmt: skip
     given = str(options.shards)
-    shards = expand_shards(names("shards", given) if given.startswith("[") else [given], "shards")
+    shards = expand_shards(parsed("shards", given, "[first, second]") if given.startswith("[") else [given], "shards")
     count = score_shards(shards, work, scoring, options.processes)
     print(f"{count} samples scored now, {len(shards)} shards in all; next: action=choose folder={work}")
 

@@ -471,12 +471,6 @@ class InspectOptions:
             )
         return path
 
-    def tokenizer_names(self) -> list[str]:
-        """What ``tokenizers=`` lists."""
-        text = (self.tokenizers or "").strip()
-        inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-        return [name.strip(" '\"") for name in inner.split(",") if name.strip(" '\"")]
-
 
 def _is_ours(figures: Path) -> bool:
     """Whether a file holds an earlier report's figures, which may be replaced."""

@@ -19,7 +19,7 @@ from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.manifest import MANIFEST
 from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, image_name, size_for
+from paradiffusion.evaluation.drawing.picture_source import Place, Source, file_stem, image_name, size_for
 from paradiffusion.evaluation.records import Drawn, Painter, Request
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.gallery import is_whole, read_manifests
@@ -32,7 +32,7 @@ DRAWN = "drawn.json"
 _WEIGHTS = (".safetensors", ".bin")
 
 
-class CheckpointSource:
+class CheckpointSource(Source):
     """A checkpoint, whose models are loaded when the first picture is asked for.
 
     ``checkpoint`` is as ``find_checkpoint`` finds it, ``given`` what the user wrote, which says whether a step was meant."""
@@ -63,9 +63,6 @@ class CheckpointSource:
                 given[f"{part}.dtype"] = dtype
         step = {} if self.step is None else {"step": int(self.step.removeprefix("step_"))}
         return {"weights": self.weights, **step, "unet": config.unet, "dtype": config.dtype, **given}
-
-    def images_of(self, suite: Suite) -> int:
-        return 1
 
     def models(self) -> InferenceModels:
         """The loaded models. Raises UserError as ``load_models``."""

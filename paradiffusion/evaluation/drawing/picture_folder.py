@@ -16,7 +16,7 @@ from paradiffusion.curation.pool import make_bar
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.shards import IMAGE_EXTENSIONS
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.drawing.picture_source import Place, file_stem, image_name
+from paradiffusion.evaluation.drawing.picture_source import Place, Source, file_stem, image_name
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.gallery import NAME, read_manifests
@@ -123,7 +123,7 @@ def _split_number(stem: str) -> tuple[str, int]:
     return (match[1], int(match[2])) if match else (stem, 0)
 
 
-class PicturesSource:
+class PicturesSource(Source):
     """Pictures that somebody else's program made."""
 
     kind = "images"
@@ -133,9 +133,6 @@ class PicturesSource:
         self.name = self.folder.resolve().name
         self.label = label or self.name
         self._matched: dict[str, Matching] = {}
-
-    def home(self) -> Path | None:
-        return None
 
     def identity(self) -> dict[str, Any]:
         return {"images": str(self.folder.resolve())}
@@ -193,12 +190,6 @@ class PicturesSource:
                 images.append(Drawn(name, prompt.id, file or self.folder / f"{name}.png", None, error))
             extra += [file.relative_to(self.folder).as_posix() for file in files[place.images_per_prompt :] if file]
         return images, extra
-
-    def painter(self, suite: Suite) -> None:
-        return None
-
-    def close(self) -> None:
-        return None
 
 
 def _check(path: Path) -> tuple[str, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from paradiffusion.evaluation.records import Drawn, Painter
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
@@ -33,30 +34,35 @@ class Place:
         return self.processes.rank == 0
 
 
-class Source(Protocol):
+class Source(ABC):
     """A checkpoint, a pipeline or a folder of pictures: its kind (of ``records.KINDS``), its label in reports, its folder's name."""
 
     kind: str
     label: str
     name: str
 
-    def home(self) -> Path | None:
-        """The folder whose ``evaluation/`` holds its evaluations, such as a training stage's; None where there is none."""
-
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What decides its pictures, as JSON; found without loading it."""
 
-    def images_of(self, suite: Suite) -> int:
-        """How many pictures of each prompt it has, where nobody says."""
-
+    @abstractmethod
     def draw(self, place: Place) -> tuple[list[Drawn], dict[str, Any]]:
         """Draw this process's share of what is not there yet; all images, in the order of the suite, and what they come from, as
         JSON. Stopped after a signal, in every process."""
 
+    def home(self) -> Path | None:
+        """The folder whose ``evaluation/`` holds its evaluations, such as a training stage's; None where there is none."""
+        return None
+
+    def images_of(self, suite: Suite) -> int:
+        """How many pictures of each prompt it has, where nobody says."""
+        return 1
+
     def painter(self, suite: Suite) -> Painter | None:
         """Draws further pictures; None for a folder of pictures."""
+        return None
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Let its models go."""
 
 

@@ -16,7 +16,7 @@ from paradiffusion.config import SampleConfig
 from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint_pictures import drawn_images
-from paradiffusion.evaluation.drawing.picture_source import Place, size_for
+from paradiffusion.evaluation.drawing.picture_source import Place, Source, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Painter, Request
 from paradiffusion.evaluation.suites.suite import Suite
@@ -44,7 +44,7 @@ class PipelineError(Exception):
     """The pipeline could not draw one prompt; the message says why."""
 
 
-class PipelineSource:
+class PipelineSource(Source):
     """A pipeline (a folder, or an id on the hub), loaded when the first picture is asked for.
 
     Each image has noise from a generator of its own, so that it does not depend on the batch that it is drawn in."""
@@ -64,18 +64,12 @@ class PipelineSource:
                 )
         self._pipe: Any = None
 
-    def home(self) -> Path | None:
-        return None
-
     def identity(self) -> dict[str, Any]:
         given = {key: value for key in ARGUMENTS if (value := getattr(self.config, key)) is not None}
         folder = self.folder
         weights = None if folder is None else hash_ends(sorted(folder.rglob("*.safetensors")))
         configs = None if folder is None else hash_ends(_configs(folder))
         return {"pipeline": self.name, "weights": weights, "configs": configs, "dtype": self.config.dtype, **given}
-
-    def images_of(self, suite: Suite) -> int:
-        return 1
 
     def pipe(self) -> Any:
         """The loaded pipeline. Raises UserError for one that cannot be loaded, or takes no text."""

@@ -15,7 +15,6 @@ from typing import Any, Final
 from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from paradiffusion.evaluation.estimates import Estimate
@@ -71,35 +70,24 @@ class Series:
 
 
 def line_figure(
-    name: str,
-    title: str,
-    series: Sequence[Series],
-    places: Sequence[str],
-    unit: str,
-    axis: str,
+    name: str, title: str, series: Sequence[Series], places: Sequence[str], unit: str, axis: str,
     xs: Sequence[Sequence[float]] | None = None,
-) -> Markup:
+) -> Markup:  # fmt: skip
     """Estimates with their intervals joined by lines: against length, by position.
 
     ``name`` is unique on the page; ids inside the figure begin with it. ``places`` are what the places on the axis are called, and
     ``xs`` for each series the position of each; None: 0, 1, 2, ..., labelled by ``places``."""
-    figure, axes = _empty(4.4, 2.9)
+    axes = _empty(4.4, 2.9)
     for number, one in enumerate(series):
-        where = [float(i) + _shift(number, len(series), 0.1) for i in range(len(places))] if xs is None else xs[number]
-        known = [(x, value) for x, value in zip(where, one.estimates, strict=True) if value is not None]
-        if one.points:
-            step = -(-len(one.points) // MOST_POINTS)
-            shown = one.points[::step]
-            axes.scatter([x for x, _ in shown], [y for _, y in shown], s=7, color=_colour(number), alpha=0.3, lw=0)
-        style = DASHES[number % len(DASHES)]
-        _errors(axes, [x for x, _ in known], [value for _, value in known], number, one.label, style)
+        shown = one.points[:: -(-len(one.points) // MOST_POINTS) or 1]
+        axes.scatter([x for x, _ in shown], [y for _, y in shown], s=7, color=_colour(number), alpha=0.3, lw=0)
+        where = _beside(number, len(series), 0.1, places) if xs is None else xs[number]
+        _errors(axes, where, one, number, DASHES[number % len(DASHES)])
     if xs is None:
-        axes.set_xticks(range(len(places)), [excerpt(place, 14) for place in places])
+        _name_places(axes, places)
         axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_xlabel(axis)
-    _units(axes.yaxis, unit)
-    _legend(axes, series)
-    return _drawn(figure, name, title, _description(title, series, places, unit))
+    return _drawn(axes, name, title, series, places, unit)
 
 
 def row_figure(
@@ -108,78 +96,58 @@ def row_figure(
     """Estimates with their intervals, a row for each place: categories, models."""
     # Without a legend each series has a row of its own, and stands in its middle.
     spread = len(series) if legend else 1
-    figure, axes = _empty(4.4, 0.9 + len(places) * (0.2 + 0.14 * spread) + 0.25 * legend * (len(series) > 1))
+    axes = _empty(4.4, 0.9 + len(places) * (0.2 + 0.14 * spread) + 0.25 * legend * (len(series) > 1))
     for number, one in enumerate(series):
-        known = [
-            (i + (_shift(number, spread, 0.7 / spread) if legend else 0.0), value)
-            for i, value in enumerate(one.estimates)
-            if value is not None
-        ]
-        _errors(axes, [y for y, _ in known], [value for _, value in known], number, one.label, "", upright=False)
+        _errors(
+            axes, _beside(number if legend else 0, spread, 0.7 / spread, places), one, number, "none", upright=False
+        )
     axes.set_yticks(range(len(places)), [excerpt(place, 24) for place in places])
     axes.set_ylim(len(places) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    _units(axes.xaxis, unit)
-    if legend:
-        _legend(axes, series)
-    return _drawn(figure, name, title, _description(title, series, places, unit))
+    return _drawn(axes, name, title, series, places, unit, legend, upright=False)
 
 
 def bar_figure(name: str, title: str, series: Sequence[Series], places: Sequence[str], unit: str) -> Markup:
     """Bars from 0 with intervals, those of one place side by side."""
-    figure, axes = _empty(4.4, 2.9)
+    axes = _empty(4.4, 2.9)
     width = 0.8 / max(1, len(series))
     for number, one in enumerate(series):
-        known = [
-            (i + _shift(number, len(series), width), value)
-            for i, value in enumerate(one.estimates)
-            if value is not None
-        ]
-        values = [value for _, value in known]
+        where, values = _known(_beside(number, len(series), width, places), one)
         axes.bar(
-            [x for x, _ in known],
-            [value.mean for value in values],
-            width * 0.92,
-            yerr=_ends(values),
-            color=_colour(number),
-            alpha=0.75,
-            error_kw={"ecolor": INK, "elinewidth": 1.1},
-            label=f" {plain(one.label)}",
-        )
-    axes.set_xticks(range(len(places)), [excerpt(place, 14) for place in places])
+            where, [value.mean for value in values], width * 0.92, yerr=_ends(values), color=_colour(number), alpha=0.75,
+            error_kw={"ecolor": INK, "elinewidth": 1.1}, label=_label(one),
+        )  # fmt: skip
+    _name_places(axes, places)
     axes.grid(axis="x", visible=False)
-    if len(places) > 6 or any(len(place) > 12 for place in places):
-        axes.tick_params(axis="x", rotation=35)
-        for label in axes.get_xticklabels():
-            label.set_horizontalalignment("right")
-    _units(axes.yaxis, unit)
-    _legend(axes, series)
-    return _drawn(figure, name, title, _description(title, series, places, unit))
+    return _drawn(axes, name, title, series, places, unit)
 
 
-def _empty(width: float, height: float) -> tuple[Figure, Axes]:
+def _empty(width: float, height: float) -> Axes:
     with rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.add_subplot()
-    return figure, axes
+        return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
-def _errors(
-    axes: Axes, where: list[float], values: list[Estimate], number: int, label: str, line: str, upright: bool = True
-) -> None:
-    means = [value.mean for value in values]
+def _beside(number: int, count: int, width: float, places: Sequence[str]) -> list[float]:
+    """Where a series stands at each place, so that intervals do not cover each other."""
+    return [place + (number - (count - 1) / 2) * width for place in range(len(places))]
+
+
+def _known(where: Sequence[float], one: Series) -> tuple[list[float], list[Estimate]]:
+    known = [(x, value) for x, value in zip(where, one.estimates, strict=True) if value is not None]
+    return [x for x, _ in known], [value for _, value in known]
+
+
+def _errors(axes: Axes, where: Sequence[float], one: Series, number: int, line: str, upright: bool = True) -> None:
+    places, values = _known(where, one)
+    means, ends = [value.mean for value in values], _ends(values)
     axes.errorbar(
-        where if upright else means,
-        means if upright else where,
-        yerr=_ends(values) if upright else None,
-        xerr=None if upright else _ends(values),
-        color=_colour(number),
-        linestyle=line or "none",
-        marker=MARKERS[number % len(MARKERS)],
-        elinewidth=1.2,
-        capsize=2.5,
-        label=f" {plain(label)}",  # matplotlib leaves out of a legend what begins with "_"
-    )
+        *((places, means, ends, None) if upright else (means, places, None, ends)), color=_colour(number), linestyle=line,
+        marker=MARKERS[number % len(MARKERS)], elinewidth=1.2, capsize=2.5, label=_label(one),
+    )  # fmt: skip
+
+
+def _label(one: Series) -> str:
+    return f" {plain(one.label)}"  # matplotlib leaves out of a legend what begins with "_"
 
 
 def _ends(values: Sequence[Estimate]) -> list[list[float]]:
@@ -190,66 +158,58 @@ def _ends(values: Sequence[Estimate]) -> list[list[float]]:
     ]
 
 
-def _units(axis: Axis, unit: str) -> None:
-    if unit == "share":
-        axis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-
-
-def _legend(axes: Axes, series: Sequence[Series]) -> None:
-    if len(series) > 1:
-        handles, texts = axes.get_legend_handles_labels()
-        labels = [f" {excerpt(text, 24)}" for text in texts]
-        # Side by side only what the figure is wide enough for: what runs over its edge is cut off.
-        columns = max(1, min(3, len(series), 60 // (max(map(len, labels), default=0) + 4)))
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)
-
-
-def _shift(number: int, count: int, width: float) -> float:
-    """How far a series stands from its place, so that intervals do not cover each other."""
-    return (number - (count - 1) / 2) * width
+def _name_places(axes: Axes, places: Sequence[str]) -> None:
+    slanted: dict[str, Any] = (
+        {"rotation": 35, "ha": "right"} if len(places) > 6 or any(len(place) > 12 for place in places) else {}
+    )
+    axes.set_xticks(range(len(places)), [excerpt(place, 14) for place in places], **slanted)
 
 
 def _colour(number: int) -> str:
     return MODELS[number % len(MODELS)]
 
 
-def _description(title: str, series: Sequence[Series], places: Sequence[str], unit: str) -> str:
-    """What the figure shows, for those who do not see it."""
-    parts = [
-        f"{one.label}: "
-        + ", ".join(
+def _drawn(
+    axes: Axes, name: str, title: str, series: Sequence[Series], places: Sequence[str], unit: str, legend: bool = True,
+    upright: bool = True,
+) -> Markup:  # fmt: skip
+    """The figure under its title; over the axes alone a long one would run out of the picture. Said in words for those who do
+    not see it."""
+    if unit == "share":
+        (axes.yaxis if upright else axes.xaxis).set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    if legend and len(series) > 1:
+        handles, texts = axes.get_legend_handles_labels()
+        labels = [f" {excerpt(text, 24)}" for text in texts]
+        # Side by side only what the figure is wide enough for: what runs over its edge is cut off.
+        columns = max(1, min(3, len(series), 60 // (max(map(len, labels), default=0) + 4)))
+        axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)
+    said = (
+        ", ".join(
             f"{place} {estimate_text(value, unit)}"
             for place, value in zip(places, one.estimates, strict=True)
             if value is not None
         )
         for one in series
-    ]
-    return plain(f"{title}. {'; '.join(parts)}.")
+    )
+    whole = "; ".join(f"{one.label}: {values}" for one, values in zip(series, said, strict=True))
+    svg = _svg(axes, name, plain(f"{title}. {whole}."))
+    return Markup(render("evaluation/templates/figure.html", title=title, svg=svg))
 
 
-def _drawn(figure: Figure, name: str, title: str, description: str) -> Markup:
-    """The figure under its title; over the axes alone a long one would run out of the picture."""
-    return Markup(render("evaluation/templates/figure.html", title=title, svg=_svg(figure, name, description)))
-
-
-def _svg(figure: Figure, name: str, description: str) -> Markup:
-    buffer = io.StringIO()
-    level = logging.getLogger("matplotlib").level
+def _svg(axes: Axes, name: str, description: str) -> Markup:
+    figure: Any = axes.figure
+    buffer, log = io.StringIO(), logging.getLogger("matplotlib")
+    level = log.level
     with rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that its own font lacks: the browser's has them
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)
+        log.setLevel(logging.ERROR)
         try:
-            figure.savefig(
-                buffer,
-                format="svg",
-                transparent=True,
-                metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-            )
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
         finally:
-            logging.getLogger("matplotlib").setLevel(level)
+            log.setLevel(level)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = _ID.sub(lambda match: f"{match.group()}{name}-", text)
+    text = _ID.sub(lambda match: f"{match.group()}{name}-", text[text.index("<svg") :])
     text = _FONT.sub(lambda match: f"{match.group(1)} system-ui, sans-serif" if match.group(1) else "", text)
     text = text.replace(INK, "currentColor").replace(LINE, "var(--line)")
     for number, colour in enumerate(MODELS):
@@ -280,7 +240,7 @@ def measure_figures(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumb
                 [f"{row.group} words" for row in one.bands],
                 measure.unit,
                 "words of the prompt",
-                xs=[[x + _shift(number, len(series), step) for x in places] for number in range(len(series))],
+                xs=[[x + (number - (len(series) - 1) / 2) * step for x in places] for number in range(len(series))],
             )
         )
     if 1 < len(one.categories) <= MOST_PLACES:

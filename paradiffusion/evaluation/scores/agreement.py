@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ import numpy as np
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, mean, of_sums
 from paradiffusion.evaluation.records import Evaluation, Measure, ScoreResult, Table
+from paradiffusion.evaluation.suites.suite_files import read_rows
 
 _LAYOUT: Final = (
     "expected .csv or .jsonl with prompt, set_a and set_b (or image_a and image_b as set/name), and choice a, b or tie "
@@ -58,43 +57,19 @@ def read_pairs(path: Path) -> list[HumanPair]:
     Raises:
         UserError: for a file that cannot be read, without pairs, or with a row that is none, by its line.
     """
-    if path.suffix not in (".csv", ".jsonl") or not path.is_file():
-        found = "is no .csv or .jsonl" if path.is_file() else "does not exist"
-        raise UserError(f"agreement={path} {found}; {_LAYOUT}.")
     pairs: list[HumanPair] = []
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in _csv_rows(file) if path.suffix == ".csv" else _lines(file):
-                try:
-                    pairs += _pairs(row)
-                except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                    what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-                    raise UserError(f"agreement={path}, line {number}: {what}; {_LAYOUT}.") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"agreement={path} cannot be read ({error}); {_LAYOUT}.") from None
+    for row in read_rows(path, ["prompt"]):
+        try:
+            pairs += _pairs({key: value for key, value in row.values.items() if value not in (None, "")})
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"agreement={row.where}: {what}; {_LAYOUT}.") from None
     if not pairs:
         raise UserError(f"agreement={path} holds no pairs; {_LAYOUT}.")
     return pairs
 
 
-def _csv_rows(file: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file)
-    for row in reader:
-        yield reader.line_num, {key: value for key, value in row.items() if key and value not in (None, "")}
-
-
-def _lines(file: Any) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                yield number, "no JSON"
-
-
-def _pairs(row: Any) -> Iterator[HumanPair]:
-    if not isinstance(row, dict):
-        raise ValueError("it is no JSON object")
+def _pairs(row: dict[str, Any]) -> Iterator[HumanPair]:
     prompt = str(row["prompt"])
     if str(row.get("occasion", 0)) != "0":
         return  # a pair shown to a rater again, to see whether he agrees with himself

@@ -194,10 +194,12 @@ class _Once(yaml.SafeLoader):
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text. yaml.YAMLError for all that is wrong with it: a key that stands twice, and what PyYAML itself lets
-    through as another error, such as a date that there is none of, or brackets without end."""
+    """The value of a YAML text. ValueError, which says what and where, for all that is wrong with it: a key that stands twice, and what
+    PyYAML itself lets through as another error, such as a date that there is none of, or brackets without end."""
     try:
         return yaml.load(text, Loader=_Once)
-    except (ValueError, RecursionError, OverflowError) as error:
-        problem = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise yaml.MarkedYAMLError(problem=problem) from None
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        mark = getattr(error, "problem_mark", None)
+        problem = "it is nested too deeply" if isinstance(error, RecursionError) else problem
+        raise ValueError(f"{problem}, line {mark.line + 1}" if mark else problem) from None

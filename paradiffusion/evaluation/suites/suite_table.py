@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from paradiffusion.errors import UserError
@@ -131,12 +130,8 @@ def _own(path: Path, part: str) -> SuiteEntry:
 def _yaml(path: Path) -> dict[Any, Any]:
     try:
         values = read_yaml(read_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path} is no YAML ({getattr(error, 'problem', None) or 'not understood'}{where}); mend it."
-        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is no YAML ({error}); mend it.") from None
     if not isinstance(values, dict):
         raise UserError(
             f"{path} holds no table of suites; expected NAME: {{format: ..., path: ...}} as in {TABLE.name}."

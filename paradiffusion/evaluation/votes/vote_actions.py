@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
-from paradiffusion.checks import choice, not_negative, one_of, positive
+from paradiffusion.checks import choice, not_negative, not_understood, one_of, positive, step_of
 from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite import Suite
@@ -46,7 +44,6 @@ ACTIONS: Final = {
     "results": ("seed", "output"),
     "export": ("output",),
 }
-MOST_RATERS: Final = 200
 USUAL_REPEATS: Final = 2  # our choice: the least that shows how far raters agree
 
 
@@ -78,88 +75,52 @@ class VoteOptions:
 
     def check(self) -> None:
         """Raise UserError for missing, misplaced or impossible values."""
-        if self.action is None:
-            raise UserError(f"action= is missing; expected action={'|'.join(ACTIONS)} study=<folder>; see --help.")
-        choice("action", self.action, tuple(ACTIONS))
+        step_of(self.action, self.given, ACTIONS)
         if not self.study:
             raise UserError("study= is missing; name the folder where the study's votes lie, such as study=votes.")
-        for key in self.given:
-            if key not in ("action", "study", *ACTIONS[self.action]):
-                owners = [action for action, keys in ACTIONS.items() if key in keys]
-                raise UserError(
-                    f"{key}= belongs to action={owners[0]}, and does nothing in action={self.action}; leave it out."
-                )
         check_values(self)
-        if not 0 <= self.port < 1 << 16:
-            raise UserError(f"port={self.port} is out of range; expected 0 to 65535.")
-        if not 1 <= len(self.title.strip()) <= 200:
-            raise UserError("title= is a text of 1 to 200 characters, which raters see at the top of the page.")
         self.asked()
         self.host_names()
 
     def set_paths(self) -> dict[str, str]:
         """The sets' folders by name, at least two."""
-        example = "sets='{ours: runs/nano/stage3/evaluation/scenes, other: pictures/other}'"
+        example = "{ours: runs/nano/stage3/evaluation/scenes, other: pictures/other}"
         if not self.sets:
-            raise UserError(f"sets= is missing, and there is no study yet; name what is compared: {example}.")
-        value = _yaml("sets", self.sets, example)
-        if not isinstance(value, dict) or not all(isinstance(path, str) for path in value.values()):
-            raise UserError(f"sets={self.sets} is not understood; expected names and folders: {example}.")
-        paths = {str(name).strip(): path for name, path in value.items()}
-        if len(paths) < len(value):
-            raise UserError(f"sets={self.sets} has one name twice, spaces aside; give each set a name of its own.")
+            raise UserError(f"sets= is missing, and there is no study yet; name what is compared: sets='{example}'.")
+        paths = _texts("sets", _yaml("sets", self.sets, example), example)
         if len(paths) < 2:
-            raise UserError(f"sets={self.sets} names {len(paths)}; expected at least two to compare: {example}.")
-        for name in paths:
-            _name_of("sets", name)
+            raise not_understood("sets", self.sets, example)
         return paths
 
     def rater_names(self) -> list[str]:
         """Who votes, each once."""
-        names = _names("raters", self.raters, "raters=[anna,ben]")
-        if not names:
-            raise UserError(
-                "raters= is missing, and there is no study yet; name who votes, each gets an address: raters=[anna,ben]."
-            )
-        if len(names) > MOST_RATERS:
-            raise UserError(f"raters= names {len(names)}; expected at most {MOST_RATERS}.")
-        for name in names:
-            _name_of("raters", name)
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"raters= names {twice[0]} twice; give each rater a name of their own.")
+        if not self.raters:
+            raise UserError("raters= is missing, and there is no study yet; name who votes: raters=[anna,ben].")
+        names = _names("raters", self.raters, "[anna, ben]")
+        if not names or len({*names}) < len(names):
+            raise not_understood("raters", self.raters, "[anna, ben]")
         return names
 
     def asked(self) -> tuple[Question, ...]:
         """The questions, in order."""
-        example = "questions='{faithfulness: Which picture follows the text better?}'"
-        without = _names("without_text", self.without_text, "without_text=[appeal]")
-        known = {question.name: question.text for question in QUESTIONS}
-        if self.questions is None:
-            texts = dict(known)
-        else:
+        example = "{faithfulness: Which picture follows the text better?}"
+        texts = known = {question.name: question.text for question in QUESTIONS}
+        if self.questions is not None:
             value = _yaml("questions", _quote_texts(self.questions), example)
-            value = [value] if isinstance(value, str) else value
-            if isinstance(value, list):
-                for name in value:
-                    if not isinstance(name, str) or name not in known:
-                        raise UserError(
-                            f"the question {name} is unknown; choose of {', '.join(known)}, or write it: {example}."
-                        )
-                value = {name: known[name] for name in value}
-            if not isinstance(value, dict) or not value or not all(isinstance(text, str) for text in value.values()):
-                raise UserError(f"questions={self.questions} is not understood; expected {example}.")
-            texts = {str(name).strip(): text.strip() for name, text in value.items()}
-        if "without_text" in self.given and (unknown := [name for name in without if name not in texts]):
-            raise UserError(f"without_text= names {unknown[0]}, which is not asked; choose of {', '.join(texts)}.")
-        for name, text in texts.items():
-            _name_of("questions", name)
-            if not 1 <= len(text) <= 500:
-                raise UserError(f"the question {name} has {len(text)} characters; expected 1 to 500.")
+            if not isinstance(value, dict):  # of the known ones, some or another order
+                names = _names("questions", self.questions, "[appeal]")
+                for name in names:
+                    choice("questions", name, tuple(known))
+                value = {name: known[name] for name in names}
+            texts = _texts("questions", value, example)
+        without = _names("without_text", self.without_text, "[appeal]")
+        for name in without if "without_text" in self.given else ():
+            choice("without_text", name, tuple(texts))
         return tuple(Question(name, text, name not in without) for name, text in texts.items())
 
     def host_names(self) -> tuple[str, ...]:
         """Names besides its own that this machine is opened under."""
-        return tuple(_names("hosts", self.hosts, "hosts=[votes.lab.example]"))
+        return tuple(_names("hosts", self.hosts, "[votes.lab.example]"))
 
     def setting(self, key: str) -> Any:
         """What study.json keeps of ``key``, to be compared when the study is opened again."""
@@ -172,13 +133,11 @@ class VoteOptions:
         return made[key]() if key in made else getattr(self, key)
 
 
-def _yaml(key: str, text: str, example: str) -> Any:
+def _yaml(key: str, text: str | None, example: str) -> Any:
     try:
-        return read_yaml(text)
-    except yaml.YAMLError as error:
-        reason = f" ({error.problem})" if isinstance(error, yaml.MarkedYAMLError) and error.problem else ""
-        shown = text if len(text) <= 200 else f"{text[:200]}..."
-        raise UserError(f"{key}={shown} is not understood{reason}; expected {example}.") from None
+        return None if text is None else read_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{key}={str(text)[:200]} is not understood ({error}); expected {key}='{example}'.") from None
 
 
 def _quote_texts(text: str) -> str:
@@ -188,18 +147,24 @@ def _quote_texts(text: str) -> str:
 
 
 def _names(key: str, text: str | None, example: str) -> list[str]:
-    if text is None:
-        return []
     value = _yaml(key, text, example)
     value = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(one, str | int) and not isinstance(one, bool) for one in value):
-        raise UserError(f"{key}={text} is not understood; expected {example}.")
+    if not all(isinstance(one, str | int) and _is_name(str(one).strip()) for one in value):
+        raise not_understood(key, text, example)
     return [str(one).strip() for one in value]
 
 
-def _name_of(key: str, name: str) -> None:
-    if not 1 <= len(name) <= 60 or not name.isprintable():
-        raise UserError(f"{key}= has the name {name!r}; expected 1 to 60 printable characters.")
+def _texts(key: str, value: Any, example: str) -> dict[str, str]:
+    """Texts by name."""
+    found = {str(name).strip(): text for name, text in value.items()} if isinstance(value, dict) else {}
+    if not found or not all(_is_name(name) and isinstance(text, str) for name, text in found.items()):
+        raise not_understood(key, None if value is None else str(value), example)
+    return {name: text.strip() for name, text in found.items()}
+
+
+def _is_name(text: str) -> bool:
+    """Whether a page can show ``text`` as the name of a set, a question or a rater."""
+    return 1 <= len(text) <= 60 and text.isprintable()
 
 
 def open_study(options: VoteOptions, suite: Suite | None = None) -> Study:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from commands import user_error
 
-from paradiffusion.curation.pool import EndedFromOutside, Tell, interruptible, process_number, run_tasks
+from paradiffusion.curation.pool import EndedFromOutside, Tell, process_number, run_tasks
 from paradiffusion.errors import UserError
+from paradiffusion.stopping import stop_on_signals
 
 
 def nothing() -> None:
@@ -61,8 +62,8 @@ def test_a_stop_ends_all_processes_at_once(tmp_path: Path) -> None:
         if all(os.path.exists(place) and os.path.getsize(place) for place in places):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(KeyboardInterrupt), interruptible() as check:
-        run_tasks("working", "task", 2, endless, places, 2, lambda: (stop_once_they_work(), check())[1])
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
+        run_tasks("working", "task", 2, endless, places, 2, lambda: (stop_once_they_work(), stop.check())[1])
     for place in places:
         with pytest.raises(ProcessLookupError):
             os.kill(int(Path(place).read_text()), 0)

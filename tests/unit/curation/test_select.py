@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 import sys
 from importlib.machinery import PathFinder
@@ -21,6 +19,7 @@ from programs import script
 from safetensors.torch import load_file, save_file
 from tiny_clip import CONTEXT, WIDTH, write_candidates
 
+from paradiffusion.atomic import locked
 from paradiffusion.curation.choosing import scoring as technical
 from paradiffusion.curation.choosing import selection
 from paradiffusion.curation.choosing.candidates import Candidates, sample_name
@@ -342,7 +341,7 @@ def test_the_walk_on_the_command_line(clip_folder: Path, tmp_path: Path, capsys:
         ("action=choose folder=x clip=y", "clip= belongs to action=score"), ("action=choose folder=x count=0", "count=0"),
         ("action=choose folder=x min=5", "expected min='{aesthetic: 5.5"), ("action=choose folder=x min={a:[}", "is not understood"),
         ("action=choose folder=absent", "holds no scores"), ("action=review folder=absent", "holds no candidates"),
-        ("action=review folder=x port=99999", "port=99999"), ("action=score folder=x shards=absent.tar", "matches no .tar"),
+        ("action=score folder=x shards=absent.tar", "matches no .tar"),
         ("action=score folder=x shards=y device=tpu", "device=tpu is unknown"),
     ],
 )  # fmt: skip
@@ -475,11 +474,9 @@ def test_two_exports_at_once_do_not_mix(tmp_path: Path) -> None:
     other = tmp_path / ".out.part"
     other.mkdir()
     (other / "000007.tar.partial").write_bytes(b"half")
-    lock = os.open(other, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # as an export does that is at work
-    user_error("another export writes", export, work, tmp_path / "out")
-    assert (other / "000007.tar.partial").exists()
-    os.close(lock)  # it was killed
+    with locked(tmp_path / "out"):  # as by an export that is at work, and is killed
+        user_error("another export writes", export, work, tmp_path / "out")
+        assert (other / "000007.tar.partial").exists()
     assert export(work, tmp_path / "out").kept == 2
     assert not list((tmp_path / "out").glob("*.partial"))
 

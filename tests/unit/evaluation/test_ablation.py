@@ -170,7 +170,7 @@ def test_what_training_would_refuse_is_refused_before_it(write: Write, settings:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("settings: [a", "is not understood in line"), ("[1, 2]", "is no mapping"), ("settings: {}", "has no settings"),
+        ("settings: [a", "is not understood: "), ("[1, 2]", "is no mapping"), ("settings: {}", "has no settings"),
         ("settings: {a: {}}\nsetings: {}", "unknown key setings; the keys are name, settings"),
         ("settings: {a: {override: []}}", "settings: a: unknown key override"),
         ("settings: {a/b: {}}", "settings: a/b: .*becomes part of folder names"),
@@ -183,7 +183,7 @@ def test_what_training_would_refuse_is_refused_before_it(write: Write, settings:
         ("settings: {a: {}}\nseeds: 3", "seeds: .*valid list"),
         ("settings: {a: {}}\nseeds: [true]", "seeds: 0: .*valid integer"), ("settings: {a: {}}\nstages: [3, 1]", "rising order"),
         ("settings: {a: {per_stage: {4: [a=b]}}}", "per_stage: 4: .*1, 2 or 3"), ("settings: {a: {}}\nbaseline: b", "baseline: b is none of its settings"),
-        ("settings: {a: {}, b: {}, a: {overrides: [max_steps=2]}}", "in line 1: a stands twice"),
+        ("settings: {a: {}, b: {}, a: {overrides: [max_steps=2]}}", "a stands twice, line 1"),
         ("settings: {a: {}, no: {}}", "settings: False: .*valid string .*put quotes"),
     ],
 )  # fmt: skip

@@ -145,20 +145,20 @@ def test_layouts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("votes.txt", "", "is no .csv or .jsonl"),
-        ("votes.csv", "", "holds no pairs"),
-        ("votes.csv", "prompt,set_a,set_b\np1,a,b\n", "line 2: choice|preferred is missing"),
-        ("votes.csv", "prompt,set_a,set_b,choice\np1,ours,theirs,left\n", "line 2: the choice is left"),
+        ("votes.txt", "", "is no table"),
+        ("votes.csv", "", "is empty"),
+        ("votes.csv", "prompt,set_a,set_b,choice\n", "holds no pairs"),
+        ("votes.csv", "prompt,set_a,set_b\np1,a,b\n", r"line 2\): preferred is missing"),
+        ("votes.csv", "prompt,set_a,set_b,choice\np1,ours,theirs,left\n", r"line 2\): the choice is left"),
         ("votes.csv", "prompt,set_a,set_b,choice\np1,ours,ours,a\n", "both sides are ours"),
         ("votes.csv", "prompt,image_a,image_b,choice\np1,1.png,2.png,a\n", "does not say of which set"),
-        ("votes.jsonl", "{broken\n", "line 1: it is no JSON object"),
+        ("votes.jsonl", "{broken\n", "line 1 is not valid JSON"),
         ("votes.jsonl", '{"prompt": "p", "set_a": "x", "set_b": "y", "votes_a": -1, "votes_b": 2}\n', "-1 votes"),
         ("votes.jsonl", '{"prompt": "p", "ranks": {"x": NaN, "y": 1}}\n', "line 1: a rank is no number"),
     ],
 )
 def test_a_wrong_file_is_refused_by_its_line(tmp_path: Path, name: str, text: str, said: str) -> None:
-    caught = user_error(said, read_pairs, written(tmp_path / name, text))
-    assert "expected .csv or .jsonl" in caught
+    user_error(said, read_pairs, written(tmp_path / name, text))
 
 
 def two_sets(**changes: Any) -> list[Evaluation]:
