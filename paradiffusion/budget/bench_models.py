@@ -18,7 +18,7 @@ from paradiffusion.budget.synthetic import write_samples
 from paradiffusion.checks import choice, positive, split_list
 from paradiffusion.compose import split_options
 from paradiffusion.config import TrainConfig
-from paradiffusion.sampling.pipeline import choose_device
+from paradiffusion.machine import choose_device
 from paradiffusion.training.engine import make_accelerator
 
 GIB = 2**30

@@ -16,7 +16,6 @@ from paradiffusion.errors import UserError, reason_of
 from paradiffusion.machine import choose_device, settled_dtype
 from paradiffusion.metrics.vlm import Answer, Decoding, Question
 from paradiffusion.repository import ROOT
-from paradiffusion.sampling.pipeline import choose_device
 
 
 class LocalModel:

@@ -92,7 +92,7 @@ def run_step(options: SelectOptions) -> int:
 def _score(options: SelectOptions, work: Path) -> None:
     from paradiffusion.curation.choosing.scoring import Scoring, score_shards
     from paradiffusion.data.shards import expand_shards
-    from paradiffusion.sampling.pipeline import choose_device
+    from paradiffusion.machine import choose_device
 
     if options.device != "auto":
         choose_device(options.device)  # UserError for what is not here
