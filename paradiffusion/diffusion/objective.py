@@ -261,7 +261,7 @@ def keep_distance(scheduler: Any, step: int) -> None:
     """Before each step: DDIM takes the distance to the next time from the number of steps, rounded down; of 501 that is one for two."""
     times, count = scheduler.timesteps, scheduler.config.num_train_timesteps
     if isinstance(scheduler, DDIMScheduler) and step + 1 < len(times) and len(times) ** 2 > count:
-        scheduler.num_inference_steps = count // int(times[step] - times[step + 1])
+        scheduler.num_inference_steps = count // int(times[step] - times[step + 1])  # type: ignore[attr-defined]
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"epsilon": Epsilon, "v_prediction": Velocity, "sample": Sample, "flow": Flow}
