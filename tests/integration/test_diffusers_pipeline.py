@@ -281,9 +281,14 @@ def test_an_adapter_that_was_left_out_is_missed(folders: dict[str, Path]) -> Non
 
 
 def test_dtypes_are_those_of_training_unless_one_is_asked_for(
-    folders: dict[str, Path], pipe: ParaDiffusionPipeline
+    folders: dict[str, Path], pipe: ParaDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert pipe.text_encoder.dtype == torch.float32
+    """But the denoiser's where there is CUDA."""
+    assert pipe.text_encoder.dtype == pipe.unet.dtype == torch.float32
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: True)
+        there = ParaDiffusionPipeline.from_pretrained(str(folders["modern"]))
+    assert (there.unet.dtype, there.text_encoder.dtype) == (torch.bfloat16, torch.float32)
     half = ParaDiffusionPipeline.from_pretrained(str(folders["modern"]), torch_dtype=torch.bfloat16)
     assert half.unet.dtype == half.text_encoder.dtype == half.refiner.dtype == torch.bfloat16
     assert torch.isfinite(arrays(half, output_type="latent")).all()
