@@ -1,4 +1,4 @@
-"""The machine: processor cores and the device that are this process's own, the precision that it multiplies fastest in, the way to a GPU."""
+"""The machine: a process's own cores and device, the precision that is fastest there, and the way to a GPU."""
 
 from __future__ import annotations
 
