@@ -1,4 +1,4 @@
-"""The machine: a process's own cores and device, the precision that is fastest there, and the way to a GPU."""
+"""Processor cores, devices and precision of this process."""
 
 from __future__ import annotations
 
@@ -35,21 +35,20 @@ def choose_device(name: str | None = None) -> torch.device:
 
     mps = int(torch.backends.mps.is_available())
     found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": mps, "xpu": torch.xpu.device_count()}
+    target = torch.device("meta")
     with suppress(RuntimeError):  # torch does not know the name
         target = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        local = os.environ.get("LOCAL_RANK", os.environ.get("RANK"))
-        if target.type == "cuda" and target.index is None and local is not None and found["cuda"]:
-            target = torch.device("cuda", int(local) % found["cuda"])
-        if target.type in found:
-            if (target.index or 0) < found[target.type]:
-                if target.type == "cuda" and target.index is not None:
-                    torch.cuda.set_device(target)
-                return target
-            has = f"{found[target.type] or 'no'} {target.type.upper()} device(s)"
-            raise UserError(
-                f"device={name} is not to be had here, where torch finds {has}; choose another, or device=cpu."
-            )
-    raise UserError(f"device={name} is unknown; choose one of {', '.join(found)}, or cuda:0 and the like.")
+    local = os.environ.get("LOCAL_RANK", os.environ.get("RANK"))
+    if target.type == "cuda" and target.index is None and local is not None and found["cuda"]:
+        target = torch.device("cuda", int(local) % found["cuda"])
+    if target.type not in found:
+        raise UserError(f"device={name} is unknown; choose one of {', '.join(found)}, or cuda:0 and the like.")
+    if (target.index or 0) >= found[target.type]:
+        has = f"{found[target.type] or 'no'} {target.type.upper()} device(s)"
+        raise UserError(f"device={name} is not to be had here, where torch finds {has}; choose another, or device=cpu.")
+    if target.type == "cuda" and target.index is not None:
+        torch.cuda.set_device(target)
+    return target
 
 
 def settled_dtype(dtype: str, device: torch.device) -> str:

@@ -339,6 +339,7 @@ def benchmark(
             "command": " ".join(["python scripts/benchmark.py", *overrides, *settings.spelled()]),
             "precision": config.precision,
         }
+        stem = Path(settings.output) / name
         for what in settings.several("what"):
             for row in MEASURES[what](bench):
                 rows.append(row)

@@ -299,7 +299,7 @@ class Fitter:
             activations=self.activations(config, self.micro_batch(config, launch), copies),
             buffers=buffers,
             context=CONTEXT,
-            host=host + (ema * share if on_cpu else 0.0),
+            host=host + (ema * share * (1 if launch.offload else 2) if on_cpu else 0.0),  # and pinned, on its way there
         )
 
     def launches(self) -> list[Launch]:

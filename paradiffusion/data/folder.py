@@ -36,7 +36,7 @@ from paradiffusion.data.tables import BESIDE, table_beside, told_by_table
 from paradiffusion.errors import UserError
 
 INDEX_NAME: Final = ".paradiffusion.index.npz"
-_VERSION: Final = 4
+_VERSION: Final = 5
 _PER_PART: Final = 1000
 _REPEATS: Final = re.compile(r"([1-9]\d{0,5})_.")
 _TOLD_FOLDERS: Final = 8

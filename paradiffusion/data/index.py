@@ -46,8 +46,11 @@ from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 from paradiffusion.randomness import seed_from
 
-_VERSION: Final = 4
-_BEFORE: Final = 3  # without hashes of contents: a remote index of that version is read as well
+_VERSION: Final = 5
+_BEFORE: Final = (
+    3,
+    4,
+)  # remote indexes of these versions, without hashes of contents or all encodings, are read as well
 _MAX_KINDS: Final = 16
 # What an index counts of its files, in the order in which that is stored, and what a person is told of them.
 COUNTS: Final = {
@@ -680,7 +683,7 @@ def _parse(path: Path | RemotePath, place: Path | io.BytesIO) -> SampleIndex | N
             if isinstance(path, RemotePath):
                 # Made beside a local copy it has that one's time; and not every server tells a size or a version.
                 versions = {str(stored["version"]), path.version} - {""}
-                same = stamp[0] in (_BEFORE, now[0]) and stamp[1] == now[1] and len(versions) < 2
+                same = stamp[0] in (*_BEFORE, now[0]) and stamp[1] == now[1] and len(versions) < 2
             else:
                 same = np.array_equal(stamp, now)
             return index_of(path, stored) if same else None

@@ -195,15 +195,16 @@ class _Keys:
     between cat.jpg and cat.txt stays a part of cat."""
 
     def __init__(self) -> None:
-        self.last = ""
+        self.last, self.endings = "", set[str]()
 
     def __call__(self, name: str) -> tuple[str, str]:
         folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         key, ending = split_member(name)
-        if self.last == folder + slash + stem != key:
+        # Part of the sample before, or a second text of this one (cat.jpg.txt beside cat.txt), which is none of its parts then.
+        if self.last == folder + slash + stem != key or (self.last == key and ending in self.endings):
             return self.last, extension.lower()
-        self.last = key
+        self.last, self.endings = key, {ending} | (self.endings if self.last == key else set())
         return key, ending
 
 

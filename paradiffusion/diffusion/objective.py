@@ -260,8 +260,9 @@ def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = No
 def keep_distance(scheduler: Any, step: int) -> None:
     """Before each step: DDIM takes the distance to the next time from the number of steps, rounded down; of 501 that is one for two."""
     times, count = scheduler.timesteps, scheduler.config.num_train_timesteps
-    if isinstance(scheduler, DDIMScheduler) and step + 1 < len(times) and len(times) ** 2 > count:
-        scheduler.num_inference_steps = count // int(times[step] - times[step + 1])  # type: ignore[attr-defined]
+    if isinstance(scheduler, DDIMScheduler) and len(times) ** 2 > count:
+        following = int(times[step + 1]) if step + 1 < len(times) else -1
+        scheduler.num_inference_steps = count // (int(times[step]) - following)  # type: ignore[attr-defined]
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"epsilon": Epsilon, "v_prediction": Velocity, "sample": Sample, "flow": Flow}

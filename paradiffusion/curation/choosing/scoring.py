@@ -35,6 +35,7 @@ from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.remote import RemotePath
 from paradiffusion.errors import UserError, reason_of
+from paradiffusion.machine import choose_device
 from paradiffusion.metrics.clip import Clip, Head, load_clip, load_head
 from paradiffusion.stopping import stop_on_signals
 
@@ -121,9 +122,9 @@ def score_shards(
 
 
 def _device_of(device: str, rank: int) -> str:
-    if device != "auto":
-        return device
-    return f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    if device == "auto" and torch.cuda.is_available():
+        return f"cuda:{rank % torch.cuda.device_count()}"
+    return str(choose_device(None if device == "auto" else device))
 
 
 @lru_cache(maxsize=1)
