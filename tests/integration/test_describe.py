@@ -197,7 +197,7 @@ def test_bytes_that_are_exact() -> None:
     vae = 2 * description.parameters.vae
     assert zero3.frozen - vae == (one.frozen - vae) / 8  # stage 2's language model is cut as well
     assert description.checkpoint_whole == 16 * trained
-    assert description.latent_bytes == 2 * 4 * 8 * 8
+    assert description.latent_bytes == 2 * 2 * 4 * 8 * 8  # mean and standard deviation, 2 bytes each
 
 
 @pytest.mark.parametrize("override", ["optimizer.name=muon", "text_encoder.quantization=4bit"])

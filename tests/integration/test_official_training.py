@@ -57,7 +57,8 @@ def test_fine_tune_resume_sample_and_export(
         out = tmp_path / f"images_{name}"
         assert sample_here(f"ckpt={folder}", "prompt=a red circle", "steps=3", f"output_dir={out}") == 0
         images.append(np.asarray(Image.open(out / "00000.png")))
-    assert images[0].std() > 1 and np.array_equal(*images)
+    # As the released code, the export ends at the schedule's lowest noise, the checkpoint at none.
+    assert images[0].std() > 1 and np.abs(images[0].astype(int) - images[1]).max() <= 1
 
 
 @pytest.mark.parametrize(
