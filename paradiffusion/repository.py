@@ -1,4 +1,4 @@
-"""Where configs/, data/ and the programs lie: beside the package in a checkout, inside it where it was installed."""
+"""Paths of configs/, data/ and the programs, in a checkout and in an installed package."""
 
 from __future__ import annotations
 

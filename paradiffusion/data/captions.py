@@ -41,9 +41,10 @@ _MARKS: Final = (
 _FOREIGN = re.compile(rb"[\x80-\xff]{4}|[\xc0-\xff]{3}")
 # Signs that stand before small letters, in a word, where Central European text, or that of old Macs and DOS, is read as
 # Windows-1252.
-_WITHIN = re.compile(
-    r"[^\W\d_][\xa1-\xa3\xa5\xa6\xa9\xab\xac\xae-\xb3\xb6\xb9\xbb-\xbf\u201a\u201e\u2020-\u2022\u02c6\u2030\u2039\u203a\u02dc][a-z\xdf-\xff]"
+_SIGNS: Final = (
+    r"\xa1-\xa3\xa5\xa6\xa9\xab\xac\xae-\xb3\xb6\xb9\xbb-\xbf\u201a\u201e\u2020-\u2022\u02c6\u2030\u2039\u203a\u02dc"
 )
+_WITHIN = re.compile(rf"[^\W\d_][{_SIGNS}][a-z\xdf-\xff]")
 # What programs write for a cell without a value.
 MISSING: Final = re.compile(r"nan|none|null|n/a|<na>|#n/a|undefined", re.IGNORECASE)
 # Signs of languages that put no spaces between words: Chinese, Japanese, Thai, Lao, Khmer, Burmese.

@@ -195,17 +195,18 @@ class _Keys:
     between cat.jpg and cat.txt stays a part of cat."""
 
     def __init__(self) -> None:
-        self.last, self.endings = "", set[str]()
+        self.last, self.names = "", dict[str, str]()
 
     def __call__(self, name: str) -> tuple[str, str]:
         folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         key, ending = split_member(name)
-        # Part of the sample before, or a second text of this one (cat.jpg.txt beside cat.txt), which is none of its parts then.
-        if self.last == folder + slash + stem != key or (self.last == key and ending in self.endings):
+        if self.last == folder + slash + stem != key:
             return self.last, extension.lower()
-        self.last, self.endings = key, {ending} | (self.endings if self.last == key else set())
-        return key, ending
+        if self.last != key:
+            self.last, self.names = key, {}
+        # Of two texts (cat.jpg.txt, cat.txt) the first is the sample's, as in an index; under one suffix WebDataset refuses both.
+        return key, ending if self.names.setdefault(ending, base) == base else f"second.{ending}"
 
 
 def _is_wanted(name: str) -> bool:

@@ -1,5 +1,4 @@
-"""What ``sample.py`` does: prompts of a file -> images, their records and a page in a folder; stoppable and resumable, by one
-process or by several under a launcher."""
+"""Sampling of a prompt file into a folder of images, with manifest and page: resumable, on one process or several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a run's pictures show the built-in scenes that their paragraphs tell of: the scores of a stage, and their tables."""
+"""Scores of pictures against the built-in scenes of their paragraphs, and the tables of a stage's scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the scenes of the built-in data set are drawn: a scene gives the same pixels wherever it is drawn."""
+"""Drawing of the built-in scenes, the same pixels on every machine."""
 
 from __future__ import annotations
 

@@ -65,6 +65,16 @@ def test_each_process_takes_a_gpu_of_its_own_and_makes_it_the_current_one(
     assert taken == ([] if current is None else [current])
 
 
+def test_a_gpu_that_cannot_be_used_says_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(RuntimeError, match="busy"):
+        choose_device("cuda:0")
+
+
 @pytest.fixture
 def switches() -> Iterator[None]:
     """torch's own, as they are by default, before and after."""

@@ -71,7 +71,8 @@ def test_encodings() -> None:
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         assert decode_text("grün 狐".encode(encoding))[0] == "grün 狐"
     assert decode_text("grün".encode("cp1252")) == ("grün", "cp1252")
-    for text in ("Zwölf Äpfel – „süß“", "«l’été» à 20 °C, ½ mètre…", "col·lecció 3ª, Lego® 5×7"):
+    for text in ("Zwölf Äpfel – „süß“", "«l’été» à 20 °C, ½ mètre…", "col·lecció 3ª, Lego® 5×7",
+                 "LEGO®Steine auf 3 m²Fläche, Düsseldorf•Köln, das„Wort“"):  # fmt: skip
         assert decode_text(text.encode("cp1252")) == (text, "cp1252")
     for data in (b"\x81\xff", "красный круг".encode("cp1251"), "红色的圆".encode("gb18030"), b"\x89PNG\0\0\0\r",
                  "кот и дом".encode("cp1251"), "žluťoučký kůň".encode("iso8859-2"), "naïve".encode("mac-roman"), "é".encode("utf-16")[:-1]):  # fmt: skip

@@ -363,11 +363,13 @@ def test_names_with_dots_and_side_files(folder: Path, tmp_path: Path, monkeypatc
     write_tar(tmp_path / "x.tar", [
         ("cat.png", picture), ("cat.seg.png", picture), ("cat.txt", b"a cat"), ("img.v1.07.png", picture),
         ("img.v1.07.caption", b"with dots"), ("lost.png", picture), ("d.png", picture), ("d.png.text", b"behind the name"),
+        ("e.png", picture), ("e.png.txt", b"the first"), ("e.txt", b"a second"), ("f.png", picture), ("f.txt", b"its own"), ("f.png.txt", b"x"),
     ])  # fmt: skip
     with serving(tmp_path) as server:
         shards = expand_shards(f"{server.url}x.tar", storage=Storage(retries=2))
         with closing(StreamLoader(shards, 2, BUCKETS, BOTH, STREAMED)) as loader:
             batches = list(loader)
+            assert {reason for _, reason in loader.report.bad} <= {"no picture with a caption"}
         write_tar(tmp_path / "x.tar", [("lost.png", picture), ("alone.txt", b"a cat")])
         with (
             closing(StreamLoader(shards, 2, BUCKETS, BOTH, STREAMED)) as loader,
@@ -376,7 +378,8 @@ def test_names_with_dots_and_side_files(folder: Path, tmp_path: Path, monkeypatc
             list(loader)
     found = {(key, caption) for batch in batches for key, caption in zip(batch.keys, batch.captions, strict=True)}
     assert found - {(key, "") for key, _ in found} == {("x.tar/cat", "a cat"), ("x.tar/img.v1.07", "with dots"),
-                                                         ("x.tar/d", "behind the name")}  # fmt: skip
+                                                         ("x.tar/d", "behind the name"), ("x.tar/e", "the first"),
+                                                         ("x.tar/f", "its own")}  # fmt: skip
 
 
 def test_all_ranks_take_the_same_number_of_steps(folder: Path) -> None:
