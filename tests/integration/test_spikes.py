@@ -70,7 +70,19 @@ def test_finite_spike_is_measured_against_the_average(
     assert json.loads((stage / "summary.json").read_text())["skipped_steps"] == [52]
 
 
-def test_skipped_step_is_as_if_its_update_had_not_been(
+@pytest.mark.parametrize("factor", [math.nan, 30.0])
+def test_a_skipped_step_leaves_weights_average_and_moments_as_they_were(
+    factor: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("paradiffusion.training.spikes.SPIKE_WARMUP", 2)
+    spoil_latents(monkeypatch, {5}, factor)
+    assert train("on_spike=skip", "max_steps=7", "checkpoint_every=1", "keep_last=9") == 0
+    assert json.loads((tmp_path / "run" / "stage1" / "summary.json").read_text())["skipped_steps"] == [5]
+    before, after = (tmp_path / "run" / "stage1" / "checkpoints" / f"step_{step:06d}" for step in (5, 6))
+    assert_same_bits(before, after)
+
+
+def test_a_run_stopped_after_a_skipped_step_goes_on_with_the_same_bits(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Stopped at 7 and started again, a run that skipped step 5 ends in the same bits as one that did not stop.

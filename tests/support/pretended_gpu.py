@@ -117,6 +117,8 @@ class Gpu(TorchDispatchMode):
             self._copied(tensors[0], kwargs.get("non_blocking"))
         if name in ONE_DTYPE and len(found := {x.dtype for x in tensors if x.dtype.is_floating_point}) > 1:
             raise RuntimeError(f"{name}: expected one dtype, found {sorted(map(str, found))}")
+        if name.startswith("_foreach_") and len({isinstance(x, FakeTensor) for x in tensors if x.ndim}) > 1:
+            raise RuntimeError(f"{name}: expected all tensors on one device")  # which fake tensors do not look at
         with self._made:
             if len(fakes) < len(tensors):
                 args, kwargs = tree_map(self._fake, (args, kwargs))
