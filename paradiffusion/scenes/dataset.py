@@ -32,7 +32,7 @@ __all__ = [
     "make_scene", "scene_from_meta", "scene_to_meta",
 ]  # fmt: skip
 
-VERSION = 3  # raise it when scenes, captions or their layout change, so that old folders are drawn anew
+VERSION = 4  # raise it when scenes, captions or their layout change, so that old folders are drawn anew
 DEFAULT_SIZES = {
     "small": {"web": 8_000, "big": 4_000, "small": 6_000, "val": 500},
     "large": {"web": 16_000, "big": 8_000, "small": 4_000, "val": 500},

@@ -196,6 +196,19 @@ def test_captions_name_every_object_and_the_background_in_their_bounds(world: st
         assert captions(scene, 0, number) == told
 
 
+def test_the_large_worlds_training_leans_on_things_named_before_and_its_held_out_paragraphs_on_few() -> None:
+    def named(set_name: str) -> float:
+        """Colours that a caption says beyond one for each object: of things named again, by which others are placed."""
+        made = [
+            (scene, plain(captions(scene, 0, n)["varied"])) for n, scene in enumerate(scenes("large", set_name, 300))
+        ]
+        again = sum(len(re.findall(COLOUR, text)) - len(scene.objects) for scene, text in made)
+        return again / sum(len(scene.objects) for scene, _ in made)
+
+    assert named("small") > 1.4 * named("val")
+    assert abs(named("small") - named("web")) < 0.05
+
+
 def test_a_phrase_names_one_place_of_its_grid() -> None:
     for grid in GRIDS.values():
         for function in (place_phrases, place_names, place_labels, unseen_places):
