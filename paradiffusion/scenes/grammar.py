@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 import tomllib
@@ -416,6 +417,17 @@ def varied(scene: Scene, rng: random.Random, bounds: tuple[int, int], idle: floa
         if len(text.split()) <= most:
             break
     return text
+
+
+def lengthened(text: str, scene: Scene, rng: random.Random, words: int) -> str:
+    """A caption of the scene in the midst of sentences that are true of it and that no object needs, ``words`` words or a few more. The
+    caption stays in one piece, since its sentences refer to each other."""
+    writer = Writer(scene, rng)
+    around: tuple[list[str], list[str]] = ([], [])
+    while len(text.split()) + sum(len(sentence.split()) for sentence in itertools.chain(*around)) < words:
+        pick(rng, around).append(writer.idle())
+    before, after = (finished(sentences, rng) if sentences else "" for sentences in around)
+    return " ".join([before, text, after]).strip()
 
 
 def listed(scene: Scene, rng: random.Random, most: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -88,7 +89,7 @@ class CheckpointSource(Source):
             "checkpoint": str(self.checkpoint), "step": models.step, "weights": self.weights,
             "resolution": models.resolution, "settings": asdict(sampler_settings(config, models.sampler)),
             "negative_prompt": config.negative_prompt, "dtype": config.dtype,
-            "cut_prompts": models.count_truncated([prompt.text for prompt in place.suite.prompts]),
+            "cut_prompts": dict(Counter(p.category or "all" for p in place.suite.prompts if models.count_truncated([p.text]))) or 0,
             "provenance": models.provenance,
         }  # fmt: skip
         if place.first:

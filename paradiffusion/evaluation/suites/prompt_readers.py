@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -11,8 +13,10 @@ from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite import SuitePrompt
 from paradiffusion.evaluation.suites.suite_files import find_file, read_json, read_rows, read_text
 from paradiffusion.evaluation.suites.suite_table import SuiteEntry
+from paradiffusion.randomness import seed_from
 from paradiffusion.sampling.prompts import read_prompts
 from paradiffusion.scenes.captions import KINDS, captions
+from paradiffusion.scenes.grammar import lengthened
 from paradiffusion.scenes.world import Scene, make_scene, scene_from_meta, scene_to_meta
 
 
@@ -142,9 +146,16 @@ def read_scenes(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     Options: ``number`` of scenes, ``caption`` (one of ``KINDS``), ``world``, ``set`` and ``seed`` as in
     ``paradiffusion.scenes.dataset``, and ``scale``, by which height and width of a scene's canvas are multiplied: at 1 they are
     the sizes at which nano draws. ``meta["scene"]`` is the truth, in pixels of the canvas; the category is the number of
-    objects. Of a file, ``number`` and ``scale`` alone count.
+    objects. With ``lengths`` in words, such as [50, 100, 200], each scene is there once for each of them, its paragraph among true
+    but idle sentences, and the length is the category. Of a file, ``number``, ``scale`` and ``lengths`` alone count.
     """
-    options = entry.take({"number": 200, "world": "small", "set": "val", "seed": 0, "caption": "clean", "scale": 1})
+    options = entry.take(
+        {"number": 200, "world": "small", "set": "val", "seed": 0, "caption": "clean", "scale": 1, "lengths": []}
+    )
+    if not all(isinstance(words, int) and words > 0 for words in options["lengths"]):
+        raise UserError(
+            f"suite={entry.name}: lengths={options['lengths']} are no lengths in words; expected such as [50,100]."
+        )
     if options["caption"] not in KINDS:
         raise UserError(
             f"suite={entry.name}: caption={options['caption']} is unknown; choose one of {', '.join(KINDS)}."
@@ -158,22 +169,34 @@ def read_scenes(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
             f"suite={entry.name}: only set=val has captions of unseen forms; leave set={options['set']} out."
         )
     if entry.path:
-        return [
-            _prompt(f"{path.stem}-{line:03d}", text, scene, options["scale"])
+        told = [
+            (f"{path.stem}-{line:03d}", text, scene)
             for line, (text, scene) in enumerate(_written(path, entry.name)[: options["number"]], 1)
         ]
-    prompts = []
-    for number in range(options["number"]):
-        scene = make_scene(options["set"], options["seed"], number, options["world"])
-        text = captions(scene, options["seed"], number)[options["caption"]]
-        prompts.append(_prompt(f"{options['set']}-{number:06d}", text, scene, options["scale"]))
-    return prompts
+    else:
+        scenes = [make_scene(options["set"], options["seed"], n, options["world"]) for n in range(options["number"])]
+        told = [
+            (f"{options['set']}-{n:06d}", captions(scene, options["seed"], n)[options["caption"]], scene)
+            for n, scene in enumerate(scenes)
+        ]
+    return [
+        prompt
+        for words in options["lengths"] or [0]
+        for one in told
+        for prompt in _prompt(*one, options["scale"], words)
+    ]
 
 
-def _prompt(name: str, text: str, scene: Scene, scale: int) -> SuitePrompt:
+def _prompt(name: str, text: str, scene: Scene, scale: int, words: int) -> Iterator[SuitePrompt]:
+    """The scene's prompt, brought to a length in ``words``; 0 is its own. None where it is longer than that by itself."""
     objects = len(scene.objects)
     category, meta = f"{objects} object{'s' if objects > 1 else ''}", {"scene": scene_to_meta(scene)}
-    return SuitePrompt(name, text, category, height=scene.height * scale, width=scene.width * scale, meta=meta)
+    if words:
+        if len(text.split()) > words:
+            return
+        text = lengthened(text, scene, random.Random(seed_from("lengths", name, words)), words)
+        name, category = f"{name}-{words}", f"{words} words"
+    yield SuitePrompt(name, text, category, height=scene.height * scale, width=scene.width * scale, meta=meta)
 
 
 def _written(path: Path, suite: str) -> list[tuple[str, Scene]]:

@@ -161,8 +161,24 @@ def test_scenes_are_those_of_validation() -> None:
     for prompt, sample in zip(large, demo_samples("val", 5, world="large"), strict=True):
         assert prompt.text == sample.meta["captions"]["unseen"] and (prompt.height, prompt.width) == (96, 96)
     for options, words in (({"caption": "loud"}, "clean"), ({"caption": "unseen", "set": "web"}, "set=val"),
-                           ({"scale": 0}, "1 up"), ({"size": 2}, "unknown")):  # fmt: skip
+                           ({"scale": 0}, "1 up"), ({"size": 2}, "unknown"), ({"lengths": [0]}, "lengths")):  # fmt: skip
         user_error(words, load_suite, "scenes", options=options)
+
+
+def test_scenes_at_several_lengths_are_the_same_scenes_in_longer_paragraphs() -> None:
+    own = {prompt.id: prompt for prompt in load_suite("scenes", options={"world": "large", "number": 12}).prompts}
+    options = {"world": "large", "number": 12, "lengths": [40, 120, 400]}
+    prompts = load_suite("scenes", options=options).prompts
+    assert load_suite("scenes", options=options).prompts == prompts
+    assert Counter(p.category for p in prompts)["400 words"] == 12
+    for prompt in prompts:
+        name, words = prompt.id.rsplit("-", 1)
+        assert prompt.category == f"{words} words" and int(words) <= prompt.words < int(words) + 20
+        assert own[name].text in prompt.text and own[name].meta == prompt.meta
+    shorter = {prompt.id for prompt in prompts if prompt.category == "40 words"}
+    assert shorter == {f"{name}-40" for name, prompt in own.items() if prompt.words <= 40}
+    before = [p.text.index(own[p.id.rsplit("-", 1)[0]].text) / len(p.text) for p in prompts if p.words >= 400]
+    assert min(before) > 0.1 and max(before) < 0.7  # it stands in the midst
 
 
 def test_scenes_that_people_described(tmp_path: Path) -> None:
