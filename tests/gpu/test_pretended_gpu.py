@@ -136,6 +136,19 @@ def test_a_stage_runs_on_a_gpu(gpu: Gpu, stage: int, arm: str, more: list[str], 
     trainer.close()
 
 
+def test_the_null_prompt_is_read_once_in_a_run(gpu: Gpu, tmp_path: Path) -> None:
+    dropped = [*options(1, "masked", *TINY), "codec.path=null", "data.shards=unused", "data.caption_dropout=1"]
+    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+        trainer = stage_of(compose_train(dropped), tmp_path, "cuda")
+    reads: list[int] = []
+    trainer.encoder.register_forward_hook(lambda _, given, __: reads.append(len(given[0])))
+    loader = trainer.loader()
+    for _ in range(2):
+        trainer.train_step(loader)
+    assert reads == [1]
+    trainer.close()
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_an_image_is_drawn_on_a_gpu(gpu: Gpu, dtype: str, codec_folder: Path, tmp_path: Path) -> None:
     """In bfloat16 unless told otherwise; nothing is waited for from the first step of the denoiser to the last."""
