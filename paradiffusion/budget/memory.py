@@ -183,7 +183,7 @@ def text_bytes(config: TrainConfig, counts: Counts) -> float:
     """Of the frozen language model, and of an adapter that is applied but not trained."""
     itemsize = DTYPES[config.text_encoder.dtype].itemsize
     adapter = 4 * counts.lora if config.train_text == "adapter" else 0
-    if config.text_encoder.quantization is None:
+    if config.text_encoder.quantization != "4bit":
         return counts.text * itemsize + adapter
     return counts.quantised * NF4_BYTES + (counts.text - counts.quantised) * itemsize + adapter
 
