@@ -531,8 +531,11 @@ class TrainConfig:
             fp32. (fp16 would need its loss scale in every checkpoint.)
         keep_gb: keep text features and latents of the frozen models in memory, made once, while each process has so many GB of
             them; 0 to make them in every epoch.
+        gradient_checkpointing: compute activations again on the way back: true, those of the U-Net and of a language model that is
+            trained; "half", those of every second layer of that language model; false, none. scripts/describe.py says what fits.
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
-        compile, channels_last: torch.compile of the U-Net, and its memory layout; neither changes what is computed.
+        compile: torch.compile of the U-Net and of the language model's layers. channels_last: the U-Net's memory layout, on a GPU
+            with ``compile`` too (but under DeepSpeed, which has none). Neither changes what is computed.
         deterministic: the same bits on the same GPUs, run again or resumed; slower. On processors it is so in any case.
         preflight: one step of the largest bucket with the longest captions, validation and a save, reported and undone.
         log_samples: write each step's sample keys and digests to ``samples_seen/`` in the stage folder, by which
@@ -555,7 +558,7 @@ class TrainConfig:
     repeats: int = option(1, accepts=positive)
     keep_gb: float = option(0.0, free="resume", accepts=not_negative)
     precision: str = option("fp32", accepts=one_of("fp32", "bf16", "auto"))
-    gradient_checkpointing: bool = option(False, free="always")
+    gradient_checkpointing: Any = option(False, free="always", accepts=one_of(True, False, "half"))
     threads: int | None = option(None, free="always", accepts=positive)
     log_every: int = option(10, free="always", accepts=positive)
     validate_every: int = option(500, free="always", accepts=positive)

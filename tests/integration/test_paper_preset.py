@@ -155,7 +155,7 @@ def test_what_it_sets(stage: int, unet: str) -> None:
     plain = compose_train(["preset=paper", "data.shards=x", f"stage={stage}"])
     small = recipe(f"stage={stage}", f"unet={unet}")
     assert (small.text_encoder.quantization, small.optimizer.name, small.ema_device) == ("4bit", "adamw8bit", "cpu")
-    assert small.gradient_checkpointing and small.micro_batch_size == 1 and small.unet.lora_rank > 0
+    assert small.gradient_checkpointing and small.micro_batch_size == 8 and small.unet.lora_rank > 0
     assert recipe(f"stage={stage}", "unet.lora_rank=0").unet.lora_rank == 0, "the whole U-Net by one key"
     # What the stage is for does not change.
     for key in ("train_text", "precision", "conditioning", "objective", "lora", "data", "sampler"):
