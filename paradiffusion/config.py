@@ -133,7 +133,7 @@ class ConditioningConfig:
         prefix: an instruction put before each prompt; its own tokens are not given to the denoiser.
         mask_padding: False: padding is attended to and always goes to ``max_tokens`` (the paper); True: masked.
         pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens: 8 is what
-            tensor cores are aligned to; more makes fewer shapes, for compile=true, and more padding (docs/data.md).
+            tensor cores are aligned to; more makes fewer shapes, for compile=true, and more padding (docs/scale.md).
         max_tokens: longer prompts are cut, and counted. A stage may set its own (256 / 512 / 512 in the paper).
         clean_text: prompts are read as captions of training are (data/captions.py: one line, single spaces, composed accents, no
             invisible characters). False: to the letter, as the released code reads them.

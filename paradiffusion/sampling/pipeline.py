@@ -184,10 +184,13 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     joint.requires_grad_(False).eval().to(target, dtype)
     encoder.to("cpu" if config.offload_text_encoder else target)
     codec.to(target)
-    if config.channels_last:
+    on_gpu = target.type == "cuda"
+    if config.channels_last or (config.compile and on_gpu):
         unet.to(memory_format=torch.channels_last)
     if config.compile:
-        unet.compile()
+        # Once for each shape: steps with and without guidance would otherwise share one program for any. CUDA graphs replay it
+        # without the processor, which at batch 1 is what a step waits for.
+        unet.compile(dynamic=False, mode="reduce-overhead" if on_gpu else None)
     if config.vae_tiling:
         codec.vae.enable_tiling()
     return InferenceModels(
