@@ -18,7 +18,7 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.data.images import make_buckets
 from paradiffusion.models.unet import PROJECTIONS, halve_frozen
 from paradiffusion.text.encoder import DTYPES, leave_casts_to_autocast
-from paradiffusion.training.engine import deepspeed_needs
+from paradiffusion.training.engine import at_once, deepspeed_needs
 
 GIB = 2**30
 # CUDA context, cuBLAS and cuDNN workspaces, and what the allocator cannot use: our estimate.
@@ -262,7 +262,7 @@ class Fitter:
 
     def micro_batch(self, config: TrainConfig, launch: Launch) -> int:
         """Samples that one process takes at once."""
-        return config.micro_batch_size or max(1, config.batch_size // self.gpus_of(launch))
+        return at_once(config, self.gpus_of(launch))
 
     def activations(self, config: TrainConfig, micro_batch: int, copies: float) -> float:
         """The highest of the three peaks, the last beside autocast's ``copies``, which are there in training only. Each is

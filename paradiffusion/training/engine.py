@@ -396,9 +396,15 @@ def check_gpus(local_processes: int) -> None:
         )
 
 
+def at_once(config: TrainConfig, processes: int) -> int:
+    """Samples of a micro-batch: micro_batch_size, or a process's share of a smaller batch."""
+    share = max(1, config.batch_size // processes)
+    return min(config.micro_batch_size or share, share)
+
+
 def count_micro_batches(config: TrainConfig, processes: int) -> int:
     """Micro-batches per process and optimiser step; UserError unless all ratios are whole."""
-    micro = config.micro_batch_size or max(1, config.batch_size // processes)
+    micro = at_once(config, processes)
     if config.batch_size % (micro * processes):
         raise UserError(
             f"batch_size={config.batch_size} is not a whole multiple of micro_batch_size={micro} times {processes} processes; "

@@ -201,6 +201,7 @@ def test_the_papers_size_peaks_where_describe_says(stage: int, arm: str, more: l
             mock.patch.dict(CAPTION_WORDS, longest),
         ):
             trainer = stage_of(config, tmp_path, "cuda")
+        trainer.frozen.clear()  # kept for checkpoints where models are made, which is the CPU elsewhere
         trainer.engine.backward = backward  # type: ignore[method-assign]
         for _ in range(2):  # the optimiser's state is made in the first
             gpu.peak = gpu.live
