@@ -143,6 +143,23 @@ def test_a_stage_runs_on_a_gpu(gpu: Gpu, stage: int, arm: str, more: list[str], 
     trainer.close()
 
 
+def test_what_compiling_brings_along(
+    gpu: Gpu, codec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append((type(self).__name__, how)))
+    config = compose_train([*options(1, "masked", *TINY), "codec.path=null", "data.shards=unused", "compile=true"])
+    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+        trainer = stage_of(config, tmp_path, "cuda")
+    trainer.close()
+    assert asked == [("UNet2DConditionModel", {}), *[("LlamaDecoderLayer", {})] * 2]
+    asked.clear()
+    models = load_models(open_layout(make_official(tmp_path / "weights", codec_folder)), SampleConfig(compile=True))
+    assert asked == [("UNet2DConditionModel", {"dynamic": False, "mode": "reduce-overhead"})]
+    for joint in (trainer.joint, models.joint):
+        assert joint.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_null_prompt_is_read_once_in_a_run(gpu: Gpu, tmp_path: Path) -> None:
     dropped = [*options(1, "masked", *TINY), "codec.path=null", "data.shards=unused", "data.caption_dropout=1"]
     with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
