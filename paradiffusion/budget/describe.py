@@ -149,7 +149,9 @@ def least_recomputation(fitter: Fitter, available: float, flops: StageFlops) -> 
         micro = fitter.micro_batch(config, launch)
         ways = ["gradient_checkpointing=false"]
         ways += [f"gradient_checkpointing=false micro_batch_size={micro // 2}"] * (micro % 2 == 0)
-        ways += ["gradient_checkpointing=half"] * (config.train_text == "lora")
+        ways += ["gradient_checkpointing=half"] * (
+            config.train_text == "lora" and config.gradient_checkpointing != "half"
+        )
         for way in ways:
             total = fitter.memory(launch, *way.split()).total
             if total <= 0.95 * available:
