@@ -251,11 +251,11 @@ def memory(d: Description) -> str:
     if host := ", ".join(f"{TITLES[m.launch]} {gib(m.host)}" for m in d.memory if m.host > 0):
         lines.append(f"  and in main memory per process: {host}")
     for override in dict.fromkeys(r.override for r in d.recomputation):
-        fits = [r for r in d.recomputation if r.override == override]
-        told = ", ".join(f"{TITLES[r.launch]} {gib(r.total)}" for r in fits)
+        fitting = [r for r in d.recomputation if r.override == override]
+        told = ", ".join(f"{TITLES[r.launch]} {gib(r.total)}" for r in fitting)
         lines.append(
-            f"  less recomputation fits by {override} ({told}): {fits[0].flops / 1e12:.3g} TFLOP a sample instead of "
-            f"{fits[0].now / 1e12:.3g}, {fits[0].speed_up:.2f} x"
+            f"  less recomputation fits by {override} ({told}): {fitting[0].flops / 1e12:.3g} TFLOP a sample instead of "
+            f"{fitting[0].now / 1e12:.3g}, {fitting[0].speed_up:.2f} x"
         )
     return "\n".join(lines)
 
