@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from commands import user_error
 from programs import script
 
 from paradiffusion.budget.activations import peak_bytes
-from paradiffusion.budget.describe import Description, Question, as_text, describe, parse_question, throughput
+from paradiffusion.budget.describe import (
+    Description,
+    Question,
+    as_text,
+    describe,
+    least_recomputation,
+    parse_question,
+    throughput,
+)
 from paradiffusion.budget.empty import empty_models
 from paradiffusion.budget.flops import DEVICES, StageFlops, count, recognise, stage_flops
 from paradiffusion.budget.memory import GIB, LAUNCHES, Fitter, measure_training
@@ -229,16 +238,17 @@ def test_the_least_recomputation_that_fits_is_chosen() -> None:
     flops = [d.flops.total().training + d.flops.total().recompute for d in (whole, half, none)]
     assert flops[0] > flops[1] > flops[2]
     assert half.flops.text.recompute < 0.6 * whole.flops.text.recompute and half.flops.unet.recompute == 0
+    fitter = Fitter([one for one in given if one != "gpus=2"], compose_train, 2)
     for room, override, computed in (
         (needs[2], "gradient_checkpointing=false", flops[2]),
         (needs[3], "gradient_checkpointing=false micro_batch_size=4", flops[2]),
     ):
-        told = ask(*given, f"gpu={room / 0.94 / GIB}")
-        chosen = next(row for row in told.recomputation if row.launch == "one_gpu")
+        found = least_recomputation(fitter, room / 0.94, whole.flops)
+        chosen = next(row for row in found if row.launch == "one_gpu")
         assert chosen.override == override and chosen.total == room
         assert chosen.speed_up == pytest.approx(flops[0] / computed)
-        assert f"fits by {override} (one GPU" in as_text(told)
-    assert not ask(*given, f"gpu={needs[0] / GIB / 2}").recomputation
+        assert f"fits by {override} (one GPU" in as_text(replace(whole, recomputation=found))
+    assert not least_recomputation(fitter, needs[0] / 2, whole.flops)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
