@@ -13,10 +13,10 @@ from paradiffusion.errors import UserError
 Check = Callable[[str, Any], None]  # of a key and its value
 
 
-def choice(key: str, value: Any, accepted: tuple[str, ...]) -> None:
+def choice(key: str, value: Any, accepted: tuple[Any, ...]) -> None:
     """Raise UserError unless ``value`` is one of ``accepted``."""
     if value not in accepted:
-        raise UserError(f"{key}={value} is unknown; choose one of {', '.join(accepted)}.")
+        raise UserError(f"{key}={value} is unknown; choose one of {', '.join(map(str, accepted))}.")
 
 
 def positive(key: str, value: float | None, *, zero: bool = False) -> None:
@@ -43,7 +43,7 @@ def not_negative(key: str, value: float | None) -> None:
     positive(key, value, zero=True)
 
 
-def one_of(*accepted: str) -> Check:
+def one_of(*accepted: Any) -> Check:
     """The check that a value is one of these."""
     return lambda key, value: choice(key, value, accepted)
 

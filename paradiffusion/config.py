@@ -96,7 +96,8 @@ class TextEncoderConfig:
         layers: run only the first layers (None for all): early layers already hold what colour and place words mean,
             and a quarter of the layers is four times as fast.
         dtype: of its frozen weights: "float32", "bfloat16" or "float16".
-        quantization: "4bit" keeps the frozen linear layers in NF4 (bitsandbytes, GPU only), under LoRA too; None for none.
+        quantization: "4bit" keeps the frozen linear layers in NF4 (bitsandbytes), under LoRA too; "fp8" keeps them whole and multiplies
+            them in 8 bits (torchao; with compile=true, or the gradients of frozen weights would be made too). Both need a GPU.
         architecture: arguments of its transformers configuration, ``model_type`` first among them; from these alone
             scripts/describe.py counts parameters, memory and compute without the weights.
     """
@@ -108,7 +109,7 @@ class TextEncoderConfig:
     revision: str | None = option(None, free="resume")
     layers: int | None = option(None, of="text weights", accepts=positive)
     dtype: str = option("float32", of="text", accepts=one_of(*DTYPES))
-    quantization: str | None = option(None, of="text", accepts=one_of("4bit"))
+    quantization: str | None = option(None, of="text", accepts=one_of("4bit", "fp8"))
     architecture: dict[str, Any] = option(dict, free="resume")
 
 
@@ -132,7 +133,7 @@ class ConditioningConfig:
         prefix: an instruction put before each prompt; its own tokens are not given to the denoiser.
         mask_padding: False: padding is attended to and always goes to ``max_tokens`` (the paper); True: masked.
         pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens: 8 is what
-            tensor cores are aligned to; more makes fewer shapes, for compile=true, and more padding (docs/data.md).
+            tensor cores are aligned to; more makes fewer shapes, for compile=true, and more padding (docs/scale.md).
         max_tokens: longer prompts are cut, and counted. A stage may set its own (256 / 512 / 512 in the paper).
         clean_text: prompts are read as captions of training are (data/captions.py: one line, single spaces, composed accents, no
             invisible characters). False: to the letter, as the released code reads them.
@@ -523,15 +524,18 @@ class TrainConfig:
 
     Attributes:
         recipe: a set of values for one kind of machine (configs/recipe), merged after preset and stage.
-        batch_size, micro_batch_size: samples of one optimiser step over all processes, and of one process at once;
+        batch_size, micro_batch_size: samples of one optimiser step over all processes, and of one process at most at once;
             accumulation is their whole-number ratio over the processes.
         repeats: noise levels at which each sample of a batch is seen; its text is read, and its image encoded, once for all.
         precision: "fp32" (without TF32 on GPUs), "bf16", or "auto": bf16 on GPUs and on processors that multiply it faster, else
             fp32. (fp16 would need its loss scale in every checkpoint.)
         keep_gb: keep text features and latents of the frozen models in memory, made once, while each process has so many GB of
             them; 0 to make them in every epoch.
+        gradient_checkpointing: compute activations again on the way back: true, those of the U-Net and of a language model that is
+            trained; "half", those of every second layer of that language model; false, none. scripts/describe.py says what fits.
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
-        compile, channels_last: torch.compile of the U-Net, and its memory layout; neither changes what is computed.
+        compile: torch.compile of the U-Net and of the language model's layers. channels_last: the U-Net's memory layout, on a GPU
+            with ``compile`` too (but under DeepSpeed, which has none). Neither changes what is computed.
         deterministic: the same bits on the same GPUs, run again or resumed; slower. On processors it is so in any case.
         preflight: one step of the largest bucket with the longest captions, validation and a save, reported and undone.
         log_samples: write each step's sample keys and digests to ``samples_seen/`` in the stage folder, by which
@@ -554,7 +558,7 @@ class TrainConfig:
     repeats: int = option(1, accepts=positive)
     keep_gb: float = option(0.0, free="resume", accepts=not_negative)
     precision: str = option("fp32", accepts=one_of("fp32", "bf16", "auto"))
-    gradient_checkpointing: bool = option(False, free="always")
+    gradient_checkpointing: Any = option(False, free="always", accepts=one_of(True, False, "half"))
     threads: int | None = option(None, free="always", accepts=positive)
     log_every: int = option(10, free="always", accepts=positive)
     validate_every: int = option(500, free="always", accepts=positive)

@@ -41,6 +41,9 @@ def run(function: Callable[[list[str]], int], help_text: Callable[[], str] = str
     # DeepSpeed, which other libraries import, has no variable for it, and sets the level of its logger itself.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Batches of many shapes would leave a GPU's memory in pieces; torch reads it when it is imported.
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         status = function(arguments)
     except UserError as error:

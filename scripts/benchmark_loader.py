@@ -5,7 +5,8 @@
 
 Without streaming_python= that row is left out. Further keys: workers=2 batch_size=32 resolution=256 samples=4096 width=512
 height=384 batches=40 repeats=5 step_seconds= (of a batch on a GPU; default: what describe says of an H100) output=benchmarks
-name=loader_cpu; delay_ms=5 (of each request for bytes of a shard: measures ours alone, in three ways).
+name=loader_cpu; workers=0 (one process, by its processor time: what a core does, however busy the machine); delay_ms=5 (of
+each request for bytes of a shard: measures ours alone, in three ways).
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from paradiffusion.pages import markdown_table
 from paradiffusion.repository import PACKAGE
 from paradiffusion.text.conditioning import padded_length
 
-MULTIPLES = (1, 8, 32)  # padded to the longest caption itself, as conditioning.pad_multiple has it, and to fewer shapes
+MULTIPLES = (1, 8, 64)  # padded to the longest caption itself, as conditioning.pad_multiple has it, and to fewer shapes
 # The package of each way, and whether it resumes.
 WAYS = {
     "ours": ("paradiffusion", "exactly, on any number of processes and workers"),
@@ -37,7 +37,7 @@ WAYS = {
     "one at a time": ("paradiffusion", "exactly, on any number of processes and workers"),
     "whole shards": ("paradiffusion", "exactly, on any number of processes and workers"),
 }
-HEADER = ["way", "version", "samples/s (range)", "ours / it", "padding", "x8", "x32", "waiting", "resumes"]
+HEADER = ["way", "version", "samples/s (range)", "ours / it", "padding", "x8", "x64", "waiting", "resumes"]
 
 
 @dataclass
@@ -165,15 +165,17 @@ def benchmark_loader(settings: LoaderBench, step_seconds: float, count: Any) -> 
         f" Each request for bytes of a shard waits {s.delay_ms:g} ms; a worker has {_THREADS} of them on the way, or one at a time, or "
         "fetches whole shards to a disk here first, 16 MB a request."
     )
+    expected = ", as an H100 would at 40 % of its peak in stage 1 of preset=paper (`scripts/describe.py`)"
+    readers = f"{s.workers} worker processes of one thread" if s.workers else "one process, by its processor time"
     text = (
         f"# Reading data, {processor()}, {document['date']}\n\n"
         f"{s.samples} JPEG pictures of {s.width}x{s.height} pixels, cut to {s.resolution}x{s.resolution}, with captions of "
-        f"ParaImage-Big's lengths; batches of {s.batch_size}, {s.workers} worker processes of one thread, {s.repeats} rounds of "
+        f"ParaImage-Big's lengths; batches of {s.batch_size}, {readers}, {s.repeats} rounds of "
         f"{s.batches} batches in turn. Decoding, resizing and collation are the same function in all rows. The ratio is ours to that "
         "row, by round: median (lowest to highest). Waiting is the share of a step spent for data when a step takes "
-        f"{step_seconds:.2f} s a batch, as an H100 would at 40 % of its peak in stage 1 of preset=paper (`scripts/describe.py`); the "
-        f"GPU is a sleep.{delay if s.delay_ms else ''}\n\nPadding: the share of computed tokens, batches padded to their longest caption, "
+        f"{step_seconds:.2f} s a batch{expected if settings.step_seconds is None else ''}; the GPU is a sleep."
+        f"{delay if s.delay_ms else ''}\n\nPadding: the share of computed tokens, batches padded to their longest caption, "
         "and to the next multiple "
-        f"of 8 (conditioning.pad_multiple's default) or 32.\n\n{markdown_table(HEADER, map(cells, rows))}\n"
+        f"of 8 (conditioning.pad_multiple's default) or 64.\n\n{markdown_table(HEADER, map(cells, rows))}\n"
     )
     return write_results(settings.output, settings.name, document, text), rows

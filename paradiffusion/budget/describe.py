@@ -47,6 +47,23 @@ class Throughput:
 
 
 @dataclass(frozen=True)
+class Recomputation:
+    """The least of it with which a launch fits, as overrides; then needed ``total`` bytes, and ``flops`` of a sample where the stage as it
+    stands computes ``now``."""
+
+    launch: str
+    override: str
+    total: float
+    flops: float
+    now: float
+
+    @property
+    def speed_up(self) -> float:
+        """By arithmetic, at the same share of the device's peak."""
+        return self.now / self.flops
+
+
+@dataclass(frozen=True)
 class Description:
     """Everything that describe says; bytes, FLOP per sample, seconds."""
 
@@ -65,6 +82,7 @@ class Description:
     throughput: Throughput
     gpu: float | None
     advice: list[Advice]
+    recomputation: list[Recomputation]
 
     def as_json(self) -> dict[str, Any]:
         """One document: the fields, with totals beside them."""
@@ -76,6 +94,10 @@ class Description:
         document["parameters"]["total"] = self.parameters.total
         total = self.flops.total()
         document["flops"]["total"] = {**asdict(total), "training": total.training}
+        document["recomputation"] = [
+            {**row, "speed_up": r.speed_up}
+            for row, r in zip(document["recomputation"], self.recomputation, strict=True)
+        ]
         shown = ("preset", "stage", "batch_size", "max_steps", "precision", "gradient_checkpointing", "train_text")
         return {**{key: config[key] for key in shown}, "text_encoder": self.config.text_encoder.name, **document}
 
@@ -115,7 +137,30 @@ def describe(arguments: Sequence[str], question: Question, compose: Callable[[li
         throughput=throughput(config, flops, question, DEVICES[question.device]),
         gpu=question.gpu,
         advice=[] if question.gpu is None else fitter.advise(question.gpu * GIB),
+        recomputation=[] if question.gpu is None else least_recomputation(fitter, question.gpu * GIB, flops),
     )
+
+
+def least_recomputation(fitter: Fitter, available: float, flops: StageFlops) -> list[Recomputation]:
+    """For each launch of a stage that recomputes, what fits into ``available`` bytes with a twentieth to spare: none of it, none with half
+    the micro-batch, or, of a language model that is trained, every second layer."""
+    config, found = fitter.config(), []
+    for launch in fitter.launches() if config.gradient_checkpointing else ():
+        micro = fitter.micro_batch(config, launch)
+        ways = ["gradient_checkpointing=false"]
+        ways += [f"gradient_checkpointing=false micro_batch_size={micro // 2}"] * (micro % 2 == 0)
+        ways += ["gradient_checkpointing=half"] * (
+            config.train_text == "lora" and config.gradient_checkpointing != "half"
+        )
+        for way in ways:
+            total = fitter.memory(launch, *way.split()).total
+            if total <= 0.95 * available:
+                now, then = flops.total(), stage_flops(fitter.config(*way.split())).total()
+                found.append(
+                    Recomputation(launch.name, way, total, then.training + then.recompute, now.training + now.recompute)
+                )
+                break
+    return found
 
 
 def throughput(config: TrainConfig, flops: StageFlops, question: Question, device: Device) -> Throughput:
@@ -160,7 +205,10 @@ def as_text(d: Description) -> str:
     c = d.config
     head = (
         f"preset={c.preset} stage={c.stage}: {d.width}x{d.height} px, {d.tokens} tokens, batch {c.batch_size}, {c.precision}, "
-        f"text encoder {c.text_encoder.name} ({c.train_text})" + ", gradient checkpointing" * c.gradient_checkpointing
+        f"text encoder {c.text_encoder.name} ({c.train_text})"
+        + {True: ", gradient checkpointing", "half": ", half of its layers recomputed"}.get(
+            c.gradient_checkpointing, ""
+        )
     )
     return "\n\n".join([head, parameters(d), flops(d), memory(d), disk(d), speed(d), *map(advice, d.advice)])
 
@@ -202,6 +250,13 @@ def memory(d: Description) -> str:
             )
     if host := ", ".join(f"{TITLES[m.launch]} {gib(m.host)}" for m in d.memory if m.host > 0):
         lines.append(f"  and in main memory per process: {host}")
+    for override in dict.fromkeys(r.override for r in d.recomputation):
+        fitting = [r for r in d.recomputation if r.override == override]
+        told = ", ".join(f"{TITLES[r.launch]} {gib(r.total)}" for r in fitting)
+        lines.append(
+            f"  less recomputation fits by {override} ({told}): {fitting[0].flops / 1e12:.3g} TFLOP a sample instead of "
+            f"{fitting[0].now / 1e12:.3g}, {fitting[0].speed_up:.2f} x"
+        )
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from paradiffusion.config import CodecConfig, ConditioningConfig, TrainConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, find_folder
 from paradiffusion.models.joint import JointModel, LossBatch, build_joint
-from paradiffusion.text.encoder import DTYPES, TextEncoder, attach_lora
+from paradiffusion.text.encoder import DTYPES, TextEncoder, attach_lora, checkpoint_layers
 from paradiffusion.text.families import empty_model, position_limit, text_width
 
 META = torch.device("meta")
@@ -142,9 +142,7 @@ def empty_models(config: TrainConfig, height: int | None = None, width: int | No
             model.requires_grad_(False)
     is_trained = config.train_text == "lora"
     if is_trained and config.gradient_checkpointing:
-        checkpointing: Any = model
-        checkpointing.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        checkpointing.enable_input_require_grads()
+        checkpoint_layers(model, config.gradient_checkpointing)
     text = EmptyTextEncoder(model.train(is_trained), config.conditioning, text_width(config.text_encoder))
     with META:
         joint = build_joint(config, text.width, text if is_trained else None)

@@ -16,9 +16,9 @@ from paradiffusion.budget.activations import peak_bytes
 from paradiffusion.budget.empty import EmptyModels, empty_models
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.images import make_buckets
-from paradiffusion.models.unet import PROJECTIONS
-from paradiffusion.text.encoder import DTYPES
-from paradiffusion.training.engine import deepspeed_needs
+from paradiffusion.models.unet import PROJECTIONS, halve_frozen
+from paradiffusion.text.encoder import DTYPES, leave_casts_to_autocast
+from paradiffusion.training.engine import at_once, deepspeed_needs
 
 GIB = 2**30
 # CUDA context, cuBLAS and cuDNN workspaces, and what the allocator cannot use: our estimate.
@@ -60,6 +60,7 @@ class Counts:
         refiner: without its layout head ``layout``.
         text: the language model without its adapter ``lora``; quantised: those of its weights that NF4 is for.
         trained: of all parts together; matrices: those of them that autocast copies.
+        unet_frozen: bytes of the U-Net's frozen weights in training.
     """
 
     unet: int
@@ -72,6 +73,7 @@ class Counts:
     vae: int
     trained: int
     unet_trained: int
+    unet_frozen: int
     matrices: int
     quantised: int
 
@@ -104,6 +106,14 @@ class GpuMemory:
         return sum(getattr(self, f.name) for f in fields(self) if f.name not in ("launch", "gpus", "host"))
 
 
+def as_trained(models: EmptyModels) -> EmptyModels:
+    """``models`` in the dtypes that they are trained with, which fit under autocast alone."""
+    if models.config.precision != "fp32":
+        halve_frozen(models.joint.unet)
+        leave_casts_to_autocast(models.joint)
+    return models
+
+
 def count_parameters(models: EmptyModels) -> Counts:
     """Parameters of every part of a stage."""
     joint, inner = models.joint, models.text.inner
@@ -127,6 +137,7 @@ def count_parameters(models: EmptyModels) -> Counts:
         vae=_numel(models.codec),
         trained=sum(p.numel() for p in trained.values()),
         unet_trained=sum(p.numel() for name, p in trained.items() if name.startswith("unet.")),
+        unet_frozen=sum(p.nbytes for p in joint.unet.parameters() if not p.requires_grad),
         # Autocast copies what enters a matrix product or convolution; norms stay in fp32.
         matrices=sum(p.numel() for p in trained.values() if p.dtype == torch.float32 and p.ndim > 1),
         quantised=sum(module.weight.numel() for module in linear),
@@ -166,7 +177,7 @@ def measure_reading(config: TrainConfig, micro_batch: int) -> int:
 
 def measure_training(config: TrainConfig, micro_batch: int) -> int:
     """Peak bytes of forward and backward of one micro-batch."""
-    models = largest_models(config)
+    models = as_trained(largest_models(config))
 
     def train() -> Tensor:
         return models.joint(models.batch(micro_batch))[0]
@@ -183,7 +194,7 @@ def text_bytes(config: TrainConfig, counts: Counts) -> float:
     """Of the frozen language model, and of an adapter that is applied but not trained."""
     itemsize = DTYPES[config.text_encoder.dtype].itemsize
     adapter = 4 * counts.lora if config.train_text == "adapter" else 0
-    if config.text_encoder.quantization is None:
+    if config.text_encoder.quantization != "4bit":
         return counts.text * itemsize + adapter
     return counts.quantised * NF4_BYTES + (counts.text - counts.quantised) * itemsize + adapter
 
@@ -241,7 +252,9 @@ class Fitter:
     def counts(self, config: TrainConfig) -> Counts:
         """Numbers of parameters."""
         parts = (config.text_encoder, config.conditioning, config.lora, config.unet, config.codec, config.train_text)
-        found: Counts = self._once(repr(parts), lambda: count_parameters(empty_models(config)))
+        found: Counts = self._once(
+            repr((parts, config.precision)), lambda: count_parameters(as_trained(empty_models(config)))
+        )
         return found
 
     def gpus_of(self, launch: Launch) -> int:
@@ -249,7 +262,7 @@ class Fitter:
 
     def micro_batch(self, config: TrainConfig, launch: Launch) -> int:
         """Samples that one process takes at once."""
-        return config.micro_batch_size or max(1, config.batch_size // self.gpus_of(launch))
+        return at_once(config, self.gpus_of(launch))
 
     def activations(self, config: TrainConfig, micro_batch: int, copies: float) -> float:
         """The highest of the three peaks, the last beside autocast's ``copies``, which are there in training only. Each is
@@ -279,8 +292,7 @@ class Fitter:
         host = (masters + moments * trained + (0 if on_cpu else ema)) / gpus if launch.offload else 0.0
 
         text, inside = text_bytes(config, counts), config.train_text == "lora"
-        unet = 4 * (counts.unet + counts.projection + counts.unet_lora - counts.unet_trained)
-        frozen = unet * whole + text * (whole if inside else 1)
+        frozen = counts.unet_frozen * whole + text * (whole if inside else 1)
 
         buffers = 0
         if launch.zero and gpus > 1:

@@ -99,12 +99,12 @@ class JointModel(nn.Module):
     ) -> Tensor:
         """The prediction [B, C, h, w] for noised latents, times [B] and refined features [B, L, D].
 
-        Inputs take the U-Net's dtype: DeepSpeed and sampling hold it in bfloat16 without autocast.
+        Inputs take the U-Net's dtype, which sampling holds in bfloat16; in training its frozen matrices alone may be.
 
         Args:
             estimate: what ``estimate`` gives, where it was called before.
         """
-        dtype = next(self.unet.parameters()).dtype
+        dtype = next(p for p in self.unet.parameters() if p.ndim == 1).dtype
         latents, features = latents.to(dtype), features.to(dtype)
         if estimate is None:
             estimate = self.estimate(features, mask, *latents.shape[-2:])
@@ -162,7 +162,7 @@ def build_joint(config: TrainConfig, encoder_width: int, text_encoder: TextEncod
     seed = seed_from("weights", config.seed) % (1 << 31)
     unet: Any = build_unet(config.unet, config.codec, config.conditioning, encoder_width, seed)
     add_lora(unet, config.unet, seed + 2)
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and config.gradient_checkpointing != "half":
         unet.enable_gradient_checkpointing()
     refiner = None
     conditioning = config.conditioning

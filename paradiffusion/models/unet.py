@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 
 from paradiffusion.config import CodecConfig, ConditioningConfig, UNetConfig
 from paradiffusion.errors import UserError, reason_of
@@ -187,6 +187,13 @@ def add_lora(unet: Any, config: UNetConfig, seed: int) -> None:
         whole.append(f"{kind.first}.")
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(".lora_" in name or name.startswith(tuple(whole)))
+
+
+def halve_frozen(unet: Any) -> None:
+    """Keep the frozen matrices in bfloat16, to which autocast would round them in every use; norms and biases stay in fp32."""
+    for module in unet.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not module.weight.requires_grad:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
 
 
 def lora_names(state: dict[str, Tensor], unet: Any) -> dict[str, Tensor]:

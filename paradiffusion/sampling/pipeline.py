@@ -31,7 +31,7 @@ from paradiffusion.sampling.prompts import MAX_SEED, PromptRequest
 from paradiffusion.sampling.sampler import against, sample_latents
 from paradiffusion.text.conditioning import Conditioning, pad_length
 from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
-from paradiffusion.text.families import lacks_bitsandbytes
+from paradiffusion.text.families import lacks
 from paradiffusion.text.refiner import Refiner
 
 # Features of a prompt take 2 MB at the paper's size in half precision.
@@ -157,8 +157,8 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     codec_config = parse(CodecConfig, description["codec"])
     encoder_config.dtype = config.text_encoder.dtype or encoder_config.dtype
     codec_config.dtype = config.codec.dtype or codec_config.dtype
-    if lacks_bitsandbytes() is not None:
-        encoder_config.quantization = None  # trained with 4 bits, but whole weights draw as well
+    if lacks(encoder_config.quantization) is not None:
+        encoder_config.quantization = None  # trained with fewer bits, but whole weights draw as well
     target = choose_device(config.device or device)
     dtype = DTYPES[settled_dtype(config.dtype, target)]
     if dtype == torch.float32:
@@ -184,10 +184,13 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     joint.requires_grad_(False).eval().to(target, dtype)
     encoder.to("cpu" if config.offload_text_encoder else target)
     codec.to(target)
-    if config.channels_last:
+    on_gpu = target.type == "cuda"
+    if config.channels_last or (config.compile and on_gpu):
         unet.to(memory_format=torch.channels_last)
     if config.compile:
-        unet.compile()
+        # Once for each shape: steps with and without guidance would otherwise share one program for any. CUDA graphs replay it
+        # without the processor, which at batch 1 is what a step waits for.
+        unet.compile(dynamic=False, mode="reduce-overhead" if on_gpu else None)
     if config.vae_tiling:
         codec.vae.enable_tiling()
     return InferenceModels(

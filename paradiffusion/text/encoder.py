@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
-from paradiffusion.text.families import DTYPES, marks_of, position_limit, read_model
+from paradiffusion.text.families import DTYPES, layers_of, marks_of, position_limit, read_model
 from paradiffusion.text.sources import locate, same_weights, weights_hash
 from paradiffusion.text.tokenizer import CaptionTokenizer, Tokens
 
@@ -141,6 +141,31 @@ def attach_lora(encoder: TextEncoder, config: LoraConfig, seed: int = 0, **setti
         torch.manual_seed(seed)
         adapter = PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, **arguments)
         encoder.model = get_peft_model(encoder.model, adapter)
+
+
+def checkpoint_layers(model: Any, which: bool | str) -> None:
+    """Recompute the activations of a language model's layers on the way back, of every second one where ``which`` is "half".
+    Reentrant checkpointing would leave LoRA without a gradient, since nothing that enters the first layer needs one."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    for layer in model.get_submodule(layers_of(model))[1::2] if which == "half" else ():
+        layer.gradient_checkpointing = False
+
+
+def compile_layers(model: Any) -> None:
+    """Compile a language model's layers at their first calls: they are alike, so one compilation serves them all."""
+    for layer in model.get_submodule(layers_of(model)):
+        layer.compile()
+
+
+def leave_casts_to_autocast(module: nn.Module) -> None:
+    """Let adapters within ``module`` take their inputs as they come. PEFT casts them to the adapter's fp32 first, from which autocast
+    casts them back: twice the traffic, and a copy kept for each. Without autocast the dtypes would not fit."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 def check_targets(model: nn.Module, targets: list[str], key: str, kind: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from paradiffusion.errors import UserError, reason_of
 from paradiffusion.text.sources import find_gguf, locate
 from paradiffusion.text.tokenizer import ids_of, load_tokenizer
 
+PACKAGES = {"4bit": "bitsandbytes", "fp8": "torchao"}  # by quantization
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A multimodal checkpoint's names of its language model's tensors, by either of transformers' conventions.
 LANGUAGE_MODEL = {r"^(model\.)?language_model\.(model\.)?": ""}
@@ -204,13 +205,18 @@ def read_model(folder: Path, config: TextEncoderConfig) -> tuple[Any, Any]:
     """
     from safetensors import SafetensorError
 
-    quantization = quantized(config)
+    if lacking := lacks(config.quantization):
+        package = PACKAGES[str(config.quantization)]
+        raise UserError(
+            f"text_encoder.quantization={config.quantization} needs a CUDA device and the package {package}, and {lacking}; set "
+            "text_encoder.quantization=null, or run it where both are."
+        )
     try:
         architecture = read_architecture(folder)
         # The checkpoint's own dtype is not ours to trust (transformers 5 would keep it), and remote code is never run.
         model, report = model_class(architecture).from_pretrained(
             folder, config=architecture, dtype=DTYPES[config.dtype], key_mapping=LANGUAGE_MODEL, weights_only=True,
-            output_loading_info=True, **quantization,
+            output_loading_info=True, **quantized(config),
         )  # fmt: skip
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
@@ -226,6 +232,8 @@ def read_model(folder: Path, config: TextEncoderConfig) -> tuple[Any, Any]:
         )
     cut_layers(model, config)
     model.requires_grad_(False)
+    if config.quantization == "fp8":
+        multiply_in_fp8(model)
     return model.eval(), tokenizer
 
 
@@ -240,20 +248,34 @@ def lacks_bitsandbytes() -> str | None:
     return None if is_bitsandbytes_available() else "this one is too old (`pip install -U bitsandbytes`)"
 
 
-def quantized(config: TextEncoderConfig) -> dict[str, Any]:
-    """What from_pretrained needs to keep the linear layers in NF4 with double quantisation (QLoRA, arXiv 2305.14314).
+def lacks(quantization: str | None) -> str | None:
+    """What a language model with this ``quantization`` would need and is not here; None where it can run."""
+    if quantization == "4bit":
+        return lacks_bitsandbytes()
+    if quantization is None or not torch.cuda.is_available():
+        return None if quantization is None else "there is no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 9):
+        return "this one has no products of 8 bits (Ada, Hopper or later have)"
+    return None if importlib.util.find_spec("torchao") else "torchao is not installed"
 
-    Raises:
-        UserError: without a CUDA device or without bitsandbytes.
-    """
-    if config.quantization is None:
+
+def multiply_in_fp8(model: nn.Module, emulate: bool = False) -> None:
+    """Let the linear layers round weights and inputs to 8 bits with a scale for each row (arXiv 2209.05433), and gradients on the way
+    back. ``emulate``: multiply what was rounded in fp32, on hardware that cannot multiply 8 bits."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=emulate)
+    convert_to_float8_training(
+        model,
+        config=config,
+        module_filter_fn=lambda layer, _: not (layer.in_features % 16 or layer.out_features % 16),
+    )
+
+
+def quantized(config: TextEncoderConfig) -> dict[str, Any]:
+    """What from_pretrained needs to keep the linear layers in NF4 with double quantisation (QLoRA, arXiv 2305.14314)."""
+    if config.quantization != "4bit":
         return {}
-    lacking = lacks_bitsandbytes()
-    if lacking is not None:
-        raise UserError(
-            f"text_encoder.quantization={config.quantization} needs a CUDA device and the package bitsandbytes, and {lacking}; "
-            "set text_encoder.quantization=null, or run it where both are."
-        )
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(

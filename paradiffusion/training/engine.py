@@ -342,13 +342,19 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     check_launch(config, count_micro_batches(config, world_size))
     plugin = deepspeed_plugin(config) if is_deepspeed() else None
+    torch.backends.cudnn.benchmark = True  # tries the ways of each convolution once: buckets give few shapes
     if config.deterministic:
         deterministic()
     if config.precision == "fp32":
         exact_float32()
     # Gradients as views into the buffers that are exchanged: one copy of all of them less.
+    # Of a compiled model the graph is cut at each buffer's end, 200 times at the paper's size with buffers of torch's 25 MB.
     handlers: list[KwargsHandler] = [
-        DistributedDataParallelKwargs(gradient_as_bucket_view=True, find_unused_parameters=layout_steps(config) > 0)
+        DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True,
+            find_unused_parameters=layout_steps(config) > 0,
+            bucket_cap_mb=512 if config.compile else 25,
+        )
     ]
     if world_size > 1 or plugin is not None:
         # The watch, which names who is late, must come before the bare time-out of a collective operation.
@@ -390,9 +396,15 @@ def check_gpus(local_processes: int) -> None:
         )
 
 
+def at_once(config: TrainConfig, processes: int) -> int:
+    """Samples of a micro-batch: micro_batch_size, or a process's share of a smaller batch."""
+    share = max(1, config.batch_size // processes)
+    return min(config.micro_batch_size or share, share)
+
+
 def count_micro_batches(config: TrainConfig, processes: int) -> int:
     """Micro-batches per process and optimiser step; UserError unless all ratios are whole."""
-    micro = config.micro_batch_size or max(1, config.batch_size // processes)
+    micro = at_once(config, processes)
     if config.batch_size % (micro * processes):
         raise UserError(
             f"batch_size={config.batch_size} is not a whole multiple of micro_batch_size={micro} times {processes} processes; "

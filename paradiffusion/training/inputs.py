@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,9 +21,9 @@ from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel, LossBatch
 from paradiffusion.randomness import permutation, seed_from, uniform
 from paradiffusion.sampling.sampler import starting_noise
-from paradiffusion.text.conditioning import padded_length
+from paradiffusion.text.conditioning import pad_length, padded_length
 from paradiffusion.text.encoder import TextEncoder
-from paradiffusion.text.tokenizer import tokenize_once
+from paradiffusion.text.tokenizer import Tokens, tokenize_once
 from paradiffusion.training.log import Meters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,6 +39,7 @@ class Inputs:
     Attributes:
         null: features of the empty caption, where a cache holds those of the others.
         memory: what the frozen models made in this run, where it is kept.
+        null_features: of the empty caption, [1, L0, D] on the device, once it has been read; at most one.
     """
 
     config: TrainConfig
@@ -48,6 +49,7 @@ class Inputs:
     device: torch.device
     null: Entry | None = None
     memory: Memory | None = None
+    null_features: list[Tensor] = field(default_factory=list)
 
     def __call__(self, batch: Batch, meters: Meters) -> LossBatch:
         """The input of one micro-batch, on the device; ``meters`` count its samples and tokens."""
@@ -76,6 +78,8 @@ class Inputs:
         tokens, rows = batch.tokens or tokenize_once(encoder.tokenize, batch.captions)
         meters.tokens += int(tokens.mask[rows].sum())
         meters.truncated += sum(tokens.lengths[row] > encoder.limit for row in rows.tolist())
+        if self.joint.text_encoder is None and device.type == "cuda" and "" in batch.captions:
+            return LossBatch(**common, **self._read_without_null(tokens, rows, batch.captions.index("")))
         tokens, rows = tokens.to(device), to_device(rows, device)
         mask = encoder.feature_mask(tokens)
         common["mask"] = None if mask is None else mask[rows]
@@ -84,6 +88,25 @@ class Inputs:
         with torch.no_grad():
             features = on_device(encoder, device)(tokens.ids, tokens.mask, tokens.prefix)
             return LossBatch(**common, features=features[rows])
+
+    @torch.no_grad()
+    def _read_without_null(self, tokens: Tokens, rows: Tensor, empty: int) -> dict[str, Any]:
+        """Features and mask of a batch whose caption ``empty`` was dropped: the frozen language model reads the null prompt once in a
+        run. (On GPUs alone: beside other captions it is rounded otherwise, and runs on processors are the same to the bit.)"""
+        encoder, device, null = on_device(self.encoder, self.device), self.device, int(rows[empty])
+        if not self.null_features:
+            alone = encoder.tokenize([""]).to(device)
+            self.null_features.append(encoder(alone.ids, alone.mask, alone.prefix))
+        mask, width = encoder.feature_mask(tokens), tokens.ids.shape[1] - tokens.prefix
+        read = [pad_length(self.null_features[0][:, :width], width)]
+        if others := [row for row in range(len(tokens.ids)) if row != null]:
+            ids, id_mask = (to_device(values[others], device) for values in (tokens.ids, tokens.mask))
+            read.append(encoder(ids, id_mask, tokens.prefix))
+        places = torch.where(rows == null, 0, rows + (rows < null))
+        return {
+            "features": torch.cat(read)[to_device(places, device)],
+            "mask": None if mask is None else to_device(mask[rows], device),
+        }
 
     def has_text(self) -> bool:
         """Whether text features are stored, or kept in memory, so that captions need no tokens."""

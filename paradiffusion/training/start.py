@@ -29,9 +29,9 @@ from paradiffusion.data.plan import BatchPlan
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import settled_scaling_factor
 from paradiffusion.models.joint import JointModel, build_joint
-from paradiffusion.models.unet import DENOISERS, class_of, downsampling, lora_names, own_arguments
+from paradiffusion.models.unet import DENOISERS, class_of, downsampling, halve_frozen, lora_names, own_arguments
 from paradiffusion.randomness import seed_from
-from paradiffusion.text.encoder import TextEncoder, attach_lora
+from paradiffusion.text.encoder import TextEncoder, attach_lora, checkpoint_layers
 from paradiffusion.text.refiner import Refiner
 from paradiffusion.training.folder import CONFIG_FILE, check_unchanged, find_resume
 from paradiffusion.training.inputs import on_device
@@ -217,7 +217,7 @@ def build_models(start: Start, encoder: TextEncoder, main: bool = False) -> tupl
     elif config.train_text == "lora":
         attach_lora(encoder, config.lora, seed_from("lora", config.seed) % (1 << 31))
         if config.gradient_checkpointing:
-            checkpoint_activations(encoder)
+            checkpoint_activations(encoder, config.gradient_checkpointing)
     joint = build_joint(config, encoder.width, encoder if config.train_text == "lora" else None)
     needed = config.codec.factor * downsampling(joint.unet)
     if config.data.bucket_multiple % needed:
@@ -239,14 +239,14 @@ def build_models(start: Start, encoder: TextEncoder, main: bool = False) -> tupl
     frozen = {n: t for n, t in stored.items() if n.startswith("text_encoder.") and config.train_text == "adapter"}
     # Under its own LoRA the U-Net belongs to the checkpoint too; kept here, since ZeRO-3 cuts frozen weights as well.
     frozen |= {f"unet.{name}": p.detach() for name, p in joint.unet.named_parameters() if not p.requires_grad}
+    if config.precision != "fp32":
+        halve_frozen(joint.unet)
     return joint, frozen
 
 
-def checkpoint_activations(encoder: TextEncoder) -> None:
-    """Recompute the language model's activations. Reentrant checkpointing would leave LoRA without a gradient, since
-    nothing that enters the first layer needs one."""
-    encoder.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    encoder.model.enable_input_require_grads()
+def checkpoint_activations(encoder: TextEncoder, which: bool | str) -> None:
+    """Recompute the language model's activations, of the layers that ``which`` says (see ``checkpoint_layers``)."""
+    checkpoint_layers(encoder.model, which)
     # transformers recomputes only layers in training mode, which a loaded model is not in; its dropout must stay off.
     encoder.model.train()
     for module in encoder.model.modules():

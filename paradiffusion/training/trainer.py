@@ -32,10 +32,17 @@ from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import LossBatch, Losses
 from paradiffusion.sampling.pipeline import InferenceModels
 from paradiffusion.stopping import stop_on_signals
-from paradiffusion.text.encoder import TextEncoder, load_text_encoder
+from paradiffusion.text.encoder import TextEncoder, compile_layers, leave_casts_to_autocast, load_text_encoder
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema
-from paradiffusion.training.engine import count_micro_batches, layout_steps, make_accelerator, make_engine, share
+from paradiffusion.training.engine import (
+    count_micro_batches,
+    is_deepspeed,
+    layout_steps,
+    make_accelerator,
+    make_engine,
+    share,
+)  # fmt: skip
 from paradiffusion.training.folder import (
     TrainState,
     check_unchanged,
@@ -140,10 +147,13 @@ class Trainer:
             if self.main:
                 take_statistics(refiner, self.encoder, self.plan, self.device)
             share(refiner.buffers())
-        if config.channels_last:
+        if config.precision != "fp32":
+            leave_casts_to_autocast(self.joint)  # within which it is called from here on
+        if config.channels_last or (config.compile and self.device.type == "cuda" and not is_deepspeed()):
             self.joint.unet.to(memory_format=torch.channels_last)
-        if config.compile:
-            self.joint.unet.compile()  # in place: names and checkpoints stay as they are
+        if config.compile:  # in place: names and checkpoints stay as they are
+            self.joint.unet.compile()
+            compile_layers(self.encoder.model)
         memory = (
             Memory(self.encoder, self.codec, config.keep_gb, self.device, self.autocast) if config.keep_gb else None
         )
@@ -217,7 +227,7 @@ class Trainer:
         scale = self.config.batch_size / readable.clamp_min(1)
         total, taken = torch.zeros((), device=self.device), []
         for micro, batch in enumerate(read):
-            self.enter("encode", batch.keys)
+            self.enter("encode" if self.compiled or not self.config.compile else "compile", batch.keys)
             inputs = self.encode(batch)
             inputs = replace(inputs, weights=inputs.weights * scale, denoise=self.state.step >= self.layout_steps)
             known = self.knows_shape(inputs)

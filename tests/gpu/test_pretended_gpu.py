@@ -43,7 +43,7 @@ CASES = [
     (1, "modern", CHECKPOINTING("false")),
     (2, "paper", CHECKPOINTING("true")),
     (2, "masked", CHECKPOINTING("false"), LORA),
-    (2, "modern", CHECKPOINTING("true")),
+    (2, "modern", CHECKPOINTING("half")),
     (3, "paper", CHECKPOINTING("true"), LORA),
     (3, "masked", CHECKPOINTING("false"), "ema_device=cpu"),
     (3, "modern", CHECKPOINTING("false"), LORA),
@@ -92,6 +92,10 @@ def stage_of(config: TrainConfig, folder: Path, device: str) -> Trainer:
     return Trainer(config, make_accelerator(config), frozen_models=models)
 
 
+def uncast(adapter: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+    assert given[0].dtype == torch.bfloat16, "an input that is cast for autocast to cast it back"
+
+
 def only_on_gpu(encoder: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
     assert given[0].device.type == "cuda", "a language model that reads on the CPU"
 
@@ -123,6 +127,9 @@ def test_a_stage_runs_on_a_gpu(gpu: Gpu, stage: int, arm: str, more: list[str], 
     with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
         # As loaded, on the CPU; or as a benchmark, and 4 bits, have it.
         trainer = stage_of(config, tmp_path, "cuda" if stage == 2 else "cpu")
+    for name, module in trainer.joint.named_modules():
+        if name.startswith("text_encoder.") and name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(uncast)
     follow(trainer, gpu)
     loader = trainer.loader()
     trainer.train_step(loader)  # what is done once is done
@@ -133,6 +140,36 @@ def test_a_stage_runs_on_a_gpu(gpu: Gpu, stage: int, arm: str, more: list[str], 
     assert not [line for _, line in gpu.blocking if "ema" in line]
     assert all(value.device.type == (config.ema_device or "cuda") for value in trainer.ema.values)
     assert trainer.validate().keys() >= {"loss_short", "loss_long"}
+    trainer.close()
+
+
+def test_what_compiling_brings_along(
+    gpu: Gpu, codec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append((type(self).__name__, how)))
+    config = compose_train([*options(1, "masked", *TINY), "codec.path=null", "data.shards=unused", "compile=true"])
+    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+        trainer = stage_of(config, tmp_path, "cuda")
+    trainer.close()
+    assert asked == [("UNet2DConditionModel", {}), *[("LlamaDecoderLayer", {})] * 2]
+    asked.clear()
+    models = load_models(open_layout(make_official(tmp_path / "weights", codec_folder)), SampleConfig(compile=True))
+    assert asked == [("UNet2DConditionModel", {"dynamic": False, "mode": "reduce-overhead"})]
+    for joint in (trainer.joint, models.joint):
+        assert joint.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_null_prompt_is_read_once_in_a_run(gpu: Gpu, tmp_path: Path) -> None:
+    dropped = [*options(1, "masked", *TINY), "codec.path=null", "data.shards=unused", "data.caption_dropout=1"]
+    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+        trainer = stage_of(compose_train(dropped), tmp_path, "cuda")
+    reads: list[int] = []
+    trainer.encoder.register_forward_hook(lambda _, given, __: reads.append(len(given[0])))
+    loader = trainer.loader()
+    for _ in range(2):
+        trainer.train_step(loader)
+    assert reads == [1]
     trainer.close()
 
 
@@ -181,6 +218,7 @@ def test_the_papers_size_peaks_where_describe_says(stage: int, arm: str, more: l
             mock.patch.dict(CAPTION_WORDS, longest),
         ):
             trainer = stage_of(config, tmp_path, "cuda")
+        trainer.frozen.clear()  # kept for checkpoints where models are made, which is the CPU elsewhere
         trainer.engine.backward = backward  # type: ignore[method-assign]
         for _ in range(2):  # the optimiser's state is made in the first
             gpu.peak = gpu.live

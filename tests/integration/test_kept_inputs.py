@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from paradiffusion.config import CodecConfig, ConditioningConfig, TextEncoderCon
 from paradiffusion.data.loader import Batch
 from paradiffusion.models.codec import load_codec
 from paradiffusion.text.encoder import load_text_encoder
-from paradiffusion.training.inputs import ROWS, Memory, draw_noise, draw_uniform, latents_of, stored_text
+from paradiffusion.text.tokenizer import tokenize_once
+from paradiffusion.training.inputs import ROWS, Inputs, Memory, draw_noise, draw_uniform, latents_of, stored_text
 
 CPU = torch.device("cpu")
 MASKED = ConditioningConfig(layer_tap="mean", mask_padding=True, max_tokens=32)
@@ -75,6 +77,27 @@ def test_each_caption_is_read_once_and_is_the_same_beside_any_other(make: Make) 
     tokens = other.encoder.tokenize([LONG])
     direct = other.encoder(tokens.ids, tokens.mask, tokens.prefix)[0, tokens.mask[0]]
     torch.testing.assert_close(first[1, mask[1]], direct, atol=0.02, rtol=0.01)  # bfloat16
+
+
+@pytest.mark.parametrize("settings", [MASKED, ATTENDED], ids=["masked", "attended"])
+def test_the_null_prompt_is_read_once_beside_any_other(settings: ConditioningConfig, make: Make) -> None:
+    """On a GPU (tests/gpu); here with its numbers."""
+    memory = make(settings)
+    encoder = memory.encoder
+    nothing: Any = None  # that only other inputs need
+    inputs = Inputs(nothing, encoder, memory.codec, nothing, CPU)
+    calls = calls_of(encoder)
+    for captions in (["a star", "", LONG, ""], ["", "", "a star"], [""]):
+        tokens, rows = tokenize_once(encoder.tokenize, captions)
+        found = inputs._read_without_null(tokens, rows, captions.index(""))
+        expected, mask = encoder(tokens.ids, tokens.mask, tokens.prefix)[rows], encoder.feature_mask(tokens)
+        if mask is not None:
+            expected, found["features"] = (values * mask[rows, :, None] for values in (expected, found["features"]))
+            assert torch.equal(found["mask"], mask[rows])
+        torch.testing.assert_close(found["features"], expected)
+    assert calls == [1, 2, 3, 1, 2, 1], (
+        "itself; two others, and all three; one other, and both; nothing, and the reference"
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import re
 import sys
 import tomllib
@@ -69,6 +70,23 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("\n") == 1
     assert f"the module {package}" in said and f"paradiffusion[{extra}]" in said
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_of_a_gpu_grows_in_place_unless_a_user_says_otherwise(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    if own is not None:
+        monkeypatch.setenv(own, "backend:native")
+    monkeypatch.setattr(sys, "argv", ["program"])
+    found: dict[str, str] = {}
+    with pytest.raises(SystemExit):
+        run(lambda _: found.update({name: os.environ[name] for name in names if name in os.environ}) or 0)
+    assert found == ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if own is None else {own: "backend:native"})
 
 
 def test_extras_are_those_of_the_project() -> None:

@@ -84,6 +84,7 @@ def switches() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cudnn.benchmark = False
 
     put_back()
     yield
@@ -104,9 +105,18 @@ def test_deterministic_is_asked_of_torch_and_its_libraries(monkeypatch: pytest.M
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     make_accelerator(compose_train(["precision=fp32"]))
     assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert torch.backends.cudnn.benchmark
     make_accelerator(compose_train(["precision=fp32", "deterministic=true"]))
     assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cuda.cudnn_sdp_enabled()
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.usefixtures("switches")
+def test_a_compiled_model_is_exchanged_in_few_buffers() -> None:
+    for compiled, megabytes in (("false", 25), ("true", 512)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        handler = make_accelerator(compose_train(["precision=fp32", f"compile={compiled}"])).ddp_handler
+        assert handler is not None and handler.bucket_cap_mb == megabytes
 
 
 def test_an_open_dtype_is_bfloat16_on_a_gpu_alone() -> None:

@@ -29,7 +29,14 @@ from paradiffusion.config import (
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
 from paradiffusion.models.joint import JointModel, LossBatch, build_joint
-from paradiffusion.models.unet import build_unet, coordinate_channels, downsampling, lora_names, with_coordinates
+from paradiffusion.models.unet import (
+    build_unet,
+    coordinate_channels,
+    downsampling,
+    halve_frozen,
+    lora_names,
+    with_coordinates,
+)  # fmt: skip
 from paradiffusion.training.optim import build_optimizer, part_of
 
 MODERN = ConditioningConfig(
@@ -361,6 +368,19 @@ def test_gradient_checkpointing_reaches_the_adapter(arguments: dict[str, Any]) -
         joint.train()(a_batch(mask_padding=False))[0].backward()
     for name, parameter in plain.trained().items():
         torch.testing.assert_close(saving.trained()[name].grad, parameter.grad, msg=name)
+
+
+@STYLES
+def test_frozen_matrices_in_bfloat16_change_no_bit_under_autocast(arguments: dict[str, Any]) -> None:
+    whole, halved = with_lora(arguments), with_lora(arguments)
+    halve_frozen(halved.unet)
+    frozen = [sum(p.nbytes for p in joint.unet.parameters() if not p.requires_grad) for joint in (whole, halved)]
+    assert frozen[1] < 0.52 * frozen[0]
+    for joint in (whole, halved):
+        with torch.autocast("cpu", torch.bfloat16):
+            joint.train()(a_batch(mask_padding=False)).total.backward()
+    for name, parameter in whole.trained().items():
+        assert parameter.dtype == torch.float32 and torch.equal(halved.trained()[name].grad, parameter.grad), name
 
 
 def test_wrong_targets_are_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,25 @@ def test_compile_asks_for_a_compiled_unet(folder: Path, monkeypatch: pytest.Monk
     for wanted in (False, True):
         load_models(open_layout(folder), SampleConfig(compile=wanted), device="cpu")
         assert asked == [True] * wanted
+
+
+def test_the_unet_is_compiled_once_for_a_shape(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[object]] = []
+
+    def counted(graph: Any, inputs: list[Any]) -> Any:
+        given.append(inputs)
+        return graph.forward
+
+    torch.compiler.reset()
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda call, mode, **asked: compile_with(call, backend=counted, **asked))
+    cases = [{**DOG, "seed": seed} for seed in range(2)]
+    changes = ("sampler=fast", "compile=true", "batch_size=1")
+    expected = draw(folder, cases, tmp_path / "a", changes[0], changes[2])
+    drawn = draw(folder, cases, tmp_path / "b", *changes)
+    assert all(np.array_equal(one, other) for one, other in zip(expected, drawn, strict=True))
+    assert len(given) == 2, "with guidance, and without it"
+    assert not any(isinstance(value, torch.SymInt) for inputs in given for value in inputs), "for any shape, and slower"
 
 
 def test_every_attention_is_fused(tmp_path: Path, codec_folder: Path) -> None:

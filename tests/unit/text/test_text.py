@@ -6,7 +6,9 @@ import importlib.util
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +17,24 @@ from commands import PARITY, user_error
 from safetensors.torch import load_file
 from tiny_encoders import write_llama_tokenizer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from paradiffusion.checkpoints.layouts import load_adapter
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
 from paradiffusion.text.conditioning import Conditioning, pad_length, padded_length
-from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
+from paradiffusion.text.encoder import (
+    TextEncoder,
+    attach_lora,
+    compile_layers,
+    leave_casts_to_autocast,
+    load_text_encoder,
+)  # fmt: skip
+from paradiffusion.text.families import layers_of
 from paradiffusion.text.sources import find_gguf, locate
 from paradiffusion.text.tiny import CORPUS
 from paradiffusion.text.tokenizer import load_tokenizer
+from paradiffusion.training.start import checkpoint_activations
 
 PAPER = ConditioningConfig(max_tokens=48)
 MODERN = ConditioningConfig(name="modern", layer_tap="mean", mask_padding=True, max_tokens=80)
@@ -98,6 +109,78 @@ def test_a_fresh_adapter_is_a_function_of_its_seed() -> None:
         found.append({n: p for n, p in encoder.named_parameters() if "lora_A" in n})
     first, again, other = found
     assert first and all(torch.equal(p, again[n]) and not torch.equal(p, other[n]) for n, p in first.items())
+
+
+def adapted(dtype: str = "bfloat16") -> TextEncoder:
+    """With an adapter that changes features, so that both of its halves have gradients."""
+    encoder = tiny(PAPER, dtype=dtype)
+    attach_lora(encoder, LoraConfig(rank=2, alpha=4))
+    for name, parameter in encoder.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, generator=torch.Generator().manual_seed(0))
+    return encoder
+
+
+def read_and_return(encoder: TextEncoder) -> list[Tensor]:
+    """Features, and the gradients of the adapter."""
+    tokens = encoder.tokenize(["a red circle", "a star"])
+    features = encoder(tokens.ids, tokens.mask, tokens.prefix)
+    features.float().square().mean().backward()
+    return [features.detach(), *(p.grad for p in encoder.parameters() if p.grad is not None)]
+
+
+class Casts(TorchDispatchMode):
+    """Counts copies to another dtype."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_adapter_under_autocast_is_given_its_input_as_it_comes() -> None:
+    found, casts = [], []
+    for as_it_comes in (False, True):
+        encoder = adapted()
+        if as_it_comes:
+            leave_casts_to_autocast(encoder)
+        with torch.autocast("cpu", torch.bfloat16), Casts() as counter:
+            found.append(read_and_return(encoder))
+        casts.append(counter.count)
+    assert len(found[0]) == 1 + 8 and all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert casts[0] - casts[1] == 2 * 4 + 2 * 2, (
+        "to fp32 and back, and the same of the gradients of inputs that have one"
+    )
+
+
+@pytest.mark.parametrize(("which", "reads"), [(False, 2), (True, 4), ("half", 3)])
+def test_every_second_layer_is_computed_again(which: bool | str, reads: int) -> None:
+    plain, saving = adapted("float32"), adapted("float32")
+    if which:
+        checkpoint_activations(saving, which)
+    calls: list[int] = []
+    for layer in saving.model.get_submodule(layers_of(saving.model)):
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for one, other in zip(read_and_return(plain), read_and_return(saving), strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(calls) == reads
+
+
+def test_layers_are_compiled_once_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def counted(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    encoder = tiny(PAPER)
+    expected = encode(encoder, ["a red circle", "a star"])
+    compile_layers(encoder.model)
+    assert torch.equal(encode(encoder, ["a red circle", "a star"]), expected)
+    assert len(graphs) == 1
 
 
 def test_local_folder(tmp_path: Path) -> None:

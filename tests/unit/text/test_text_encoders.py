@@ -23,7 +23,7 @@ from paradiffusion.compose import compose_train, options
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
 from paradiffusion.text.encoder import TextEncoder, attach_lora, load_text_encoder
-from paradiffusion.text.families import empty_model, lacks_bitsandbytes, layers_of, text_width
+from paradiffusion.text.families import empty_model, lacks, lacks_bitsandbytes, layers_of, multiply_in_fp8, text_width
 
 NAMES = options("text_encoder")
 # Millions of parameters without a head, and the width of the features; published, or counted from the weights' headers.
@@ -296,13 +296,41 @@ class Touch:
         return (Path.touch, (self.path,))
 
 
-def test_four_bits_need_a_gpu(folder: Folder) -> None:
+@pytest.mark.parametrize(("kind", "package"), [("4bit", "bitsandbytes"), ("fp8", "torchao")])
+def test_few_bits_need_a_gpu(kind: str, package: str, folder: Folder) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    with pytest.raises(
-        UserError, match="needs a CUDA device and the package bitsandbytes, and there is no CUDA device"
-    ):
-        load("llama2_7b", folder("llama2_7b"), None, "text_encoder.quantization=4bit")
+    with pytest.raises(UserError, match=f"needs a CUDA device and the package {package}, and there is no CUDA device"):
+        load("llama2_7b", folder("llama2_7b"), None, f"text_encoder.quantization={kind}")
+
+
+@pytest.mark.parametrize(
+    ("capability", "said"), [((8, 0), "no products of 8 bits"), ((9, 0), "torchao is not installed")]
+)
+def test_what_lacks_for_eight_bits(capability: tuple[int, int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert said in str(lacks("fp8")) and lacks(None) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="the package torchao is not installed")
+def test_products_of_eight_bits_reach_the_adapter(folder: Folder) -> None:
+    """Rounded as on a GPU, multiplied in fp32."""
+    found = []
+    for eight_bits in (False, True):
+        encoder = load("llama2_7b", folder("llama2_7b"))
+        if eight_bits:
+            multiply_in_fp8(encoder.model, emulate=True)
+        attach_lora(encoder, LoraConfig(rank=2, target_modules=["q_proj", "v_proj"]))
+        tokens = encoder.tokenize(["a red circle", "a blue star"])
+        features = encoder(tokens.ids, tokens.mask, tokens.prefix)
+        features.square().mean().backward()
+        gradients = [p.grad.flatten() for p in encoder.parameters() if p.grad is not None]
+        assert len(gradients) == 2 * 2 * 3, "of the adapter alone, in each of three layers"
+        found.append((features.detach().flatten(), torch.cat(gradients)))
+    for whole, rounded in zip(*found, strict=True):
+        assert not torch.equal(whole, rounded) and torch.cosine_similarity(whole, rounded, dim=0) > 0.98
 
 
 def test_an_old_bitsandbytes_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
