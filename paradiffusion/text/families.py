@@ -196,21 +196,21 @@ def tokenizer_folder(config: TextEncoderConfig) -> Path:
     return locate(config)
 
 
-def read_model(folder: Path, config: TextEncoderConfig) -> tuple[Any, Any]:
-    """The frozen text model, cut to its first ``config.layers`` layers, and its tokenizer.
+def read_model(folder: Path, config: TextEncoderConfig, device: torch.device | None = None) -> tuple[Any, Any]:
+    """The frozen text model, cut to its first ``config.layers`` layers, and its tokenizer; see ``load_text_encoder``.
 
     Raises:
         UserError: when the folder is not readable, lacks tensors, or cannot be quantised here.
     """
     from safetensors import SafetensorError
 
-    quantization = quantized(config)
+    placed = ({} if device is None else {"device_map": {"": device}}) | quantized(config)
     try:
         architecture = read_architecture(folder)
         # The checkpoint's own dtype is not ours to trust (transformers 5 would keep it), and remote code is never run.
         model, report = model_class(architecture).from_pretrained(
             folder, config=architecture, dtype=DTYPES[config.dtype], key_mapping=LANGUAGE_MODEL, weights_only=True,
-            output_loading_info=True, **quantization,
+            output_loading_info=True, **placed,
         )  # fmt: skip
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:

@@ -246,6 +246,36 @@ def leave_frozen_alone(joint: JointModel) -> None:
     joint._ddp_params_and_buffers_to_ignore = left_alone
 
 
+def cut(joint: nn.Module, device: torch.device, settings: dict[str, Any]) -> None:
+    """Cut a module's weights over the processes (ZeRO-3), so that ``device`` holds this one's pieces and one whole tensor at a time.
+    Values are the main process's; in the others the module may be on the meta device."""
+    import deepspeed
+
+    first: Any = None
+    whole: dict[nn.Parameter, nn.Parameter] = {}  # of those on the meta device, which other modules may share
+    for module in joint.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta and parameter not in whole:
+                made = torch.empty_like(parameter, device=device)
+                whole[parameter] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+            mine: Any = whole.get(parameter, parameter)
+            module.register_parameter(name, mine)
+            if first is None:
+                first = mine
+                deepspeed.zero.Init(module=nn.ParameterList([mine]), config_dict_or_path=settings)
+            else:
+                first.convert_to_zero_parameters(param_list=[mine])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+    share(joint.buffers())
+
+
+def cuts_weights(accelerator: Accelerator) -> bool:
+    """Whether the engine will ``cut`` the joint module's weights."""
+    plugin: Any = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
+
+
 class ZeroEngine(Engine):
     """DeepSpeed with ZeRO stage 1, 2 or 3."""
 
@@ -258,6 +288,8 @@ class ZeroEngine(Engine):
         })  # fmt: skip
         accelerator.gradient_accumulation_steps = micro_batches
         stage = check_zero(plugin)
+        if stage == 3:  # before DeepSpeed, which would bring the whole module to the device first
+            cut(joint, accelerator.device, plugin.deepspeed_config)
         parameters = joint.trained()
         adamw = build_optimizer(parameters, config.optimizer)
         self.model: Any = accelerator.prepare(joint, adamw)[0]
@@ -326,7 +358,8 @@ class ZeroEngine(Engine):
 
 
 def make_engine(accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> Engine:
-    """The engine for how this run was launched. ``joint`` is on its device, with the weights it starts from."""
+    """The engine for how this run was launched. ``joint`` has the weights it starts from and is on its device, but where the
+    engine ``cuts_weights``."""
     return (ZeroEngine if is_deepspeed() else Engine)(accelerator, joint, config, micro_batches)
 
 
@@ -371,8 +404,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if plugin is not None:
         from transformers.integrations import unset_hf_deepspeed_config
 
-        # Or transformers would cut every model that it loads under ZeRO-3: the frozen ones stay outside the engine, and the engine
-        # cuts the joint module itself.
+        # Or transformers would cut every model that it loads under ZeRO-3: the frozen ones stay outside the engine, and ``cut``
+        # takes the joint module when it is whole, with its start's weights and adapters.
         plugin.dschf = None
         unset_hf_deepspeed_config()
     # ``accelerate launch`` sets OMP_NUM_THREADS=1 for one process too, which would leave all cores but one idle.

@@ -35,7 +35,14 @@ from paradiffusion.stopping import stop_on_signals
 from paradiffusion.text.encoder import TextEncoder, load_text_encoder
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema
-from paradiffusion.training.engine import count_micro_batches, layout_steps, make_accelerator, make_engine, share
+from paradiffusion.training.engine import (
+    count_micro_batches,
+    cuts_weights,
+    layout_steps,
+    make_accelerator,
+    make_engine,
+    share,
+)  # fmt: skip
 from paradiffusion.training.folder import (
     TrainState,
     check_unchanged,
@@ -126,20 +133,25 @@ class Trainer:
         check_same_data(index, accelerator)
         self.plan = make_plan(index, config.data, config.batch_size, config.seed)
 
+        # Cut weights come from the main process, which alone makes them whole: the others do without them from the start.
+        is_cut, trained = cuts_weights(accelerator), config.train_text == "lora"
+        empty = torch.device("meta") if is_cut and not self.main else None
+        spared = config.data.cache is not None or self.device.type == "cpu"  # to be moved, or never
         self.encoder, self.codec = frozen_models or (
-            load_text_encoder(config.text_encoder, config.conditioning), load_codec(config.codec),
+            load_text_encoder(
+                config.text_encoder, config.conditioning,
+                device=empty if is_cut and trained else None if spared else self.device,
+            ),
+            load_codec(config.codec),
         )  # fmt: skip
-        self.joint, frozen = build_models(start, self.encoder, self.main)
+        self.joint, frozen = build_models(start, self.encoder, self.main, empty)
         self.frozen = frozen if self.main else {}
         self.cache = open_cache(config, index, self.encoder, self.codec)
         for what, model in (("text", self.encoder), ("latents", self.codec)):
-            if not spares_models(config, self.cache, what, held_out):
+            if model is not self.joint.text_encoder and not spares_models(config, self.cache, what, held_out):
                 model.to(self.device)
-        self.joint.to(self.device)
-        if (refiner := self.joint.refiner) is not None and start.description is None:
-            if self.main:
-                take_statistics(refiner, self.encoder, self.plan, self.device)
-            share(refiner.buffers())
+        if not is_cut:
+            self.joint.to(self.device)
         if config.channels_last:
             self.joint.unet.to(memory_format=torch.channels_last)
         if config.compile:
@@ -151,6 +163,10 @@ class Trainer:
         self.inputs = Inputs(config, self.encoder, self.codec, self.joint, self.device, null, memory)
 
         self.engine = make_engine(accelerator, self.joint, config, self.micro_batches)
+        if (refiner := self.joint.refiner) is not None and start.description is None:
+            if self.main or (is_cut and trained):  # whose layers are gathered by all processes together
+                take_statistics(refiner, self.encoder, self.plan, self.device)
+            share(refiner.buffers())
         self.ema = Ema(self.engine.masters, config.ema_decay, config.ema_device)
         self.state = TrainState()
         if start.found is not None and start.resumes:

@@ -100,6 +100,19 @@ def test_a_fresh_adapter_is_a_function_of_its_seed() -> None:
     assert first and all(torch.equal(p, again[n]) and not torch.equal(p, other[n]) for n, p in first.items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_read_to_a_device_tensor_by_tensor_is_the_same(dtype: str) -> None:
+    config, devices = TextEncoderConfig(dtype=dtype), (None, torch.device("cpu"), torch.device("meta"))
+    whole, placed, empty = (load_text_encoder(config, MODERN, device=device) for device in devices)
+    for found in (placed, empty):
+        expected = [*whole.named_parameters(), *whole.named_buffers()]
+        for (name, one), (other, two) in zip(
+            expected, [*found.named_parameters(), *found.named_buffers()], strict=True
+        ):
+            assert (name, one.shape, one.dtype) == (other, two.shape, two.dtype)
+            assert two.is_meta if found is empty else torch.equal(one, two)
+
+
 def test_local_folder(tmp_path: Path) -> None:
     folder = shutil.copytree(locate(TextEncoderConfig()), tmp_path / "model")
     config = TextEncoderConfig(name="mine", path=str(folder))
