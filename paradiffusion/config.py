@@ -530,6 +530,7 @@ class TrainConfig:
             fp32. (fp16 would need its loss scale in every checkpoint.)
         keep_gb: keep text features and latents of the frozen models in memory, made once, while each process has so many GB of
             them; 0 to make them in every epoch.
+        async_save: checkpoints are copied to main memory and written while the next steps run; None does so on GPUs.
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
         compile, channels_last: torch.compile of the U-Net, and its memory layout; neither changes what is computed.
         deterministic: the same bits on the same GPUs, run again or resumed; slower. On processors it is so in any case.
@@ -561,6 +562,7 @@ class TrainConfig:
     checkpoint_every: int = option(500, free="always", accepts=positive)
     keep_last: int = option(2, free="always", accepts=positive)
     keep_every: int | None = option(None, free="always", accepts=positive)
+    async_save: bool | None = option(None, free="always")
     ema_decay: float = option(0.9999, accepts=below_one)
     ema_device: str | None = option(None, free="always", accepts=one_of("cpu"))
     compile: bool = option(False, free="always")

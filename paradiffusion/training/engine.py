@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.machine import deterministic, exact_float32, own_cores
+from paradiffusion.machine import deterministic, exact_float32, own_cores, to_host
 from paradiffusion.models.joint import JointModel
 from paradiffusion.training.optim import build_optimizer
 
@@ -53,7 +53,7 @@ class WholeMasters:
         """Each parameter's whole value, fp32 on the CPU, by name in the main process; nothing in the others, which must call
         this too."""
         pairs = zip(self.names, values, strict=True)
-        return {name: value.detach().float().cpu().contiguous() for name, value in pairs} if self.main else {}
+        return to_host({name: value.float() for name, value in pairs}) if self.main else {}
 
     def fill(self, values: Values, read: Callable[[str], Tensor]) -> None:
         """Set ``values`` from whole tensors by name."""
@@ -109,7 +109,7 @@ class ZeroMasters(WholeMasters):
             for name, parameter in self.parameters.items():
                 whole = safe_get_full_fp32_param(parameter)
                 if self.main:
-                    found[name] = whole.detach().cpu().contiguous()
+                    found |= to_host({name: whole})
         return found
 
     def fill(self, values: Values, read: Callable[[str], Tensor]) -> None:
@@ -206,8 +206,8 @@ class Engine:
         if self.accelerator.is_main_process:
             names = {id(parameter): name for name, parameter in self.parameters.items()}
             for parameter, values in self.optimizer.state.items():
-                for key, value in values.items():
-                    yield f"{key}/{names[id(parameter)]}", torch.as_tensor(value).detach().cpu().contiguous()
+                name = names[id(parameter)]
+                yield from to_host({f"{key}/{name}": torch.as_tensor(value) for key, value in values.items()}).items()
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Put back what ``optimizer_state`` gave, on whatever number of processes."""
@@ -277,7 +277,7 @@ def cuts_weights(accelerator: Accelerator) -> bool:
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed with ZeRO stage 1, 2 or 3."""
+    """DeepSpeed with ZeRO stage 1, 2 or 3; under 3 ``joint`` is where it was built."""
 
     def __init__(self, accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> None:
         plugin: Any = accelerator.state.deepspeed_plugin

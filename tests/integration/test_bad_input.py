@@ -171,7 +171,10 @@ def test_sampling_from_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: p
     user_error(r"checkpoint\.json does not describe a checkpoint", draw, checkpoint)
 
 
-def test_a_full_disk_while_saving(train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", [[], ["async_save=true", "max_steps=16"]], ids=["waited for", "while steps run"])
+def test_a_full_disk_while_saving(
+    more: list[str], train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The checkpoint of step 4 fits and that of step 8 does not; with room the run ends as if nothing had been.
 
     From the second checkpoint on, the system refuses files over a megabyte.
@@ -179,7 +182,7 @@ def test_a_full_disk_while_saving(train: Train, trained: Path, tmp_path: Path, m
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     save, stage = module.save_checkpoint, tmp_path / "run" / "stage1"
 
-    def limited(*arguments: Any) -> Path:
+    def limited(*arguments: Any) -> Callable[[], Path]:
         if arguments[5].step == 8:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
         return save(*arguments)
@@ -188,7 +191,7 @@ def test_a_full_disk_while_saving(train: Train, trained: Path, tmp_path: Path, m
     try:
         with monkeypatch.context() as patch, pytest.raises(UserError, match=said) as caught:
             patch.setattr(module, "save_checkpoint", limited)
-            train("optimizer.warmup_steps=0")
+            train("optimizer.warmup_steps=0", *more)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
