@@ -104,7 +104,7 @@ class ZeroMasters(WholeMasters):
     def full(self, values: Values) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found = {}
+        found: dict[str, Tensor] = {}
         with self._in_place(values):
             for name, parameter in self.parameters.items():
                 whole = safe_get_full_fp32_param(parameter)

@@ -86,7 +86,7 @@ def launched(
     kind: str = request.param
     run = tmp_path_factory.mktemp(kind) / "run"
     more = (f"run_dir={run}", "stage=2", f"max_steps={LENGTHS[kind][0]}", f"init_from={alone / 'stage1'}")
-    train_on_two(kind, *settings, *more, new_interpreters=kind == "ddp")
+    train_on_two(kind, *settings, *more, "async_save=true", new_interpreters=kind == "ddp")
     return kind, run
 
 
