@@ -533,6 +533,7 @@ class TrainConfig:
             them; 0 to make them in every epoch.
         gradient_checkpointing: compute activations again on the way back: true, those of the U-Net and of a language model that is
             trained; "half", those of every second layer of that language model; false, none. scripts/describe.py says what fits.
+        async_save: checkpoints are copied to main memory and written while the next steps run; None does so on GPUs.
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
         compile: torch.compile of the U-Net and of the language model's layers. channels_last: the U-Net's memory layout, on a GPU
             with ``compile`` too (but under DeepSpeed, which has none). Neither changes what is computed.
@@ -565,6 +566,7 @@ class TrainConfig:
     checkpoint_every: int = option(500, free="always", accepts=positive)
     keep_last: int = option(2, free="always", accepts=positive)
     keep_every: int | None = option(None, free="always", accepts=positive)
+    async_save: bool | None = option(None, free="always")
     ema_decay: float = option(0.9999, accepts=below_one)
     ema_device: str | None = option(None, free="always", accepts=one_of("cpu"))
     compile: bool = option(False, free="always")

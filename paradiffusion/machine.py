@@ -78,6 +78,22 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors on the CPU, contiguous: a processor's own, a GPU's as copies in pinned memory, which are whole when this returns."""
+    import torch
+
+    found, waits = {}, False
+    for name, tensor in tensors.items():
+        if tensor.device.type == "cuda":
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            found[name], waits = pinned.copy_(tensor.detach(), non_blocking=True), True
+        else:
+            found[name] = tensor.detach().cpu().contiguous()
+    if waits:
+        torch.cuda.synchronize()
+    return found
+
+
 def settled_precision(precision: str) -> str:
     """ "bf16" or "fp32" for "auto": bf16 where this machine multiplies it faster than fp32.
 

@@ -54,6 +54,7 @@ class Row:
     tflops: float | None = None
     mfu: float | None = None
     peak_gib: float | None = None
+    described_gib: float | None = None
     note: str = ""
 
 
@@ -118,10 +119,10 @@ def ratio(slow: Timing, fast: Timing) -> float | None:
 def make_row(
     timing: Timing, what: str, stage: int, arm: str, work: str, count: float, unit: str = "samples/s",
     reference: Timing | None = None, against: str = "reference", flop: float | None = None, peak: float | None = None,
-    peak_gib: float | None = None, note: str = "",
+    peak_gib: float | None = None, note: str = "", described_gib: float | None = None,
 ) -> Row:  # fmt: skip
     """A row from its timing. ``count`` (samples, images or tokens) and ``flop`` are those of one round, ``peak`` the device's
-    TFLOP/s; ``peak_gib`` was measured apart, in the place of the timing's own."""
+    TFLOP/s; ``peak_gib`` was measured apart, in the place of the timing's own, and ``described_gib`` is what it should be."""
     note = "; ".join(part for part in (note, timing.note) if part)
     if not timing.seconds:
         return Row(what, stage, arm, work, None, unit=unit, note=note)
@@ -130,7 +131,7 @@ def make_row(
     return Row(
         what, stage, arm, work, statistics.median(timing.seconds), min(timing.seconds), max(timing.seconds), count / mean, unit,
         None if reference is None else ratio(reference, timing), against, tflops,
-        None if tflops is None or peak is None else tflops / peak, peak_gib or timing.peak_gib, note,
+        None if tflops is None or peak is None else tflops / peak, peak_gib or timing.peak_gib, described_gib, note,
     )  # fmt: skip
 
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from paradiffusion.budget.bench_models import Bench, BenchmarkSettings, Row, Timing, interleave, make_row, release
+from paradiffusion.budget.bench_models import GIB, Bench, BenchmarkSettings, Row, Timing, interleave, make_row, release
 from paradiffusion.budget.flops import StageFlops, stage_flops
+from paradiffusion.budget.memory import LAUNCHES, Fitter
 from paradiffusion.budget.results import facts, machine, today, write_results
 from paradiffusion.budget.synthetic import captions, random_models
 from paradiffusion.config import SamplerConfig, TrainConfig
@@ -29,7 +30,18 @@ from paradiffusion.training.trainer import Trainer
 
 # The released inference code's settings, and ours for speed: configs/sampler.
 SAMPLERS = ("paper", "fast")
-HEADER = ["what", "stage", "arm", "work", "median (range)", "rate", "speed-up", "TFLOP/s (MFU)", "peak GiB", "settings"]
+HEADER = [
+    "what",
+    "stage",
+    "arm",
+    "work",
+    "median (range)",
+    "rate",
+    "speed-up",
+    "TFLOP/s (MFU)",
+    "peak GiB (describe's)",
+    "settings",
+]
 BATCHES = (1, 8)
 TEXT_BATCH = 8
 GIVEN = "features and latents given"
@@ -52,8 +64,8 @@ def measure_stage(bench: Bench, stage: int, arm: str, overrides: list[str]) -> I
     try:
         batches = take_batches(trainer, settings.warmup, settings.repeats)
         ours = own_step(trainer, batches)
-        # Alone first: beside it the reference's optimiser and average will take memory as well.
-        alone = interleave({"ours": ours}, 1, 0, bench.device)["ours"].peak_gib
+        # Alone first: beside it the reference's optimiser and average will take memory as well. Its state is made in the first step.
+        alone = interleave({"ours": fullest_step(trainer, batches[-1])}, 2, 0, bench.device)["ours"].peak_gib
         works: dict[str, Callable[[int], object]] = {"ours": ours}
         if trainer.joint.text_encoder is None:
             works[GIVEN] = given_step(trainer, batches[settings.warmup + settings.repeats // 2])
@@ -109,6 +121,24 @@ def own_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object]:
     return step
 
 
+def fullest_step(trainer: Trainer, batch: Batch) -> Callable[[int], object]:
+    """A step of two micro-batches: as ``describe`` counts, gradients are there while the second one's are taken."""
+    own = own_step(trainer, [batch])
+
+    def step(_: int) -> None:
+        trainer.engine.backward(trainer.engine.model(trainer.encode(batch)).total)
+        own(0)
+
+    return step
+
+
+def described_gib(config: TrainConfig, tokens: int) -> float:
+    """What ``describe`` says of a step on one GPU whose captions have so many tokens, without the device's own context."""
+    config = replace(config, conditioning=replace(config.conditioning, max_tokens=tokens))
+    memory = Fitter([], lambda _: config, gpus=1).memory(LAUNCHES[0])
+    return (memory.total - memory.context) / GIB
+
+
 def given_step(trainer: Trainer, batch: Batch) -> Callable[[int], object]:
     """The same with text features and latents given, as a cache would."""
     inputs, engine = trainer.encode(batch), trainer.engine
@@ -143,6 +173,7 @@ def stage_rows(
     middle = widths[len(widths) // 2]
     own, given, longest = (flops_at(config, width) for width in (mean, middle, encoder.limit))
     where = f"{count} x {batches[0].images.shape[-1]} px"
+    described = None if alone is None else described_gib(config, widths[-1])
     plan = {
         "ours": (own.total().training, f"{where}, {mean} tokens on average", alone),
         GIVEN: (given.total("text", "vae").training, f"{where}, {middle} tokens", None),
@@ -152,7 +183,7 @@ def stage_rows(
         flop, note, peak_gib = plan[work]
         compared = None if work == "reference" else timings["reference"]
         yield make_row(timing, "step", stage, arm, work, count, reference=compared, flop=count * flop, peak=peak,
-                       peak_gib=peak_gib, note=note)  # fmt: skip
+                       peak_gib=peak_gib, note=note, described_gib=described if work == "ours" else None)  # fmt: skip
 
 
 def flops_at(config: TrainConfig, tokens: int) -> StageFlops:
@@ -364,10 +395,12 @@ def cells(row: Row) -> list[str]:
     speedup = "-" if row.speedup is None else f"{row.speedup:.2f} x"
     if row.speedup is not None and row.against != "reference":
         speedup += f" of {row.against}"
+    peak = "-" if row.peak_gib is None else f"{row.peak_gib:.1f}"
+    peak += "" if row.described_gib is None else f" ({row.described_gib:.1f})"
     power = "-" if row.tflops is None else f"{row.tflops:.3g}" + ("" if row.mfu is None else f" ({row.mfu:.1%})")
     return [
         row.what, str(row.stage), row.arm, row.work, f"{row.median:.4g} s ({row.low:.4g} to {row.high:.4g})",
-        f"{row.rate:,.4g} {row.unit}", speedup, power, "-" if row.peak_gib is None else f"{row.peak_gib:.1f}", row.note,
+        f"{row.rate:,.4g} {row.unit}", speedup, power, peak, row.note,
     ]  # fmt: skip
 
 

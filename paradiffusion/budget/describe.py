@@ -265,7 +265,8 @@ def disk(d: Description) -> str:
         return f"{size(each)} per {of} in bfloat16, {size(1e6 * each)} per million"
 
     rows = {
-        "checkpoint": f"{size(d.checkpoint_whole)}, of which {size(d.checkpoint_weights)} are what sampling needs",
+        "checkpoint": f"{size(d.checkpoint_whole)}, of which {size(d.checkpoint_weights)} are what sampling needs; "
+        "a GPU copies it to main memory first",
         "cached text features": cached(d.feature_bytes, f"caption of {d.tokens} tokens"),
         "cached latents": cached(d.latent_bytes, "image"),
     }

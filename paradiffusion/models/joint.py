@@ -5,6 +5,7 @@ It is prepared once and always called through its wrapper, so that DeepSpeed hol
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -157,21 +158,22 @@ def at_each(levels: int, rows: Any) -> Any:
     return rows if rows is None or levels == 1 else rows.repeat(levels, *(1,) * (rows.ndim - 1))
 
 
-def build_joint(config: TrainConfig, encoder_width: int, text_encoder: TextEncoder | None = None) -> JointModel:
-    """The joint module with fresh weights, a function of ``config.seed``."""
+def build_joint(
+    config: TrainConfig, encoder_width: int, text_encoder: TextEncoder | None = None, device: torch.device | None = None
+) -> JointModel:
+    """The joint module with fresh weights, a function of ``config.seed``; on ``device`` "meta" with none."""
     seed = seed_from("weights", config.seed) % (1 << 31)
-    unet: Any = build_unet(config.unet, config.codec, config.conditioning, encoder_width, seed)
-    add_lora(unet, config.unet, seed + 2)
+    refiner, conditioning = None, config.conditioning
+    with device or nullcontext():
+        unet: Any = build_unet(config.unet, config.codec, conditioning, encoder_width, seed)
+        add_lora(unet, config.unet, seed + 2)
+        if conditioning.projection == "refiner":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + 1)
+                parts = ("width", "layers", "heads", "kernel", "passes")
+                shape = {part: getattr(conditioning, f"refiner_{part}") for part in parts}
+                layout = layout_arguments(conditioning, config.codec.latent_channels)
+                refiner = Refiner(encoder_width, **shape, layout=layout)
     if config.gradient_checkpointing and config.gradient_checkpointing != "half":
         unet.enable_gradient_checkpointing()
-    refiner = None
-    conditioning = config.conditioning
-    if conditioning.projection == "refiner":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
-            shape = {
-                key: getattr(conditioning, f"refiner_{key}") for key in ("width", "layers", "heads", "kernel", "passes")
-            }
-            layout = layout_arguments(conditioning, config.codec.latent_channels)
-            refiner = Refiner(encoder_width, **shape, layout=layout)
     return JointModel(unet, refiner, make_objective(config.objective), config.unet.coordinates, text_encoder)

@@ -94,12 +94,17 @@ class TextEncoder(nn.Module):
 
 
 def load_text_encoder(
-    config: TextEncoderConfig, settings: ConditioningConfig, expected_hash: str | None = None
+    config: TextEncoderConfig,
+    settings: ConditioningConfig,
+    expected_hash: str | None = None,
+    device: torch.device | None = None,
 ) -> TextEncoder:
-    """Load a text encoder, frozen, in evaluation mode, on the CPU.
+    """Load a text encoder, frozen, in evaluation mode.
 
     Args:
         expected_hash: the hash that a checkpoint recorded; another one is refused.
+        device: where its weights are read to, one by one, so that this machine's memory never holds all of them; "meta" reads
+            none. None for the CPU, where those that are stored in ``config.dtype`` stay mapped from their files.
     Raises:
         UserError: when it is not to be had, is not readable, or is another model than the checkpoint's.
     """
@@ -110,7 +115,7 @@ def load_text_encoder(
             f"the text encoder in {folder} has the hash {found.partition('.')[0]}, but the checkpoint was trained with {expected_hash} "
             f"({config.name}); set text_encoder.path=<folder> to that model."
         )
-    model, tokenizer = read_model(folder, config)
+    model, tokenizer = read_model(folder, config, device)
     source = {
         "name": config.name,
         "hub": config.hub,

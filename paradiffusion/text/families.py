@@ -197,8 +197,8 @@ def tokenizer_folder(config: TextEncoderConfig) -> Path:
     return locate(config)
 
 
-def read_model(folder: Path, config: TextEncoderConfig) -> tuple[Any, Any]:
-    """The frozen text model, cut to its first ``config.layers`` layers, and its tokenizer.
+def read_model(folder: Path, config: TextEncoderConfig, device: torch.device | None = None) -> tuple[Any, Any]:
+    """The frozen text model, cut to its first ``config.layers`` layers, and its tokenizer; see ``load_text_encoder``.
 
     Raises:
         UserError: when the folder is not readable, lacks tensors, or cannot be quantised here.
@@ -211,12 +211,13 @@ def read_model(folder: Path, config: TextEncoderConfig) -> tuple[Any, Any]:
             f"text_encoder.quantization={config.quantization} needs a CUDA device and the package {package}, and {lacking}; set "
             "text_encoder.quantization=null, or run it where both are."
         )
+    placed = ({} if device is None else {"device_map": {"": device}}) | quantized(config)
     try:
         architecture = read_architecture(folder)
         # The checkpoint's own dtype is not ours to trust (transformers 5 would keep it), and remote code is never run.
         model, report = model_class(architecture).from_pretrained(
             folder, config=architecture, dtype=DTYPES[config.dtype], key_mapping=LANGUAGE_MODEL, weights_only=True,
-            output_loading_info=True, **quantized(config),
+            output_loading_info=True, **placed,
         )  # fmt: skip
         tokenizer = load_tokenizer(folder)
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.machine import deterministic, exact_float32, own_cores
+from paradiffusion.machine import deterministic, exact_float32, own_cores, to_host
 from paradiffusion.models.joint import JointModel
 from paradiffusion.training.optim import build_optimizer
 
@@ -53,7 +53,7 @@ class WholeMasters:
         """Each parameter's whole value, fp32 on the CPU, by name in the main process; nothing in the others, which must call
         this too."""
         pairs = zip(self.names, values, strict=True)
-        return {name: value.detach().float().cpu().contiguous() for name, value in pairs} if self.main else {}
+        return to_host({name: value.float() for name, value in pairs}) if self.main else {}
 
     def fill(self, values: Values, read: Callable[[str], Tensor]) -> None:
         """Set ``values`` from whole tensors by name."""
@@ -104,12 +104,12 @@ class ZeroMasters(WholeMasters):
     def full(self, values: Values) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found = {}
+        found: dict[str, Tensor] = {}
         with self._in_place(values):
             for name, parameter in self.parameters.items():
                 whole = safe_get_full_fp32_param(parameter)
                 if self.main:
-                    found[name] = whole.detach().cpu().contiguous()
+                    found |= to_host({name: whole})
         return found
 
     def fill(self, values: Values, read: Callable[[str], Tensor]) -> None:
@@ -206,8 +206,8 @@ class Engine:
         if self.accelerator.is_main_process:
             names = {id(parameter): name for name, parameter in self.parameters.items()}
             for parameter, values in self.optimizer.state.items():
-                for key, value in values.items():
-                    yield f"{key}/{names[id(parameter)]}", torch.as_tensor(value).detach().cpu().contiguous()
+                name = names[id(parameter)]
+                yield from to_host({f"{key}/{name}": torch.as_tensor(value) for key, value in values.items()}).items()
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Put back what ``optimizer_state`` gave, on whatever number of processes."""
@@ -246,8 +246,38 @@ def leave_frozen_alone(joint: JointModel) -> None:
     joint._ddp_params_and_buffers_to_ignore = left_alone
 
 
+def cut(joint: nn.Module, device: torch.device, settings: dict[str, Any]) -> None:
+    """Cut a module's weights over the processes (ZeRO-3), so that ``device`` holds this one's pieces and one whole tensor at a time.
+    Values are the main process's; in the others the module may be on the meta device."""
+    import deepspeed
+
+    first: Any = None
+    whole: dict[nn.Parameter, nn.Parameter] = {}  # of those on the meta device, which other modules may share
+    for module in joint.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta and parameter not in whole:
+                made = torch.empty_like(parameter, device=device)
+                whole[parameter] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+            mine: Any = whole.get(parameter, parameter)
+            module.register_parameter(name, mine)
+            if first is None:
+                first = mine
+                deepspeed.zero.Init(module=nn.ParameterList([mine]), config_dict_or_path=settings)
+            else:
+                first.convert_to_zero_parameters(param_list=[mine])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+    share(joint.buffers())
+
+
+def cuts_weights(accelerator: Accelerator) -> bool:
+    """Whether the engine will ``cut`` the joint module's weights."""
+    plugin: Any = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
+
+
 class ZeroEngine(Engine):
-    """DeepSpeed with ZeRO stage 1, 2 or 3."""
+    """DeepSpeed with ZeRO stage 1, 2 or 3; under 3 ``joint`` is where it was built."""
 
     def __init__(self, accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> None:
         plugin: Any = accelerator.state.deepspeed_plugin
@@ -258,6 +288,8 @@ class ZeroEngine(Engine):
         })  # fmt: skip
         accelerator.gradient_accumulation_steps = micro_batches
         stage = check_zero(plugin)
+        if stage == 3:  # before DeepSpeed, which would bring the whole module to the device first
+            cut(joint, accelerator.device, plugin.deepspeed_config)
         parameters = joint.trained()
         adamw = build_optimizer(parameters, config.optimizer)
         self.model: Any = accelerator.prepare(joint, adamw)[0]
@@ -326,7 +358,8 @@ class ZeroEngine(Engine):
 
 
 def make_engine(accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> Engine:
-    """The engine for how this run was launched. ``joint`` is on its device, with the weights it starts from."""
+    """The engine for how this run was launched. ``joint`` has the weights it starts from and is on its device, but where the
+    engine ``cuts_weights``."""
     return (ZeroEngine if is_deepspeed() else Engine)(accelerator, joint, config, micro_batches)
 
 
@@ -377,8 +410,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if plugin is not None:
         from transformers.integrations import unset_hf_deepspeed_config
 
-        # Or transformers would cut every model that it loads under ZeRO-3: the frozen ones stay outside the engine, and the engine
-        # cuts the joint module itself.
+        # Or transformers would cut every model that it loads under ZeRO-3: the frozen ones stay outside the engine, and ``cut``
+        # takes the joint module when it is whole, with its start's weights and adapters.
         plugin.dschf = None
         unset_hf_deepspeed_config()
     # ``accelerate launch`` sets OMP_NUM_THREADS=1 for one process too, which would leave all cores but one idle.

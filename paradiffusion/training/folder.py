@@ -1,8 +1,8 @@
 """A stage's folder: one writer at a time, one configuration over its life, and its checkpoints.
 
-A checkpoint is weights that describe themselves, and beside them what only resuming needs. It is written under a temporary name,
-hashed, forced to the disk and renamed; ``latest`` is written last. So whatever stops a run, at any instant, the newest named
-folder is whole.
+A checkpoint is weights that describe themselves, and beside them what only resuming needs. It is taken between two steps, and may
+be written while the next ones run: under a temporary name, hashed, forced to the disk and renamed; ``latest`` is written last. So
+whatever stops a run, at any instant, the newest named folder is whole.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,27 +173,46 @@ def save_checkpoint(
     state: TrainState,
     description: dict[str, Any],
     main: bool = True,
-) -> Path:
-    """Write ``checkpoints/step_NNNNNN``, with the ``frozen`` tensors that are applied but not trained. Every process calls this, since
-    each may hold a part; the ``main`` one writes. UserError when the disk is full or refuses: nothing that was there is lost."""
-    folder = stage_folder / "checkpoints" / f"step_{state.step:06d}"
-    averages = ema.full()
-    weights = engine.masters.full(engine.masters.tensors())
-    moments = dict(engine.optimizer_state())
-    if not main:
-        return folder
+    apart: bool = False,
+) -> Callable[[], Path]:
+    """Take what ``checkpoints/step_NNNNNN`` will hold, with the ``frozen`` tensors that are applied but not trained, and return what
+    writes it in the ``main`` process: its folder, or UserError when the disk is full or refuses; nothing that was there is lost.
+
+    Every process calls this, since each may hold a part. With ``apart`` the writing may be called while training goes on.
+    """
+    taken = [ema.full(), engine.masters.full(engine.masters.tensors()), dict(engine.optimizer_state())]
+    if main and apart:  # what lies on the CPU is what the next step changes; a GPU's are copies already
+        taken = [{name: t if t.is_pinned() else t.clone() for name, t in tensors.items()} for tensors in taken]
+    averages, weights, moments = taken
     # A sharded weight that was not gathered is missing or empty.
     wrong = [name for name in engine.masters.names if name not in averages or not averages[name].numel()]
-    if wrong:
+    if main and wrong:
         raise RuntimeError(f"{len(wrong)} trained tensors were not gathered, {wrong[0]} the first")
+    averages = {**frozen, **averages}
+    return partial(
+        write_checkpoint, stage_folder, joint, averages, weights, moments, deepcopy(vars(state)), description
+    )
+
+
+def write_checkpoint(
+    stage_folder: Path,
+    joint: JointModel,
+    averages: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    moments: dict[str, Tensor],
+    state: dict[str, Any],
+    description: dict[str, Any],
+) -> Path:
+    """Write what ``save_checkpoint`` took."""
+    folder = stage_folder / "checkpoints" / f"step_{state['step']:06d}"
     temporary = folder.parent / f".writing_{folder.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         (temporary / STATE).mkdir(parents=True)
-        save_weights(temporary, joint, {**frozen, **averages}, description)
+        save_weights(temporary, joint, averages, description)
         write_tensors(temporary / STATE / "model.safetensors", weights)
         write_tensors(temporary / STATE / "optimizer.safetensors", moments)
-        (temporary / STATE / "state.json").write_text(json.dumps(vars(state)))
+        (temporary / STATE / "state.json").write_text(json.dumps(state))
         write_manifest(temporary)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one of the same step, which a resume passed over
         temporary.rename(folder)
@@ -204,7 +225,7 @@ def save_checkpoint(
             raise
         kept = checkpoints_of(stage_folder)
         raise UserError(
-            f"the checkpoint of step {state.step} could not be saved in {folder.parent} ({reason}); "
+            f"the checkpoint of step {state['step']} could not be saved in {folder.parent} ({reason}); "
             f"{f'{kept[0].name} is whole' if kept else 'there is none before it'}: make room, then run the same command again."
         ) from None
     return folder

@@ -84,11 +84,9 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
     rates = {"unet": config.lr, "conditioning": config.lr_conditioning, "lora": config.lr_lora}
     groups: dict[tuple[bool, str, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        part = part_of(name)
-        muon = (
-            config.name == "muon" and parameter.ndim == 2 and part != "lora"
-        )  # not for kernels, and LoRA's thin factors
-        groups.setdefault((muon, part, parameter.ndim > 1), []).append(parameter)
+        part, dimensions = part_of(name), len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves a piece
+        muon = config.name == "muon" and dimensions == 2 and part != "lora"  # not for kernels, and LoRA's thin factors
+        groups.setdefault((muon, part, dimensions > 1), []).append(parameter)
 
     def select(wanted: bool) -> list[dict[str, Any]]:
         return [

@@ -82,6 +82,7 @@ class Spikes:
         page = write_spike_page(trainer, fault, taken)
         shown = f"; {page} shows them" if page else ""
         where = f"step {state.step}: {fault} (samples {named}{shown})"
+        trainer.settle()  # a checkpoint that is being written is the newest
         checkpoint, _ = newest_valid(trainer.folder)
         if config.on_spike == "skip" and self.in_a_row <= MAX_SPIKES:
             state.skipped.append(state.step)

@@ -205,8 +205,11 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
             raise UserError(f"{init} has a LoRA adapter with {stored}, and lora says {own}; make them equal.")
 
 
-def build_models(start: Start, encoder: TextEncoder, main: bool = False) -> tuple[JointModel, dict[str, Tensor]]:
-    """The joint module with the weights that it starts from, on the CPU, and the frozen tensors that checkpoints keep."""
+def build_models(
+    start: Start, encoder: TextEncoder, main: bool = False, device: torch.device | None = None
+) -> tuple[JointModel, dict[str, Tensor]]:
+    """The joint module with the weights that it starts from, on the CPU, and the frozen tensors that checkpoints keep. On ``device``
+    "meta" the module has no weights, but what is wrong with those that it would start from is found all the same."""
     config = start.config
     is_unet = start.found is not None and start.description is None
     stored: dict[str, Tensor] = {}
@@ -218,7 +221,7 @@ def build_models(start: Start, encoder: TextEncoder, main: bool = False) -> tupl
         attach_lora(encoder, config.lora, seed_from("lora", config.seed) % (1 << 31))
         if config.gradient_checkpointing:
             checkpoint_activations(encoder, config.gradient_checkpointing)
-    joint = build_joint(config, encoder.width, encoder if config.train_text == "lora" else None)
+    joint = build_joint(config, encoder.width, encoder if config.train_text == "lora" else None, device)
     needed = config.codec.factor * downsampling(joint.unet)
     if config.data.bucket_multiple % needed:
         raise UserError(

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from paradiffusion.training.caching import check_cache, describe_cache, open_cac
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import (
     count_micro_batches,
+    cuts_weights,
     is_deepspeed,
     layout_steps,
     make_accelerator,
@@ -99,6 +101,7 @@ class Trainer:
         frozen_models: text encoder and codec, where they are not to be loaded as configured (a benchmark's random ones).
         scorer: of the pictures that validation draws.
     Attributes:
+        writing: the checkpoint that is being written, in the main process.
         encoder: the text encoder; inside ``joint`` too where its LoRA is trained.
         joint: everything that is trained. Steps call ``engine.model``, its prepared wrapper.
         frozen: tensors that are applied but not trained, and belong to a checkpoint: the adapter in stage 3, the U-Net's
@@ -133,27 +136,29 @@ class Trainer:
         check_same_data(index, accelerator)
         self.plan = make_plan(index, config.data, config.batch_size, config.seed)
 
+        # Cut weights come from the main process, which alone makes them whole: the others do without them from the start.
+        is_cut, trained = cuts_weights(accelerator), config.train_text == "lora"
+        empty = torch.device("meta") if is_cut and not self.main else None
+        spared = config.data.cache is not None or self.device.type == "cpu"  # to be moved, or never
         self.encoder, self.codec = frozen_models or (
-            load_text_encoder(config.text_encoder, config.conditioning), load_codec(config.codec),
+            load_text_encoder(
+                config.text_encoder, config.conditioning,
+                device=empty if is_cut and trained else None if spared else self.device,
+            ),
+            load_codec(config.codec),
         )  # fmt: skip
-        self.joint, frozen = build_models(start, self.encoder, self.main)
+        self.joint, frozen = build_models(start, self.encoder, self.main, empty)
         self.frozen = frozen if self.main else {}
         self.cache = open_cache(config, index, self.encoder, self.codec)
         for what, model in (("text", self.encoder), ("latents", self.codec)):
-            if not spares_models(config, self.cache, what, held_out):
+            if model is not self.joint.text_encoder and not spares_models(config, self.cache, what, held_out):
                 model.to(self.device)
-        self.joint.to(self.device)
-        if (refiner := self.joint.refiner) is not None and start.description is None:
-            if self.main:
-                take_statistics(refiner, self.encoder, self.plan, self.device)
-            share(refiner.buffers())
-        if config.precision != "fp32":
-            leave_casts_to_autocast(self.joint)  # within which it is called from here on
+        if not is_cut:
+            self.joint.to(self.device)
         if config.channels_last or (config.compile and self.device.type == "cuda" and not is_deepspeed()):
             self.joint.unet.to(memory_format=torch.channels_last)
-        if config.compile:  # in place: names and checkpoints stay as they are
-            self.joint.unet.compile()
-            compile_layers(self.encoder.model)
+        if config.compile:
+            self.joint.unet.compile()  # in place: names and checkpoints stay as they are
         memory = (
             Memory(self.encoder, self.codec, config.keep_gb, self.device, self.autocast) if config.keep_gb else None
         )
@@ -161,6 +166,14 @@ class Trainer:
         self.inputs = Inputs(config, self.encoder, self.codec, self.joint, self.device, null, memory)
 
         self.engine = make_engine(accelerator, self.joint, config, self.micro_batches)
+        if (refiner := self.joint.refiner) is not None and start.description is None:
+            if self.main or (is_cut and trained):  # whose layers are gathered by all processes together
+                take_statistics(refiner, self.encoder, self.plan, self.device)
+            share(refiner.buffers())
+        if config.precision != "fp32":
+            leave_casts_to_autocast(self.joint)  # within which it is called from here on
+        if config.compile:
+            compile_layers(self.encoder.model)
         self.ema = Ema(self.engine.masters, config.ema_decay, config.ema_device)
         self.state = TrainState()
         if start.found is not None and start.resumes:
@@ -180,6 +193,10 @@ class Trainer:
         rank, processes, gather = (self.rank, self.processes, self.gather) if whole else (0, 1, list)
         self.validation = Validation(held_out, config, rank, processes, gather, self.main, scorer)
         self.spikes = Spikes(self)
+        # On a processor the copy of a checkpoint would take memory that has better uses, and writing its time from the steps.
+        self.saves_apart = self.device.type == "cuda" if config.async_save is None else config.async_save
+        self.writer = ThreadPoolExecutor(1, "checkpoint")
+        self.writing: Future[None] | None = None
         self.compiled: set[tuple[int, ...]] = set()
         self.seen = open_seen(self.folder, self.rank, self.state.step) if config.log_samples else None
         self.meters = Meters()
@@ -251,13 +268,13 @@ class Trainer:
                    disable=None if self.main else True, dynamic_ncols=True)  # fmt: skip
         try:
             while state.step < config.max_steps:
-                _, stopping = self.train_step(batches, stop)
+                _, stopping = self.train_step(batches, lambda: stop() or self.failed_to_save())
                 bar.update()
                 done = state.step == config.max_steps
                 if done or state.step % config.log_every == 0:
                     self.report()
                 if done or stopping or state.step % config.checkpoint_every == 0:
-                    self.save()
+                    self.save(last=done or stopping)
                 if stopping and not done:
                     bar.close()
                     self.say(f"stopped at step {state.step}, which is saved; run the same command again to go on.")
@@ -318,21 +335,40 @@ class Trainer:
             self.log.write(self.state.step, "train", record)
         self.meters.reset()
 
-    def save(self) -> None:
-        """Write a checkpoint; the main process writes, and every process learns whether it could. Raises UserError in the main
-        process, where it could not. The others leave without a word of their own."""
+    def save(self, last: bool = True) -> None:
+        """Take a checkpoint, which the main process writes: while the next steps run where it ``saves_apart``, but for the ``last`` one.
+        Raises what ``settle`` raises."""
         self.enter("save", [])
-        failure = None
+        self.settle()
+        apart = self.saves_apart and not last
+        write = save_checkpoint(
+            self.folder, self.joint, self.engine, self.ema, self.frozen, self.state, self.description(), self.main, apart,
+        )  # fmt: skip
+
+        def written() -> None:
+            write()
+            prune(self.folder, self.config.keep_last, self.config.keep_every)
+
+        if self.main:
+            self.writing = self.writer.submit(written)
+        if not apart:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written is whole; every process learns whether it could be. Raises UserError in the
+        main process, where it could not. The others leave without a word of their own."""
+        failure, writing, self.writing = None, self.writing, None
         try:
-            save_checkpoint(
-                self.folder, self.joint, self.engine, self.ema, self.frozen, self.state, self.description(), self.main
-            )
-            if self.main:
-                prune(self.folder, self.config.keep_last, self.config.keep_every)
+            if writing is not None:
+                writing.result()
         except UserError as error:
             failure = error
         if any(self.gather([failure is not None])):
             raise failure or SystemExit(2)
+
+    def failed_to_save(self) -> bool:
+        """Whether the checkpoint that was being written could not be, so that the next ``settle`` ends the run."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
 
     def validate(self) -> dict[str, float]:
         """Held-out losses, the grid of pictures and which of their sentences were followed, from the EMA weights."""
@@ -374,6 +410,7 @@ class Trainer:
 
     def close(self) -> None:
         """Close the files, and end the watch, unless it was running before and has more to look at."""
+        self.writer.shutdown()  # when the checkpoint is whole
         if self._own_watch:
             self.watch.close()
         for file in (self.seen, self.log):

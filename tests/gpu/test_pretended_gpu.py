@@ -23,6 +23,8 @@ from paradiffusion.compose import compose_train
 from paradiffusion.config import SampleConfig, TrainConfig
 from paradiffusion.models.joint import build_joint
 from paradiffusion.sampling.pipeline import Job, draw, load_models
+from paradiffusion.text.encoder import TextEncoder, load_text_encoder
+from paradiffusion.training import trainer as trainer_module
 from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.folder import stage_folder
 from paradiffusion.training.preflight import batches, hardest
@@ -171,6 +173,27 @@ def test_the_null_prompt_is_read_once_in_a_run(gpu: Gpu, tmp_path: Path) -> None
         trainer.train_step(loader)
     assert reads == [1]
     trainer.close()
+
+
+def test_the_language_model_is_read_to_the_gpu_tensor_by_tensor(
+    gpu: Gpu, codec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # in this thread, which pretends
+    write_samples(tmp_path / "shards", 4, 64, 64)
+    small = [*options(2, "paper", *TINY), f"codec.path={codec_folder}", "codec.scaling_factor=null", "batch_size=4"]
+    config = compose_train([*small, f"data.shards={tmp_path / 'shards'}", f"run_dir={tmp_path / 'run'}"])
+    stage_folder(config).mkdir(parents=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    encoders = []
+
+    def load(*given: object, **more: object) -> TextEncoder:
+        encoder = load_text_encoder(*given, **more)  # type: ignore[arg-type]
+        encoders.append({p.device.type for p in encoder.parameters()})
+        return encoder
+
+    monkeypatch.setattr(trainer_module, "load_text_encoder", load)
+    Trainer(config, make_accelerator(config)).close()
+    assert encoders == [{"cuda"}]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import user_error
+from commands import user_error, wait_for
 from training_runs import assert_same_bits, newest, records, sample_here, steps_saved, train_here
 
 from paradiffusion.checkpoints.manifest import find_fault, write_manifest
@@ -171,7 +171,10 @@ def test_sampling_from_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: p
     user_error(r"checkpoint\.json does not describe a checkpoint", draw, checkpoint)
 
 
-def test_a_full_disk_while_saving(train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", [[], ["async_save=true", "max_steps=16"]], ids=["waited for", "while steps run"])
+def test_a_full_disk_while_saving(
+    more: list[str], train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The checkpoint of step 4 fits and that of step 8 does not; with room the run ends as if nothing had been.
 
     From the second checkpoint on, the system refuses files over a megabyte.
@@ -179,20 +182,29 @@ def test_a_full_disk_while_saving(train: Train, trained: Path, tmp_path: Path, m
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     save, stage = module.save_checkpoint, tmp_path / "run" / "stage1"
 
-    def limited(*arguments: Any) -> Path:
+    def limited(*arguments: Any) -> Callable[[], Path]:
         if arguments[5].step == 8:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
         return save(*arguments)
 
     said = r"step 8 could not be saved in .*step_000004 is whole: make room"
+
+    def stepped(trainer: Any, *given: Any) -> Any:
+        if trainer.state.step == 8:  # beside which the checkpoint of before is written
+            wait_for(trainer.failed_to_save)
+        return step(trainer, *given)
+
+    step = Trainer.train_step
     try:
         with monkeypatch.context() as patch, pytest.raises(UserError, match=said) as caught:
             patch.setattr(module, "save_checkpoint", limited)
-            train("optimizer.warmup_steps=0")
+            patch.setattr(Trainer, "train_step", stepped)
+            train("optimizer.warmup_steps=0", "log_every=1", *more)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
     assert steps_saved(stage) == [4] and find_fault(newest(stage)) is None
+    assert records(stage)[-1]["step"] == (9 if more else 8)
     assert not list((stage / "checkpoints").glob(".writing*"))
     assert train("optimizer.warmup_steps=0") == 0
     assert_same_bits(newest(trained / "stage1"), newest(stage))

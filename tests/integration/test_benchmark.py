@@ -25,7 +25,19 @@ from paradiffusion.budget.bench_models import (
     ratio,
 )
 from paradiffusion.budget.bench_readers import ReaderSettings
-from paradiffusion.budget.benchmark import SAMPLERS, as_markdown, benchmark, own_step, plain_step, start, take_batches
+from paradiffusion.budget.benchmark import (
+    HEADER,
+    SAMPLERS,
+    as_markdown,
+    benchmark,
+    cells,
+    described_gib,
+    own_step,
+    plain_step,
+    start,
+    take_batches,
+)
+from paradiffusion.budget.describe import Question, describe
 from paradiffusion.budget.results import machine
 from paradiffusion.budget.synthetic import captions, random_models
 from paradiffusion.compose import compose_train
@@ -79,6 +91,15 @@ def test_everything_is_measured_and_written(small: list[str], tmp_path: Path) ->
     assert {row.note.split(",")[0] for row in drawn} == {"batch 1", "batch 8"}
     assert {"ours, sampler=paper", "ours, sampler=fast", "reference"} == {row.work for row in drawn}
     assert {row.work for row in rows if row.what == "text"} == {"ours", "reference"}
+
+
+def test_a_rows_peak_stands_beside_what_describe_says(small: list[str]) -> None:
+    arguments = [*small, "stage=1", "data.shards=unused"]
+    said = describe([*arguments, "conditioning.max_tokens=32"], Question(gpus=1), compose_train).memory[0]
+    described = described_gib(compose_train(arguments), 32)
+    assert described == pytest.approx((said.total - said.context) / 2**30)
+    row = make_row(Timing([1.0], 2.0), "step", 1, "masked", "ours", 1, peak_gib=1.5, described_gib=1.4)
+    assert cells(row)[HEADER.index("peak GiB (describe's)")] == "1.5 (1.4)"
 
 
 def test_ours_and_the_reference_train_the_same_weights(small: list[str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import ROOT
 from PIL import Image
 from ranks import launch
@@ -85,7 +86,7 @@ def launched(
     kind: str = request.param
     run = tmp_path_factory.mktemp(kind) / "run"
     more = (f"run_dir={run}", "stage=2", f"max_steps={LENGTHS[kind][0]}", f"init_from={alone / 'stage1'}")
-    train_on_two(kind, *settings, *more, new_interpreters=kind == "ddp")
+    train_on_two(kind, *settings, *more, "async_save=true", new_interpreters=kind == "ddp")
     return kind, run
 
 
@@ -180,6 +181,30 @@ def check_samples(stage: Path, reference: Path, arguments: list[str]) -> None:
     waiting = plan.samples - len(first)
     # What waited at the end of the epoch comes before anything of its bucket comes again.
     assert len(counts) >= plan.samples - waiting and waiting < 4 * len(plan.buckets)
+
+
+@pytest.mark.parametrize(
+    ("stage", "init", "more"),
+    [(1, "scratch", []), (2, "stage1", ["text_encoder.dtype=bfloat16"]), (2, "scratch", []), (3, "stage2", ["unet.lora_rank=2"])],
+    ids=["fresh", "with an adapter", "fresh with an adapter", "applying one"],
+)  # fmt: skip
+def test_zero3_cuts_the_weights_of_one_process_one_at_a_time(
+    stage: int, init: str, more: list[str], settings: list[str], alone: Path, tmp_path: Path
+) -> None:
+    init_from = f"init_from={init if init == 'scratch' else alone / init}"
+    arguments = [*settings, "keep_gb=0", f"stage={stage}", init_from, *more]
+    trainer = build_here([*arguments, f"run_dir={tmp_path / 'one'}"])
+    trainer.close()
+    expected = {**dict(trainer.joint.named_parameters()), **dict(trainer.joint.named_buffers())}
+    result = launch("zero3", "tests/support/built_models.py", str(tmp_path), *arguments, f"run_dir={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(found[name].dtype == e.dtype and torch.equal(found[name], e) for name, e in expected.items())
+    # Of the process that has none to begin with: its half, and one whole tensor.
+    bytes_ = json.loads((tmp_path / "1.json").read_text())
+    assert bytes_["held"] <= 0.5 * bytes_["all"] + bytes_["largest"] + 4096 < 0.9 * bytes_["all"]
 
 
 @pytest.mark.parametrize(

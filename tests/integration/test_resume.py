@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,6 +23,7 @@ from training_runs import assert_same_bits, at_step, newest, records, steps_save
 from paradiffusion.checkpoints.manifest import find_fault, write_manifest
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
+from paradiffusion.training import folder
 from paradiffusion.training.folder import check_unchanged, locked, record_config
 from paradiffusion.training.trainer import Trainer
 
@@ -65,10 +67,14 @@ def second_run(first_run: Path, tiny_arguments: list[str], tmp_path_factory: pyt
 
 
 def test_stage_1_killed_ends_in_the_same_bits(first_run: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
-    """Twice, the second time in the midst of saving."""
+    """Three times, twice in the midst of saving: while nothing else is done, and while steps are."""
     stage, arguments = tmp_path / "run" / "stage1", [*tiny_arguments, *FIRST, f"run_dir={tmp_path / 'run'}"]
-    for moment in (lambda: logged(stage) >= 13, (stage / "checkpoints" / ".writing_step_000040").exists):
-        kill_when(Started("train.py", *arguments), moment)
+    for apart, moment in (
+        ("true", lambda: logged(stage) >= 13),
+        ("true", (stage / "checkpoints" / ".writing_step_000030").exists),
+        ("false", (stage / "checkpoints" / ".writing_step_000050").exists),
+    ):
+        kill_when(Started("train.py", *arguments, f"async_save={apart}"), moment)
         assert all(find_fault(stage / "checkpoints" / f"step_{step:06d}") is None for step in steps_saved(stage))
     last = Started("train.py", *arguments)
     output, errors = last.communicate(timeout=300)
@@ -154,14 +160,35 @@ def test_many_stops_and_other_intervals_change_nothing(
     stage = tmp_path / "run" / "stage1"
     for every, stop in ((7, 3), (1000, 20), (4, 9)):
         monkeypatch.setattr(Trainer, "train_step", at_step(stop, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-        assert (
-            train(*FIRST, f"checkpoint_every={every}", f"validate_every={every}", "log_every=5") == 128 + signal.SIGTERM
-        )
+        asked = (f"checkpoint_every={every}", f"validate_every={every}", "log_every=5", "async_save=true")
+        assert train(*FIRST, *asked) == 128 + signal.SIGTERM
         assert newest(stage).name != "step_000060"
     monkeypatch.undo()
     assert train(*FIRST, "max_steps=40") == 0 and (stage / "summary.json").is_file()
     assert train(*FIRST, "checkpoint_every=13", "validation.samples=2", "data.workers=1", "micro_batch_size=4") == 0
     assert_same_bits(newest(first_run / "stage1"), newest(stage))
+
+
+def test_a_checkpoint_written_while_steps_run_is_that_of_its_own_step(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["max_steps=10", "checkpoint_every=3", "keep_last=9", "log_every=1"]
+    assert train(*arguments, f"run_dir={tmp_path / 'waited'}") == 0
+    stage, write, beside = tmp_path / "apart" / "stage1", folder.write_checkpoint, []
+
+    def late(*arguments: Any) -> Path:
+        step = arguments[5]["step"]
+        if step < 10:  # the last is waited for
+            wait_for(lambda: logged(stage) > step)
+            beside.append(step)
+        return write(*arguments)
+
+    monkeypatch.setattr(folder, "write_checkpoint", late)
+    assert train(*arguments, f"run_dir={tmp_path / 'apart'}", "async_save=true", "ema_device=cpu") == 0
+    assert beside == [3, 6, 9] and steps_saved(stage) == [3, 6, 9, 10]
+    for checkpoint in (stage / "checkpoints").glob("step_*"):
+        assert_same_bits(tmp_path / "waited" / "stage1" / "checkpoints" / checkpoint.name, checkpoint)
+        assert find_fault(checkpoint) is None
 
 
 # What frozen models made is kept while it fits (other entries than before the stop), or kept whole.

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tiny_encoders import write_llama_tokenizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModel
 
 from paradiffusion.checkpoints.layouts import load_adapter
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
@@ -181,6 +182,41 @@ def test_layers_are_compiled_once_for_all(monkeypatch: pytest.MonkeyPatch) -> No
     compile_layers(encoder.model)
     assert torch.equal(encode(encoder, ["a red circle", "a star"]), expected)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_read_to_a_device_tensor_by_tensor_is_the_same(dtype: str) -> None:
+    config, devices = TextEncoderConfig(dtype=dtype), (None, torch.device("cpu"), torch.device("meta"))
+    whole, placed, empty = (load_text_encoder(config, MODERN, device=device) for device in devices)
+    for found in (placed, empty):
+        expected = [*whole.named_parameters(), *whole.named_buffers()]
+        for (name, one), (other, two) in zip(
+            expected, [*found.named_parameters(), *found.named_buffers()], strict=True
+        ):
+            assert (name, one.shape, one.dtype) == (other, two.shape, two.dtype)
+            assert two.is_meta if found is empty else torch.equal(one, two)
+
+
+def test_where_no_weights_are_wanted_none_come_into_memory(tmp_path: Path) -> None:
+    """As in all processes but the main one of ZeRO-3; on a processor a model that is cast is held twice for a moment."""
+    folder = shutil.copytree(locate(TextEncoderConfig()), tmp_path / "model")
+    architecture = AutoConfig.from_pretrained(folder, vocab_size=500_000)
+    AutoModel.from_config(architecture, dtype=torch.float16).save_pretrained(folder)
+    config = TextEncoderConfig(name="mine", path=str(folder), dtype="bfloat16")
+    peaks, size = [], (folder / "model.safetensors").stat().st_size
+    assert size > 60e6
+    for device in (torch.device("meta"), None):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, encoder = memory("VmRSS"), load_text_encoder(config, MODERN, device=device)
+        peaks.append(memory("VmHWM") - before)
+        del encoder
+    assert peaks[0] < 0.2 * size < 0.8 * size < peaks[1]
+
+
+def memory(kind: str) -> int:
+    """Bytes of main memory that this process holds, or at most held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def test_local_folder(tmp_path: Path) -> None:
