@@ -45,7 +45,8 @@ def test_alone_equals_in_a_batch_of_eight(prediction: str, solver: str) -> None:
     together = draw(models, PROMPTS * 2, seeds, settings)
     for row in (0, 3, 7):
         alone = draw(models, [(PROMPTS * 2)[row]], [seeds[row]], settings)
-        assert torch.allclose(alone[0], together[row], atol=1e-5, rtol=1e-5)
+        # Rounding, in proportion to the largest: which kernel a batch of another size takes is the processor's matter.
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=2e-6 * float(together.abs().max()))
     assert torch.isfinite(together).all()
     assert (together[1] - together[3]).abs().max() > 1e-2  # same seed, another prompt
     assert (together[0] - together[4]).abs().max() > 1e-2  # same prompt, another seed
