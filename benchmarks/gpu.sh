@@ -46,11 +46,12 @@ measure "tests on a real GPU" env CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-
 benchmark "stage 1 and its switches" stage1 what=step stages=1 resolution="${side[0]}" conditioning.mask_padding=true switches=channels_last,fused
 benchmark "stage 2, recomputed" stage2 what=step stages=2 resolution="${side[0]}" conditioning.mask_padding=true switches=none
 benchmark "stage 2, all activations kept" stage2_kept what=step stages=2 resolution="${side[0]}" conditioning.mask_padding=true switches=none gradient_checkpointing=false
-benchmark "pictures" sampler what=sampler resolution="${side[1]}" steps="$steps" conditioning.mask_padding=true
+benchmark "pictures" sampler what=sampler resolution="${side[1]}" steps="$steps" conditioning.mask_padding=true switches=none
 benchmark "stage 3" stage3 what=step stages=3 resolution="${side[1]}" conditioning.mask_padding=true switches=none
 benchmark "stage 1, lengths in multiples of 64" stage1_64 what=step stages=1 resolution="${side[0]}" conditioning.mask_padding=true conditioning.pad_multiple=64 switches=none
 on_gpu "24 GB: micro-batches of 1" recipe_1 what=step stages=2 recipe=24gb conditioning.mask_padding=true micro_batch_size=1 switches=none
 on_gpu "24 GB: micro-batches of 8" recipe_8 what=step stages=2 recipe=24gb conditioning.mask_padding=true micro_batch_size=8 switches=none
 on_gpu "stage 1, compiled" stage1_compiled what=step stages=1 resolution="${side[0]}" conditioning.mask_padding=true switches=compile
+on_gpu "pictures, compiled" sampler_compiled what=sampler resolution="${side[1]}" steps="$steps" conditioning.mask_padding=true switches=compile
 measure "nano's stage 1, to its scores" "$python" train.py stage=1 run_dir="$folder/nano" "${nano[@]}"
 exit $status

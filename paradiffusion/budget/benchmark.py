@@ -23,7 +23,7 @@ from paradiffusion.config import SamplerConfig, TrainConfig
 from paradiffusion.data.loader import Batch
 from paradiffusion.models.joint import LossBatch, build_joint
 from paradiffusion.pages import markdown_table
-from paradiffusion.sampling.pipeline import InferenceModels, Job, draw
+from paradiffusion.sampling.pipeline import InferenceModels, Job, compile_denoiser, draw
 from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.training.trainer import Trainer
@@ -313,7 +313,16 @@ def measure_batch(
         plain_sample(models, prompts[number * size : (number + 1) * size], range(size), side, official)
 
     works["reference"] = plain
-    timings = interleave(works, bench.settings.warmup, bench.settings.repeats, bench.device)
+    before: dict[str, Callable[[], object]] | None = None
+    if "compile" in bench.settings.several("switches"):
+        unet, title = models.joint.unet, f"ours, sampler={bench.samplers[0]}, compile=true"
+        compile_denoiser(unet, bench.device)
+        works[title] = works[f"ours, sampler={bench.samplers[0]}"]
+        program = unet._compiled_call_impl
+        before = {
+            work: partial(setattr, unet, "_compiled_call_impl", program if work == title else None) for work in works
+        }
+    timings = interleave(works, bench.settings.warmup, bench.settings.repeats, bench.device, before)
     for work, timing in timings.items():
         settings = presets.get(work.rpartition("=")[2], official)
         note = f"batch {size}, {side} px, {settings.steps} steps, guidance {settings.guidance:g}"

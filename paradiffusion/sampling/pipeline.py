@@ -184,19 +184,22 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     joint.requires_grad_(False).eval().to(target, dtype)
     encoder.to("cpu" if config.offload_text_encoder else target)
     codec.to(target)
-    on_gpu = target.type == "cuda"
-    if config.channels_last or (config.compile and on_gpu):
+    if config.channels_last or (config.compile and target.type == "cuda"):
         unet.to(memory_format=torch.channels_last)
     if config.compile:
-        # Once for each shape: steps with and without guidance would otherwise share one program for any. CUDA graphs replay it
-        # without the processor, which at batch 1 is what a step waits for.
-        unet.compile(dynamic=False, mode="reduce-overhead" if on_gpu else None)
+        compile_denoiser(unet, target)
     if config.vae_tiling:
         codec.vae.enable_tiling()
     return InferenceModels(
         joint, encoder, codec, joint.objective, parse(SamplerConfig, description["sampler"]), description["resolution"],
         target, dtype, checkpoint.name, description["step"], description["provenance"], config.offload_text_encoder,
     )  # fmt: skip
+
+
+def compile_denoiser(unet: Any, device: torch.device) -> None:
+    """Compile it at its first call, once for each shape: steps with and without guidance would otherwise share one program for any. CUDA
+    graphs replay it without the processor, which at batch 1 is what a step waits for."""
+    unet.compile(dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 @dataclass(frozen=True)

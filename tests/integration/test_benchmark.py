@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -91,6 +92,18 @@ def test_everything_is_measured_and_written(small: list[str], tmp_path: Path) ->
     assert {row.note.split(",")[0] for row in drawn} == {"batch 1", "batch 8"}
     assert {"ours, sampler=paper", "ours, sampler=fast", "reference"} == {row.work for row in drawn}
     assert {row.work for row in rows if row.what == "text"} == {"ours", "reference"}
+
+
+def test_pictures_are_drawn_compiled_beside_not(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    arguments = (f"output={tmp_path}", "what=sampler", "switches=compile")
+    _, rows = benchmark(settings(*arguments), small, compose_train)
+    found = [row for row in rows if row.work == "ours, sampler=paper, compile=true"]
+    assert [row.note.split(",")[0] for row in found] == ["batch 1", "batch 8"]
+    assert all(row.median for row in found) and {"ours, sampler=paper", "reference"} <= {row.work for row in rows}
 
 
 def test_a_rows_peak_stands_beside_what_describe_says(small: list[str]) -> None:
