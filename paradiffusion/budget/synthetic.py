@@ -19,7 +19,7 @@ from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.text.encoder import DTYPES, TextEncoder, attach_lora, load_text_encoder
-from paradiffusion.text.families import architecture_of, cut_layers, model_class
+from paradiffusion.text.families import architecture_of, check_quantization, cut_layers, model_class, multiply_in_fp8
 from paradiffusion.text.tiny import CORPUS, build_tiny
 from paradiffusion.text.tokenizer import load_tokenizer
 
@@ -48,11 +48,12 @@ def random_text_encoder(config: TrainConfig, device: torch.device) -> TextEncode
     settings: TextEncoderConfig = config.text_encoder
     if settings.path is not None:
         return load_text_encoder(settings, config.conditioning)
-    if settings.quantization is not None:
+    if settings.quantization == "4bit":
         raise UserError(
             f"random weights are not quantised; set text_encoder.quantization=null (found {settings.quantization}), or "
             "text_encoder.path=<folder> to measure real ones."
         )
+    check_quantization(settings)
     architecture = architecture_of(settings)
     with torch.random.fork_rng(), device:
         torch.manual_seed(0)
@@ -62,6 +63,8 @@ def random_text_encoder(config: TrainConfig, device: torch.device) -> TextEncode
         build_tiny(Path(folder))
         tokenizer = load_tokenizer(Path(folder))
     model.requires_grad_(False)
+    if settings.quantization == "fp8":
+        multiply_in_fp8(model)
     return TextEncoder(
         model.eval(), tokenizer, config.conditioning, {"name": settings.name, "hash": "random", "known_by": "random"}
     )

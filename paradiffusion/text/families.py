@@ -205,12 +205,7 @@ def read_model(folder: Path, config: TextEncoderConfig, device: torch.device | N
     """
     from safetensors import SafetensorError
 
-    if lacking := lacks(config.quantization):
-        package = PACKAGES[str(config.quantization)]
-        raise UserError(
-            f"text_encoder.quantization={config.quantization} needs a CUDA device and the package {package}, and {lacking}; set "
-            "text_encoder.quantization=null, or run it where both are."
-        )
+    check_quantization(config)
     placed = ({} if device is None else {"device_map": {"": device}}) | quantized(config)
     try:
         architecture = read_architecture(folder)
@@ -258,6 +253,16 @@ def lacks(quantization: str | None) -> str | None:
     if torch.cuda.get_device_capability() < (8, 9):
         return "this one has no products of 8 bits (Ada, Hopper or later have)"
     return None if importlib.util.find_spec("torchao") else "torchao is not installed"
+
+
+def check_quantization(config: TextEncoderConfig) -> None:
+    """Raise UserError where the language model cannot be quantised as configured."""
+    if lacking := lacks(config.quantization):
+        package = PACKAGES[str(config.quantization)]
+        raise UserError(
+            f"text_encoder.quantization={config.quantization} needs a CUDA device and the package {package}, and {lacking}; set "
+            "text_encoder.quantization=null, or run it where both are."
+        )
 
 
 def multiply_in_fp8(model: nn.Module, emulate: bool = False) -> None:

@@ -145,8 +145,9 @@ def test_random_models_have_the_configured_shapes(small: list[str]) -> None:
     assert any("lora_" in name for name, _ in encoder.named_parameters())  # stage 3 applies stage 2's adapter
     tokens = encoder.tokenize(["a red circle"])
     assert torch.isfinite(encoder(tokens.ids, tokens.mask)).all()
-    with pytest.raises(UserError, match="quantization"):
-        random_models(compose_train(["data.shards=unused", *small, "text_encoder.quantization=4bit"]), CPU)
+    for kind, said in (("4bit", "random weights"), ("fp8", "CUDA device")):
+        with pytest.raises(UserError, match=f"{said}.*quantization=null|quantization.*{said}"):
+            random_models(compose_train(["data.shards=unused", *small, f"text_encoder.quantization={kind}"]), CPU)
 
 
 def test_captions_have_the_papers_lengths() -> None:
