@@ -44,6 +44,7 @@ from paradiffusion.budget.synthetic import captions, random_models
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
+from paradiffusion.sampling.pipeline import InferenceModels, Job, draw
 from paradiffusion.text.encoder import TextEncoder
 
 CPU = torch.device("cpu")
@@ -97,13 +98,21 @@ def test_everything_is_measured_and_written(small: list[str], tmp_path: Path) ->
 def test_pictures_are_drawn_compiled_beside_not(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    runs: list[bool] = []
+
+    def drawn(models: InferenceModels, jobs: list[Job]) -> object:
+        runs.append(models.joint.unet._compiled_call_impl is not None)
+        return draw(models, jobs)
+
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("paradiffusion.budget.benchmark.draw", drawn)
     arguments = (f"output={tmp_path}", "what=sampler", "switches=compile")
     _, rows = benchmark(settings(*arguments), small, compose_train)
     found = [row for row in rows if row.work == "ours, sampler=paper, compile=true"]
     assert [row.note.split(",")[0] for row in found] == ["batch 1", "batch 8"]
     assert all(row.median for row in found) and {"ours, sampler=paper", "reference"} <= {row.work for row in rows}
+    assert (runs.count(True), runs.count(False)) == (4, 8)  # two rounds of two sizes: one way of three is compiled
 
 
 def test_a_rows_peak_stands_beside_what_describe_says(small: list[str]) -> None:

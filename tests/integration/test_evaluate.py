@@ -93,6 +93,13 @@ def test_stages_are_compared(run: Path, capsys: pytest.CaptureFixture[str]) -> N
         evaluate_here(f"compare=[{made[0]},{run}/stage2]", "suite=scenes", "count=1")
 
 
+def test_a_report_says_at_which_length_paragraphs_are_cut(run: Path) -> None:
+    options = "suite_options={number: 2, caption: short, lengths: [20, 900]}"
+    assert evaluate_here(f"ckpt={run}", "suite=scenes", options, "scores=[]", "output_dir=out") == 0
+    assert read_evaluation(Path("out")).source["cut_prompts"] == {"900 words": 2}
+    assert "prompts: 900 words: 2;" in Path("out/report.md").read_text()
+
+
 def test_a_prompt_that_cannot_be_drawn_is_a_failure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "one"}, {"prompt": "two", "height": 33}, {"prompt": "three", "width": 32, "seed": 5}]
     prompts = write_prompts(Path("mine.jsonl"), rows)
