@@ -31,17 +31,8 @@ from paradiffusion.training.trainer import Trainer
 # The released inference code's settings, and ours for speed: configs/sampler.
 SAMPLERS = ("paper", "fast")
 HEADER = [
-    "what",
-    "stage",
-    "arm",
-    "work",
-    "median (range)",
-    "rate",
-    "speed-up",
-    "TFLOP/s (MFU)",
-    "peak GiB (describe's)",
-    "settings",
-]
+    "what", "stage", "arm", "work", "median (range)", "rate", "speed-up", "TFLOP/s (MFU)", "peak GiB (describe's)", "settings",
+]  # fmt: skip
 BATCHES = (1, 8)
 TEXT_BATCH = 8
 GIVEN = "features and latents given"

@@ -1,4 +1,4 @@
-"""How far a picture of a built-in scene fulfils each sentence of its caption: from the ground truth and the pixels alone.
+"""The truth of sentences: how far a built-in scene's picture fulfils each one of its caption, by ground truth and pixels alone.
 
 The facts of a sentence are what it says of objects (there in its colour, shape, size, texture), of how two of them lie to
 each other, of the background and of the number of objects. Its score is the mean over the things it speaks of, each the

@@ -1,4 +1,4 @@
-"""Which class reads which text encoder, what it looks like without its weights, and how these are read.
+"""Families of text encoders: the class that reads each, its architecture without weights, and its weights in 16, 8 or 4 bits.
 
 Nothing here names a model: a folder's config.json, or ``text_encoder.architecture``, says its ``model_type``, and the
 rest follows from what transformers knows of that type and from the model itself.

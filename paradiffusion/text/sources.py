@@ -1,4 +1,4 @@
-"""Where a text encoder comes from: a local folder, a Python package that carries it, or the hub, in that order."""
+"""Sources of a text encoder: a local folder, a Python package that carries it, or the hub, in that order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a step's gradients are taken and weights updated: in one process, under DDP, or by DeepSpeed's engine, as was launched.
+"""The training engine: a step's gradients and its update, in one process, under DDP, or by DeepSpeed's, as was launched.
 
 The trainer calls one interface. What differs between launches, above all who holds which weights and moments, ends here.
 """
