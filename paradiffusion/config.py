@@ -524,8 +524,8 @@ class TrainConfig:
 
     Attributes:
         recipe: a set of values for one kind of machine (configs/recipe), merged after preset and stage.
-        batch_size, micro_batch_size: samples of one optimiser step over all processes, and of one process at most at once;
-            accumulation is their whole-number ratio over the processes.
+        batch_size, micro_batch_size: samples of one optimiser step over all processes, and of one process at most at once:
+            the largest such number that divides its share of the batch is taken.
         repeats: noise levels at which each sample of a batch is seen; its text is read, and its image encoded, once for all.
         precision: "fp32" (without TF32 on GPUs), "bf16", or "auto": bf16 on GPUs and on processors that multiply it faster, else
             fp32. (fp16 would need its loss scale in every checkpoint.)

@@ -242,12 +242,10 @@ def memory(d: Description) -> str:
         fits = ["fits" if m.total <= d.gpu * GIB else "no" for m in d.memory]
         rows = [[*row, cell] for row, cell in zip(rows, [f"in {d.gpu:g}?", *fits], strict=True)]
     lines = ["GiB per GPU (exact: weights to EMA; estimated: activations, buffers, context)", table(rows)]
-    for gpus, micro in {(m.gpus, d.micro_batches[m.launch]): None for m in d.memory}:
-        if d.config.batch_size % (gpus * micro):
-            lines.append(
-                f"  train.py refuses batch_size={d.config.batch_size} on {gpus} GPUs: it must be a multiple of {gpus} x "
-                f"micro_batch_size={micro}"
-            )
+    if refused := sorted({m.gpus for m in d.memory if d.config.batch_size % m.gpus}):
+        lines.append(
+            f"  train.py refuses batch_size={d.config.batch_size} on {refused[0]} GPUs: it must be a multiple of them"
+        )
     if host := ", ".join(f"{TITLES[m.launch]} {gib(m.host)}" for m in d.memory if m.host > 0):
         lines.append(f"  and in main memory per process: {host}")
     for override in dict.fromkeys(r.override for r in d.recomputation):

@@ -430,20 +430,19 @@ def check_gpus(local_processes: int) -> None:
 
 
 def at_once(config: TrainConfig, processes: int) -> int:
-    """Samples of a micro-batch: micro_batch_size, or a process's share of a smaller batch."""
+    """Samples of a micro-batch: as many as micro_batch_size allows of which a process's share of the batch is a whole multiple."""
     share = max(1, config.batch_size // processes)
-    return min(config.micro_batch_size or share, share)
+    most = min(config.micro_batch_size or share, share)
+    return next(size for size in range(most, 0, -1) if share % size == 0)
 
 
 def count_micro_batches(config: TrainConfig, processes: int) -> int:
-    """Micro-batches per process and optimiser step; UserError unless all ratios are whole."""
-    micro = at_once(config, processes)
-    if config.batch_size % (micro * processes):
+    """Micro-batches per process and optimiser step; UserError where processes cannot share the batch evenly."""
+    if config.batch_size % processes:
         raise UserError(
-            f"batch_size={config.batch_size} is not a whole multiple of micro_batch_size={micro} times {processes} processes; "
-            "choose numbers that divide."
+            f"batch_size={config.batch_size} is not a whole multiple of {processes} processes; choose one that is."
         )
-    return config.batch_size // (micro * processes)
+    return config.batch_size // (at_once(config, processes) * processes)
 
 
 def is_deepspeed() -> bool:

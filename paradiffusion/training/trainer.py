@@ -37,6 +37,7 @@ from paradiffusion.text.encoder import TextEncoder, compile_layers, leave_casts_
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import (
+    at_once,
     count_micro_batches,
     cuts_weights,
     is_deepspeed,
@@ -514,12 +515,18 @@ def announcement(trainer: Trainer, start: Start) -> str:
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trainer.joint.trained().items()}
     lora = sum(size for name, size in sizes.items() if ".lora_" in name)
     places = 0 if plan.steps_per_epoch >= 10 else 2
+    at_most, size = config.micro_batch_size, at_once(config, trainer.processes)
     return (
         f"stage {config.stage} in {trainer.folder}: {start.told()}, step {trainer.state.step} of {config.max_steps}\n"
         f"  trained: {sum(sizes.values()) / 1e6:.2f} M parameters ({lora / 1e6:.2f} M of them LoRA), "
         f"{config.precision}, {trainer.device.type}, {trainer.engine.kind}, {trainer.processes} process(es) x "
         f"{trainer.micro_batches} micro-batch(es), {torch.get_num_threads()} thread(s) each\n"
-        f"  text: {config.text_encoder.name} ({config.train_text}), {config.conditioning.name} conditioning"
+        + (
+            f"  micro-batches of {size}: micro_batch_size={at_most} does not divide a process's share of batch_size={config.batch_size}\n"
+            if at_most and size < min(at_most, size * trainer.micro_batches)
+            else ""
+        )
+        + f"  text: {config.text_encoder.name} ({config.train_text}), {config.conditioning.name} conditioning"
         + (f", alone in the first {trainer.layout_steps} steps" if trainer.layout_steps else "")
         + "\n"
         f"  data: {plan.samples} samples in {len(plan.index.shards)} shards, {plan.steps_per_epoch:.{places}f} steps an epoch, "

@@ -50,7 +50,6 @@ def test_what_contradicts_itself_or_is_not_there(
     missing = "data.shards='" + str(demo_folder / "web" / "{000000..000002}.tar") + "'"
     mistakes = (
         ("data.val_shards=nowhere", r"^data\.val_shards=nowhere matches no \.tar"),
-        ("micro_batch_size=3", r"batch_size=4 is not a whole multiple of micro_batch_size=3"),
         ("data.bucket_multiple=8", r"data\.bucket_multiple=8 must be a multiple of 16"),
         (f"data.shards={tmp_path}/nothing/*.tar", r"data\.shards=.*nothing.* matches no \.tar file"),
         (missing, r"of which 2 are missing, the first one .*000001\.tar"),

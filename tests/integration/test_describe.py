@@ -251,6 +251,12 @@ def test_the_least_recomputation_that_fits_is_chosen() -> None:
     assert not least_recomputation(fitter, needs[0] / 2, whole.flops)
 
 
+def test_it_counts_the_micro_batches_that_training_takes() -> None:
+    found = ask(*SMALL, "batch_size=20", "micro_batch_size=8", "gpus=2")
+    assert set(found.micro_batches.values()) == {5} and "refuses" not in as_text(found)
+    assert "refuses batch_size=20 on 3 GPUs" in as_text(ask(*SMALL, "batch_size=20", "micro_batch_size=8", "gpus=3"))
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_24gb_recipe_fits(stage: int) -> None:
     fitter = Fitter([*PAPER, f"stage={stage}", "recipe=24gb"], compose_train, 1)

@@ -20,7 +20,7 @@ from paradiffusion.data.images import make_buckets
 from paradiffusion.errors import UserError
 from paradiffusion.models.unet import add_lora, build_unet, downsampling, empty_unet
 from paradiffusion.text.families import text_width
-from paradiffusion.training.engine import count_micro_batches
+from paradiffusion.training.engine import at_once, count_micro_batches
 from paradiffusion.training.optim import build_optimizer, takes_fused
 
 
@@ -159,6 +159,9 @@ def test_what_it_sets(stage: int, unet: str) -> None:
     assert small.gradient_checkpointing and small.micro_batch_size == 8 and small.unet.lora_rank > 0
     assert recipe(f"stage={stage}", "unet.lora_rank=0").unet.lora_rank == 0, "the whole U-Net by one key"
     assert [count_micro_batches(small, cards) for cards in (1, 4, 8, 32)] == [4, 1, 1, 1], "on any number of cards"
+    other = recipe(f"stage={stage}", f"unet={unet}", "batch_size=20")
+    assert [at_once(other, cards) for cards in (1, 2, 4)] == [5, 5, 5] and count_micro_batches(other, 1) == 4
+    user_error("batch_size=20 is not a whole multiple of 3 processes", count_micro_batches, other, 3)
     # What the stage is for does not change.
     for key in ("train_text", "precision", "conditioning", "objective", "lora", "data", "sampler"):
         assert getattr(small, key) == getattr(plain, key), key

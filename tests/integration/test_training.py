@@ -165,17 +165,19 @@ def test_lora_gradients_reach_every_layer(
 
 @pytest.mark.parametrize(("stage", "repeats"), [(1, 2), (2, 1)])
 def test_micro_batches_and_recomputation_change_nothing(
-    stage: int, repeats: int, stages: Stages, tiny_arguments: list[str], tmp_path: Path
-) -> None:
+    stage: int, repeats: int, stages: Stages, tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
     arguments = [*tiny_arguments, f"stage={stage}", f"repeats={repeats}", f"run_dir={tmp_path}", MODERN_WORDS]
     arguments += [f"init_from={stages.checkpoint(1)}"]
     # In stage 2 B begins at 0, so that A has a gradient from the second step on; Adam's step before it divides by the
     # gradient's size, which makes rounding in the smallest ones visible.
     steps, tolerance = (1, 1e-5) if stage == 1 else (2, 1e-3)
     loss, gradients = gradients_of(build_here(arguments), steps)
-    for change in ("micro_batch_size=1", "micro_batch_size=2", "gradient_checkpointing=true"):
+    # Three do not divide four: two at once are taken.
+    for change, count in (("micro_batch_size=1", 4), ("micro_batch_size=3", 2), ("gradient_checkpointing=true", 1)):
         setup = build_here([*arguments, change])
-        assert setup.micro_batches == (4 // int(change[-1]) if change.startswith("micro") else 1)
+        assert setup.micro_batches == count
+        assert ("micro-batches of 2: micro_batch_size=3 " in capsys.readouterr().out) == (count == 2)
         other_loss, others = gradients_of(setup, steps)
         assert other_loss == pytest.approx(loss, rel=1e-5), change
         assert others.keys() == gradients.keys()
