@@ -7,7 +7,9 @@ Weights are random and data is made up, so nothing has to be downloaded. Besides
   stages=1,2          of training; what=step,sampler,text
   repeats=3 warmup=1  rounds (20 and 5 on a GPU); device=cpu or cuda; resolution=512 in place of the stage's own
   steps=20            of the sampler, in place of the official 100 (the default on a processor)
-  switches=channels_last,compile,fused   which to measure beside; switches=none for none
+  switches=channels_last,compile,fused   which to measure beside; switches=none for none. async_save takes checkpoints; of what
+                      has no key a step without it is measured: reads and cudnn_benchmark, null_prompt (stages 1 and 3),
+                      adapter_casts (stage 2), frozen_fp32 (with unet.lora_rank)
   output=benchmarks name=FILE            where FILE.json and FILE.md are written
 """
 

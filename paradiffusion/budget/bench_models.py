@@ -26,10 +26,12 @@ GIB = 2**30
 
 @dataclass
 class Timing:
-    """Seconds of each round of one piece of work, its peak memory on a GPU in GiB, and why there are none."""
+    """Seconds of each round of one piece of work, the most memory on a GPU in GiB, as its tensors had it and as the allocator had
+    reserved it for them, and why there are none."""
 
     seconds: list[float] = field(default_factory=list)
     peak_gib: float | None = None
+    reserved_gib: float | None = None
     note: str = ""
 
 
@@ -55,6 +57,7 @@ class Row:
     mfu: float | None = None
     peak_gib: float | None = None
     described_gib: float | None = None
+    reserved_gib: float | None = None
     note: str = ""
 
 
@@ -76,7 +79,7 @@ def interleave(
             try:
                 if before is not None:
                     before[name]()
-                seconds, peak = timed(works[name], number, device)
+                seconds, peak, reserved = timed(works[name], number, device)
             except torch.OutOfMemoryError:
                 timing.seconds, timing.note = [], f"did not fit into the memory of {device}"
                 alive = [other for other in alive if other != name]
@@ -84,13 +87,15 @@ def interleave(
                 continue
             if number >= warmup:
                 timing.seconds.append(seconds)
-            if peak is not None:
+            if peak is not None and reserved is not None:
                 timing.peak_gib = max(timing.peak_gib or 0.0, peak)
+                timing.reserved_gib = max(timing.reserved_gib or 0.0, reserved)
     return timings
 
 
-def timed(work: Callable[[int], object], number: int, device: torch.device) -> tuple[float, float | None]:
-    """Seconds of ``work(number)``, with all that it has asked of a GPU done, and the most memory that it held there, in GiB."""
+def timed(work: Callable[[int], object], number: int, device: torch.device) -> tuple[float, float | None, float | None]:
+    """Seconds of ``work(number)``, with all that it has asked of a GPU done, and the most memory that it held there, and that was
+    reserved, in GiB."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -100,7 +105,9 @@ def timed(work: Callable[[int], object], number: int, device: torch.device) -> t
     if on_gpu:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
-    return seconds, torch.cuda.max_memory_allocated(device) / GIB if on_gpu else None
+    if not on_gpu:
+        return seconds, None, None
+    return seconds, torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
 
 
 def release() -> None:
@@ -119,19 +126,19 @@ def ratio(slow: Timing, fast: Timing) -> float | None:
 def make_row(
     timing: Timing, what: str, stage: int, arm: str, work: str, count: float, unit: str = "samples/s",
     reference: Timing | None = None, against: str = "reference", flop: float | None = None, peak: float | None = None,
-    peak_gib: float | None = None, note: str = "", described_gib: float | None = None,
+    memory: Timing | None = None, note: str = "", described_gib: float | None = None,
 ) -> Row:  # fmt: skip
     """A row from its timing. ``count`` (samples, images or tokens) and ``flop`` are those of one round, ``peak`` the device's
-    TFLOP/s; ``peak_gib`` was measured apart, in the place of the timing's own, and ``described_gib`` is what it should be."""
+    TFLOP/s; ``memory`` was measured apart, in the place of the timing's own, and ``described_gib`` is what its peak should be."""
     note = "; ".join(part for part in (note, timing.note) if part)
     if not timing.seconds:
         return Row(what, stage, arm, work, None, unit=unit, note=note)
-    mean = statistics.fmean(timing.seconds)
+    mean, memory = statistics.fmean(timing.seconds), memory or timing
     tflops = None if flop is None else flop / mean / 1e12
     return Row(
         what, stage, arm, work, statistics.median(timing.seconds), min(timing.seconds), max(timing.seconds), count / mean, unit,
         None if reference is None else ratio(reference, timing), against, tflops,
-        None if tflops is None or peak is None else tflops / peak, peak_gib or timing.peak_gib, described_gib, note,
+        None if tflops is None or peak is None else tflops / peak, memory.peak_gib, described_gib, memory.reserved_gib, note,
     )  # fmt: skip
 
 
@@ -140,7 +147,17 @@ SAMPLES = 256
 SEVERAL = {
     "stages": ("1", "2", "3"),
     "what": ("step", "sampler", "text"),
-    "switches": ("channels_last", "compile", "fused"),
+    "switches": (
+        "channels_last",
+        "compile",
+        "fused",
+        "async_save",
+        "reads",
+        "null_prompt",
+        "adapter_casts",
+        "frozen_fp32",
+        "cudnn_benchmark",
+    ),
 }
 
 

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from paradiffusion.budget.bench_models import GIB, Bench, BenchmarkSettings, Row, Timing, interleave, make_row, release
 from paradiffusion.budget.flops import StageFlops, stage_flops
 from paradiffusion.budget.memory import LAUNCHES, Fitter
 from paradiffusion.budget.results import facts, machine, today, write_results
 from paradiffusion.budget.synthetic import captions, random_models
+from paradiffusion.checkpoints.manifest import checkpoints_of
 from paradiffusion.config import SamplerConfig, TrainConfig
 from paradiffusion.data.loader import Batch
 from paradiffusion.models.joint import LossBatch, build_joint
+from paradiffusion.models.unet import halve_frozen
 from paradiffusion.pages import markdown_table
 from paradiffusion.sampling.pipeline import InferenceModels, Job, compile_denoiser, draw
 from paradiffusion.scenes.dataset import make_wanted
-from paradiffusion.text.encoder import TextEncoder
+from paradiffusion.text.encoder import TextEncoder, compile_layers
+from paradiffusion.text.tokenizer import tokenize_once
 from paradiffusion.training.trainer import Trainer
 
 # The released inference code's settings, and ours for speed: configs/sampler.
 SAMPLERS = ("paper", "fast")
 HEADER = [
-    "what", "stage", "arm", "work", "median (range)", "rate", "speed-up", "TFLOP/s (MFU)", "peak GiB (describe's)", "settings",
+    "what", "stage", "arm", "work", "median (range)", "rate", "speed-up", "TFLOP/s (MFU)", "peak GiB (describe's)",
+    "reserved GiB", "settings",
 ]  # fmt: skip
 BATCHES = (1, 8)
 TEXT_BATCH = 8
-GIVEN = "features and latents given"
+GIVEN, LATENTS_GIVEN = "features and latents given", "latents given"
+# Switches without a key of their own: the row is of the step without what it has.
+UNDONE = {
+    "reads": "numbers read in each micro-batch, copies waited for",
+    "null_prompt": "null prompt read beside the others",
+    "adapter_casts": "adapters' inputs cast to fp32 and back",
+    "frozen_fp32": "frozen matrices of the U-Net in fp32",
+    "cudnn_benchmark": "cudnn.benchmark off",
+}
+# Checkpoints of each kind whose time is taken, after one that is not: each may be of many gigabytes.
+SAVES = 2
 # Batches of an epoch that are looked at.
 MOST_BATCHES = 32
 
@@ -55,11 +74,15 @@ def measure_stage(bench: Bench, stage: int, arm: str, overrides: list[str]) -> I
     try:
         batches = take_batches(trainer, settings.warmup, settings.repeats)
         ours = own_step(trainer, batches)
-        # Alone first: beside it the reference's optimiser and average will take memory as well. Its state is made in the first step.
-        alone = interleave({"ours": fullest_step(trainer, batches[-1])}, 2, 0, bench.device)["ours"].peak_gib
+        # Alone first: beside it the reference's optimiser and average will take memory as well. Its state is made in the first step. Each
+        # length asks the allocator for blocks of its own.
+        release()
+        alone = interleave({"ours": fullest_step(trainer, batches)}, settings.warmup, settings.repeats, bench.device)[
+            "ours"
+        ]
         works: dict[str, Callable[[int], object]] = {"ours": ours}
-        if trainer.joint.text_encoder is None:
-            works[GIVEN] = given_step(trainer, batches[settings.warmup + settings.repeats // 2])
+        given = GIVEN if trainer.joint.text_encoder is None else LATENTS_GIVEN
+        works[given] = given_step(trainer, batches[settings.warmup + settings.repeats // 2])
         works["reference"] = plain_step(trainer, batches)
         timings = interleave(works, settings.warmup, settings.repeats, bench.device)
         yield from stage_rows(bench, trainer, stage, arm, batches, timings, alone)
@@ -67,7 +90,7 @@ def measure_stage(bench: Bench, stage: int, arm: str, overrides: list[str]) -> I
         release()
         # The switches concern the U-Net and its weights, which are the same in every arm.
         for switch in bench.settings.several("switches") if arm == next(iter(bench.arms())) else ():
-            yield from measure_switch(bench, trainer, switch, stage, arm, ours)
+            yield from measure_switch(bench, trainer, switch, stage, arm, batches)
     finally:
         trainer.close()
         trainer.accelerator.free_memory()
@@ -112,13 +135,16 @@ def own_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object]:
     return step
 
 
-def fullest_step(trainer: Trainer, batch: Batch) -> Callable[[int], object]:
+def fullest_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object]:
     """A step of two micro-batches: as ``describe`` counts, gradients are there while the second one's are taken."""
-    own = own_step(trainer, [batch])
 
-    def step(_: int) -> None:
-        trainer.engine.backward(trainer.engine.model(trainer.encode(batch)).total)
-        own(0)
+    def step(number: int) -> None:
+        trainer.micro_batches = 2
+        try:
+            trainer.train_step(iter([batches[number]] * 2))
+        finally:
+            trainer.micro_batches = 1
+            trainer.engine.discard()
 
     return step
 
@@ -131,7 +157,7 @@ def described_gib(config: TrainConfig, tokens: int) -> float:
 
 
 def given_step(trainer: Trainer, batch: Batch) -> Callable[[int], object]:
-    """The same with text features and latents given, as a cache would."""
+    """The same with latents given, and text features where the language model is frozen, as a cache would."""
     inputs, engine = trainer.encode(batch), trainer.engine
     all_well = torch.zeros((), dtype=torch.bool, device=trainer.device)
 
@@ -154,7 +180,7 @@ def plain_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object
 
 
 def stage_rows(
-    bench: Bench, trainer: Trainer, stage: int, arm: str, batches: list[Batch], timings: dict[str, Timing], alone: float | None
+    bench: Bench, trainer: Trainer, stage: int, arm: str, batches: list[Batch], timings: dict[str, Timing], alone: Timing
 ) -> Iterator[Row]:  # fmt: skip
     config, encoder = trainer.config, trainer.encoder
     count, peak = config.batch_size, bench.peak(config.precision)
@@ -164,17 +190,18 @@ def stage_rows(
     middle = widths[len(widths) // 2]
     own, given, longest = (flops_at(config, width) for width in (mean, middle, encoder.limit))
     where = f"{count} x {batches[0].images.shape[-1]} px"
-    described = None if alone is None else described_gib(config, widths[-1])
+    described = None if alone.peak_gib is None else described_gib(config, widths[-1])
     plan = {
         "ours": (own.total().training, f"{where}, {mean} tokens on average", alone),
         GIVEN: (given.total("text", "vae").training, f"{where}, {middle} tokens", None),
+        LATENTS_GIVEN: (given.total("vae").training, f"{where}, {middle} tokens", None),
         "reference": (longest.total().training, f"{where}, {encoder.limit} tokens", None),
     }
     for work, timing in timings.items():
-        flop, note, peak_gib = plan[work]
+        flop, note, memory = plan[work]
         compared = None if work == "reference" else timings["reference"]
         yield make_row(timing, "step", stage, arm, work, count, reference=compared, flop=count * flop, peak=peak,
-                       peak_gib=peak_gib, note=note, described_gib=described if work == "ours" else None)  # fmt: skip
+                       memory=memory, note=note, described_gib=described if work == "ours" else None)  # fmt: skip
 
 
 def flops_at(config: TrainConfig, tokens: int) -> StageFlops:
@@ -183,38 +210,137 @@ def flops_at(config: TrainConfig, tokens: int) -> StageFlops:
 
 
 def measure_switch(
-    bench: Bench, trainer: Trainer, switch: str, stage: int, arm: str, ours: Callable[[int], object]
+    bench: Bench, trainer: Trainer, switch: str, stage: int, arm: str, batches: list[Batch]
 ) -> Iterator[Row]:  # fmt: skip
     """Our step with one switch and without it, in turn."""
-    settings, count = bench.settings, trainer.config.batch_size
-    if switch == "fused":
-        yield from measure_fused(bench, trainer, stage, arm)
+    settings, count, note = bench.settings, trainer.config.batch_size, ""
+    if switch in ("fused", "async_save"):
+        yield from (measure_fused if switch == "fused" else measure_saves)(bench, trainer, stage, arm, batches)
         return
-    title = f"ours, {switch}=true"
-    before: dict[str, Callable[[], object]]
-    if switch == "channels_last":
-        before = {
-            "ours": partial(lay_out, trainer, torch.contiguous_format),
-            title: partial(lay_out, trainer, torch.channels_last),
+    title = f"ours, {UNDONE.get(switch, f'{switch}=true')}"
+    ours = own_step(trainer, batches)
+    works: dict[str, Callable[[int], object]] = {"ours": ours, title: ours}
+    before: dict[str, Callable[[], object]] | None = None
+    if switch == "reads":
+        count, note, ours = 2 * count, "steps of two micro-batches", fullest_step(trainer, batches)
+        works = {"ours": ours, title: reading_at_once(trainer, ours)}
+    elif switch == "null_prompt":
+        note = f"one caption of {count} empty, or a single word"
+        works = {
+            work: own_step(trainer, with_first(trainer, batches, caption))
+            for work, caption in (("ours", ""), (title, "a"))
         }
     else:
-        unet = trainer.joint.unet
-        unet.compile()
-        compiled = unet._compiled_call_impl
-        before = {
-            "ours": lambda: setattr(unet, "_compiled_call_impl", None),
-            title: lambda: setattr(unet, "_compiled_call_impl", compiled),
-        }
+        before = dict(zip(works, both_ways(trainer, switch), strict=True))
     try:
-        before[title]()
-        for number in range(settings.warmup + settings.repeats if switch == "compile" else 0):
-            ours(number)  # every length of captions is compiled for itself
-        timings = interleave({"ours": ours, title: ours}, settings.warmup, settings.repeats, bench.device, before)
-        yield make_row(timings[title], "step", stage, arm, title, count, reference=timings["ours"], against="ours")
+        if before is not None and switch == "compile":
+            before[title]()
+            for number in range(settings.warmup + settings.repeats):
+                ours(number)  # every length of captions is compiled for itself
+        timings = interleave(works, settings.warmup, settings.repeats, bench.device, before)
+        yield make_row(
+            timings[title], "step", stage, arm, title, count, reference=timings["ours"], against="ours", note=note
+        )
     except torch._dynamo.exc.TorchDynamoException as error:
         yield Row("step", stage, arm, title, None, note=f"torch.compile failed: {str(error).splitlines()[0][:120]}")
     finally:
-        before["ours"]()
+        if before is not None:
+            before["ours"]()
+
+
+def both_ways(trainer: Trainer, switch: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What sets the trainer up as it was started, and what sets it up the other way."""
+    unet, formats = trainer.joint.unet, (torch.contiguous_format, torch.channels_last)
+    if switch == "compile":
+        unet.compile()
+        compile_layers(trainer.encoder.model)
+        modules = {module: None for model in (unet, trainer.encoder.model) for module in model.modules()}
+        programs = {module: module._compiled_call_impl for module in modules}
+
+        def compiled(yes: bool) -> None:
+            for module, program in programs.items():
+                module._compiled_call_impl = program if yes else None
+            if trainer.device.type == "cuda":  # as the key does
+                lay_out(trainer, formats[yes])
+
+        return partial(compiled, False), partial(compiled, True)
+    if switch == "channels_last":
+        return partial(lay_out, trainer, formats[0]), partial(lay_out, trainer, formats[1])
+    if switch == "cudnn_benchmark":
+        return partial(setattr, torch.backends.cudnn, "benchmark", True), partial(
+            setattr, torch.backends.cudnn, "benchmark", False
+        )
+    if switch == "frozen_fp32":
+        return partial(halve_frozen, unet), partial(widen_frozen, unet)
+    adapters = [module for module in trainer.joint.modules() if isinstance(module, BaseTunerLayer)]
+
+    def cast(yes: bool) -> None:
+        for adapter in adapters:
+            adapter.cast_input_dtype_enabled = yes  # type: ignore[assignment]
+
+    return partial(cast, False), partial(cast, True)
+
+
+def widen_frozen(unet: nn.Module) -> None:
+    """Undo ``halve_frozen``."""
+    for parameter in unet.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def reading_at_once(trainer: Trainer, step: Callable[[int], object]) -> Callable[[int], object]:
+    """``step`` whose host waits for each copy to the GPU, for each micro-batch's loss before its way back, and for the norm."""
+    engine, places = trainer.engine, ("text.tokenizer", "training.inputs", "training.trainer")
+    backward, clip = engine.backward, engine.clip
+
+    def read(loss: Tensor) -> None:
+        if math.isfinite(loss.item()):
+            backward(loss)
+
+    def read_norm() -> Tensor | None:
+        norm = clip()
+        if norm is not None:
+            norm.item()
+        return norm
+
+    def reading(number: int) -> None:
+        with mock.patch.multiple(engine, backward=read, clip=read_norm), ExitStack() as stack:
+            for place in places:
+                stack.enter_context(mock.patch(f"paradiffusion.{place}.to_device", Tensor.to))
+            step(number)
+
+    return reading
+
+
+def with_first(trainer: Trainer, batches: list[Batch], caption: str) -> list[Batch]:
+    """The batches with another first caption."""
+    texts = [[caption, *batch.captions[1:]] for batch in batches]
+    tokens = [tokenize_once(trainer.encoder.tokenize, captions) for captions in texts]
+    return [replace(batch, captions=c, tokens=t) for batch, c, t in zip(batches, texts, tokens, strict=True)]
+
+
+def measure_saves(bench: Bench, trainer: Trainer, stage: int, arm: str, batches: list[Batch]) -> Iterator[Row]:
+    """A step after which a checkpoint is taken, written beside the next one or waited for, and a step alone."""
+    ours = own_step(trainer, batches)
+
+    def saving(apart: bool, number: int) -> None:
+        trainer.saves_apart = apart
+        trainer.save(last=False)
+        ours(number)
+
+    waits = "ours, a checkpoint, async_save=false"
+    works: dict[str, Callable[[int], object]] = {"ours": ours, waits: partial(saving, False)}
+    works["ours, a checkpoint, async_save=true"] = partial(saving, True)
+    rounds = min(1, bench.settings.warmup), min(SAVES, bench.settings.repeats)
+    timings = interleave(works, *rounds, bench.device, dict.fromkeys(works, trainer.settle))
+    trainer.settle()
+    size = sum(file.stat().st_size for file in checkpoints_of(trainer.folder)[0].rglob("*") if file.is_file())
+    alone = timings.pop("ours").seconds
+    for work, timing in timings.items():
+        stall = statistics.median(timing.seconds) - statistics.median(alone) if alone and timing.seconds else math.nan
+        note = f"{size / 1e9:.2f} GB, {stall:+.3g} s beside a step alone"
+        yield make_row(timing, "step", stage, arm, work, trainer.config.batch_size, note=note, against=waits,
+                       reference=None if work == waits else timings[waits])  # fmt: skip
 
 
 def lay_out(trainer: Trainer, memory_format: torch.memory_format) -> None:
@@ -234,7 +360,7 @@ def _update(optimizer: torch.optim.AdamW, _: int) -> None:
     optimizer.step()
 
 
-def measure_fused(bench: Bench, trainer: Trainer, stage: int, arm: str) -> Iterator[Row]:
+def measure_fused(bench: Bench, trainer: Trainer, stage: int, arm: str, _: list[Batch]) -> Iterator[Row]:
     """AdamW's update of all trained weights alone, fused and in PyTorch's default form."""
     parameters = [p.detach().clone() for p in trainer.joint.trained().values()]
     for parameter in parameters:
@@ -391,7 +517,7 @@ def device_slug(device: torch.device) -> str:
 def cells(row: Row) -> list[str]:
     """One row as text."""
     if row.median is None:
-        return [row.what, str(row.stage), row.arm, row.work, "-", "-", "-", "-", "-", row.note]
+        return [row.what, str(row.stage), row.arm, row.work, *["-"] * 6, row.note]
     speedup = "-" if row.speedup is None else f"{row.speedup:.2f} x"
     if row.speedup is not None and row.against != "reference":
         speedup += f" of {row.against}"
@@ -400,7 +526,8 @@ def cells(row: Row) -> list[str]:
     power = "-" if row.tflops is None else f"{row.tflops:.3g}" + ("" if row.mfu is None else f" ({row.mfu:.1%})")
     return [
         row.what, str(row.stage), row.arm, row.work, f"{row.median:.4g} s ({row.low:.4g} to {row.high:.4g})",
-        f"{row.rate:,.4g} {row.unit}", speedup, power, peak, row.note,
+        f"{row.rate:,.4g} {row.unit}", speedup, power, peak,
+        "-" if row.reserved_gib is None else f"{row.reserved_gib:.1f}", row.note,
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ the paper's size, a minute each, and holds the peak of memory against what `desc
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -16,6 +16,7 @@ from official_models import make_official
 from pretended_gpu import Gpu, needs_its_torch, pretend
 from torch import Tensor
 
+from paradiffusion.budget.benchmark import fullest_step, own_step, reading_at_once, take_batches, with_first
 from paradiffusion.budget.memory import LAUNCHES, Fitter
 from paradiffusion.budget.synthetic import CAPTION_WORDS, random_models, write_samples
 from paradiffusion.checkpoints.layouts import open_layout
@@ -172,6 +173,35 @@ def test_the_null_prompt_is_read_once_in_a_run(gpu: Gpu, tmp_path: Path) -> None
     for _ in range(2):
         trainer.train_step(loader)
     assert reads == [1]
+    trainer.close()
+
+
+def test_the_benchmark_undoes_what_its_rows_say(gpu: Gpu, tmp_path: Path) -> None:
+    given = [*options(1, "masked", *TINY), "codec.path=null", "data.shards=unused", "data.caption_dropout=0"]
+    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+        trainer = stage_of(compose_train(given), tmp_path, "cuda")
+    follow(trainer, gpu)
+    batches = take_batches(trainer, 0, 1)
+    ours = fullest_step(trainer, batches)
+
+    def waits(step: Callable[[int], object]) -> list[int]:
+        gpu.forget()
+        step(0)
+        counted = (gpu.reads, gpu.blocking)
+        return [sum(n for (phase, _), n in c.items() if phase != "all of the step is asked for") for c in counted]
+
+    ours(0)
+    assert waits(ours) == [0, 0]
+    reads, copies = waits(reading_at_once(trainer, ours))
+    assert reads == 3 and copies >= 2 * 5, "two losses and a norm; latents, noise, times, weights and ids of each"
+    assert waits(ours) == [0, 0]
+
+    rows: list[int] = []
+    trainer.encoder.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+    for caption, expected in (("", [1, 1]), ("", [1]), ("a", [2])):
+        rows.clear()
+        own_step(trainer, with_first(trainer, batches, caption))(0)
+        assert rows == expected
     trainer.close()
 
 

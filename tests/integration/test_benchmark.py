@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from commands import user_error
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from paradiffusion.budget.bench_loader import LoaderBench, measure, padding, run_way
 from paradiffusion.budget.bench_models import (
@@ -29,6 +30,7 @@ from paradiffusion.budget.bench_readers import ReaderSettings
 from paradiffusion.budget.benchmark import (
     HEADER,
     SAMPLERS,
+    UNDONE,
     as_markdown,
     benchmark,
     cells,
@@ -46,6 +48,8 @@ from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
 from paradiffusion.sampling.pipeline import InferenceModels, Job, draw
 from paradiffusion.text.encoder import TextEncoder
+from paradiffusion.training import trainer as module
+from paradiffusion.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -115,13 +119,45 @@ def test_pictures_are_drawn_compiled_beside_not(
     assert (runs.count(True), runs.count(False)) == (4, 8)  # two rounds of two sizes: one way of three is compiled
 
 
+def test_designs_are_measured_undone(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways, saved = [], []
+    train_step, save = Trainer.train_step, module.save_checkpoint
+
+    def stepped(trainer: Trainer, *given: object) -> object:
+        adapters = [m.cast_input_dtype_enabled for m in trainer.joint.modules() if isinstance(m, BaseTunerLayer)]
+        frozen = [p.dtype for p in trainer.joint.unet.parameters() if not p.requires_grad and p.ndim > 1]
+        ways.append((any(adapters), all(dtype == torch.float32 for dtype in frozen), torch.backends.cudnn.benchmark))
+        return train_step(trainer, *given)  # type: ignore[arg-type]
+
+    def taken(*given: object) -> object:
+        saved.append(given[-1])
+        return save(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "train_step", stepped)
+    monkeypatch.setattr(module, "save_checkpoint", taken)
+    switches = "switches=reads,null_prompt,adapter_casts,frozen_fp32,cudnn_benchmark,async_save"
+    arguments = (f"output={tmp_path}", "what=step", "stages=2", switches)
+    _, rows = benchmark(settings(*arguments), [*small, "precision=bf16", "unet.lora_rank=2"], compose_train)
+    assert set(ways) == {(False, False, True), (True, False, True), (False, True, True), (False, False, False)}
+    assert ways[-1] == ways[0]  # the last switch finds the step as the first did
+    assert sorted(saved) == [False, False, True, True]
+    found = {row.work: row for row in rows}
+    undone = [row for work, row in found.items() if work.removeprefix("ours, ") in UNDONE.values()]
+    assert len(undone) == 5 and all(row.speedup and row.against == "ours" for row in undone)
+    waited, beside = (found[f"ours, a checkpoint, async_save={apart}"] for apart in ("false", "true"))
+    assert beside.against == waited.work and beside.speedup and "GB" in beside.note
+    assert {"ours", "latents given", "reference"} <= found.keys()
+
+
 def test_a_rows_peak_stands_beside_what_describe_says(small: list[str]) -> None:
     arguments = [*small, "stage=1", "data.shards=unused"]
     said = describe([*arguments, "conditioning.max_tokens=32"], Question(gpus=1), compose_train).memory[0]
     described = described_gib(compose_train(arguments), 32)
     assert described == pytest.approx((said.total - said.context) / 2**30)
-    row = make_row(Timing([1.0], 2.0), "step", 1, "masked", "ours", 1, peak_gib=1.5, described_gib=1.4)
-    assert cells(row)[HEADER.index("peak GiB (describe's)")] == "1.5 (1.4)"
+    memory = Timing([], 1.5, 1.8)
+    row = make_row(Timing([1.0], 2.0), "step", 1, "masked", "ours", 1, memory=memory, described_gib=1.4)
+    shown = dict(zip(HEADER, cells(row), strict=True))
+    assert (shown["peak GiB (describe's)"], shown["reserved GiB"]) == ("1.5 (1.4)", "1.8")
 
 
 def test_ours_and_the_reference_train_the_same_weights(small: list[str], tmp_path: Path) -> None:

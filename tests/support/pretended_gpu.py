@@ -14,6 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -99,7 +100,9 @@ class Gpu(TorchDispatchMode):
         asked = kwargs.get("device") or next((x for x in args if isinstance(x, torch.device)), None)
         to = None if asked is None else torch.device(asked).type
         if not fakes and to != "cuda":
-            return func(*args, **kwargs)
+            if not kwargs.get("pin_memory"):
+                return func(*args, **kwargs)
+            return self.pin(func(*args, **{**kwargs, "pin_memory": False}))
         name = func._schema.name.split("::")[1]
         if name in ("_local_scalar_dense", "item", "equal", "is_nonzero"):
             self.reads[self.phase, place()] += 1
@@ -272,6 +275,8 @@ def pretend() -> Iterator[Gpu]:
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "set_device": lambda d: None,
         "_lazy_init": lambda: None, "is_bf16_supported": lambda *_, **__: True, "get_device_capability": lambda *_: (9, 0),
         "synchronize": lambda *_: None, "empty_cache": lambda: None, "max_memory_allocated": lambda *_: gpu.peak,
+        "max_memory_reserved": lambda *_: gpu.peak, "reset_peak_memory_stats": lambda *_: setattr(gpu, "peak", gpu.live),
+        "get_device_name": lambda *_: "pretended GPU", "get_device_properties": lambda *_: SimpleNamespace(total_memory=80 << 30),
         "manual_seed": lambda *_: None, "manual_seed_all": lambda *_: None,
         "get_rng_state": lambda *_: torch.empty(0), "set_rng_state": lambda *_: None,
     }  # fmt: skip
