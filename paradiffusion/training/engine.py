@@ -238,6 +238,14 @@ def share(tensors: Iterable[Tensor]) -> None:
         dist.broadcast(tensor, src=0)
 
 
+def bring(joint: nn.Module, device: torch.device) -> None:
+    """Bring the joint module to ``device``. All of it but the language model, which each process has read, becomes the main process's: in
+    the others it may be on the meta device."""
+    joint._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    values = {**dict(joint.named_parameters()), **dict(joint.named_buffers())}
+    share(value.data for name, value in values.items() if not name.startswith("text_encoder."))
+
+
 def leave_frozen_alone(joint: JointModel) -> None:
     """DDP sends trained weights to all processes once, and would send the frozen ones too, gigabytes that each has read from the
     same files, and the buffers in every step."""

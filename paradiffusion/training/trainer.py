@@ -38,6 +38,7 @@ from paradiffusion.training.caching import check_cache, describe_cache, open_cac
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import (
     at_once,
+    bring,
     count_micro_batches,
     cuts_weights,
     is_deepspeed,
@@ -137,9 +138,9 @@ class Trainer:
         check_same_data(index, accelerator)
         self.plan = make_plan(index, config.data, config.batch_size, config.seed)
 
-        # Cut weights come from the main process, which alone makes them whole: the others do without them from the start.
+        # Weights come from the main process, which alone makes them in main memory: the others do without them from the start.
         is_cut, trained = cuts_weights(accelerator), config.train_text == "lora"
-        empty = torch.device("meta") if is_cut and not self.main else None
+        empty = None if self.main else torch.device("meta")
         spared = config.data.cache is not None or self.device.type == "cpu"  # to be moved, or never
         self.encoder, self.codec = frozen_models or (
             load_text_encoder(
@@ -155,7 +156,7 @@ class Trainer:
             if model is not self.joint.text_encoder and not spares_models(config, self.cache, what, held_out):
                 model.to(self.device)
         if not is_cut:
-            self.joint.to(self.device)
+            bring(self.joint, self.device)
         if config.channels_last or (config.compile and self.device.type == "cuda" and not is_deepspeed()):
             self.joint.unet.to(memory_format=torch.channels_last)
         if config.compile:

@@ -207,6 +207,29 @@ def test_zero3_cuts_the_weights_of_one_process_one_at_a_time(
     assert bytes_["held"] <= 0.5 * bytes_["all"] + bytes_["largest"] + 4096 < 0.9 * bytes_["all"]
 
 
+@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+def test_the_main_process_alone_makes_weights(kind: str, settings: list[str], alone: Path, tmp_path: Path) -> None:
+    arguments = [
+        *settings,
+        "keep_gb=0",
+        "stage=2",
+        f"init_from={alone / 'stage1'}",
+        "unet.lora_rank=2",
+        "precision=bf16",
+    ]
+    trainer = build_here([*arguments, f"run_dir={tmp_path / 'one'}"])
+    trainer.close()
+    expected = {**dict(trainer.joint.named_parameters()), **dict(trainer.joint.named_buffers())}
+    result = launch(kind, "tests/support/built_models.py", str(tmp_path), *arguments, f"run_dir={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(found[name].dtype == e.dtype and torch.equal(found[name], e) for name, e in expected.items())
+    held = [json.loads((tmp_path / f"{rank}.json").read_text())["held"] for rank in range(2)]
+    assert held[0] > 0 == held[1]
+
+
 @pytest.mark.parametrize(
     ("kind", "on_spike", "skipped"), [("zero2_offload", "rollback", [3, 4]), ("zero2", "skip", [4])]
 )

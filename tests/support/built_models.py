@@ -1,6 +1,6 @@
 """A stage's models as each process holds them before the first step: FOLDER, then the arguments of train.py. Writes FOLDER/RANK.safetensors
-with all weights, gathered where they are cut, and FOLDER/RANK.json with bytes: of weights held at once while they were cut, of all
-weights, and of the largest one."""
+with all weights, gathered where they are cut, and FOLDER/RANK.json with bytes: of weights held at once while they were cut (under
+ZeRO-3), or made before they come from the main process (else), of all weights, and of the largest one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from paradiffusion.compose import compose_train
 from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training import engine
+from paradiffusion.training import trainer as module
 from paradiffusion.training.folder import stage_folder
 from paradiffusion.training.trainer import Trainer
 
@@ -42,6 +43,13 @@ def build(arguments: list[str], held: list[int]) -> Trainer:
         cut(joint, *given)
         deepspeed.comm.broadcast = send
 
+    def brought(joint: torch.nn.Module, device: torch.device) -> None:
+        held.append(
+            sum(p.nbytes for n, p in joint.named_parameters() if not (p.is_meta or n.startswith("text_encoder.")))
+        )
+        bring(joint, device)
+
+    bring, module.bring = module.bring, brought
     engine.cut = watched
     return Trainer(config, accelerator)
 
