@@ -254,8 +254,7 @@ def both_ways(trainer: Trainer, switch: str) -> tuple[Callable[[], object], Call
     if switch == "compile":
         unet.compile()
         compile_layers(trainer.encoder.model)
-        modules = {module: None for model in (unet, trainer.encoder.model) for module in model.modules()}
-        programs = {module: module._compiled_call_impl for module in modules}
+        programs = {m: m._compiled_call_impl for model in (unet, trainer.encoder.model) for m in model.modules()}
 
         def compiled(yes: bool) -> None:
             for module, program in programs.items():

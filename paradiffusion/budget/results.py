@@ -12,6 +12,9 @@ from typing import Any
 
 from paradiffusion.machine import cores
 
+# Where torch's settings stand for it; the second is the older name.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """What it ran on, and with."""
@@ -26,6 +29,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name(0)
         facts["gpu_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
         facts["cuda"] = torch.version.cuda
+        facts["allocator"] = next((os.environ[key] for key in ALLOCATOR if key in os.environ), "default")
     return facts
 
 

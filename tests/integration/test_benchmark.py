@@ -33,6 +33,7 @@ from paradiffusion.budget.benchmark import (
     UNDONE,
     as_markdown,
     benchmark,
+    both_ways,
     cells,
     described_gib,
     own_step,
@@ -179,6 +180,18 @@ def test_ours_and_the_reference_train_the_same_weights(small: list[str], tmp_pat
         assert len(moved) == len(trained)
         assert all(p.grad is None or not p.grad.any() for p in trained.values())
         assert all(torch.equal(p, q) for p, q in zip(setup.codec.parameters(), frozen, strict=True))
+    setup.close()
+
+
+def test_compiling_takes_the_language_model_along(small: list[str], tmp_path: Path) -> None:
+    bench = bench_of(*small, folder=tmp_path)
+    bench.write_data(64)
+    setup = start(bench, bench.config(1, []))
+    layer = next(m for m in setup.encoder.model.modules() if type(m).__name__.endswith("DecoderLayer"))
+    as_started, compiled = both_ways(setup, "compile")
+    for switch, is_compiled in ((compiled, True), (as_started, False), (compiled, True)):
+        switch()
+        assert [m._compiled_call_impl is not None for m in (setup.joint.unet, layer)] == [is_compiled] * 2
     setup.close()
 
 

@@ -100,9 +100,7 @@ class Gpu(TorchDispatchMode):
         asked = kwargs.get("device") or next((x for x in args if isinstance(x, torch.device)), None)
         to = None if asked is None else torch.device(asked).type
         if not fakes and to != "cuda":
-            if not kwargs.get("pin_memory"):
-                return func(*args, **kwargs)
-            return self.pin(func(*args, **{**kwargs, "pin_memory": False}))
+            return func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
         if name in ("_local_scalar_dense", "item", "equal", "is_nonzero"):
             self.reads[self.phase, place()] += 1
