@@ -84,6 +84,9 @@ class LiveBytes(TorchDispatchMode):
         self._known[key] = weakref.finalize(storage, released)
 
 
+ATTENTION = F.scaled_dot_product_attention  # as torch has it: a pretended GPU puts another in its place
+
+
 class FusedAttention(torch.autograd.Function):
     """The memory of fused attention: it keeps queries, keys, values, output and a sum per row, and no L x L matrix,
     which torch's own decomposition on the meta device would make."""
@@ -120,7 +123,7 @@ class CudaRules(TorchFunctionMode):
             args, kwargs = tree_map(self._lower, args), tree_map(self._lower, kwargs)
         elif self.copies is not None and func in UPPER:
             args, kwargs = tree_map(_upper, args), tree_map(_upper, kwargs)
-        if func is F.scaled_dot_product_attention:
+        if func is ATTENTION:
             return FusedAttention.apply(*args[:3]) if len(args) >= 3 else func(*args, **kwargs)
         return func(*args, **kwargs)
 

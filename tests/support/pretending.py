@@ -10,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pretended_gpu import pretend
 
+import paradiffusion.budget.activations  # noqa: F401 - which counts for describe, by torch's own functions
+
 
 def main(program: str, arguments: list[str]) -> None:
     with pretend():
