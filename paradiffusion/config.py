@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from paradiffusion.checks import Check, below_one, choice, fraction, not_negative, one_of, positive
 from paradiffusion.errors import UserError
@@ -22,6 +22,31 @@ PREDICTIONS = ("epsilon", "v_prediction", "flow")
 SOLVERS = ("dpm", "ddim", "euler")
 DENOISERS = ("UNet2DConditionModel", "PixArtTransformer2DModel")
 WORLDS = ("small", "large")  # of the built-in scenes
+
+
+class OptimizerKind(NamedTuple):
+    """Where an optimiser's class is, in an extra package or in torch, and how many bytes its state has for a parameter, at most."""
+
+    path: str
+    state: int
+
+
+OPTIMIZERS = {
+    **{
+        made.lower(): OptimizerKind(f"torch.optim.{made}", state)
+        for made, state in (
+            ("AdamW", 8), ("Adam", 8), ("Adamax", 8), ("NAdam", 8), ("RAdam", 8), ("Adadelta", 8), ("Adagrad", 4),
+            ("Adafactor", 4), ("RMSprop", 8), ("Rprop", 8), ("SGD", 4), ("ASGD", 4), ("Muon", 8),
+        )
+    },
+    "adamw8bit": OptimizerKind("bitsandbytes.optim.AdamW8bit", 2),
+    "adamw8bit_torchao": OptimizerKind("torchao.optim.AdamW8bit", 2),
+    "adamw4bit_torchao": OptimizerKind("torchao.optim.AdamW4bit", 1),
+    "prodigy": OptimizerKind("prodigyopt.Prodigy", 16),
+    "adamw_schedulefree": OptimizerKind("schedulefree.AdamWScheduleFree", 8),
+    "radam_schedulefree": OptimizerKind("schedulefree.RAdamScheduleFree", 8),
+    "sgd_schedulefree": OptimizerKind("schedulefree.SGDScheduleFree", 4),
+}  # fmt: skip
 
 
 def option(default: Any, *, typed: str = "", free: str = "", of: str = "", accepts: Check | None = None) -> Any:
@@ -460,16 +485,16 @@ class OptimizerConfig:
     """One learning rate per part, linear warm-up, and a schedule that is a function of the step.
 
     Attributes:
-        name: "adamw", "adamw8bit" (bitsandbytes' block-wise 8-bit state, GPU only), or "muon": Muon for matrices, AdamW for
+        name: one of OPTIMIZERS, with its library's defaults but for the keys here; "muon" is for matrices, beside AdamW for
             everything else (see training/optim.py).
-        fused: one kernel for all parameters, on a GPU and on a processor.
+        fused: one kernel for all parameters, on a GPU and on a processor, where the optimiser has one.
         lr, lr_conditioning, lr_lora: of the U-Net, of refiner and linear projection, of the adapter.
         schedule: after the warm-up "constant", "cosine", "linear", or "trapezoid": constant, then linear over the last
             ``decay`` of the steps after the warm-up; down to ``final_lr`` times the rate.
-        momentum: Muon's.
+        momentum: of muon, sgd, sgd_schedulefree and rmsprop.
     """
 
-    name: str = option("adamw", accepts=one_of("adamw", "adamw8bit", "muon"))
+    name: str = option("adamw", accepts=one_of(*OPTIMIZERS))
     fused: bool = option(True, free="always")
     lr: float = option(1e-4, accepts=positive)
     lr_conditioning: float = option(1e-4, accepts=positive)

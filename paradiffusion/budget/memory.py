@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from paradiffusion.budget.activations import peak_bytes
 from paradiffusion.budget.empty import EmptyModels, empty_models
-from paradiffusion.config import TrainConfig
+from paradiffusion.config import OPTIMIZERS, TrainConfig
 from paradiffusion.data.images import make_buckets
 from paradiffusion.models.unet import PROJECTIONS, halve_frozen
 from paradiffusion.text.encoder import DTYPES, leave_casts_to_autocast
@@ -185,11 +185,6 @@ def measure_training(config: TrainConfig, micro_batch: int) -> int:
     return peak_bytes(train, [models.joint], autocast=config.precision != "fp32")
 
 
-def moment_bytes(config: TrainConfig) -> int:
-    """Of the optimiser's state for one parameter; Muon's matrices have one moment: 8 is its upper bound."""
-    return 2 if config.optimizer.name == "adamw8bit" else 8
-
-
 def text_bytes(config: TrainConfig, counts: Counts) -> float:
     """Of the frozen language model, and of an adapter that is applied but not trained."""
     itemsize = DTYPES[config.text_encoder.dtype].itemsize
@@ -203,7 +198,7 @@ def checkpoint_bytes(config: TrainConfig, counts: Counts) -> tuple[int, int]:
     """Bytes of a checkpoint on disk: what sampling needs (the EMA, in fp32), and with the state to resume from."""
     weights = 4 * counts.trained + (4 * counts.lora if config.train_text == "adapter" else 0)
     weights += 4 * (counts.unet + counts.projection + counts.unet_lora - counts.unet_trained)
-    return weights, weights + (4 + moment_bytes(config)) * counts.trained
+    return weights, weights + (4 + OPTIMIZERS[config.optimizer.name].state) * counts.trained
 
 
 @dataclass(frozen=True)
@@ -282,7 +277,7 @@ class Fitter:
         """Bytes on each GPU of the stage with ``overrides``."""
         config = self.config(*overrides)
         counts, gpus = self.counts(config), self.gpus_of(launch)
-        trained, moments = counts.trained, moment_bytes(config)
+        trained, moments = counts.trained, OPTIMIZERS[config.optimizer.name].state
         on_cpu = config.ema_device == "cpu"
         share = 1 / gpus if launch.zero else 1.0  # of state and gradients
         here = 0.0 if launch.offload else share

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,3 +63,35 @@ class Ema:
         finally:
             self.masters.exchange(self.values)
             self.masters.refresh()
+
+
+class OwnAverage(Ema):
+    """The average of an optimiser that keeps one (schedule-free), in the EMA's place: made when it is asked for, so a step pays
+    nothing for it. ``train()`` after ``eval()`` would bring the weights back but for a rounding; here they come back themselves."""
+
+    def __init__(self, masters: WholeMasters, optimizer: Any, device: str | None = None) -> None:
+        super().__init__(masters, 0.0, device)
+        self.optimizer = optimizer
+
+    def update(self, step: int) -> None:
+        pass
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Bring the average up to date."""
+        for value, tensor in zip(self.values, self.masters.tensors(), strict=True):
+            value.copy_(tensor)
+        self.optimizer.eval()
+        self.masters.exchange(self.values)
+        for group in self.optimizer.param_groups:
+            group["train_mode"] = True
+
+    def full(self) -> dict[str, Tensor]:
+        self.take()
+        return super().full()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        self.take()
+        with super().applied():
+            yield

@@ -24,7 +24,7 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.errors import UserError
 from paradiffusion.machine import deterministic, exact_float32, own_cores, to_host
 from paradiffusion.models.joint import JointModel
-from paradiffusion.training.optim import build_optimizer
+from paradiffusion.training.optim import build_optimizer, counters, make_state, plain_tensors
 
 Values = Sequence[Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -206,8 +206,11 @@ class Engine:
         if self.accelerator.is_main_process:
             names = {id(parameter): name for name, parameter in self.parameters.items()}
             for parameter, values in self.optimizer.state.items():
-                name = names[id(parameter)]
-                yield from to_host({f"{key}/{name}": torch.as_tensor(value) for key, value in values.items()}).items()
+                name, plain = names[id(parameter)], [plain_tensors(key, value) for key, value in values.items()]
+                yield from to_host({f"{key}/{name}": t for tensors in plain for key, t in tensors.items()}).items()
+            for label, group, key, first in counters(self.optimizer):
+                if group[key] != first:
+                    yield label, torch.tensor(group[key], dtype=torch.float64)
 
     def load_optimizer(self, tensors: dict[str, Tensor]) -> None:
         """Put back what ``optimizer_state`` gave, on whatever number of processes."""
@@ -215,14 +218,27 @@ class Engine:
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             by_name.setdefault(name, {})[kind] = value
+        state = self.optimizer.state
+        if not state and any("." in key.partition("/")[0] for key in tensors):
+            make_state(self.optimizer)
         for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = {
-                key: placed(key, value, parameter, self.optimizer) for key, value in by_name.get(name, {}).items()
-            }
+            made, found = state.get(parameter, {}), {}
+            for key, value in by_name.get(name, {}).items():
+                kind, _, part = key.partition(".")
+                if part:
+                    found[kind] = made[kind]
+                    getattr(made[kind], part).copy_(value)
+                else:
+                    found[kind] = placed(key, value, parameter, self.optimizer)
+            state[parameter] = found
+        for label, group, key, first in counters(self.optimizer):
+            group[key] = type(first)(tensors[label].item()) if label in tensors else first
 
 
-def placed(key: str, value: Tensor, parameter: Tensor, optimizer: Any) -> Tensor:
+def placed(key: str, value: Tensor, parameter: Tensor, optimizer: Any) -> Any:
     """A stored value of an optimiser's state where that wants it."""
+    if key == "step" and not type(optimizer).__module__.startswith(("torch", "paradiffusion")):
+        return int(value)  # bitsandbytes and Prodigy count in numbers
     if key == "step":  # AdamW's own counter stays on the CPU, except in its fused form
         fused = any(group.get("fused") for group in optimizer.param_groups)
         return value.clone().to(parameter.device if fused else "cpu")

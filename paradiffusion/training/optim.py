@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from paradiffusion.config import OptimizerConfig
+from paradiffusion.config import OPTIMIZERS, OptimizerConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.unet import PROJECTIONS
 from paradiffusion.text.families import lacks_bitsandbytes
@@ -44,43 +48,9 @@ class MuonAdamW:
             member.zero_grad(set_to_none=set_to_none)
 
 
-class AdamW8bit:
-    """bitsandbytes' AdamW, whose averages are blocks of 8-bit numbers (arXiv 2110.02861), a quarter of their memory.
-
-    Its step counters are plain integers; here they are tensors between steps, so that checkpoints hold them like the rest.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
-        import bitsandbytes
-
-        self.inner = bitsandbytes.optim.AdamW8bit(groups, betas=(config.beta1, config.beta2), eps=config.eps)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> Any:
-        return self.inner.state
-
-    def step(self) -> None:
-        for values in self.state.values():
-            if "step" in values:
-                values["step"] = int(values["step"])
-        self.inner.step()
-        for values in self.state.values():
-            values["step"] = torch.tensor(float(values["step"]))
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.inner.zero_grad(set_to_none=set_to_none)
-
-
-Optimizer = torch.optim.AdamW | MuonAdamW | AdamW8bit
-
-
-def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> Optimizer:
+def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> Any:
     """The optimiser over named parameters, in one group per part, kind of decay and method. Weight decay is for matrices and kernels;
-    norms and biases have none, as usual for transformers and U-Nets."""
+    norms and biases have none, as usual for transformers and U-Nets. Raises UserError where it cannot run here."""
     rates = {"unet": config.lr, "conditioning": config.lr_conditioning, "lora": config.lr_lora}
     groups: dict[tuple[bool, str, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -95,22 +65,84 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
             for (muon, part, decayed), members in groups.items() if muon == wanted
         ]  # fmt: skip
 
-    if config.name == "adamw8bit":
+    made, others = find_optimizer(config.name, parameters), select(False)
+    if config.name == "muon":
+        muon = made(select(True), momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+        return MuonAdamW(muon, build(torch.optim.AdamW, others, parameters, config))
+    if config.name == "prodigy" and len(found := {group["lr"] for group in others}) > 1:
+        raise UserError(
+            f"optimizer.name=prodigy finds one learning rate for all parts, and was given {sorted(found)} as its factors; set "
+            "optimizer.lr, optimizer.lr_conditioning and optimizer.lr_lora to the same, as a rule to 1."
+        )
+    return build(made, others, parameters, config)
+
+
+def find_optimizer(name: str, parameters: dict[str, nn.Parameter]) -> Any:
+    """The class that OPTIMIZERS calls ``name``. Raises UserError where its package is not installed, or not for this device."""
+    module, _, made = OPTIMIZERS[name].path.rpartition(".")
+    package, lacking = module.partition(".")[0], None
+    if package == "bitsandbytes":
         lacking = lacks_bitsandbytes()
         if lacking is None and any(p.device.type != "cuda" for p in parameters.values()):
-            lacking = "the model is not on it"
-        if lacking is not None:
-            raise UserError(
-                f"optimizer.name=adamw8bit needs a CUDA device and the package bitsandbytes, and {lacking}; set "
-                "optimizer.name=adamw, or run it where both are."
-            )
-        return AdamW8bit(select(False), config)
-    adamw = torch.optim.AdamW(
-        select(False), betas=(config.beta1, config.beta2), eps=config.eps, fused=takes_fused(parameters, config)
-    )
-    if config.name == "adamw":
-        return adamw
-    return MuonAdamW(torch.optim.Muon(select(True), momentum=config.momentum, adjust_lr_fn="match_rms_adamw"), adamw)
+            lacking = "the model is not on a CUDA device"
+    elif importlib.util.find_spec(package) is None:
+        lacking = "it is not installed"
+    if lacking is not None:
+        raise UserError(
+            f"optimizer.name={name} needs the package {package}{' and a CUDA device' if package == 'bitsandbytes' else ''}, and "
+            f"{lacking}; `pip install {package}`, or set optimizer.name=adamw."
+        )
+    return getattr(importlib.import_module(module), made)
+
+
+def build(made: Any, groups: list[dict[str, Any]], parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> Any:
+    """An optimiser of the class ``made``, with those of our settings that it takes, as it takes them (Adafactor's eps is another)."""
+    ours = {
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "momentum": config.momentum,
+        "fused": takes_fused(parameters, config),
+    }
+    takes = inspect.signature(made).parameters
+    fits = {
+        key: value
+        for key, value in ours.items()
+        if key in takes and isinstance(takes[key].default, tuple) == isinstance(value, tuple)
+    }
+    optimizer = made(groups, **fits)
+    if keeps_average(optimizer):
+        optimizer.train()
+    return optimizer
+
+
+def keeps_average(optimizer: Any) -> bool:
+    """Whether ``optimizer.eval()`` brings an average of its own in the weights' place, and ``train()`` them back (schedule-free)."""
+    return hasattr(optimizer, "eval")
+
+
+def counters(optimizer: Any) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
+    """What an optimiser may count in its groups, such as Prodigy's estimate: name, group, key and first value."""
+    for number, group in enumerate(optimizer.param_groups):
+        for key, first in getattr(optimizer, "defaults", {}).items():
+            if isinstance(first, (bool, int, float)) and key not in ("lr", "weight_decay"):
+                yield f"{key}/group {number}", group, key, first
+
+
+def plain_tensors(key: str, value: Any) -> dict[str, Tensor]:
+    """A value of an optimiser's state as tensors that safetensors takes: torchao's are several in one, "exp_avg.codes" and others."""
+    if not is_traceable_wrapper_subclass(value):
+        return {key: torch.as_tensor(value)}
+    return {f"{key}.{part}": getattr(value, part) for part in value.__tensor_flatten__()[0]}
+
+
+def make_state(optimizer: Any) -> None:
+    """Let an optimiser make its state, in a step that changes no weight."""
+    set_learning_rate(optimizer, 0.0)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def takes_fused(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> bool | None:
@@ -133,7 +165,8 @@ def schedule(config: OptimizerConfig, step: int, max_steps: int) -> float:
     return left if config.schedule == "constant" else config.final_lr + (1 - config.final_lr) * left
 
 
-def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
+def set_learning_rate(optimizer: Any, factor: float) -> None:
     """Apply the schedule's factor to every group."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        rate = group["base_lr"] * factor
+        group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate  # torchao's is compiled in

@@ -35,7 +35,7 @@ from paradiffusion.sampling.pipeline import InferenceModels
 from paradiffusion.stopping import stop_on_signals
 from paradiffusion.text.encoder import TextEncoder, compile_layers, leave_casts_to_autocast, load_text_encoder
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
-from paradiffusion.training.ema import Ema
+from paradiffusion.training.ema import Ema, OwnAverage
 from paradiffusion.training.engine import (
     at_once,
     bring,
@@ -59,7 +59,7 @@ from paradiffusion.training.folder import (
 )  # fmt: skip
 from paradiffusion.training.inputs import Inputs, Memory
 from paradiffusion.training.log import Log, Meters, human_time, log_line, mixture_line
-from paradiffusion.training.optim import schedule, set_learning_rate
+from paradiffusion.training.optim import keeps_average, schedule, set_learning_rate
 from paradiffusion.training.spikes import Spikes
 from paradiffusion.training.start import Start, build_models, find_start, take_statistics
 from paradiffusion.training.step_record import line_of, open_seen
@@ -176,7 +176,11 @@ class Trainer:
             leave_casts_to_autocast(self.joint)  # within which it is called from here on
         if config.compile:
             compile_layers(self.encoder.model)
-        self.ema = Ema(self.engine.masters, config.ema_decay, config.ema_device)
+        masters, optimizer = self.engine.masters, self.engine.optimizer
+        self.ema = (
+            OwnAverage(masters, optimizer, config.ema_device) if keeps_average(optimizer)
+            else Ema(masters, config.ema_decay, config.ema_device)
+        )  # fmt: skip
         self.state = TrainState()
         if start.found is not None and start.resumes:
             self.state = restore_checkpoint(start.found, self.joint, self.engine, self.ema)
@@ -329,7 +333,7 @@ class Trainer:
         gathered = self.gather([self.meters.export()])
         if self.log is not None:
             record = self.meters.summary(gathered)
-            record["learning_rate"] = self.engine.optimizer.param_groups[0]["lr"]
+            record["learning_rate"] = float(self.engine.optimizer.param_groups[0]["lr"])
             record["images_seen"] = self.state.step * self.config.batch_size
             self.say(log_line(self.config, self.state.step, record))
             if mixed := mixture_line(record):

@@ -27,6 +27,5 @@ def test_eight_bit_steps_follow_adamw() -> None:
             for number, parameter in enumerate(named.values()):
                 parameter.grad = torch.full_like(parameter, 0.1 * (step + number + 1))
             optimizer.step()
-        assert all(torch.is_tensor(v) for values in optimizer.state.values() for v in values.values())
         results.append(named["unet.a"].detach())
     torch.testing.assert_close(*results, rtol=0.02, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -14,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from commands import user_error, wait_for
 from programs import end, fork, script
 from ranks import Started
-from training_runs import assert_same_bits, at_step, newest, records, steps_saved, train_here
+from training_runs import assert_same_bits, at_step, newest, records, steps_saved, tensors, train_here
 
 from paradiffusion.checkpoints.manifest import find_fault, write_manifest
 from paradiffusion.compose import compose_train
+from paradiffusion.config import OPTIMIZERS
 from paradiffusion.errors import UserError
 from paradiffusion.training import folder
 from paradiffusion.training.folder import check_unchanged, locked, record_config
@@ -191,19 +194,31 @@ def test_a_checkpoint_written_while_steps_run_is_that_of_its_own_step(
         assert find_fault(checkpoint) is None
 
 
-# What frozen models made is kept while it fits (other entries than before the stop), or kept whole.
-@pytest.mark.parametrize(("optimizer", "keep_gb"), [("adamw", 1e-4), ("muon", 1)])
-def test_every_optimizer_comes_back_whole(
-    optimizer: str, keep_gb: float, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# Each keeps its state in a way of its own; the others are in tests/unit/training/test_ema_optim.py.
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "prodigy", "adamw_schedulefree", "adamw4bit_torchao"])
+def test_every_kind_of_optimizer_comes_back_whole(
+    optimizer: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["max_steps=12", f"optimizer.name={optimizer}", "optimizer.schedule=linear", f"keep_gb={keep_gb}"]
-    assert train(*arguments, f"run_dir={tmp_path / 'whole'}") == 0
-    monkeypatch.setattr(Trainer, "train_step", at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    assert train(*arguments, f"run_dir={tmp_path / 'stopped'}") == 128 + signal.SIGTERM
-    assert newest(tmp_path / "stopped" / "stage1").name == "step_000006"
-    monkeypatch.undo()
-    assert train(*arguments, f"run_dir={tmp_path / 'stopped'}") == 0
-    assert_same_bits(newest(tmp_path / "whole" / "stage1"), newest(tmp_path / "stopped" / "stage1"))
+    package = OPTIMIZERS[optimizer].path.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    eager = torch.compiler.set_stance("force_eager")  # torchao's kernels would take a minute to compile
+    # What frozen models made is kept while it fits (other entries than before the stop), or kept whole.
+    arguments = [f"optimizer.name={optimizer}", f"keep_gb={1e-4 if optimizer == 'adamw' else 1}", "max_steps=12"]
+    if optimizer == "prodigy":
+        arguments += ["optimizer.lr=1", "optimizer.lr_conditioning=1"]
+    arguments += ["optimizer.schedule=linear", "unet.arguments.cross_attention_dim=128"]
+    with eager, monkeypatch.context() as patched:
+        assert train(*arguments, f"run_dir={tmp_path / 'whole'}") == 0
+        patched.setattr(Trainer, "train_step", at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        # Looked at before it is stopped: what is validated is not what is trained.
+        status = train(*arguments, f"run_dir={tmp_path / 'stopped'}", "validate_every=3", "ema_device=cpu")
+        assert status == 128 + signal.SIGTERM and newest(tmp_path / "stopped" / "stage1").name == "step_000006"
+        patched.undo()
+        assert train(*arguments, f"run_dir={tmp_path / 'stopped'}") == 0
+    ended = newest(tmp_path / "whole" / "stage1")
+    assert_same_bits(ended, newest(tmp_path / "stopped" / "stage1"))
+    assert any(":exp_avg.codes/" in name for name in tensors(ended)) == (package == "torchao")
 
 
 @pytest.fixture(scope="module")

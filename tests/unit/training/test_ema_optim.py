@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,16 +15,17 @@ import torch
 import yaml
 from commands import ROOT, user_error
 from data_fixtures import half_unreadable
+from safetensors.torch import load_file, save_file
 from torch import nn
-from training_runs import build_here, clipped
+from training_runs import Weights, build_here, clipped
 
 from paradiffusion.compose import compose_train
-from paradiffusion.config import OptimizerConfig, TrackerConfig, TrainConfig
+from paradiffusion.config import OPTIMIZERS, OptimizerConfig, TrackerConfig, TrainConfig
 from paradiffusion.errors import UserError
-from paradiffusion.training.ema import Ema
+from paradiffusion.training.ema import Ema, OwnAverage
 from paradiffusion.training.engine import Engine, WholeMasters, check_deepspeed_file, check_launch
 from paradiffusion.training.log import Log, Meters, human_time, length_band, log_line
-from paradiffusion.training.optim import MuonAdamW, build_optimizer, part_of, schedule, set_learning_rate
+from paradiffusion.training.optim import MuonAdamW, build_optimizer, keeps_average, part_of, schedule, set_learning_rate
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -170,6 +174,80 @@ def test_an_update_that_is_left_out_leaves_no_trace(name: str) -> None:
         if out:
             for p, state in engine.optimizer.state.items():
                 assert all(torch.equal(torch.as_tensor(v), states[id(p)][k]) for k, v in state.items())
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw8bit"])  # which tests/gpu has
+def test_every_optimizer_comes_back_to_the_bit_from_a_file(name: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(package := OPTIMIZERS[name].path.partition(".")[0]) is None:
+        pytest.skip(f"{package} is not installed")
+    rate = {"prodigy": 1.0, "adadelta": 1.0}.get(name, 1e-2)
+    config = OptimizerConfig(name=name, lr=rate, lr_conditioning=rate, lr_lora=rate)
+
+    def begin() -> Engine:
+        engine, generator = Engine.__new__(Engine), torch.Generator().manual_seed(0)
+        shapes = {"unet.a.weight": (128, 64), "unet.a.bias": (64,), "refiner.kernel": (8, 4, 3, 3), "unet.unused": (4,)}
+        engine.parameters = {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
+        engine.optimizer, engine.accelerator = (
+            build_optimizer(engine.parameters, config),
+            SimpleNamespace(is_main_process=True),
+        )
+        return engine
+
+    @torch.compiler.set_stance("force_eager")  # torchao's kernels
+    def go(engine: Engine, steps: range) -> Weights:
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            set_learning_rate(engine.optimizer, 1 / (1 + step))
+            for key, parameter in engine.parameters.items():
+                if key != "unet.unused":
+                    parameter.grad = torch.randn(parameter.shape, generator=generator)
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+        return {key: p.detach().clone() for key, p in engine.parameters.items()}
+
+    whole, engine = begin(), begin()
+    first, expected = go(begin(), range(1)), go(whole, range(10))
+    weights = go(engine, range(7))
+    if keeps_average(engine.optimizer):
+        average = OwnAverage(WholeMasters(engine.parameters, main=True), engine.optimizer).full()
+        assert all(torch.equal(p, weights[key]) for key, p in engine.parameters.items()), (
+            "the weights stay where they are"
+        )
+    save_file(dict(engine.optimizer_state()), tmp_path / "state.safetensors")
+    if keeps_average(engine.optimizer):
+        engine.optimizer.eval()
+        assert all(torch.equal(p, average[key]) for key, p in engine.parameters.items())
+        assert not torch.equal(average["unet.a.weight"], weights["unet.a.weight"])
+    again = begin()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for key, parameter in again.parameters.items():
+            parameter.copy_(weights[key])
+        again.load_optimizer(stored := load_file(tmp_path / "state.safetensors"))
+        assert all(torch.equal(p, weights[key]) for key, p in again.parameters.items())
+    found = go(again, range(7, 10))
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    assert not torch.equal(expected["unet.a.weight"], first["unet.a.weight"])
+    kept = sum(t.nbytes for key, t in stored.items() if key.endswith("/unet.a.weight") and not key.startswith("step/"))
+    fewer = ("adafactor", "muon")  # of which the table has the most that a parameter's state may come to
+    assert kept / (128 * 64) == pytest.approx(OPTIMIZERS[name].state, rel=0.3) or name in fewer
+    assert kept / (128 * 64) <= 1.3 * OPTIMIZERS[name].state
+
+
+def test_optimizers_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"optimizer.name=lbfgs .*adamw.*nadam.*prodigy"):
+        compose_train(["optimizer.name=lbfgs"])
+    differing = OptimizerConfig(name="prodigy", lr=1.0, lr_conditioning=0.5)
+    named = {"unet.a": nn.Parameter(torch.ones(2)), "refiner.b": nn.Parameter(torch.ones(2))}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "prodigyopt", SimpleNamespace(Prodigy=None))
+    user_error(r"prodigy finds one learning rate .*\[0.5, 1.0\]", build_optimizer, named, differing)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    user_error(
+        "needs the package schedulefree, and it is not installed",
+        build_optimizer,
+        named,
+        OptimizerConfig(name="sgd_schedulefree"),
+    )
 
 
 def test_length_bands_and_times() -> None:
