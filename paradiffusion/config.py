@@ -49,6 +49,13 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
+# Kinds of adapter: PEFT's configuration, and what makes of it this kind (PiSSA starts otherwise: text/encoder.py).
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("LoraConfig", {}), "dora": ("LoraConfig", {"use_dora": True}), "rslora": ("LoraConfig", {"use_rslora": True}),
+    "pissa": ("LoraConfig", {}), "lokr": ("LoKrConfig", {}), "loha": ("LoHaConfig", {}),
+}  # fmt: skip
+
+
 def option(default: Any, *, typed: str = "", free: str = "", of: str = "", accepts: Check | None = None) -> Any:
     """A field with what else must be known of its key. No other list says it.
 
@@ -199,11 +206,12 @@ class ConditioningConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adaptation of the text encoder (stage 2), through PEFT."""
+    """Low-rank adaptation of the text encoder (stage 2), through PEFT; ``kind`` is one of ADAPTERS."""
 
     rank: int = option(8, accepts=positive)
     alpha: int = 8
     target_modules: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    kind: str = option("lora", accepts=one_of(*ADAPTERS))
 
     def check(self) -> None:
         if not self.target_modules:
@@ -224,7 +232,7 @@ class UNetConfig:
             dozen latents, its backward pass is a quarter faster; on GPUs leave it off.
         lora_rank: train a LoRA adapter of this rank on the U-Net's attention instead of all its weights; 0 for none. The
             text projection (and refiner) are trained whole in either case.
-        lora_alpha, lora_target_modules: of that adapter.
+        lora_alpha, lora_target_modules, lora_kind: of that adapter, as LoraConfig has them.
     """
 
     name: str = option("nano", of="weights")
@@ -235,6 +243,13 @@ class UNetConfig:
     lora_rank: int = option(0, accepts=not_negative)
     lora_alpha: int = option(16, accepts=positive)
     lora_target_modules: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    lora_kind: str = option("lora", accepts=one_of(*ADAPTERS))
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """Its adapter, as a checkpoint describes one."""
+        targets = list(self.lora_target_modules)
+        return {"rank": self.lora_rank, "alpha": self.lora_alpha, "target_modules": targets, "kind": self.lora_kind}
 
 
 @dataclass
@@ -632,6 +647,11 @@ class TrainConfig:
             raise UserError(
                 f"objective.layout_share={self.objective.layout_share} trains by the layout loss alone, and there is none with "
                 "conditioning.layout_patch=0 or objective.layout_weight=0; leave one of them out."
+            )
+        if self.train_text == "lora" and self.text_encoder.quantization and self.lora.kind not in ("lora", "rslora"):
+            raise UserError(
+                f"lora.kind={self.lora.kind} computes with the weights that it adapts, and text_encoder.quantization="
+                f"{self.text_encoder.quantization} has packed ones; set lora.kind=lora or rslora, or text_encoder.quantization=null."
             )
         if self.data.bucket_multiple % self.codec.factor:
             raise UserError(

@@ -2,6 +2,7 @@
 
     python scripts/export.py ckpt=runs/paper to=official output=weights          # for the released inference code
     python scripts/export.py ckpt=runs/nano to=pipeline output=pipe              # ParaDiffusionPipeline.from_pretrained("pipe")
+    python scripts/export.py ckpt=runs/paper to=lora output=adapters             # for diffusers and PEFT, without frozen models
     python scripts/export.py ckpt=weights to=ours output=checkpoint dtype=float16  # official or pipeline folder -> ours
 
 ckpt= takes a run, a stage, a checkpoint, an official folder (unet=unet_384 chooses one of its U-Nets) or a pipeline's folder.
@@ -24,7 +25,7 @@ from paradiffusion.config import DTYPES, option
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
 
-LAYOUTS = ("official", "pipeline", "ours")
+LAYOUTS = ("official", "pipeline", "ours", "lora")
 
 
 @dataclass
@@ -62,9 +63,11 @@ def main(arguments: list[str]) -> int:
     output = Path(str(options.output)).expanduser()
     from paradiffusion.checkpoints.export import (
         check_absent,
+        export_lora,
         export_official,
         export_ours,
         export_pipeline,
+        lora_told,
         official_differs,
     )
     from paradiffusion.checkpoints.layouts import find_checkpoint
@@ -72,10 +75,14 @@ def main(arguments: list[str]) -> int:
     check_absent(output)
     checkpoint = find_checkpoint(str(options.ckpt), unet=options.unet)
     checkpoint.place(options.text_encoder.path, options.codec.path)
-    write = {"official": export_official, "pipeline": export_pipeline, "ours": export_ours}[str(options.to)]
+    write = {"official": export_official, "pipeline": export_pipeline, "ours": export_ours, "lora": export_lora}[
+        str(options.to)
+    ]
     write(checkpoint, output, options.dtype, options.frozen or ("link" if options.to == "ours" else "copy"))
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 2**20:.1f} MiB in the layout {options.to}")
+    if options.to == "lora":
+        print(*lora_told(checkpoint), sep="\n")
     if options.to == "official":
         print(*(f"the released code: {reason}." for reason in official_differs(checkpoint, options.dtype)), sep="\n")
     return 0

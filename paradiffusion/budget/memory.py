@@ -17,7 +17,7 @@ from paradiffusion.budget.empty import EmptyModels, empty_models
 from paradiffusion.config import OPTIMIZERS, TrainConfig
 from paradiffusion.data.images import make_buckets
 from paradiffusion.models.unet import PROJECTIONS, halve_frozen
-from paradiffusion.text.encoder import DTYPES, leave_casts_to_autocast
+from paradiffusion.text.encoder import DTYPES, is_adapter, leave_casts_to_autocast
 from paradiffusion.training.engine import at_once, deepspeed_needs
 
 GIB = 2**30
@@ -120,12 +120,12 @@ def count_parameters(models: EmptyModels) -> Counts:
     trained = joint.trained()
     unet = {name: p.numel() for name, p in joint.unet.named_parameters()}
     text = {name: p.numel() for name, p in inner.named_parameters()}
-    unet_lora = sum(size for name, size in unet.items() if "lora_" in name)
+    unet_lora = sum(size for name, size in unet.items() if is_adapter(name))
     projection = sum(size for name, size in unet.items() if f"unet.{name}".startswith(PROJECTIONS))
-    lora = sum(size for name, size in text.items() if "lora_" in name)
+    lora = sum(size for name, size in text.items() if is_adapter(name))
     head = 0 if joint.refiner is None else _numel(joint.refiner.layout)
     # bitsandbytes stores the weights of frozen linear layers in 4 bits; embeddings and norms stay.
-    linear = (m for name, m in inner.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name)
+    linear = (m for name, m in inner.named_modules() if isinstance(m, nn.Linear) and not is_adapter(name))
     return Counts(
         unet=sum(unet.values()) - unet_lora - projection,
         projection=projection,

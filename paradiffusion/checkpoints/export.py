@@ -1,4 +1,4 @@
-"""Exports of a checkpoint: our own layout without training state, that of the published weights, a diffusers pipeline."""
+"""Exports of a checkpoint: our own layout without training state, that of the published weights, a diffusers pipeline, adapters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from paradiffusion.checkpoints.layouts import (
     SCHEDULER,
     SIDECAR,
     UNET,
+    UNET_LORA,
     VAE_FOLDERS,
     Layout,
     objective_of,
@@ -32,15 +35,17 @@ from paradiffusion.checkpoints.layouts import (
 )
 from paradiffusion.checkpoints.manifest import write_manifest
 from paradiffusion.checkpoints.tensors import UNET_STEM, write_tensors
-from paradiffusion.config import CodecConfig, TextEncoderConfig
+from paradiffusion.config import ADAPTERS, CodecConfig, TextEncoderConfig
 from paradiffusion.diffusion.objective import Flow
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.models.codec import locate_codec
-from paradiffusion.models.unet import DENOISERS, class_of
+from paradiffusion.models.unet import DENOISERS, class_of, trained_whole
 from paradiffusion.repository import ROOT
-from paradiffusion.text.encoder import DTYPES
+from paradiffusion.text.encoder import DTYPES, peft_config
+from paradiffusion.text.families import empty_model
 from paradiffusion.text.sources import locate
 
+WHOLE = "unet_trained_whole.safetensors"  # beside a U-Net's adapter
 OFFICIAL_TOKENS = 256  # what the released demo reads of a prompt, whatever the checkpoint was trained with
 OFFICIAL_END = (
     "sigma_min"  # its solver's last step leads to the schedule's lowest noise, where later libraries go to none
@@ -126,6 +131,7 @@ def check_official(checkpoint: Layout) -> None:
         "coordinates as input channels": description["coordinates"],
         "a flow objective": isinstance(objective, Flow),
         "a schedule of zero terminal SNR": objective.config.zero_terminal_snr,
+        "an adapter that is no plain LoRA": (description["lora"] or {}).get("kind", "lora") != "lora",
     }
     if found := [reason for reason, present in reasons.items() if present]:
         raise UserError(
@@ -185,6 +191,84 @@ def export_pipeline(checkpoint: Layout, output: Path, dtype: str = "float32", fr
             encoder = parse(TextEncoderConfig, description["text_encoder"])
             place_frozen(locate(encoder), folder / "text_encoder", frozen)
             place_frozen(locate_codec(parse(CodecConfig, description["codec"])), folder / "vae", frozen)
+
+
+def export_lora(checkpoint: Layout, output: Path, dtype: str = "float32", frozen: str = "none") -> None:
+    """Write a checkpoint's adapters by the libraries' own savers: the U-Net's as diffusers' ``load_lora_weights`` takes it, the
+    language model's as PEFT's ``from_pretrained`` does; beside a U-Net's what was trained whole with it, and a README.
+
+    Raises:
+        UserError: when ``output`` exists, there is no adapter, or diffusers has none of its kind.
+    """
+    from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    told, description = lora_told(checkpoint), checkpoint.description
+    lora, unet_lora, kind = description["lora"], description["unet_lora"], DENOISERS[class_of(checkpoint.unet_config)]
+    state = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in checkpoint.weights(merge=False).items()}
+    parts = {
+        part: {n.removeprefix(f"{part}."): t for n, t in state.items() if n.startswith(f"{part}.")}
+        for part in (UNET, REFINER, "text_encoder")
+    }
+    with whole_folder(output) as folder:
+        if unet_lora:
+            with torch.device("meta"):
+                unet: Any = kind.made.from_config(checkpoint.unet_config)
+                unet.add_adapter(config := peft_config(unet_lora))
+            saver: Any = {"unet": StableDiffusionLoraLoaderMixin, "transformer": SD3LoraLoaderMixin}[kind.folder]
+            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=parts[UNET]))
+            about = {**config.to_dict(), "target_modules": sorted(unet_lora["target_modules"])}  # a set has no order
+            saver.save_lora_weights(
+                folder, **{f"{kind.folder}_lora_layers": layers, f"{kind.folder}_lora_adapter_metadata": about}
+            )
+            whole = trained_whole(kind, checkpoint.unet_config)
+            write_tensors(folder / WHOLE, {n: t for n, t in parts[UNET].items() if n.startswith(whole)})
+            if checkpoint.refiner_config is not None:
+                write_config(folder / REFINER, checkpoint.refiner_config)
+                write_tensors(folder / REFINER / "model.safetensors", parts[REFINER])
+        if lora:
+            empty: Any = empty_model(parse(TextEncoderConfig, description["text_encoder"]))
+            with torch.device("meta"):
+                adapted = get_peft_model(empty, peft_config(lora, **lora.get("settings", {})))
+            own = {name.removeprefix("model."): tensor for name, tensor in parts["text_encoder"].items()}
+            adapted.save_pretrained(folder / LORA, state_dict=own, save_embedding_layers=False)
+        (folder / "README.md").write_text("\n\n".join(told) + "\n")
+
+
+def lora_told(checkpoint: Layout) -> list[str]:
+    """How the adapters of ``export_lora`` are loaded, and what they lack, in a sentence each. Raises UserError as it does."""
+    description, kind = checkpoint.description, DENOISERS[class_of(checkpoint.unet_config)]
+    lora, unet_lora, encoder = description["lora"], description["unet_lora"], description["text_encoder"]
+    if not (lora or unet_lora):
+        raise UserError(
+            f"{checkpoint.name} has no adapter (train_text=lora, unet.lora_rank); use to=pipeline for whole weights."
+        )
+    if unet_lora and ADAPTERS[unet_lora.get("kind", "lora")][0] != "LoraConfig":
+        raise UserError(
+            f"diffusers loads no adapter of the kind {unet_lora['kind']}, which the U-Net of {checkpoint.name} has; use to=pipeline, "
+            f"which merges it, or PeftModel.from_pretrained(unet, '{checkpoint.folder / UNET_LORA}')."
+        )
+    told = []
+    if unet_lora:
+        whole = (
+            "text projection and refiner (`refiner/`) were" if checkpoint.refiner_config else "the text projection was"
+        )
+        told = [
+            f'The U-Net\'s adapter: `pipe.load_lora_weights(folder)`, or `unet.load_lora_adapter(folder, prefix="{kind.folder}")`.',
+            f"Alone it draws another picture, since {whole} trained whole beside it: call "
+            f"`unet.load_state_dict(load_file(folder + '/{WHOLE}'), strict=False)` before.",
+        ]  # fmt: skip
+    if lora:
+        layers = f"the first {encoder['layers']} layers of " if encoder.get("layers") else ""
+        told.append(
+            f"The language model's: `PeftModel.from_pretrained(model, folder + '/{LORA}')`, for {layers}{encoder['hub'] or encoder['name']}."
+        )
+    if not unet_lora:
+        told.append(
+            "The U-Net was trained whole beside it, and the adapter alone draws another picture: to=pipeline exports both."
+        )
+    return told
 
 
 def parts_of(checkpoint: Layout, dtype: str) -> dict[str, dict[str, Tensor]]:

@@ -40,7 +40,7 @@ from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import DENOISERS, class_of, kind_of, read_width
 from paradiffusion.repository import find_shipped
-from paradiffusion.text.encoder import TextEncoder, attach_lora
+from paradiffusion.text.encoder import ADAPTED, TextEncoder, attach_lora, is_adapter, peft_config
 from paradiffusion.text.sources import locate, weights_hash
 
 FORMAT = "paradiffusion"
@@ -142,7 +142,7 @@ class Layout(ABC):
         stored = read_tensors(self.folder / UNET_LORA, ADAPTER_STEM)
         peft = {name.removeprefix(PEFT_PREFIX): t for name, t in stored.items() if name.startswith(PEFT_PREFIX)}
         adapter = {joint_adapter_name(name, f"{UNET}."): tensor.float() for name, tensor in peft.items()}
-        adapted = {name.partition(".lora_")[0] for name in adapter}
+        adapted = {ADAPTED.split(name)[0] for name in adapter}
         state = dict(adapter)
         for name, tensor in read_tensors(self.unet, UNET_STEM).items():
             name = f"{UNET}.{name}"
@@ -367,8 +367,6 @@ def describe(
     config: TrainConfig, step: int, text_source: dict[str, Any], codec_source: dict[str, Any]
 ) -> dict[str, Any]:
     """What ``checkpoint.json`` says."""
-    unet = config.unet
-    unet_lora = {"rank": unet.lora_rank, "alpha": unet.lora_alpha, "target_modules": list(unet.lora_target_modules)}
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "safetensors")}
     return {
         "format": FORMAT,
@@ -379,15 +377,22 @@ def describe(
         "seed": config.seed,
         "resolution": config.data.resolution,
         "text_encoder": {**asdict(config.text_encoder), "hash": text_source["hash"]},
-        "lora": None if config.train_text == "frozen" else asdict(config.lora),
+        "lora": None if config.train_text == "frozen" else as_stored(asdict(config.lora)),
         "conditioning": asdict(config.conditioning),
         "coordinates": config.unet.coordinates,
-        "unet_lora": unet_lora if config.unet.lora_rank else None,
+        "unet_lora": as_stored(config.unet.adapter) if config.unet.lora_rank else None,
         "codec": {**asdict(config.codec), **{key: codec_source[key] for key in ("hash", "scaling_factor")}},
         "objective": asdict(config.objective),
         "sampler": asdict(config.sampler),
         "provenance": {"libraries": libraries, "images_seen": step * config.batch_size, "init_from": config.init_from},
     }
+
+
+def as_stored(lora: dict[str, Any]) -> dict[str, Any]:
+    """How an adapter is described that is trained as ``lora`` says: what began with PiSSA is stored as ``save_weights`` has it."""
+    if lora["kind"] != "pissa":
+        return lora
+    return {**lora, "kind": "lora", "rank": 2 * lora["rank"], "alpha": 2 * lora["alpha"]}
 
 
 def portable(description: dict[str, Any]) -> dict[str, Any]:
@@ -406,9 +411,9 @@ def split_parts(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         part, _, rest = name.partition(".")
         if part == "text_encoder":
             # PEFT stores adapters without the adapter's own name ("default").
-            parts[LORA][rest.removeprefix("model.").replace(".default.", ".")] = tensor
-        elif part == UNET and ".lora_" in rest:
-            parts[UNET_LORA][PEFT_PREFIX + rest.replace(".default.", ".")] = tensor
+            parts[LORA][re.sub(r"\.default\b", "", rest.removeprefix("model."))] = tensor
+        elif part == UNET and is_adapter(rest):
+            parts[UNET_LORA][PEFT_PREFIX + re.sub(r"\.default\b", "", rest)] = tensor
         else:
             parts[part][rest.replace(".base_layer.", ".")] = tensor
     return parts
@@ -424,6 +429,12 @@ def save_weights(folder: Path, joint: JointModel, state: dict[str, Tensor], desc
     base = {}
     if description.get("unet_lora"):  # all but adapter and projection is frozen, so it is no part of the average
         base = {f"{UNET}.{n}": p for n, p in joint.unet.named_parameters() if not p.requires_grad}
+    for (
+        name,
+        start,
+    ) in joint.start.items():  # B A - B0 A0, a plain LoRA of twice the rank beside the model's own weights
+        first = ".lora_A." in name
+        state = {**state, name: torch.cat([state[name].cpu(), start if first else -start], dim=0 if first else 1)}
     buffers = {name: tensor for name, tensor in joint.named_buffers() if name.startswith((f"{UNET}.", f"{REFINER}."))}
     whole = {**base, **buffers, **state}
     parts = split_parts({name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()})
@@ -439,9 +450,9 @@ def write_parts(folder: Path, parts: dict[str, dict[str, Tensor]], description: 
     write_tensors(unet / f"{UNET_STEM}.safetensors", parts[UNET])
     if parts[REFINER]:
         write_tensors(folder / REFINER / "model.safetensors", parts[REFINER])
-    for part, key, denoiser in ((LORA, "lora", ""), (UNET_LORA, "unet_lora", unet.name)):
+    for part, key in ((LORA, "lora"), (UNET_LORA, "unet_lora")):
         if parts[part]:
-            write_adapter(folder / part, parts[part], description[key], denoiser)
+            write_adapter(folder / part, parts[part], description[key])
     (folder / "checkpoint.json").write_text(json.dumps(description, indent=1))
 
 
@@ -458,27 +469,19 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     return {joint_adapter_name(HEADED.sub(PEFT_PREFIX, name)): tensor.float() for name, tensor in stored.items()}
 
 
-def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: dict[str, Any], denoiser: str = "") -> None:
-    """An adapter as others load it, too: each looks for names of its own and passes over the rest, and an adapter is small.
-
-    A language model's is found by PEFT on the bare model, as in the released code, and on one with its language head. That of a
-    denoiser, which diffusers calls ``denoiser``, is found by PEFT, and by ``load_lora_adapter`` with ``prefix=None`` or that name;
-    diffusers takes alpha for the rank, so there alpha / rank is a part of lora_B.
-    """
-    from peft import LoraConfig as PeftLoraConfig
-
+def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: dict[str, Any]) -> None:
+    """An adapter as PEFT finds it on the bare model, as in the released code, and a language model's on one with its head too, which
+    looks for names of its own and passes over the rest. (diffusers takes what ``export_lora`` writes.)"""
     others: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         bare = name.removeprefix(PEFT_PREFIX)
-        if denoiser:
-            scaled = tensor * (lora["alpha"] / lora["rank"]) if ".lora_B." in name else tensor
-            others |= {bare: scaled.clone(), f"{denoiser}.{bare}": scaled.clone()}
-        elif bare.startswith(("layers.", "embed_tokens.")):
+        if bare.startswith(("layers.", "embed_tokens.")):
             others[f"{PEFT_PREFIX}model.{bare}"] = tensor.clone()
     write_tensors(folder / f"{ADAPTER_STEM}.safetensors", {**tensors, **others})
     targets = {"target_modules": sorted(lora["target_modules"]), **lora.get("settings", {})}
-    PeftLoraConfig(r=lora["rank"], lora_alpha=lora["alpha"], lora_dropout=0.0, **targets).save_pretrained(str(folder))
-    path, defaults = folder / "adapter_config.json", PeftLoraConfig().to_dict()
+    config = peft_config({**lora, **targets}, **targets)
+    config.save_pretrained(str(folder))
+    path, defaults = folder / "adapter_config.json", type(config)().to_dict()
     # Older versions refuse a file with keys that they do not know, such as 0.7.1, the released code's, whatever their values.
     kept = {k: v for k, v in read_json(path).items() if k in PEFT_KEYS or v != defaults.get(k)}
     kept |= {
@@ -522,25 +525,33 @@ def under_lora(name: str) -> str:
 
 
 def merge_unet_lora(state: dict[str, Tensor], unet_lora: dict[str, Any]) -> dict[str, Tensor]:
-    """``state`` with the U-Net's adapter added to its base, W + alpha / rank * B A, under the plain U-Net's names.
+    """``state`` with the U-Net's adapter merged into its base as PEFT does it, under the plain U-Net's names.
 
     Args:
-        unet_lora: rank and alpha, as the description has them.
+        unet_lora: kind, rank and alpha, as the description has them.
     Raises:
-        UserError: for a layer that lacks half of its adapter.
+        UserError: for a layer that lacks a part of its adapter.
     """
-    scale = unet_lora["alpha"] / unet_lora["rank"]
-    merged = {}
+    from peft import inject_adapter_in_model
+
+    merged: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        if name.startswith(f"{UNET}.") and ".lora_" in name:
-            continue
         module, base, kind = name.partition(".base_layer.")
-        if base and kind == "weight":
-            halves = [state.get(f"{module}.lora_{half}.default.weight") for half in "BA"]
-            if halves[0] is None or halves[1] is None:
-                raise UserError(f"the checkpoint lacks a half of the LoRA of {module}; use another checkpoint.")
-            tensor = tensor + scale * (halves[0] @ halves[1])
-        merged[f"{module}.{kind}" if base else name] = tensor
+        if name.startswith(f"{UNET}.") and is_adapter(name):
+            layer = ADAPTED.split(name)[0]
+            layers.setdefault(layer, {})[name.removeprefix(f"{layer}.")] = tensor
+        else:
+            merged[f"{module}.{kind}" if base else name] = tensor
+    for layer, adapter in layers.items():
+        weight = merged[f"{layer}.weight"]
+        holder: Any = torch.nn.Sequential(torch.nn.utils.skip_init(torch.nn.Linear, *weight.T.shape, bias=False))
+        holder[0].weight.data = weight.clone()
+        inject_adapter_in_model(peft_config({**unet_lora, "target_modules": ["0"]}), holder)
+        check_complete({name for name, _ in holder[0].named_parameters() if is_adapter(f".{name}")}, adapter)
+        copy_tensors(holder[0], adapter)
+        holder[0].merge()
+        merged[f"{layer}.weight"] = holder[0].get_base_layer().weight.detach()
     return merged
 
 

@@ -109,7 +109,7 @@ def joint_adapter_name(name: str, prefix: str = "text_encoder.model.") -> str:
     ("default"); ``prefix`` is the adapted model's."""
     name = re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name)
     name = re.sub(r"\.lora_magnitude_vector(\.weight)?$", ".lora_magnitude_vector.default.weight", name)
-    name = re.sub(r"\.(lora_embedding_[AB])$", r".\1.default", name)
+    name = re.sub(r"\.(lora_embedding_[AB]|(?:lokr|hada)_\w+)$", r".\1.default", name)
     return prefix + name
 
 

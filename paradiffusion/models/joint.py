@@ -72,6 +72,8 @@ class JointModel(nn.Module):
 
     Args:
         text_encoder: given only where its LoRA is trained; a frozen one stays outside.
+    Attributes:
+        start: of adapters that began as a part of the weights, what they began as, by parameter name (PiSSA).
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class JointModel(nn.Module):
         super().__init__()
         self.unet, self.refiner, self.text_encoder = unet, refiner, text_encoder
         self.objective, self.coordinates = objective, coordinates
+        self.start: dict[str, Tensor] = {}
 
     def refine(self, features: Tensor, mask: Tensor | None) -> Tensor:
         """Language-model features to what the U-Net's linear projection takes."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from paradiffusion.config import CodecConfig, ConditioningConfig, UNetConfig
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.text.conditioning import pad_length
-from paradiffusion.text.encoder import check_targets
+from paradiffusion.text.encoder import check_targets, is_adapter, peft_config
 
 
 @dataclass(frozen=True)
@@ -170,23 +170,21 @@ def add_lora(unet: Any, config: UNetConfig, seed: int) -> None:
     """
     if not config.lora_rank:
         return
-    from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model
 
-    targets = list(config.lora_target_modules)
-    check_targets(unet, targets, "unet.lora_target_modules", "U-Net")
-    settings = PeftLoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=0.0, target_modules=targets
-    )
+    check_targets(unet, list(config.lora_target_modules), "unet.lora_target_modules", "U-Net")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(settings, unet)
-    kind = kind_of(unet)
-    whole = [f"{kind.projection}."]
-    if unet.config["in_channels"] != unet.config["out_channels"]:
-        whole.append(f"{kind.first}.")
+        inject_adapter_in_model(peft_config(config.adapter), unet)
+    whole = trained_whole(kind_of(unet), unet.config)
     for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(".lora_" in name or name.startswith(tuple(whole)))
+        parameter.requires_grad_(is_adapter(name) or name.startswith(whole))
+
+
+def trained_whole(kind: Denoiser, config: dict[str, Any]) -> tuple[str, ...]:
+    """How the names of a denoiser's parameters begin that are trained whole beside its adapter."""
+    first = config["in_channels"] != config["out_channels"]
+    return (f"{kind.projection}.", *([f"{kind.first}."] if first else []))
 
 
 def halve_frozen(unet: Any) -> None:

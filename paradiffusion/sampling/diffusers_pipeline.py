@@ -55,7 +55,7 @@ from paradiffusion.models.joint import JointModel
 from paradiffusion.sampling.pipeline import InferenceModels, checked_side, encode_prompts, is_guided
 from paradiffusion.sampling.sampler import check_scheduler, sample_latents
 from paradiffusion.text.conditioning import Conditioning
-from paradiffusion.text.encoder import TextEncoder
+from paradiffusion.text.encoder import TextEncoder, is_adapter
 from paradiffusion.text.families import cut_layers
 from paradiffusion.text.refiner import Refiner
 from paradiffusion.text.tokenizer import load_tokenizer
@@ -244,7 +244,7 @@ class ParaDiffusionPipeline(_Base):
         """The text encoder's adapter by the joint module's names; empty where there is none."""
         own = plain(self.text_encoder).named_parameters()
         prefix = f"text_encoder.model.{PEFT_PREFIX}"
-        return {f"{prefix}{name}": p.detach().cpu().contiguous() for name, p in own if ".lora_" in name}
+        return {f"{prefix}{name}": p.detach().cpu().contiguous() for name, p in own if is_adapter(name)}
 
     def _attach(self, adapter: dict[str, Tensor]) -> None:
         """Put an adapter into the text encoder's layers, where the pipelines that share the component find it, too."""

@@ -6,17 +6,22 @@ checkpoint records whole.
 
 from __future__ import annotations
 
+import re
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
+from paradiffusion.config import ADAPTERS, ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
 from paradiffusion.text.families import DTYPES, layers_of, marks_of, position_limit, read_model
 from paradiffusion.text.sources import locate, same_weights, weights_hash
 from paradiffusion.text.tokenizer import CaptionTokenizer, Tokens
+
+# Begins what PEFT adds to a layer's name for the tensors of its adapter.
+ADAPTED = re.compile(r"\.(?:lora|lokr|hada)_")
 
 __all__ = ["DTYPES", "TextEncoder", "Tokens", "attach_lora", "check_targets", "load_text_encoder"]
 
@@ -127,6 +132,37 @@ def load_text_encoder(
     return TextEncoder(model, tokenizer, settings, source)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is an adapter's, by its name."""
+    return ADAPTED.search(name) is not None
+
+
+def peft_config(lora: dict[str, Any], **settings: Any) -> Any:
+    """PEFT's configuration of an adapter, of which ``lora`` is what a checkpoint describes, and ``settings`` what else PEFT is told."""
+    import peft
+
+    name, kind = ADAPTERS[lora.get("kind", "lora")]
+    scale = {"lora_alpha": lora["alpha"], "lora_dropout": 0.0} if name == "LoraConfig" else {"alpha": lora["alpha"]}
+    return getattr(peft, name)(
+        **{"r": lora["rank"], "target_modules": list(lora["target_modules"]), **scale, **kind, **settings}
+    )
+
+
+def start_from_principal(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Let a LoRA start as the principal part of the weights, which the frozen ones lose (PiSSA, arXiv 2404.02948).
+
+    Returns that start, by parameter name. What a model with its own weights needs is the adapter less its start.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.pissa_init("default", "pissa_niter_16")
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if is_adapter(name)}
+
+
 def attach_lora(encoder: TextEncoder, config: LoraConfig, seed: int = 0, **settings: Any) -> None:
     """Put a LoRA adapter (fp32, dropout 0, weights a function of ``seed``) on the language model.
 
@@ -136,16 +172,13 @@ def attach_lora(encoder: TextEncoder, config: LoraConfig, seed: int = 0, **setti
     Raises:
         UserError: when no linear layer has a configured name. What PEFT raises for ``settings`` that do not fit.
     """
-    from peft import LoraConfig as PeftLoraConfig
     from peft import get_peft_model
 
     if not settings:
         check_targets(encoder.model, config.target_modules, "lora.target_modules", "text encoder")
-    arguments = {"target_modules": list(config.target_modules), **settings}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapter = PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, **arguments)
-        encoder.model = get_peft_model(encoder.model, adapter)
+        encoder.model = get_peft_model(encoder.model, peft_config(asdict(config), **settings))
 
 
 def checkpoint_layers(model: Any, which: bool | str) -> None:

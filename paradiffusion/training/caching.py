@@ -37,7 +37,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.machine import choose_device
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.sampling.run import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
-from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
+from paradiffusion.text.encoder import DTYPES, TextEncoder, is_adapter, load_text_encoder
 from paradiffusion.text.sources import same_weights
 from paradiffusion.training.folder import find_resume, stage_folder
 from paradiffusion.training.inputs import read_captions
@@ -84,7 +84,7 @@ def weights_hash(model: nn.Module) -> str:
     model of which only some layers were tuned, and takes well under a second where a whole hash would take minutes."""
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
-        if ".lora_" not in name:
+        if not is_adapter(name):
             flat = tensor.detach().reshape(-1)
             picked = flat[:: max(1, len(flat) // _PICKED)]
             digest.update(f"{list(tensor.shape)} {tensor.dtype}\n".encode() + _bytes_of(picked))
@@ -102,8 +102,9 @@ def tokenizer_hash(encoder: TextEncoder) -> str:
 
 def adapter_hash(config: TrainConfig, encoder: TextEncoder) -> str | None:
     """A hash of the LoRA adapter that is applied to the language model, and of its scale; None without one."""
-    tensors = sorted((name, p) for name, p in encoder.named_parameters() if ".lora_" in name)
-    digest = hashlib.sha256(f"{config.lora.rank} {config.lora.alpha}".encode())
+    tensors = sorted((name, p) for name, p in encoder.named_parameters() if is_adapter(name))
+    kind = config.lora.kind.removeprefix("lora")
+    digest = hashlib.sha256(f"{config.lora.rank} {config.lora.alpha}{kind}".encode())
     for name, tensor in tensors:
         digest.update(name.encode() + _bytes_of(tensor))
     return digest.hexdigest()[:16] if tensors else None

@@ -527,6 +527,8 @@ def deepspeed_needs(config: TrainConfig) -> str | None:
     needs = {
         "objective.layout_share=0": config.objective.layout_share == 0,
         "optimizer.name=adamw": config.optimizer.name == "adamw",
+        "lora.kind=lora": config.train_text != "lora" or config.lora.kind == "lora",
+        "unet.lora_kind=lora": config.unet.lora_kind == "lora",
         "channels_last=false": not config.channels_last,
         "text_encoder.quantization=null": config.text_encoder.quantization is None,
     }

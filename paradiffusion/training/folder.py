@@ -248,6 +248,8 @@ def restore_checkpoint(checkpoint: Path, joint: JointModel, engine: Engine, ema:
             "run_dir to start from its weights."
         )
     averages = Ours(checkpoint).weights(merge=False)
+    for name, start in joint.start.items():  # stored beside its end, see ``save_weights``
+        averages[name] = averages[name][tuple(map(slice, start.shape))]
     copy_tensors(joint, {name: averages[name] for name, _ in joint.named_buffers() if name in averages})
     weights = load_file(folder / "model.safetensors")
     for stored in (averages, weights):

@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from paradiffusion.config import OPTIMIZERS, OptimizerConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.unet import PROJECTIONS
+from paradiffusion.text.encoder import is_adapter
 from paradiffusion.text.families import lacks_bitsandbytes
 
 
 def part_of(name: str) -> str:
     """Which learning rate a parameter takes: "lora" (of the text encoder or of the U-Net), "conditioning" (refiner and
     linear projection) or "unet"."""
-    if name.startswith("text_encoder.") or ".lora_" in name:
+    if name.startswith("text_encoder.") or is_adapter(name):
         return "lora"
     return "conditioning" if name.startswith(("refiner.", *PROJECTIONS)) else "unet"
 

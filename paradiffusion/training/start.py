@@ -31,7 +31,7 @@ from paradiffusion.models.codec import settled_scaling_factor
 from paradiffusion.models.joint import JointModel, build_joint
 from paradiffusion.models.unet import DENOISERS, class_of, downsampling, halve_frozen, lora_names, own_arguments
 from paradiffusion.randomness import seed_from
-from paradiffusion.text.encoder import TextEncoder, attach_lora, checkpoint_layers
+from paradiffusion.text.encoder import TextEncoder, attach_lora, checkpoint_layers, is_adapter, start_from_principal
 from paradiffusion.text.refiner import Refiner
 from paradiffusion.training.folder import CONFIG_FILE, check_unchanged, find_resume
 from paradiffusion.training.inputs import on_device
@@ -153,7 +153,7 @@ def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> Tra
                 f"the LoRA adapter that this stage would apply has settings which cannot be trained with ({lora['settings']}); "
                 "merge it into the language model with PEFT, and set text_encoder.path= to the result."
             )
-        config = replace(config, lora=LoraConfig(lora["rank"], lora["alpha"], list(lora["target_modules"])))
+        config = replace(config, lora=parse(LoraConfig, lora))
     return config
 
 
@@ -199,7 +199,8 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
         )
     if lora is not None:
         stored, own = (
-            {**values, "target_modules": sorted(values["target_modules"])} for values in (lora, asdict(config.lora))
+            {"kind": "lora", **values, "target_modules": sorted(values["target_modules"])}
+            for values in (lora, asdict(config.lora))
         )
         if stored != own:
             raise UserError(f"{init} has a LoRA adapter with {stored}, and lora says {own}; make them equal.")
@@ -213,8 +214,14 @@ def build_models(
     config = start.config
     is_unet = start.found is not None and start.description is None
     stored: dict[str, Tensor] = {}
+    principal = {"text_encoder": config.train_text == "lora" and config.lora.kind == "pissa",
+                 "unet": config.unet.lora_rank > 0 and config.unet.lora_kind == "pissa"}  # fmt: skip
     if start.found is not None:
-        stored = open_layout(start.found).weights(merge=not config.unet.lora_rank)
+        stored = open_layout(start.found).weights(
+            merge=not config.unet.lora_rank or (principal["unet"] and not start.resumes)
+        )
+        # What a resumed PiSSA adapter is by now comes with the rest of its state.
+        stored = {n: t for n, t in stored.items() if not (is_adapter(n) and principal[n.partition(".")[0]])}
     if config.train_text == "adapter":
         load_adapter(encoder, stored, config.lora)
     elif config.train_text == "lora":
@@ -237,11 +244,14 @@ def build_models(
     elif stored:
         stored = lora_names(stored, joint.unet)
         # Adapters that begin with this stage are the one thing that a checkpoint may lack.
-        check_complete({name for name in own if not name.startswith("text_encoder.") and ".lora_" not in name}, stored)
+        check_complete({name for name in own if not name.startswith("text_encoder.") and not is_adapter(name)}, stored)
         copy_tensors(joint, {n: t for n, t in stored.items() if n in own or not n.startswith("text_encoder.")})
     frozen = {n: t for n, t in stored.items() if n.startswith("text_encoder.") and config.train_text == "adapter"}
     # Under its own LoRA the U-Net belongs to the checkpoint too; kept here, since ZeRO-3 cuts frozen weights as well.
     frozen |= {f"unet.{name}": p.detach() for name, p in joint.unet.named_parameters() if not p.requires_grad}
+    for part in (part for part, is_so in principal.items() if is_so):
+        found_start = start_from_principal(joint.get_submodule(part), seed_from("pissa", config.seed) % (1 << 31))
+        joint.start |= {f"{part}.{name}": tensor for name, tensor in found_start.items()}
     if config.precision != "fp32":
         halve_frozen(joint.unet)
     return joint, frozen

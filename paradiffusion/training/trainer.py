@@ -33,7 +33,13 @@ from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import LossBatch, Losses
 from paradiffusion.sampling.pipeline import InferenceModels
 from paradiffusion.stopping import stop_on_signals
-from paradiffusion.text.encoder import TextEncoder, compile_layers, leave_casts_to_autocast, load_text_encoder
+from paradiffusion.text.encoder import (
+    TextEncoder,
+    compile_layers,
+    is_adapter,
+    leave_casts_to_autocast,
+    load_text_encoder,
+)  # fmt: skip
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema, OwnAverage
 from paradiffusion.training.engine import (
@@ -518,7 +524,7 @@ def announcement(trainer: Trainer, start: Start) -> str:
     config, plan = trainer.config, trainer.plan
     # ZeRO-3 leaves nothing in a parameter itself.
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in trainer.joint.trained().items()}
-    lora = sum(size for name, size in sizes.items() if ".lora_" in name)
+    lora = sum(size for name, size in sizes.items() if is_adapter(name))
     places = 0 if plan.steps_per_epoch >= 10 else 2
     at_most, size = config.micro_batch_size, at_once(config, trainer.processes)
     return (
