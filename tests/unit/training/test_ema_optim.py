@@ -200,7 +200,7 @@ def test_every_optimizer_comes_back_to_the_bit_from_a_file(name: str, tmp_path: 
             set_learning_rate(engine.optimizer, 1 / (1 + step))
             for key, parameter in engine.parameters.items():
                 if key != "unet.unused":
-                    parameter.grad = torch.randn(parameter.shape, generator=generator)
+                    parameter.grad = parameter.detach() + 0.1 * torch.randn(parameter.shape, generator=generator)
             engine.optimizer.step()
             engine.optimizer.zero_grad()
         return {key: p.detach().clone() for key, p in engine.parameters.items()}
