@@ -6,7 +6,7 @@ SHIPPED = {
     "paradiffusion.shipped": (".", []),  # train.py and sample.py
     "paradiffusion.shipped.scripts": ("scripts", ["slurm.sh"]),
     "paradiffusion.shipped.configs": ("configs", ["**/*.yaml"]),
-    "paradiffusion.shipped.data": ("data", ["*.txt", "*.jsonl", "nano/**", "nano_codec/**"]),
+    "paradiffusion.shipped.data": ("data", ["*.txt", "*.jsonl", "nano/**", "nano_codec/**", "nano_codec_white/**"]),
 }
 setup(
     packages=[*find_packages(include=["paradiffusion*"]), *SHIPPED],

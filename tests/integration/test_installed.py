@@ -23,7 +23,7 @@ TINY = [
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the package is installed, without its libraries. Built from a copy: setuptools leaves files where it builds."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
-    for name in ("paradiffusion", "configs", "scripts", "data/nano", "data/nano_codec"):
+    for name in ("paradiffusion", "configs", "scripts", "data/nano", "data/nano_codec", "data/nano_codec_white"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in [*(ROOT / "data").glob("*.txt"), *(ROOT / "data").glob("*.jsonl")]:
         shutil.copy(path, source / "data")
