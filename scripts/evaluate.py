@@ -14,7 +14,7 @@ earlier step gave is moved to the folder of that step. A comparison lies in <run
 runs/evaluation/<names>.
 
 What is judged, one of:
-ckpt=            a run, a stage, a checkpoint or a weights folder (ours, or in the official layout: unet=unet_384 chooses a U-Net)
+ckpt=            a run, a stage, a checkpoint or a weights folder (ours, or in the official layout: unet=unet_384 chooses a U-Net), or hf://USER/NAME
 pipeline=        a folder of diffusers or an id on the hub; from safetensors, without remote code
 images=          a folder of pictures named after the prompts: their id, their row in the whole suite (00000), or its own file
                  name, with _1 or -1 for further ones; or a folder that sample.py drew. What is missing or broken counts as a failure

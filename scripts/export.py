@@ -5,7 +5,7 @@
     python scripts/export.py ckpt=runs/paper to=lora output=adapters             # for diffusers and PEFT, without frozen models
     python scripts/export.py ckpt=weights to=ours output=checkpoint dtype=float16  # official or pipeline folder -> ours
 
-ckpt= takes a run, a stage, a checkpoint, an official folder (unet=unet_384 chooses one of its U-Nets) or a pipeline's folder.
+ckpt= takes a run, a stage, a checkpoint, an official folder (unet=unet_384 chooses one of its U-Nets), a pipeline's folder or hf://USER/NAME.
 dtype= is that of the weights on disk: float32, bfloat16 or float16. frozen= says what becomes of the language model and the
 autoencoder: copy (default for official and pipeline), link (by a link; in our layout, its default, by path) or none.
 text_encoder.path= and codec.path= say where they lie, if not where the checkpoint says.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.checkpoints.hub import PREFIX
 from paradiffusion.checkpoints.layouts import Official, find_checkpoint
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint_pictures import CheckpointSource
@@ -58,10 +59,12 @@ def _compared(options: EvaluateOptions, label: str | None, path: str) -> Subject
     folder = Path(path).expanduser()
     if path.startswith(HUB):
         return Subject(label, _pipeline(options, path.removeprefix(HUB), label))
+    if path.startswith(PREFIX):
+        return Subject(label, _checkpoint(options, path, "compare", label))
     if not folder.is_dir():
         raise UserError(
             f"compare= names {path}, which is no folder; expected a run, a stage, a checkpoint, an evaluation's folder, a "
-            f"pipeline's, a folder of pictures, or {HUB}<id> for a pipeline on the hub."
+            f"pipeline's, a folder of pictures, or on the hub {PREFIX}USER/NAME for a checkpoint and {HUB}<id> for a pipeline."
         )
     if (folder / NAME).is_file():
         return Subject(label, made=folder)
@@ -81,9 +84,8 @@ def _compared(options: EvaluateOptions, label: str | None, path: str) -> Subject
 
 
 def _checkpoint(options: EvaluateOptions, path: str, key: str, label: str | None) -> CheckpointSource:
-    given = Path(path).expanduser()
-    checkpoint = find_checkpoint(given, key).folder
-    return CheckpointSource(checkpoint, given, options.sampling(str(checkpoint)), label)
+    checkpoint = find_checkpoint(path, key).folder
+    return CheckpointSource(checkpoint, Path(path).expanduser(), options.sampling(str(checkpoint)), label)
 
 
 def _pipeline(options: EvaluateOptions, path: str, label: str | None) -> Source:

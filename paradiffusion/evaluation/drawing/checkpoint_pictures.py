@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from paradiffusion.atomic import write_atomic
+from paradiffusion.checkpoints.hub import PREFIX, address_of
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.manifest import MANIFEST
 from paradiffusion.config import SampleConfig, SamplerConfig
@@ -199,7 +200,9 @@ def weights_hash(checkpoint: Path) -> str:
 
 
 def _name_of(checkpoint: Path) -> str:
-    """ "nano_stage3_step_000400" for a training step, else the folder's own name."""
+    """ "nano_stage3_step_000400" for a training step, "USER_NAME" of a hub, else the folder's own name."""
+    if address := address_of(checkpoint):
+        return address.removeprefix(PREFIX).partition("@")[0].replace("/", "_")
     parts: Sequence[str] = checkpoint.resolve().parts
     if checkpoint.parent.name == "checkpoints" and len(parts) > 3:
         return "_".join((*parts[-4:-2], parts[-1]))
