@@ -12,7 +12,7 @@ setup(
     packages=[*find_packages(include=["paradiffusion*"]), *SHIPPED],
     package_dir={name: folder for name, (folder, _) in SHIPPED.items()},
     package_data={
-        "paradiffusion": ["**/*.html", "**/*.css", "**/*.js", "**/*.toml"],
+        "paradiffusion": ["**/*.html", "**/*.md", "**/*.css", "**/*.js", "**/*.toml"],
         **{name: patterns for name, (_, patterns) in SHIPPED.items()},
     },
 )

@@ -1,4 +1,4 @@
-"""Exports of a checkpoint: our own layout without training state, that of the published weights, a diffusers pipeline, adapters."""
+"""Exports of a checkpoint: our own layout without training state (on a hub, too), that of the published weights, a pipeline, adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from paradiffusion.atomic import atomic_folder
+from paradiffusion.checkpoints.hub import explain
 from paradiffusion.checkpoints.layouts import (
+    DENOISER_FOLDERS,
     LLM_FOLDERS,
     LORA,
     REFINER,
@@ -46,6 +48,7 @@ from paradiffusion.text.families import empty_model
 from paradiffusion.text.sources import locate
 
 WHOLE = "unet_trained_whole.safetensors"  # beside a U-Net's adapter
+SAMPLES = "samples"  # the model card's pictures, beside the weights on a hub
 OFFICIAL_TOKENS = 256  # what the released demo reads of a prompt, whatever the checkpoint was trained with
 OFFICIAL_END = (
     "sigma_min"  # its solver's last step leads to the schedule's lowest noise, where later libraries go to none
@@ -77,6 +80,36 @@ def export_ours(checkpoint: Layout, output: Path, dtype: str = "float32", frozen
         if checkpoint.refiner_config is not None:
             write_config(folder / REFINER, checkpoint.refiner_config)
         write_manifest(folder)
+
+
+def push(folder: Path, repository: str, private: bool = False) -> str:
+    """Make a hub's repository USER/NAME what an export's ``folder`` is, in one commit; the commit's address.
+
+    The repository is made where there is none. Of what it holds, only older weights and samples that are not in ``folder`` are
+    deleted: an adapter left behind would be applied.
+
+    Args:
+        private: of a new repository; an old one stays as it is.
+    Raises:
+        UserError: saying why it cannot be pushed.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api, files = HfApi(), files_of(folder)
+    parts = (*DENOISER_FOLDERS, REFINER, LORA, UNET_LORA, SAMPLES)
+    try:
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        old = [name for name in api.list_repo_files(repository) if name.startswith(tuple(f"{part}/" for part in parts))]
+        deleted = [CommitOperationDelete(name) for name in old if name not in files]
+        added = [CommitOperationAdd(name, path) for name, path in files.items()]
+        return str(api.create_commit(repository, [*deleted, *added], commit_message="ParaDiffusion").commit_url)
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise UserError(f"hub={repository} cannot be pushed to: {explain(error)}.") from None
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """All files below ``folder`` by their name within it, in order."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def export_official(checkpoint: Layout, output: Path, dtype: str = "float32", frozen: str = "copy") -> None:

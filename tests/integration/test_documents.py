@@ -25,6 +25,7 @@ from paradiffusion.curation.choosing.select_steps import SelectOptions
 from paradiffusion.evaluation.ablation import AblateOptions, split
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.votes.vote_actions import VoteOptions
+from scripts.publish import PublishOptions
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
 PROGRAM = re.compile(r"(train|sample|scripts/(\w+))\.py$")
@@ -51,6 +52,7 @@ OPTIONS = {
     "scripts/caption.py": CaptionOptions,
     "scripts/select.py": SelectOptions,
     "scripts/evaluate.py": EvaluateOptions,
+    "scripts/publish.py": PublishOptions,
     "scripts/vote.py": VoteOptions,
 }
 
@@ -81,7 +83,7 @@ def walk() -> list[tuple[str, list[str]]]:
     """The commands of README.md, docs/nano.md and the rest that run here, in the order in which a reader types them."""
     # Sets, weights and models that are downloaded, remote storage, the paper's size, another world.
     away = re.compile(
-        "preset=paper|s3://|weights|vlm=|pipeline=|images=|clip=|recipe=|--cfg|llama2|world|paraprompts|emoji|pixelprose|fine-t2i|docci"
+        "preset=paper|s3://|hf://|weights|vlm=|pipeline=|images=|clip=|recipe=|--cfg|llama2|world|paraprompts|emoji|pixelprose|fine-t2i|docci"
         "|cc12m|pd12m|runs/large"
     )
     # Servers, models of a hub, sets that are downloaded, and what other tests run: they were composed above.
