@@ -337,7 +337,9 @@ def encode_prompts(models: InferenceModels, prompts: list[str], negatives: Seque
     return conditioning if len(rows) == len(prompts) else conditioning.select([rows[prompt] for prompt in prompts])
 
 
-def generate(models: InferenceModels, jobs: Sequence[Job], batch_size: int) -> Iterator[tuple[Job, np.ndarray]]:
+def generate(
+    models: InferenceModels, jobs: Sequence[Job], batch_size: int, on_step: Callable[[int, Tensor], None] | None = None
+) -> Iterator[tuple[Job, np.ndarray]]:
     """Draw all jobs and yield each with its image, uint8 [H, W, 3], in the order of ``ordered``."""
     for batch in make_batches(jobs, batch_size):
-        yield from zip(batch, draw(models, batch), strict=True)
+        yield from zip(batch, draw(models, batch, on_step), strict=True)

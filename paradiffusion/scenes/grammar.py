@@ -11,7 +11,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from paradiffusion.scenes.world import Scene, SceneObject, is_held_out, pick, places, row_and_column
+from paradiffusion.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    NINE_PLACES,
+    Scene,
+    SceneObject,
+    is_held_out,
+    pick,
+    places,
+    row_and_column,
+)
 
 Slots = Mapping[str, str | Callable[[], str]]
 
@@ -21,6 +31,16 @@ Words = tuple[str, ...]
 @cache
 def _lists() -> dict[str, Any]:
     return tomllib.loads((Path(__file__).parent / "words.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def all_words() -> frozenset[str]:
+    """Every word that training captions are made of, in lower case."""
+    text = (Path(__file__).parent / "words.toml").read_text(encoding="utf-8").partition("\n[unseen]")[0]
+    text = re.sub(r"^#.*|\{[^}]*\}", " ", text, flags=re.MULTILINE)
+    return frozenset(
+        re.findall(r"[a-z]+", " ".join([text, *COLOURS, *BACKGROUNDS, *NINE_PLACES, "upper lower"]).lower())
+    )
 
 
 def word_list(*names: str) -> Words:

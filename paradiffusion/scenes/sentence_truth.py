@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from paradiffusion.scenes.drawing import draw, mix, pattern_strength
-from paradiffusion.scenes.grammar import place_names, place_phrases, word_lists
+from paradiffusion.scenes.grammar import all_words, place_labels, place_names, place_phrases, word_lists
 from paradiffusion.scenes.judge import ObjectVerdict, cell_of, judge_picture, on_canvas, perceptual, presence_of
 from paradiffusion.scenes.world import (
     BACKGROUNDS,
@@ -29,11 +29,13 @@ from paradiffusion.scenes.world import (
     DARK_BACKGROUNDS,
     INK,
     PATTERNS,
+    PLACES,
     SIZES,
     TEXTURES,
     Background,
     Scene,
     SceneObject,
+    cell_box,
     places,
     radius_of,
 )
@@ -366,3 +368,98 @@ def _free(scene: Scene, margin: int) -> np.ndarray:
 def object_of(scene: Scene, claim: Claim) -> list[SceneObject]:
     """The objects of the scene that a sentence speaks of."""
     return [item for item in scene.objects if claim.names(item.colour, item.shape)]
+
+
+# Longer phrases first: "in the middle of the top row" is not the middle. Hyphens are spaces here.
+_PLACES_SAID: Final = {
+    phrase.replace("-", " ").rstrip(","): place
+    for grid in (2, 3)
+    for place in places(grid)
+    for say in (place_labels, place_names, place_phrases)
+    for phrase in say(place, grid)
+}
+_SAID_PLACE: Final = re.compile(
+    rf"\b(?:{_any(sorted(_PLACES_SAID, key=lambda phrase: -len(phrase)))})\b", re.IGNORECASE
+)
+_TEXTURE_SAID: Final = re.compile(
+    rf"\b(?:{_any([words.replace('-', ' ') for words, _ in _TEXTURES])})\b", re.IGNORECASE
+)
+# What is left of a sentence without its objects and places must not say more of where things are, nor doubt what it says.
+_MORE: Final = re.compile(
+    r"\b(?:left|right|top|bottom|upper|lower|above|below|under|over|beside|next|near|between|opposite|middle|cent(?:re|er)|central|"
+    r"corners?|rows?|columns?|edges?|sides?|hal(?:f|ves)|neighbour\w*|adj\w+|higher|further|no|not|never|without|neither|nor|either|or|if|"
+    r"except|instead|unlike|both|all|them|other)\b",
+    re.IGNORECASE,
+)
+_INSIDE: Final = re.compile(r"@\s+of\s+(?:an?|the)\s+#")  # "in the corner of the blue square"
+_CELL: Final = 32  # pixels of a cell's side in the built-in scenes
+
+
+def read_scene(sentences: Sequence[str], height: int, width: int) -> tuple[Scene | None, list[bool]]:
+    """The scene that a typed paragraph describes for a picture of ``height`` x ``width`` pixels, None where it names no object outright;
+    and of which sentences it tells the whole truth.
+
+    Only what leaves no doubt is read: all words are the captions' own, each object has its colour, shape and place said in one
+    sentence, no two share a place. Where one thing lies as seen from another is not read. Background and count are, where every
+    object is known. The cells are nine where a place says so, or there are more than four objects; else four."""
+    sentences = [text.replace("center", "centre").replace("color", "colour") for text in sentences]
+    said = claims(sentences)
+    plain = [set(re.findall(r"[a-z]+", text.lower())) <= all_words() for text in sentences]
+    placed = [_placed(text, claim) if ok else None for text, claim, ok in zip(sentences, said, plain, strict=True)]
+    found: dict[tuple[str, str], set[str]] = {}
+    sizes: dict[tuple[str, str], str] = {}
+    for pairs in placed:
+        for mention, place in pairs or ():
+            found.setdefault((mention.colour, mention.shape), set()).add(place)
+            sizes.setdefault((mention.colour, mention.shape), mention.size or "medium")
+    taken = [place for where in found.values() for place in where]
+    known = {key: next(iter(where)) for key, where in found.items() if len(where) == 1 and taken.count(*where) == 1}
+    if not known:
+        return None, [False for _ in sentences]
+    grounds = {claim.ground for claim in said if claim.ground is not None}
+    grid = 2 if len(known) <= len(PLACES) and set(known.values()) <= set(PLACES) else 3
+    every = all((one.colour, one.shape) in known for claim in said for one in claim.mentions) and all(
+        len(_ANY_SHAPE.findall(text)) <= len(claim.mentions)
+        or claim.kind in ("background", "count")  # "this square picture"
+        for text, claim in zip(sentences, said, strict=True)
+    )
+    if grid == 2 and not every:  # what else there is may stand in one of nine cells, and reach into a quarter
+        return None, [False for _ in sentences]
+    whole = every and all(plain) and len(grounds) <= 1
+    exact = []
+    for text, claim, ok, pairs in zip(sentences, said, plain, placed, strict=True):
+        told = all((one.colour, one.shape) in known for one in claim.mentions) and (whole or claim.ground is None)
+        outright = pairs is not None if claim.kind == "object" else not _MORE.search(_rest(text))
+        exact.append(
+            ok and told and outright and claim.kind not in ("", "relation") and (whole or claim.kind != "count")
+        )
+    across, down = (round(2 * _CELL * grid * side / (height + width)) for side in (width, height))
+    objects = []
+    for (colour, shape), place in known.items():
+        x0, y0, x1, y1 = cell_box(place, across, down, grid)
+        size = sizes[colour, shape]
+        radius = radius_of(size, across, down, grid)
+        objects.append(SceneObject(shape, colour, size, "plain", place, (x0 + x1) / 2, (y0 + y1) / 2, radius))
+    ground = Background(next(iter(grounds), None) or "white", "plain")
+    return Scene(across, down, ground, tuple(objects), grid=grid), exact
+
+
+def _placed(text: str, claim: Claim) -> list[tuple[Mention, str]] | None:
+    """Each object that a sentence names with its place, where both stand in turn and nothing else is said of places; else None."""
+    nouns = {noun.start(): mention for noun, mention in zip(_NOUN.finditer(text), claim.mentions, strict=False)}
+    where = {one.start(): _PLACES_SAID[one[0].lower()] for one in _SAID_PLACE.finditer(text.replace("-", " "))}
+    turns = sorted({**nouns, **where}.items())
+    pairs = list(zip(turns[::2], turns[1::2], strict=False))
+    kept = [(nouns.get(a, nouns.get(b)), where.get(a, where.get(b))) for (a, _), (b, _) in pairs]
+    rest = _rest(text)
+    if len(turns) == 2 * len(nouns) > 0 and not (
+        claim.relation or _MORE.search(rest) or _ANY_SHAPE.search(rest) or _INSIDE.search(rest)
+    ):
+        good = [(mention, place) for mention, place in kept if mention is not None and place is not None]
+        return good if len(good) == len(nouns) else None
+    return None
+
+
+def _rest(text: str) -> str:
+    """A sentence with # for its objects and @ for its places, without textures."""
+    return _TEXTURE_SAID.sub(" ", _SAID_PLACE.sub(" @ ", _NOUN.sub(" # ", text).replace("-", " ")))

@@ -134,7 +134,9 @@ class CheckpointSource(Source):
             height, width = _size(suite, one.height, one.width, config, models)
             prompt = PromptRequest(n, one.text, seed=one.seed, height=height, width=width, source="a picture")
             jobs += make_jobs([prompt], config, models)
-        drawn = {job.name: image for job, image in generate(models, jobs, config.batch_size)}
+        tell = self.on_step
+        on_step = None if tell is None else lambda step, _: tell(step)
+        drawn = {job.name: image for job, image in generate(models, jobs, config.batch_size, on_step)}
         return [drawn[job.name] for job in jobs]
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Source(ABC):
     kind: str
     label: str
     name: str
+    on_step: Callable[[int], None] | None = None  # told after each step of ``painter``'s pictures how many are done
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -107,6 +107,8 @@ class PipelineSource(Source):
         if "negative_prompt" in arguments:
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(texts)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        if self.on_step is not None and "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+            arguments["callback_on_step_end"] = self._told
         try:
             with torch.no_grad():
                 found = pipe(list(texts), generator=generators, output_type="pil", **arguments)
@@ -120,6 +122,12 @@ class PipelineSource(Source):
         if flags and any(flags):
             raise PipelineError("the safety checker blanked one of them")
         return [np.asarray(image.convert("RGB")) for image in found.images]
+
+    def _told(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """What diffusers calls after each step."""
+        if self.on_step is not None:
+            self.on_step(step + 1)
+        return tensors
 
     def draw(self, place: Place) -> tuple[list[Drawn], dict[str, Any]]:
         records = self._records(place)

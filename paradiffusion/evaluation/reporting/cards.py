@@ -292,7 +292,7 @@ def judged_sentences(found: Found) -> list[JudgedSentence]:
             text, position = str(row.get("text", "")), _number(row.get("position"))
             sentence = merged.setdefault((number if position is None else position, text), JudgedSentence(text))
             if sentence.level == "unknown":
-                sentence.level = _level(row, unit)
+                sentence.level = level_of(row, unit)
             sentence.notes += _notes(row, result.title, unit)
     # Scores may pass over sentences that they cannot judge, each over others.
     return [merged[key] for key in sorted(merged)]
@@ -316,7 +316,8 @@ def _number(value: Any) -> float | None:
     return float(value) if good else None
 
 
-def _level(row: dict[str, Any], unit: str) -> str:
+def level_of(row: dict[str, Any], unit: str) -> str:
+    """One of MARKS, from a sentence's ``score``, of this unit, and whether it is ``followed``."""
     score, followed = _number(row.get("score")), row.get("followed")
     if followed is True:
         return "followed"

@@ -239,10 +239,10 @@ class Counterfactual:
         mine = {image.prompt for image in images if image.name == image.prompt}
         chosen = [prompt for prompt in suite.first(self.prompts).prompts if prompt.id in mine]
         chosen = [prompt for prompt in chosen if len(sentences(prompt.text)) > 1]
-        total = sum(len(_requests(prompt, suite.name)) for prompt in chosen)
+        total = sum(len(requests_of(prompt, prompt.seed(suite.name))) for prompt in chosen)
         with Journal(work, run.rank) as journal, run.bar(total, self.title) as bar:
             for prompt in chosen:
-                requests = _requests(prompt, suite.name)
+                requests = requests_of(prompt, prompt.seed(suite.name))
                 if "scores" in journal.found.get(prompt.id, {}):  # what failed is tried again
                     bar.update(len(requests))
                     continue
@@ -252,7 +252,9 @@ class Counterfactual:
                     reason = next(iter(str(error).splitlines()), type(error).__name__)[:300].rstrip(".")
                     journal.add(prompt.id, {"error": f"it could not be drawn again: {reason}"})
                     continue
-                journal.add(prompt.id, self._compared(prompt, requests, work / "pictures" / prompt.id))
+                folder = work / "pictures" / prompt.id
+                pictures = {name: np.asarray(Image.open(folder / f"{name}.png").convert("RGB")) for name in requests}
+                journal.add(prompt.id, self.compared(prompt, pictures))
                 run.check()
 
     def result(self, suite: Suite, images: list[Drawn], work: Path) -> ScoreResult:
@@ -314,10 +316,10 @@ class Counterfactual:
             bar.update(len(names))
             run.check()
 
-    def _compared(self, prompt: SuitePrompt, requests: dict[str, Request], folder: Path) -> dict[str, Any]:
-        """What is kept of a prompt: changes, and the scores of its sentences on all pictures, [pictures][sentences]."""
+    def compared(self, prompt: SuitePrompt, pictures: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What is kept of a prompt, from the pictures of ``requests_of``, uint8 [H, W, 3]: changes, and the scores of its sentences on all
+        pictures, [pictures][sentences]."""
         parts = sentences(prompt.text)
-        pictures = {name: np.asarray(Image.open(folder / f"{name}.png").convert("RGB")) for name in requests}
         base = pictures["whole"]
         regions = self.judge.regions(prompt, parts)
         left_out = _left_out(len(parts))
@@ -351,9 +353,9 @@ def _left_out(count: int) -> list[int]:
     return [number * count // min(count, LIMIT) for number in range(min(count, LIMIT))]
 
 
-def _requests(prompt: SuitePrompt, suite: str) -> dict[str, Request]:
+def requests_of(prompt: SuitePrompt, seed: int) -> dict[str, Request]:
     """By name: "whole", "seed" and "without_K". Sentences are joined by single spaces in all, so that nothing else differs."""
-    parts, seed = sentences(prompt.text), prompt.seed(suite)
+    parts = sentences(prompt.text)
     whole = " ".join(parts)
     requests = {
         "whole": Request(whole, seed, prompt.height, prompt.width),
