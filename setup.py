@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 SHIPPED = {
-    "paradiffusion.shipped": (".", []),  # train.py and sample.py
+    "paradiffusion.shipped": (".", []),  # train.py, sample.py and app.py
     "paradiffusion.shipped.scripts": ("scripts", ["slurm.sh"]),
     "paradiffusion.shipped.configs": ("configs", ["**/*.yaml"]),
     "paradiffusion.shipped.data": ("data", ["*.txt", "*.jsonl", "nano/**", "nano_codec/**", "nano_codec_white/**"]),

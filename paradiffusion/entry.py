@@ -19,7 +19,7 @@ SECONDS_TO_BE_ENDED = 30.0
 EXTRA_OF = {
     **dict.fromkeys(("matplotlib", "open_clip", "sentence_transformers", "torch_fidelity", "torchmetrics", "torchvision"), "evaluation"),
     **dict.fromkeys(("ftfy", "imagehash", "openai", "pyarrow", "sklearn", "tenacity"), "curation"),
-    **dict.fromkeys(("starlette", "uvicorn"), "apps"),
+    **dict.fromkeys(("gradio", "starlette", "uvicorn"), "apps"),
     "deepspeed": "deepspeed",
 }  # fmt: skip
 

@@ -66,8 +66,6 @@ def local_app(
             raise HTTPException(403, "the token is missing or wrong: open the address that you were given")
 
     checks = [Middleware(_checked, check=check) for check in (check_origin, *([rates.check] if rates else []))]
-    # To TrustedHostMiddleware a star is a pattern; no host is called so.
-    names = ["localhost", socket.gethostname(), *(name for name in hosts if "*" not in name)]
     static = [
         Route("/static/base.css", lambda request: FileResponse(ROOT / "templates" / "base.css")),
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
@@ -75,12 +73,18 @@ def local_app(
     own = Mount("/", routes=routes, middleware=[Middleware(_checked, check=check_token)])
     return Starlette(
         routes=[Mount("/", routes=[*static, own], middleware=checks, max_body_size=MAX_BODY)],
-        middleware=[Middleware(_with_headers), Middleware(_Hosts, allowed_hosts=names, www_redirect=False)],
+        middleware=[Middleware(_with_headers), Middleware(Hosts, allowed_hosts=names_of(hosts), www_redirect=False)],
         exception_handlers={HTTPException: _refusal},
     )
 
 
-class _Hosts(TrustedHostMiddleware):
+def names_of(hosts: Iterable[str] = ()) -> list[str]:
+    """The names that a page is opened under: this machine's own and ``hosts``."""
+    # To TrustedHostMiddleware a star is a pattern; no host is called so.
+    return ["localhost", socket.gethostname(), *(name for name in hosts if "*" not in name)]
+
+
+class Hosts(TrustedHostMiddleware):
     """A Host that is one of ours: a foreign site that points its own name here (DNS rebinding) gives itself away by it. An
     address cannot be pointed elsewhere, and always holds; through a tunnel the port is another one."""
 

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from commands import ROOT
 from PIL import Image
 
+from paradiffusion.apps.playground import AppOptions
 from paradiffusion.compose import compose_options, compose_sample, compose_train
 from paradiffusion.curation.building.build_options import BuildOptions
 from paradiffusion.curation.captioning.caption_options import CaptionOptions
@@ -28,7 +29,7 @@ from paradiffusion.evaluation.votes.vote_actions import VoteOptions
 from scripts.publish import PublishOptions
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
-PROGRAM = re.compile(r"(train|sample|scripts/(\w+))\.py$")
+PROGRAM = re.compile(r"\b(train|sample|app|scripts/(\w+))\.py$")
 
 
 def commands() -> Iterator[tuple[str, str, list[str]]]:
@@ -48,6 +49,7 @@ def commands() -> Iterator[tuple[str, str, list[str]]]:
 
 COMMANDS = list(commands())
 OPTIONS = {
+    "app.py": AppOptions,
     "scripts/build_shards.py": BuildOptions,
     "scripts/caption.py": CaptionOptions,
     "scripts/select.py": SelectOptions,
@@ -101,7 +103,7 @@ def walk() -> list[tuple[str, list[str]]]:
     chosen = []
     for _, program, arguments in COMMANDS:
         line = " ".join([program, *arguments])
-        ours = not any(f"scripts/{name}.py" in line for name in others)
+        ours = program != "app.py" and not any(f"scripts/{name}.py" in line for name in others)
         if ours and not away.search(line) and (program, arguments) not in chosen:
             chosen.append((program, arguments))
     return chosen

@@ -27,7 +27,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in [*(ROOT / "data").glob("*.txt"), *(ROOT / "data").glob("*.jsonl")]:
         shutil.copy(path, source / "data")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "train.py", "sample.py"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "train.py", "sample.py", "app.py"):
         shutil.copy(ROOT / name, source)
     options = ["-q", "--no-deps", "--no-build-isolation", "--no-compile", "--disable-pip-version-check"]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", str(target), str(source)], check=True)
@@ -51,7 +51,7 @@ def test_commands_from_any_folder_and_what_they_say(installed: Path, tmp_path: P
     assert (tmp_path / "data" / "demo" / "web").is_dir()  # not within what is installed, which may be read-only
     assert not (installed / "paradiffusion" / "shipped" / "data" / "demo").exists()
     listed = paradiffusion(installed, tmp_path)
-    names = {path.stem for path in (ROOT / "scripts").glob("*.py")} | {"train", "sample"}
+    names = {path.stem for path in (ROOT / "scripts").glob("*.py")} | {"train", "sample", "app"}
     assert names == {line.split()[0] for line in listed.stdout.splitlines()[1:]}
     wrong = paradiffusion(installed, tmp_path, "trian")
     assert wrong.returncode == 2 and wrong.stderr == "error: trian is no command; did you mean train?\n"

@@ -54,6 +54,7 @@ def test_the_core_imports_none_of_the_rest() -> None:
         ("tenacity", "curation.building.places", "curation"),
         ("pyarrow", "curation.choosing.score_files", "curation"),
         ("starlette", "apps.vote", "apps"),
+        ("gradio", "apps.playground_page", "apps"),
     ],
 )
 def test_a_package_that_is_missing_is_named_with_its_extra(
