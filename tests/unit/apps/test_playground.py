@@ -135,7 +135,7 @@ def test_pictures_are_judged_and_saved_with_their_settings(playground: Playgroun
     [
         (" ", {}, 1),
         ("long " * 50, {}, 1),
-        ("A cat.", {"height": 264}, 1),
+        ("A cat.", {"height": 512}, 1),
         ("A cat.", {"width": 33}, 1),  # no multiple of what the model draws
         ("A cat.", {"steps": 0}, 1),
         ("A cat.", {"steps": 10_000}, 1),
