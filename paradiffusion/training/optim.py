@@ -82,17 +82,16 @@ def find_optimizer(name: str, parameters: dict[str, nn.Parameter]) -> Any:
     """The class that OPTIMIZERS calls ``name``. Raises UserError where its package is not installed, or not for this device."""
     module, _, made = OPTIMIZERS[name].path.rpartition(".")
     package, lacking = module.partition(".")[0], None
+    needs, mend = f"the package {package}", f"`pip install {package}`, or set optimizer.name=adamw"
     if package == "bitsandbytes":
+        needs, mend = f"a CUDA device and {needs}", "set optimizer.name=adamw, or run it where both are"
         lacking = lacks_bitsandbytes()
         if lacking is None and any(p.device.type != "cuda" for p in parameters.values()):
-            lacking = "the model is not on a CUDA device"
+            lacking = "the model is not on it"
     elif importlib.util.find_spec(package) is None:
         lacking = "it is not installed"
     if lacking is not None:
-        raise UserError(
-            f"optimizer.name={name} needs the package {package}{' and a CUDA device' if package == 'bitsandbytes' else ''}, and "
-            f"{lacking}; `pip install {package}`, or set optimizer.name=adamw."
-        )
+        raise UserError(f"optimizer.name={name} needs {needs}, and {lacking}; {mend}.")
     return getattr(importlib.import_module(module), made)
 
 
