@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from paradiffusion.atomic import atomic_folder
-from paradiffusion.checkpoints.hub import explain
+from paradiffusion.checkpoints.hub import refusals
 from paradiffusion.checkpoints.layouts import (
     DENOISER_FOLDERS,
     LLM_FOLDERS,
@@ -97,14 +97,12 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
 
     api, files = HfApi(), files_of(folder)
     parts = (*DENOISER_FOLDERS, REFINER, LORA, UNET_LORA, SAMPLES)
-    try:
+    with refusals(f"hub={repository} cannot be pushed to"):
         api.create_repo(repository, private=private or None, exist_ok=True)
         old = [name for name in api.list_repo_files(repository) if name.startswith(tuple(f"{part}/" for part in parts))]
         deleted = [CommitOperationDelete(name) for name in old if name not in files]
         added = [CommitOperationAdd(name, path) for name, path in files.items()]
         return str(api.create_commit(repository, [*deleted, *added], commit_message="ParaDiffusion").commit_url)
-    except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise UserError(f"hub={repository} cannot be pushed to: {explain(error)}.") from None
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -294,9 +292,8 @@ def lora_told(checkpoint: Layout) -> list[str]:
         ]  # fmt: skip
     if lora:
         layers = f"the first {encoder['layers']} layers of " if encoder.get("layers") else ""
-        told.append(
-            f"The language model's: `PeftModel.from_pretrained(model, folder + '/{LORA}')`, for {layers}{encoder['hub'] or encoder['name']}."
-        )
+        model = f"{layers}{encoder['hub'] or encoder['name']}"
+        told.append(f"The language model's: `PeftModel.from_pretrained(model, folder + '/{LORA}')`, for {model}.")
     if not unet_lora:
         told.append(
             "The U-Net was trained whole beside it, and the adapter alone draws another picture: to=pipeline exports both."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from paradiffusion.errors import UserError, reason_of
@@ -25,10 +27,8 @@ def fetch(address: str, key: str) -> Path:
     name, _, revision = address.removeprefix(PREFIX).partition("@")
     if not REPOSITORY.fullmatch(name):
         raise UserError(f"{key}={address} is no address; expected hf://USER/NAME or hf://USER/NAME@REVISION.")
-    try:
+    with refusals(f"{key}={address} cannot be fetched"):
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
-    except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise UserError(f"{key}={address} cannot be fetched: {explain(error)}.") from None
 
 
 def address_of(folder: Path) -> str | None:
@@ -36,6 +36,20 @@ def address_of(folder: Path) -> str | None:
     kind, _, name = folder.parent.parent.name.partition("--")
     fits = kind == "models" and folder.parent.name == "snapshots"
     return f"{PREFIX}{name.replace('--', '/', 1)}@{folder.name}" if fits else None
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Raise what the hub's client, and those below it, say of the hub as a UserError that begins with ``what``. What they say of this
+    machine's files and disk, which has a number of the system's, is not theirs."""
+    import httpx
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+        if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):
+            raise
+        raise UserError(f"{what}: {explain(error)}.") from None
 
 
 def explain(error: Exception) -> str:
