@@ -131,7 +131,8 @@ def _draws(
 ) -> Callable[..., Iterator[dict[Any, Any]]]:
     def draw(
         text: str, seed: float | None, count: float | None, steps: float | None, guidance: float | None,
-        height: float | None, width: float | None, rest: bool, progress: gr.Progress = gr.Progress(),  # noqa: B008  Gradio looks for it here
+        height: float | None, width: float | None, rest: bool,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008  Gradio looks for it here
     ) -> Iterator[dict[Any, Any]]:  # fmt: skip
         numbers = [None if not one else int(one) for one in (steps, height, width)]
         settings = Settings(int(seed or 0), numbers[0], guidance or None, *numbers[1:])

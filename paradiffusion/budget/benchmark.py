@@ -293,8 +293,8 @@ def reading_at_once(trainer: Trainer, step: Callable[[int], object]) -> Callable
     backward, clip = engine.backward, engine.clip
 
     def read(loss: Tensor) -> None:
-        if math.isfinite(loss.item()):
-            backward(loss)
+        loss.item()
+        backward(loss)
 
     def read_norm() -> Tensor | None:
         norm = clip()

@@ -1,4 +1,4 @@
-"""What a run says about itself: a line for people, JSON lines for machines, and trackers."""
+"""The training log: a line for people, JSON lines, and trackers (W&B, TensorBoard)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a stage starts: the checkpoint that its weights come from, what only that can know, and the models filled with them."""
+"""The start of a stage: finding its checkpoint, checking that it fits, and building the models with its weights."""
 
 from __future__ import annotations
 

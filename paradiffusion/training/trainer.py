@@ -191,14 +191,7 @@ class Trainer:
         if start.found is not None and start.resumes:
             self.state = restore_checkpoint(start.found, self.joint, self.engine, self.ema)
         if self.main:
-            facts = {
-                "data": index.fingerprint(),
-                "text_encoder": self.encoder.source["known_by"],
-                "codec": self.codec.source["known_by"],
-            }
-            if start.resumes:
-                check_unchanged(config, self.folder, facts)
-            record_config(config, self.folder, facts)
+            self.settle_config(start, index)
 
         # Under ZeRO-3 each layer is gathered when it is used, by all processes together: all of them then do all of the work.
         whole = self.engine.whole
@@ -214,6 +207,18 @@ class Trainer:
         self.meters = Meters()
         self.log = Log(self.folder, config, self.description(), self.state.step) if self.main else None
         self.say(announcement(self, start))
+
+    def settle_config(self, start: Start, index: SampleIndex) -> None:
+        """Write the stage's config.json, with what was found beside what was configured; of a resumed one it must be as it was. Raises
+        UserError where it is not."""
+        facts = {
+            "data": index.fingerprint(),
+            "text_encoder": self.encoder.source["known_by"],
+            "codec": self.codec.source["known_by"],
+        }
+        if start.resumes:
+            check_unchanged(self.config, self.folder, facts)
+        record_config(self.config, self.folder, facts)
 
     def train_step(self, batches: Iterator[Batch], stop: Callable[[], bool] = lambda: False) -> tuple[float, bool]:
         """One optimiser step: the loss over all processes, and whether ``stop`` said so in any of them."""

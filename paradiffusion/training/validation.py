@@ -1,4 +1,4 @@
-"""What is measured with the EMA weights: loss at fixed times and noise, a grid of pictures, and how well they follow."""
+"""Validation with the EMA weights: held-out losses at fixed times and noise, sample grids, scores of what they follow."""
 
 from __future__ import annotations
 
