@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from paradiffusion.errors import UserError, reason_of
 
@@ -42,11 +43,12 @@ def address_of(folder: Path) -> str | None:
 def refusals(what: str) -> Iterator[None]:
     """Raise what the hub's client, and those below it, say of the hub as a UserError that begins with ``what``. What they say of this
     machine's files and disk, which has a number of the system's, is not theirs."""
-    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
 
+    of_its_library: Any = HfHubHTTPError.__bases__[0]  # HTTPError of httpx, or of the fork that the client brings
     try:
         yield
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, of_its_library) as error:
         if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):
             raise
         raise UserError(f"{what}: {explain(error)}.") from None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -157,3 +159,12 @@ def test_what_is_asked_for_wrongly(
     refused("no such revision", command("sample.py", f"ckpt=hf://{NAME}@v2", *DRAW))
     point_at(monkeypatch, hub.url, tmp_path / "cache", token=None)
     refused("needs a token, and there is none", command("scripts/publish.py", f"ckpt={ours}", f"hub={NAME}"))
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.ENOSPC, "No space left on device", "file"), TypeError("a fault of ours")]
+)
+def test_what_is_no_fault_of_the_hub_is_not_told_as_one(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", mock.Mock(side_effect=fault))
+    with pytest.raises(type(fault)):
+        find_checkpoint(f"hf://{NAME}")
