@@ -155,8 +155,8 @@ class ConditioningConfig:
             before it (LI-DiT, arXiv 2406.11831).
         refiner_width, refiner_layers, refiner_heads: its shape.
         refiner_kernel: tokens that the convolution in each of its blocks spans (odd; 0 for no convolution).
-        refiner_passes: how often its blocks are run in a row, with the same weights: more steps of thought for sentences that
-            lean on the one before, at no parameter.
+        refiner_reach: tokens over which attention falls off in the farthest of its heads that look near; the last head sees all
+            alike. 0: all heads do.
         layout_patch: latents along each side of the square that each query of the layout head estimates from the refined text
             (models/layout.py); the U-Net takes the estimate as further input channels. 0 for no such head (the paper).
         layout_layers: blocks of the layout head.
@@ -178,7 +178,7 @@ class ConditioningConfig:
     refiner_layers: int = option(2, of="weights")
     refiner_heads: int = option(4, of="weights")
     refiner_kernel: int = option(0, of="weights")
-    refiner_passes: int = option(1, accepts=positive)
+    refiner_reach: float = option(0.0, of="weights", accepts=not_negative)
     layout_patch: int = option(0, of="weights", accepts=not_negative)
     layout_layers: int = option(2, of="weights", accepts=positive)
     layout_reads: str = option("tokens", of="weights", accepts=one_of("tokens", "mean"))

@@ -173,7 +173,7 @@ def build_joint(
         if conditioning.projection == "refiner":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed + 1)
-                parts = ("width", "layers", "heads", "kernel", "passes")
+                parts = ("width", "layers", "heads", "kernel", "reach")
                 shape = {part: getattr(conditioning, f"refiner_{part}") for part in parts}
                 layout = layout_arguments(conditioning, config.codec.latent_channels)
                 refiner = Refiner(encoder_width, **shape, layout=layout)

@@ -37,15 +37,21 @@ def position_code(rows: int, columns: int, like: Tensor) -> Tensor:
     return torch.stack([x, y, *waves, *sides], dim=1).to(like.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of queries [B, heads, Q, d] to keys and values [B, heads, L, d]; mask [B, L] is True at what is read.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """Attention of queries [B, heads, Q, d] to keys and values [B, heads, L, d]; mask [B, L] is True at what is read, and ``bias``
+    [heads, Q, L] is added to the scores.
 
     Written out on processors in half precision, where the gradient of torch's fused attention takes four times as long (2.14).
     """
     mask = None if mask is None else mask[:, None, None, :]
     if q.device.type != "cpu" or v.dtype == torch.float32:
+        if bias is not None:
+            bias = bias.to(q.dtype)
+            mask = bias[None] if mask is None else bias.masked_fill(~mask, torch.finfo(q.dtype).min)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if bias is not None:
+        scores = scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(-1).to(v.dtype) @ v

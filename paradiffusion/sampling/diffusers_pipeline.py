@@ -79,10 +79,10 @@ class RefinerModel(ModelMixin, ConfigMixin):
         heads: int,
         kernel: int = 0,
         layout: dict[str, Any] | None = None,
-        passes: int = 1,
+        reach: float = 0,
     ) -> None:
         super().__init__()
-        self.refiner = Refiner(input_width, width, layers, heads, kernel, layout, passes)
+        self.refiner = Refiner(input_width, width, layers, heads, kernel, layout, reach)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Any:
         return self.refiner(features, mask)

@@ -27,6 +27,19 @@ def rotary(x: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
 
 
+def nearness(length: int, reach: float, heads: int, device: torch.device) -> Tensor:
+    """What is added to the scores of attention between ``length`` tokens, [heads, length, length]: minus their distance over a
+    head's reach, 2 tokens for the first and as many times more for each next up to ``reach``; the last head sees all alike.
+
+    As in ALiBi (arXiv 2108.12409), in both directions. Before anything is learned, a token then holds what stands around it.
+    """
+    near = max(1, heads - 1)
+    reaches = 2 * (reach / 2) ** (torch.arange(near, device=device) / max(1, near - 1))
+    slopes = F.pad(1 / reaches, (0, 1))[:heads]
+    places = torch.arange(length, device=device)
+    return -slopes[:, None, None] * (places[:, None] - places).abs()
+
+
 def convolve(convolution: nn.Conv1d, x: Tensor) -> Tensor:
     """``convolution``, of stride 1 that keeps the length, over tokens [B, L, D]; one matrix product on processors, where the
     gradient of torch's own takes eight times as long (2.14)."""
@@ -38,11 +51,8 @@ def convolve(convolution: nn.Conv1d, x: Tensor) -> Tensor:
 
 
 class RefinerBlock(nn.Module):
-    """Pre-norm: a convolution over neighbouring tokens, self-attention without a causal mask, an MLP.
-
-    The convolution (as in the Conformer, arXiv 2005.08100) sees a clause at once, so that what is said of one object
-    meets in each of its tokens before any attention has been learned.
-    """
+    """Pre-norm: a convolution over neighbouring tokens (``kernel`` 0: none; as in the Conformer, arXiv 2005.08100), self-attention
+    without a causal mask, an MLP."""
 
     def __init__(self, width: int, heads: int, kernel: int) -> None:
         super().__init__()
@@ -57,7 +67,7 @@ class RefinerBlock(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         b, length, width = x.shape
         if self.kernel:
             near = self.convolution_norm(x)
@@ -66,7 +76,7 @@ class RefinerBlock(nn.Module):
             x = x + F.gelu(convolve(self.convolution, near))
         qkv = self.qkv(self.attention_norm(x)).view(b, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, d]
-        attended = attend(rotary(q), rotary(k), v, mask)
+        attended = attend(rotary(q), rotary(k), v, mask, bias)
         x = x + self.attention_out(attended.transpose(1, 2).reshape(b, length, width))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -79,7 +89,7 @@ class Refiner(nn.Module):
         width, layers, heads: shape of the transformer; ``width / heads`` must be even.
         kernel: tokens that each block's convolution spans, odd; 0 for none.
         layout: arguments of the layout head that reads the refined features (models/layout.py); None for none.
-        passes: how often the blocks are run in a row.
+        reach: tokens over which attention falls off in the farthest of the heads that look near (see ``nearness``); 0: none does.
     Raises:
         UserError: for a refiner of before, whose layout was painted from the mean of the features.
     """
@@ -92,6 +102,7 @@ class Refiner(nn.Module):
         heads: int,
         kernel: int = 0,
         layout: dict[str, Any] | None = None,
+        reach: float = 0,
         passes: int = 1,
     ) -> None:
         super().__init__()
@@ -100,7 +111,8 @@ class Refiner(nn.Module):
                 "this checkpoint's refiner paints its layout from the mean of the features, which this version no longer has; "
                 "train it anew (make demo), or use data/nano."
             )
-        self.passes = passes
+        if passes != 1:
+            raise UserError("this checkpoint's refiner runs its blocks several times, which this version no longer does.")
         self.mean: Tensor
         self.std: Tensor
         self.config = {
@@ -110,7 +122,7 @@ class Refiner(nn.Module):
             "heads": heads,
             "kernel": kernel,
             "layout": layout or None,
-            "passes": passes,
+            "reach": reach,
         }
         # A handful of channels of a language model's hidden states are hundreds of times larger than the rest. Statistics
         # per channel, taken once before training from real captions, bring all of them to one scale.
@@ -130,7 +142,8 @@ class Refiner(nn.Module):
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, L, D] and mask [B, L] (True at real tokens, None to attend to padding) to [B, L, width]."""
         x = self.embed((features - self.mean) / self.std)
-        for _ in range(self.passes):
-            for block in self.blocks:
-                x = block(x, mask)
+        reach, heads = self.config["reach"], self.config["heads"]
+        bias = nearness(x.shape[1], reach, heads, x.device) if reach else None
+        for block in self.blocks:
+            x = block(x, mask, bias)
         return self.norm(x)

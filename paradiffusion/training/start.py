@@ -171,11 +171,8 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
          "unet.coordinates": coordinates}
         for which, some, coordinates in ((class_of(unet), has, description["coordinates"]), (name, wants, config.unet.coordinates))
     )  # fmt: skip
-    passes = "conditioning.refiner_passes"
-    fewest, asked = theirs.conditioning.refiner_passes, ours.conditioning.refiner_passes
     for before, now, advice in (
-        # More of them is a wish, and can be trained; fewer than the weights know is an oversight.
-        (identity(theirs, "weights") | {passes: max(fewest, asked)}, identity(ours, "weights") | {passes: asked},
+        (identity(theirs, "weights"), identity(ours, "weights"),
          "use the same {part} (for a run with other settings, start from stage 1 in another run_dir=)"),
         (identity(theirs, "noise"), identity(ours, "noise"),
          "set {key} to the checkpoint's, or start from its U-Net alone with init_from=<checkpoint>/unet"),

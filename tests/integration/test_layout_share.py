@@ -49,19 +49,6 @@ def test_two_processes_give_what_one_gives(
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0, msg=name)
 
 
-def test_a_start_may_run_the_refiner_more_often_but_not_less(train: Callable[..., int], tmp_path: Path) -> None:
-    assert train("max_steps=1") == 0
-    more = [
-        "conditioning.refiner_passes=2",
-        f"run_dir={tmp_path / 'more'}",
-        f"init_from={tmp_path / 'run'}",
-        "max_steps=1",
-    ]
-    assert train(*more) == 0
-    with pytest.raises(UserError, match="conditioning.refiner_passes=2, and this command says 1"):
-        train(f"init_from={tmp_path / 'more'}", f"run_dir={tmp_path / 'less'}")
-
-
 @pytest.mark.parametrize("none", ["conditioning.layout_patch=0", "objective.layout_weight=0", "conditioning=paper"])
 def test_without_a_layout_loss_there_is_nothing_to_train_first(none: str, tiny_arguments: list[str]) -> None:
     user_error("trains by the layout loss alone", compose_train, [*tiny_arguments, *FIRST, none])

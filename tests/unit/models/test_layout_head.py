@@ -124,19 +124,6 @@ def test_the_first_steps_may_leave_the_denoiser_out(batch: LossBatch) -> None:
     assert model.refiner is not None and model.refiner.embed.weight.grad is not None
 
 
-@torch.no_grad()
-def test_passes_run_the_same_blocks_again(batch: LossBatch) -> None:
-    once, twice = joint(), joint("conditioning.refiner_passes=2")
-    assert once.state_dict().keys() == twice.state_dict().keys() and once.refiner is not None
-    again = Refiner(**twice.refiner.config)  # type: ignore[union-attr]
-    again.load_state_dict(once.refiner.state_dict())
-    assert batch.features is not None
-    x = once.refiner.embed(batch.features)  # the statistics of fresh weights change nothing
-    for block in [*once.refiner.blocks, *once.refiner.blocks]:
-        x = block(x, batch.mask)
-    torch.testing.assert_close(again(batch.features, batch.mask), once.refiner.norm(x))
-
-
 def test_dropped_captions_and_stand_ins_take_no_part_in_its_loss(batch: LossBatch) -> None:
     model = joint()
     alone = [model(replace(batch, told=torch.arange(3) == row)).layout for row in range(3)]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from paradiffusion.text.refiner import Refiner, convolve, rotary
+from paradiffusion.models.layout import attend
+from paradiffusion.text.refiner import Refiner, convolve, nearness, rotary
 
 
-@pytest.fixture(params=[0, 3], ids=["attention", "convolution"])
+@pytest.fixture(params=[(0, 0), (3, 0), (0, 4)], ids=["attention", "convolution", "near"])
 def refiner(request: pytest.FixtureRequest) -> Refiner:
+    kernel, reach = request.param
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Refiner(12, width=16, layers=2, heads=2, kernel=request.param).eval()
+        return Refiner(12, width=16, layers=2, heads=2, kernel=kernel, reach=reach).eval()
 
 
 @pytest.fixture
@@ -90,3 +92,23 @@ def test_rotary_depends_on_distances_only() -> None:
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-5, rtol=0)
     torch.testing.assert_close(rotary(rows(q)).norm(dim=-1), rows(q).norm(dim=-1))
     assert torch.equal(rotary(rows(q))[0, 0, 0], q)
+
+
+def test_all_heads_but_the_last_look_near() -> None:
+    bias = nearness(30, 8, 4, torch.device("cpu"))
+    distance = (torch.arange(30)[:, None] - torch.arange(30)).abs()
+    for head, reach in enumerate((2, 4, 8)):
+        torch.testing.assert_close(bias[head], -distance / reach)
+    assert not bias[3].any()
+    assert nearness(5, 8, 1, torch.device("cpu"))[0, 0, 4] == -2, "of a single head"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_nearness_is_the_same_in_the_attention_that_is_written_out(masked: bool) -> None:
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = torch.arange(9).expand(2, -1) < torch.tensor([[9], [6]]) if masked else None
+    bias = nearness(9, 8, 4, torch.device("cpu"))
+    fused = attend(q.float(), k.float(), v.float(), mask, bias)
+    torch.testing.assert_close(attend(q, k, v, mask, bias).float(), fused, atol=0.03, rtol=0)
+    assert not torch.allclose(fused, attend(q.float(), k.float(), v.float(), mask), atol=0.03)
