@@ -12,7 +12,6 @@ from ranks import run_on_two
 from training_runs import assert_same_bits, build_here, newest, records, tensors
 
 from paradiffusion.compose import compose_train
-from paradiffusion.errors import UserError
 
 FIRST = ["objective.layout_share=0.5", "max_steps=6", "log_every=1", "checkpoint_every=3"]
 

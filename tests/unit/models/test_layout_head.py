@@ -25,8 +25,8 @@ def joint(*overrides: str) -> JointModel:
 def batch() -> LossBatch:
     g = torch.Generator().manual_seed(0)
     return LossBatch(
-        latents=torch.randn(3, 16, 6, 4, generator=g),
-        noise=torch.randn(3, 16, 6, 4, generator=g),
+        latents=torch.randn(3, 8, 6, 4, generator=g),
+        noise=torch.randn(3, 8, 6, 4, generator=g),
         times=torch.tensor([200.0, 500.0, 900.0]),
         weights=torch.ones(3),
         mask=torch.ones(3, 7, dtype=torch.bool),
@@ -137,7 +137,7 @@ def test_dropped_captions_and_stand_ins_take_no_part_in_its_loss(batch: LossBatc
 def test_several_noise_levels_are_as_many_samples(batch: LossBatch) -> None:
     model = joint()
     g = torch.Generator().manual_seed(1)
-    noise, times = torch.randn(6, 16, 6, 4, generator=g), torch.tensor([100.0, 300, 500, 700, 800, 950])
+    noise, times = torch.randn(6, 8, 6, 4, generator=g), torch.tensor([100.0, 300, 500, 700, 800, 950])
     twice = model(replace(batch, noise=noise, times=times))
     once = [model(replace(batch, noise=noise[i : i + 3], times=times[i : i + 3])) for i in (0, 3)]
     torch.testing.assert_close(twice.errors, torch.cat([one.errors for one in once]), atol=1e-5, rtol=1e-5)

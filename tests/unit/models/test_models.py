@@ -207,10 +207,10 @@ def test_codec_shapes_and_posterior(codec_folder: Path) -> None:
     with torch.no_grad():
         posterior = codec.vae.encode(images).latent_dist
         pictures = codec.vae.decode(posterior.mean).sample.clamp(-1, 1)
-    assert codec.config.scaling_factor == codec.source["scaling_factor"] == 0.6348
-    torch.testing.assert_close(mean, posterior.mean * 0.6348)
-    torch.testing.assert_close(one - mean, posterior.std * 0.6348)
-    torch.testing.assert_close(two - mean, 2 * posterior.std * 0.6348)
+    assert codec.config.scaling_factor == codec.source["scaling_factor"] == 1.1193
+    torch.testing.assert_close(mean, posterior.mean * 1.1193)
+    torch.testing.assert_close(one - mean, posterior.std * 1.1193)
+    torch.testing.assert_close(two - mean, 2 * posterior.std * 1.1193)
     torch.testing.assert_close(codec.decode(mean), pictures)
     assert codec.decode(mean * 100).abs().max() <= 1
     assert not any(p.requires_grad for p in codec.parameters())
@@ -243,7 +243,7 @@ def test_the_vae_brings_its_own_scale(codec_folder: Path, tmp_path: Path, own: d
 
 
 def test_another_scale_than_the_vaes_own_is_refused(codec_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has the scaling_factor 0\.6348 .*codec\.scaling_factor=0\.13025"):
+    with pytest.raises(UserError, match=r"has the scaling_factor 1\.1193 .*codec\.scaling_factor=0\.13025"):
         load_codec(codec_config(codec_folder, scaling_factor=0.13025))
     silent = described(codec_folder, tmp_path / "silent", scaling_factor=None)
     assert load_codec(codec_config(silent, scaling_factor=0.13025)).scale == 0.13025
