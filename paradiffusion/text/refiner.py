@@ -115,6 +115,7 @@ class Refiner(nn.Module):
             raise UserError(
                 "this checkpoint's refiner runs its blocks several times, which this version no longer does."
             )
+        self.heads, self.reach = heads, reach
         self.mean: Tensor
         self.std: Tensor
         self.config = {
@@ -144,8 +145,7 @@ class Refiner(nn.Module):
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, L, D] and mask [B, L] (True at real tokens, None to attend to padding) to [B, L, width]."""
         x = self.embed((features - self.mean) / self.std)
-        reach, heads = self.config["reach"], self.config["heads"]
-        bias = nearness(x.shape[1], reach, heads, x.device) if reach else None
+        bias = nearness(x.shape[1], self.reach, self.heads, x.device) if self.reach else None
         for block in self.blocks:
             x = block(x, mask, bias)
         return self.norm(x)
