@@ -71,27 +71,27 @@ def transformer(positions: int, width: int, tokens: int, text: int) -> int:
 
 def test_nano_agrees_with_a_count_by_hand() -> None:
     n, c, time, tokens, width = 8 * 8, 128, 512, 256, 192
-    channels = 16 + (2 + 4 * 3) + 16  # latents, coordinates of four octaves, the layout head's estimate
+    channels = 8 + (2 + 4 * 3) + 8  # latents, coordinates of four octaves, the layout head's estimate
     unet = n * 9 * channels * c  # conv_in
     unet += c * time + time * time  # the time's two layers
     unet += tokens * width * width  # the linear text projection
     unet += resnet(n, c, c, time) + transformer(n, c, tokens, width)  # down
     unet += 2 * (resnet(n, 2 * c, c, time) + transformer(n, c, tokens, width))  # up, with the skips beside
-    unet += n * 9 * c * 16  # conv_out
-    block = 7 * tokens * width * width + tokens * width * 3 * width + 2 * tokens * tokens * width
+    unet += n * 9 * c * 8  # conv_out
+    block = tokens * width * 3 * width + 2 * tokens * tokens * width
     block += tokens * width * width + 2 * tokens * width * 4 * width
     refiner = tokens * 576 * width + 2 * block
     queries, code = n // 4, 4 + 4 * 3
     cross = 2 * queries * width**2 + 2 * tokens * width**2 + 2 * queries * tokens * width
     own = 4 * queries * width**2 + 2 * queries**2 * width
-    layout = queries * (code * width + width**2 + width * 4 * 16) + 2 * (cross + own + 8 * queries * width**2)
+    layout = queries * (code * width + width**2 + width * 4 * 8) + 2 * (cross + own + 8 * queries * width**2)
     layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
     text = 2 * (tokens * layer + 2 * tokens * tokens * 576)
     vae = 64 * 64 * 9 * 3 * 16
     for side, inside, outside in ((64, 16, 16), (32, 16, 32), (16, 32, 64), (8, 64, 96)):
         vae += resnet(side * side, inside, outside)
         vae += (side // 2) ** 2 * 9 * outside * outside if side > 8 else 0
-    vae += 2 * resnet(n, 96, 96) + n * 9 * 96 * 32 + n * 32 * 32
+    vae += 2 * resnet(n, 96, 96) + n * 9 * 96 * 16 + n * 16 * 16
 
     found = flops_of("stage=1")
     for name, hand in (("unet", unet), ("refiner", refiner), ("layout", layout), ("text", text), ("vae", vae)):
