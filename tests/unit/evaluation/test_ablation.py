@@ -271,7 +271,7 @@ def test_the_command_line_prints_and_refuses(tmp_path: Path, capsys: pytest.Capt
 def test_what_an_earlier_version_of_the_study_finished_is_named_and_stays_aside(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(settings={"baseline": {}, "wide": {"overrides": ["batch_size=32"]}}, stages=[1])
+    path = write(settings={"baseline": {}, "wide": {"overrides": ["batch_size=16"]}}, stages=[1])
     output = tmp_path / "out"
     for unit in plan_of(path, output=output).units.values():
         unit.checkpoints.mkdir(parents=True)
