@@ -54,8 +54,6 @@ def compose_train(arguments: list[str], beside: Sequence[str] = ()) -> TrainConf
         config.tracker.mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     config.check()
     config.precision = settled_precision(config.precision)
-    if config.text_encoder.dtype == "auto":
-        config.text_encoder.dtype = "bfloat16" if config.precision == "bf16" else "float32"
     return config
 
 

@@ -127,7 +127,7 @@ class TextEncoderConfig:
         hub: a model id on the hub, with ``revision``; the third place.
         layers: run only the first layers (None for all): early layers already hold what colour and place words mean,
             and a quarter of the layers is four times as fast.
-        dtype: of its frozen weights: "float32", "bfloat16", "float16", or "auto": as ``precision`` says.
+        dtype: of its frozen weights: "float32", "bfloat16" or "float16".
         quantization: "4bit" keeps the frozen linear layers in NF4 (bitsandbytes), under LoRA too; "fp8" keeps them whole and multiplies
             them in 8 bits (torchao; with compile=true, or the gradients of frozen weights would be made too). Both need a GPU.
         architecture: arguments of its transformers configuration, ``model_type`` first among them; from these alone
@@ -140,7 +140,7 @@ class TextEncoderConfig:
     hub: str | None = option(None, free="resume")
     revision: str | None = option(None, free="resume")
     layers: int | None = option(None, of="text weights", accepts=positive)
-    dtype: str = option("float32", of="text", accepts=one_of("auto", *DTYPES))
+    dtype: str = option("float32", of="text", accepts=one_of(*DTYPES))
     quantization: str | None = option(None, of="text", accepts=one_of("4bit", "fp8"))
     architecture: dict[str, Any] = option(dict, free="resume")
 

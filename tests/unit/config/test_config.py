@@ -68,8 +68,7 @@ def test_every_option_of_every_group_composes(group: str) -> None:
         section = getattr(compose_train([f"{group}={name}", *own]), group)
         file = OmegaConf.load(CONFIGS / group / f"{name}.yaml")
         for key in file.keys() - {"large", "lora_names"}:  # what the choice of world and of adapted layers comes from
-            settled = key == "dtype" and file[key] == "auto"
-            if not settled and not OmegaConf.is_interpolation(file, key) and not OmegaConf.is_missing(file, key):
+            if not OmegaConf.is_interpolation(file, key) and not OmegaConf.is_missing(file, key):
                 assert getattr(section, str(key)) == file[key], f"{group}={name} does not set {key}"
 
 
@@ -277,13 +276,3 @@ def test_a_mistake_ends_every_program_with_two_and_one_sentence(program: str, co
     *usage, last = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == "" and "error: " in last and "Traceback" not in done.stderr
     assert not usage or usage[0].startswith("usage: ")
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp32", "float32")])
-def test_the_text_encoder_follows_the_precision_where_it_says_auto(precision: str, dtype: str) -> None:
-    encoder = compose_train(["preset=nano", f"precision={precision}"]).text_encoder
-    assert encoder.dtype == dtype
-    assert (
-        compose_train(["preset=nano", f"precision={precision}", "text_encoder.dtype=float16"]).text_encoder.dtype
-        == "float16"
-    )
