@@ -1,10 +1,10 @@
 # docker build -t paradiffusion .
 # docker run --rm -it --gpus all --shm-size 8g -v "$PWD/runs:/home/paradiffusion/work/runs" paradiffusion make demo
 # torch's wheels carry the CUDA runtime; of the host only NVIDIA's driver and container toolkit are needed, and without a GPU all runs too.
-# This file was not built where it was written (no Docker there); `make setup` was tried in a fresh clone.
+# This file was not built where it was written (no Docker there); its RUN lines were tried by hand, as a user of that name.
 FROM python:3.11-slim
-RUN apt-get update && apt-get install -y --no-install-recommends git make && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home paradiffusion && install -d -o paradiffusion /home/paradiffusion/work/runs
+RUN apt-get update && apt-get install -y --no-install-recommends build-essential && rm -rf /var/lib/apt/lists/*
+RUN useradd --create-home paradiffusion && install -d -o paradiffusion /home/paradiffusion/work /home/paradiffusion/work/runs
 USER paradiffusion
 WORKDIR /home/paradiffusion/work
 # First what seldom changes, so that an edit of the code does not install torch again.
