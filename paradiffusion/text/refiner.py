@@ -29,13 +29,12 @@ def rotary(x: Tensor) -> Tensor:
 
 def nearness(length: int, reach: float, heads: int, device: torch.device) -> Tensor:
     """What is added to the scores of attention between ``length`` tokens, [heads, length, length]: minus their distance over a
-    head's reach, 2 tokens for the first and as many times more for each next up to ``reach``; the last head sees all alike.
+    head's reach. The last head sees all alike; the one before reaches ``reach`` tokens far, and each before that half as far.
 
     As in ALiBi (arXiv 2108.12409), in both directions. Before anything is learned, a token then holds what stands around it.
     """
-    near = max(1, heads - 1)
-    reaches = 2 * (reach / 2) ** (torch.arange(near, device=device) / max(1, near - 1))
-    slopes = F.pad(1 / reaches, (0, 1))[:heads]
+    near = max(1, heads - 1)  # a single head looks near
+    slopes = F.pad(2.0 ** torch.arange(near - 1, -1, -1, device=device) / reach, (0, heads - near))
     places = torch.arange(length, device=device)
     return -slopes[:, None, None] * (places[:, None] - places).abs()
 

@@ -100,7 +100,15 @@ def test_all_heads_but_the_last_look_near() -> None:
     for head, reach in enumerate((2, 4, 8)):
         torch.testing.assert_close(bias[head], -distance / reach)
     assert not bias[3].any()
-    assert nearness(5, 8, 1, torch.device("cpu"))[0, 0, 4] == -2, "of a single head"
+    assert nearness(5, 8, 1, torch.device("cpu"))[0, 0, 4] == -0.5, "of a single head"
+    assert nearness(5, 8, 2, torch.device("cpu"))[:, 0, 4].tolist() == [-0.5, 0]
+
+
+@torch.no_grad()
+def test_a_reach_changes_what_the_refiner_gives(features: torch.Tensor) -> None:
+    far, near = (Refiner(12, width=16, layers=1, heads=2, reach=reach) for reach in (0, 2))
+    near.load_state_dict(far.state_dict())
+    assert not torch.allclose(near(features), far(features), atol=1e-3)
 
 
 @torch.no_grad()
