@@ -135,6 +135,9 @@ def tiny_arguments(codec_folder: Path, demo_folder: Path) -> list[str]:
         "objective.layout_share=0",
         "repeats=1",
         "optimizer.schedule=constant",
+        "optimizer.name=adamw",
+        "optimizer.lr=1.5e-3",
+        "optimizer.lr_conditioning=5e-4",
     ]
 
 

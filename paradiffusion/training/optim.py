@@ -28,7 +28,7 @@ def part_of(name: str) -> str:
 
 
 class MuonAdamW:
-    """Muon for matrices and AdamW for everything else, with one list of groups and one table of state.
+    """Muon for hidden matrices and AdamW for everything else, with one list of groups and one table of state.
 
     Muon (Jordan et al. 2024) orthogonalises each matrix's momentum, so that rare directions, such as those that bind a
     colour to a place, move as far as common ones. With ``match_rms_adamw`` (arXiv 2502.16982) its steps have AdamW's
@@ -56,7 +56,8 @@ def build_optimizer(parameters: dict[str, nn.Parameter], config: OptimizerConfig
     groups: dict[tuple[bool, str, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         part, dimensions = part_of(name), len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves a piece
-        muon = config.name == "muon" and dimensions == 2 and part != "lora"  # not for kernels, and LoRA's thin factors
+        # Not for kernels, LoRA's thin factors, and what a U-Net makes of the time: at nano's size a third of Muon's arithmetic.
+        muon = config.name == "muon" and dimensions == 2 and part != "lora" and "time_emb" not in name
         groups.setdefault((muon, part, dimensions > 1), []).append(parameter)
 
     def select(wanted: bool) -> list[dict[str, Any]]:
