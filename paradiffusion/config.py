@@ -162,6 +162,8 @@ class ConditioningConfig:
         layout_layers: blocks of the layout head.
         layout_reads: what it reads of the refined text: its "tokens", or their "mean" alone (for an ablation: the mean does
             not hold which word belongs to which place).
+        key_positions: add each token's position to what the keys of the denoiser's cross-attention are made of, and not to what the
+            values are (TENOR in CoMPaSS, arXiv 2412.13195). No parameters; its weights alone, read by diffusers, lack it.
         prefix: an instruction put before each prompt; its own tokens are not given to the denoiser.
         mask_padding: False: padding is attended to and always goes to ``max_tokens`` (the paper); True: masked.
         pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens: 8 is what
@@ -182,6 +184,7 @@ class ConditioningConfig:
     layout_patch: int = option(0, of="weights", accepts=not_negative)
     layout_layers: int = option(2, of="weights", accepts=positive)
     layout_reads: str = option("tokens", of="weights", accepts=one_of("tokens", "mean"))
+    key_positions: bool = option(False, of="weights")
     prefix: str = option("", of="text weights")
     mask_padding: bool = option(False, of="text weights")
     pad_multiple: int = option(8, free="always", accepts=positive)

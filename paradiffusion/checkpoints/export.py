@@ -160,6 +160,7 @@ def check_official(checkpoint: Layout) -> None:
         "masked padding": conditioning["mask_padding"],
         f"only {layers} layers of the language model": layers,
         "coordinates as input channels": description["coordinates"],
+        "positions on the text's keys": conditioning.get("key_positions"),
         "a flow objective": isinstance(objective, Flow),
         "a schedule of zero terminal SNR": objective.config.zero_terminal_snr,
         "an adapter that is no plain LoRA": (description["lora"] or {}).get("kind", "lora") != "lora",
@@ -279,6 +280,10 @@ def lora_told(checkpoint: Layout) -> list[str]:
         raise UserError(
             f"diffusers loads no adapter of the kind {unet_lora['kind']}, which the U-Net of {checkpoint.name} has; use to=pipeline, "
             f"which merges it, or PeftModel.from_pretrained(unet, '{checkpoint.folder / UNET_LORA}')."
+        )
+    if unet_lora and description["conditioning"].get("key_positions"):
+        raise UserError(
+            f"diffusers has no place for positions on the text's keys, which {checkpoint.name} was trained with; use to=pipeline."
         )
     told = []
     if unet_lora:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from paradiffusion.config import TrainConfig
 from paradiffusion.diffusion.objective import Objective, make_objective
 from paradiffusion.models.layout import layout_losses
-from paradiffusion.models.unet import add_lora, apart_from_image, build_unet, layout_arguments, with_coordinates
+from paradiffusion.models.unet import (
+    add_lora,
+    apart_from_image,
+    build_unet,
+    layout_arguments,
+    number_keys,
+    with_coordinates,
+)  # fmt: skip
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.refiner import Refiner
@@ -72,6 +79,7 @@ class JointModel(nn.Module):
 
     Args:
         text_encoder: given only where its LoRA is trained; a frozen one stays outside.
+        key_positions: as ConditioningConfig has it.
     Attributes:
         start: of adapters that began as a part of the weights, what they began as, by parameter name (PiSSA).
     """
@@ -83,8 +91,11 @@ class JointModel(nn.Module):
         objective: Objective,
         coordinates: int,
         text_encoder: TextEncoder | None = None,
+        key_positions: bool = False,
     ) -> None:
         super().__init__()
+        if key_positions:
+            number_keys(unet)
         self.unet, self.refiner, self.text_encoder = unet, refiner, text_encoder
         self.objective, self.coordinates = objective, coordinates
         self.start: dict[str, Tensor] = {}
@@ -179,4 +190,5 @@ def build_joint(
                 refiner = Refiner(encoder_width, **shape, layout=layout)
     if config.gradient_checkpointing and config.gradient_checkpointing != "half":
         unet.enable_gradient_checkpointing()
-    return JointModel(unet, refiner, make_objective(config.objective), config.unet.coordinates, text_encoder)
+    objective, positions = make_objective(config.objective), conditioning.key_positions
+    return JointModel(unet, refiner, objective, config.unet.coordinates, text_encoder, positions)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from paradiffusion.config import CodecConfig, ConditioningConfig, UNetConfig
@@ -242,6 +242,36 @@ def with_coordinates(latents: Tensor, octaves: int) -> Tensor:
     for k in range(1, octaves):
         channels += [wave(math.pi * k * axis) for axis in (x, y) for wave in (torch.sin, torch.cos)]
     return torch.cat([latents, torch.stack(channels).expand(b, -1, h, w).to(latents.dtype)], dim=1)
+
+
+def with_positions(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """A forward pre-hook: the text [B, L, D] plus the sines and cosines of each token's position (Vaswani et al. 2017, section 3.5)."""
+    text = inputs[0]
+    # In fp32, and then rounded: bf16 has no odd positions above 256.
+    position, pair = (
+        torch.arange(n, device=text.device, dtype=torch.float32) for n in (text.shape[1], text.shape[2] // 2)
+    )
+    angles = position[:, None] * 1e4 ** (-2 * pair / text.shape[2])  # [L, D/2]
+    return text + torch.cat([angles.sin(), angles.cos()], dim=1).to(text.dtype)
+
+
+def number_keys(unet: Any) -> None:
+    """Have each key layer that reads the text see where its tokens stand (conditioning.key_positions); once, however often called.
+
+    The layers, not the attention processors, are told, so that it holds for any of these, and for the paper's kind of block, whose
+    text has key layers of its own beside the image's. An adapter must be there before. Raises UserError where no layer reads the text.
+    """
+    blocks = [module for module in unet.modules() if isinstance(module, Attention)]
+    layers: list[Any] = [
+        one.to_k if one.add_k_proj is None else one.add_k_proj for one in blocks if one.is_cross_attention
+    ]
+    if not layers:
+        raise UserError(
+            "conditioning.key_positions=true needs a denoiser with cross-attention, and unet.arguments make none."
+        )
+    for layer in layers:
+        if with_positions not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(with_positions)
 
 
 def apart_from_image(unet: Any, features: Tensor, mask: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

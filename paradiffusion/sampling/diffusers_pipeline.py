@@ -263,7 +263,8 @@ class ParaDiffusionPipeline(_Base):
         if self._adapter and not self.adapter():  # another language model was put there
             self._attach(self._adapter)
         inner = None if self.refiner is None else self.refiner.refiner
-        joint = JointModel(self.unet, inner, pipeline_objective(self), description["coordinates"])
+        objective, positions = pipeline_objective(self), description["conditioning"].get("key_positions", False)
+        joint = JointModel(self.unet, inner, objective, description["coordinates"], key_positions=positions)
         codec = Codec(self.vae, parse(CodecConfig, description["codec"]), {"hash": description["codec"].get("hash")})
         return InferenceModels(
             joint, self._text(), codec, joint.objective, parse(SamplerConfig, description["sampler"]), description["resolution"],

@@ -172,7 +172,8 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
         load_adapter(encoder, state, parse(LoraConfig, lora), lora.get("settings"))
     unet: Any = DENOISERS[class_of(checkpoint.unet_config)].made.from_config(checkpoint.unet_config)
     refiner = None if checkpoint.refiner_config is None else Refiner(**checkpoint.refiner_config)
-    joint = JointModel(unet, refiner, objective_of(description), description["coordinates"])
+    positions = conditioning.key_positions
+    joint = JointModel(unet, refiner, objective_of(description), description["coordinates"], key_positions=positions)
     takes = read_width(checkpoint.unet_config)
     if (width := conditioning.refiner_width if refiner else encoder.width) != takes:
         raise UserError(

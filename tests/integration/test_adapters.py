@@ -21,7 +21,7 @@ from paradiffusion.budget.memory import count_parameters
 from paradiffusion.checkpoints.export import lora_told
 from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
 from paradiffusion.compose import compose_train
-from paradiffusion.config import ADAPTERS
+from paradiffusion.config import ADAPTERS, ConditioningConfig, UNetConfig
 from paradiffusion.sampling.pipeline import InferenceModels, encode_prompts, load_models
 from paradiffusion.sampling.sampler import sample_latents, starting_noise
 from paradiffusion.text.sources import locate
@@ -174,6 +174,9 @@ def test_what_no_other_library_loads_is_refused(
     for kinds in REFUSED:
         user_error(f"diffusers loads no adapter of the kind {kinds[1]}", lora_told, find_checkpoint(runs(kinds)))
     assert "U-Net was trained whole" in lora_told(open_layout(make_ours(tmp_path / "ours", codec_folder)))[-1]
+    positions = {"unet": UNetConfig(lora_rank=2), "conditioning": ConditioningConfig(key_positions=True)}
+    numbered = make_ours(tmp_path / "numbered", codec_folder, **positions)
+    user_error("no place for positions on the text's keys", lora_told, open_layout(numbered))
     user_error("has no adapter", lora_told, open_layout(Path(str(compose_train(arguments).init_from))))
     with pytest.raises(Exception, match=r"lora.kind=loha .*quantization=4bit"):
         compose_train(["stage=2", "lora.kind=loha", "text_encoder.quantization=4bit"])

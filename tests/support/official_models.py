@@ -166,7 +166,7 @@ def make_ours(folder: Path, codec_folder: Path, **changes: Any) -> Path:
 MODERN = {
     "conditioning": ConditioningConfig(
         name="modern", layer_tap="mean", projection="refiner", refiner_width=16, refiner_layers=1, refiner_heads=2,
-        layout_patch=2, mask_padding=True, max_tokens=32
+        layout_patch=2, key_positions=True, mask_padding=True, max_tokens=32
     ),
     "objective": ObjectiveConfig(prediction="flow"),
     "unet": UNetConfig(coordinates=2),

@@ -49,7 +49,7 @@ ARMS = {
     "paper": ConditioningConfig(max_tokens=32),
     "modern": ConditioningConfig(
         name="modern", layer_tap="mean", projection="refiner", refiner_width=16, refiner_layers=1, refiner_heads=2, refiner_kernel=3,
-        layout_patch=2, mask_padding=True, max_tokens=32
+        layout_patch=2, key_positions=True, mask_padding=True, max_tokens=32
     ),
 }  # fmt: skip
 PROMPTS = ["a red circle at the left", ""]
@@ -322,6 +322,7 @@ def test_ours_to_official_keeps_what_it_has_no_place_for(tmp_path: Path, codec_f
         ({"conditioning": ConditioningConfig(prefix="Draw:")}, "an instruction before each prompt, which"),
         ({"conditioning": ConditioningConfig(mask_padding=True)}, "place for masked padding, which"),
         ({"unet": UNetConfig(coordinates=1)}, "place for coordinates as input channels, which"),
+        ({"conditioning": ConditioningConfig(key_positions=True)}, "place for positions on the text's keys, which"),
         ({"objective": ObjectiveConfig(prediction="v_prediction", zero_terminal_snr=True)}, "zero terminal SNR"),
     ],
 )
