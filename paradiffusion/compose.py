@@ -164,6 +164,8 @@ def _compose(name: str, cls: type[T], arguments: list[str], beside: Sequence[str
             _settle_lora(composed, given)
         # Entries of dictionaries, which that may have put others in the place of.
         _override(composed, [one for one in values if one[0] not in keys], keys)
+        if cls is TrainConfig:
+            _settle_refiner(composed)
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from None
@@ -272,6 +274,21 @@ def _settle_lora(composed: Any, given: dict[str, str]) -> None:
         names = composed.text_encoder.pop("lora_names", {})
     if (targets := composed.get("lora", {}).get("target_modules")) and "lora.target_modules" not in given:
         composed.lora.target_modules = [names.get(name, name) for name in targets]
+
+
+def _settle_refiner(composed: Any) -> None:
+    """Where width or heads of the refiner are null: as wide as the text that the denoiser reads, or it would be a bottleneck between two
+    models, and heads of 64 channels, four at least. Raises UserError where the denoiser does not say one width."""
+    refiner = composed.conditioning
+    if "refiner_width" in refiner and refiner.refiner_width is None:
+        width = composed.unet.arguments.get("cross_attention_dim")
+        if not isinstance(width, int):
+            raise UserError(
+                f"conditioning.refiner_width=null follows unet.arguments.cross_attention_dim, which is {width}; give either as a number."
+            )
+        refiner.refiner_width = width
+    if "refiner_heads" in refiner and refiner.refiner_heads is None:
+        refiner.refiner_heads = max(4, refiner.refiner_width // 64)
 
 
 def parse_sources(text: str) -> list[dict[str, Any]]:

@@ -153,10 +153,10 @@ class ConditioningConfig:
         layer_tap: "last" hidden state (the paper), or "mean" of all layers' layer-normalised states (arXiv 2506.08210).
         projection: "linear" (the paper: the U-Net's own encoder_hid_proj) or "refiner": a small bidirectional transformer
             before it (LI-DiT, arXiv 2406.11831).
-        refiner_width, refiner_layers, refiner_heads: its shape.
+        refiner_width, refiner_layers, refiner_heads: its shape; of width and heads null is settled in ``compose.py``, by the denoiser.
         refiner_kernel: tokens that the convolution in each of its blocks spans (odd; 0 for no convolution).
-        refiner_reach: tokens over which attention falls off in the last but one of its heads, half as many in each before; the
-            last head sees all alike. 0: all heads do.
+        refiner_reach: tokens over which attention falls off in the last but one of each four of its heads, half as many in each before;
+            the last sees all alike. 0: all heads do.
         layout_patch: latents along each side of the square that each query of the layout head estimates from the refined text
             (models/layout.py); the U-Net takes the estimate as further input channels. 0 for no such head (the paper).
         layout_layers: blocks of the layout head.

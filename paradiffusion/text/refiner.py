@@ -29,12 +29,15 @@ def rotary(x: Tensor) -> Tensor:
 
 def nearness(length: int, reach: float, heads: int, device: torch.device) -> Tensor:
     """What is added to the scores of attention between ``length`` tokens, [heads, length, length]: minus their distance over a
-    head's reach. The last head sees all alike; the one before reaches ``reach`` tokens far, and each before that half as far.
+    head's reach. The last head sees all alike; the one before reaches ``reach`` tokens far, and each before that half as far. More
+    than four heads are such fours, one after the other: halved further, a reach would be that of a token alone.
 
     As in ALiBi (arXiv 2108.12409), in both directions. Before anything is learned, a token then holds what stands around it.
     """
-    near = max(1, heads - 1)  # a single head looks near
-    slopes = F.pad(2.0 ** torch.arange(near - 1, -1, -1, device=device) / reach, (0, heads - near))
+    kinds = min(heads, 4)
+    near = max(1, kinds - 1)  # a single head looks near
+    slopes = F.pad(2.0 ** torch.arange(near - 1, -1, -1, device=device) / reach, (0, kinds - near))
+    slopes = slopes.repeat(-(-heads // kinds))[:heads]
     places = torch.arange(length, device=device)
     return -slopes[:, None, None] * (places[:, None] - places).abs()
 

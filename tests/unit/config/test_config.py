@@ -189,6 +189,7 @@ MISTAKES = {
     "precision=fp64": "fp32, bf16", "on_spike=panic": "stop, skip, rollback", "conditioning.layer_tap=first": "last, mean",
     "text_encoder.dtype=int8": "float32, bfloat16, float16", "conditioning.projection=mlp": "linear, refiner",
     "conditioning.max_tokens=0": "above 0", "conditioning.refiner_width=30": "multiple of twice",
+    "unet.arguments={sample_size: 8}": r"refiner_width=null follows unet\.arguments\.cross_attention_dim, which is None",
     "conditioning.refiner_heads=0": "multiple of twice", "conditioning.refiner_kernel=4": "must be odd",
     "lora.target_modules=[]": r"such as \[q_proj,v_proj\]", "codec.factor=0": r"codec\.factor=0 .* above 0",
     "data.bucket_multiple=12": r"multiple of codec\.factor=8", "data.workers=-1": "at least 0",
@@ -276,3 +277,22 @@ def test_a_mistake_ends_every_program_with_two_and_one_sentence(program: str, co
     *usage, last = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == "" and "error: " in last and "Traceback" not in done.stderr
     assert not usage or usage[0].startswith("usage: ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "width", "heads"),
+    [
+        ("", 192, 4),
+        ("preset=paper conditioning=modern", 1280, 20),
+        ("preset=paper conditioning=modern unet=sdxl", 2048, 32),
+        ("preset=paper conditioning=modern unet=pixart", 1152, 18),
+        ("unet.arguments.cross_attention_dim=128", 128, 4),
+        ("preset=paper conditioning=modern conditioning.refiner_width=512", 512, 8),
+        ("preset=paper conditioning=modern conditioning.refiner_heads=10", 1280, 10),
+        ("preset=paper conditioning.projection=refiner conditioning.refiner_width=null", 1280, 4),
+        ("preset=paper", 256, 4),  # as the paper's arm and the official weights are described, which have none
+    ],
+)
+def test_the_refiner_is_as_wide_as_the_text_that_the_denoiser_reads(typed: str, width: int, heads: int) -> None:
+    found = compose_train([*typed.split(), "data.shards=unused"]).conditioning
+    assert (found.refiner_width, found.refiner_heads) == (width, heads)

@@ -100,6 +100,7 @@ def test_all_heads_but_the_last_look_near() -> None:
     for head, reach in enumerate((2, 4, 8)):
         torch.testing.assert_close(bias[head], -distance / reach)
     assert not bias[3].any()
+    assert torch.equal(nearness(30, 8, 20, torch.device("cpu")), bias.repeat(5, 1, 1))
     assert nearness(5, 8, 1, torch.device("cpu"))[0, 0, 4] == -0.5, "of a single head"
     assert nearness(5, 8, 2, torch.device("cpu"))[:, 0, 4].tolist() == [-0.5, 0]
 
