@@ -8,6 +8,7 @@ No weights and no data are needed. Besides every override of train.py it takes
   gpus=8       of the launch configurations for several GPUs
   device=h100  whose peak the time is estimated with; mfu=0.4 is the share of it that is reached
   format=text  or json
+  beside=paper the same stage with another conditioning, in a table beside this one
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ def main(arguments: list[str]) -> int:
     """Print the description of one stage."""
     import json
 
-    from paradiffusion.budget.describe import Question, as_text, describe, parse_question
+    from paradiffusion.budget.describe import Question, as_text, describe, parse_question, side_by_side
     from paradiffusion.compose import compose_train
 
     question, overrides = parse_question(arguments)
     compose_train(overrides, tuple(Question.__dataclass_fields__))  # refuses what is wrong before models are built
     description = describe(overrides, question, compose_train)
     print(json.dumps(description.as_json(), indent=1) if question.format == "json" else as_text(description))
+    if question.beside and question.format == "text":
+        rest = [one for one in overrides if not one.startswith("conditioning=")]
+        other = describe([*rest, f"conditioning={question.beside}"], question, compose_train)
+        print("\n" + side_by_side([description, other]))
     return 0
 
 

@@ -88,20 +88,20 @@ ATTENTION = F.scaled_dot_product_attention  # as torch has it: a pretended GPU p
 
 
 class FusedAttention(torch.autograd.Function):
-    """The memory of fused attention: it keeps queries, keys, values, output and a sum per row, and no L x L matrix,
-    which torch's own decomposition on the meta device would make."""
+    """The memory of fused attention: it keeps queries, keys, values, output, a sum per row and what it was given to add to the scores,
+    and no L x L matrix of its own, which torch's decomposition on the meta device would make."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, rows)
+        ctx.save_for_backward(query, key, value, out, rows, mask)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 class CudaRules(TorchFunctionMode):
@@ -124,7 +124,7 @@ class CudaRules(TorchFunctionMode):
         elif self.copies is not None and func in UPPER:
             args, kwargs = tree_map(_upper, args), tree_map(_upper, kwargs)
         if func is ATTENTION:
-            return FusedAttention.apply(*args[:3]) if len(args) >= 3 else func(*args, **kwargs)
+            return FusedAttention.apply(*args[:3], kwargs.get("attn_mask")) if len(args) >= 3 else func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _lower(self, value: Any) -> Any:

@@ -28,6 +28,7 @@ class Question:
     gpus: int = option(8, accepts=positive)
     mfu: float = option(0.4, accepts=positive)
     device: str = option("h100", accepts=one_of(*DEVICES))
+    beside: str | None = option(None, typed="text")
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,22 @@ def as_text(d: Description) -> str:
         )
     )
     return "\n\n".join([head, parameters(d), flops(d), memory(d), disk(d), speed(d), *map(advice, d.advice)])
+
+
+def side_by_side(described: Sequence[Description]) -> str:
+    """What the same stage costs with one conditioning and with another, a column each."""
+    names: dict[str, Callable[[Description], str]] = {
+        "": lambda d: f"conditioning={d.config.conditioning.name}",
+        "refiner, width": lambda d: str(d.config.conditioning.refiner_width) if d.parameters.refiner else "none",
+        "refiner": lambda d: number(d.parameters.refiner),
+        "trained": lambda d: number(d.parameters.trained),
+        "TFLOP per sample, refiner": lambda d: f"{d.flops.refiner.training / 1e12:.4g}",
+        "TFLOP per sample": lambda d: f"{((total := d.flops.total()).training + total.recompute) / 1e12:.4g}",
+        "GiB on one GPU": lambda d: gib(d.memory[0].total),
+        "samples/s": lambda d: f"{d.throughput.samples_per_second:,.1f}",
+    }
+    title = f"Side by side, every caption as long as the longest ({described[0].tokens} tokens)"
+    return title + "\n" + table([(name, *map(shown, described)) for name, shown in names.items()])
 
 
 def parameters(d: Description) -> str:

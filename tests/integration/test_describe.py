@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from paradiffusion.budget.memory import GIB, LAUNCHES, Fitter, measure_training
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
 from paradiffusion.models.unet import build_unet, empty_unet
+from paradiffusion.text.refiner import Refiner
 from paradiffusion.training.engine import check_launch
 
 PAPER = ["preset=paper", "data.shards=unused"]
@@ -327,6 +329,25 @@ def test_the_command_prints_one_json_document(capsys: pytest.CaptureFixture[str]
     assert document["stage"] == 2 and document["parameters"]["lora"] == 30720
     assert len(document["memory"]) == len(LAUNCHES) and document["memory"][0]["fits"] is True
     assert document["flops"]["total"]["training"] > document["flops"]["total"]["forward"]
+
+
+def test_two_conditionings_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    assert script("describe").main(["stage=1", "conditioning=modern", "unet.coordinates=0", "beside=paper"]) == 0
+    lines = capsys.readouterr().out.partition("Side by side")[2].splitlines()[1:]
+    rows = {name: values for name, *values in (re.split(r"  +", line.strip()) for line in lines)}
+    assert rows["refiner, width"] == ["192", "none"] and rows["refiner"][1] == "0.00 M"
+    one, other = (ask("stage=1", "unet.coordinates=0", f"conditioning={name}") for name in ("modern", "paper"))
+    assert rows["trained"] == [f"{d.parameters.trained / 1e6:,.2f} M" for d in (one, other)]
+    total = one.flops.total()
+    assert float(rows["TFLOP per sample"][0]) == pytest.approx((total.training + total.recompute) / 1e12, rel=1e-3)
+    assert rows["samples/s"] == [f"{d.throughput.samples_per_second:,.1f}" for d in (one, other)]
+
+
+def test_attention_keeps_what_is_added_to_its_scores() -> None:
+    refiners = [Refiner(8, 16, 2, 4, reach=reach).to("meta") for reach in (0, 8)]
+    text, mask = torch.empty(8, 64, 8, device="meta"), torch.empty(8, 64, dtype=torch.bool, device="meta")
+    plain, near = (peak_bytes(lambda made=made: made(text, mask).sum(), [made], autocast=True) for made in refiners)
+    assert near - plain >= 2 * 2 * 8 * 4 * 64 * 64  # one [B, heads, L, L] of each of two blocks, in bfloat16
 
 
 def test_mistakes_cost_one_sentence() -> None:
