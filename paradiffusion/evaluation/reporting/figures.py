@@ -33,6 +33,7 @@ MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X", "*")  # no model is known b
 DASHES: Final = ("-", "--", "-.", ":", "-", "--", "-.", ":")
 MOST_POINTS: Final = 500
 MOST_PLACES: Final = 24
+LENGTH: Final = re.compile(r"\d+ words")  # a category of suite=scenes with lengths
 _STYLE: Final[dict[Any, Any]] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "paradiffusion",
@@ -62,11 +63,13 @@ _ID: Final = re.compile(r'(\bid="|href="#|url\(#)')
 
 @dataclass(frozen=True)
 class Series:
-    """One model's numbers, an estimate (or None) for each place on the axis; ``points`` are (x, value) drawn faintly."""
+    """One model's numbers, an estimate (or None) for each place on the axis; ``points`` are (x, value) drawn faintly, and ``cut`` the
+    places at which the model did not read all of some prompts."""
 
     label: str
     estimates: Sequence[Estimate | None]
     points: Sequence[tuple[float, float]] = ()
+    cut: Sequence[int] = ()
 
 
 def line_figure(
@@ -83,6 +86,9 @@ def line_figure(
         axes.scatter([x for x, _ in shown], [y for _, y in shown], s=7, color=_colour(number), alpha=0.3, lw=0)
         where = _beside(number, len(series), 0.1, places) if xs is None else xs[number]
         _errors(axes, where, one, number, DASHES[number % len(DASHES)])
+        ringed = [(where[place], value.mean) for place in one.cut if (value := one.estimates[place]) is not None]
+        if ringed:
+            axes.plot(*zip(*ringed, strict=True), "o", markersize=11, mfc="none", color=_colour(number))
     if xs is None:
         _name_places(axes, places)
         axes.set_xlim(-0.5, len(places) - 0.5)
@@ -185,8 +191,8 @@ def _drawn(
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8.5, frameon=False)
     said = (
         ", ".join(
-            f"{place} {estimate_text(value, unit)}"
-            for place, value in zip(places, one.estimates, strict=True)
+            f"{place} {estimate_text(value, unit)}{' (cut)' if number in one.cut else ''}"
+            for number, (place, value) in enumerate(zip(places, one.estimates, strict=True))
             if value is not None
         )
         for one in series
@@ -220,6 +226,7 @@ def _svg(axes: Axes, name: str, description: str) -> Markup:
 def measure_figures(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumbers, name: str) -> list[Markup]:
     """A measure by model, against length and by category, as far as there is something to see; ``name`` is unique on the page."""
     measure, found = one.measure, []
+    curve = len(one.categories) > 1 and all(LENGTH.fullmatch(row.group) for row in one.categories)
     if sum(value is not None for value in one.whole.estimates) > 1:
         series = [
             Series(label, [value if i == number else None for i, value in enumerate(one.whole.estimates)])
@@ -227,7 +234,7 @@ def measure_figures(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumb
         ]
         title = f"{measure.title}, by model"
         found.append(row_figure(f"{name}-models", title, series, numbers.labels, measure.unit, legend=False))
-    if len(one.bands) > 1:
+    if len(one.bands) > 1 and not curve:
         words = {band: fmean([p.words for p in numbers.suite.prompts if p.band == band] or [0]) for band in BAND_NAMES}
         places = [words[row.group] for row in one.bands]
         step = (max(places) - min(places)) * 0.012
@@ -243,12 +250,31 @@ def measure_figures(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumb
                 xs=[[x + (number - (len(series) - 1) / 2) * step for x in places] for number in range(len(series))],
             )
         )
-    if 1 < len(one.categories) <= MOST_PLACES:
+    if curve:
+        found.append(length_curve(f"{name}-lengths", numbers, one))
+    elif 1 < len(one.categories) <= MOST_PLACES:
         places_named = [group_name(row.group) for row in one.categories]
         series = _by_row(numbers, one.categories)
         title = f"{measure.title}, by category"
         found.append(row_figure(f"{name}-categories", title, series, places_named, measure.unit))
     return found
+
+
+def length_curve(name: str, numbers: SuiteNumbers, one: MeasureNumbers) -> Markup:
+    """A measure against the lengths that scenes were asked for; ringed where a checkpoint cut prompts."""
+    rows = sorted(one.categories, key=lambda row: int(row.group.split()[0]))
+    series = []
+    for number, (label, model) in enumerate(zip(numbers.labels, numbers.models, strict=True)):
+        counts = model.source.get("cut_prompts")
+        cut = [place for place, row in enumerate(rows) if isinstance(counts, dict) and counts.get(row.group)]
+        series.append(Series(label, [row.estimates[number] for row in rows], cut=cut))
+    title = f"{one.measure.title}, by length" + (
+        ", ringed where prompts were cut" if any(s.cut for s in series) else ""
+    )
+    words = [int(row.group.split()[0]) for row in rows]
+    step = (words[-1] - words[0]) * 0.012  # so that intervals do not cover each other
+    xs = [[x + (number - (len(series) - 1) / 2) * step for x in words] for number in range(len(series))]
+    return line_figure(name, title, series, [row.group for row in rows], one.measure.unit, "words of the prompt", xs)
 
 
 def table_figures(tables: Sequence[tuple[str, Table]], name: str) -> list[Markup]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -139,6 +140,10 @@ def read_coco(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     return prompts
 
 
+Told = tuple[str, str, Scene]  # name, paragraph, truth
+LOOKED_AT: Final = 50  # scenes, for each that is to have a certain length
+
+
 def read_scenes(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     """The scenes that training validates on, with the same paragraphs and names as in data/demo/val; or with ``suite_path=``
     those of a file of JSON lines, each with its ``text`` and the keys of a scene, as data/paragraphs.jsonl has them.
@@ -146,12 +151,17 @@ def read_scenes(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     Options: ``number`` of scenes, ``caption`` (one of ``KINDS``), ``world``, ``set`` and ``seed`` as in
     ``paradiffusion.scenes.dataset``, and ``scale``, by which height and width of a scene's canvas are multiplied: at 1 they are
     the sizes at which nano draws. ``meta["scene"]`` is the truth, in pixels of the canvas; the category is the number of
-    objects. With ``lengths`` in words, such as [50, 100, 200], each scene is there once for each of them, its paragraph among true
-    but idle sentences, and the length is the category. Of a file, ``number``, ``scale`` and ``lengths`` alone count.
+    objects. With ``lengths`` in words, such as [50, 100, 200], the length is the category: ``by`` "idle" each scene is there once for
+    each of them, its paragraph among true but idle sentences; ``by`` "objects" each has ``number`` scenes of its own, whose paragraphs
+    are so long by themselves, since more is in them. Of a file, ``number``, ``scale`` and ``lengths`` alone count.
     """
-    options = entry.take(
-        {"number": 200, "world": "small", "set": "val", "seed": 0, "caption": "clean", "scale": 1, "lengths": []}
-    )
+    own = {"number": 200, "world": "small", "set": "val", "seed": 0, "caption": "clean", "scale": 1}
+    options = entry.take({**own, "lengths": [], "by": "idle"})
+    by_objects = options["by"] == "objects"
+    if options["by"] not in ("idle", "objects") or (by_objects and (entry.path or not options["lengths"])):
+        raise UserError(
+            f"suite={entry.name}: by={options['by']} is not understood; expected idle, or objects with lengths and no suite_path."
+        )
     if not all(isinstance(words, int) and words > 0 for words in options["lengths"]):
         raise UserError(
             f"suite={entry.name}: lengths={options['lengths']} are no lengths in words; expected such as [50,100]."
@@ -169,34 +179,59 @@ def read_scenes(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
             f"suite={entry.name}: only set=val has captions of unseen forms; leave set={options['set']} out."
         )
     if entry.path:
-        told = [
-            (f"{path.stem}-{line:03d}", text, scene)
-            for line, (text, scene) in enumerate(_written(path, entry.name)[: options["number"]], 1)
-        ]
+        written = enumerate(_written(path, entry.name), 1)
+        told: Iterator[Told] = ((f"{path.stem}-{line:03d}", text, scene) for line, (text, scene) in written)
     else:
-        scenes = [make_scene(options["set"], options["seed"], n, options["world"]) for n in range(options["number"])]
-        told = [
-            (f"{options['set']}-{n:06d}", captions(scene, options["seed"], n)[options["caption"]], scene)
-            for n, scene in enumerate(scenes)
-        ]
+        told = ((f"{options['set']}-{n:06d}", *_scene(options, n)) for n in itertools.count())
+    number, lengths, scale = options["number"], options["lengths"], options["scale"]
+    if by_objects:
+        return list(_so_long(entry.name, itertools.islice(told, LOOKED_AT * number), number, lengths, scale))
+    scenes = list(itertools.islice(told, number))
+    if not lengths:
+        return [_prompt(*one, scale) for one in scenes]
     return [
-        prompt
-        for words in options["lengths"] or [0]
-        for one in told
-        for prompt in _prompt(*one, options["scale"], words)
+        _prompt(
+            name, lengthened(text, scene, random.Random(seed_from("lengths", name, words)), words), scene, scale, words
+        )
+        for words in lengths
+        for name, text, scene in scenes
+        if len(text.split()) <= words
     ]
 
 
-def _prompt(name: str, text: str, scene: Scene, scale: int, words: int) -> Iterator[SuitePrompt]:
-    """The scene's prompt, brought to a length in ``words``; 0 is its own. None where it is longer than that by itself."""
+def _scene(options: dict[str, Any], n: int) -> tuple[str, Scene]:
+    """Paragraph and truth of the ``n``th scene."""
+    scene = make_scene(options["set"], options["seed"], n, options["world"])
+    return captions(scene, options["seed"], n)[options["caption"]], scene
+
+
+def _so_long(suite: str, told: Iterable[Told], number: int, lengths: list[int], scale: int) -> Iterator[SuitePrompt]:
+    """For each length the first ``number`` scenes whose own paragraph is within an eighth of it. UserError where there are fewer."""
+    found: dict[int, list[Told]] = {words: [] for words in lengths}
+    longest = 0
+    for one in told:
+        own = len(one[1].split())
+        longest = max(longest, own)
+        for words, scenes in found.items():
+            if len(scenes) < number and abs(own - words) <= words / 8:
+                scenes.append(one)
+        if all(len(scenes) == number for scenes in found.values()):
+            break
+    for words, scenes in found.items():
+        if len(scenes) < number:
+            raise UserError(
+                f"suite={suite}: of {LOOKED_AT * number} scenes only {len(scenes)} have paragraphs of about {words} words, the longest "
+                f"{longest}; ask for another length, another world or caption, or by=idle."
+            )
+        yield from (_prompt(*one, scale, words) for one in scenes)
+
+
+def _prompt(name: str, text: str, scene: Scene, scale: int, words: int = 0) -> SuitePrompt:
+    """The scene's prompt; ``words`` is the length that it was asked for, 0 for none."""
     objects = len(scene.objects)
-    category, meta = f"{objects} object{'s' if objects > 1 else ''}", {"scene": scene_to_meta(scene)}
-    if words:
-        if len(text.split()) > words:
-            return
-        text = lengthened(text, scene, random.Random(seed_from("lengths", name, words)), words)
-        name, category = f"{name}-{words}", f"{words} words"
-    yield SuitePrompt(name, text, category, height=scene.height * scale, width=scene.width * scale, meta=meta)
+    category = f"{words} words" if words else f"{objects} object{'s' if objects > 1 else ''}"
+    name, meta = f"{name}-{words}" if words else name, {"scene": scene_to_meta(scene)}
+    return SuitePrompt(name, text, category, height=scene.height * scale, width=scene.width * scale, meta=meta)
 
 
 def _written(path: Path, suite: str) -> list[tuple[str, Scene]]:

@@ -50,6 +50,23 @@ def test_numbers_of_one_evaluation(tmp_path: Path) -> None:
     assert page.count("<svg") == 2, "against length, and by category"
 
 
+def test_the_curve_over_lengths_marks_where_a_checkpoint_cuts(tmp_path: Path) -> None:
+    of = suite()
+    lengths = [replace(p, category=f"{words} words") for p, words in zip(of.prompts, [200, 50, 400] * 4, strict=True)]
+    of = replace(of, prompts=tuple(lengths))
+    made = [evaluation(tmp_path / "images", of, label) for label in ("whole", "short")]
+    made[1].source["cut_prompts"] = {"400 words": 3}
+    page = written(tmp_path / "out", *made)[0]
+    assert "by length, ringed where prompts were cut" in page and f"{SHARE.title}, by category" not in page
+    said = next(text for text in re.findall(r'aria-label="([^"]*)"', page) if "ringed" in text)
+    whole, short = said.split("; ")
+    assert "(cut)" not in whole and short.count("(cut)") == 1 and "(cut)" in short.partition("400 words")[2]
+    assert whole.index("50 words") < whole.index("200 words") < whole.index("400 words")
+    del made[1].source["cut_prompts"]
+    other = written(tmp_path / "other", *made)[0]
+    assert "ringed" not in other and page.count("<use") == other.count("<use") + 1
+
+
 def test_models_are_compared_by_paired_differences(tmp_path: Path) -> None:
     of = suite(count=40)
     rng = np.random.default_rng(0)

@@ -161,7 +161,9 @@ def test_scenes_are_those_of_validation() -> None:
     for prompt, sample in zip(large, demo_samples("val", 5, world="large"), strict=True):
         assert prompt.text == sample.meta["captions"]["unseen"] and (prompt.height, prompt.width) == (96, 96)
     for options, words in (({"caption": "loud"}, "clean"), ({"caption": "unseen", "set": "web"}, "set=val"),
-                           ({"scale": 0}, "1 up"), ({"size": 2}, "unknown"), ({"lengths": [0]}, "lengths")):  # fmt: skip
+                           ({"scale": 0}, "1 up"), ({"size": 2}, "unknown"), ({"lengths": [0]}, "lengths"),
+                           ({"lengths": [50], "by": "words"}, "idle, or objects"), ({"by": "objects"}, "with lengths"),
+                           ({"number": 2, "lengths": [40, 300], "by": "objects"}, "about 300 words, the longest")):  # fmt: skip
         user_error(words, load_suite, "scenes", options=options)
 
 
@@ -179,6 +181,21 @@ def test_scenes_at_several_lengths_are_the_same_scenes_in_longer_paragraphs() ->
     assert shorter == {f"{name}-40" for name, prompt in own.items() if prompt.words <= 40}
     before = [p.text.index(own[p.id.rsplit("-", 1)[0]].text) / len(p.text) for p in prompts if p.words >= 400]
     assert min(before) > 0.1 and max(before) < 0.7  # it stands in the midst
+
+
+def test_longer_paragraphs_of_more_objects() -> None:
+    options = {"world": "large", "number": 6, "lengths": [120, 40], "by": "objects"}
+    prompts = load_suite("scenes", options=options).prompts
+    assert load_suite("scenes", options=options).prompts == prompts
+    assert [p.category for p in prompts] == ["120 words"] * 6 + ["40 words"] * 6
+    objects: dict[str, list[int]] = {"120 words": [], "40 words": []}
+    own = {p.id: p for p in load_suite("scenes", options={"world": "large", "number": 300}).prompts}
+    for prompt in prompts:
+        name, words = prompt.id.rsplit("-", 1)
+        assert abs(prompt.words - int(words)) <= int(words) / 8
+        assert (prompt.text, prompt.meta) == (own[name].text, own[name].meta), "nothing is put around it"
+        objects[prompt.category].append(len(prompt.meta["scene"]["objects"]))
+    assert min(objects["120 words"]) > max(objects["40 words"])
 
 
 def test_scenes_that_people_described(tmp_path: Path) -> None:
