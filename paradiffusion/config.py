@@ -536,7 +536,9 @@ class ValidationConfig:
     Attributes:
         samples: held-out samples whose loss is taken at fixed noise, once with short and once with long captions.
         images: pictures drawn for the grid at fixed prompts and seeds; 0 for none.
-        scenes: held-out scenes drawn and scored for alignment at the stage's end, where the shards carry ground truth.
+        prompts: a file of prompts as sample.py's prompt_file takes it, drawn at each validation besides those ``images``.
+        scenes: held-out scenes drawn and scored for alignment at the stage's end, where the shards carry ground truth; with
+            keep_best=binding at each validation.
         paragraph: the kind of caption that pictures are drawn from; the longest one where a sample has none of it.
         unseen: of these samples, how many are drawn and scored once more, from their captions of the kind "unseen", whose
             wording no training caption has.
@@ -545,6 +547,7 @@ class ValidationConfig:
 
     samples: int = option(64, accepts=not_negative)
     images: int = option(8, accepts=not_negative)
+    prompts: str | None = None
     scenes: int = option(0, accepts=not_negative)
     paragraph: str = "clean"
     unseen: int = option(0, accepts=not_negative)
@@ -576,6 +579,9 @@ class TrainConfig:
             them; 0 to make them in every epoch.
         gradient_checkpointing: compute activations again on the way back: true, those of the U-Net and of a language model that is
             trained; "half", those of every second layer of that language model; false, none. scripts/describe.py says what fits.
+        keep_best: keep the checkpoint of the best validation besides the newest ``keep_last`` and every ``keep_every``-th step, and
+            name it in the stage's ``best``: "loss_long", the lowest held-out loss on long captions, or "binding", the most colours
+            at their places in validation.scenes. patience: validations after it that are no better, with which the stage ends.
         async_save: checkpoints are copied to main memory and written while the next steps run; None does so on GPUs.
         ema_device: "cpu" keeps the average off the GPU; None keeps it beside the weights.
         compile: torch.compile of the U-Net and of the language model's layers. channels_last: the U-Net's memory layout, on a GPU
@@ -609,6 +615,8 @@ class TrainConfig:
     checkpoint_every: int = option(500, free="always", accepts=positive)
     keep_last: int = option(2, free="always", accepts=positive)
     keep_every: int | None = option(None, free="always", accepts=positive)
+    keep_best: str | None = option(None, free="always", accepts=one_of("loss_long", "binding"))
+    patience: int | None = option(None, free="resume", accepts=positive)
     async_save: bool | None = option(None, free="always")
     ema_decay: float = option(0.9999, accepts=below_one)
     ema_device: str | None = option(None, free="always", accepts=one_of("cpu"))
@@ -640,6 +648,7 @@ class TrainConfig:
             raise UserError(f"spike_factor={self.spike_factor} is out of range; expected a number above 1.")
         for part in (self.conditioning, self.lora, self.objective, self.data, self.sampler):
             part.check()
+        self.check_best()
         for key, value in self.unet.arguments.items():
             if "dropout" in key and value:
                 raise UserError(
@@ -659,6 +668,22 @@ class TrainConfig:
         if self.data.bucket_multiple % self.codec.factor:
             raise UserError(
                 f"data.bucket_multiple={self.data.bucket_multiple} must be a multiple of codec.factor={self.codec.factor}."
+            )
+
+    def check_best(self) -> None:
+        """Raise UserError where nothing is measured by which a checkpoint could be the best."""
+        if self.keep_best is None:
+            if self.patience is not None:
+                raise UserError(
+                    f"patience={self.patience} counts validations without a better keep_best, which is not set; set "
+                    "keep_best=loss_long or keep_best=binding, or leave patience out."
+                )
+            return
+        needed = {"loss_long": "samples", "binding": "scenes"}[self.keep_best]
+        if self.data.val_shards is None or not getattr(self.validation, needed):
+            raise UserError(
+                f"keep_best={self.keep_best} is measured on held-out samples, and there are none; set data.val_shards=, and "
+                f"validation.{needed}= to how many."
             )
 
 

@@ -24,7 +24,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from paradiffusion.checkpoints.hub import PREFIX, address_of, fetch
-from paradiffusion.checkpoints.manifest import find_fault, newest_valid
+from paradiffusion.checkpoints.manifest import find_fault, follow_pointer, newest_valid
 from paradiffusion.checkpoints.tensors import ADAPTER_STEM, UNET_STEM, joint_adapter_name, read_tensors, write_tensors
 from paradiffusion.config import (
     CodecConfig,
@@ -324,15 +324,15 @@ def open_layout(folder: Path, unet: str = UNET) -> Layout:
 
 
 def find_checkpoint(path: str | Path, key: str = "ckpt", unet: str = UNET) -> Layout:
-    """The checkpoint that ``ckpt=`` means: a run, a stage, or a checkpoint or weights folder itself, in any layout, here or at
-    hf://USER/NAME.
+    """The checkpoint that ``ckpt=`` means: a run, a stage, a stage's ``best``, or a checkpoint or weights folder itself, in any
+    layout, here or at hf://USER/NAME.
 
     Args:
         key: under which the user gave it, for messages; init_from= takes a U-Net alone too.
     Raises:
         UserError: when there is none, or none that passes its manifest, or it cannot be fetched.
     """
-    folder = fetch(str(path), key) if str(path).startswith(PREFIX) else find_shipped(path)
+    folder = fetch(str(path), key) if str(path).startswith(PREFIX) else follow_pointer(find_shipped(path))
     layout = layout_of(folder, unet)
     if isinstance(layout, Ours) and (fault := find_fault(folder)) is not None:
         raise UserError(f"the checkpoint {folder} is damaged: {fault}; use another checkpoint, or copy it again.")
@@ -350,8 +350,8 @@ def find_checkpoint(path: str | Path, key: str = "ckpt", unet: str = UNET) -> La
     if faults:
         raise UserError(f"no whole checkpoint is left in {folder}: {faults[0]}")
     raise UserError(
-        f"{key}={path} holds no checkpoint; expected a run (runs/NAME), a stage (runs/NAME/stage1), a checkpoint "
-        "(.../checkpoints/step_000060), a pipeline of ours, a weights folder (ours, or in the official layout: unet, scheduler, ...) "
+        f"{key}={path} holds no checkpoint; expected a run (runs/NAME), a stage (runs/NAME/stage1), its best "
+        "(runs/NAME/stage1/best, where keep_best= was set), a checkpoint (.../checkpoints/step_000060), a pipeline of ours, a weights folder (ours, or in the official layout: unet, scheduler, ...) "
         "or hf://USER/NAME"
         f"{', or a diffusers folder with a ' + ' or '.join(DENOISERS) if key == 'init_from' else ''}."
     )

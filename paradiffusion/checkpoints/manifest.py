@@ -70,6 +70,13 @@ def checkpoints_of(stage_folder: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
 
+def follow_pointer(path: Path) -> Path:
+    """The checkpoint that a stage's ``best`` or ``checkpoints/latest`` names, from where that lies; any other path as it is."""
+    if path.name in ("best", "latest") and path.is_file():
+        return path.parent / path.read_text(encoding="utf-8").strip()
+    return path
+
+
 def newest_valid(stage_folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that passes its manifest, and a sentence for each newer one that was passed over."""
     faults: list[str] = []

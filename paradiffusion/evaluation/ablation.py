@@ -222,7 +222,8 @@ def finished_units(plan: Plan, output: Path) -> set[str]:
 
 def _complete(unit: Unit) -> bool:
     if unit.kind == "train":
-        return stage_summary(unit.checkpoints).get("steps") == unit.steps
+        summary = stage_summary(unit.checkpoints)
+        return summary.get("steps") == unit.steps or "patience" in summary
     return any(unit.folder.rglob(NAME))
 
 

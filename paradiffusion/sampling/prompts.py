@@ -51,7 +51,9 @@ RANGES = {"seed": (0, MAX_SEED), "height": ANY, "width": ANY, "steps": ANY, "gui
 Row = tuple[str, dict[str, Any]]  # the source and the fields of one prompt
 
 
-def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = None) -> list[PromptRequest]:
+def read_prompts(
+    prompt: str | None = None, prompt_file: str | Path | None = None, key: str = "prompt_file"
+) -> list[PromptRequest]:
     """The prompts in the order of the file.
 
     Args:
@@ -59,6 +61,7 @@ def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = Non
         prompt_file: .txt with one prompt a line, .csv or .tsv with a column of them (``NAMES``), .jsonl with an object a line,
             .json with a list of objects or texts, or "-". In all but .txt the other fields of PromptRequest may be given for
             each prompt; further columns are passed over, with a line that names them.
+        key: under which the user gave the file, for messages.
     Raises:
         UserError: for a file that is missing, empty, not UTF-8 or malformed, and for a misspelt column; it names the line.
     """
@@ -71,13 +74,11 @@ def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = Non
         rows, source = iter([("prompt=", {"prompt": prompt})]), "prompt="
     else:
         path = find_shipped(str(prompt_file))
-        source, kind = f"prompt_file={path}", path.suffix.lower()
+        source, kind = f"{key}={path}", path.suffix.lower()
         readers = {".txt": _lines, ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".json": _json}
         if kind not in readers:
             found = f"a name that ends in {kind}" if kind else "a name without an ending"
-            raise UserError(
-                f"{source} has {found}; expected {', '.join(readers)}, or prompt_file=- for standard input."
-            )
+            raise UserError(f"{source} has {found}; expected {', '.join(readers)}, or {key}=- for standard input.")
         rows = readers[kind](read_text(path, source), path.name)
     passed_over: dict[str, None] = {}
     requests = [_request(index, where, _known(row, where, passed_over)) for index, (where, row) in enumerate(rows)]

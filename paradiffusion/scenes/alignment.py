@@ -15,7 +15,7 @@ from paradiffusion.evaluation.estimates import mean
 from paradiffusion.evaluation.scores.sentence_judges import third
 from paradiffusion.metrics.sentences import sentences
 from paradiffusion.scenes.judge import SceneScore, by_objects, score, summarise
-from paradiffusion.scenes.sentence_truth import follow
+from paradiffusion.scenes.sentence_truth import follow, read_scene
 from paradiffusion.scenes.world import Scene, scene_from_meta
 from paradiffusion.training.validation import HeldOut
 
@@ -38,6 +38,26 @@ class SceneScorer:
         """The shares of ``sentence_recall``, as "sentences_first" and so on."""
         recall = sentence_recall([item.paragraph for item in items], _scenes(items), pictures)
         return {f"sentences_{part}": found["share"] for part, found in recall.items()}
+
+    def binding(self, items: Sequence[HeldOut], pictures: Sequence[np.ndarray]) -> float | None:
+        found = summarise(_scores(_scenes(items), pictures)).get("binding")
+        return None if found is None else found.share
+
+    def judge_sentences(self, text: str, meta: dict[str, Any], picture: np.ndarray) -> list[tuple[str, bool | None]]:
+        """By the scene in a sample's JSON; without one by what of the text itself leaves no doubt (``read_scene``)."""
+        parts = sentences(text)
+        try:
+            scene, exact = scene_from_meta(meta), [True] * len(parts)
+        except UserError:
+            told, exact = read_scene(parts, *picture.shape[:2])
+            if told is None:
+                return [(part, None) for part in parts]
+            scene = told
+        found = follow(scene, parts, picture)
+        return [
+            (part, one.followed if sure and one is not None else None)
+            for part, sure, one in zip(parts, exact, found, strict=True)
+        ]
 
     def alignment(
         self, items: Sequence[HeldOut], pictures: Sequence[np.ndarray], rebuilt: Sequence[np.ndarray],

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from paradiffusion.atomic import hold, write_atomic
 from paradiffusion.checkpoints.layouts import Ours, check_complete, copy_tensors, save_weights, write_tensors
-from paradiffusion.checkpoints.manifest import checkpoints_of, newest_valid, sync, write_manifest
+from paradiffusion.checkpoints.manifest import checkpoints_of, follow_pointer, newest_valid, sync, write_manifest
 from paradiffusion.config import SourceConfig, TrainConfig, keys_of
 from paradiffusion.data.index import same_data
 from paradiffusion.errors import UserError
@@ -34,7 +34,7 @@ from paradiffusion.text.sources import same_weights
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import Engine
 
-CONFIG_FILE, STATE = "config.json", "training_state"
+CONFIG_FILE, STATE, SUMMARY, BEST = "config.json", "training_state", "summary.json", "best"
 # With those of a list's entries, whose places are left out of their names.
 KEYS = {**keys_of(TrainConfig), **keys_of(SourceConfig, "data.sources.")}
 # Keys of earlier versions, with the value by which a run did without what this version no longer has.
@@ -232,10 +232,27 @@ def write_checkpoint(
 
 
 def prune(stage_folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and every ``keep_every``-th step."""
+    """Delete all but the newest ``keep_last`` checkpoints, every ``keep_every``-th step and the best one."""
+    best = follow_pointer(stage_folder / BEST)
     for folder in checkpoints_of(stage_folder)[keep_last:]:
-        if not keep_every or int(folder.name[5:]) % keep_every:
+        if folder != best and (not keep_every or int(folder.name[5:]) % keep_every):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_best(
+    stage_folder: Path, measure: str | None, validations: dict[int, dict[str, float]]
+) -> tuple[int, float] | None:
+    """Step and value of the best checkpoint so far; None where there is none, or it was kept by another measure, of which
+    ``validations`` (the log's, by step) have no value."""
+    kept = follow_pointer(stage_folder / BEST)
+    step = int(kept.name[5:]) if kept.is_dir() else -1
+    value = validations.get(step, {}).get(measure or "")
+    return None if value is None else (step, value)
+
+
+def keep_as_best(stage_folder: Path, step: int) -> None:
+    """Name the checkpoint of ``step``, which is whole, as the best."""
+    write_atomic(stage_folder / BEST, f"checkpoints/step_{step:06d}\n")
 
 
 def restore_checkpoint(checkpoint: Path, joint: JointModel, engine: Engine, ema: Ema) -> TrainState:

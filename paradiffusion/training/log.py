@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import secrets
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.tracking import TensorBoardTracker, WandBTracker
+from PIL import Image
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.loader import Batch
 from paradiffusion.models.joint import Losses
+from paradiffusion.training.validation import Drawn
+
+Table = tuple[Sequence[str], list[list[Any]]]  # columns, and rows whose cells may be pictures, uint8 [H, W, 3]
 
 # Upper ends, in words, of the caption lengths that the loss is reported for.
 LENGTH_BANDS = (25, 77, 128, 256)
 TIME_BINS = 4
+PICTURES = ("drawn", "true")
+TABLE = ("prompt", *PICTURES, "followed", "judged", "not followed")  # of what a validation draws
 
 
 def length_band(words: int) -> str:
@@ -33,6 +42,17 @@ def length_band(words: int) -> str:
             return f"{low}-{high}"
         low = high + 1
     return f"{low}+"
+
+
+def by_time_and_words(errors: Iterable[tuple[float, float, int]]) -> dict[str, list[float]]:
+    """Losses by the time at which they were taken, in 0..1, and by the words of the caption, such as "loss_time/0.00-0.25" and
+    "loss_words/26-77"."""
+    bins: defaultdict[str, list[float]] = defaultdict(list)
+    for loss, at, words in errors:
+        index = min(int(at * TIME_BINS), TIME_BINS - 1)
+        bins[f"loss_time/{index / TIME_BINS:.2f}-{(index + 1) / TIME_BINS:.2f}"].append(loss)
+        bins[f"loss_words/{length_band(words)}"].append(loss)
+    return dict(sorted(bins.items(), key=lambda item: float(re.findall(r"[\d.]+", item[0])[0])))
 
 
 class Meters:
@@ -76,12 +96,7 @@ class Meters:
         }
         if layouts := [loss for part in gathered for loss in part["layouts"]]:
             record["loss_layout"] = sum(layouts) / len(layouts)
-        bins: dict[str, list[float]] = defaultdict(list)
-        for loss, at, words in errors:
-            index = min(int(at * TIME_BINS), TIME_BINS - 1)
-            bins[f"loss_time/{index / TIME_BINS:.2f}-{(index + 1) / TIME_BINS:.2f}"].append(loss)
-            bins[f"loss_words/{length_band(words)}"].append(loss)
-        record.update({key: sum(values) / len(values) for key, values in sorted(bins.items())})
+        record.update({key: sum(values) / len(values) for key, values in by_time_and_words(errors).items()})
         record.update(mixture(sum((part["choices"] for part in gathered), Counter())))
         return record
 
@@ -155,10 +170,14 @@ def log_line(config: TrainConfig, step: int, record: dict[str, Any]) -> str:
 
 class Log:
     """``log.jsonl`` always, and one tracker when chosen; the main process alone has one. A tracker that fails, such as a server out
-    of reach, is left out from then on, and a sentence says so: it never takes the training down."""
+    of reach, is left out from then on, and a sentence says so: it never takes the training down.
+
+    Attributes:
+        validations: the records of this kind by step, those from before a resume included.
+    """
 
     def __init__(self, folder: Path, config: TrainConfig, settings: dict[str, Any], first_step: int) -> None:
-        self.path = folder / "log.jsonl"
+        self.path, self.validations = folder / "log.jsonl", dict[int, dict[str, float]]()
         self._forget_after(first_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._chosen, self._tracker, self._begun = config.tracker.name, None, 0
@@ -172,17 +191,42 @@ class Log:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError, KeyError, TypeError):  # the last line of a run that was killed
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                if record["step"] <= step:
                     kept.append(line + "\n")
+                    if record["kind"] == "validation":
+                        values = {key: value for key, value in record.items() if key not in ("step", "kind", "time")}
+                        self.validations[record["step"]] = values
         write_atomic(self.path, "".join(kept))
 
     def write(self, step: int, kind: str, record: dict[str, Any]) -> None:
         """Add one record ("train", "validation", ...)."""
         self._file.write(json.dumps({"step": step, "kind": kind, "time": round(time.time(), 3), **record}) + "\n")
         self._file.flush()
+        if kind == "validation":
+            self.validations[step] = record
         if self._tracker is not None and step >= self._begun:
             with self._guarded():
                 self._tracker.log({f"{kind}/{k}": v for k, v in record.items() if isinstance(v, int | float)}, step)
+
+    def show(self, step: int, errors: list[tuple[float, float, int]], grid: Path, drawn: list[Drawn]) -> None:
+        """Give the tracker what a validation found besides its record: losses by time and by length, and what was drawn, one by one
+        and as the picture ``grid``."""
+        if self._tracker is None or step < self._begun:
+            return
+        with self._guarded():
+            bins = by_time_and_words(errors).items()
+            rows = [
+                [*key.removeprefix("loss_").split("/"), sum(losses) / len(losses), len(losses)] for key, losses in bins
+            ]
+            self._tracker.log({f"validation/loss_{kind}/{band}": loss for kind, band, loss, _ in rows}, step)
+            tables = {
+                f"validation/loss_by_{kind}": ((kind, "loss", "samples"), [row[1:] for row in rows if row[0] == kind])
+                for kind in ("time", "words")
+            }
+            tables["validation/prompts"] = TABLE, [table_row(one) for one in drawn]
+            show = show_in_wandb if self._chosen == "wandb" else show_in_tensorboard
+            show(self._tracker, step, {name: t for name, t in tables.items() if t[1]}, grid if drawn else None)
 
     def close(self) -> None:
         self._file.close()
@@ -215,8 +259,47 @@ def open_tracker(config: TrainConfig, folder: Path, settings: dict[str, Any], fi
     kept = folder / "wandb_id"  # the stage's own: a folder's name may be that of another run, too
     if not kept.is_file():
         write_atomic(kept, secrets.token_hex(8))
+    # Where pictures of tables wait until they are uploaded, which offline is `wandb sync`: with the run, not in the home folder.
+    os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").absolute()))
     wandb = WandBTracker(
         chosen.project, name=name, dir=str(folder), config=settings, mode=chosen.mode, id=kept.read_text().strip(), resume="allow",
     )  # fmt: skip
     wandb.start()
     return wandb, wandb.run.step
+
+
+def table_row(one: Drawn) -> list[Any]:
+    """A row of TABLE: how many of the sentences are followed, of how many that can be judged, and those that are not."""
+    missed = " ".join(sentence for sentence, followed in one.sentences if followed is False)
+    return [one.prompt, one.picture, one.true, sum(one.judged), len(one.judged), missed]
+
+
+def show_in_wandb(tracker: Any, step: int, tables: dict[str, Table], grid: Path | None) -> None:
+    """As tables with pictures in them."""
+    import wandb
+
+    values: dict[str, Any] = {} if grid is None else {"validation/samples": wandb.Image(str(grid))}
+    for name, (columns, rows) in tables.items():
+        cells = [[wandb.Image(cell) if isinstance(cell, np.ndarray) else cell for cell in row] for row in rows]
+        values[name] = wandb.Table(columns=list(columns), data=cells)
+    tracker.log(values, step)
+
+
+def show_in_tensorboard(tracker: Any, step: int, tables: dict[str, Table], grid: Path | None) -> None:
+    """As Markdown, and those pictures that were drawn beside it, by row, since its tables can hold none."""
+    writer = tracker.writer
+    if grid is not None:
+        writer.add_image("validation/samples", np.asarray(Image.open(grid).convert("RGB")), step, dataformats="HWC")
+    for name, (columns, rows) in tables.items():
+        shown = [at for at, column in enumerate(columns) if column not in PICTURES]
+        lines = [[columns[at] for at in shown], ["---"] * len(shown), *([row[at] for at in shown] for row in rows)]
+        text = "\n".join(f"| {' | '.join(map(as_cell, line))} |" for line in lines)
+        writer.add_text(name, text, step)
+        for number, row in enumerate(rows if "drawn" in columns else ()):
+            writer.add_image(f"{name}/{number:03d}", row[list(columns).index("drawn")], step, dataformats="HWC")
+    writer.flush()
+
+
+def as_cell(value: Any) -> str:
+    """A value in a Markdown table."""
+    return f"{value:.4f}" if isinstance(value, float) else " ".join(str(value).replace("|", "\\|").split())

@@ -62,7 +62,8 @@ def preflight(config: TrainConfig, accelerator: Accelerator) -> Findings:
     trial = folder.parent / f".preflight_{folder.name}"
     made = [parent for parent in (trial.parent, *trial.parent.parents) if not parent.exists()]
     accelerator.wait_for_everyone()
-    small = replace(startable(config), keep_last=1, log_samples=False, tracker=TrackerConfig(), on_spike="stop")
+    small = replace(startable(config), keep_last=1, log_samples=False, tracker=TrackerConfig(), on_spike="stop",
+                    keep_best=None, patience=None)  # fmt: skip
     # A launcher that ends this process because another has failed must not leave the folder behind.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     watch = Watch(accelerator.process_index, accelerator.num_processes, config.stall_seconds)
@@ -154,9 +155,10 @@ def batches(trainer: Trainer, bucket: tuple[int, int], rows: np.ndarray, kinds: 
 def report(config: TrainConfig, found: Findings) -> str:
     """The findings, for a person."""
     total = found.step * config.max_steps
-    kept = (config.keep_last + 1) * found.checkpoint
+    count = config.keep_last + (config.keep_best is not None)
+    kept = (count + 1) * found.checkpoint
     validation = f"{found.validation:.1f} s, every {config.validate_every} steps"
-    if config.data.val_shards is None:
+    if config.data.val_shards is None and config.validation.prompts is None:
         validation = "none, since data.val_shards is not set"
     lines = [
         f"preflight of stage {config.stage}: bucket {found.width}x{found.height}, captions of up to {found.words} words",
@@ -164,7 +166,7 @@ def report(config: TrainConfig, found: Findings) -> str:
         f"  time per step   {found.step:.2f} s (the first one {found.first_step:.2f} s), so {human_time(total)} for {config.max_steps} "
         "steps if all were as large",
         f"  validation      {validation}",
-        f"  checkpoint      {found.checkpoint / 2**30:.3f} GiB; {kept / 2**30:.2f} GiB for {config.keep_last} and the one being written, "
+        f"  checkpoint      {found.checkpoint / 2**30:.3f} GiB; {kept / 2**30:.2f} GiB for {count} and the one being written, "
         f"{found.free / 2**30:.1f} GiB are free",
     ]
     if kept > found.free:

@@ -33,7 +33,7 @@ from paradiffusion.models.unet import DENOISERS, class_of, downsampling, halve_f
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora, checkpoint_layers, is_adapter, start_from_principal
 from paradiffusion.text.refiner import Refiner
-from paradiffusion.training.folder import CONFIG_FILE, check_unchanged, find_resume
+from paradiffusion.training.folder import CONFIG_FILE, SUMMARY, check_unchanged, find_resume
 from paradiffusion.training.inputs import on_device
 
 # Captions from which the refiner's input statistics are taken, and how many of them the language model reads at once.
@@ -59,11 +59,14 @@ class Start:
         if self.found is None:
             return "fresh weights"
         told = f"{'resuming' if self.resumes else 'starting'} from {self.found}"
-        record = self.found.parent.parent / CONFIG_FILE  # of the stage that the checkpoint is of
+        record, summary = (
+            self.found.parent.parent / name for name in (CONFIG_FILE, SUMMARY)
+        )  # of the checkpoint's stage
         named = self.found.parent.name == "checkpoints"
         if named and not self.resumes and self.description is not None and record.is_file():
             step, steps = self.description["step"], json.loads(record.read_text())["max_steps"]
-            told += f" (step {step} of {steps}: not the end of that stage)" if step < steps else ""
+            ended = summary.is_file() and json.loads(summary.read_text())["steps"] == step  # before, by its patience
+            told += f" (step {step} of {steps}: not the end of that stage)" if step < steps and not ended else ""
         return told
 
 

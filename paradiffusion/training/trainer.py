@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.checkpoints.layouts import describe
-from paradiffusion.config import TrainConfig
+from paradiffusion.config import SampleConfig, TrainConfig
 from paradiffusion.data.index import COUNTS, SampleIndex
 from paradiffusion.data.loader import Batch, Loader, LoaderSettings, make_loader, slots_of
 from paradiffusion.data.plan import describe_plan, make_plan, open_index, open_shards
@@ -31,7 +31,8 @@ from paradiffusion.errors import UserError
 from paradiffusion.machine import to_device
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import LossBatch, Losses
-from paradiffusion.sampling.pipeline import InferenceModels
+from paradiffusion.sampling.pipeline import InferenceModels, make_jobs
+from paradiffusion.sampling.prompts import read_prompts
 from paradiffusion.stopping import stop_on_signals
 from paradiffusion.text.encoder import (
     TextEncoder,
@@ -54,8 +55,11 @@ from paradiffusion.training.engine import (
     share,
 )  # fmt: skip
 from paradiffusion.training.folder import (
+    SUMMARY,
     TrainState,
     check_unchanged,
+    find_best,
+    keep_as_best,
     locked,
     prune,
     record_config,
@@ -69,10 +73,8 @@ from paradiffusion.training.optim import keeps_average, schedule, set_learning_r
 from paradiffusion.training.spikes import Spikes
 from paradiffusion.training.start import Start, build_models, find_start, take_statistics
 from paradiffusion.training.step_record import line_of, open_seen
-from paradiffusion.training.validation import Scorer, Validation
+from paradiffusion.training.validation import SEED, Scorer, Validation
 from paradiffusion.training.watch import Watch, together
-
-SUMMARY = "summary.json"
 
 
 def train(config: TrainConfig, scorer: Scorer | None = None) -> int:
@@ -109,7 +111,7 @@ class Trainer:
         frozen_models: text encoder and codec, where they are not to be loaded as configured (a benchmark's random ones).
         scorer: of the pictures that validation draws.
     Attributes:
-        writing: the checkpoint that is being written, in the main process.
+        writing: the checkpoint that is being written, in the main process. saved: the step of the latest one.
         encoder: the text encoder; inside ``joint`` too where its LoRA is trained.
         joint: everything that is trained. Steps call ``engine.model``, its prepared wrapper.
         frozen: tensors that are applied but not trained, and belong to a checkpoint: the adapter in stage 3, the U-Net's
@@ -140,6 +142,8 @@ class Trainer:
         self.config = config = start.config
         check_cache(config)
 
+        wanted = config.validation.prompts
+        prompts = [] if wanted is None else read_prompts(prompt_file=wanted, key="validation.prompts")
         index, held_out = open_data(config)
         check_same_data(index, accelerator)
         self.plan = make_plan(index, config.data, config.batch_size, config.seed)
@@ -196,12 +200,14 @@ class Trainer:
         # Under ZeRO-3 each layer is gathered when it is used, by all processes together: all of them then do all of the work.
         whole = self.engine.whole
         rank, processes, gather = (self.rank, self.processes, self.gather) if whole else (0, 1, list)
-        self.validation = Validation(held_out, config, rank, processes, gather, self.main, scorer)
+        jobs = make_jobs(prompts, SampleConfig(seed=SEED), self.inference())
+        self.validation = Validation(held_out, config, rank, processes, gather, self.main, scorer, jobs)
         self.spikes = Spikes(self)
         # On a processor the copy of a checkpoint would take memory that has better uses, and writing its time from the steps.
         self.saves_apart = self.device.type == "cuda" if config.async_save is None else config.async_save
         self.writer = ThreadPoolExecutor(1, "checkpoint")
         self.writing: Future[None] | None = None
+        self.saved = self.state.step
         self.compiled: set[tuple[int, ...]] = set()
         self.seen = open_seen(self.folder, self.rank, self.state.step) if config.log_samples else None
         self.meters = Meters()
@@ -276,15 +282,16 @@ class Trainer:
         return total, taken
 
     def train(self, stop: Callable[[], bool] = lambda: False) -> bool:
-        """All steps that are left, with what is due between them; False where ``stop`` ended it, which is saved then."""
-        config, state = self.config, self.state
-        if state.step < config.max_steps and self.main:
+        """All steps that are left, with what is due between them, up to where ``patience`` ends them; False where ``stop`` ended it,
+        which is saved then."""
+        config, state, over = self.config, self.state, self.gets_no_better()
+        if state.step < config.max_steps and self.main and not over:
             (self.folder / SUMMARY).unlink(missing_ok=True)
         batches = self.loader()
         bar = tqdm(total=config.max_steps, initial=state.step, unit="step", desc=f"stage {config.stage}",
                    disable=None if self.main else True, dynamic_ncols=True)  # fmt: skip
         try:
-            while state.step < config.max_steps:
+            while state.step < config.max_steps and not over:
                 _, stopping = self.train_step(batches, lambda: stop() or self.failed_to_save())
                 bar.update()
                 done = state.step == config.max_steps
@@ -298,8 +305,13 @@ class Trainer:
                     return False
                 if not done and state.step % config.validate_every == 0:
                     self.validate()
+                    over = self.gets_no_better()
                     self.meters.started = time.monotonic() if not self.meters.steps else self.meters.started
             bar.close()
+            if over and self.meters.steps:
+                self.report()
+            if over and self.saved < state.step:
+                self.save()
             if len(state.skipped) >= config.max_steps:
                 raise UserError(
                     f"the update of each of the {config.max_steps} steps was skipped, so nothing was learned; look at their "
@@ -366,6 +378,7 @@ class Trainer:
             write()
             prune(self.folder, self.config.keep_last, self.config.keep_every)
 
+        self.saved = self.state.step
         if self.main:
             self.writing = self.writer.submit(written)
         if not apart:
@@ -388,18 +401,52 @@ class Trainer:
         return self.writing is not None and self.writing.done() and self.writing.exception() is not None
 
     def validate(self) -> dict[str, float]:
-        """Held-out losses, the grid of pictures and which of their sentences were followed, from the EMA weights."""
+        """Held-out losses, the grid of pictures and which of their sentences were followed, from the EMA weights; the checkpoint of the
+        best by ``keep_best`` is kept."""
         step, validation = self.state.step, self.validation
         self.enter("validate", [])
         with self.ema.applied(), self.autocast():
-            record = validation.losses(self.joint, self.encoder, self.codec, self.device)
-            if self.config.validation.images:
-                record |= validation.grid(self.inference(), self.folder / "samples" / f"step_{step:06d}.png")
+            record, errors = validation.losses(self.joint, self.encoder, self.codec, self.device)
+            grid = self.folder / "samples" / f"step_{step:06d}.png"
+            scores, drawn = validation.grid(self.inference(), grid)
+            record |= scores
+            if self.config.keep_best == "binding":
+                record |= validation.binding(self.inference())
         if self.log is not None and record:
             numbers = "  ".join(f"{key} {value:.4f}" for key, value in record.items())
             self.say(f"stage {self.config.stage}  step {step:>6}  held-out {numbers}")
             self.log.write(step, "validation", record)
+        if self.log is not None:
+            self.log.show(step, errors, grid, drawn)
+        self.keep_if_best()
         return record
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and value of the best checkpoint so far by ``keep_best``, as the main process knows it, which has the log."""
+        return None if self.log is None else find_best(self.folder, self.config.keep_best, self.log.validations)
+
+    def keep_if_best(self) -> None:
+        """Keep this step's checkpoint where no validation before was as good; it is saved now where it was not."""
+        step, measure, better = self.state.step, self.config.keep_best, False
+        if measure is None:
+            return
+        if self.log is not None:
+            value, best = self.log.validations.get(step, {}).get(measure, math.nan), self.best()
+            sign = 1 if measure == "binding" else -1
+            better = math.isfinite(value) and (best is None or sign * value > sign * best[1])
+        if self.gather([better])[0]:
+            if self.saved < step:
+                self.save()
+            self.settle()
+            if self.main:
+                keep_as_best(self.folder, step)
+                prune(self.folder, self.config.keep_last, self.config.keep_every)
+
+    def gets_no_better(self) -> bool:
+        """Whether ``patience`` validations have come after the best."""
+        patience, best = self.config.patience, self.best()
+        after = 0 if self.log is None or best is None else sum(step > best[0] for step in self.log.validations)
+        return patience is not None and bool(self.gather([after >= patience])[0])
 
     def finish(self) -> None:
         """Validation and alignment of the finished stage, written to ``summary.json``; done once."""
@@ -407,7 +454,9 @@ class Trainer:
         if self.gather([path.exists()])[0]:  # as the main process sees it, which writes it
             self.say(f"stage {stage} is complete at step {state.step}: {self.folder}")
             return
-        record, alignment = self.validate(), {}
+        # Where patience has ended the stage this step's is there.
+        record = self.gather([None if self.log is None else self.log.validations.get(state.step)])[0]
+        record, alignment = self.validate() if record is None else record, {}
         if self.config.validation.scenes:
             self.enter("validate", [])
             with self.ema.applied(), self.autocast():
@@ -418,6 +467,14 @@ class Trainer:
             "stage": stage, "steps": state.step, "seconds": round(state.seconds, 1), "skipped_steps": state.skipped,
             "validation": record, "alignment": alignment,
         }  # fmt: skip
+        if best := self.best():
+            summary["best"] = {"step": best[0], str(self.config.keep_best): best[1]}
+        if best and state.step < self.config.max_steps:
+            summary["patience"] = self.config.patience
+            self.say(
+                f"stage {stage} ends at step {state.step} of {self.config.max_steps}: after step {best[0]} (its {self.config.keep_best} "
+                f"is {best[1]:.4f}) {self.config.patience} validations were no better (patience)."
+            )
         write_atomic(path, json.dumps(summary, indent=1))
         if alignment and self.validation.scorer is not None:
             shares, text = self.validation.scorer.told(alignment)

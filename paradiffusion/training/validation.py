@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
 
 from paradiffusion.config import TrainConfig
 from paradiffusion.data.captions import count_words
@@ -43,6 +44,21 @@ class HeldOut:
     meta: dict[str, Any]
 
 
+@dataclass
+class Drawn:
+    """A prompt's picture, uint8 [H, W, 3], beside the true one of a held-out sample; and the prompt's sentences, each with whether the
+    picture follows it (None: not judged)."""
+
+    prompt: str
+    picture: np.ndarray
+    true: np.ndarray | None
+    sentences: list[tuple[str, bool | None]]
+
+    @property
+    def judged(self) -> list[bool]:
+        return [followed for _, followed in self.sentences if followed is not None]
+
+
 class Scorer(Protocol):
     """Judges pictures of held-out samples whose truth it knows (scenes/alignment.py); what they show is its own matter."""
 
@@ -51,6 +67,13 @@ class Scorer(Protocol):
 
     def followed(self, items: Sequence[HeldOut], pictures: Sequence[np.ndarray]) -> dict[str, float]:
         """A few numbers for each validation, by name."""
+
+    def binding(self, items: Sequence[HeldOut], pictures: Sequence[np.ndarray]) -> float | None:
+        """How much of the items' colours is at its place, 1 at most; None where they have nothing to bind."""
+
+    def judge_sentences(self, text: str, meta: dict[str, Any], picture: np.ndarray) -> list[tuple[str, bool | None]]:
+        """The sentences of any text, and whether its picture follows each; None where that cannot be known. ``meta`` is the JSON
+        of the sample that the text is of, {} where it is of none."""
 
     def alignment(
         self, items: Sequence[HeldOut], pictures: Sequence[np.ndarray], rebuilt: Sequence[np.ndarray],
@@ -97,98 +120,143 @@ def _read(index: SampleIndex, row: int, bucket: Bucket, kind: str) -> HeldOut:
 
 
 class Validation:
-    """Held-out data, read once, and the three measurements over it.
+    """Held-out data, read once, and the measurements over it.
 
     Args:
+        prompts: what is drawn besides the held-out samples (validation.prompts).
         rank, world_size: each process takes every ``world_size``-th item; ``gather`` merges lists over processes.
         writes: whether this process writes the pictures, which all of them may have drawn.
+    Raises:
+        UserError: where no sample can be read, or keep_best=binding has nothing to bind.
     """
 
     def __init__(
         self, index: SampleIndex | None, config: TrainConfig, rank: int, world_size: int, gather: Any, writes: bool = True,
-        scorer: Scorer | None = None,
+        scorer: Scorer | None = None, prompts: Sequence[Job] = (),
     ) -> None:  # fmt: skip
         wanted = config.validation
         count = max(wanted.samples, wanted.images, wanted.scenes, wanted.unseen)
         self.config = config
         self.items = read_held_out(index, config, count) if index is not None else []
         self.rank, self.world_size, self.gather, self.writes = rank, world_size, gather, writes
-        self.scorer = scorer
+        self.scorer, self.prompts = scorer, prompts
+        self.scenes = [] if scorer is None else [item for item in self.items[: wanted.scenes] if scorer.knows(item)]
+        if config.keep_best == "binding" and (
+            scorer is None or scorer.binding(self.scenes, [item.image for item in self.scenes]) is None
+        ):
+            raise UserError(
+                f"keep_best=binding needs held-out scenes of two colours or more, and among the first {wanted.scenes} samples "
+                "(validation.scenes) of data.val_shards there is none; name built-in scenes, or set keep_best=loss_long."
+            )
 
     @torch.no_grad()
-    def losses(self, joint: JointModel, encoder: TextEncoder, codec: Codec, device: torch.device) -> dict[str, float]:
-        """Mean loss on short and on long captions, over fixed times spread evenly and fixed noise."""
+    def losses(
+        self, joint: JointModel, encoder: TextEncoder, codec: Codec, device: torch.device
+    ) -> tuple[dict[str, float], list[tuple[float, float, int]]]:
+        """Mean loss on short and on long captions, over fixed times spread evenly and fixed noise; and all of them, each with its time
+        in 0..1 and its caption's words."""
         items = list(enumerate(self.items[: self.config.validation.samples]))[self.rank :: self.world_size]
         total = min(self.config.validation.samples, len(self.items))
-        if not total:
-            return {}
-        record = {}
-        for kind in ("short", "long"):
-            found: list[float] = []
+        record: dict[str, float] = {}
+        errors: list[tuple[float, float, int]] = []
+        for kind in ("short", "long") if total else ():
+            found: list[tuple[float, float, int]] = []
             for batch in _by_size(items, self.config.validation.batch_size):
-                found += self._errors(batch, kind, total, joint, encoder, codec, device).tolist()
+                found += self._errors(batch, kind, total, joint, encoder, codec, device)
             merged = self.gather(found)
-            record[f"loss_{kind}"] = float(sum(merged) / len(merged))
-        return record
+            record[f"loss_{kind}"] = float(sum(loss for loss, _, _ in merged) / len(merged))
+            errors += merged
+        return record, errors
 
     def _errors(
         self, batch: list[tuple[int, HeldOut]], kind: str, total: int, joint: JointModel, encoder: TextEncoder,
         codec: Codec, device: torch.device,
-    ) -> Tensor:  # fmt: skip
-        """Per-sample losses [B] of one batch of equal size."""
+    ) -> list[tuple[float, float, int]]:  # fmt: skip
+        """Each sample's loss, time in 0..1 and words, of one batch of equal size."""
         pixels = torch.from_numpy(np.stack([item.image for _, item in batch])).permute(0, 3, 1, 2)  # [B, 3, H, W]
         latents = codec.encode((pixels.float() / 127.5 - 1).to(device))
         seeds = [seed_from("validation noise", SEED, number) for number, _ in batch]
         noise = starting_noise(seeds, latents.shape[1:]).to(device)
         u = torch.tensor([(number + 0.5) / total for number, _ in batch])
         times = joint.objective.times(u, latents.shape[2:]).to(device)
-        tokens = encoder.tokenize([getattr(item, kind) for _, item in batch]).to(device)
+        captions = [getattr(item, kind) for _, item in batch]
+        tokens = encoder.tokenize(captions).to(device)
         features = encoder(tokens.ids, tokens.mask, tokens.prefix)
         weights = torch.ones(len(batch), device=device)
-        return joint(LossBatch(latents, noise, times, weights, encoder.feature_mask(tokens), features=features)).errors
+        losses = joint(
+            LossBatch(latents, noise, times, weights, encoder.feature_mask(tokens), features=features)
+        ).errors
+        shares = (times / joint.objective.config.train_timesteps).tolist()
+        return list(zip(losses.tolist(), shares, map(count_words, captions), strict=True))
 
-    def grid(self, models: InferenceModels, path: Path) -> dict[str, float]:
-        """Draw the first held-out prompts with fixed seeds into one picture, beside the true ones.
+    def grid(self, models: InferenceModels, path: Path) -> tuple[dict[str, float], list[Drawn]]:
+        """Draw the first held-out prompts, beside the true pictures, and those of validation.prompts, with fixed seeds, into one
+        picture.
 
-        Returns what the scorer says of those that it knows: few, but the same ones at every validation.
+        Returns what the scorer says of those held-out ones that it knows, few, but the same ones at every validation; and all of them
+        one by one, in the process that writes.
         """
         items = self.items[: self.config.validation.images]
-        drawn = self._draw(models, items)
-        if self.writes and drawn:
-            pictures = [image for number, item in enumerate(items) for image in (item.image, drawn[number])]
-            labels = [text for item in items for text in (f"true: {item.paragraph[:160]}", "drawn")]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            contact_sheet(pictures, columns=8, labels=labels, scale=2, font_size=9).save(path)
-        if self.scorer is None or not self.writes:
-            return {}
-        known = [number for number, item in enumerate(items) if self.scorer.knows(item)]
-        return self.scorer.followed([items[n] for n in known], [drawn[n] for n in known]) if known else {}
+        jobs = [*self._jobs(items), *self.prompts]
+        pictures = self._draw(models, jobs)
+        if not self.writes or not jobs:
+            return {}, []
+        samples = [(item.image, item.meta) for item in items] + [(None, {})] * len(self.prompts)
+        drawn = [
+            Drawn(
+                job.prompt, picture, true, self.scorer.judge_sentences(job.prompt, meta, picture) if self.scorer else []
+            )
+            for job, picture, (true, meta) in zip(jobs, pictures, samples, strict=True)
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet(drawn).save(path)
+        known = [n for n, item in enumerate(items) if self.scorer is not None and self.scorer.knows(item)]
+        if self.scorer is None or not known:
+            return {}, drawn
+        return self.scorer.followed([items[n] for n in known], [pictures[n] for n in known]), drawn
+
+    def binding(self, models: InferenceModels) -> dict[str, float]:
+        """The scorer's ``binding`` of pictures drawn from the paragraphs of validation.scenes, in the process that writes."""
+        pictures = self._draw(models, self._jobs(self.scenes))
+        found = self.scorer.binding(self.scenes, pictures) if self.scorer is not None and self.writes else None
+        return {} if found is None else {"binding": found}
 
     def alignment(self, models: InferenceModels) -> dict[str, Any]:
         """The scorer's ``alignment``: of pictures drawn from paragraphs (validation.scenes of them) and from captions in words
         that training lacks (validation.unseen); empty where there is nothing to score."""
         if self.scorer is None:
             return {}
-        wanted = self.config.validation
-        items = [item for item in self.items[: wanted.scenes] if self.scorer.knows(item)]
-        others = [item for item in self.items[: wanted.unseen] if self.scorer.knows(item) and item.unseen]
-        drawn = self._draw(models, items)
-        unseen = self._draw(models, [replace(item, paragraph=item.unseen) for item in others])
+        unseen = self.items[: self.config.validation.unseen]
+        items, others = self.scenes, [item for item in unseen if self.scorer.knows(item) and item.unseen]
+        drawn = self._draw(models, self._jobs(items))
+        of_others = self._draw(models, self._jobs([replace(item, paragraph=item.unseen) for item in others]))
         if not self.writes or not items:
             return {}
-        pictures, of_others = ([found[n] for n in range(len(found))] for found in (drawn, unseen))
         rebuilt = [reconstruct(models.codec, item.image, models.device) for item in items]
-        return self.scorer.alignment(items, pictures, rebuilt, others, of_others)
+        return self.scorer.alignment(items, drawn, rebuilt, others, of_others)
 
-    def _draw(self, models: InferenceModels, items: list[HeldOut]) -> dict[int, np.ndarray]:
-        """Pictures by item number, from all processes."""
-        jobs = [
-            Job(str(number), item.paragraph, SEED + number, len(item.image), item.image.shape[1], self.config.sampler)
+    def _jobs(self, items: list[HeldOut]) -> list[Job]:
+        return [
+            Job("", item.paragraph, SEED + number, len(item.image), item.image.shape[1], self.config.sampler)
             for number, item in enumerate(items)
         ]
-        mine = jobs[self.rank :: self.world_size]
+
+    def _draw(self, models: InferenceModels, jobs: list[Job]) -> list[np.ndarray]:
+        """The pictures of all jobs, from all processes."""
+        mine = [replace(job, name=str(number)) for number, job in enumerate(jobs)][self.rank :: self.world_size]
         drawn = [(int(job.name), image) for job, image in generate(models, mine, self.config.validation.batch_size)]
-        return dict(self.gather(drawn))
+        return [image for _, image in sorted(self.gather(drawn), key=itemgetter(0))]
+
+
+def sheet(drawn: Sequence[Drawn]) -> Image.Image:
+    """The pictures in one, each after the true one, with prompts and how many of the sentences it follows."""
+    pictures, labels = [], []
+    for one in drawn:
+        score = f" ({sum(one.judged)} of {len(one.judged)} sentences followed)" if one.judged else ""
+        label = f"drawn{score}" if one.true is not None else f"{one.prompt[:160]}{score}"
+        pictures += [*([] if one.true is None else [one.true]), one.picture]
+        labels += [*([] if one.true is None else [f"true: {one.prompt[:160]}"]), label]
+    return contact_sheet(pictures, columns=8, labels=labels, scale=2, font_size=9)
 
 
 def reconstruct(codec: Codec, image: np.ndarray, device: torch.device) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -12,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import wandb
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import (
@@ -211,21 +214,57 @@ def test_checkpoints_are_pruned(train: Callable[..., int], tmp_path: Path) -> No
     assert steps_saved(stage) == [7]
 
 
-def test_trackers_get_what_the_log_gets(
+PROMPTS = (
+    {"prompt": "A large red circle is in the top left corner. A green square is at the bottom right.", "seed": 5},
+    {"prompt": "A dog | on the moon.", "height": 48, "width": 80, "steps": 3},
+)
+
+
+def test_trackers_get_what_the_log_gets_and_what_is_drawn(
     train: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorBoard; and wandb, which stays offline without a key."""
-    stage = tmp_path / "run" / "stage1"
+    """TensorBoard; and wandb, which stays offline without a key. The user's prompts are drawn as sample.py draws them."""
+    stage, prompts = tmp_path / "run" / "stage1", tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    chosen = ("validation.images=1", f"validation.prompts={prompts}")
     for again in (True, False):  # a step that is done again is shown once
-        assert train("tracker=tensorboard", "max_steps=4", "checkpoint_every=2") == 0
+        assert train("tracker=tensorboard", "max_steps=4", "checkpoint_every=2", *chosen) == 0
         if again:
             shutil.rmtree(stage / "checkpoints" / "step_000004")
-    events = EventAccumulator(str(stage / "tensorboard"))
+            (stage / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records(stage)))
+    events = EventAccumulator(str(stage / "tensorboard"), {"images": 0, "tensors": 0, "scalars": 0})
     events.Reload()
     logged = {row["step"]: row["loss"] for row in records(stage)}
     assert {event.step: pytest.approx(event.value) for event in events.Scalars("train/loss")} == logged
     assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
     assert [event.step for event in events.Scalars("validation/loss_short")] == [4]
+    held_out = records(stage, "validation")[-1]
+    assert not any(key.startswith(("loss_time", "loss_words")) for key in held_out)  # these are the trackers' alone
+    table = events.Tensors("validation/loss_by_words/text_summary")[-1].tensor_proto.string_val[0].decode()
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert sum(int(samples) for _, _, samples in rows) == 8  # four samples, each with a short and a long caption
+    mean = sum(float(loss) * int(samples) for _, loss, samples in rows) / 8
+    assert mean == pytest.approx((held_out["loss_short"] + held_out["loss_long"]) / 2, abs=1e-4)
+    assert [one.value for one in events.Scalars(f"validation/loss_words/{rows[0][0]}")] == [
+        pytest.approx(float(rows[0][1]), abs=1e-4)
+    ]
+    assert "validation/loss_by_time/text_summary" in events.Tags()["tensors"]
+
+    (grid,) = events.Images("validation/samples")
+    assert np.array_equal(picture(grid.encoded_image_string), picture(stage / "samples" / "step_000004.png"))
+    out = tmp_path / "out"
+    assert (
+        sample_here(f"ckpt={stage}", f"prompt_file={prompts}", "seed=1234", "dtype=float32", f"output_dir={out}") == 0
+    )
+    expected = [picture(out / f"{number:05d}.png") for number in range(2)]
+    for number, one in enumerate(expected, 1):  # after the held-out sample
+        (event,) = events.Images(f"validation/prompts/{number:03d}")
+        assert event.step == 4 and close(picture(event.encoded_image_string), one)
+    table = events.Tensors("validation/prompts/text_summary")[-1].tensor_proto.string_val[0].decode()
+    told = [line.strip("|").split(" | ") for line in table.splitlines()]
+    assert told[0][0].strip() == "prompt" and told[3][2] == "2" and told[4][1:3] == ["0", "0"]
+    assert PROMPTS[0]["prompt"] in told[3][0] and "A dog \\| on the moon." in table
+
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert compose_train(["tracker=wandb"]).tracker.mode == "online"
     monkeypatch.delenv("WANDB_API_KEY")
@@ -233,13 +272,34 @@ def test_trackers_get_what_the_log_gets(
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     # Two runs of one name, with characters that an id may not have, are two runs there, too.
     for folder in ("a", "b"):
-        assert train("tracker=wandb", "max_steps=2", f"run_dir={tmp_path / folder / 'my:run'}") == 0
+        with monkeypatch.context() as patched:
+            patched.setenv("WANDB_DATA_DIR", "")  # to be put back
+            patched.delenv("WANDB_DATA_DIR")
+            assert train("tracker=wandb", "max_steps=4", *chosen, f"run_dir={tmp_path / folder / 'my:run'}") == 0
     stages = [tmp_path / folder / "my:run" / "stage1" for folder in ("a", "b")]
     ids = [(stage / "wandb_id").read_text() for stage in stages]
     assert ids[0] != ids[1] and all(re.fullmatch("[0-9a-f]{16}", one) for one in ids)
     for stage, one in zip(stages, ids, strict=True):
         (run,) = (stage / "wandb").glob("offline-run-*")
         assert run.name.endswith(one) and list(run.glob("*.wandb"))
+        tables = {path.name.rsplit("_", 2)[0]: json.loads(path.read_text()) for path in run.rglob("*.table.json")}
+        assert set(tables) == {"loss_by_time", "loss_by_words", "prompts"}
+        rows = [row[:1] + row[3:5] for row in tables["prompts"]["data"][1:]]
+        assert (
+            [row[0] for row in rows] == [row["prompt"] for row in PROMPTS] and rows[0][2] == 2 and rows[1][1:] == [0, 0]
+        )
+        assert len(list(run.glob("files/media/images/validation/samples_*.png"))) == 1
+        staged = [path.read_bytes() for path in (stage / "wandb" / "artifacts" / "staging").iterdir()]
+        shown = [picture(data) for data in staged if data.startswith(b"\x89PNG")]  # of the table's cells
+        assert all(any(image.shape == one.shape and close(image, one) for image in shown) for one in expected)
+
+
+def picture(source: Path | bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source).convert("RGB"))
+
+
+def close(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool(np.abs(one.astype(int) - other.astype(int)).max() <= 1)
 
 
 def test_a_tracker_that_fails_does_not_take_the_training_down(
