@@ -350,9 +350,9 @@ def find_checkpoint(path: str | Path, key: str = "ckpt", unet: str = UNET) -> La
     if faults:
         raise UserError(f"no whole checkpoint is left in {folder}: {faults[0]}")
     raise UserError(
-        f"{key}={path} holds no checkpoint; expected a run (runs/NAME), a stage (runs/NAME/stage1), its best "
-        "(runs/NAME/stage1/best, where keep_best= was set), a checkpoint (.../checkpoints/step_000060), a pipeline of ours, a weights folder (ours, or in the official layout: unet, scheduler, ...) "
-        "or hf://USER/NAME"
+        f"{key}={path} holds no checkpoint; expected a run (runs/NAME), a stage (runs/NAME/stage1), its best one (runs/NAME/stage1/best, "
+        "of runs with keep_best=), a checkpoint (.../checkpoints/step_000060), a pipeline of ours, a weights folder (ours, or in the "
+        "official layout: unet, scheduler, ...) or hf://USER/NAME"
         f"{', or a diffusers folder with a ' + ' or '.join(DENOISERS) if key == 'init_from' else ''}."
     )
 

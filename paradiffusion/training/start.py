@@ -59,13 +59,12 @@ class Start:
         if self.found is None:
             return "fresh weights"
         told = f"{'resuming' if self.resumes else 'starting'} from {self.found}"
-        record, summary = (
-            self.found.parent.parent / name for name in (CONFIG_FILE, SUMMARY)
-        )  # of the checkpoint's stage
+        stage = self.found.parent.parent  # that the checkpoint is of
+        record, summary = stage / CONFIG_FILE, stage / SUMMARY
         named = self.found.parent.name == "checkpoints"
         if named and not self.resumes and self.description is not None and record.is_file():
             step, steps = self.description["step"], json.loads(record.read_text())["max_steps"]
-            ended = summary.is_file() and json.loads(summary.read_text())["steps"] == step  # before, by its patience
+            ended = summary.is_file() and json.loads(summary.read_text())["steps"] == step  # by its patience
             told += f" (step {step} of {steps}: not the end of that stage)" if step < steps and not ended else ""
         return told
 

@@ -284,7 +284,9 @@ class Trainer:
     def train(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """All steps that are left, with what is due between them, up to where ``patience`` ends them; False where ``stop`` ended it,
         which is saved then."""
-        config, state, over = self.config, self.state, self.gets_no_better()
+        config, state = self.config, self.state
+        self.make_up()
+        over = self.gets_no_better()
         if state.step < config.max_steps and self.main and not over:
             (self.folder / SUMMARY).unlink(missing_ok=True)
         batches = self.loader()
@@ -441,6 +443,13 @@ class Trainer:
             if self.main:
                 keep_as_best(self.folder, step)
                 prune(self.folder, self.config.keep_last, self.config.keep_every)
+
+    def make_up(self) -> None:
+        """The validation that a stop came before, so that a resumed run keeps the same checkpoint as one that was not stopped."""
+        config, step = self.config, self.state.step
+        due = config.keep_best is not None and 0 < step < config.max_steps and step % config.validate_every == 0
+        if due and not self.gather([self.log is not None and step in self.log.validations])[0]:
+            self.validate()
 
     def gets_no_better(self) -> bool:
         """Whether ``patience`` validations have come after the best."""
