@@ -216,11 +216,11 @@ class Log:
             return
         with self._guarded():
             bins = by_time_and_words(errors).items()
-            rows = [
+            rows: list[list[Any]] = [
                 [*key.removeprefix("loss_").split("/"), sum(losses) / len(losses), len(losses)] for key, losses in bins
             ]
             self._tracker.log({f"validation/loss_{kind}/{band}": loss for kind, band, loss, _ in rows}, step)
-            tables = {
+            tables: dict[str, Table] = {
                 f"validation/loss_by_{kind}": ((kind, "loss", "samples"), [row[1:] for row in rows if row[0] == kind])
                 for kind in ("time", "words")
             }

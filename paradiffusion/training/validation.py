@@ -183,11 +183,9 @@ class Validation:
         tokens = encoder.tokenize(captions).to(device)
         features = encoder(tokens.ids, tokens.mask, tokens.prefix)
         weights = torch.ones(len(batch), device=device)
-        losses = joint(
-            LossBatch(latents, noise, times, weights, encoder.feature_mask(tokens), features=features)
-        ).errors
+        inputs = LossBatch(latents, noise, times, weights, encoder.feature_mask(tokens), features=features)
         shares = (times / joint.objective.config.train_timesteps).tolist()
-        return list(zip(losses.tolist(), shares, map(count_words, captions), strict=True))
+        return list(zip(joint(inputs).errors.tolist(), shares, map(count_words, captions), strict=True))
 
     def grid(self, models: InferenceModels, path: Path) -> tuple[dict[str, float], list[Drawn]]:
         """Draw the first held-out prompts, beside the true pictures, and those of validation.prompts, with fixed seeds, into one
@@ -201,19 +199,17 @@ class Validation:
         pictures = self._draw(models, jobs)
         if not self.writes or not jobs:
             return {}, []
-        samples = [(item.image, item.meta) for item in items] + [(None, {})] * len(self.prompts)
-        drawn = [
-            Drawn(
-                job.prompt, picture, true, self.scorer.judge_sentences(job.prompt, meta, picture) if self.scorer else []
-            )
-            for job, picture, (true, meta) in zip(jobs, pictures, samples, strict=True)
-        ]
+        drawn, scorer = [], self.scorer
+        for number, (job, picture) in enumerate(zip(jobs, pictures, strict=True)):
+            item = items[number] if number < len(items) else None
+            told = scorer.judge_sentences(job.prompt, item.meta if item else {}, picture) if scorer else []
+            drawn.append(Drawn(job.prompt, picture, item.image if item else None, told))
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet(drawn).save(path)
-        known = [n for n, item in enumerate(items) if self.scorer is not None and self.scorer.knows(item)]
-        if self.scorer is None or not known:
+        known = [number for number, item in enumerate(items) if scorer and scorer.knows(item)]
+        if scorer is None or not known:
             return {}, drawn
-        return self.scorer.followed([items[n] for n in known], [pictures[n] for n in known]), drawn
+        return scorer.followed([items[n] for n in known], [pictures[n] for n in known]), drawn
 
     def binding(self, models: InferenceModels) -> dict[str, float]:
         """The scorer's ``binding`` of pictures drawn from the paragraphs of validation.scenes, in the process that writes."""
@@ -250,12 +246,15 @@ class Validation:
 
 def sheet(drawn: Sequence[Drawn]) -> Image.Image:
     """The pictures in one, each after the true one, with prompts and how many of the sentences it follows."""
-    pictures, labels = [], []
+    pictures: list[np.ndarray] = []
+    labels: list[str] = []
     for one in drawn:
         score = f" ({sum(one.judged)} of {len(one.judged)} sentences followed)" if one.judged else ""
-        label = f"drawn{score}" if one.true is not None else f"{one.prompt[:160]}{score}"
-        pictures += [*([] if one.true is None else [one.true]), one.picture]
-        labels += [*([] if one.true is None else [f"true: {one.prompt[:160]}"]), label]
+        if one.true is not None:
+            pictures.append(one.true)
+            labels.append(f"true: {one.prompt[:160]}")
+        pictures.append(one.picture)
+        labels.append(f"{one.prompt[:160] if one.true is None else 'drawn'}{score}")
     return contact_sheet(pictures, columns=8, labels=labels, scale=2, font_size=9)
 
 
