@@ -3,12 +3,13 @@
 # make test       all set-up, then lint, types and all tests
 # make test-fast  the same with the unit tests alone
 # make lint       ruff and mypy alone
+# make docs       the documents as a site, in site/; fails where a link leads nowhere
 # The environment is .venv, made here when it is missing and brought up to date when a requirements file changes.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo sample test test-fast pytest lint format clean
+.PHONY: help setup demo sample test test-fast pytest lint format docs clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,7 +20,7 @@ RUN_DIR ?= runs/nano
 WORKERS ?= 2
 
 help:
-	@sed -n 's/^# //p' Makefile | head -6
+	@sed -n 's/^# //p' Makefile | head -7
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,6 +35,10 @@ $(BIN)/python:
 
 .venv/.ready-dev: requirements-dev.txt .venv/.ready
 	$(PIP) install --quiet -r requirements-dev.txt
+	@touch $@
+
+.venv/.ready-docs: requirements-docs.txt | $(BIN)/python
+	$(PIP) install --quiet -r requirements-docs.txt
 	@touch $@
 
 setup: .venv/.ready
@@ -61,5 +66,9 @@ test test-fast: .venv/.ready-dev
 pytest: .venv/.ready-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
+# The variable takes mkdocs-material's advertisement of its successor away.
+docs: .venv/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv runs samples data/demo data/demo_large .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv runs samples site data/demo data/demo_large .pytest_cache .ruff_cache .mypy_cache

@@ -8,12 +8,14 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from accelerate.state import AcceleratorState
 from commands import ROOT
 from PIL import Image
@@ -28,7 +30,7 @@ from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.votes.vote_actions import VoteOptions
 from scripts.publish import PublishOptions
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "data" / "README.md"]
 PROGRAM = re.compile(r"\b(train|sample|app|scripts/(\w+))\.py$")
 
 
@@ -81,12 +83,37 @@ def test_keys_and_values_are_accepted(document: str, program: str, arguments: li
         asked.given = [argument.partition("=")[0] for argument in arguments]
 
 
+def test_the_site_has_every_page() -> None:
+    """mkdocs.yml's nav and docs/ name the same pages, and what the nav takes from outside docs/ is there."""
+
+    def pages(entry: Any) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        for inner in entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ():
+            yield from pages(inner)
+
+    named = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    outside = [name.removeprefix("repository/") for name in named if name.startswith("repository/")]
+    assert all((ROOT / name).is_file() for name in outside), outside
+    there = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(name for name in named if not name.startswith("repository/")) == sorted(there)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not here; `make docs` installs it")
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    """Strict: a link between documents, also to a heading, that leads nowhere fails."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(ROOT / "mkdocs.yml")]
+    built = subprocess.run([*command, "--site-dir", str(tmp_path / "site")], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "workflows/ten_minutes" in (tmp_path / "site" / "index.html").read_text()
+
+
 def walk() -> list[tuple[str, list[str]]]:
     """The commands of README.md, docs/nano.md and the rest that run here, in the order in which a reader types them."""
     # Sets, weights and models that are downloaded, remote storage, the paper's size, another world.
     away = re.compile(
         "preset=paper|s3://|hf://|weights|vlm=|pipeline=|images=|clip=|recipe=|--cfg|llama2|world|paraprompts|emoji|pixelprose|fine-t2i|docci"
-        "|cc12m|pd12m|runs/large"
+        "|cc12m|pd12m|runs/(large|tuned)"
     )
     # Servers, models of a hub, sets that are downloaded, and what other tests run: they were composed above.
     others = (
