@@ -324,7 +324,7 @@ def test_every_text_encoder_can_be_described() -> None:
 
 
 def test_the_command_prints_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:
-    assert script("describe").main(["stage=2", "format=json", "gpu=100"]) == 0
+    assert script("describe").main(["stage=2", "format=json", "gpu=100", "optimizer.name=adamw"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["stage"] == 2 and document["parameters"]["lora"] == 30720
     assert len(document["memory"]) == len(LAUNCHES) and document["memory"][0]["fits"] is True
