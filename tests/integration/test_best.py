@@ -88,7 +88,7 @@ def test_a_stage_that_gets_no_better_ends_as_if_done(
     assert json.loads((stage / "summary.json").read_text())["steps"] == 10
 
 
-def test_binding_is_scored_at_each_validation(train: Train, tmp_path: Path, demo_folder: Path) -> None:
+def test_binding_is_scored_at_each_validation(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ("max_steps=4", "validate_every=2", "keep_best=binding")
     assert train(*chosen, "validation.scenes=8") == 0
     stage = tmp_path / "run" / "stage1"
@@ -96,6 +96,12 @@ def test_binding_is_scored_at_each_validation(train: Train, tmp_path: Path, demo
     summary = json.loads((stage / "summary.json").read_text())
     assert set(scores) == {2, 4} and scores[4] == summary["alignment"]["drawn"]["binding"]["share"]
     assert summary["best"] == {"step": min(scores, key=lambda step: -scores[step]), "binding": max(scores.values())}
+    found = {2: 0.1, 4: 0.3, 6: 0.2}
+    with monkeypatch.context() as patched:
+        patched.setattr(Validation, "binding", lambda _, models: {"binding": found[models.step]})
+        assert train("max_steps=6", *chosen[1:], "validation.scenes=8", f"run_dir={tmp_path / 'more'}") == 0
+    best = json.loads((tmp_path / "more" / "stage1" / "summary.json").read_text())["best"]
+    assert best == {"step": 4, "binding": 0.3}  # more is better
     with pytest.raises(UserError, match=r"binding .* two colours"):  # the first scene has one object
         train(*chosen, "validation.scenes=1", f"run_dir={tmp_path / 'other'}")
 
