@@ -29,13 +29,22 @@ def main(arguments: list[str]) -> int:
     from paradiffusion.compose import compose_train
 
     question, overrides = parse_question(arguments)
-    compose_train(overrides, tuple(Question.__dataclass_fields__))  # refuses what is wrong before models are built
-    description = describe(overrides, question, compose_train)
-    print(json.dumps(description.as_json(), indent=1) if question.format == "json" else as_text(description))
-    if question.beside and question.format == "text":
+    sides = [overrides]
+    if question.beside:
         rest = [one for one in overrides if not one.startswith("conditioning=")]
-        other = describe([*rest, f"conditioning={question.beside}"], question, compose_train)
-        print("\n" + side_by_side([description, other]))
+        sides.append([*rest, f"conditioning={question.beside}"])
+    for side in sides:  # refuses what is wrong before models are built
+        compose_train(side, tuple(Question.__dataclass_fields__))
+    described = [describe(side, question, compose_train) for side in sides]
+    if question.format == "json":
+        document = described[0].as_json()
+        if question.beside:
+            document["beside"] = described[1].as_json()
+        print(json.dumps(document, indent=1))
+        return 0
+    print(as_text(described[0]))
+    if question.beside:
+        print("\n" + side_by_side(described))
     return 0
 
 

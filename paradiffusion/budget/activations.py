@@ -124,7 +124,8 @@ class CudaRules(TorchFunctionMode):
         elif self.copies is not None and func in UPPER:
             args, kwargs = tree_map(_upper, args), tree_map(_upper, kwargs)
         if func is ATTENTION:
-            return FusedAttention.apply(*args[:3], kwargs.get("attn_mask")) if len(args) >= 3 else func(*args, **kwargs)
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            return FusedAttention.apply(*args[:3], mask) if len(args) >= 3 else func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _lower(self, value: Any) -> Any:

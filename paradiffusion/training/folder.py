@@ -239,22 +239,6 @@ def prune(stage_folder: Path, keep_last: int, keep_every: int | None) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def find_best(
-    stage_folder: Path, measure: str | None, validations: dict[int, dict[str, float]]
-) -> tuple[int, float] | None:
-    """Step and value of the best checkpoint so far; None where there is none, or it was kept by another measure, of which
-    ``validations`` (the log's, by step) have no value."""
-    kept = follow_pointer(stage_folder / BEST)
-    step = int(kept.name[5:]) if kept.is_dir() else -1
-    value = validations.get(step, {}).get(measure or "")
-    return None if value is None else (step, value)
-
-
-def keep_as_best(stage_folder: Path, step: int) -> None:
-    """Name the checkpoint of ``step``, which is whole, as the best."""
-    write_atomic(stage_folder / BEST, f"checkpoints/step_{step:06d}\n")
-
-
 def restore_checkpoint(checkpoint: Path, joint: JointModel, engine: Engine, ema: Ema) -> TrainState:
     """Bring back weights, average, optimiser and position, on whatever number of processes; returns the state. Raises UserError
     when the checkpoint has no training state (a published one), or does not fit."""

@@ -41,6 +41,7 @@ from paradiffusion.text.encoder import (
     leave_casts_to_autocast,
     load_text_encoder,
 )  # fmt: skip
+from paradiffusion.training.best import Best
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema, OwnAverage
 from paradiffusion.training.engine import (
@@ -58,8 +59,6 @@ from paradiffusion.training.folder import (
     SUMMARY,
     TrainState,
     check_unchanged,
-    find_best,
-    keep_as_best,
     locked,
     prune,
     record_config,
@@ -202,7 +201,7 @@ class Trainer:
         rank, processes, gather = (self.rank, self.processes, self.gather) if whole else (0, 1, list)
         jobs = make_jobs(prompts, SampleConfig(seed=SEED), self.inference())
         self.validation = Validation(held_out, config, rank, processes, gather, self.main, scorer, jobs)
-        self.spikes = Spikes(self)
+        self.spikes, self.best = Spikes(self), Best(self)
         # On a processor the copy of a checkpoint would take memory that has better uses, and writing its time from the steps.
         self.saves_apart = self.device.type == "cuda" if config.async_save is None else config.async_save
         self.writer = ThreadPoolExecutor(1, "checkpoint")
@@ -285,8 +284,8 @@ class Trainer:
         """All steps that are left, with what is due between them, up to where ``patience`` ends them; False where ``stop`` ended it,
         which is saved then."""
         config, state = self.config, self.state
-        self.make_up()
-        over = self.gets_no_better()
+        self.best.make_up()
+        over = self.best.gets_no_better()
         if state.step < config.max_steps and self.main and not over:
             (self.folder / SUMMARY).unlink(missing_ok=True)
         batches = self.loader()
@@ -307,7 +306,7 @@ class Trainer:
                     return False
                 if not done and state.step % config.validate_every == 0:
                     self.validate()
-                    over = self.gets_no_better()
+                    over = self.best.gets_no_better()
                     self.meters.started = time.monotonic() if not self.meters.steps else self.meters.started
             bar.close()
             if over and self.meters.steps:
@@ -420,42 +419,8 @@ class Trainer:
             self.log.write(step, "validation", record)
         if self.log is not None:
             self.log.show(step, errors, grid, drawn)
-        self.keep_if_best()
+        self.best.keep()
         return record
-
-    def best(self) -> tuple[int, float] | None:
-        """Step and value of the best checkpoint so far by ``keep_best``, as the main process knows it, which has the log."""
-        return None if self.log is None else find_best(self.folder, self.config.keep_best, self.log.validations)
-
-    def keep_if_best(self) -> None:
-        """Keep this step's checkpoint where no validation before was as good; it is saved now where it was not."""
-        step, measure, better = self.state.step, self.config.keep_best, False
-        if measure is None:
-            return
-        if self.log is not None:
-            value, best = self.log.validations.get(step, {}).get(measure, math.nan), self.best()
-            sign = 1 if measure == "binding" else -1
-            better = math.isfinite(value) and (best is None or sign * value > sign * best[1])
-        if self.gather([better])[0]:
-            if self.saved < step:
-                self.save()
-            self.settle()
-            if self.main:
-                keep_as_best(self.folder, step)
-                prune(self.folder, self.config.keep_last, self.config.keep_every)
-
-    def make_up(self) -> None:
-        """The validation that a stop came before, so that a resumed run keeps the same checkpoint as one that was not stopped."""
-        config, step = self.config, self.state.step
-        due = config.keep_best is not None and 0 < step < config.max_steps and step % config.validate_every == 0
-        if due and not self.gather([self.log is not None and step in self.log.validations])[0]:
-            self.validate()
-
-    def gets_no_better(self) -> bool:
-        """Whether ``patience`` validations have come after the best."""
-        patience, best = self.config.patience, self.best()
-        after = 0 if self.log is None or best is None else sum(step > best[0] for step in self.log.validations)
-        return patience is not None and bool(self.gather([after >= patience])[0])
 
     def finish(self) -> None:
         """Validation and alignment of the finished stage, written to ``summary.json``; done once."""
@@ -476,7 +441,7 @@ class Trainer:
             "stage": stage, "steps": state.step, "seconds": round(state.seconds, 1), "skipped_steps": state.skipped,
             "validation": record, "alignment": alignment,
         }  # fmt: skip
-        if best := self.best():
+        if best := self.best.found():
             summary["best"] = {"step": best[0], str(self.config.keep_best): best[1]}
         if best and state.step < self.config.max_steps:
             summary["patience"] = self.config.patience

@@ -341,6 +341,10 @@ def test_two_conditionings_side_by_side(capsys: pytest.CaptureFixture[str]) -> N
     total = one.flops.total()
     assert float(rows["TFLOP per sample"][0]) == pytest.approx((total.training + total.recompute) / 1e12, rel=1e-3)
     assert rows["samples/s"] == [f"{d.throughput.samples_per_second:,.1f}" for d in (one, other)]
+    assert script("describe").main(["stage=1", "unet.coordinates=0", "beside=paper", "format=json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == one.as_json() | {"beside": other.as_json()}
+    user_error("papr", script("describe").main, ["stage=1", "beside=papr"])
 
 
 def test_attention_keeps_what_is_added_to_its_scores() -> None:
