@@ -3,7 +3,6 @@ user's cache."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -14,6 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from paradiffusion.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -72,8 +76,10 @@ def hold(file: int | IO[Any], wait: bool = False, unsure: bool = True) -> bool:
     Args:
         wait: for another process to give it free.
     Returns:
-        Whether it is held; ``unsure`` on a file system that has no locks, where nobody can be kept out.
+        Whether it is held; ``unsure`` on a file system, or a Windows, that has no locks, where nobody can be kept out.
     """
+    if fcntl is None:
+        return unsure
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

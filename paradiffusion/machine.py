@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,13 @@ def own_cores() -> int:
     if job.get("SLURM_NTASKS") == world and cores() < int(job.get("SLURM_CPUS_ON_NODE", "0")):
         return cores()
     return max(1, cores() // max(1, int(job.get("LOCAL_WORLD_SIZE", world))))
+
+
+def start_method() -> str:
+    """How processes of our pools begin: "fork" on Linux, where nothing need then be imported again or pickled; "spawn" where there is no
+    fork, where it is not safe (macOS), and where a program has set it (multiprocessing.set_start_method)."""
+    spawns = sys.platform != "linux" or multiprocessing.get_start_method(allow_none=True) == "spawn"
+    return "spawn" if spawns else "fork"
 
 
 def choose_device(name: str | None = None) -> torch.device:

@@ -96,7 +96,7 @@ def run_way(name: str, python: str, settings: ReaderSettings) -> dict[str, Any]:
         out, errors = child.communicate()
     finally:  # with its workers: some libraries' outlive it, and would slow whatever is measured next
         with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+            os.killpg(child.pid, signal.SIGKILL) if hasattr(os, "killpg") else child.kill()
     found = [row for row in out.splitlines() if row.startswith("{")]  # other lines are what its libraries print
     if not found:
         last = (errors.strip().splitlines() or ["no word"])[-1]

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil  # which accelerate brings
+
 from paradiffusion.machine import cores
 
 # Where torch's settings stand for it; the second is the older name.
@@ -46,7 +48,7 @@ def processor() -> str:
 
 def load() -> float:
     """The load average: how busy other work keeps the machine."""
-    return round(os.getloadavg()[0], 1)
+    return round(psutil.getloadavg()[0], 1)
 
 
 def today() -> str:

@@ -21,7 +21,9 @@ def hash_file(path: Path) -> str:
 
 def sync(path: Path) -> None:
     """Force a file or a folder to the disk, so that a rename after it cannot survive a power cut that its bytes do not."""
-    handle = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

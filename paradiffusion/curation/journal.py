@@ -53,14 +53,15 @@ class Journal:
 
     def __init__(self, path: Path, refusal: str) -> None:
         self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
         try:
             lock(self._file, refusal)
         except UserError:
             os.close(self._file)
             raise
         self._size = os.fstat(self._file).st_size
-        if self._size and os.pread(self._file, 1, self._size - 1) != b"\n":
+        os.lseek(self._file, max(0, self._size - 1), os.SEEK_SET)
+        if os.read(self._file, 1) not in (b"", b"\n"):
             self._write(b"\n")  # a torn line stays where it is, and the next one begins afresh
 
     def add(self, records: Iterable[Mapping[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from paradiffusion.errors import UserError
+from paradiffusion.machine import start_method
 
 Tell = Callable[[int], object]
 """Tells that so many more items are done."""
@@ -39,15 +40,15 @@ def make_bar(what: str, unit: str, total: int | None, done: int = 0, shown: bool
 
 def run_tasks(
     what: str, unit: str, total: int | None, function: Callable[[Any, Tell], Any], tasks: Sequence[Any], processes: int,
-    check: Callable[[], None], done: int = 0, start: str = "fork", shown: bool = True,
+    check: Callable[[], None], done: int = 0, start: str | None = None, shown: bool = True,
 ) -> list[Any]:  # fmt: skip
     """``function(task, tell)`` of each task, in their order, on up to ``processes`` processes, under a bar of ``total`` items.
 
-    ``check`` is called between items, or every half second; what it raises ends the processes at once. ``start`` is "fork" (where there
-    is none, "spawn") or "spawn", as GPUs need; ``function`` is pickled by "spawn" alone. What a task raises is raised here; a process
+    ``check`` is called between items, or every half second; what it raises ends the processes at once. ``start`` is "spawn" where a GPU
+    needs it, else ``start_method()``; ``function`` is pickled by "spawn" alone. What a task raises is raised here; a process
     that is killed from outside (most often for want of memory) is EndedFromOutside."""
     with make_bar(what, unit, total, done, shown) as bar:
-        return _run(function, tasks, processes, bar, check, start)
+        return _run(function, tasks, processes, bar, check, start or start_method())
 
 
 def _run(
@@ -61,7 +62,7 @@ def _run(
     count = min(processes, len(tasks))
     if count <= 1:
         return [function(task, tell) for task in tasks]
-    context: Any = multiprocessing.get_context(start if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context(start)
     # A slot for each process, without a lock that a killed one could hold for ever.
     counts, numbers = context.RawArray("q", count), context.SimpleQueue()
     for number in range(count):

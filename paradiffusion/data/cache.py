@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import tarfile
 import time
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from paradiffusion.atomic import atomic_file, write_atomic
 from paradiffusion.data.index import SampleIndex
-from paradiffusion.data.shards import Place, ShardPath, Span
+from paradiffusion.data.shards import Place, ShardPath, Span, read_at
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 
@@ -154,7 +153,7 @@ class Members:
     def stored(self, name: int) -> bytes:
         """The member of that name, which is there, as it lies in the tar; empty for a sample that could not be read."""
         row = self.rows[np.searchsorted(self._names, np.uint64(name))]
-        return os.pread(self._file.fileno(), int(row["size"]), int(row["offset"]))
+        return read_at(self._file, int(row["offset"]), int(row["size"]))
 
     def get(self, name: int) -> Entry | None:
         """The entry of that name; None where there is none.

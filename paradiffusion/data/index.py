@@ -11,6 +11,7 @@ import io
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import zipfile
@@ -43,7 +44,7 @@ from paradiffusion.data.shards import (
     read_place,
 )
 from paradiffusion.errors import UserError
-from paradiffusion.machine import cores
+from paradiffusion.machine import cores, start_method
 from paradiffusion.randomness import seed_from
 
 _VERSION: Final = 5
@@ -268,7 +269,7 @@ def load_index(
         if whole is None:
             with locked(places[0].with_suffix(".making")) if len(settled) > _FEW else nullcontext():
                 whole = mapped() or made()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it.
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc has it.
         trim(0)  # The freed indexes of many shards would stay with this process, and with its workers.
     _refuse_truncated(whole, allow_truncated)
     if not len(whole):
@@ -398,9 +399,8 @@ def build_indexes(
                 yield _index_one(shard, folder, counter)
                 bar.update()
             return
-        # Forked, so that a tokenizer needs no pickling and nothing is imported again.
-        fork = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(count, fork, _begin, (counter, os.getpid())) as pool:
+        begin = multiprocessing.get_context(start_method())
+        with ProcessPoolExecutor(count, begin, _begin, (counter, os.getpid())) as pool:
             try:
                 for index in pool.map(_index_one, shards, [folder] * len(shards)):
                     yield index

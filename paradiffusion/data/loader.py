@@ -192,9 +192,9 @@ class Loader(Iterator[Batch]):
     def _serve(self, data: Dataset[Any], orders: Iterable[Order] | None) -> Iterator[Any]:
         """What ``data`` makes of ``orders``, in worker processes; an iterable data set needs none."""
         workers = self._workers
-        on_child_exit = signal.getsignal(signal.SIGCHLD)
+        on_child_exit = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
         # Workers inherit it: a signal that comes before they ignore it (guard_worker) would end them.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        mask = set_mask("SIG_BLOCK", (signal.SIGINT, signal.SIGTERM))
         try:
             ended, end = Pipe(duplex=False)
             self._end = weakref.finalize(self, _tell_workers, ended, end, os.getpid())
@@ -217,7 +217,7 @@ class Loader(Iterator[Batch]):
                 "process), or raise the limits of open files (ulimit -n), of processes or of /dev/shm."
             ) from error
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            set_mask("SIG_SETMASK", mask)
         # DataLoader would raise the death of a worker out of this signal, in the midst of a step or a save. Without
         # that it still notices, when the next batch is asked for.
         if on_child_exit is not None and threading.current_thread() is threading.main_thread():
@@ -471,6 +471,11 @@ def join_pixels(pictures: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(joined)
 
 
+def set_mask(how: str, signals: Iterable[int]) -> Iterable[int]:
+    """``signal.pthread_sigmask``, which Windows does not have."""
+    return signal.pthread_sigmask(getattr(signal, how), signals) if hasattr(signal, "pthread_sigmask") else ()
+
+
 def guard_worker(number: int, ended: Connection) -> None:
     """Let the parent decide when a worker ends, and end with it. ``ended`` has something to read once it decides so.
 
@@ -479,7 +484,7 @@ def guard_worker(number: int, ended: Connection) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    set_mask("SIG_UNBLOCK", (signal.SIGINT, signal.SIGTERM))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # Its threads survive no fork, of which it would warn.
     threading.Thread(target=_end_with, args=(os.getppid(), ended), daemon=True).start()
 

@@ -17,7 +17,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
@@ -333,14 +333,23 @@ def read_place(place: Place) -> RawSample:
     elif not isinstance(shard, RemotePath):
         found = os.stat(shard)
         file = _opened(str(shard), found.st_dev, found.st_ino)
-        image, meta_bytes, text = _read_spans(place, lambda offset, size: os.pread(file.fileno(), size, offset))
+        image, meta_bytes, text = _read_spans(place, partial(read_at, file))
     elif (copy := cached_copy(shard)) is None:
         image, meta_bytes, text = _read_spans(place, lambda offset, size: read_range(shard, offset, size))
     else:
         with copy:  # Not kept open: what leaves the cache must free its room.
-            image, meta_bytes, text = _read_spans(place, lambda offset, size: os.pread(copy.fileno(), size, offset))
+            image, meta_bytes, text = _read_spans(place, partial(read_at, copy))
     meta = parse_meta(meta_bytes) or {}
     return RawSample(place.key, image, place.extension, {**meta, "captions": captions_of(meta, text)})
+
+
+def read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    """``size`` bytes of a file that several threads may read, from ``offset``."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    with open(file.name, "rb", buffering=0) as own:  # Windows
+        own.seek(offset)
+        return own.read(size)
 
 
 def _read_spans(place: Place, read: Callable[[int, int], bytes]) -> tuple[bytes, bytes, bytes]:

@@ -141,6 +141,10 @@ def memory_gb() -> float:
     """Peak memory of this process so far: of the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        import psutil  # which accelerate brings
+
+        return float(psutil.Process().memory_info().peak_wset) / 2**30
     import resource
 
     scale = 2**30 if sys.platform == "darwin" else 2**20

@@ -514,8 +514,8 @@ class Trainer:
         return found
 
     def agree(self, loss: Tensor, stop: bool) -> Tensor:
-        """The mean of all processes' losses, and the share of them that were asked to stop, float64 [2]; one exchange for both."""
-        both = torch.stack([loss.double(), torch.full_like(loss, float(stop), dtype=torch.float64)])
+        """The mean of all processes' losses, and the share of them that were asked to stop, [2]; one exchange for both."""
+        both = torch.stack([loss, torch.full_like(loss, float(stop))])
         if self.processes > 1:
             torch.distributed.all_reduce(both)
         return both / self.processes

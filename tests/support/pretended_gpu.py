@@ -1,8 +1,8 @@
 """A pretended GPU for machines without one: tensors on "cuda" have shapes, dtypes and strides, but no numbers.
 
 Within ``pretend()`` torch says that there is one GPU. CPU tensors are real; what is made on "cuda", or moved there, is a FakeTensor.
-Operands on two devices or of two dtypes raise what CUDA would raise; what the host reads, what is copied between host and device,
-and the bytes of all that lives on the device are counted. Blind to kernels, values, NCCL, DeepSpeed and bitsandbytes;
+Operands on two devices or of two dtypes raise what CUDA would raise, float64 what MPS would; what the host reads, what is copied between
+host and device, and the bytes of all that lives on the device are counted. Blind to kernels, values, NCCL, DeepSpeed and bitsandbytes;
 transformers leaves out its own synchronisations for fake tensors.
 """
 
@@ -126,6 +126,8 @@ class Gpu(TorchDispatchMode):
             out = func(*args, **kwargs)
         for leaf in leaves([out]):
             if isinstance(leaf, FakeTensor) and leaf.fake_device.type == "cuda":
+                if leaf.dtype == torch.float64:
+                    raise TypeError(f"{name}: float64, which Apple's GPUs do not have, in {place()}")
                 self._follow(leaf)
         return out
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from paradiffusion.compose import compose_train
-from paradiffusion.machine import choose_device, own_cores, settled_dtype
+from paradiffusion.machine import choose_device, own_cores, settled_dtype, start_method
 from paradiffusion.training.engine import make_accelerator
 
 TASK = {"SLURM_NTASKS": "16", "WORLD_SIZE": "16", "SLURM_CPUS_ON_NODE": "96", "LOCAL_WORLD_SIZE": "8"}
@@ -63,6 +64,25 @@ def test_each_process_takes_a_gpu_of_its_own_and_makes_it_the_current_one(
         monkeypatch.setenv("LOCAL_RANK", local)
     assert choose_device(name) == torch.device(chosen)
     assert taken == ([] if current is None else [current])
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is such a GPU here")
+def test_a_gpu_of_apple_that_is_not_there_is_one_sentence(command: Callable[..., CompletedProcess[str]]) -> None:
+    for program in (
+        ("sample.py", "ckpt=data/nano", "prompt=A red circle."),
+        ("scripts/evaluate.py", "ckpt=data/nano", "suite=scenes"),
+    ):
+        said = command(*program, "device=mps")
+        assert (
+            said.returncode == 2 and said.stderr.count("\n") == 1 and "device=mps is not to be had here" in said.stderr
+        )
+
+
+def test_processes_begin_as_the_system_and_the_program_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for system, chosen, begins in (("linux", None, "fork"), ("linux", "spawn", "spawn"), ("darwin", None, "spawn")):
+        monkeypatch.setattr("sys.platform", system)
+        monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none, chosen=chosen: chosen)
+        assert start_method() == begins
 
 
 def test_a_gpu_that_cannot_be_used_says_so_itself(monkeypatch: pytest.MonkeyPatch) -> None:

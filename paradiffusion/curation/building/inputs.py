@@ -221,7 +221,7 @@ def folder_items(folder: Path, columns: Columns) -> Iterator[Item]:
     """
     root = str(folder)
     for found in _walk(root, {_identity(root)}):
-        name = os.path.relpath(found.path, root)
+        name = Path(os.path.relpath(found.path, root)).as_posix()
         if found.problem:
             yield Item(name, key_of(name, is_path=False), Place("none", found.problem, member="not walked"))
             continue

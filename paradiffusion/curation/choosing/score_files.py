@@ -240,7 +240,7 @@ def name_of(shard: Path | RemotePath, root: str | None) -> str:
     """The name of ``shard`` in scores and candidates."""
     if not isinstance(shard, Path) or root is None:
         return str(shard.absolute() if isinstance(shard, Path) else shard)
-    return os.path.relpath(shard.absolute(), root)
+    return Path(os.path.relpath(shard.absolute(), root)).as_posix()
 
 
 def located(work: Path, names: Sequence[str]) -> list[str]:
