@@ -276,7 +276,8 @@ def _run(unit: Unit, output: Path, launcher: Launcher, stop: StopSignal, bar: tq
         # for as long as the command lives, even when we are killed.
         process = subprocess.Popen(
             launcher.here(unit), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            **({} if sys.platform == "win32" else {"pass_fds": (lock.fileno(),), "preexec_fn": _end_with_parent}),
+            pass_fds=() if sys.platform == "win32" else (lock.fileno(),),
+            preexec_fn=None if sys.platform == "win32" else _end_with_parent,
         )  # fmt: skip
         status = _wait(process, stop, log, bar)
     if status == 0:
