@@ -297,6 +297,11 @@ class ObjectiveConfig:
         layout_weight: of the layout head's squared error beside the diffusion loss.
         layout_share: of a stage's steps, the first ones, which train the text path by the layout loss alone, without the
             denoiser, in less time each.
+        distill_steps: into how many steps, of one forward each, guided sampling with the weights that the stage starts from is
+            distilled (training/distillation.py); 0: nothing is distilled, and the denoiser learns from the data.
+        distill_substeps: guided steps of the teacher that each of them takes the place of.
+        distill_guidance: the least and the most guidance scale. Each sample draws its own, which the U-Net is given as an embedding;
+            other scales cannot be drawn with afterwards.
     """
 
     name: str = "paper"
@@ -316,12 +321,19 @@ class ObjectiveConfig:
     flow_shift_side: int | None = option(None, accepts=positive)
     layout_weight: float = option(3.0, accepts=not_negative)
     layout_share: float = option(0.0, accepts=below_one)
+    distill_steps: int = option(0, accepts=not_negative)
+    distill_substeps: int = option(5, accepts=positive)
+    distill_guidance: list[float] = field(default_factory=lambda: [1.0, 8.0])
 
     def check(self) -> None:
         check_values(self, "objective.")  # a checkpoint's is checked by itself
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise UserError(
                 f"objective.beta_start={self.beta_start} and objective.beta_end={self.beta_end} must lie between 0 and 1, start first."
+            )
+        if len(self.distill_guidance) != 2 or not 0 <= self.distill_guidance[0] <= self.distill_guidance[1] <= 100:
+            raise UserError(
+                f"objective.distill_guidance={list(self.distill_guidance)} must be two scales within 0 to 100, the least first, such as [1,8]."
             )
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UserError(
@@ -660,6 +672,8 @@ class TrainConfig:
                 f"objective.layout_share={self.objective.layout_share} trains by the layout loss alone, and there is none with "
                 "conditioning.layout_patch=0 or objective.layout_weight=0; leave one of them out."
             )
+        if self.objective.distill_steps:
+            self.check_distillation()
         if self.train_text == "lora" and self.text_encoder.quantization and self.lora.kind not in ("lora", "rslora"):
             raise UserError(
                 f"lora.kind={self.lora.kind} computes with the weights that it adapts, and text_encoder.quantization="
@@ -669,6 +683,23 @@ class TrainConfig:
             raise UserError(
                 f"data.bucket_multiple={self.data.bucket_multiple} must be a multiple of codec.factor={self.codec.factor}."
             )
+
+    def check_distillation(self) -> None:
+        """Raise UserError for what does not go with objective.distill_steps."""
+        low, high = self.objective.distill_guidance
+        if not low <= self.sampler.guidance <= high:
+            raise UserError(
+                f"sampler.guidance={self.sampler.guidance} lies outside of objective.distill_guidance={[low, high]}, for which the model is "
+                "distilled; set either."
+            )
+        for key, value, needed in (
+            ("train_text", self.train_text == "lora", "frozen"), ("repeats", self.repeats > 1, 1), ("sampler.solver", self.sampler.solver != "dpm", "dpm"),
+            ("objective.layout_share", self.objective.layout_share > 0, 0), ("unet.class_name", self.unet.class_name != "UNet2DConditionModel", "UNet2DConditionModel"),
+        ):  # fmt: skip
+            if value:
+                raise UserError(
+                    f"objective.distill_steps={self.objective.distill_steps} does not go with {key}={attrgetter(key)(self)}; set {key}={needed}."
+                )
 
     def check_best(self) -> None:
         """Raise UserError where nothing is measured by which a checkpoint could be the best."""

@@ -1,8 +1,8 @@
 """Draw held-out scenes from their paragraphs with a checkpoint, and score them beside the unbound score and the true pictures.
 
-    python scripts/score_scenes.py --ckpt data/nano [--scenes 200] [--kind clean] [--world small]
+    python scripts/score_scenes.py --ckpt data/nano [--scenes 200] [--kind clean] [--world small] [--steps 20]
 
-The scenes are those of `make demo` (data/demo/val, made when missing), drawn with the nano preset's sampler settings.
+The scenes are those of `make demo` (data/demo/val, made when missing), drawn with the checkpoint's own sampler settings.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--kind", default="clean", choices=KINDS, help="the captions that are drawn from")
     parser.add_argument("--world", default=None, help="data.world: small or large")
-    parser.add_argument("--guidance", type=float, default=None, help="default: the nano preset's")
+    parser.add_argument("--guidance", type=float, default=None, help="default: the checkpoint's")
+    parser.add_argument("--steps", type=int, default=None, help="default: the checkpoint's")
     options = parser.parse_args(arguments)
     from paradiffusion.checkpoints.layouts import find_checkpoint
     from paradiffusion.compose import compose_train
+    from paradiffusion.config import SampleConfig
     from paradiffusion.data.plan import open_shards
-    from paradiffusion.sampling.pipeline import load_models
+    from paradiffusion.sampling.pipeline import load_models, sampler_settings
+    from paradiffusion.sampling.sampler import check_distilled
     from paradiffusion.scenes.alignment import SceneScorer, alignment_table
     from paradiffusion.scenes.dataset import make_wanted
     from paradiffusion.training.validation import Validation
@@ -43,9 +46,11 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             f"--scenes {options.scenes} is out of range; expected 1 to {most}, the size of the held-out set."
         )
-    config.sampler.guidance = config.sampler.guidance if options.guidance is None else options.guidance
     config.data.demo_sizes = {"val": most}  # training sets of other sizes stay as they are
     models = load_models(find_checkpoint(options.ckpt))
+    wanted = SampleConfig(steps=options.steps, guidance=options.guidance)
+    config.sampler = sampler_settings(wanted, models.sampler)
+    check_distilled(models.objective, config.sampler, models.sampler, negative=False)
     make_wanted(config.data)
     held_out = open_shards(config.data, config.data.val_shards, "data.val_shards")
     validation = Validation(held_out, config, 0, 1, gather=lambda items: items, scorer=SceneScorer())

@@ -162,6 +162,7 @@ def check_official(checkpoint: Layout) -> None:
         "coordinates as input channels": description["coordinates"],
         "positions on the text's keys": conditioning.get("key_positions"),
         "a flow objective": isinstance(objective, Flow),
+        "the embedding of a guidance scale": objective.config.distill_steps,
         "a schedule of zero terminal SNR": objective.config.zero_terminal_snr,
         "an adapter that is no plain LoRA": (description["lora"] or {}).get("kind", "lora") != "lora",
     }

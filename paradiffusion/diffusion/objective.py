@@ -99,6 +99,11 @@ class Objective(ABC):
         """The time that the denoiser is given at a scheduler's step, float32, no axes."""
         return timestep.float()
 
+    @property
+    def solver_order(self) -> int:
+        """Of DPM-Solver: a distilled model's prediction holds for the whole of a step, which no second order is to bend."""
+        return 1 if self.config.distill_steps else 2
+
     def levels(self, scheduler: Any) -> list[float]:
         """The noise level sigma_t / alpha_t of each of a scheduler's steps (EDM's sigma; infinite at pure noise)."""
         times = [self.model_time(scheduler, step, timestep) for step, timestep in enumerate(scheduler.timesteps)]
@@ -168,7 +173,7 @@ class VariancePreserving(Objective):
             return EulerDiscreteScheduler(**{"steps_offset": 1, "timestep_spacing": spacing, **settings, **overrides})
         # DPM-Solver's own spacing in the official scheduler is "linspace" (no steps_offset there).
         settings["timestep_spacing"] = "trailing" if config.zero_terminal_snr else "linspace"
-        return DPMSolverMultistepScheduler(**{**settings, **overrides})
+        return DPMSolverMultistepScheduler(**{**settings, "solver_order": self.solver_order, **overrides})
 
 
 class Epsilon(VariancePreserving):
@@ -234,8 +239,17 @@ class Flow(Objective):
             return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count, shift=shift)
         if solver == "ddim":
             raise UserError("sampler.solver=ddim does not exist for objective.prediction=flow; use dpm or euler.")
-        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-        return DPMSolverMultistepScheduler(num_train_timesteps=count, **settings, **overrides)
+        settings: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+        settings["solver_order"] = self.solver_order
+        return DPMSolverMultistepScheduler(num_train_timesteps=count, **{**settings, **overrides})
+
+
+def unmix(mixed: Tensor, shares: tuple[Any, Any], other: Tensor, others: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+    """x_0 and eps, of which ``mixed`` and ``other`` are sums with these ``shares`` (of x_0, of eps): noised latents and a prediction, or
+    noised latents of two times."""
+    (alpha, sigma), (a, b) = shares, others
+    apart = alpha * b - sigma * a
+    return (b * mixed - sigma * other) / apart, (alpha * other - a * mixed) / apart
 
 
 def set_steps(scheduler: Any, steps: int, device: torch.device | str | None = None) -> None:

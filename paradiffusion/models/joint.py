@@ -19,6 +19,7 @@ from paradiffusion.models.unet import (
     add_lora,
     apart_from_image,
     build_unet,
+    embed_scales,
     layout_arguments,
     number_keys,
     with_coordinates,
@@ -41,6 +42,7 @@ class LossBatch:
         ids, id_mask, prefix: tokens, [U, L], of the batch's different captions, for a text encoder with LoRA inside.
         rows: [B] int64, which row of ``ids`` each sample has.
         denoise: False: the layout loss alone, without the denoiser (objective.layout_share).
+        scales: [B] guidance scales, of a batch whose ``latents`` and ``noise`` a teacher made (training/distillation.py).
     """
 
     latents: Tensor
@@ -55,6 +57,7 @@ class LossBatch:
     prefix: int = 0
     rows: Tensor | None = None
     denoise: bool = True
+    scales: Tensor | None = None
 
 
 class Losses(NamedTuple):
@@ -110,14 +113,16 @@ class JointModel(nn.Module):
         return None if head is None else head(features, mask, height, width)
 
     def denoise(
-        self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None, estimate: Tensor | None = None
-    ) -> Tensor:
+        self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None, estimate: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The prediction [B, C, h, w] for noised latents, times [B] and refined features [B, L, D].
 
         Inputs take the U-Net's dtype, which sampling holds in bfloat16; in training its frozen matrices alone may be.
 
         Args:
             estimate: what ``estimate`` gives, where it was called before.
+            scales: [B] guidance scales, for a distilled denoiser.
         """
         dtype = next(p for p in self.unet.parameters() if p.ndim == 1).dtype
         latents, features = latents.to(dtype), features.to(dtype)
@@ -129,6 +134,8 @@ class JointModel(nn.Module):
         if mask is not None:
             features, mask = apart_from_image(self.unet, features, mask, *latents.shape[-2:])
         conditioning = {"encoder_hidden_states": features, "encoder_attention_mask": mask}
+        if scales is not None:
+            conditioning["timestep_cond"] = embed_scales(scales).to(dtype)
         prediction = self.unet(sample, timestep=times, **conditioning, return_dict=False)[0]
         return prediction if estimate is None else prediction + self.objective.slope(times, prediction) * estimate
 
@@ -144,11 +151,13 @@ class JointModel(nn.Module):
         noised = self.objective.add_noise(latents, batch.noise, times)
         # A copy at one level too: its gradients are summed by themselves then, in the order in which they always were.
         given = None if estimate is None else estimate.repeat(levels, 1, 1, 1)
-        prediction = self.denoise(noised, times, at_each(levels, text), at_each(levels, batch.mask), given)
+        prediction = self.denoise(
+            noised, times, at_each(levels, text), at_each(levels, batch.mask), given, batch.scales
+        )
         target = self.objective.target(latents, batch.noise, times)
         errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # [R * B]
         loss = (errors * self.objective.weight(times) * at_each(levels, batch.weights)).mean()
-        if estimate is None:
+        if estimate is None or batch.scales is not None:  # which estimates the data, not latents on a teacher's way
             return Losses(loss, loss.detach(), errors.detach(), None)
         share, layout, _ = layout_losses(estimate, clean, batch.weights, batch.told)
         total = loss + self.objective.config.layout_weight * share
@@ -179,7 +188,9 @@ def build_joint(
     seed = seed_from("weights", config.seed) % (1 << 31)
     refiner, conditioning = None, config.conditioning
     with device or nullcontext():
-        unet: Any = build_unet(config.unet, config.codec, conditioning, encoder_width, seed)
+        unet: Any = build_unet(
+            config.unet, config.codec, conditioning, encoder_width, seed, config.objective.distill_steps > 0
+        )
         add_lora(unet, config.unet, seed + 2)
         if conditioning.projection == "refiner":
             with torch.random.fork_rng(devices=[]):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from paradiffusion.config import CodecConfig, ConditioningConfig, UNetConfig
@@ -55,7 +56,9 @@ DENOISERS = {
 }  # fmt: skip
 # Arguments that codec and conditioning decide, or that may differ between stages; dropout is none here, whatever weights had.
 DECIDED = {"sample_size", "in_channels", "out_channels", "encoder_hid_dim", "encoder_hid_dim_type", "caption_channels",
-           "use_additional_conditions", "dropout"}  # fmt: skip
+           "use_additional_conditions", "time_cond_proj_dim", "dropout"}  # fmt: skip
+# The layer that takes the embedding of a guidance scale, where one is distilled, and its width, that of latent consistency models.
+SCALE_LAYER, SCALE_WIDTH = "time_embedding.cond_proj", 256
 # Names of the text projections' parameters within the joint module.
 PROJECTIONS = tuple(f"unet.{kind.projection}." for kind in DENOISERS.values())
 
@@ -133,10 +136,17 @@ def empty_unet(config: UNetConfig, codec: CodecConfig, conditioning: Conditionin
 
 
 def build_unet(
-    config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int, seed: int
+    config: UNetConfig,
+    codec: CodecConfig,
+    conditioning: ConditioningConfig,
+    encoder_width: int,
+    seed: int,
+    scaled: bool = False,
 ) -> Any:
     """A denoiser with fresh weights, a function of ``seed``; a U-Net's ``encoder_hid_proj`` is the paper's linear layer.
 
+    Args:
+        scaled: it is given a guidance scale, which changes nothing before it is trained.
     Raises:
         UserError: when diffusers refuses the arguments.
     """
@@ -144,11 +154,15 @@ def build_unet(
         torch.manual_seed(seed)
         try:
             arguments = unet_arguments(config, codec, conditioning, encoder_width)
-            unet = DENOISERS[config.class_name].made(**arguments)
+            unet = DENOISERS[config.class_name].made(
+                **arguments, **({"time_cond_proj_dim": SCALE_WIDTH} if scaled else {})
+            )
         except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
             raise UserError(
                 f"unet.arguments do not make a {config.class_name} ({reason_of(error)}); see configs/unet/ for sets that do."
             ) from None
+    if scaled:
+        nn.init.zeros_(unet.get_submodule(SCALE_LAYER).weight)
     if config.plain_attention:
         plain = {
             name: AttnProcessor() if isinstance(processor, AttnProcessor2_0) else processor
@@ -156,6 +170,11 @@ def build_unet(
         }  # SimpleCrossAttn blocks have processors of their own kind, which stay
         unet.set_attn_processor(plain)
     return unet
+
+
+def embed_scales(scales: Tensor) -> Tensor:
+    """Guidance scales [B] as diffusers' pipelines embed them for ``timestep_cond``, [B, SCALE_WIDTH] (arXiv 2310.04378, section 4.3)."""
+    return get_timestep_embedding(1000 * (scales - 1), SCALE_WIDTH)
 
 
 def add_lora(unet: Any, config: UNetConfig, seed: int) -> None:
@@ -184,7 +203,7 @@ def add_lora(unet: Any, config: UNetConfig, seed: int) -> None:
 def trained_whole(kind: Denoiser, config: dict[str, Any]) -> tuple[str, ...]:
     """How the names of a denoiser's parameters begin that are trained whole beside its adapter."""
     first = config["in_channels"] != config["out_channels"]
-    return (f"{kind.projection}.", *([f"{kind.first}."] if first else []))
+    return (f"{kind.projection}.", f"{SCALE_LAYER}.", *([f"{kind.first}."] if first else []))
 
 
 def halve_frozen(unet: Any) -> None:

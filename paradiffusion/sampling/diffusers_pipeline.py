@@ -53,7 +53,7 @@ from paradiffusion.diffusion.objective import Objective, set_steps
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.sampling.pipeline import InferenceModels, checked_side, encode_prompts, is_guided
-from paradiffusion.sampling.sampler import check_scheduler, sample_latents
+from paradiffusion.sampling.sampler import check_distilled, check_scheduler, sample_latents
 from paradiffusion.text.conditioning import Conditioning
 from paradiffusion.text.encoder import TextEncoder, is_adapter
 from paradiffusion.text.families import cut_layers
@@ -327,8 +327,10 @@ class ParaDiffusionPipeline(_Base):
             raise ValueError(f"callback_on_step_end_tensor_inputs names more than latents: {others}")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt={num_images_per_prompt} is out of range; expected 1 or more")
+        negative = bool(negative_prompt) or negative_prompt_embeds is not None
+        check_distilled(models.objective, settings, models.sampler, negative)
         guided = is_guided(settings.guidance, models.objective)
-        if (negative_prompt or negative_prompt_embeds is not None) and not guided:
+        if negative and not guided:
             logger.warning(f"negative_prompt has no effect at guidance_scale={settings.guidance}")
         told, against = (prompt_embeds, prompt_attention_mask), (negative_prompt_embeds, negative_prompt_attention_mask)
         conditioning = self._conditioning(prompt, negative_prompt, told, against).repeat_each(num_images_per_prompt)

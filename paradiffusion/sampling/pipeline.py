@@ -28,7 +28,7 @@ from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import DENOISERS, class_of, drawn_multiple, read_width
 from paradiffusion.sampling.prompts import MAX_SEED, PromptRequest
-from paradiffusion.sampling.sampler import against, sample_latents
+from paradiffusion.sampling.sampler import against, check_distilled, sample_latents
 from paradiffusion.text.conditioning import Conditioning, pad_length
 from paradiffusion.text.encoder import DTYPES, TextEncoder, load_text_encoder
 from paradiffusion.text.families import lacks
@@ -133,13 +133,15 @@ class InferenceModels:
         return torch.cat(rows), self.text_encoder.feature_mask(tokens)
 
     @torch.no_grad()
-    def denoise(self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+    def denoise(
+        self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None, scales: Tensor | None = None
+    ) -> Tensor:
         """The denoiser's prediction, [B, C, h, w]."""
         size = latents.shape[-2:]
         # The estimate is made once for all steps.
         if self.estimated is None or self.estimated[0] is not features or self.estimated[1] != size:
             self.estimated = features, size, self.joint.estimate(features, mask, *size)
-        return self.joint.denoise(latents, times, features, mask, self.estimated[2])
+        return self.joint.denoise(latents, times, features, mask, self.estimated[2], scales)
 
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] on the CPU."""
@@ -170,19 +172,8 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
     state, lora = checkpoint.weights(), description["lora"]
     if lora is not None:
         load_adapter(encoder, state, parse(LoraConfig, lora), lora.get("settings"))
-    unet: Any = DENOISERS[class_of(checkpoint.unet_config)].made.from_config(checkpoint.unet_config)
-    refiner = None if checkpoint.refiner_config is None else Refiner(**checkpoint.refiner_config)
-    positions = conditioning.key_positions
-    joint = JointModel(unet, refiner, objective_of(description), description["coordinates"], key_positions=positions)
-    takes = read_width(checkpoint.unet_config)
-    if (width := conditioning.refiner_width if refiner else encoder.width) != takes:
-        raise UserError(
-            f"the U-Net of {checkpoint.folder} reads features of width {takes}, and the text encoder in use gives {width}; set "
-            "text_encoder.path=<folder> to the language model that it was trained with."
-        )
-    check_complete(set(joint.state_dict()), state)
-    copy_tensors(joint, {name: tensor for name, tensor in state.items() if not name.startswith("text_encoder.")})
-    joint.requires_grad_(False).eval().to(target, dtype)
+    joint = load_joint(checkpoint, state, encoder.width).to(target, dtype)
+    unet = joint.unet
     encoder.to("cpu" if config.offload_text_encoder else target)
     codec.to(target)
     if config.channels_last or (config.compile and target.type == "cuda"):
@@ -195,6 +186,26 @@ def load_models(checkpoint: Layout, config: SampleConfig | None = None, device: 
         joint, encoder, codec, joint.objective, parse(SamplerConfig, description["sampler"]), description["resolution"],
         target, dtype, checkpoint.name, description["step"], description["provenance"], config.offload_text_encoder,
     )  # fmt: skip
+
+
+def load_joint(checkpoint: Layout, state: dict[str, Tensor], encoder_width: int) -> JointModel:
+    """The joint module that a checkpoint describes with its weights, ``state``, frozen, on the CPU. Raises UserError where a part is
+    missing, or the text encoder in use gives features of another width."""
+    description = checkpoint.description
+    conditioning = parse(ConditioningConfig, description["conditioning"])
+    unet: Any = DENOISERS[class_of(checkpoint.unet_config)].made.from_config(checkpoint.unet_config)
+    refiner = None if checkpoint.refiner_config is None else Refiner(**checkpoint.refiner_config)
+    positions = conditioning.key_positions
+    joint = JointModel(unet, refiner, objective_of(description), description["coordinates"], key_positions=positions)
+    takes = read_width(checkpoint.unet_config)
+    if (width := conditioning.refiner_width if refiner else encoder_width) != takes:
+        raise UserError(
+            f"the U-Net of {checkpoint.folder} reads features of width {takes}, and the text encoder in use gives {width}; set "
+            "text_encoder.path=<folder> to the language model that it was trained with."
+        )
+    check_complete(set(joint.state_dict()), state)
+    copy_tensors(joint, {name: tensor for name, tensor in state.items() if not name.startswith("text_encoder.")})
+    return joint.requires_grad_(False).eval()
 
 
 def compile_denoiser(unet: Any, device: torch.device) -> None:
@@ -253,6 +264,7 @@ def make_jobs(requests: Sequence[PromptRequest], config: SampleConfig, models: I
             raise UserError(
                 f"{request.source}: seed={seed} is out of range; expected 0 to {MAX_SEED} minus the images."
             )
+        check_distilled(objective, settings, models.sampler, bool(negative_of(request, config)))
         negative = negative_of(request, config) if is_guided(settings.guidance, objective) else None
         for image in range(config.images_per_prompt):
             name = f"{request.index:05d}" + (f"_{image}" if image else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from paradiffusion.diffusion.objective import Objective, keep_distance, set_step
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.text.conditioning import Conditioning
 
-# (latents [B, C, h, w], times [B] float, features [B, L, D], mask [B, L] bool or None) -> prediction [B, C, h, w]
-Denoiser = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# (latents [B, C, h, w], times [B] float, features [B, L, D], mask [B, L] bool or None) -> prediction [B, C, h, w]; of a distilled
+# model the guidance scales [B] come after these
+Denoiser = Callable[..., Tensor]
 
 
 def starting_noise(seeds: Sequence[int | torch.Generator], shape: tuple[int, ...]) -> Tensor:
@@ -47,7 +48,7 @@ def sample_latents(
 
     Args:
         denoise: the model's prediction, of the kind that ``objective`` defines; called in ``dtype``, with 2B rows in the
-            guided steps: the null prompt's, then the prompts'.
+            guided steps: the null prompt's, then the prompts'. A distilled model guides itself.
         conditioning: of B prompts, perhaps ``against`` negative ones.
         seeds: one for each image, or a generator of the CPU for each.
         shape: (C, h, w) of one image's latents.
@@ -68,6 +69,10 @@ def sample_latents(
     set_steps(scheduler, settings.steps, device)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)  # or the scheduler looks the step up, and takes the second of two equal times
+    scales: list[Tensor] = []
+    if objective.config.distill_steps:
+        scales.append(torch.full((len(seeds),), settings.guidance, device=device))
+        settings = replace(settings, guidance=1.0)
     guided = guided_steps(settings, len(scheduler.timesteps), lambda: objective.levels(scheduler))
     conditioning = conditioning.to(device, dtype)
     features, mask = conditioning.features, conditioning.mask
@@ -94,13 +99,39 @@ def sample_latents(
             null, prompt = both.float().chunk(2)
             prediction = guide(null, prompt, settings.guidance, settings.guidance_rescale)
         else:
-            prediction = denoise(inputs, times, features, mask).float()
+            prediction = denoise(inputs, times, features, mask, *scales).float()
         keep_distance(scheduler, step)
         latents = scheduler.step(prediction, timestep, latents, **drawn).prev_sample.float()
         if on_step is not None:
             replaced = on_step(step + 1, latents)
             latents = latents if replaced is None else replaced
     return latents
+
+
+def check_distilled(objective: Objective, settings: SamplerConfig, own: SamplerConfig, negative: bool) -> None:
+    """Raise UserError for what a distilled model cannot draw with: it has its guidance within.
+
+    Args:
+        own: the settings that its checkpoint names.
+        negative: whether a negative prompt was asked for.
+    """
+    if not objective.config.distill_steps:
+        return
+    low, high = objective.config.distill_guidance
+    if negative:
+        raise UserError(
+            "negative_prompt needs guidance, which this model has within, distilled against the empty prompt; leave it out, or draw with the "
+            "model that it was distilled from."
+        )
+    if not low <= settings.guidance <= high:
+        raise UserError(
+            f"guidance={settings.guidance} is out of range for this distilled model; expected {low} to {high}."
+        )
+    for key in (one.name for one in fields(settings) if one.name not in ("steps", "guidance")):
+        if (value := getattr(settings, key)) != (mine := getattr(own, key)):
+            raise UserError(
+                f"{key}={value} has no place in a distilled model, which has its guidance within and one solver; leave {key}={mine}."
+            )
 
 
 def check_scheduler(objective: Objective) -> None:
@@ -110,7 +141,7 @@ def check_scheduler(objective: Objective) -> None:
     truth = torch.linspace(-2, 2, 4096).view(1, 1, 64, 64)
     off: list[Tensor] = []
 
-    def knowing(noised: Tensor, times: Tensor, features: Tensor, mask: Tensor | None) -> Tensor:
+    def knowing(noised: Tensor, times: Tensor, *_: Tensor | None) -> Tensor:
         alpha, sigma = objective.at(times, noised)
         noise = noised - alpha * truth
         off.append((noise.std() - sigma.mean()).abs())

@@ -24,6 +24,7 @@ from paradiffusion.sampling.sampler import starting_noise
 from paradiffusion.text.conditioning import pad_length, padded_length
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.tokenizer import Tokens, tokenize_once
+from paradiffusion.training.distillation import Teacher
 from paradiffusion.training.log import Meters
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -40,6 +41,7 @@ class Inputs:
         null: features of the empty caption, where a cache holds those of the others.
         memory: what the frozen models made in this run, where it is kept.
         null_features: of the empty caption, [1, L0, D] on the device, once it has been read; at most one.
+        teacher: makes of data what a stage that distils is trained on.
     """
 
     config: TrainConfig
@@ -50,9 +52,19 @@ class Inputs:
     null: Entry | None = None
     memory: Memory | None = None
     null_features: list[Tensor] = field(default_factory=list)
+    teacher: Teacher | None = None
 
     def __call__(self, batch: Batch, meters: Meters) -> LossBatch:
         """The input of one micro-batch, on the device; ``meters`` count its samples and tokens."""
+        given = self._of_data(batch, meters)
+        if self.teacher is None:
+            return given
+        low, high = self.config.objective.distill_guidance
+        u = draw_uniform(self.config.seed, batch.step, batch.slots, self.config.batch_size, what="guidance")
+        return self.teacher(given, to_device((low + (high - low) * u).float(), self.device))
+
+    def _of_data(self, batch: Batch, meters: Meters) -> LossBatch:
+        """The same of a stage that learns from the data."""
         config, encoder, device = self.config, self.encoder, self.device
         shape = latent_shape(self.codec, batch)
         noise = draw_noise(config.seed, batch.step, batch.slots, shape, "noise", config.repeats)
@@ -127,13 +139,13 @@ def draw_noise(seed: int, step: int, slots: Tensor, shape: tuple[int, ...], what
     return starting_noise([seed_from(what, seed, step, *part) for part in parts], shape)
 
 
-def draw_uniform(seed: int, step: int, slots: Tensor, batch_size: int, repeats: int = 1) -> Tensor:
+def draw_uniform(seed: int, step: int, slots: Tensor, batch_size: int, repeats: int = 1, what: str = "times") -> Tensor:
     """Numbers in [0, 1), [repeats * b], spread evenly over the global batch (arXiv 2107.00630, appendix I.1): the loss of a
     step then varies less. Slots are sorted by caption length, so which slot gets which part is shuffled."""
     count = batch_size * repeats
-    order = permutation(count, "times", seed, step)
+    order = permutation(count, what, seed, step)
     places = np.concatenate([order[slots.numpy() + batch_size * repeat] for repeat in range(repeats)])
-    return torch.from_numpy((uniform("times", seed, step) + places) / count % 1)
+    return torch.from_numpy((uniform(what, seed, step) + places) / count % 1)
 
 
 class TextInputs(NamedTuple):

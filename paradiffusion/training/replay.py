@@ -33,7 +33,7 @@ from paradiffusion.training.engine import count_micro_batches
 from paradiffusion.training.folder import CONFIG_FILE, STATE
 from paradiffusion.training.inputs import Inputs
 from paradiffusion.training.log import Meters
-from paradiffusion.training.start import build_models, find_init, start_from, take_statistics
+from paradiffusion.training.start import build_models, find_init, open_teacher, start_from, take_statistics
 from paradiffusion.training.step_record import Replay, ReplayedSample, Seen, SeenStep
 
 
@@ -212,7 +212,7 @@ def open_models(config: TrainConfig, folder: Path, plan: BatchPlan, weights: Wei
         joint.objective = make_objective(config.objective)  # which draws the times and weighs the losses as in the run
     for model in (encoder, codec, joint):
         model.to(target)
-    return Inputs(config, encoder, codec, joint, target)
+    return Inputs(config, encoder, codec, joint, target, teacher=open_teacher(config, encoder, target))
 
 
 def replay_batches(

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from paradiffusion.checkpoints.layouts import (
+    UNET,
     check_complete,
     copy_tensors,
     find_checkpoint,
@@ -29,10 +30,19 @@ from paradiffusion.data.plan import BatchPlan
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import settled_scaling_factor
 from paradiffusion.models.joint import JointModel, build_joint
-from paradiffusion.models.unet import DENOISERS, class_of, downsampling, halve_frozen, lora_names, own_arguments
+from paradiffusion.models.unet import (
+    DENOISERS,
+    SCALE_LAYER,
+    class_of,
+    downsampling,
+    halve_frozen,
+    lora_names,
+    own_arguments,
+)  # fmt: skip
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora, checkpoint_layers, is_adapter, start_from_principal
 from paradiffusion.text.refiner import Refiner
+from paradiffusion.training.distillation import Teacher
 from paradiffusion.training.folder import CONFIG_FILE, SUMMARY, check_unchanged, find_resume
 from paradiffusion.training.inputs import on_device
 
@@ -87,6 +97,11 @@ def find_start(config: TrainConfig, folder: Path) -> Start:
 
 def check_fits(start: Start) -> None:
     """Raise UserError where a stage cannot start from these weights (see ``check_init``)."""
+    if start.config.objective.distill_steps and start.description is None:
+        raise UserError(
+            f"objective.distill_steps={start.config.objective.distill_steps} distils a trained model, and the stage starts from "
+            f"{'fresh weights' if start.found is None else 'a U-Net alone'}; set init_from=<checkpoint>, such as that of stage 3."
+        )
     if start.found is not None and start.description is not None:
         check_init(start.config, start.found, start.description)
     elif start.config.train_text == "adapter":
@@ -149,6 +164,8 @@ def adopt(config: TrainConfig, description: dict[str, Any], source: Path) -> Tra
     if not unet.get(key := DENOISERS[theirs].text_width):  # its cross-attention is as wide as the language model
         config = replace(config, unet=replace(config.unet, arguments={**config.unet.arguments, key: None}))
     lora = description["lora"]
+    if config.objective.distill_steps:  # the text as the teacher reads it
+        config = replace(config, train_text="frozen" if lora is None else "adapter")
     if config.train_text == "adapter" and lora is not None:
         if lora.get("settings"):
             raise UserError(
@@ -173,6 +190,11 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
          "unet.coordinates": coordinates}
         for which, some, coordinates in ((class_of(unet), has, description["coordinates"]), (name, wants, config.unet.coordinates))
     )  # fmt: skip
+    if theirs.objective.distill_steps:
+        raise UserError(
+            f"{init} is distilled, with its guidance within, and no stage starts from such weights; set init_from= to the checkpoint that "
+            "it was distilled from."
+        )
     for before, now, advice in (
         (identity(theirs, "weights"), identity(ours, "weights"),
          "use the same {part} (for a run with other settings, start from stage 1 in another run_dir=)"),
@@ -242,8 +264,9 @@ def build_models(
         copy_tensors(joint, found.tensors)
     elif stored:
         stored = lora_names(stored, joint.unet)
-        # Adapters that begin with this stage are the one thing that a checkpoint may lack.
-        check_complete({name for name in own if not name.startswith("text_encoder.") and not is_adapter(name)}, stored)
+        # Adapters, and a guidance scale's layer, that begin with this stage are all that a checkpoint may lack.
+        new = "text_encoder." if start.resumes else ("text_encoder.", f"{UNET}.{SCALE_LAYER}.")
+        check_complete({name for name in own if not name.startswith(new) and not is_adapter(name)}, stored)
         copy_tensors(joint, {n: t for n, t in stored.items() if n in own or not n.startswith("text_encoder.")})
     frozen = {n: t for n, t in stored.items() if n.startswith("text_encoder.") and config.train_text == "adapter"}
     # Under its own LoRA the U-Net belongs to the checkpoint too; kept here, since ZeRO-3 cuts frozen weights as well.
@@ -254,6 +277,12 @@ def build_models(
     if config.precision != "fp32":
         halve_frozen(joint.unet)
     return joint, frozen
+
+
+def open_teacher(config: TrainConfig, encoder: TextEncoder, device: torch.device) -> Teacher | None:
+    """The teacher of a stage that distils; None for another stage. Raises UserError where it is not there (any more)."""
+    found = find_init(config) if config.objective.distill_steps else None
+    return None if found is None else Teacher(open_layout(found), config, encoder, device)
 
 
 def checkpoint_activations(encoder: TextEncoder, which: bool | str) -> None:

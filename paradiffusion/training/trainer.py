@@ -70,7 +70,7 @@ from paradiffusion.training.inputs import Inputs, Memory
 from paradiffusion.training.log import Log, Meters, human_time, log_line, mixture_line
 from paradiffusion.training.optim import keeps_average, schedule, set_learning_rate
 from paradiffusion.training.spikes import Spikes
-from paradiffusion.training.start import Start, build_models, find_start, take_statistics
+from paradiffusion.training.start import Start, build_models, find_start, open_teacher, take_statistics
 from paradiffusion.training.step_record import line_of, open_seen
 from paradiffusion.training.validation import SEED, Scorer, Validation
 from paradiffusion.training.watch import Watch, together
@@ -174,7 +174,10 @@ class Trainer:
             Memory(self.encoder, self.codec, config.keep_gb, self.device, self.autocast) if config.keep_gb else None
         )
         null = self.cache.null if self.cache else None
-        self.inputs = Inputs(config, self.encoder, self.codec, self.joint, self.device, null, memory)
+        self.teacher = open_teacher(config, self.encoder, self.device)
+        self.inputs = Inputs(
+            config, self.encoder, self.codec, self.joint, self.device, null, memory, teacher=self.teacher
+        )
 
         self.engine = make_engine(accelerator, self.joint, config, self.micro_batches)
         if (refiner := self.joint.refiner) is not None and start.description is None:
@@ -220,6 +223,7 @@ class Trainer:
             "data": index.fingerprint(),
             "text_encoder": self.encoder.source["known_by"],
             "codec": self.codec.source["known_by"],
+            **({} if self.teacher is None else {"teacher": self.teacher.known_by}),
         }
         if start.resumes:
             check_unchanged(self.config, self.folder, facts)
@@ -407,7 +411,7 @@ class Trainer:
         step, validation = self.state.step, self.validation
         self.enter("validate", [])
         with self.ema.applied(), self.autocast():
-            record, errors = validation.losses(self.joint, self.encoder, self.codec, self.device)
+            record, errors = validation.losses(self.joint, self.encoder, self.codec, self.device, self.teacher)
             grid = self.folder / "samples" / f"step_{step:06d}.png"
             scores, drawn = validation.grid(self.inference(), grid)
             record |= scores

@@ -25,6 +25,7 @@ from paradiffusion.sampling.gallery import contact_sheet
 from paradiffusion.sampling.pipeline import InferenceModels, Job, generate
 from paradiffusion.sampling.sampler import starting_noise
 from paradiffusion.text.encoder import TextEncoder
+from paradiffusion.training.distillation import Teacher
 
 # Validation draws and scores the same things whatever the run's seed is, so that runs can be compared.
 SEED = 1234
@@ -151,10 +152,15 @@ class Validation:
 
     @torch.no_grad()
     def losses(
-        self, joint: JointModel, encoder: TextEncoder, codec: Codec, device: torch.device
+        self,
+        joint: JointModel,
+        encoder: TextEncoder,
+        codec: Codec,
+        device: torch.device,
+        teacher: Teacher | None = None,
     ) -> tuple[dict[str, float], list[tuple[float, float, int]]]:
         """Mean loss on short and on long captions, over fixed times spread evenly and fixed noise; and all of them, each with its time
-        in 0..1 and its caption's words."""
+        in 0..1 and its caption's words. Where a ``teacher`` is distilled, it says how far the student is from it."""
         items = list(enumerate(self.items[: self.config.validation.samples]))[self.rank :: self.world_size]
         total = min(self.config.validation.samples, len(self.items))
         record: dict[str, float] = {}
@@ -162,7 +168,7 @@ class Validation:
         for kind in ("short", "long") if total else ():
             found: list[tuple[float, float, int]] = []
             for batch in _by_size(items, self.config.validation.batch_size):
-                found += self._errors(batch, kind, total, joint, encoder, codec, device)
+                found += self._errors(batch, kind, total, joint, encoder, codec, device, teacher)
             merged = self.gather(found)
             record[f"loss_{kind}"] = float(sum(loss for loss, _, _ in merged) / len(merged))
             errors += merged
@@ -170,7 +176,7 @@ class Validation:
 
     def _errors(
         self, batch: list[tuple[int, HeldOut]], kind: str, total: int, joint: JointModel, encoder: TextEncoder,
-        codec: Codec, device: torch.device,
+        codec: Codec, device: torch.device, teacher: Teacher | None,
     ) -> list[tuple[float, float, int]]:  # fmt: skip
         """Each sample's loss, time in 0..1 and words, of one batch of equal size."""
         pixels = torch.from_numpy(np.stack([item.image for _, item in batch])).permute(0, 3, 1, 2)  # [B, 3, H, W]
@@ -184,6 +190,8 @@ class Validation:
         features = encoder(tokens.ids, tokens.mask, tokens.prefix)
         weights = torch.ones(len(batch), device=device)
         inputs = LossBatch(latents, noise, times, weights, encoder.feature_mask(tokens), features=features)
+        if teacher is not None:
+            inputs = teacher(inputs, torch.full_like(weights, self.config.sampler.guidance))
         shares = (times / joint.objective.config.train_timesteps).tolist()
         return list(zip(joint(inputs).errors.tolist(), shares, map(count_words, captions), strict=True))
 
