@@ -16,7 +16,7 @@ from paradiffusion.errors import UserError
 
 TITLES = {launch.name: launch.title for launch in LAUNCHES}
 PARTS = {"unet": "U-Net with projection", "refiner": "refiner", "layout": "layout head", "text": "language model",
-         "vae": "autoencoder (encode)"}  # fmt: skip
+         "vae": "autoencoder (encode)", "teacher": "teacher"}  # fmt: skip
 
 
 @dataclass
@@ -233,7 +233,8 @@ def side_by_side(described: Sequence[Description]) -> str:
 def parameters(d: Description) -> str:
     p = d.parameters
     rows = [("U-Net", p.unet, not p.unet_lora), ("text projection", p.projection, True), ("U-Net LoRA", p.unet_lora, True),
-            ("refiner", p.refiner, True), ("layout head", p.layout, True), ("language model", p.text, False),
+            ("refiner", p.refiner, not d.config.objective.distill_steps), ("layout head", p.layout, not d.config.objective.distill_steps),
+            ("language model", p.text, False),
             ("LoRA", p.lora, d.config.train_text == "lora"), ("autoencoder", p.vae, False)]  # fmt: skip
     shown = [(name, number(count), "yes" if trained else "no") for name, count, trained in rows if count]
     totals = [("total", number(p.total), ""), ("trained", number(p.trained), "")]

@@ -39,13 +39,15 @@ class PartFlops:
 
 @dataclass(frozen=True)
 class StageFlops:
-    """FLOP of one sample at a stage's resolution and token length. ``unet`` is with its linear text projection, ``vae`` encoding."""
+    """FLOP of one sample at a stage's resolution and token length. ``unet`` is with its linear text projection, ``vae`` encoding; of a stage
+    that distils, ``teacher`` is the guided steps of a window, each of two forwards."""
 
     unet: PartFlops
     refiner: PartFlops
     layout: PartFlops
     text: PartFlops
     vae: PartFlops
+    teacher: PartFlops
 
     def parts(self) -> dict[str, PartFlops]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -83,7 +85,8 @@ def stage_flops(config: TrainConfig) -> StageFlops:
 def _count_parts(models: EmptyModels) -> dict[str, PartFlops]:
     joint, latents = models.joint, torch.empty(1, *models.codec.latent_shape(models.height, models.width), device=META)
     mask = models.batch(1, cached=True).mask
-    trains_text, refines = joint.text_encoder is not None, joint.refiner is not None
+    trains_text, has_refiner = joint.text_encoder is not None, joint.refiner is not None
+    refines = joint.refiner is not None and next(joint.refiner.parameters()).requires_grad
     has_head = joint.refiner is not None and joint.refiner.layout is not None
 
     def text() -> Tensor:
@@ -102,17 +105,20 @@ def _count_parts(models: EmptyModels) -> dict[str, PartFlops]:
         return joint.estimate(refined(), mask, *latents.shape[-2:])
 
     def unet() -> Tensor:
-        estimate = torch.empty_like(latents, requires_grad=True) if has_head else None
+        estimate = torch.empty_like(latents, requires_grad=refines) if has_head else None
         return joint.denoise(latents, torch.empty(1, device=META), refined(), mask, estimate)
 
     levels = models.config.repeats  # noise levels, each of which the U-Net alone sees
-    return {
+    distils, substeps = models.config.objective.distill_steps > 0, models.config.objective.distill_substeps
+    parts = {
         "unet": PartFlops(*(levels * flop for flop in count(unet, backward=True))),
-        "refiner": PartFlops(*count(refiner, backward=True)) if refines else PartFlops(0.0),
-        "layout": PartFlops(*count(layout, backward=True)) if has_head else PartFlops(0.0),
+        "refiner": PartFlops(*count(refiner, backward=refines)) if has_refiner else PartFlops(0.0),
+        "layout": PartFlops(*count(layout, backward=refines)) if has_head else PartFlops(0.0),
         "text": PartFlops(*count(text, backward=trains_text)),
         "vae": PartFlops(*count(lambda: models.encode_images(1))),
     }
+    once = parts["refiner"].forward + 2 * parts["layout"].forward
+    return {**parts, "teacher": PartFlops(distils * (once + 2 * substeps * parts["unet"].forward / levels))}
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Counts:
         refiner: without its layout head ``layout``.
         text: the language model without its adapter ``lora``; quantised: those of its weights that NF4 is for.
         trained: of all parts together; matrices: those of them that autocast copies.
-        unet_frozen: bytes of the U-Net's frozen weights in training.
+        frozen: bytes of the U-Net's and the refiner's frozen weights in training.
     """
 
     unet: int
@@ -72,15 +72,18 @@ class Counts:
     lora: int
     vae: int
     trained: int
-    unet_trained: int
-    unet_frozen: int
+    frozen: int
     matrices: int
     quantised: int
 
     @property
+    def denoising(self) -> int:
+        """Of the joint module without the text encoder."""
+        return self.unet + self.projection + self.unet_lora + self.refiner + self.layout
+
+    @property
     def total(self) -> int:
-        parts = (self.unet, self.projection, self.unet_lora, self.refiner, self.layout, self.text, self.lora, self.vae)
-        return sum(parts)
+        return self.denoising + self.text + self.lora + self.vae
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,9 @@ def count_parameters(models: EmptyModels) -> Counts:
         lora=lora,
         vae=_numel(models.codec),
         trained=sum(p.numel() for p in trained.values()),
-        unet_trained=sum(p.numel() for name, p in trained.items() if name.startswith("unet.")),
-        unet_frozen=sum(p.nbytes for p in joint.unet.parameters() if not p.requires_grad),
+        frozen=sum(
+            p.nbytes for n, p in joint.named_parameters() if not (p.requires_grad or n.startswith("text_encoder."))
+        ),
         # Autocast copies what enters a matrix product or convolution; norms stay in fp32.
         matrices=sum(p.numel() for p in trained.values() if p.dtype == torch.float32 and p.ndim > 1),
         quantised=sum(module.weight.numel() for module in linear),
@@ -196,8 +200,7 @@ def text_bytes(config: TrainConfig, counts: Counts) -> float:
 
 def checkpoint_bytes(config: TrainConfig, counts: Counts) -> tuple[int, int]:
     """Bytes of a checkpoint on disk: what sampling needs (the EMA, in fp32), and with the state to resume from."""
-    weights = 4 * counts.trained + (4 * counts.lora if config.train_text == "adapter" else 0)
-    weights += 4 * (counts.unet + counts.projection + counts.unet_lora - counts.unet_trained)
+    weights = 4 * (counts.denoising + counts.lora)
     return weights, weights + (4 + OPTIMIZERS[config.optimizer.name].state) * counts.trained
 
 
@@ -287,7 +290,9 @@ class Fitter:
         host = (masters + moments * trained + (0 if on_cpu else ema)) / gpus if launch.offload else 0.0
 
         text, inside = text_bytes(config, counts), config.train_text == "lora"
-        frozen = counts.unet_frozen * whole + text * (whole if inside else 1)
+        frozen = counts.frozen * whole + text * (whole if inside else 1)
+        if config.objective.distill_steps:  # the teacher
+            frozen += 4 * (counts.denoising - counts.unet_lora)
 
         buffers = 0
         if launch.zero and gpus > 1:

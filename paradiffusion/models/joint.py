@@ -199,6 +199,7 @@ def build_joint(
                 shape = {part: getattr(conditioning, f"refiner_{part}") for part in parts}
                 layout = layout_arguments(conditioning, config.codec.latent_channels)
                 refiner = Refiner(encoder_width, **shape, layout=layout)
+                refiner.requires_grad_(not config.objective.distill_steps)  # the text is read as the teacher reads it
     if config.gradient_checkpointing and config.gradient_checkpointing != "half":
         unet.enable_gradient_checkpointing()
     objective, positions = make_objective(config.objective), conditioning.key_positions

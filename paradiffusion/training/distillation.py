@@ -1,7 +1,7 @@
 """Distillation of guided sampling into a few steps of one forward each (objective.distill_steps).
 
 The teacher is what the stage starts from, frozen, and guided as its checkpoint says, at a scale drawn for each sample. The student
-begins as a copy that is given the scale as an embedding (guidance distillation, arXiv 2210.03142). Time is cut into as many windows
+begins as a copy whose U-Net is given the scale as an embedding and trained, and that alone (guidance distillation, arXiv 2210.03142). Time is cut into as many windows
 as the student is to take steps. From latents noised to the start of a window the teacher goes to its end in ``distill_substeps``
 guided steps, and the student learns the straight way between the two, at any time within the window (piecewise rectified flow,
 arXiv 2405.07510). A straight way in noised latents is what one x_0 and one eps make of each other at all noise levels, for the flow

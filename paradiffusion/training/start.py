@@ -269,8 +269,10 @@ def build_models(
         check_complete({name for name in own if not name.startswith(new) and not is_adapter(name)}, stored)
         copy_tensors(joint, {n: t for n, t in stored.items() if n in own or not n.startswith("text_encoder.")})
     frozen = {n: t for n, t in stored.items() if n.startswith("text_encoder.") and config.train_text == "adapter"}
-    # Under its own LoRA the U-Net belongs to the checkpoint too; kept here, since ZeRO-3 cuts frozen weights as well.
-    frozen |= {f"unet.{name}": p.detach() for name, p in joint.unet.named_parameters() if not p.requires_grad}
+    # What is frozen of the joint module belongs to the checkpoint too; kept here, since ZeRO-3 cuts frozen weights as well.
+    frozen |= {
+        n: p.detach() for n, p in joint.named_parameters() if not (p.requires_grad or n.startswith("text_encoder."))
+    }
     for part in (part for part, is_so in principal.items() if is_so):
         found_start = start_from_principal(joint.get_submodule(part), seed_from("pissa", config.seed) % (1 << 31))
         joint.start |= {f"{part}.{name}": tensor for name, tensor in found_start.items()}

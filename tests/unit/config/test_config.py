@@ -51,7 +51,7 @@ def test_every_stage_composes(preset: str, stage: str, conditioning: str) -> Non
     config = compose_train([f"preset={preset}", f"stage={stage}", f"conditioning={conditioning}", "data.shards=x"])
     assert (config.preset, config.stage, config.conditioning.name) == (preset, int(stage), conditioning)
     assert config.conditioning.mask_padding == (conditioning == "modern")
-    assert config.train_text == {"1": "frozen", "2": "lora", "3": "adapter"}[stage]
+    assert config.train_text == {"1": "frozen", "2": "lora", "3": "adapter", "4": "adapter"}[stage]
     file = OmegaConf.to_container(OmegaConf.load(CONFIGS / "preset_stage" / f"{preset}_{stage}.yaml"))
     of_stage = OmegaConf.load(CONFIGS / "stage" / f"{stage}.yaml").data.captions
     assert isinstance(file, dict)
