@@ -177,7 +177,7 @@ def test_paths_arrive_as_typed(path: str) -> None:
 
 # What is typed, and what is said of it.
 MISTAKES = {
-    "stage=4": "stage=4 is unknown; choose one of 1, 2, 3", "preset=huge": "preset=huge is unknown; choose one of .*nano",
+    "stage=5": "stage=5 is unknown; choose one of 1, 2, 3, 4", "preset=huge": "preset=huge is unknown; choose one of .*nano",
     "tracker=mlflow": "choose one of jsonl, tensorboard, wandb", "sed=1": "the key sed is unknown; did you mean seed",
     "optimizr.lr=1": r"did you mean optimizer\.lr", "seed.x=1": r"the key seed\.x is unknown", "hydra.run.dir=x": "is unknown",
     "qqqqqqq=1": "the keys are preset, stage", "--stage=1": "expected key=value", "-m stage=1,2": "multirun",
