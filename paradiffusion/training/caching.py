@@ -277,7 +277,7 @@ def starting_point(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
     source = (find_resume(config, stage_folder(config)) if applies else None) or find_init(config)
     start = start_from(config, source, resumes=False)
     check_fits(start)
-    return start.config, source if applies else None
+    return start.config, source if start.config.train_text == "adapter" else None
 
 
 def make_kind(what: str, folder: Path, maker: LatentMaker | TextMaker, processes: Processes) -> float:
