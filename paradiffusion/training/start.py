@@ -265,7 +265,7 @@ def build_models(
     elif stored:
         stored = lora_names(stored, joint.unet)
         # Adapters, and a guidance scale's layer, that begin with this stage are all that a checkpoint may lack.
-        new = "text_encoder." if start.resumes else ("text_encoder.", f"{UNET}.{SCALE_LAYER}.")
+        new = ("text_encoder.",) if start.resumes else ("text_encoder.", f"{UNET}.{SCALE_LAYER}.")
         check_complete({name for name in own if not name.startswith(new) and not is_adapter(name)}, stored)
         copy_tensors(joint, {n: t for n, t in stored.items() if n in own or not n.startswith("text_encoder.")})
     frozen = {n: t for n, t in stored.items() if n.startswith("text_encoder.") and config.train_text == "adapter"}
