@@ -14,7 +14,8 @@ from commands import wait_for
 from ranks import Started, start_two
 from training_runs import build_here
 
-from paradiffusion.training.watch import FAILED, STALLED, Place, Watch, describe_stall
+from paradiffusion.errors import UserError
+from paradiffusion.training.watch import FAILED, STALLED, Place, Watch, describe_stall, together
 
 
 def place(rank: int, step: int, phase: str, at: float, alive: float = 100.0, keys: tuple[str, ...] = ()) -> Place:
@@ -86,6 +87,12 @@ def test_one_process_is_only_warned(capsys: pytest.CaptureFixture[str]) -> None:
     watch.close()
     warning = r"warning: no step for a while: process 0 .* 'data' of step 4 for \d+ s, samples 000000.tar/dog"
     assert re.search(warning, "".join(said))
+
+
+def test_a_mistake_of_one_process_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paradiffusion.training.watch.time.sleep", lambda _: pytest.fail("nobody is there to wait for"))
+    with pytest.raises(UserError, match="a mistake"), together(Watch(0, 1, 600.0)):
+        raise UserError("a mistake")
 
 
 def test_two_processes_and_one_is_lost(tiny_arguments: list[str], tmp_path: Path) -> None:
