@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import pytest
 import yaml
 from commands import user_error, wait_for
 from programs import end, fork, script
+from ranks import Started
 
 from paradiffusion.evaluation.ablation import Outcome, finished_units, run_plan
 from paradiffusion.evaluation.ablation_plan import Launcher, Plan, Unit
@@ -34,6 +38,22 @@ time.sleep(seconds)
 (folder / "stage1" / "summary.json").write_text(json.dumps({"steps": 3}))
 """
 FAILING = "import sys; print('error: the data is gone; bring it back.', file=sys.stderr); sys.exit(2)"
+
+
+class Forked(Started):
+    """What ``subprocess.Popen`` begins, forked from a process that has imported the libraries, which would take each command longer
+    than its training; as real commands are started and stopped, the plans of small programs tell."""
+
+    def __init__(self, command: list[str], stdout: BinaryIO, **_: Any) -> None:
+        super().__init__(*command[1:])
+        self.output = stdout
+
+    def wait(self, timeout: float) -> int:
+        self.process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.command, timeout)
+        self.output.write("".join(self.communicate()).encode())
+        return self.returncode
 
 
 class Runs:
@@ -132,9 +152,11 @@ def test_killed_it_leaves_no_command_behind_and_another_waits_for_the_last_one(r
 
 
 def test_a_study_on_nano_goes_on_where_it_was(
-    tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two settings, trained, sampled and scored; the second goes on from the first one's stage."""
+    started = SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
+    monkeypatch.setattr("paradiffusion.evaluation.ablation.subprocess", started)
     study, output = tmp_path / "study.yaml", tmp_path / "a study"
     values = {
         "name": "tried",
