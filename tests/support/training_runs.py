@@ -18,11 +18,16 @@ from paradiffusion.compose import compose_sample, compose_train
 from paradiffusion.sampling.run import sample
 from paradiffusion.scenes.alignment import SceneScorer
 from paradiffusion.scenes.dataset import make_wanted
+from paradiffusion.training import start
 from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.folder import stage_folder
 from paradiffusion.training.trainer import Trainer, train
 
 Weights = dict[str, torch.Tensor]
+
+# The refiner's input is standardised by a batch of captions: for all of them the language model would read as long as six steps
+# take. Here, since whoever trains within the tests or in the forks of ranks.py imports this first.
+USUAL_STATISTICS, start.STATISTICS_CAPTIONS = start.STATISTICS_CAPTIONS, start.AT_ONCE
 
 
 def train_here(arguments: list[str]) -> int:
