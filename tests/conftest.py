@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from chat_server import ChatServer
 
 # Of half a minute and more each.
-LONGEST = {"test_ablate", "test_adapters", "test_bad_input", "test_cache", "test_caption", "test_documents", "test_equivalence", "test_evaluate", "test_hub", "test_launches", "test_other_systems", "test_pretended_gpu",
+LONGEST = {"test_ablate", "test_adapters", "test_cache", "test_caption", "test_describe", "test_documents", "test_equivalence", "test_evaluate", "test_hub", "test_launches", "test_other_systems", "test_pretended_gpu",
            "test_replay", "test_resume", "test_sentence_report", "test_text_encoders", "test_training"}  # fmt: skip
 SIZES = {"web": 120, "big": 80, "small": 48, "val": 24}
 
