@@ -22,11 +22,11 @@ from paradiffusion.training.trainer import Trainer
 
 STEPS, HALF = 12, 7  # of four samples; an epoch of the small set of scenes
 # Where stage 2 is stopped, and where it ends. A step under ZeRO-3 on processors takes half a second.
-LENGTHS = {"ddp": (HALF, STEPS), "zero2": (HALF, STEPS), "zero3": (3, 6)}
+LENGTHS = {"ddp": (HALF, STEPS), "zero2": (HALF, STEPS), "zero3": (2, 4)}
 # Micro-batches of one sample: 1 process x 4 accumulated beside 2 x 2.
 SETTINGS = [
-    "log_every=1", "checkpoint_every=6", "validate_every=4", "micro_batch_size=1", "keep_last=9", "log_samples=true",
-    "optimizer.warmup_steps=4",
+    "log_every=1", "checkpoint_every=4", "validate_every=4", "micro_batch_size=1", "keep_last=9", "log_samples=true",
+    "optimizer.warmup_steps=4", "conditioning.max_tokens=64",  # attention over 256 tokens would cost more than it tells here
 ]  # fmt: skip
 KINDS = ("ddp", "zero2", "zero3")
 # ZeRO-3 is experimental: what it must keep is the model, not the last bits.
@@ -171,7 +171,7 @@ def test_two_processes_go_on_where_one_stopped(
     assert train_here([*arguments, "micro_batch_size=2", f"max_steps={HALF}"]) == 0
     train_on_two(kind, *arguments, f"max_steps={STEPS}")
     folder = tmp_path / "run" / f"stage{stage}"
-    assert steps_saved(folder) == [6, HALF, STEPS]
+    assert steps_saved(folder) == [4, HALF, 8, STEPS]
     assert losses_of(folder) == pytest.approx(losses_of(alone / f"stage{stage}"), rel=1e-5)
     check_samples(folder, alone / f"stage{stage}", arguments)
 
@@ -192,40 +192,20 @@ def check_samples(stage: Path, reference: Path, arguments: list[str]) -> None:
     assert len(counts) >= plan.samples - waiting and waiting < 4 * len(plan.buckets)
 
 
+# Under ZeRO-3 with the language model within the joint module and outside, from a checkpoint and fresh.
 @pytest.mark.parametrize(
-    ("stage", "init", "more"),
-    [(1, "scratch", []), (2, "stage1", ["text_encoder.dtype=bfloat16"]), (2, "scratch", []), (3, "stage2", ["unet.lora_rank=2"])],
-    ids=["fresh", "with an adapter", "fresh with an adapter", "applying one"],
+    ("kind", "stage", "init", "more"),
+    [
+        ("zero3", 2, "stage1", ["text_encoder.dtype=bfloat16"]), ("zero3", 2, "scratch", []), ("zero3", 3, "stage2", ["unet.lora_rank=2"]),
+        ("ddp", 2, "stage1", ["unet.lora_rank=2", "precision=bf16"]), ("zero2", 2, "stage1", ["unet.lora_rank=2", "precision=bf16"]),
+    ],
+    ids=["zero3 with an adapter", "zero3 fresh", "zero3 applying an adapter", "ddp", "zero2"],
 )  # fmt: skip
-def test_zero3_cuts_the_weights_of_one_process_one_at_a_time(
-    stage: int, init: str, more: list[str], settings: list[str], alone: Path, tmp_path: Path
+def test_weights_of_one_process_are_made_once_or_cut_one_at_a_time(
+    kind: str, stage: int, init: str, more: list[str], settings: list[str], alone: Path, tmp_path: Path
 ) -> None:
     init_from = f"init_from={init if init == 'scratch' else alone / init}"
     arguments = [*settings, "keep_gb=0", f"stage={stage}", init_from, *more]
-    trainer = build_here([*arguments, f"run_dir={tmp_path / 'one'}"])
-    trainer.close()
-    expected = {**dict(trainer.joint.named_parameters()), **dict(trainer.joint.named_buffers())}
-    result = launch("zero3", "tests/support/built_models.py", str(tmp_path), *arguments, f"run_dir={tmp_path / 'two'}")
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        assert found.keys() == expected.keys()
-        assert all(found[name].dtype == e.dtype and torch.equal(found[name], e) for name, e in expected.items())
-    # Of the process that has none to begin with: its half, and one whole tensor.
-    bytes_ = json.loads((tmp_path / "1.json").read_text())
-    assert bytes_["held"] <= 0.5 * bytes_["all"] + bytes_["largest"] + 4096 < 0.9 * bytes_["all"]
-
-
-@pytest.mark.parametrize("kind", ["ddp", "zero2"])
-def test_the_main_process_alone_makes_weights(kind: str, settings: list[str], alone: Path, tmp_path: Path) -> None:
-    arguments = [
-        *settings,
-        "keep_gb=0",
-        "stage=2",
-        f"init_from={alone / 'stage1'}",
-        "unet.lora_rank=2",
-        "precision=bf16",
-    ]
     trainer = build_here([*arguments, f"run_dir={tmp_path / 'one'}"])
     trainer.close()
     expected = {**dict(trainer.joint.named_parameters()), **dict(trainer.joint.named_buffers())}
@@ -235,8 +215,11 @@ def test_the_main_process_alone_makes_weights(kind: str, settings: list[str], al
         found = load_file(tmp_path / f"{rank}.safetensors")
         assert found.keys() == expected.keys()
         assert all(found[name].dtype == e.dtype and torch.equal(found[name], e) for name, e in expected.items())
-    held = [json.loads((tmp_path / f"{rank}.json").read_text())["held"] for rank in range(2)]
-    assert held[0] > 0 == held[1]
+    main, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    if kind == "zero3":  # the process that has none to begin with: its half, and one whole tensor
+        assert other["held"] <= 0.5 * other["all"] + other["largest"] + 4096 < 0.9 * other["all"]
+    else:  # the main process alone makes them
+        assert main["held"] > 0 == other["held"]
 
 
 @pytest.mark.parametrize(

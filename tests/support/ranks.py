@@ -23,8 +23,9 @@ from training_runs import free_port
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(
-    ["diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d_condition", "ranks",
-     "paradiffusion.scenes.alignment", "paradiffusion.sampling.run", "paradiffusion.training.trainer"]
+    ["accelerate.commands.accelerate_cli", "diffusers.models.autoencoders.autoencoder_kl",
+     "diffusers.models.unets.unet_2d_condition", "ranks", "paradiffusion.scenes.alignment", "paradiffusion.sampling.run",
+     "paradiffusion.training.trainer"]
 )  # fmt: skip
 
 
