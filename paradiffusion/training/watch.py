@@ -233,11 +233,11 @@ class Watch:
 
     def _linger(self) -> None:
         """The store goes with the main process: where one has failed, all must have looked before. One process alone has none."""
-        if self._store is None or self.place.rank != 0:
+        if self.world_size == 1:
             return
         deadline = time.monotonic() + 2 * self.interval + 1
         everybody = [f"noticed/{rank}" for rank in range(self.world_size)]
-        while self.failing.is_set() and time.monotonic() < deadline:
+        while self.failing.is_set() and self.place.rank == 0 and time.monotonic() < deadline:
             if self._ask("check", everybody):
                 return
             time.sleep(0.05)
