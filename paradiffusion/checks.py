@@ -57,9 +57,7 @@ def finite(values: Any, whose: str, key: str) -> None:
 
 def overflow(whose: str, key: str) -> UserError:
     """The refusal of a model's numbers that are not finite."""
-    return UserError(
-        f"{whose} are not finite numbers: they overflowed in its dtype; set {key}=bfloat16 or {key}=float32."
-    )
+    return UserError(f"{whose} are not finite numbers: they overflowed in its dtype; set {key}=bfloat16 or {key}=float32.")
 
 
 def parsed(key: str, text: str | None, example: str) -> Any:

@@ -15,10 +15,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.repository import ROOT, as_typed
 
 # Each ends with `run(main, help)` of its own; none is read before it is asked for.
-PROGRAMS = {
-    path.stem: path
-    for path in (*(ROOT / f"{name}.py" for name in ("train", "sample", "app")), *sorted(ROOT.glob("scripts/*.py")))
-}
+PROGRAMS = {path.stem: path for path in (*(ROOT / f"{name}.py" for name in ("train", "sample", "app")), *sorted(ROOT.glob("scripts/*.py")))}
 
 
 def main() -> None:

@@ -34,9 +34,7 @@ T = TypeVar("T", TrainConfig, SampleConfig)
 Options = TypeVar("Options")
 # Braces, and one level of them inside, as in "web/{00000..00099}.tar"; a path may hold them, and sets such as [0-9].
 _BRACES = r"\{(?:[^{}]|\{[^{}]*\})*\}"
-_PATHS = (
-    rf"(\b(?:shards|folder)\s*:\s*)(?!null\b)((?:[^\s,{{}}\[\]'\"]|{_BRACES})(?:[^,{{}}\[\]]|{_BRACES}|\[[^\[\]]*\])*)"
-)
+_PATHS = rf"(\b(?:shards|folder)\s*:\s*)(?!null\b)((?:[^\s,{{}}\[\]'\"]|{_BRACES})(?:[^,{{}}\[\]]|{_BRACES}|\[[^\[\]]*\])*)"
 
 
 def compose_train(arguments: list[str], beside: Sequence[str] = ()) -> TrainConfig:
@@ -47,9 +45,7 @@ def compose_train(arguments: list[str], beside: Sequence[str] = ()) -> TrainConf
     """
     config = _compose("train", TrainConfig, arguments, beside)
     if config.data.shards is None and not config.data.sources:
-        raise UserError(
-            "data.shards is not set; name WebDataset shards, such as data.shards='shards/{00000..00099}.tar'."
-        )
+        raise UserError("data.shards is not set; name WebDataset shards, such as data.shards='shards/{00000..00099}.tar'.")
     if config.tracker.name == "wandb" and config.tracker.mode is None:
         config.tracker.mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     config.check()
@@ -79,9 +75,7 @@ def compose_options(cls: type[Options], arguments: Sequence[str]) -> Options:
         if not equals or key not in keys:
             close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
             hint = f" (did you mean {close[0]}=?)" if close else ""
-            raise UserError(
-                f"the argument {argument!r} is not understood{hint}; the keys are {', '.join(keys)} (key=value)."
-            )
+            raise UserError(f"the argument {argument!r} is not understood{hint}; the keys are {', '.join(keys)} (key=value).")
         try:
             OmegaConf.update(config, key, None if value == "null" else to_the_letter(value))
         except OmegaConfBaseException as error:
@@ -132,9 +126,7 @@ def options(group: str) -> list[str]:
 
 def groups() -> list[str]:
     """Config groups that a person chooses from."""
-    return sorted(
-        p.name for p in CONFIGS.iterdir() if p.is_dir() and p.name not in ("preset_stage", "launch", "ablations")
-    )
+    return sorted(p.name for p in CONFIGS.iterdir() if p.is_dir() and p.name not in ("preset_stage", "launch", "ablations"))
 
 
 def as_yaml(config: TrainConfig | SampleConfig) -> str:
@@ -205,13 +197,9 @@ def _read(argument: str, keys: dict[str, dict[str, Any]], chosen: list[str], bes
     """Key and value of one override; UserError where it can be seen to be wrong."""
     name, equals, value = argument.partition("=")
     if name in ("-m", "--multirun"):
-        raise UserError(
-            "multirun (-m) is not supported, since a launcher would start every run twice; loop in a shell script."
-        )
+        raise UserError("multirun (-m) is not supported, since a launcher would start every run twice; loop in a shell script.")
     if name.lstrip("-") in ("launch", "config_file"):  # configs/launch lies beside the groups
-        raise UserError(
-            f"{argument} is for the launcher; write `accelerate launch --config_file configs/launch/ddp.yaml train.py ...`."
-        )
+        raise UserError(f"{argument} is for the launcher; write `accelerate launch --config_file configs/launch/ddp.yaml train.py ...`.")
     if not equals or not re.fullmatch(r"\+*[\w./@]+", name):
         raise UserError(f"the argument {argument!r} is not understood; expected key=value, such as stage=2 or seed=1.")
     key = name.lstrip("+")
@@ -226,9 +214,7 @@ def _read(argument: str, keys: dict[str, dict[str, Any]], chosen: list[str], bes
         raise UserError(f"the key {key} is unknown; {hint}")
     members = [one for one in keys if one.startswith(f"{key}.")]
     if members and not value.startswith(("{", "$")):
-        raise UserError(
-            f"{key}={value} is not understood, since {key} has keys of its own; set {' or '.join(members)}."
-        )
+        raise UserError(f"{key}={value} is not understood, since {key} has keys of its own; set {' or '.join(members)}.")
     return key, value
 
 
@@ -296,9 +282,7 @@ def parse_sources(text: str) -> list[dict[str, Any]]:
 
     Paths need no quotes, unless they hold a comma. Raises UserError for anything else.
     """
-    expected = (
-        "expected a list such as [{shards: web/{00000..00099}.tar, weight: 0.7}, {folder: pictures, weight: 0.3}]"
-    )
+    expected = "expected a list such as [{shards: web/{00000..00099}.tar, weight: 0.7}, {folder: pictures, weight: 0.3}]"
     try:
         # YAML would take the braces of a path for mappings.
         values = yaml.safe_load(re.sub(_PATHS, lambda match: match[1] + json.dumps(match[2].strip()), text))

@@ -193,9 +193,7 @@ class ConditioningConfig:
 
     def check(self) -> None:
         if self.layout_patch and self.projection != "refiner":
-            raise UserError(
-                "conditioning.layout_patch needs the refiner's tokens; set conditioning.projection=refiner, or 0."
-            )
+            raise UserError("conditioning.layout_patch needs the refiner's tokens; set conditioning.projection=refiner, or 0.")
         if self.projection == "refiner":
             positive("conditioning.refiner_layers", self.refiner_layers)
             if self.refiner_kernel < 0 or (self.refiner_kernel and self.refiner_kernel % 2 == 0):
@@ -306,9 +304,7 @@ class ObjectiveConfig:
 
     name: str = "paper"
     prediction: str = option("epsilon", of="noise", accepts=one_of(*PREDICTIONS))
-    beta_schedule: str = option(
-        "scaled_linear", of="noise", accepts=one_of("scaled_linear", "linear", "squaredcos_cap_v2")
-    )
+    beta_schedule: str = option("scaled_linear", of="noise", accepts=one_of("scaled_linear", "linear", "squaredcos_cap_v2"))
     beta_start: float = option(0.00085, of="noise")
     beta_end: float = option(0.012, of="noise")
     train_timesteps: int = option(1000, of="noise", accepts=positive)
@@ -333,7 +329,8 @@ class ObjectiveConfig:
             )
         if len(self.distill_guidance) != 2 or not 0 <= self.distill_guidance[0] <= self.distill_guidance[1] <= 100:
             raise UserError(
-                f"objective.distill_guidance={list(self.distill_guidance)} must be two scales within 0 to 100, the least first, such as [1,8]."
+                f"objective.distill_guidance={list(self.distill_guidance)} must be two scales within 0 to 100, the least first, such as "
+                "[1,8]."
             )
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UserError(
@@ -430,9 +427,7 @@ class SourceConfig:
 def check_captions(key: str, weights: dict[str, float]) -> None:
     """Raise UserError unless some caption kind has a weight, and none a negative one."""
     if not sum(weights.values()) > 0 or any(not weight >= 0 for weight in weights.values()):
-        raise UserError(
-            f"{key}={weights} gives no caption kind a weight; expected for example {{short: 0.5, long: 0.5}}."
-        )
+        raise UserError(f"{key}={weights} gives no caption kind a weight; expected for example {{short: 0.5, long: 0.5}}.")
 
 
 @dataclass
@@ -680,25 +675,27 @@ class TrainConfig:
                 f"{self.text_encoder.quantization} has packed ones; set lora.kind=lora or rslora, or text_encoder.quantization=null."
             )
         if self.data.bucket_multiple % self.codec.factor:
-            raise UserError(
-                f"data.bucket_multiple={self.data.bucket_multiple} must be a multiple of codec.factor={self.codec.factor}."
-            )
+            raise UserError(f"data.bucket_multiple={self.data.bucket_multiple} must be a multiple of codec.factor={self.codec.factor}.")
 
     def check_distillation(self) -> None:
         """Raise UserError for what does not go with objective.distill_steps."""
         low, high = self.objective.distill_guidance
         if not low <= self.sampler.guidance <= high:
             raise UserError(
-                f"sampler.guidance={self.sampler.guidance} lies outside of objective.distill_guidance={[low, high]}, for which the model is "
-                "distilled; set either."
+                f"sampler.guidance={self.sampler.guidance} lies outside of objective.distill_guidance={[low, high]}, for which "
+                "the model is distilled; set either."
             )
         for key, value, needed in (
-            ("train_text", self.train_text == "lora", "frozen"), ("repeats", self.repeats > 1, 1), ("sampler.solver", self.sampler.solver != "dpm", "dpm"),
-            ("objective.layout_share", self.objective.layout_share > 0, 0), ("unet.class_name", self.unet.class_name != "UNet2DConditionModel", "UNet2DConditionModel"),
-        ):  # fmt: skip
+            ("train_text", self.train_text == "lora", "frozen"),
+            ("repeats", self.repeats > 1, 1),
+            ("sampler.solver", self.sampler.solver != "dpm", "dpm"),
+            ("objective.layout_share", self.objective.layout_share > 0, 0),
+            ("unet.class_name", self.unet.class_name != "UNet2DConditionModel", "UNet2DConditionModel"),
+        ):
             if value:
                 raise UserError(
-                    f"objective.distill_steps={self.objective.distill_steps} does not go with {key}={attrgetter(key)(self)}; set {key}={needed}."
+                    f"objective.distill_steps={self.objective.distill_steps} does not go with {key}={attrgetter(key)(self)}; "
+                    f"set {key}={needed}."
                 )
 
     def check_best(self) -> None:
@@ -764,12 +761,8 @@ class SampleConfig:
     def check(self) -> None:
         """Raise UserError for missing, contradictory or impossible values."""
         if not self.ckpt:
-            raise UserError(
-                "ckpt= is missing; name a run, a stage or a checkpoint, such as ckpt=data/nano or ckpt=runs/nano/stage3."
-            )
+            raise UserError("ckpt= is missing; name a run, a stage or a checkpoint, such as ckpt=data/nano or ckpt=runs/nano/stage3.")
         if (self.prompt is None) == (self.prompt_file is None):
             found = "neither" if self.prompt is None else "both"
-            raise UserError(
-                f"expected one of prompt= and prompt_file=, found {found}; prompt_file=prompts.txt is the main way."
-            )
+            raise UserError(f"expected one of prompt= and prompt_file=, found {found}; prompt_file=prompts.txt is the main way.")
         check_values(self)

@@ -18,9 +18,7 @@ from PIL import Image
 ROOT: Final = Path(__file__).parent
 # Below this side a picture is embedded as it is; a JPEG of so few pixels would show its own blocks.
 _EXACT_SIDE: Final = 128
-_JOINERS: Final = (
-    "\u200c\u200d"  # not printable by themselves; families of emoji and Persian words are written with them
-)
+_JOINERS: Final = "\u200c\u200d"  # not printable by themselves; families of emoji and Persian words are written with them
 
 
 def render(template: str, **values: Any) -> str:

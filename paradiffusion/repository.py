@@ -23,7 +23,5 @@ def as_typed(text: str) -> str:
     where there is no checkout, and under a launcher `-m paradiffusion.cli cache`."""
     if ROOT != INSTALLED:
         return text
-    text = re.sub(
-        r"((?:accelerate launch|torchrun)\b[^\n`;]*? )(?:scripts/)?(\w+)\.py\b", r"\1-m paradiffusion.cli \2", text
-    )
+    text = re.sub(r"((?:accelerate launch|torchrun)\b[^\n`;]*? )(?:scripts/)?(\w+)\.py\b", r"\1-m paradiffusion.cli \2", text)
     return re.sub(r"\b(?:python |(?=scripts/))(?:scripts/)?(\w+)\.py\b", r"paradiffusion \1", text)

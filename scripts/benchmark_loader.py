@@ -32,9 +32,7 @@ def main(arguments: list[str]) -> int:
     step = settings.step_seconds
     if step is None:
         question = Question(gpus=1, device="h100")
-        expected = describe(
-            ["preset=paper", "stage=1", "data.shards=unused"], question, compose_train
-        ).throughput.samples_per_second
+        expected = describe(["preset=paper", "stage=1", "data.shards=unused"], question, compose_train).throughput.samples_per_second
         step = settings.batch_size / expected
     tokenizer = load_tokenizer(locate(compose_train([]).text_encoder))
     stem, _ = benchmark_loader(settings, step, lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]])

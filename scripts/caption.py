@@ -96,13 +96,7 @@ def main(arguments: list[str]) -> int:
     return signal.status if status == STOPPED else 0
 
 
-def work_on(
-    options: CaptionOptions,
-    templates: list[Template],
-    shards: list[Any],
-    processes: Any,
-    check_stop: Callable[[], None],
-) -> int:
+def work_on(options: CaptionOptions, templates: list[Template], shards: list[Any], processes: Any, check_stop: Callable[[], None]) -> int:
     """This process's shards, with one model after the other."""
     from paradiffusion.curation.captioning.captioning import DECODING, Work, caption_shard, judge_shard
     from paradiffusion.curation.pool import make_bar

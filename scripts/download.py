@@ -87,9 +87,7 @@ class DownloadOptions:
         if self.what is not None:
             choice("what", self.what, (*(item.what for item in ITEMS), "all", "suites", *suites(SUITES)))
         if self.check is not None and self.what not in suites(SUITES):
-            raise UserError(
-                f"check={self.check} needs the suite that it should be; add what=<suite> (what=suites lists them)."
-            )
+            raise UserError(f"check={self.check} needs the suite that it should be; add what=<suite> (what=suites lists them).")
         if self.what == "all" and (self.id or self.revision):
             raise UserError("id= and revision= choose one repository; name it with what=llm, vae or official.")
 

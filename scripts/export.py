@@ -51,9 +51,7 @@ class ExportOptions:
     def check(self) -> None:
         for key in ("ckpt", "to", "output"):
             if not getattr(self, key):
-                raise UserError(
-                    f"{key}= is missing; expected ckpt=<checkpoint> to={'|'.join(LAYOUTS)} output=<folder>."
-                )
+                raise UserError(f"{key}= is missing; expected ckpt=<checkpoint> to={'|'.join(LAYOUTS)} output=<folder>.")
 
 
 def main(arguments: list[str]) -> int:
@@ -75,9 +73,7 @@ def main(arguments: list[str]) -> int:
     check_absent(output)
     checkpoint = find_checkpoint(str(options.ckpt), unet=options.unet)
     checkpoint.place(options.text_encoder.path, options.codec.path)
-    write = {"official": export_official, "pipeline": export_pipeline, "ours": export_ours, "lora": export_lora}[
-        str(options.to)
-    ]
+    write = {"official": export_official, "pipeline": export_pipeline, "ours": export_ours, "lora": export_lora}[str(options.to)]
     write(checkpoint, output, options.dtype, options.frozen or ("link" if options.to == "ours" else "copy"))
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     print(f"{output}: {size / 2**20:.1f} MiB in the layout {options.to}")

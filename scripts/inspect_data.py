@@ -42,10 +42,7 @@ def main(arguments: list[str]) -> int:
             "data.streaming=true reads shards without an index, which the report is made from; run scripts/index_shards.py "
             "first, and leave data.streaming out."
         )
-    encoders = [
-        config.text_encoder,
-        *(text_encoder_named(name, "tokenizers", overrides) for name in split_list(asked.tokenizers)),
-    ]
+    encoders = [config.text_encoder, *(text_encoder_named(name, "tokenizers", overrides) for name in split_list(asked.tokenizers))]
 
     from paradiffusion.atomic import write_atomic
     from paradiffusion.curation.inspecting.caption_figures import TextLimits
@@ -59,8 +56,7 @@ def main(arguments: list[str]) -> int:
     counters = {encoder.path or encoder.name: encoder for encoder in encoders}
     named = Counter(encoder.name for encoder in counters.values())
     counting = [  # before the data is read, which may take long
-        TokenCounter(encoder.name if named[encoder.name] == 1 else place, count_tokens_with(encoder))
-        for place, encoder in counters.items()
+        TokenCounter(encoder.name if named[encoder.name] == 1 else place, count_tokens_with(encoder)) for place, encoder in counters.items()
     ]
     make_wanted(config.data)
     index = open_index(config.data)

@@ -55,9 +55,7 @@ class PublishOptions:
         if self.dry_run and not self.hub:
             raise UserError("dry_run=true shows what would go to a hub; add hub=USER/NAME.")
         if self.hub and not self.dry_run and get_token() is None:
-            raise UserError(
-                f"hub={self.hub} needs a token, and there is none; {LOG_IN}, or look first with dry_run=true."
-            )
+            raise UserError(f"hub={self.hub} needs a token, and there is none; {LOG_IN}, or look first with dry_run=true.")
 
 
 def main(arguments: list[str]) -> int:

@@ -43,9 +43,7 @@ def main(arguments: list[str]) -> int:
     config = compose_train(["stage=3", "validation.unseen=0", *overrides])
     most = config.data.demo_sizes["val"]
     if not 1 <= options.scenes <= most:
-        raise UserError(
-            f"--scenes {options.scenes} is out of range; expected 1 to {most}, the size of the held-out set."
-        )
+        raise UserError(f"--scenes {options.scenes} is out of range; expected 1 to {most}, the size of the held-out set.")
     config.data.demo_sizes = {"val": most}  # training sets of other sizes stay as they are
     models = load_models(find_checkpoint(options.ckpt))
     wanted = SampleConfig(steps=options.steps, guidance=options.guidance)

@@ -193,9 +193,7 @@ def whiten(codec: Any, channels: int, power: float) -> Any:
     """
     width = codec.config.latent_channels
     source = batches(8, 1)
-    values = torch.cat(
-        [codec.encode(next(source)).latent_dist.mean.transpose(0, 1).flatten(1) for _ in range(100)], dim=1
-    )
+    values = torch.cat([codec.encode(next(source)).latent_dist.mean.transpose(0, 1).flatten(1) for _ in range(100)], dim=1)
     variances, directions = (part.flip(-1)[..., :channels] for part in torch.linalg.eigh(values.cov()))
     scale = variances ** (-power / 2)
     scale = scale / (variances * scale**2).mean().sqrt()
@@ -283,17 +281,11 @@ def main() -> int:
     parser.add_argument("--init", type=Path, default=None, help="go on from the weights in this folder")
     parser.add_argument("--edges", type=float, default=0.5, help="weight of the loss of finite differences")
     parser.add_argument("--objects", type=float, default=1.0, help="extra weight of pixels that are not background")
-    parser.add_argument(
-        "--decoder-only", action="store_true", help="keep the encoder, so that models on its latents stay as they are"
-    )
+    parser.add_argument("--decoder-only", action="store_true", help="keep the encoder, so that models on its latents stay as they are")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: all)")
     parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16")
-    parser.add_argument(
-        "--whiten", type=int, default=0, help="principal components that the latents of --init become first"
-    )
-    parser.add_argument(
-        "--power", type=float, default=0.75, help="of --whiten: 0 keeps the components' spread, 1 makes all equal"
-    )
+    parser.add_argument("--whiten", type=int, default=0, help="principal components that the latents of --init become first")
+    parser.add_argument("--power", type=float, default=0.75, help="of --whiten: 0 keeps the components' spread, 1 makes all equal")
     options = parser.parse_args()
     if min(options.steps + 1, options.batch_size, options.latent_channels) < 1:
         parser.error("--batch-size and --latent-channels must be at least 1, --steps at least 0; give larger numbers.")
@@ -302,9 +294,7 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(seed_from("codec weights", options.seed))
-    codec = (
-        build(options.latent_channels) if options.init is None else AutoencoderKL.from_pretrained(options.init).float()
-    )
+    codec = build(options.latent_channels) if options.init is None else AutoencoderKL.from_pretrained(options.init).float()
     if options.whiten:
         codec = whiten(codec, options.whiten, options.power)
     train(codec.to(memory_format=torch.channels_last), options)

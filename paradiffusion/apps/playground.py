@@ -22,25 +22,12 @@ from paradiffusion.evaluation.drawing.pipeline_pictures import ARGUMENTS, Pipeli
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.records import Request
 from paradiffusion.evaluation.reporting.cards import JudgedSentence, level_of
-from paradiffusion.evaluation.scores.counterfactual import (
-    NOTHING,
-    Counterfactual,
-    Removal,
-    removals_of,
-    requests_of,
-)
+from paradiffusion.evaluation.scores.counterfactual import NOTHING, Counterfactual, Removal, removals_of, requests_of
 from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, NoJudge, SceneJudge
 from paradiffusion.evaluation.subjects import subjects_of
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.metrics.sentences import sentences
-from paradiffusion.sampling.gallery import (
-    ImageRecord,
-    Manifest,
-    merge_manifests,
-    read_manifests,
-    save_png,
-    write_gallery,
-)
+from paradiffusion.sampling.gallery import ImageRecord, Manifest, merge_manifests, read_manifests, save_png, write_gallery
 from paradiffusion.sampling.pipeline import sampler_settings
 from paradiffusion.sampling.prompts import MAX_SEED
 from paradiffusion.sampling.run import disk_errors
@@ -251,12 +238,7 @@ class Playground:
             dtype = str(models.dtype).removeprefix("torch.")
             return {"settings": settings, "checkpoint": str(source.checkpoint), "step": models.step, "dtype": dtype}
         settings = {key: value for key in ARGUMENTS if (value := getattr(source.config, key)) is not None}
-        return {
-            "settings": {**source.identity(), **settings},
-            "checkpoint": source.name,
-            "step": 0,
-            "dtype": source.config.dtype,
-        }
+        return {"settings": {**source.identity(), **settings}, "checkpoint": source.name, "step": 0, "dtype": source.config.dtype}
 
     def _save(
         self, source: CheckpointSource | PipelineSource, request: Request, pixels: np.ndarray, told: dict[str, Any],
@@ -268,9 +250,7 @@ class Playground:
         last = max((record.order[0] for record in read_manifests(folder).values()), default=-1)
         height, width = pixels.shape[:2]
         record = ImageRecord(f"{last + 1:05d}", request.text, None, request.seed, height, width, **told)
-        text = {
-            key: value for key, value in asdict(record).items() if value is not None and key not in ("name", "bytes")
-        }
+        text = {key: value for key, value in asdict(record).items() if value is not None and key not in ("name", "bytes")}
         if isinstance(source, CheckpointSource):
             text["provenance"] = source.models().provenance
         size = save_png(folder / record.file, pixels, {**text, **also, "Software": "ParaDiffusion"})
@@ -309,10 +289,7 @@ def left_out_level(removal: Removal) -> tuple[str, str]:
         note = f"without it the picture changes by {removal.change:.0%} of what another seed changes"
     if removal.matters is not None:
         fate = "stands out of" if removal.matters else "does not stand out of"
-        return (
-            "followed" if removal.matters else "ignored",
-            f"{note}; its CLIP score falls by {removal.drop:.3f}, which {fate} the noise",
-        )
+        return ("followed" if removal.matters else "ignored", f"{note}; its CLIP score falls by {removal.drop:.3f}, which {fate} the noise")
     if removal.change is None:
         return "unknown", note
     return "ignored" if removal.change < NOTHING else "partly", note

@@ -38,9 +38,7 @@ _THEME: Final = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["
 def make_page(playground: Playground, examples: Sequence[PromptRequest] = ()) -> gr.Blocks:
     """The page; it draws when its button is pressed, and without a sentence when that is clicked."""
     with gr.Blocks(title="ParaDiffusion playground", analytics_enabled=False) as page:
-        gr.Markdown(
-            "# ParaDiffusion playground\nA paragraph is drawn, and each of its sentences looked for in the picture."
-        )
+        gr.Markdown("# ParaDiffusion playground\nA paragraph is drawn, and each of its sentences looked for in the picture.")
         for model, source in enumerate(playground.sources):
             gr.Textbox(playground.own(model), label=f"Model: {source.label}", interactive=False)
         text = gr.Textbox(label="Paragraph", lines=5, max_length=playground.max_characters, elem_id="text")
@@ -67,9 +65,7 @@ def make_page(playground: Playground, examples: Sequence[PromptRequest] = ()) ->
                 slots += [_slot(playground, row * len(playground.sources) + n) for n in range(len(playground.sources))]
         if examples:
             rows = [[one.prompt, one.height or 0, one.width or 0] for one in examples]
-            gr.Examples(
-                rows, [text, height, width], label="Examples", examples_per_page=len(rows), cache_examples=False
-            )
+            gr.Examples(rows, [text, height, width], label="Examples", examples_per_page=len(rows), cache_examples=False)
         inputs = [text, seed, count, steps, guidance, height, width, rest]
         outputs = [state, session, *(part for slot in slots for part in slot)]
         waiting: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1, "show_progress_on": state}
@@ -94,9 +90,7 @@ def _slot(playground: Playground, number: int) -> Slot:
             label="Click a sentence to draw the same seed without it", show_legend=True, elem_id=f"words{number}",
             color_map={LABELS[level]: colour for level, colour in COLOURS.items()},
         )  # fmt: skip
-        note = gr.Textbox(
-            label="The sentence that is left out", interactive=False, visible=False, elem_id=f"note{number}"
-        )
+        note = gr.Textbox(label="The sentence that is left out", interactive=False, visible=False, elem_id=f"note{number}")
     return column, image, side, words, note
 
 
@@ -107,9 +101,7 @@ def _number(label: str, name: str, value: int = 0, precision: int | None = 0) ->
 def _image(name: str, visible: bool = True) -> gr.Image:
     # The button to share would send the picture to the hub.
     buttons = ["download", "fullscreen"]
-    return gr.Image(
-        type="numpy", format="png", interactive=False, height=SIDE + 40, elem_id=name, visible=visible, buttons=buttons
-    )
+    return gr.Image(type="numpy", format="png", interactive=False, height=SIDE + 40, elem_id=name, visible=visible, buttons=buttons)
 
 
 def _shown(picture: np.ndarray, **changes: Any) -> gr.Image:
@@ -126,9 +118,7 @@ def _coloured(picture: Picture) -> list[tuple[str, str | None]]:
     return parts
 
 
-def _draws(
-    playground: Playground, state: gr.Textbox, session: gr.State, slots: Sequence[Slot]
-) -> Callable[..., Iterator[dict[Any, Any]]]:
+def _draws(playground: Playground, state: gr.Textbox, session: gr.State, slots: Sequence[Slot]) -> Callable[..., Iterator[dict[Any, Any]]]:
     def draw(
         text: str, seed: float | None, count: float | None, steps: float | None, guidance: float | None,
         height: float | None, width: float | None, rest: bool,

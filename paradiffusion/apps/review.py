@@ -20,17 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from paradiffusion.apps.serving import (
-    MAX_BODY,
-    address_of,
-    json_response,
-    local_app,
-    page,
-    serve,
-    taking_json,
-    whole,
-    write_private,
-)
+from paradiffusion.apps.serving import MAX_BODY, address_of, json_response, local_app, page, serve, taking_json, whole, write_private
 from paradiffusion.curation.choosing.candidates import Candidate, Candidates
 from paradiffusion.curation.choosing.decisions import DECISIONS, FIELDS, VERDICTS, DecisionLog
 from paradiffusion.errors import UserError

@@ -217,9 +217,7 @@ class _Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if (
-            self.cycle is None or self.cycle.response_complete
-        ):  # half of a request's head, for which uvicorn waits for ever
+        if self.cycle is None or self.cycle.response_complete:  # half of a request's head, for which uvicorn waits for ever
             self._wait()
 
     def _wait(self) -> None:

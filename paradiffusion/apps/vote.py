@@ -134,9 +134,7 @@ class Voting:
     def go_on(self, rater: str, body: dict[str, Any]) -> dict[str, Any]:
         """Leave a task whose questions are all answered, and show the next."""
         task = self._task_of(rater, body)
-        if missing := [
-            q.name for q in self.study.asked(task.round) if q.name not in self._task(rater, task)["choices"]
-        ]:
+        if missing := [q.name for q in self.study.asked(task.round) if q.name not in self._task(rater, task)["choices"]]:
             raise HTTPException(409, f"there is no vote yet on {' and '.join(missing)}")
         self.store.finish(rater, task.key)
         return self.state(rater, _later(body))

@@ -60,9 +60,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             self._follow(tensor, 0)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -115,9 +113,7 @@ class CudaRules(TorchFunctionMode):
         self.copies: dict[int, Tensor | None] | None = None if trained is None else {id(p): None for p in trained}
         self.tracker = tracker
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if self.copies is not None and func in LOWER:
             args, kwargs = tree_map(self._lower, args), tree_map(self._lower, kwargs)

@@ -89,9 +89,7 @@ def run_way(name: str, python: str, settings: ReaderSettings) -> dict[str, Any]:
     line = [python, "-m", "paradiffusion.budget.bench_readers", name, json.dumps(asdict(settings))]
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    child = subprocess.Popen(
-        line, stdout=pipe, stderr=pipe, text=True, cwd=PACKAGE.parent, env=environment, start_new_session=True
-    )
+    child = subprocess.Popen(line, stdout=pipe, stderr=pipe, text=True, cwd=PACKAGE.parent, env=environment, start_new_session=True)
     try:
         out, errors = child.communicate()
     finally:  # with its workers: some libraries' outlive it, and would slow whatever is measured next

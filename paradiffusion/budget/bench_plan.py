@@ -54,9 +54,7 @@ class PlanBench:
     def check(self) -> None:
         """Raise UserError for an index that is too small."""
         if self.rows < self.shards or self.shards < 100:
-            raise UserError(
-                f"rows={self.rows} shards={self.shards} is too small; expected 100 shards, and a row for each."
-            )
+            raise UserError(f"rows={self.rows} shards={self.shards} is too small; expected 100 shards, and a row for each.")
 
 
 @dataclass
@@ -172,12 +170,7 @@ def write(settings: PlanBench, rows: list[PlanRow]) -> Path:
     """Write FILE.json and FILE.md; their common stem."""
     versions = {"python": platform.python_version(), "numpy": np.__version__, "threads": 1, "load average": load()}
     machine = {"processor": processor(), **versions}
-    document = {
-        "date": today(),
-        "machine": machine,
-        "settings": asdict(settings),
-        "rows": [asdict(row) for row in rows],
-    }
+    document = {"date": today(), "machine": machine, "settings": asdict(settings), "rows": [asdict(row) for row in rows]}
     return write_results(settings.output, settings.name, document, as_markdown(document, settings, rows))
 
 

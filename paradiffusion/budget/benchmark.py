@@ -77,9 +77,7 @@ def measure_stage(bench: Bench, stage: int, arm: str, overrides: list[str]) -> I
         # Alone first: beside it the reference's optimiser and average will take memory as well. Its state is made in the first step. Each
         # length asks the allocator for blocks of its own.
         release()
-        alone = interleave({"ours": fullest_step(trainer, batches)}, settings.warmup, settings.repeats, bench.device)[
-            "ours"
-        ]
+        alone = interleave({"ours": fullest_step(trainer, batches)}, settings.warmup, settings.repeats, bench.device)["ours"]
         works: dict[str, Callable[[int], object]] = {"ours": ours}
         given = GIVEN if trainer.joint.text_encoder is None else LATENTS_GIVEN
         works[given] = given_step(trainer, batches[settings.warmup + settings.repeats // 2])
@@ -226,10 +224,7 @@ def measure_switch(
         works = {"ours": ours, title: reading_at_once(trainer, ours)}
     elif switch == "null_prompt":
         note = f"one caption of {count} empty, or a single word"
-        works = {
-            work: own_step(trainer, with_first(trainer, batches, caption))
-            for work, caption in (("ours", ""), (title, "a"))
-        }
+        works = {work: own_step(trainer, with_first(trainer, batches, caption)) for work, caption in (("ours", ""), (title, "a"))}
     else:
         before = dict(zip(works, both_ways(trainer, switch), strict=True))
     try:
@@ -238,9 +233,7 @@ def measure_switch(
             for number in range(settings.warmup + settings.repeats):
                 ours(number)  # every length of captions is compiled for itself
         timings = interleave(works, settings.warmup, settings.repeats, bench.device, before)
-        yield make_row(
-            timings[title], "step", stage, arm, title, count, reference=timings["ours"], against="ours", note=note
-        )
+        yield make_row(timings[title], "step", stage, arm, title, count, reference=timings["ours"], against="ours", note=note)
     except torch._dynamo.exc.TorchDynamoException as error:
         yield Row("step", stage, arm, title, None, note=f"torch.compile failed: {str(error).splitlines()[0][:120]}")
     finally:
@@ -266,9 +259,7 @@ def both_ways(trainer: Trainer, switch: str) -> tuple[Callable[[], object], Call
     if switch == "channels_last":
         return partial(lay_out, trainer, formats[0]), partial(lay_out, trainer, formats[1])
     if switch == "cudnn_benchmark":
-        return partial(setattr, torch.backends.cudnn, "benchmark", True), partial(
-            setattr, torch.backends.cudnn, "benchmark", False
-        )
+        return partial(setattr, torch.backends.cudnn, "benchmark", True), partial(setattr, torch.backends.cudnn, "benchmark", False)
     if switch == "frozen_fp32":
         return partial(halve_frozen, unet), partial(widen_frozen, unet)
     adapters = [module for module in trainer.joint.modules() if isinstance(module, BaseTunerLayer)]
@@ -435,9 +426,7 @@ def measure_batch(
         compile_denoiser(unet, bench.device)
         works[title] = works[f"ours, sampler={bench.samplers[0]}"]
         program = unet._compiled_call_impl
-        before = {
-            work: partial(setattr, unet, "_compiled_call_impl", program if work == title else None) for work in works
-        }
+        before = {work: partial(setattr, unet, "_compiled_call_impl", program if work == title else None) for work in works}
     timings = interleave(works, bench.settings.warmup, bench.settings.repeats, bench.device, before)
     for work, timing in timings.items():
         settings = presets.get(work.rpartition("=")[2], official)
@@ -466,9 +455,7 @@ def measure_reading(bench: Bench, arm: str, overrides: list[str]) -> Iterator[Ro
     def plain(_: int) -> None:
         encoder(*padded(encoder, texts, bench.device), len(encoder.prefix_ids))
 
-    timings = interleave(
-        {"ours": ours, "reference": plain}, bench.settings.warmup, bench.settings.repeats, bench.device
-    )
+    timings = interleave({"ours": ours, "reference": plain}, bench.settings.warmup, bench.settings.repeats, bench.device)
     for work, width in (("ours", tokens.ids.shape[1]), ("reference", encoder.limit + tokens.prefix)):
         compared = None if work == "reference" else timings["reference"]
         note = f"{TEXT_BATCH} x {width} tokens, {real / TEXT_BATCH:.0f} of them real on average"
@@ -478,9 +465,7 @@ def measure_reading(bench: Bench, arm: str, overrides: list[str]) -> Iterator[Ro
 MEASURES = {"step": measure_steps, "sampler": measure_sampler, "text": measure_text}
 
 
-def benchmark(
-    settings: BenchmarkSettings, overrides: list[str], compose: Callable[[list[str]], TrainConfig]
-) -> tuple[Path, list[Row]]:
+def benchmark(settings: BenchmarkSettings, overrides: list[str], compose: Callable[[list[str]], TrainConfig]) -> tuple[Path, list[Row]]:
     """Run everything and write ``<output>/<name>.json`` and ``.md``, anew after each row: a run that is ended keeps what it has.
 
     Returns their stem and the rows. UserError for overrides that are wrong."""
@@ -557,11 +542,7 @@ class PlainTrainer:
         self.ours = ours
         self.parameters = list(ours.joint.trained().values())
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            eps=config.eps,
+            self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, eps=config.eps
         )
         self.ema: Any = EMAModel(self.parameters, decay=ours.config.ema_decay)
 
@@ -598,9 +579,7 @@ class PlainTrainer:
 
 
 @torch.no_grad()
-def plain_sample(
-    models: InferenceModels, prompts: Sequence[str], seeds: Sequence[int], side: int, settings: SamplerConfig
-) -> Tensor:
+def plain_sample(models: InferenceModels, prompts: Sequence[str], seeds: Sequence[int], side: int, settings: SamplerConfig) -> Tensor:
     """Draw one batch of square images: uint8 [B, side, side, 3] on the CPU."""
     device, encoder, count = models.device, models.text_encoder, len(prompts)
     ids, id_mask = padded(encoder, [""] * count + list(prompts), device)

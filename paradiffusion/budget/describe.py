@@ -96,8 +96,7 @@ class Description:
         total = self.flops.total()
         document["flops"]["total"] = {**asdict(total), "training": total.training}
         document["recomputation"] = [
-            {**row, "speed_up": r.speed_up}
-            for row, r in zip(document["recomputation"], self.recomputation, strict=True)
+            {**row, "speed_up": r.speed_up} for row, r in zip(document["recomputation"], self.recomputation, strict=True)
         ]
         shown = ("preset", "stage", "batch_size", "max_steps", "precision", "gradient_checkpointing", "train_text")
         return {**{key: config[key] for key in shown}, "text_encoder": self.config.text_encoder.name, **document}
@@ -150,16 +149,12 @@ def least_recomputation(fitter: Fitter, available: float, flops: StageFlops) -> 
         micro = fitter.micro_batch(config, launch)
         ways = ["gradient_checkpointing=false"]
         ways += [f"gradient_checkpointing=false micro_batch_size={micro // 2}"] * (micro % 2 == 0)
-        ways += ["gradient_checkpointing=half"] * (
-            config.train_text == "lora" and config.gradient_checkpointing != "half"
-        )
+        ways += ["gradient_checkpointing=half"] * (config.train_text == "lora" and config.gradient_checkpointing != "half")
         for way in ways:
             total = fitter.memory(launch, *way.split()).total
             if total <= 0.95 * available:
                 now, then = flops.total(), stage_flops(fitter.config(*way.split())).total()
-                found.append(
-                    Recomputation(launch.name, way, total, then.training + then.recompute, now.training + now.recompute)
-                )
+                found.append(Recomputation(launch.name, way, total, then.training + then.recompute, now.training + now.recompute))
                 break
     return found
 
@@ -207,9 +202,7 @@ def as_text(d: Description) -> str:
     head = (
         f"preset={c.preset} stage={c.stage}: {d.width}x{d.height} px, {d.tokens} tokens, batch {c.batch_size}, {c.precision}, "
         f"text encoder {c.text_encoder.name} ({c.train_text})"
-        + {True: ", gradient checkpointing", "half": ", half of its layers recomputed"}.get(
-            c.gradient_checkpointing, ""
-        )
+        + {True: ", gradient checkpointing", "half": ", half of its layers recomputed"}.get(c.gradient_checkpointing, "")
     )
     return "\n\n".join([head, parameters(d), flops(d), memory(d), disk(d), speed(d), *map(advice, d.advice)])
 
@@ -261,9 +254,7 @@ def memory(d: Description) -> str:
         rows = [[*row, cell] for row, cell in zip(rows, [f"in {d.gpu:g}?", *fits], strict=True)]
     lines = ["GiB per GPU (exact: weights to EMA; estimated: activations, buffers, context)", table(rows)]
     if refused := sorted({m.gpus for m in d.memory if d.config.batch_size % m.gpus}):
-        lines.append(
-            f"  train.py refuses batch_size={d.config.batch_size} on {refused[0]} GPUs: it must be a multiple of them"
-        )
+        lines.append(f"  train.py refuses batch_size={d.config.batch_size} on {refused[0]} GPUs: it must be a multiple of them")
     if host := ", ".join(f"{TITLES[m.launch]} {gib(m.host)}" for m in d.memory if m.host > 0):
         lines.append(f"  and in main memory per process: {host}")
     for override in dict.fromkeys(r.override for r in d.recomputation):
@@ -311,10 +302,7 @@ def duration(days: float) -> str:
 
 
 def advice(entry: Advice) -> str:
-    rows = [
-        (c.override, f"saves {gib(c.saves)}", f"leaves {gib(c.total)}", "fits" if c.fits else "does not fit")
-        for c in entry.changes
-    ]
+    rows = [(c.override, f"saves {gib(c.saves)}", f"leaves {gib(c.total)}", "fits" if c.fits else "does not fit") for c in entry.changes]
     lines = [
         f"{TITLES[entry.launch]} needs {gib(entry.needed)} GiB of {gib(entry.available)}. One change alone:",
         table(rows) if rows else "  none of the keys saves anything.",

@@ -39,8 +39,8 @@ class PartFlops:
 
 @dataclass(frozen=True)
 class StageFlops:
-    """FLOP of one sample at a stage's resolution and token length. ``unet`` is with its linear text projection, ``vae`` encoding; of a stage
-    that distils, ``teacher`` is the guided steps of a window, each of two forwards."""
+    """FLOP of one sample at a stage's resolution and token length. ``unet`` is with its linear text projection, ``vae`` encoding; of a
+    stage that distils, ``teacher`` is the guided steps of a window, each of two forwards."""
 
     unet: PartFlops
     refiner: PartFlops

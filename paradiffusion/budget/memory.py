@@ -139,9 +139,7 @@ def count_parameters(models: EmptyModels) -> Counts:
         lora=lora,
         vae=_numel(models.codec),
         trained=sum(p.numel() for p in trained.values()),
-        frozen=sum(
-            p.nbytes for n, p in joint.named_parameters() if not (p.requires_grad or n.startswith("text_encoder."))
-        ),
+        frozen=sum(p.nbytes for n, p in joint.named_parameters() if not (p.requires_grad or n.startswith("text_encoder."))),
         # Autocast copies what enters a matrix product or convolution; norms stay in fp32.
         matrices=sum(p.numel() for p in trained.values() if p.dtype == torch.float32 and p.ndim > 1),
         quantised=sum(module.weight.numel() for module in linear),
@@ -250,9 +248,7 @@ class Fitter:
     def counts(self, config: TrainConfig) -> Counts:
         """Numbers of parameters."""
         parts = (config.text_encoder, config.conditioning, config.lora, config.unet, config.codec, config.train_text)
-        found: Counts = self._once(
-            repr((parts, config.precision)), lambda: count_parameters(as_trained(empty_models(config)))
-        )
+        found: Counts = self._once(repr((parts, config.precision)), lambda: count_parameters(as_trained(empty_models(config))))
         return found
 
     def gpus_of(self, launch: Launch) -> int:

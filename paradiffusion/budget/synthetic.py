@@ -65,9 +65,7 @@ def random_text_encoder(config: TrainConfig, device: torch.device) -> TextEncode
     model.requires_grad_(False)
     if settings.quantization == "fp8":
         multiply_in_fp8(model)
-    return TextEncoder(
-        model.eval(), tokenizer, config.conditioning, {"name": settings.name, "hash": "random", "known_by": "random"}
-    )
+    return TextEncoder(model.eval(), tokenizer, config.conditioning, {"name": settings.name, "hash": "random", "known_by": "random"})
 
 
 def random_codec(config: CodecConfig, device: torch.device) -> Codec:
@@ -76,9 +74,7 @@ def random_codec(config: CodecConfig, device: torch.device) -> Codec:
         torch.manual_seed(0)
         vae: Any = AutoencoderKL(**codec_arguments(config))
     torch.nn.Module.to(vae, DTYPES[config.dtype])
-    return Codec(
-        vae.requires_grad_(False).eval(), config, {"name": config.name, "hash": "random", "known_by": "random"}
-    )
+    return Codec(vae.requires_grad_(False).eval(), config, {"name": config.name, "hash": "random", "known_by": "random"})
 
 
 def captions(kind: str, count: int, seed: int = 0) -> list[str]:
@@ -101,16 +97,12 @@ def picture(number: int, width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-def write_samples(
-    folder: Path, count: int, width: int, height: int, kinds: Iterable[str] = tuple(CAPTION_WORDS)
-) -> dict[str, list[str]]:
+def write_samples(folder: Path, count: int, width: int, height: int, kinds: Iterable[str] = tuple(CAPTION_WORDS)) -> dict[str, list[str]]:
     """Shards of ``count`` pictures, each with a caption of every kind; returns the captions by kind."""
     texts = {kind: captions(kind, count) for kind in kinds}
     pictures = [picture(number, width, height) for number in range(min(PICTURES, count))]
     samples = (
-        RawSample(
-            f"{n:06d}", pictures[n % PICTURES], "jpg", {"captions": {kind: rows[n] for kind, rows in texts.items()}}
-        )
+        RawSample(f"{n:06d}", pictures[n % PICTURES], "jpg", {"captions": {kind: rows[n] for kind, rows in texts.items()}})
         for n in range(count)
     )
     write_shards(samples, folder, samples_per_shard=512)

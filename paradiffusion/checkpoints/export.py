@@ -50,9 +50,7 @@ from paradiffusion.text.sources import locate
 WHOLE = "unet_trained_whole.safetensors"  # beside a U-Net's adapter
 SAMPLES = "samples"  # the model card's pictures, beside the weights on a hub
 OFFICIAL_TOKENS = 256  # what the released demo reads of a prompt, whatever the checkpoint was trained with
-OFFICIAL_END = (
-    "sigma_min"  # its solver's last step leads to the schedule's lowest noise, where later libraries go to none
-)
+OFFICIAL_END = "sigma_min"  # its solver's last step leads to the schedule's lowest noise, where later libraries go to none
 
 
 def export_ours(checkpoint: Layout, output: Path, dtype: str = "float32", frozen: str = "link") -> None:
@@ -178,15 +176,11 @@ def official_differs(checkpoint: Layout, dtype: str) -> list[str]:
     tokens, encoder = checkpoint.description["conditioning"]["max_tokens"], checkpoint.description["text_encoder"]
     reasons = []
     if tokens != OFFICIAL_TOKENS:
-        reasons.append(
-            f"it reads {OFFICIAL_TOKENS} tokens of a prompt, and this checkpoint {tokens}: set that number there"
-        )
+        reasons.append(f"it reads {OFFICIAL_TOKENS} tokens of a prompt, and this checkpoint {tokens}: set that number there")
     if dtype != "float32" or encoder.get("dtype", "float32") != "float32":
         reasons.append("what is stored or computed in 16 bits draws slightly other pictures than float32")
     if objective_of(checkpoint.description).scheduler("dpm").config.get("final_sigmas_type") != OFFICIAL_END:
-        reasons.append(
-            "it leaves the schedule's lowest noise in, as sample.py does from this folder but not from the checkpoint"
-        )
+        reasons.append("it leaves the schedule's lowest noise in, as sample.py does from this folder but not from the checkpoint")
     if checkpoint.description["conditioning"].get("clean_text", True):
         reasons.append("it reads text to the letter: give it prompts on one line, with single spaces, as in training")
     return reasons
@@ -252,9 +246,7 @@ def export_lora(checkpoint: Layout, output: Path, dtype: str = "float32", frozen
             saver: Any = {"unet": StableDiffusionLoraLoaderMixin, "transformer": SD3LoraLoaderMixin}[kind.folder]
             layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, state_dict=parts[UNET]))
             about = {**config.to_dict(), "target_modules": sorted(unet_lora["target_modules"])}  # a set has no order
-            saver.save_lora_weights(
-                folder, **{f"{kind.folder}_lora_layers": layers, f"{kind.folder}_lora_adapter_metadata": about}
-            )
+            saver.save_lora_weights(folder, **{f"{kind.folder}_lora_layers": layers, f"{kind.folder}_lora_adapter_metadata": about})
             whole = trained_whole(kind, checkpoint.unet_config)
             write_tensors(folder / WHOLE, {n: t for n, t in parts[UNET].items() if n.startswith(whole)})
             if checkpoint.refiner_config is not None:
@@ -274,9 +266,7 @@ def lora_told(checkpoint: Layout) -> list[str]:
     description, kind = checkpoint.description, DENOISERS[class_of(checkpoint.unet_config)]
     lora, unet_lora, encoder = description["lora"], description["unet_lora"], description["text_encoder"]
     if not (lora or unet_lora):
-        raise UserError(
-            f"{checkpoint.name} has no adapter (train_text=lora, unet.lora_rank); use to=pipeline for whole weights."
-        )
+        raise UserError(f"{checkpoint.name} has no adapter (train_text=lora, unet.lora_rank); use to=pipeline for whole weights.")
     if unet_lora and ADAPTERS[unet_lora.get("kind", "lora")][0] != "LoraConfig":
         raise UserError(
             f"diffusers loads no adapter of the kind {unet_lora['kind']}, which the U-Net of {checkpoint.name} has; use to=pipeline, "
@@ -288,9 +278,7 @@ def lora_told(checkpoint: Layout) -> list[str]:
         )
     told = []
     if unet_lora:
-        whole = (
-            "text projection and refiner (`refiner/`) were" if checkpoint.refiner_config else "the text projection was"
-        )
+        whole = "text projection and refiner (`refiner/`) were" if checkpoint.refiner_config else "the text projection was"
         told = [
             f'The U-Net\'s adapter: `pipe.load_lora_weights(folder)`, or `unet.load_lora_adapter(folder, prefix="{kind.folder}")`.',
             f"Alone it draws another picture, since {whole} trained whole beside it: call "
@@ -301,9 +289,7 @@ def lora_told(checkpoint: Layout) -> list[str]:
         model = f"{layers}{encoder['hub'] or encoder['name']}"
         told.append(f"The language model's: `PeftModel.from_pretrained(model, folder + '/{LORA}')`, for {model}.")
     if not unet_lora:
-        told.append(
-            "The U-Net was trained whole beside it, and the adapter alone draws another picture: to=pipeline exports both."
-        )
+        told.append("The U-Net was trained whole beside it, and the adapter alone draws another picture: to=pipeline exports both.")
     return told
 
 

@@ -205,10 +205,7 @@ class Pipeline(Layout):
         for part, folder in (("text_encoder", self.folder / "text_encoder"), ("codec", self.folder / "vae")):
             if (folder / "config.json").is_file():
                 stem = "model" if part == "text_encoder" else UNET_STEM
-                description[part] |= {
-                    "path": str(folder.resolve()),
-                    "hash": weights_hash(folder, stem).partition(".")[0],
-                }
+                description[part] |= {"path": str(folder.resolve()), "hash": weights_hash(folder, stem).partition(".")[0]}
         description["codec"]["subfolder"] = None
         return description
 
@@ -368,9 +365,7 @@ def is_unet_folder(folder: Path) -> bool:
     return isinstance(layout_of(folder), UNetAlone)
 
 
-def describe(
-    config: TrainConfig, step: int, text_source: dict[str, Any], codec_source: dict[str, Any]
-) -> dict[str, Any]:
+def describe(config: TrainConfig, step: int, text_source: dict[str, Any], codec_source: dict[str, Any]) -> dict[str, Any]:
     """What ``checkpoint.json`` says."""
     libraries = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft", "safetensors")}
     return {
@@ -434,10 +429,7 @@ def save_weights(folder: Path, joint: JointModel, state: dict[str, Tensor], desc
     base = {}
     if description.get("unet_lora"):  # all but adapter and projection is frozen, so it is no part of the average
         base = {f"{UNET}.{n}": p for n, p in joint.unet.named_parameters() if not p.requires_grad}
-    for (
-        name,
-        start,
-    ) in joint.start.items():  # B A - B0 A0, a plain LoRA of twice the rank beside the model's own weights
+    for name, start in joint.start.items():  # B A - B0 A0, a plain LoRA of twice the rank beside the model's own weights
         first = ".lora_A." in name
         state = {**state, name: torch.cat([state[name].cpu(), start if first else -start], dim=0 if first else 1)}
     buffers = {name: tensor for name, tensor in joint.named_buffers() if name.startswith((f"{UNET}.", f"{REFINER}."))}
@@ -489,9 +481,7 @@ def write_adapter(folder: Path, tensors: dict[str, Tensor], lora: dict[str, Any]
     path, defaults = folder / "adapter_config.json", type(config)().to_dict()
     # Older versions refuse a file with keys that they do not know, such as 0.7.1, the released code's, whatever their values.
     kept = {k: v for k, v in read_json(path).items() if k in PEFT_KEYS or v != defaults.get(k)}
-    kept |= {
-        "target_modules": targets["target_modules"]
-    }  # PEFT writes a set in the order of this process's string hashes.
+    kept |= {"target_modules": targets["target_modules"]}  # PEFT writes a set in the order of this process's string hashes.
     path.write_text(json.dumps({k: v for k, v in kept.items() if k != "peft_version"}, indent=1))
 
 
@@ -560,9 +550,7 @@ def merge_unet_lora(state: dict[str, Tensor], unet_lora: dict[str, Any]) -> dict
     return merged
 
 
-def load_adapter(
-    encoder: TextEncoder, state: dict[str, Tensor], lora: LoraConfig, settings: dict[str, Any] | None = None
-) -> None:
+def load_adapter(encoder: TextEncoder, state: dict[str, Tensor], lora: LoraConfig, settings: dict[str, Any] | None = None) -> None:
     """Attach the adapter in ``state`` to a frozen text encoder, and freeze it too (stage 3, sampling).
 
     Args:
@@ -571,9 +559,7 @@ def load_adapter(
     try:
         attach_lora(encoder, lora, **(settings or {}))
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{LORA}/adapter_config.json does not fit the text encoder ({error}); copy both again."
-        ) from None
+        raise UserError(f"{LORA}/adapter_config.json does not fit the text encoder ({error}); copy both again.") from None
     adapter = {name.removeprefix("text_encoder."): t for name, t in state.items() if name.startswith("text_encoder.")}
     check_complete({name for name, p in encoder.named_parameters() if p.requires_grad}, adapter)
     copy_tensors(encoder, adapter)
@@ -585,8 +571,7 @@ def check_complete(names: set[str], state: dict[str, Tensor]) -> None:
     missing = sorted(names - state.keys())
     if missing:
         raise UserError(
-            f"the checkpoint lacks {len(missing)} of the model's tensors, {missing[0]} the first; use another checkpoint, or "
-            "copy it again."
+            f"the checkpoint lacks {len(missing)} of the model's tensors, {missing[0]} the first; use another checkpoint, or copy it again."
         )
 
 

@@ -47,9 +47,7 @@ class Fit:
         if not names:
             return "nothing"
         places = (name.removeprefix(f"{UNET}.").split(".") for name in names)
-        groups = Counter(
-            ".".join(place[: 1 + place[0].endswith("_blocks")]) for place in places
-        )  # down_blocks.1 and the like
+        groups = Counter(".".join(place[: 1 + place[0].endswith("_blocks")]) for place in places)  # down_blocks.1 and the like
         shown = [f"{block} ({count})" for block, count in list(groups.items())[:MAX_GROUPS]]
         shown += ["..."] if len(groups) > MAX_GROUPS else []
         millions = sum(self.sizes[name] for name in names) / 1e6

@@ -96,9 +96,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors raises its own type, which it does not export; pickle raises anything
-        raise UserError(
-            f"{path} could not be read ({reason_of(error)}); use another checkpoint, or copy it again."
-        ) from None
+        raise UserError(f"{path} could not be read ({reason_of(error)}); use another checkpoint, or copy it again.") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{path} holds something else than named tensors; expected the weights of a model.")
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -146,9 +144,7 @@ def _convert(path: Path, target: Path) -> None:
         with atomic_file(target) as building:  # libraries prefer safetensors, and half a file would hide a good .bin
             write_tensors(building, tensors)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{target} could not be written ({reason_of(error)}); make room, then run the same command again."
-        ) from None
+        raise UserError(f"{target} could not be written ({reason_of(error)}); make room, then run the same command again.") from None
 
 
 def safetensors_name(name: str) -> str:

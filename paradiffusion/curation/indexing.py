@@ -22,9 +22,7 @@ def describe_indexes(indexes: Iterable[SampleIndex | UserError]) -> tuple[list[s
         shards += 1
         samples += len(index)
         uncaptioned += int((~index.words.any(axis=1)).sum())
-        cut_short += [
-            f"  cut short: {path} (data.allow_truncated=true uses its whole samples)" for path in index.truncated
-        ]
+        cut_short += [f"  cut short: {path} (data.allow_truncated=true uses its whole samples)" for path in index.truncated]
         counts.update({said: getattr(index, name) for name, said in COUNTS.items()})
         counts["images of unknown size"] += int((index.width == 0).sum())
         for column, kind in enumerate(index.kinds):

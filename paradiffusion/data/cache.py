@@ -302,9 +302,7 @@ class Cache:
             if text is None:
                 # An index of before has no hashes, so that a changed caption gives the same name.
                 first = "" if place.image_hash else f"delete {members.path.name} and "
-                raise ValueError(
-                    f"has a caption that is not in the cache, changed since: {first}run scripts/cache.py again"
-                )
+                raise ValueError(f"has a caption that is not in the cache, changed since: {first}run scripts/cache.py again")
         if text is None:
             return Stored(latents, None, [], [])
         return Stored(latents, text.values, [len(text.values)], [text.length])

@@ -41,9 +41,7 @@ _MARKS: Final = (
 _FOREIGN = re.compile(rb"[\x80-\xff]{4}|[\xc0-\xff]{3}")
 # Signs that stand before small letters, in a word, where Central European text, or that of old Macs and DOS, is read as
 # Windows-1252.
-_SIGNS: Final = (
-    r"\xa1-\xa3\xa5\xa6\xa9\xab\xac\xae-\xb3\xb6\xb9\xbb-\xbf\u201a\u201e\u2020-\u2022\u02c6\u2030\u2039\u203a\u02dc"
-)
+_SIGNS: Final = r"\xa1-\xa3\xa5\xa6\xa9\xab\xac\xae-\xb3\xb6\xb9\xbb-\xbf\u201a\u201e\u2020-\u2022\u02c6\u2030\u2039\u203a\u02dc"
 _WITHIN = re.compile(rf"[^\W\d_][{_SIGNS}][a-z\xdf-\xff]")
 # What programs write for a cell without a value.
 MISSING: Final = re.compile(r"nan|none|null|n/a|<na>|#n/a|undefined", re.IGNORECASE)
@@ -107,9 +105,7 @@ def captions_of(meta: dict[str, Any], text: bytes) -> dict[str, str]:
     found = dict(captions) if isinstance(captions, dict) else {}
     named = [captions, *(meta.get(name) for name in ("caption", "text", "prompt"))]
     texts = (one[0] if isinstance(one, list) and one else one for one in named)
-    found.setdefault(
-        "short", decode_text(text)[0] or next((one for one in texts if isinstance(one, str) and one.strip()), "")
-    )
+    found.setdefault("short", decode_text(text)[0] or next((one for one in texts if isinstance(one, str) and one.strip()), ""))
     cleaned = {kind: clean(value) for kind, value in found.items() if kind and isinstance(value, str)}
     return {kind: value for kind, value in cleaned.items() if value and not MISSING.fullmatch(value)}
 
@@ -150,9 +146,7 @@ def settle_kinds(words: np.ndarray, kinds: list[str], weights: dict[str, float],
     return chosen
 
 
-def choose_kinds(
-    words: np.ndarray, kinds: list[str], weights: dict[str, float], seed: int, epoch: int, ids: np.ndarray
-) -> np.ndarray:
+def choose_kinds(words: np.ndarray, kinds: list[str], weights: dict[str, float], seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
     """The caption kind that each sample is read with: drawn (``draw_kinds``), then settled (``settle_kinds``)."""
     return settle_kinds(words, kinds, weights, draw_kinds(kinds, weights, seed, epoch, ids))
 
@@ -209,9 +203,7 @@ def check_weights(kinds: list[str], weights: dict[str, float]) -> list[str]:
     known = drawable_kinds(kinds)
     for name, weight in weights.items():
         if name not in known:
-            raise UserError(
-                f"The caption kind {name!r} is in no sample: choose among {', '.join(known)} in data.captions."
-            )
+            raise UserError(f"The caption kind {name!r} is in no sample: choose among {', '.join(known)} in data.captions.")
         if not 0 <= weight < float("inf"):
             raise UserError(f"The caption kind {name!r} has the weight {weight}: give a number of 0 or more.")
     drawable = [name for name, weight in weights.items() if weight > 0]

@@ -63,9 +63,7 @@ def map_columns(places: Sequence[Path], state: str) -> Columns | None:
 
 def _write_columns(place: Path, state: str, fill: Callable[[New], dict[str, Any]]) -> None:
     written: list[np.memmap[Any, Any]] = []
-    for old in place.parent.glob(
-        f".{place.name}.*.part"
-    ):  # What a killed process has left; another machine may be at work.
+    for old in place.parent.glob(f".{place.name}.*.part"):  # What a killed process has left; another machine may be at work.
         if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(old, ignore_errors=True)
     with atomic_folder(place, shared=True) as partial:

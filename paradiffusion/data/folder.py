@@ -20,17 +20,7 @@ from tqdm import tqdm
 
 from paradiffusion.atomic import cached_index, locked
 from paradiffusion.data.captions import captions_of, is_odd, parse_meta
-from paradiffusion.data.index import (
-    DAMAGED,
-    SampleIndex,
-    TokenCounter,
-    arrays_of,
-    assemble,
-    index_of,
-    look_at,
-    save_arrays,
-    tabulated,
-)
+from paradiffusion.data.index import DAMAGED, SampleIndex, TokenCounter, arrays_of, assemble, index_of, look_at, save_arrays, tabulated
 from paradiffusion.data.shards import IMAGE_EXTENSIONS, IN_TABLE, FolderPart, Span, TarEntry, names_beside, read_beside
 from paradiffusion.data.tables import BESIDE, table_beside, told_by_table
 from paradiffusion.errors import UserError
@@ -185,9 +175,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _look_at(
-    root: Path, found: list[FoundPicture], counter: TokenCounter | None
-) -> tuple[SampleIndex, np.ndarray, np.ndarray]:
+def _look_at(root: Path, found: list[FoundPicture], counter: TokenCounter | None) -> tuple[SampleIndex, np.ndarray, np.ndarray]:
     """Read the head of each picture, and its captions. Threads, since most of it is waiting for the disk.
 
     Returns:
@@ -206,11 +194,7 @@ def _look_at(
     looks, captions = [(saw.width, saw.height, saw.hash) for saw in looked], [saw.captions for saw in looked]
     index = tabulated(FolderPart(root, 0), entries, looks, captions, counter)
     stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)
-    return (
-        index,
-        stamps,
-        np.array([(saw.bad_json, saw.odd_text, saw.unreadable) for saw in looked], bool).reshape(-1, 3),
-    )
+    return (index, stamps, np.array([(saw.bad_json, saw.odd_text, saw.unreadable) for saw in looked], bool).reshape(-1, 3))
 
 
 def look(root: Path, found: FoundPicture) -> LookedAt:

@@ -32,26 +32,13 @@ from paradiffusion.data.captions import captions_of, count_words, is_odd, parse_
 from paradiffusion.data.columns import New, digest, map_columns, shared_columns
 from paradiffusion.data.images import probe_size
 from paradiffusion.data.remote import RemoteError, RemotePath, open_shard, read_whole, with_state
-from paradiffusion.data.shards import (
-    IMAGE_EXTENSIONS,
-    FolderPart,
-    Place,
-    RawSample,
-    ShardPath,
-    Span,
-    TarEntry,
-    list_tar,
-    read_place,
-)
+from paradiffusion.data.shards import IMAGE_EXTENSIONS, FolderPart, Place, RawSample, ShardPath, Span, TarEntry, list_tar, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores, start_method
 from paradiffusion.randomness import seed_from
 
 _VERSION: Final = 5
-_BEFORE: Final = (
-    3,
-    4,
-)  # remote indexes of these versions, without hashes of contents or all encodings, are read as well
+_BEFORE: Final = (3, 4)  # remote indexes of these versions, without hashes of contents or all encodings, are read as well
 _MAX_KINDS: Final = 16
 # What an index counts of its files, in the order in which that is stored, and what a person is told of them.
 COUNTS: Final = {
@@ -424,9 +411,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _index_one(
-    shard: Path | RemotePath, folder: Path | None, counter: TokenCounter | None = None
-) -> SampleIndex | UserError:
+def _index_one(shard: Path | RemotePath, folder: Path | None, counter: TokenCounter | None = None) -> SampleIndex | UserError:
     try:
         return index_shard(shard, True, counter or _counter, folder)
     except UserError as error:
@@ -521,12 +506,7 @@ def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int |
             bad_json += meta is None
             odd_text += is_odd(meta_bytes, text)
             captions.append(captions_of(meta or {}, text))
-    counts = {
-        "without_image": listing.without_image,
-        "stray": listing.stray,
-        "bad_json": bad_json,
-        "odd_text": odd_text,
-    }
+    counts = {"without_image": listing.without_image, "stray": listing.stray, "bad_json": bad_json, "odd_text": odd_text}
     return tabulated(path, listing.entries, looks, captions, counter, listing.truncated, **counts)
 
 

@@ -25,14 +25,7 @@ from typing import Any, Final
 import numpy as np
 
 from paradiffusion.config import DataConfig
-from paradiffusion.data.captions import (
-    KindShares,
-    check_weights,
-    draw_kinds,
-    drawable_kinds,
-    expected_shares,
-    settle_kinds,
-)
+from paradiffusion.data.captions import KindShares, check_weights, draw_kinds, drawable_kinds, expected_shares, settle_kinds
 from paradiffusion.data.columns import shared_columns
 from paradiffusion.data.folder import load_folder
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, fitted
@@ -210,9 +203,7 @@ class BatchPlan:
         self.streams = []
         for number, name in enumerate(index.sources):
             shards = np.flatnonzero(index.shard_source == number)
-            salt = (
-                (name,) if several else ()
-            )  # What one source brings is what it brought before there could be several.
+            salt = (name,) if several else ()  # What one source brings is what it brought before there could be several.
             stream = SourceStream(index, self._grouped, shards, self.captions[number], seed, window_shards, salt)
             self.streams.append(stream)
             if not stream.size:

@@ -122,9 +122,7 @@ def list_remote(url: str, storage: Storage) -> list[RemotePath]:
     try:
         names = with_retries(lambda: list(system.glob(pattern)), storage.retries)
     except RemoteError as error:
-        raise UserError(
-            f"{url} cannot be listed ({error}): name the shards by a range {{00000..00099}}.tar."
-        ) from error
+        raise UserError(f"{url} cannot be listed ({error}): name the shards by a range {{00000..00099}}.tar.") from error
     return [RemotePath(system.unstrip_protocol(name), storage) for name in names if name.endswith(".tar")]
 
 
@@ -249,9 +247,7 @@ def system_of(url: str) -> Any:
     except ImportError as error:
         package = _PACKAGES.get(protocol)
         advice = f"`pip install {package}`" if package else f"install what fsspec asks for ({error})"
-        raise UserError(
-            f"{url} cannot be read without another library: {advice} and run the same command again."
-        ) from None
+        raise UserError(f"{url} cannot be read without another library: {advice} and run the same command again.") from None
     except ValueError:
         raise UserError(
             f"{url} begins with {protocol}://, which fsspec does not know: expected s3://, gs://, https:// or a path."
@@ -397,9 +393,7 @@ def cached_copy(shard: RemotePath) -> BinaryIO | None:
     except RemoteError:
         raise
     except OSError as error:
-        raise RemoteError(
-            f"data.cache_dir={folder} cannot be used ({error.strerror}): make it usable, or leave it out"
-        ) from error
+        raise RemoteError(f"data.cache_dir={folder} cannot be used ({error.strerror}): make it usable, or leave it out") from error
     return copy
 
 

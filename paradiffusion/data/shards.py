@@ -33,13 +33,7 @@ from paradiffusion.errors import UserError
 
 IMAGE_EXTENSIONS: Final = ("jpg", "jpeg", "png", "webp", "jfif")
 # What a file is of its sample, by its extension in small letters: in tars, folders and streams. kohya's scripts write .caption.
-PARTS: Final = {
-    "json": "json",
-    "txt": "text",
-    "caption": "text",
-    "text": "text",
-    **dict.fromkeys(IMAGE_EXTENSIONS, "image"),
-}
+PARTS: Final = {"json": "json", "txt": "text", "caption": "text", "text": "text", **dict.fromkeys(IMAGE_EXTENSIONS, "image")}
 _MAX_SHARDS: Final = 1_000_000
 _BLOCK: Final = 512
 _MAX_MEMBER: Final = 1 << 30  # Larger files are no images; sizes are stored in 32 bits.

@@ -28,9 +28,7 @@ from paradiffusion.data.shards import IMAGE_EXTENSIONS, PARTS, expand_shards, sp
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
 
-NOT_RESUMABLE: Final = (
-    "data: STREAMING, not exactly resumable: shards are drawn with replacement, and a resumed run sees other samples"
-)
+NOT_RESUMABLE: Final = "data: STREAMING, not exactly resumable: shards are drawn with replacement, and a resumed run sees other samples"
 # Encoded samples that are mixed before batches are made: more shards apart than a batch would hold otherwise.
 _BUFFER: Final = 1000
 _PIECE: Final = 1 << 23
@@ -65,9 +63,7 @@ class StreamLoader(Loader):
         super()._judge(delivery)
 
 
-def _in_steps(
-    deliveries: Iterator[tuple[Bucket, Delivery]], settings: LoaderSettings, size: int
-) -> Iterator[tuple[Order, Delivery]]:
+def _in_steps(deliveries: Iterator[tuple[Bucket, Delivery]], settings: LoaderSettings, size: int) -> Iterator[tuple[Order, Delivery]]:
     """Give what comes a step and slots. Knows no loader: the thread that draws on this would keep it alive for ever."""
     step = settings.first_step
     while settings.last_step is None or step < settings.last_step:
@@ -154,9 +150,7 @@ class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
                 raise _NothingGood
             yield bucket, made
 
-    def _make(
-        self, sample: dict[str, Any], shard: str, epoch: int, failures: list[Failure]
-    ) -> tuple[int, Sample | None]:
+    def _make(self, sample: dict[str, Any], shard: str, epoch: int, failures: list[Failure]) -> tuple[int, Sample | None]:
         key = str(sample["__key__"])
         extension = next((extension for extension in IMAGE_EXTENSIONS if extension in sample), None)
         meta = parse_meta(sample["json"]) if "json" in sample else {}

@@ -45,16 +45,12 @@ def check_names(path: Path, names: Iterable[str]) -> None:
 
 def repeated_name(path: Path, name: str, where: str = "") -> UserError:
     """The refusal of a table that has a name twice."""
-    return UserError(
-        f"{path} has {name!r} twice{where}, and which is meant is not known; give one of them another name."
-    )
+    return UserError(f"{path} has {name!r} twice{where}, and which is meant is not known; give one of them another name.")
 
 
 # Tables of captions beside pictures, as the hub's image folders and others have them, the first that is there; and what the column
 # of the files is called.
-BESIDE: Final = tuple(
-    f"{stem}.{end}" for stem in ("metadata", "captions") for end in ("jsonl", "csv", "tsv", "parquet")
-)
+BESIDE: Final = tuple(f"{stem}.{end}" for stem in ("metadata", "captions") for end in ("jsonl", "csv", "tsv", "parquet"))
 FILE_NAMES: Final = (
     "file_name", "filename", "file", "file_path", "filepath", "image_path", "img_path", "path", "image", "img",
 )  # fmt: skip
@@ -208,8 +204,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         raise repeated_name(path, str(repeated), " in one object") from None
     except (ValueError, RecursionError):
         raise UserError(
-            f"{path} is no JSON; expected a list of objects, or an object from file names to captions (one object a line: "
-            "call it .jsonl)."
+            f"{path} is no JSON; expected a list of objects, or an object from file names to captions (one object a line: call it .jsonl)."
         ) from None
     notes = [ENCODING_NOTES[encoding]] if encoding in ENCODING_NOTES else []
     if isinstance(content, dict):
@@ -321,11 +316,7 @@ def _captions_by_file(table: Path, *state: int) -> dict[str, tuple[dict[str, str
             print(f"{table} is passed over: {told}", file=sys.stderr, flush=True)
         return {}
     rows = ((row.fields.get(column), row) for row in read_rows(table))
-    return {
-        file.removeprefix("./"): (captions_of(row.fields, b""), bool(row.notes))
-        for file, row in rows
-        if isinstance(file, str)
-    }
+    return {file.removeprefix("./"): (captions_of(row.fields, b""), bool(row.notes)) for file, row in rows if isinstance(file, str)}
 
 
 @lru_cache(4096)

@@ -22,9 +22,7 @@ def guided_steps(settings: SamplerConfig, count: int, levels: Callable[[], Seque
         within = [lowest < level <= (math.inf if highest is None else highest) for level in levels()]
     shares = [step / max(count - 1, 1) for step in range(count)]
     start, stop = settings.guidance_start, settings.guidance_stop
-    return [
-        settings.guidance != 1.0 and start <= share <= stop and ok for share, ok in zip(shares, within, strict=True)
-    ]
+    return [settings.guidance != 1.0 and start <= share <= stop and ok for share, ok in zip(shares, within, strict=True)]
 
 
 def guide(null: Tensor, prompt: Tensor, scale: float | Tensor, rescale: float = 0.0) -> Tensor:

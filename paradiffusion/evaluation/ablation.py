@@ -70,10 +70,7 @@ class AblateOptions:
         choice("print", self.print, ("no", "shell", "json", "slurm"))
         for wrong, sentence in (
             (self.table and self.print != "no", "both table=true and print= are given; keep one of them"),
-            (
-                self.launch and not Path(self.launch).is_file(),
-                f"launch={self.launch} is no file; choose one of configs/launch",
-            ),
+            (self.launch and not Path(self.launch).is_file(), f"launch={self.launch} is no file; choose one of configs/launch"),
             (self.launch_arguments and not self.launch, "launch_arguments= go with launch=, which is missing"),
         ):
             if wrong:
@@ -88,9 +85,7 @@ class AblateOptions:
             or len({*given}) < len(given)
             or (self.seeds is not None and not given)
         ):
-            raise UserError(
-                f"seeds={self.seeds} is not understood; expected whole numbers, each another, such as [0,1,2]."
-            )
+            raise UserError(f"seeds={self.seeds} is not understood; expected whole numbers, each another, such as [0,1,2].")
         return tuple(int(item) for item in given)
 
     @staticmethod
@@ -117,13 +112,7 @@ def split(arguments: list[str]) -> tuple[list[str], Extra]:
     return own, Extra(tuple(overrides), tuple(per_stage))
 
 
-def ablate(
-    options: AblateOptions,
-    extra: Extra,
-    compose: Compose,
-    check: Callable[[list[str], bool], None],
-    again: Sequence[str],
-) -> int:
+def ablate(options: AblateOptions, extra: Extra, compose: Compose, check: Callable[[list[str], bool], None], again: Sequence[str]) -> int:
     """Print the commands, or run what is not finished and write the table; 1 where something failed, 128 + the signal's number
     after a stop. UserError for a study, an override or a folder that is wrong, before anything is run.
 

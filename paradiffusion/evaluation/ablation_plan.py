@@ -65,9 +65,7 @@ _Evaluate = tuple[Annotated[_Argument, _not_own(_OWN_EVALUATE_KEYS)], ...]
 _Stage = Literal[1, 2, 3]
 _Stages = Annotated[
     tuple[_Stage, ...],
-    _rule(
-        lambda s: bool(s) and list(s) == sorted({*s}), "{} must be stages in rising order, such as [1, 2, 3] or [1, 3]"
-    ),
+    _rule(lambda s: bool(s) and list(s) == sorted({*s}), "{} must be stages in rising order, such as [1, 2, 3] or [1, 3]"),
 ]
 _Seeds = Annotated[
     tuple[Annotated[int, Strict(), Field(ge=0, lt=10**9)], ...],
@@ -123,18 +121,14 @@ def read_study(path: Path) -> Study:
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"study={path} cannot be read ({getattr(error, 'strerror', 'no text')}); name a YAML file."
-        ) from None
+        raise UserError(f"study={path} cannot be read ({getattr(error, 'strerror', 'no text')}); name a YAML file.") from None
     except ValueError as error:
         raise UserError(f"study={path} is not understood: {error}; {_FIX}.") from None
     if not isinstance(values, dict):
         raise UserError(f"study={path} is no mapping of keys to values; {_FIX}.")
     named = values.get("settings")
     if not isinstance(named, dict) or not named:
-        raise UserError(
-            f"study={path} has no settings; expected such as settings: {{baseline: {{}}, rank_16: {{note: LoRA}}}}."
-        )
+        raise UserError(f"study={path} has no settings; expected such as settings: {{baseline: {{}}, rank_16: {{note: LoRA}}}}.")
     values["settings"] = [_row(name, entry) for name, entry in named.items()]
     try:
         study = TypeAdapter(Study).validate_python({"name": path.stem, **_given(values)})
@@ -142,9 +136,7 @@ def read_study(path: Path) -> Study:
         raise UserError(f"study={path}: {_sentence(error, list(named))}; {_FIX}.") from None
     known = [setting.name for setting in study.settings]
     if study.baseline and study.baseline not in known:
-        raise UserError(
-            f"study={path}: baseline: {study.baseline} is none of its settings, {', '.join(known)}; {_FIX}."
-        )
+        raise UserError(f"study={path}: baseline: {study.baseline} is none of its settings, {', '.join(known)}; {_FIX}.")
     return replace(study, baseline=study.baseline or known[0])
 
 
@@ -282,9 +274,7 @@ def _stages(
     return found
 
 
-def _training(
-    name: str, seed: int, overrides: list[str], config: TrainConfig, parent: Unit | None, output: Path
-) -> Unit:
+def _training(name: str, seed: int, overrides: list[str], config: TrainConfig, parent: Unit | None, output: Path) -> Unit:
     needs = parent.key if parent else None
     digest = _identity(config, needs)
     folder = _folder(output / "trained", f"{name}-seed{seed}-stage{config.stage}", digest)
@@ -317,23 +307,18 @@ def _check_start(config: TrainConfig, before: TrainConfig | None, adapted: bool,
     """Refuse what training would refuse only once the stage before is done, hours later."""
     if before is None:
         if config.stage != 1 and config.init_from is None:
-            raise UserError(
-                f"{where} is the first and starts from nothing; add stage 1 to its stages, or an init_from=."
-            )
+            raise UserError(f"{where} is the first and starts from nothing; add stage 1 to its stages, or an init_from=.")
         return
     fix = f"{setting.name}: {{per_stage: {{{config.stage}: [train_text="
     if config.train_text == "adapter" and not adapted and before.train_text != "adapter":
-        raise UserError(
-            f"{where} has train_text=adapter, and no stage before it trains a LoRA adapter; write {fix}frozen]}}}}."
-        )
+        raise UserError(f"{where} has train_text=adapter, and no stage before it trains a LoRA adapter; write {fix}frozen]}}}}.")
     if config.train_text == "frozen" and (adapted or before.train_text == "adapter"):
         raise UserError(f"{where} would drop the LoRA adapter of the stage before; write {fix}adapter]}}}}.")
     old, new = (identity(one, "weights") | identity(one, "noise") for one in (before, config))
     for key, value in new.items():
         if old[key] != value:
             raise UserError(
-                f"{where} says {key}={value}, and the stage that it starts from {old[key]}; set it for all stages of the "
-                "setting alike."
+                f"{where} says {key}={value}, and the stage that it starts from {old[key]}; set it for all stages of the setting alike."
             )
 
 

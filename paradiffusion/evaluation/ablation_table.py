@@ -233,9 +233,7 @@ def compare(study: Study, plan: Plan, finished: set[str]) -> Comparison:
             if known := [one[key] for one in mine if key in one]:
                 row.values[key] = tuple(one[key].value if key in one else math.nan for one in mine)
                 row.estimates[key] = _shown_estimate(over_seeds(known), column)
-            pairs = [
-                (one[key], other[key]) for one, other in zip(mine, base, strict=True) if key in one and key in other
-            ]
+            pairs = [(one[key], other[key]) for one, other in zip(mine, base, strict=True) if key in one and key in other]
             if pairs and column.suite and setting.name != study.baseline:
                 change = difference([one for one, _ in pairs], [other for _, other in pairs])
                 row.differences.update({key: change} if change else {})
@@ -390,9 +388,7 @@ def as_markdown(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
     lines = [f"# {markdown(_title(comparison))}", "", grid_markdown(_table(comparison))]
     lines += ["", *(f"- {markdown(note)}" for note in notes(comparison))]
     lines += [f"- **{markdown(warning)}**" for warning in comparison.warnings]
-    lines += [
-        f"- {markdown(row.setting.name)}: {markdown(row.setting.note)}" for row in comparison.rows if row.setting.note
-    ]
+    lines += [f"- {markdown(row.setting.name)}: {markdown(row.setting.note)}" for row in comparison.rows if row.setting.note]
     if failures:
         lines += ["", "## Not finished", ""]
         lines += [f"- {markdown(title)}: {markdown(reason)}" for title, reason in failures]

@@ -37,9 +37,7 @@ class Estimate:
     prompts: int
 
 
-def ratio(
-    numerators: Sequence[float], denominators: Sequence[float], prompts: Sequence[str], seed: int = 0
-) -> Estimate:
+def ratio(numerators: Sequence[float], denominators: Sequence[float], prompts: Sequence[str], seed: int = 0) -> Estimate:
     """The sum of ``numerators`` over that of ``denominators``, with the expanded percentile interval (``expanded_tails``).
 
     Everything that belongs to one of ``prompts`` is resampled together, since images of one prompt are alike. Denominators say how
@@ -129,9 +127,7 @@ def expanded_tails(prompts: int) -> tuple[float, float]:
     return tail, 1 - tail
 
 
-def _sums(
-    numerators: Sequence[float], denominators: Sequence[float], prompts: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _sums(numerators: Sequence[float], denominators: Sequence[float], prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums of both by prompt, and the prompts' names, sorted; of the prompts that count for something."""
     if not len(numerators) == len(denominators) == len(prompts) or not len(prompts):
         raise ValueError(f"{len(numerators)} and {len(denominators)} values for {len(prompts)} prompts")

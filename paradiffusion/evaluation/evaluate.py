@@ -22,15 +22,7 @@ from paradiffusion.evaluation.records import Drawn, Evaluation, Measure, Score, 
 from paradiffusion.evaluation.reporting.evaluation_report import write_report
 from paradiffusion.evaluation.reporting.report_tables import read_votes
 from paradiffusion.evaluation.scores.agreement import HumanPair, agreement, read_pairs
-from paradiffusion.evaluation.subjects import (
-    Subject,
-    base_folder,
-    bind_folder,
-    joint_folder,
-    made_before,
-    subjects_of,
-    suite_folder,
-)
+from paradiffusion.evaluation.subjects import Subject, base_folder, bind_folder, joint_folder, made_before, subjects_of, suite_folder
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.machine import choose_device
 from paradiffusion.sampling.run import (
@@ -57,9 +49,7 @@ class Task:
     scores: list[Score | ScoreResult]
 
 
-PeopleSaid = tuple[
-    list[HumanPair], dict[str, Any] | None
-]  # votes on pairs, to compare scores with, and a study's results
+PeopleSaid = tuple[list[HumanPair], dict[str, Any] | None]  # votes on pairs, to compare scores with, and a study's results
 
 
 def evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> int:
@@ -77,9 +67,7 @@ def evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> int:
     made = {number: made_before(s, suites) for number, s in enumerate(subjects) if s.made is not None}
     suites = list(suites) or _suites_of(list(made.values()), subjects)
     tasks = {
-        number: _tasks(options, subject.source, suites, device)
-        for number, subject in enumerate(subjects)
-        if subject.source is not None
+        number: _tasks(options, subject.source, suites, device) for number, subject in enumerate(subjects) if subject.source is not None
     }
     check_possible(options, [task.scores for found in tasks.values() for task in found])
     said = _said(options)
@@ -137,9 +125,7 @@ def _tasks(options: EvaluateOptions, source: Source, suites: Sequence[Suite], de
     return tasks
 
 
-def _evaluate(
-    options: EvaluateOptions, task: Task, processes: Processes, signal: StopSignal
-) -> tuple[Evaluation, list[str]]:
+def _evaluate(options: EvaluateOptions, task: Task, processes: Processes, signal: StopSignal) -> tuple[Evaluation, list[str]]:
     """One model on one suite, its evaluation.json and report written; and what failed."""
     source, suite = task.source, task.suite
     wanted = options.images_per_prompt or source.images_of(suite)
@@ -252,9 +238,7 @@ def show_table(suite: Suite, evaluations: Sequence[Evaluation]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     skipped = dict.fromkeys(score.name for one in evaluations for score in one.scores if score.skipped)
     note = f"\nnot computed, the report says why: {', '.join(skipped)}" if skipped else ""
-    return (
-        f"\n{suite.title} ({len(suite.prompts)} prompts; mean, 95 % interval over prompts)\n" + "\n".join(lines) + note
-    )
+    return f"\n{suite.title} ({len(suite.prompts)} prompts; mean, 95 % interval over prompts)\n" + "\n".join(lines) + note
 
 
 def shown(value: Estimate, measure: Measure) -> str:

@@ -128,29 +128,21 @@ class EvaluateOptions:
             return {}
         if not text.startswith("{"):
             if len(names) != 1:
-                raise UserError(
-                    f"suite_path={text} does not say of which suite; write suite_path='{{{(names or ['name'])[-1]}: {text}}}'."
-                )
+                raise UserError(f"suite_path={text} does not say of which suite; write suite_path='{{{(names or ['name'])[-1]}: {text}}}'.")
             return {names[0]: text}
         values = _mapping(text)
         if values is None or not all(isinstance(path, str) for path in values.values()):
-            raise UserError(
-                f"suite_path={text} is not understood; expected a path, or a mapping such as {{paraprompts: path}}."
-            )
+            raise UserError(f"suite_path={text} is not understood; expected a path, or a mapping such as {{paraprompts: path}}.")
         for name in values:
             if name not in names:
-                raise UserError(
-                    f"suite_path={text} has a path of {name}, and suite= names {', '.join(names) or 'none'}."
-                )
+                raise UserError(f"suite_path={text} has a path of {name}, and suite= names {', '.join(names) or 'none'}.")
         return {str(name): str(path) for name, path in values.items()}
 
     def of_suite(self) -> dict[str, Any]:
         """``suite_options=`` as a mapping."""
         values = _mapping(self.suite_options or "{}")
         if values is None:
-            raise UserError(
-                f"suite_options={self.suite_options} is not understood; expected a mapping, such as {{language: zh}}."
-            )
+            raise UserError(f"suite_options={self.suite_options} is not understood; expected a mapping, such as {{language: zh}}.")
         return values
 
     def compared(self) -> list[tuple[str | None, str]]:

@@ -25,17 +25,10 @@ from paradiffusion.metrics.vlm import VlmOptions
 COUNTERFACTUAL = 20  # prompts, each drawn again without each of its sentences; our choice
 
 _CLIP = "clip= is not given; name an open_clip model, such as clip=ViT-L-14-quickgelu:openai"
-_VLM = (
-    "no vision-language model is given; name one with vlm=qwen3_vl_8b (or a folder), or a server with "
-    "endpoint=http://localhost:8000/v1"
-)
+_VLM = "no vision-language model is given; name one with vlm=qwen3_vl_8b (or a folder), or a server with endpoint=http://localhost:8000/v1"
 _REFERENCE = "reference= is not given; name a folder of real pictures, or a .npz of their statistics"
-_INCEPTION = (
-    "inception= is not given; name the FID's Inception weights (`python scripts/evaluate.py --help` says which)"
-)
-_EMBEDDING = (
-    "text_embedding= is not given; name a text-embedding model, such as text_embedding=Qwen/Qwen3-Embedding-0.6B"
-)
+_INCEPTION = "inception= is not given; name the FID's Inception weights (`python scripts/evaluate.py --help` says which)"
+_EMBEDDING = "text_embedding= is not given; name a text-embedding model, such as text_embedding=Qwen/Qwen3-Embedding-0.6B"
 
 
 @dataclass(frozen=True)
@@ -73,9 +66,7 @@ def offers(options: EvaluateOptions, suite: Suite, painter: Painter | None, devi
     # Where the truth is known no model need guess it.
     sentences = "" if scenes else clip
     dpg = "" if "dpg" in suite.measures else "it is for suite=dpg, to whose questions it belongs"
-    drawing = (
-        "" if painter is not None else "it draws further pictures, and a folder of pictures cannot; it needs a model"
-    )
+    drawing = "" if painter is not None else "it draws further pictures, and a folder of pictures cannot; it needs a model"
     prompts = options.counterfactual if options.counterfactual is not None else COUNTERFACTUAL
     unasked = "" if options.counterfactual is not None or (scenes and kind == "checkpoint") else (
         f"counterfactual= is not given; counterfactual={COUNTERFACTUAL} draws so many prompts again without each of their sentences"
@@ -129,14 +120,9 @@ def make_scores(options: EvaluateOptions, found: list[Offer]) -> list[Score | Sc
     known = [offer.name for offer in found]
     for name in wanted or ():
         if name not in known:
-            raise UserError(
-                f"scores={options.scores}: {name} is unknown; choose among {', '.join(known)}, or scores=auto."
-            )
+            raise UserError(f"scores={options.scores}: {name} is unknown; choose among {', '.join(known)}, or scores=auto.")
     chosen = [offer for offer in found if (offer.usual if wanted is None else offer.name in wanted)]
-    return [
-        ScoreResult(offer.name, offer.title, skipped=f"{offer.missing}.") if offer.missing else offer.make()
-        for offer in chosen
-    ]
+    return [ScoreResult(offer.name, offer.title, skipped=f"{offer.missing}.") if offer.missing else offer.make() for offer in chosen]
 
 
 def check_possible(options: EvaluateOptions, chosen: list[list[Score | ScoreResult]]) -> None:

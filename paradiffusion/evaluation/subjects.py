@@ -49,9 +49,7 @@ def subjects_of(options: EvaluateOptions) -> list[Subject]:
     for key in ("label", "name"):
         value = [getattr(one, key) for one in drawn]
         if twice := [one for one in value if value.count(one) > 1]:
-            raise UserError(
-                f"compare= has two of the {key} {twice[0]}; give each a name of its own, as in compare=[a=...,b=...]."
-            )
+            raise UserError(f"compare= has two of the {key} {twice[0]}; give each a name of its own, as in compare=[a=...,b=...].")
     return subjects
 
 
@@ -70,9 +68,7 @@ def _compared(options: EvaluateOptions, label: str | None, path: str) -> Subject
         return Subject(label, made=folder)
     if (folder / "model_index.json").is_file() and not (folder / "checkpoint.json").is_file():
         return Subject(label, _pipeline(options, path, label))
-    trained = (
-        (folder / "checkpoint.json").is_file() or (folder / "checkpoints").is_dir() or any(folder.glob("stage[0-9]"))
-    )
+    trained = (folder / "checkpoint.json").is_file() or (folder / "checkpoints").is_dir() or any(folder.glob("stage[0-9]"))
     if not trained and not Official.fits(folder):
         if any(file.suffix.lower() in KINDS for file in folder.rglob("*")):
             return Subject(label, PicturesSource(folder, label))
@@ -139,19 +135,13 @@ def bind_folder(place: Place, source: Source, own: bool) -> None:
     with disk_errors(place.folder):
         follows = own and isinstance(source, CheckpointSource) and source.step is not None and not source.pinned
         # of other weights of the same stage
-        earlier = (
-            before is not None
-            and isinstance(before.get("step"), int)
-            and before.get("weights") != record.get("weights")
-        )
+        earlier = before is not None and isinstance(before.get("step"), int) and before.get("weights") != record.get("weights")
         if before is not None and follows and earlier:
             _set_aside(place.folder, before, record)
             before = None
         if before is not None and before != record:
             changes = [
-                f"other prompts of suite={suite.name}"
-                if key == "fingerprint"
-                else f"{key}={before.get(key)} (now {record.get(key)})"
+                f"other prompts of suite={suite.name}" if key == "fingerprint" else f"{key}={before.get(key)} (now {record.get(key)})"
                 for key in dict.fromkeys([*record, *before])
                 if before.get(key) != record.get(key)
             ]
@@ -169,9 +159,7 @@ def _set_aside(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> 
         name += f"_{str(before.get('weights'))[:8]}"
     target = folder.parent / name / folder.name
     if target.exists():
-        raise UserError(
-            f"{folder} is of the step {before['step']}, and {target} is there already; move one of them away."
-        )
+        raise UserError(f"{folder} is of the step {before['step']}, and {target} is there already; move one of them away.")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(target)
     print(f"The evaluation of step {before['step']} is now in {target}.", flush=True)

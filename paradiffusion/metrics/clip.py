@@ -115,9 +115,7 @@ def load_clip(spec: str, device: str, precision: str = "fp32") -> Clip:
     try:
         placed: Any = {"precision": precision, "device": device, "weights_only": True}
         if pretrained:
-            model, _, prepare = open_clip.create_model_and_transforms(
-                name, pretrained, require_pretrained=True, **placed
-            )
+            model, _, prepare = open_clip.create_model_and_transforms(name, pretrained, require_pretrained=True, **placed)
         else:
             model, prepare = open_clip.create_model_from_pretrained(name, **placed)
         tokenize = open_clip.get_tokenizer(name)
@@ -158,13 +156,9 @@ def _refuse_code(folder: Path) -> None:
     try:
         text = json.dumps(json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"clip={folder} has no readable open_clip_config.json ({error}); give a whole folder."
-        ) from None
+        raise UserError(f"clip={folder} has no readable open_clip_config.json ({error}); give a whole folder.") from None
     if "trust_remote_code" in text:
-        raise UserError(
-            f"clip={folder} asks for trust_remote_code, which would run its code; remove it from the config."
-        )
+        raise UserError(f"clip={folder} asks for trust_remote_code, which would run its code; remove it from the config.")
 
 
 class Head(torch.nn.Sequential):
@@ -199,16 +193,11 @@ def load_head(path: Path) -> Head:
             state = state.get("state_dict", state)
         names = sorted((name for name in state if name.endswith("weight")), key=_natural)
         pairs = [(name, state.get(f"{name[: -len('weight')]}bias")) for name in names]
-        layers = [
-            (state[name].float(), torch.zeros(len(state[name])) if bias is None else bias.float())
-            for name, bias in pairs
-        ]
+        layers = [(state[name].float(), torch.zeros(len(state[name])) if bias is None else bias.float()) for name, bias in pairs]
     except Exception as error:  # safetensors raises its own type, which it does not export; pickle raises anything
         raise UserError(f"aesthetic={path} cannot be read ({reason_of(error)}); {expected}.") from None
     shapes = [tuple(weight.shape) for weight, _ in layers]
-    chained = all(len(shape) == 2 for shape in shapes) and all(
-        before[0] == after[1] for before, after in pairwise(shapes)
-    )
+    chained = all(len(shape) == 2 for shape in shapes) and all(before[0] == after[1] for before, after in pairwise(shapes))
     if not shapes or not chained or shapes[-1][0] != 1:
         raise UserError(f"aesthetic={path} holds weights of the shapes {shapes}; {expected}.")
     if activation not in ("none", "relu"):

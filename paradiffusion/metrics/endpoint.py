@@ -71,9 +71,7 @@ class EndpointModel:
             max_retries=0,  # tenacity tries again, after a damaged answer too
             timeout=openai.Timeout(address.timeout, connect=min(30.0, address.timeout)),
             # A redirect or a proxy could carry key and pictures to somewhere else.
-            http_client=openai.DefaultAsyncHttpxClient(
-                follow_redirects=False, trust_env=False, verify=ssl.create_default_context()
-            ),
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=False, verify=ssl.create_default_context()),
         )
         # What the environment holds for another server is not told to this one.
         absent = ["OpenAI-Organization", "OpenAI-Project", *([] if self._key else ["Authorization"])]
@@ -130,9 +128,7 @@ class EndpointModel:
         except openai.APIStatusError:
             names = []
         if served is None and len(names) != 1:
-            raise UserError(
-                f"endpoint={self._address.url} serves {', '.join(names) or 'no models that it lists'}; name one with served=."
-            )
+            raise UserError(f"endpoint={self._address.url} serves {', '.join(names) or 'no models that it lists'}; name one with served=.")
         if served is not None and names and served not in names:
             raise UserError(f"served={served} is not served at {self._address.url}; it has {', '.join(names)}.")
         return served or names[0]
@@ -196,8 +192,7 @@ class EndpointModel:
             return Later(f"status {status}: {said}", _pause(error.response.headers.get("Retry-After", "")))
         if status == 402:  # which would befall every picture from here on
             told = (
-                f"wants to be paid (status 402: {said}); see to the account, then run the same command again: it goes on where it "
-                "stopped."
+                f"wants to be paid (status 402: {said}); see to the account, then run the same command again: it goes on where it stopped."
             )
         elif status in (401, 403):
             held = f"the key in {self._address.api_key_env}" if self._key else "requests without a key"
@@ -259,9 +254,7 @@ def key_of(address: Address) -> str:
             f"api_key_env={address.api_key_env} names an environment variable that is not set; export it with the server's key."
         )
     if not (key.isascii() and key.isprintable()):
-        raise UserError(
-            f"the key in {address.api_key_env} holds characters that no header can carry; export it again, on one line."
-        )
+        raise UserError(f"the key in {address.api_key_env} holds characters that no header can carry; export it again, on one line.")
     return key
 
 

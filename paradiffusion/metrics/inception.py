@@ -62,9 +62,7 @@ def load_inception(weights: Path, device: str = "cpu") -> Inception:
     state = _read(weights)
     try:
         if state["fc.weight"].shape[0] == 1000:
-            raise ValueError(
-                "it has 1000 classes where 1008 are expected, as torchvision's network, whose distances are not FID"
-            )
+            raise ValueError("it has 1000 classes where 1008 are expected, as torchvision's network, whose distances are not FID")
         if not all(bool(state[name].isfinite().all()) for name in ("fc.weight", "Conv2d_1a_3x3.conv.weight")):
             raise ValueError("its weights are not finite")
         # torch-fidelity unpickles a file with all that it may call, and draws weights before: it gets the names and shapes.

@@ -27,9 +27,7 @@ class LocalModel:
         dtype, device: as VlmOptions has them.
     """
 
-    def __init__(
-        self, source: str, revision: str | None, dtype: str, device: str | None, batch_size: int, decoding: Decoding
-    ) -> None:
+    def __init__(self, source: str, revision: str | None, dtype: str, device: str | None, batch_size: int, decoding: Decoding) -> None:
         place = choose_device(device)
         # Of a folder the name alone: the captions of a published set should not tell where on a disk the model lay.
         self.model = Path(source).resolve().name if Path(source).is_dir() else source
@@ -40,9 +38,7 @@ class LocalModel:
         commit = getattr(self._network.config, "_commit_hash", None)
         self.revision = str(commit or revision or "unknown")
         ends = self._network.generation_config.eos_token_id
-        self._ends = torch.tensor(
-            [] if ends is None else [ends] if isinstance(ends, int) else ends, device=place, dtype=torch.long
-        )
+        self._ends = torch.tensor([] if ends is None else [ends] if isinstance(ends, int) else ends, device=place, dtype=torch.long)
 
     def answers(self, batches: Iterator[list[Question]]) -> Iterator[list[tuple[Question, Answer]]]:
         """Batch by batch; the pictures of the next one are decoded meanwhile."""
@@ -81,9 +77,7 @@ class LocalModel:
             content = [{"type": "image"}, {"type": "text", "text": question.prompt}]
             messages = [{"role": "user", "content": content}]
             texts.append(self._processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        inputs = self._processor(
-            text=texts, images=[[question.image] for question in batch], padding=True, return_tensors="pt"
-        )
+        inputs = self._processor(text=texts, images=[[question.image] for question in batch], padding=True, return_tensors="pt")
         # Pixels in the weights' type; ids and masks as they are.
         return inputs.to(self._place, dtype=self._network.dtype)
 
@@ -93,9 +87,7 @@ class LocalModel:
         if batch[0].temperature > 0:
             seeds = [question.seed for question in batch]
             draws.append(SeededDraw(seeds, batch[0].temperature, self._decoding.top_p, self._place))
-        ids = self._network.generate(
-            **inputs, max_new_tokens=self._decoding.max_new_tokens, do_sample=False, logits_processor=draws
-        )
+        ids = self._network.generate(**inputs, max_new_tokens=self._decoding.max_new_tokens, do_sample=False, logits_processor=draws)
         new = ids[:, inputs["input_ids"].shape[1] :]  # [b, tokens]
         texts = self._processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         is_end = torch.isin(new, self._ends)
@@ -123,9 +115,9 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
         scores = scores.float() / self._temperature
         if self._nucleus is not None:
             scores = self._nucleus(input_ids, scores)
-        noise = torch.stack(
-            [torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self._generators]
-        ).clamp_(1e-20, 1 - 1e-7)
+        noise = torch.stack([torch.rand(scores.shape[1], generator=g, device=scores.device) for g in self._generators]).clamp_(
+            1e-20, 1 - 1e-7
+        )
         return scores - torch.log(-torch.log(noise))
 
 
@@ -141,9 +133,7 @@ def find_model(name: str, key: str = "model") -> tuple[str, int | None]:
     if folder.is_dir():
         return str(folder), None
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            f"{key}={name} is neither a folder, nor a hub id such as Qwen/Qwen3-VL-8B-Instruct, nor one of {', '.join(known)}."
-        )
+        raise UserError(f"{key}={name} is neither a folder, nor a hub id such as Qwen/Qwen3-VL-8B-Instruct, nor one of {', '.join(known)}.")
     return name, None
 
 
@@ -161,18 +151,13 @@ def _load(source: str, revision: str | None, dtype: torch.dtype, device: torch.d
         raise
     except Exception as error:  # the hub's client and transformers raise a dozen unrelated types
         advice = (
-            "expected a folder with a model of transformers' image-text-to-text classes (config.json, *.safetensors, "
-            "processor files)"
+            "expected a folder with a model of transformers' image-text-to-text classes (config.json, *.safetensors, processor files)"
             if Path(source).is_dir()
             else f"fetch it where there is a network (`hf download {source}`), log in with `hf auth login` if it has a gate"
         )
-        raise UserError(
-            f"the model {source} cannot be loaded ({reason_of(error)[:300].rstrip('.')}); {advice}."
-        ) from None
+        raise UserError(f"the model {source} cannot be loaded ({reason_of(error)[:300].rstrip('.')}); {advice}.") from None
     if getattr(processor, "chat_template", None) is None or getattr(processor, "image_processor", None) is None:
-        raise UserError(
-            f"the model {source} has no chat template or no image processor; choose an instruction-tuned one."
-        )
+        raise UserError(f"the model {source} has no chat template or no image processor; choose an instruction-tuned one.")
     processor.tokenizer.padding_side = "left"  # generation goes on from the last column
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token

@@ -49,16 +49,12 @@ class EmbeddingOptions:
         check_values(self)
         folder = Path(self.model).expanduser()
         if not folder.is_dir() and (self.model.count("/") != 1 or self.model.startswith((".", "/", "~"))):
-            raise UserError(
-                f"{self.key}={self.model} is neither a folder nor a hub id; give one such as Qwen/Qwen3-Embedding-0.6B."
-            )
+            raise UserError(f"{self.key}={self.model} is neither a folder nor a hub id; give one such as Qwen/Qwen3-Embedding-0.6B.")
 
     def settings(self) -> dict[str, Any]:
         """What vectors depend on, as JSON, without loading the model."""
         folder = Path(self.model).expanduser()
-        name, revision = (
-            (folder.resolve().name, fingerprint(folder)) if folder.is_dir() else (self.model, self.revision)
-        )
+        name, revision = (folder.resolve().name, fingerprint(folder)) if folder.is_dir() else (self.model, self.revision)
         return {
             "model": name, "revision": revision, "dtype": self.dtype, "max_length": self.max_length, "pooling": self.pooling,
             "prefix": self.prefix,
@@ -77,9 +73,7 @@ class TextEmbedder:
         said = self._network.prompts.get(self._network.default_prompt_name or "") or ""
         self.prefix: str = said if options.prefix is None else options.prefix
 
-    def embed(
-        self, texts: Sequence[str], between: Callable[[int], None] = lambda done: None
-    ) -> tuple[torch.Tensor, list[bool]]:
+    def embed(self, texts: Sequence[str], between: Callable[[int], None] = lambda done: None) -> tuple[torch.Tensor, list[bool]]:
         """float32 [B, D] of unit length, on the CPU, and which of ``texts`` were cut at ``max_length`` tokens. ``between`` is called
         after each batch with the number of texts in it."""
         tokens = self._network.tokenizer
@@ -90,11 +84,7 @@ class TextEmbedder:
         for start in range(0, len(order), self._options.batch_size):
             rows = order[start : start + self._options.batch_size]
             made = self._network.encode(
-                [texts[row] for row in rows],
-                prompt=self.prefix,
-                batch_size=len(rows),
-                convert_to_tensor=True,
-                show_progress_bar=False,
+                [texts[row] for row in rows], prompt=self.prefix, batch_size=len(rows), convert_to_tensor=True, show_progress_bar=False
             )  # [b, D]
             for row, vector in zip(rows, torch.nn.functional.normalize(made.float(), dim=-1).cpu(), strict=True):
                 vectors[row] = vector

@@ -75,9 +75,7 @@ class Codec(nn.Module):
         """Images [B, 3, H, W] in -1..1, fp32, of latents [B, C, H/f, W/f]. Raises UserError where they overflow."""
         own = latents / beside(self.scale, latents) + beside(self.shift, latents)
         images = self.vae.decode(own.to(self.vae.dtype)).sample.float()
-        finite(
-            images, "the pictures that the autoencoder decodes", "codec.dtype"
-        )  # or they would be black, and be scored
+        finite(images, "the pictures that the autoencoder decodes", "codec.dtype")  # or they would be black, and be scored
         return images.clamp(-1, 1)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:

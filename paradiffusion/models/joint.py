@@ -151,9 +151,7 @@ class JointModel(nn.Module):
         noised = self.objective.add_noise(latents, batch.noise, times)
         # A copy at one level too: its gradients are summed by themselves then, in the order in which they always were.
         given = None if estimate is None else estimate.repeat(levels, 1, 1, 1)
-        prediction = self.denoise(
-            noised, times, at_each(levels, text), at_each(levels, batch.mask), given, batch.scales
-        )
+        prediction = self.denoise(noised, times, at_each(levels, text), at_each(levels, batch.mask), given, batch.scales)
         target = self.objective.target(latents, batch.noise, times)
         errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # [R * B]
         loss = (errors * self.objective.weight(times) * at_each(levels, batch.weights)).mean()
@@ -188,9 +186,7 @@ def build_joint(
     seed = seed_from("weights", config.seed) % (1 << 31)
     refiner, conditioning = None, config.conditioning
     with device or nullcontext():
-        unet: Any = build_unet(
-            config.unet, config.codec, conditioning, encoder_width, seed, config.objective.distill_steps > 0
-        )
+        unet: Any = build_unet(config.unet, config.codec, conditioning, encoder_width, seed, config.objective.distill_steps > 0)
         add_lora(unet, config.unet, seed + 2)
         if conditioning.projection == "refiner":
             with torch.random.fork_rng(devices=[]):

@@ -27,12 +27,7 @@ def position_code(rows: int, columns: int, like: Tensor) -> Tensor:
     """
     y, x = ((torch.arange(n, device=like.device, dtype=torch.float32) + 0.5) / n * 2 - 1 for n in (rows, columns))
     y, x = y.repeat_interleave(columns), x.repeat(rows)
-    waves = [
-        wave(math.pi / 2 * k * axis)
-        for k in range(1, HALF_TURNS + 1)
-        for axis in (x, y)
-        for wave in (torch.sin, torch.cos)
-    ]
+    waves = [wave(math.pi / 2 * k * axis) for k in range(1, HALF_TURNS + 1) for axis in (x, y) for wave in (torch.sin, torch.cos)]
     sides = [torch.full_like(x, math.log2(side / 4)) for side in (rows, columns)]
     return torch.stack([x, y, *waves, *sides], dim=1).to(like.dtype)
 
@@ -70,10 +65,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, Q, d]
         k, v = self.to_kv(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, L, d]
-        q, k = (
-            F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype))
-            for x, norm in ((q, self.norm_q), (k, self.norm_k))
-        )
+        q, k = (F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype)) for x, norm in ((q, self.norm_q), (k, self.norm_k)))
         attended = attend(q, k, v, mask)
         return self.to_out(attended.transpose(1, 2).flatten(2))
 
@@ -106,15 +98,7 @@ class LayoutHead(nn.Module):
         reads: "tokens", or their "mean" alone: the ablation that shows what attention to them is for.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        layers: int,
-        patch: int,
-        channels: int,
-        reads: Literal["tokens", "mean"] = "tokens",
-    ) -> None:
+    def __init__(self, width: int, heads: int, layers: int, patch: int, channels: int, reads: Literal["tokens", "mean"] = "tokens") -> None:
         super().__init__()
         self.patch, self.channels, self.reads = patch, channels, reads
         code = position_code(1, 1, torch.zeros(())).shape[1]
@@ -140,9 +124,7 @@ class LayoutHead(nn.Module):
         return estimate[..., :height, :width]
 
 
-def layout_losses(
-    estimate: Tensor, latents: Tensor, weights: Tensor, told: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def layout_losses(estimate: Tensor, latents: Tensor, weights: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The squared error of the head's estimate, over captions that were ``told`` [B]: as a share of the weighted batch; and,
     detached, the mean over them alone, and each sample's [B]."""
     shares = weights if told is None else weights * told

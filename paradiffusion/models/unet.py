@@ -99,9 +99,7 @@ def layout_arguments(conditioning: ConditioningConfig, latent_channels: int) -> 
     }
 
 
-def unet_arguments(
-    config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int
-) -> dict[str, Any]:
+def unet_arguments(config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int) -> dict[str, Any]:
     """All arguments of the denoiser: the configured ones, and those that codec and conditioning decide.
 
     A configured ``encoder_hid_dim`` (or what its class calls it) of None makes one without a text projection, for weights that
@@ -136,12 +134,7 @@ def empty_unet(config: UNetConfig, codec: CodecConfig, conditioning: Conditionin
 
 
 def build_unet(
-    config: UNetConfig,
-    codec: CodecConfig,
-    conditioning: ConditioningConfig,
-    encoder_width: int,
-    seed: int,
-    scaled: bool = False,
+    config: UNetConfig, codec: CodecConfig, conditioning: ConditioningConfig, encoder_width: int, seed: int, scaled: bool = False
 ) -> Any:
     """A denoiser with fresh weights, a function of ``seed``; a U-Net's ``encoder_hid_proj`` is the paper's linear layer.
 
@@ -154,9 +147,7 @@ def build_unet(
         torch.manual_seed(seed)
         try:
             arguments = unet_arguments(config, codec, conditioning, encoder_width)
-            unet = DENOISERS[config.class_name].made(
-                **arguments, **({"time_cond_proj_dim": SCALE_WIDTH} if scaled else {})
-            )
+            unet = DENOISERS[config.class_name].made(**arguments, **({"time_cond_proj_dim": SCALE_WIDTH} if scaled else {}))
         except (TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
             raise UserError(
                 f"unet.arguments do not make a {config.class_name} ({reason_of(error)}); see configs/unet/ for sets that do."
@@ -218,9 +209,7 @@ def lora_names(state: dict[str, Tensor], unet: Any) -> dict[str, Tensor]:
 
     So a checkpoint that was trained whole can start a run with an adapter. Names that fit already stay.
     """
-    adapted = {
-        f"unet.{name.removesuffix('.base_layer')}" for name, _ in unet.named_modules() if name.endswith(".base_layer")
-    }
+    adapted = {f"unet.{name.removesuffix('.base_layer')}" for name, _ in unet.named_modules() if name.endswith(".base_layer")}
     named = {}
     for name, tensor in state.items():
         module, _, kind = name.rpartition(".")
@@ -267,9 +256,7 @@ def with_positions(layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     """A forward pre-hook: the text [B, L, D] plus the sines and cosines of each token's position (Vaswani et al. 2017, section 3.5)."""
     text = inputs[0]
     # In fp32, and then rounded: bf16 has no odd positions above 256.
-    position, pair = (
-        torch.arange(n, device=text.device, dtype=torch.float32) for n in (text.shape[1], text.shape[2] // 2)
-    )
+    position, pair = (torch.arange(n, device=text.device, dtype=torch.float32) for n in (text.shape[1], text.shape[2] // 2))
     angles = position[:, None] * 1e4 ** (-2 * pair / text.shape[2])  # [L, D/2]
     return text + torch.cat([angles.sin(), angles.cos()], dim=1).to(text.dtype)
 
@@ -281,13 +268,9 @@ def number_keys(unet: Any) -> None:
     text has key layers of its own beside the image's. An adapter must be there before. Raises UserError where no layer reads the text.
     """
     blocks = [module for module in unet.modules() if isinstance(module, Attention)]
-    layers: list[Any] = [
-        one.to_k if one.add_k_proj is None else one.add_k_proj for one in blocks if one.is_cross_attention
-    ]
+    layers: list[Any] = [one.to_k if one.add_k_proj is None else one.add_k_proj for one in blocks if one.is_cross_attention]
     if not layers:
-        raise UserError(
-            "conditioning.key_positions=true needs a denoiser with cross-attention, and unet.arguments make none."
-        )
+        raise UserError("conditioning.key_positions=true needs a denoiser with cross-attention, and unet.arguments make none.")
     for layer in layers:
         if with_positions not in layer._forward_pre_hooks.values():
             layer.register_forward_pre_hook(with_positions)

@@ -72,14 +72,7 @@ class RefinerModel(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self,
-        input_width: int,
-        width: int,
-        layers: int,
-        heads: int,
-        kernel: int = 0,
-        layout: dict[str, Any] | None = None,
-        reach: float = 0,
+        self, input_width: int, width: int, layers: int, heads: int, kernel: int = 0, layout: dict[str, Any] | None = None, reach: float = 0
     ) -> None:
         super().__init__()
         self.refiner = Refiner(input_width, width, layers, heads, kernel, layout, reach)
@@ -159,9 +152,7 @@ class ParaDiffusionPipeline(_Base):
                 "a ParaDiffusionPipeline needs its description; load it with from_pretrained, or pass another pipeline's: "
                 "ParaDiffusionPipeline(**pipe.components, description=pipe.config['description'])"
             )
-        self.register_modules(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, refiner=refiner
-        )
+        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, refiner=refiner)
         self.register_to_config(description=description)
         encoder = parse(TextEncoderConfig, description["text_encoder"])
         if encoder.layers is not None and encoder.layers < text_encoder.config.num_hidden_layers:
@@ -371,9 +362,7 @@ class ParaDiffusionPipeline(_Base):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _conditioning(
-        self, prompt: Prompts | None, negative: Prompts | None, told: Embedded, against: Embedded
-    ) -> Conditioning:
+    def _conditioning(self, prompt: Prompts | None, negative: Prompts | None, told: Embedded, against: Embedded) -> Conditioning:
         """Of texts, or of what ``encode_prompt`` gave in their place."""
         if told[0] is not None and prompt is not None:
             raise ValueError("prompt= and prompt_embeds= are two ways to say the same; give one of them")
@@ -396,9 +385,7 @@ class ParaDiffusionPipeline(_Base):
         negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt or [])
         models = self.models
         if cut := models.count_truncated([*prompts, *negatives]):
-            logger.warning(
-                f"{cut} of {len(prompts) + len(negatives)} prompts are longer than the text encoder's limit and are cut"
-            )
+            logger.warning(f"{cut} of {len(prompts) + len(negatives)} prompts are longer than the text encoder's limit and are cut")
         found = encode_prompts(models, list(prompts), negatives if any(negatives) else [])
         return found.features, found.mask, found.null_features, found.null_mask
 
@@ -411,9 +398,7 @@ class ParaDiffusionPipeline(_Base):
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().float().numpy()
 
 
-def generators_of(
-    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
-) -> list[int | torch.Generator]:
+def generators_of(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[int | torch.Generator]:
     """One source of noise for each image."""
     if generator is None:
         return torch.randint(2**62, (count,)).tolist()

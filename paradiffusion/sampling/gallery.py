@@ -128,9 +128,7 @@ def finished_names(folder: Path, wanted: Sequence[ImageRecord]) -> set[str]:
             if before.get(key, DEFAULTS.get(key)) != now.get(key)
         ]
         if changes:
-            raise UserError(
-                f"{path} was drawn with {'; '.join(changes)}; choose another output_dir=, or the same values to continue."
-            )
+            raise UserError(f"{path} was drawn with {'; '.join(changes)}; choose another output_dir=, or the same values to continue.")
         if is_whole(folder, found[record.name]):
             finished.add(record.name)
     return finished

@@ -13,14 +13,7 @@ from torch import Tensor
 
 from paradiffusion.checkpoints.layouts import Layout, check_complete, copy_tensors, load_adapter, objective_of, parse
 from paradiffusion.checks import finite
-from paradiffusion.config import (
-    CodecConfig,
-    ConditioningConfig,
-    LoraConfig,
-    SampleConfig,
-    SamplerConfig,
-    TextEncoderConfig,
-)
+from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, SampleConfig, SamplerConfig, TextEncoderConfig
 from paradiffusion.diffusion.objective import Objective
 from paradiffusion.errors import UserError
 from paradiffusion.machine import choose_device, exact_float32, settled_dtype
@@ -133,9 +126,7 @@ class InferenceModels:
         return torch.cat(rows), self.text_encoder.feature_mask(tokens)
 
     @torch.no_grad()
-    def denoise(
-        self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None, scales: Tensor | None = None
-    ) -> Tensor:
+    def denoise(self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None, scales: Tensor | None = None) -> Tensor:
         """The denoiser's prediction, [B, C, h, w]."""
         size = latents.shape[-2:]
         # The estimate is made once for all steps.
@@ -232,9 +223,7 @@ class Job:
         return (self.height, self.width, self.negative_prompt is None, *astuple(self.settings))
 
 
-def sampler_settings(
-    config: SampleConfig, defaults: SamplerConfig, request: PromptRequest | None = None
-) -> SamplerConfig:
+def sampler_settings(config: SampleConfig, defaults: SamplerConfig, request: PromptRequest | None = None) -> SamplerConfig:
     """Settings of one prompt: its line's value, else the command line's, else the checkpoint's. Raises UserError for a value
     out of range."""
     keys = [one.name for one in fields(SamplerConfig)]
@@ -261,9 +250,7 @@ def make_jobs(requests: Sequence[PromptRequest], config: SampleConfig, models: I
         height, width = (_side(key, request, config, models) for key in ("height", "width"))
         seed = config.seed if request.seed is None else request.seed
         if not 0 <= seed <= MAX_SEED - config.images_per_prompt:
-            raise UserError(
-                f"{request.source}: seed={seed} is out of range; expected 0 to {MAX_SEED} minus the images."
-            )
+            raise UserError(f"{request.source}: seed={seed} is out of range; expected 0 to {MAX_SEED} minus the images.")
         check_distilled(objective, settings, models.sampler, bool(negative_of(request, config)))
         negative = negative_of(request, config) if is_guided(settings.guidance, objective) else None
         for image in range(config.images_per_prompt):
@@ -317,9 +304,7 @@ def make_batches(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
 
 
 @torch.no_grad()
-def draw(
-    models: InferenceModels, batch: Sequence[Job], on_step: Callable[[int, Tensor], None] | None = None
-) -> np.ndarray:
+def draw(models: InferenceModels, batch: Sequence[Job], on_step: Callable[[int, Tensor], None] | None = None) -> np.ndarray:
     """Draw one batch of ``make_batches``: uint8 [B, H, W, 3]. Raises UserError when the model's numbers overflow, or the batch
     does not fit into memory."""
     first = batch[0]

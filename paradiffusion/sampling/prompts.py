@@ -51,9 +51,7 @@ RANGES = {"seed": (0, MAX_SEED), "height": ANY, "width": ANY, "steps": ANY, "gui
 Row = tuple[str, dict[str, Any]]  # the source and the fields of one prompt
 
 
-def read_prompts(
-    prompt: str | None = None, prompt_file: str | Path | None = None, key: str = "prompt_file"
-) -> list[PromptRequest]:
+def read_prompts(prompt: str | None = None, prompt_file: str | Path | None = None, key: str = "prompt_file") -> list[PromptRequest]:
     """The prompts in the order of the file.
 
     Args:
@@ -113,9 +111,7 @@ def _decode(data: bytes, source: str) -> str:
         at = data.index(0) if 0 in data else len(data.decode())
     except UnicodeDecodeError as error:
         at = error.start
-    raise UserError(
-        f"{source} is not UTF-8: byte 0x{data[at]:02x} in line {data[:at].count(10) + 1}; save it with the encoding UTF-8."
-    )
+    raise UserError(f"{source} is not UTF-8: byte 0x{data[at]:02x} in line {data[:at].count(10) + 1}; save it with the encoding UTF-8.")
 
 
 def _split(text: str) -> list[str]:
@@ -157,15 +153,11 @@ def _csv(text: str, source: str) -> Iterator[Row]:
                     "put a prompt that holds a comma into double quotes, or use .txt or .jsonl."
                 )
             found = {name: cell for name, cell in zip(names, cells, strict=False) if name and cell.strip()}
-            if (
-                next(name for name in NAMES if name in names) not in found
-            ):  # another column does not stand in for an empty prompt
+            if next(name for name in NAMES if name in names) not in found:  # another column does not stand in for an empty prompt
                 found = {name: cell for name, cell in found.items() if name not in NAMES}
             yield where, {name: _number(name, cell, where) for name, cell in found.items()}
     except csv.Error as error:
-        raise UserError(
-            f"{source} line {start} is not valid CSV ({error}); write a quote inside a quoted prompt as two quotes."
-        ) from None
+        raise UserError(f"{source} line {start} is not valid CSV ({error}); write a quote inside a quoted prompt as two quotes.") from None
 
 
 def _names(cells: list[str]) -> list[str]:
@@ -242,9 +234,7 @@ def _request(index: int, source: str, row: dict[str, Any]) -> PromptRequest:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not lowest <= value <= highest or (whole and value % 1 != 0):
             limits = f"of at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
-            raise UserError(
-                f"{source}: {key} is {_shown(value)}; expected a {'whole ' if whole else ''}number {limits}."
-            )
+            raise UserError(f"{source}: {key} is {_shown(value)}; expected a {'whole ' if whole else ''}number {limits}.")
         row[key] = int(value) if whole else float(value)
     if not row.get("prompt", "").strip():  # spaces at its ends are tokens too, and stay
         raise UserError(f"{source} has an empty prompt; expected some text, or remove the line.")

@@ -22,16 +22,7 @@ from paradiffusion.checkpoints.layouts import find_checkpoint
 from paradiffusion.config import SampleConfig, SamplerConfig
 from paradiffusion.errors import UserError
 from paradiffusion.machine import own_cores
-from paradiffusion.sampling.gallery import (
-    NAME,
-    ImageRecord,
-    Manifest,
-    finished_names,
-    merge_manifests,
-    save_png,
-    write_gallery,
-    write_grid,
-)
+from paradiffusion.sampling.gallery import NAME, ImageRecord, Manifest, finished_names, merge_manifests, save_png, write_gallery, write_grid
 from paradiffusion.sampling.pipeline import (
     InferenceModels,
     Job,
@@ -56,9 +47,7 @@ def sample(config: SampleConfig) -> int:
     config.check()
     sampler_settings(config, SamplerConfig())
     if "-" in (config.prompt, config.prompt_file) and Processes.count() > 1:
-        raise UserError(
-            "prompts from standard input reach one process only, found several; use prompt_file=prompts.txt."
-        )
+        raise UserError("prompts from standard input reach one process only, found several; use prompt_file=prompts.txt.")
     requests = read_prompts(prompt=config.prompt, prompt_file=config.prompt_file)
     checkpoint = find_checkpoint(str(config.ckpt), unet=config.unet)
     with stop_on_signals() as stop, joined_processes() as processes:
@@ -75,9 +64,7 @@ def first_does(processes: Processes, work: Callable[[], object]) -> None:
     all_do(processes, work if processes.rank == 0 else lambda: None)
 
 
-def all_do(
-    processes: Processes, work: Callable[[], object], tell: bool = False, after: Callable[[], None] | None = None
-) -> None:
+def all_do(processes: Processes, work: Callable[[], object], tell: bool = False, after: Callable[[], None] | None = None) -> None:
     """Let each process do ``work``; where one raises UserError (which it says where ``tell``) or Stopped, all do. What comes
     ``after`` the first process does once all have ended, however they did, while the others wait."""
     failure: UserError | Stopped | None = None
@@ -141,10 +128,7 @@ def draw_all(
         print(f"{cut} of {len(prompts)} prompts are longer than the text encoder's limit and are cut.", flush=True)
         used = {job.name.partition("_")[0] for job in jobs if job.negative_prompt is not None}
         if lost := sum(bool(negative_of(one, config)) and f"{one.index:05d}" not in used for one in requests):
-            print(
-                f"negative_prompt has no effect on {lost} of {len(requests)} prompts, whose guidance is off.",
-                flush=True,
-            )
+            print(f"negative_prompt has no effect on {lost} of {len(requests)} prompts, whose guidance is off.", flush=True)
 
     def draw_share() -> None:
         with disk_errors(folder):

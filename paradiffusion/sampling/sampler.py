@@ -86,9 +86,7 @@ def sample_latents(
     drawn: dict[str, Any] = {"generator": generators} if "generator" in takes else {}
     if eta is not None:
         if "eta" not in takes:
-            raise UserError(
-                f"eta={eta} means nothing to {type(scheduler).__name__}; leave it out, or take DDIMScheduler."
-            )
+            raise UserError(f"eta={eta} means nothing to {type(scheduler).__name__}; leave it out, or take DDIMScheduler.")
         drawn["eta"] = eta
     for step, timestep in enumerate(scheduler.timesteps):
         inputs = scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
@@ -120,13 +118,11 @@ def check_distilled(objective: Objective, settings: SamplerConfig, own: SamplerC
     low, high = objective.config.distill_guidance
     if negative:
         raise UserError(
-            "negative_prompt needs guidance, which this model has within, distilled against the empty prompt; leave it out, or draw with the "
-            "model that it was distilled from."
+            "negative_prompt needs guidance, which this model has within, distilled against the empty prompt; leave it out, or draw "
+            "with the model that it was distilled from."
         )
     if not low <= settings.guidance <= high:
-        raise UserError(
-            f"guidance={settings.guidance} is out of range for this distilled model; expected {low} to {high}."
-        )
+        raise UserError(f"guidance={settings.guidance} is out of range for this distilled model; expected {low} to {high}.")
     for key in (one.name for one in fields(settings) if one.name not in ("steps", "guidance")):
         if (value := getattr(settings, key)) != (mine := getattr(own, key)):
             raise UserError(

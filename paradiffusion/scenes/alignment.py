@@ -54,10 +54,7 @@ class SceneScorer:
                 return [(part, None) for part in parts]
             scene = told
         found = follow(scene, parts, picture)
-        return [
-            (part, one.followed if sure and one is not None else None)
-            for part, sure, one in zip(parts, exact, found, strict=True)
-        ]
+        return [(part, one.followed if sure and one is not None else None) for part, sure, one in zip(parts, exact, found, strict=True)]
 
     def alignment(
         self, items: Sequence[HeldOut], pictures: Sequence[np.ndarray], rebuilt: Sequence[np.ndarray],
@@ -72,8 +69,7 @@ class SceneScorer:
         result: dict[str, Any] = {
             "drawn": _plain(scores),
             "by_objects": {
-                str(count): {name: asdict(share) for name, share in shares.items()}
-                for count, shares in by_objects(scores).items()
+                str(count): {name: asdict(share) for name, share in shares.items()} for count, shares in by_objects(scores).items()
             },
             "true": _plain(_scores(scenes, [item.image for item in items])),
             "codec": _plain(_scores(scenes, rebuilt)),
@@ -110,9 +106,7 @@ def _plain(scores: Sequence[SceneScore]) -> Shares:
     return {measure: asdict(share) for measure, share in summarise(scores).items()}
 
 
-def sentence_recall(
-    paragraphs: Sequence[str], scenes: Sequence[Scene], pictures: Sequence[np.ndarray]
-) -> dict[str, dict[str, float]]:
+def sentence_recall(paragraphs: Sequence[str], scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
     """The share of a paragraph's sentences that its picture, uint8 [H, W, 3], follows, with its interval over scenes: in its
     first, middle and last third, and in all ("first", "middle", "last", "all"; a part without any is left out).
 
@@ -209,10 +203,7 @@ def _numbers(summary: dict[str, Any]) -> list[str]:
 
 
 def _cells(shares: dict[str, dict[str, float]]) -> list[str]:
-    return [
-        "" if name not in shares else _number(shares[name]) if name == "binding" else _share(shares[name])
-        for name in MEASURES
-    ]
+    return ["" if name not in shares else _number(shares[name]) if name == "binding" else _share(shares[name]) for name in MEASURES]
 
 
 def _share(value: dict[str, float]) -> str:

@@ -14,17 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from paradiffusion.randomness import seed_from
-from paradiffusion.scenes.grammar import (
-    Slots,
-    Writer,
-    direction_of,
-    finished,
-    listed,
-    placed,
-    varied,
-    word_list,
-    word_lists,
-)
+from paradiffusion.scenes.grammar import Slots, Writer, direction_of, finished, listed, placed, varied, word_list, word_lists
 from paradiffusion.scenes.world import PLACES, Background, Scene, SceneObject, is_held_out, pick, row_and_column
 
 SHAPE_WORDS = word_lists("captions", "SHAPE_WORDS")
@@ -79,11 +69,7 @@ def captions(scene: Scene, seed: int, number: int) -> dict[str, str]:
     rng = {kind: random.Random(seed_from("caption", kind, seed, number)) for kind in KINDS}
     words = WORDS if scene.grid == 2 else LARGE_WORDS
     if scene.grid == 2:
-        told = {
-            "short": _short(scene, rng["short"]),
-            "long": _long(scene, rng["long"]),
-            "clean": _clean(scene, rng["clean"]),
-        }
+        told = {"short": _short(scene, rng["short"]), "long": _long(scene, rng["long"]), "clean": _clean(scene, rng["clean"])}
     else:
         target = words["long"][0] + int(rng["long"].random() ** 1.5 * 100)
         idle = 0.2 + 0.6 * rng["long"].random()
@@ -225,9 +211,7 @@ def _paragraph(scene: Scene, rng: random.Random, body: list[str], bounds: tuple[
     intro = pick(rng, INTROS)
     words = {"f": _format(scene), "k": pick(rng, COUNTS[len(scene.objects)]), "b": _ground(scene.background, rng)}
     opening = intro.format(**words) if rng.random() < 0.75 else ""
-    if (
-        "{b}" not in intro or not opening or _count([opening, *parts]) > most
-    ):  # the background must be told by a sentence of its own
+    if "{b}" not in intro or not opening or _count([opening, *parts]) > most:  # the background must be told by a sentence of its own
         ground = _fill(pick(rng, GROUND), b=_ground(scene.background, rng))
         parts.insert(0 if rng.random() < 0.25 else len(parts), ground)
     if opening and _count([opening, *parts]) <= most:

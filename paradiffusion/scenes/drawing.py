@@ -10,17 +10,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from paradiffusion.randomness import seed_from
-from paradiffusion.scenes.world import (
-    BACKGROUNDS,
-    CHALK,
-    COLOURS,
-    DARK_BACKGROUNDS,
-    INK,
-    Background,
-    Rgb,
-    Scene,
-    SceneObject,
-)
+from paradiffusion.scenes.world import BACKGROUNDS, CHALK, COLOURS, DARK_BACKGROUNDS, INK, Background, Rgb, Scene, SceneObject
 
 SUPERSAMPLING = 4
 

@@ -11,17 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from paradiffusion.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    NINE_PLACES,
-    Scene,
-    SceneObject,
-    is_held_out,
-    pick,
-    places,
-    row_and_column,
-)
+from paradiffusion.scenes.world import BACKGROUNDS, COLOURS, NINE_PLACES, Scene, SceneObject, is_held_out, pick, places, row_and_column
 
 Slots = Mapping[str, str | Callable[[], str]]
 
@@ -38,9 +28,7 @@ def all_words() -> frozenset[str]:
     """Every word that training captions are made of, in lower case."""
     text = (Path(__file__).parent / "words.toml").read_text(encoding="utf-8").partition("\n[unseen]")[0]
     text = re.sub(r"^#.*|\{[^}]*\}", " ", text, flags=re.MULTILINE)
-    return frozenset(
-        re.findall(r"[a-z]+", " ".join([text, *COLOURS, *BACKGROUNDS, *NINE_PLACES, "upper lower"]).lower())
-    )
+    return frozenset(re.findall(r"[a-z]+", " ".join([text, *COLOURS, *BACKGROUNDS, *NINE_PLACES, "upper lower"]).lower()))
 
 
 def word_list(*names: str) -> Words:
@@ -283,11 +271,7 @@ class Writer:
         """A sentence on objects of one row, or of one column, in their order."""
         cells = [row_and_column(item.place, self.grid) for item in items]
         along = int(cells[0][0] == cells[1][0])  # 1: a row, whose objects differ by column
-        ends = (
-            (("left", "on the left"), ("right", "on the right"))
-            if along
-            else (("top", "at the top"), ("bottom", "at the bottom"))
-        )
+        ends = (("left", "on the left"), ("right", "on the right")) if along else (("top", "at the top"), ("bottom", "at the bottom"))
         row = ("top", "middle", "bottom") if along else ("left", "middle", "right")
         number = cells[0][1 - along] if self.grid == 3 else 2 * cells[0][1 - along]
         name = f"the {row[number]} {'row' if along else 'column'}"
@@ -322,10 +306,7 @@ class Writer:
         free = [place for place in places(self.grid) if place not in {item.place for item in self.scene.objects}]
         if free and self.chance(0.2):
             place = self.pick(free)
-            slots: Slots = {
-                "p": lambda: self.pick(place_phrases(place, self.grid)),
-                "q": lambda: self.pick(place_names(place, self.grid)),
-            }
+            slots: Slots = {"p": lambda: self.pick(place_phrases(place, self.grid)), "q": lambda: self.pick(place_names(place, self.grid))}
             return self.say("empty", slots)
         near = [(a, b, way) for a in self.named for b in self.named if (way := direction_of(a, b, self.grid))]
         if near and self.chance(0.25):
@@ -398,11 +379,7 @@ def paragraph(scene: Scene, rng: random.Random, idle: float, terse: bool = False
         if len(unit) == 1:
             text = writer.object(unit[0])
         else:
-            text = (
-                writer.line(unit)
-                if len(unit) > 2 or (writer.chance(0.5) and _aligned(unit, scene.grid))
-                else writer.pair(*unit)
-            )
+            text = writer.line(unit) if len(unit) > 2 or (writer.chance(0.5) and _aligned(unit, scene.grid)) else writer.pair(*unit)
         word = ""
         if not lead and len(units) > 1 and writer.chance(0.15):
             word = writer.say("first" if number == 0 else "last" if number == len(units) - 1 else "then", {}) + " "

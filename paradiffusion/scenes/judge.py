@@ -18,19 +18,7 @@ from PIL import Image
 
 from paradiffusion.randomness import seed_from
 from paradiffusion.scenes.drawing import draw
-from paradiffusion.scenes.world import (
-    BACKGROUNDS,
-    CHALK,
-    COLOURS,
-    INK,
-    SHAPES,
-    Background,
-    Scene,
-    SceneObject,
-    cell_box,
-    places,
-    radius_of,
-)
+from paradiffusion.scenes.world import BACKGROUNDS, CHALK, COLOURS, INK, SHAPES, Background, Scene, SceneObject, cell_box, places, radius_of
 
 # A found object covers at least this share of the pixels that its colour covers in the true drawing.
 COVERED = 0.35

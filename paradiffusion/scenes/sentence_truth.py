@@ -89,9 +89,7 @@ def _any(words: Sequence[str]) -> str:
 
 _SHAPES: Final = _meanings("SHAPE_WORDS", "SHAPES_SAID")
 _SIZES: Final = _meanings("SIZE_WORDS", "SIZES_SAID", "SIZES_STATED")
-_TEXTURES: Final = _meanings(
-    "TEXTURE_BEFORE", "TEXTURE_AFTER", "TEXTURE_STATED", "TEXTURES_SAID", "TEXTURES_AFTER", "TEXTURES_STATED"
-)
+_TEXTURES: Final = _meanings("TEXTURE_BEFORE", "TEXTURE_AFTER", "TEXTURE_STATED", "TEXTURES_SAID", "TEXTURES_AFTER", "TEXTURES_STATED")
 _COUNTS: Final = _meanings("COUNTS")
 _PATTERNS: Final = _meanings("PATTERN_WORDS")
 # "an orange, boldly outlined" never occurs: a colour stands before its shape, other attributes before both or after them.
@@ -109,9 +107,7 @@ _PLACE: Final = re.compile(
     re.IGNORECASE,
 )
 _REFERS: Final = re.compile(r"^(?:it|this [\w-]+ shape)\b", re.IGNORECASE)
-_RELATION: Final = re.compile(
-    r"\b(?:above|below|to the (?:left|right) of|further (?:left|right)|higher up|lower down)\b", re.IGNORECASE
-)
+_RELATION: Final = re.compile(r"\b(?:above|below|to the (?:left|right) of|further (?:left|right)|higher up|lower down)\b", re.IGNORECASE)
 
 
 def claims(sentences: Sequence[str]) -> list[Claim]:
@@ -257,9 +253,7 @@ def _of_object(scene: Scene, mention: Mention, seen: SeenPicture) -> list[tuple[
     for item, (found, size, texture) in zip(scene.objects, seen.objects, strict=True):
         if (item.colour, item.shape) == (mention.colour, mention.shape):
             there = found.colour if mention.named else found.present
-            facts = (
-                [("colour at place", there), ("shape", there and found.shape)] if mention.named else [("there", there)]
-            )
+            facts = [("colour at place", there), ("shape", there and found.shape)] if mention.named else [("there", there)]
             if mention.size is not None:
                 facts.append(("size", there and size == mention.size))
             if mention.texture is not None:
@@ -268,9 +262,7 @@ def _of_object(scene: Scene, mention: Mention, seen: SeenPicture) -> list[tuple[
     return None
 
 
-def _size_and_texture(
-    pixels: np.ndarray, item: SceneObject, seen: ObjectVerdict, ground: str, scene: Scene
-) -> tuple[str, str]:
+def _size_and_texture(pixels: np.ndarray, item: SceneObject, seen: ObjectVerdict, ground: str, scene: Scene) -> tuple[str, str]:
     """The size whose area, and the texture whose drawing in the same spot, come nearest."""
     cell = cell_of(item.place, scene.width, scene.height, scene.grid)
     mask = presence_of(pixels[cell], seen.seen_colour, ground)
@@ -378,12 +370,8 @@ _PLACES_SAID: Final = {
     for say in (place_labels, place_names, place_phrases)
     for phrase in say(place, grid)
 }
-_SAID_PLACE: Final = re.compile(
-    rf"\b(?:{_any(sorted(_PLACES_SAID, key=lambda phrase: -len(phrase)))})\b", re.IGNORECASE
-)
-_TEXTURE_SAID: Final = re.compile(
-    rf"\b(?:{_any([words.replace('-', ' ') for words, _ in _TEXTURES])})\b", re.IGNORECASE
-)
+_SAID_PLACE: Final = re.compile(rf"\b(?:{_any(sorted(_PLACES_SAID, key=lambda phrase: -len(phrase)))})\b", re.IGNORECASE)
+_TEXTURE_SAID: Final = re.compile(rf"\b(?:{_any([words.replace('-', ' ') for words, _ in _TEXTURES])})\b", re.IGNORECASE)
 # What is left of a sentence without its objects and places must not say more of where things are, nor doubt what it says.
 _MORE: Final = re.compile(
     r"\b(?:left|right|top|bottom|upper|lower|above|below|under|over|beside|next|near|between|opposite|middle|cent(?:re|er)|central|"
@@ -419,8 +407,7 @@ def read_scene(sentences: Sequence[str], height: int, width: int) -> tuple[Scene
     grounds = {claim.ground for claim in said if claim.ground is not None}
     grid = 2 if len(known) <= len(PLACES) and set(known.values()) <= set(PLACES) else 3
     every = all((one.colour, one.shape) in known for claim in said for one in claim.mentions) and all(
-        len(_ANY_SHAPE.findall(text)) <= len(claim.mentions)
-        or claim.kind in ("background", "count")  # "this square picture"
+        len(_ANY_SHAPE.findall(text)) <= len(claim.mentions) or claim.kind in ("background", "count")  # "this square picture"
         for text, claim in zip(sentences, said, strict=True)
     )
     if grid == 2 and not every:  # what else there is may stand in one of nine cells, and reach into a quarter
@@ -430,9 +417,7 @@ def read_scene(sentences: Sequence[str], height: int, width: int) -> tuple[Scene
     for text, claim, ok, pairs in zip(sentences, said, plain, placed, strict=True):
         told = all((one.colour, one.shape) in known for one in claim.mentions) and (whole or claim.ground is None)
         outright = pairs is not None if claim.kind == "object" else not _MORE.search(_rest(text))
-        exact.append(
-            ok and told and outright and claim.kind not in ("", "relation") and (whole or claim.kind != "count")
-        )
+        exact.append(ok and told and outright and claim.kind not in ("", "relation") and (whole or claim.kind != "count"))
     across, down = (round(2 * _CELL * grid * side / (height + width)) for side in (width, height))
     objects = []
     for (colour, shape), place in known.items():
@@ -452,9 +437,7 @@ def _placed(text: str, claim: Claim) -> list[tuple[Mention, str]] | None:
     pairs = list(zip(turns[::2], turns[1::2], strict=False))
     kept = [(nouns.get(a, nouns.get(b)), where.get(a, where.get(b))) for (a, _), (b, _) in pairs]
     rest = _rest(text)
-    if len(turns) == 2 * len(nouns) > 0 and not (
-        claim.relation or _MORE.search(rest) or _ANY_SHAPE.search(rest) or _INSIDE.search(rest)
-    ):
+    if len(turns) == 2 * len(nouns) > 0 and not (claim.relation or _MORE.search(rest) or _ANY_SHAPE.search(rest) or _INSIDE.search(rest)):
         good = [(mention, place) for mention, place in kept if mention is not None and place is not None]
         return good if len(good) == len(nouns) else None
     return None

@@ -33,9 +33,7 @@ class Conditioning:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
         move = lambda mask: None if mask is None else mask.to(device)  # noqa: E731
-        return Conditioning(
-            self.features.to(device, dtype), move(self.mask), self.null_features.to(device, dtype), move(self.null_mask)
-        )
+        return Conditioning(self.features.to(device, dtype), move(self.mask), self.null_features.to(device, dtype), move(self.null_mask))
 
     def select(self, rows: slice | list[int]) -> Conditioning:
         """The conditioning of some of the prompts, with the same null prompt."""

@@ -99,10 +99,7 @@ class TextEncoder(nn.Module):
 
 
 def load_text_encoder(
-    config: TextEncoderConfig,
-    settings: ConditioningConfig,
-    expected_hash: str | None = None,
-    device: torch.device | None = None,
+    config: TextEncoderConfig, settings: ConditioningConfig, expected_hash: str | None = None, device: torch.device | None = None
 ) -> TextEncoder:
     """Load a text encoder, frozen, in evaluation mode.
 
@@ -143,9 +140,7 @@ def peft_config(lora: dict[str, Any], **settings: Any) -> Any:
 
     name, kind = ADAPTERS[lora.get("kind", "lora")]
     scale = {"lora_alpha": lora["alpha"], "lora_dropout": 0.0} if name == "LoraConfig" else {"alpha": lora["alpha"]}
-    return getattr(peft, name)(
-        **{"r": lora["rank"], "target_modules": list(lora["target_modules"]), **scale, **kind, **settings}
-    )
+    return getattr(peft, name)(**{"r": lora["rank"], "target_modules": list(lora["target_modules"]), **scale, **kind, **settings})
 
 
 def start_from_principal(model: nn.Module, seed: int) -> dict[str, Tensor]:

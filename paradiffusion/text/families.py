@@ -92,9 +92,7 @@ def empty_model(config: TextEncoderConfig) -> nn.Module:
 def layers_of(model: Any) -> str:
     """The dotted name of the list of a model's layers ("layers", "encoder.block", ...)."""
     total = model.config.num_hidden_layers
-    found = (
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total
-    )
+    found = (name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == total)
     return next(found)
 
 
@@ -145,9 +143,7 @@ def marks_of(tokenizer: Any, architecture: Any) -> Marks:
     """
     first, last = tokenizer.bos_token_id, tokenizer.eos_token_id
     if last is None:
-        raise UserError(
-            "the text encoder's tokenizer has no end-of-sequence token; expected eos_token in its settings."
-        )
+        raise UserError("the text encoder's tokenizer has no end-of-sequence token; expected eos_token in its settings.")
     if not is_encoder(architecture):
         return Marks([last if first is None else first], [], last)
     bare, whole = (tokenizer("a", add_special_tokens=marked)["input_ids"] for marked in (False, True))
@@ -272,9 +268,7 @@ def multiply_in_fp8(model: nn.Module, emulate: bool = False) -> None:
 
     config = replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=emulate)
     convert_to_float8_training(
-        model,
-        config=config,
-        module_filter_fn=lambda layer, _: not (layer.in_features % 16 or layer.out_features % 16),
+        model, config=config, module_filter_fn=lambda layer, _: not (layer.in_features % 16 or layer.out_features % 16)
     )
 
 
@@ -285,10 +279,7 @@ def quantized(config: TextEncoderConfig) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
     return {"quantization_config": settings, "device_map": {"": torch.cuda.current_device()}}
 

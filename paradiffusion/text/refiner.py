@@ -114,9 +114,7 @@ class Refiner(nn.Module):
                 "train it anew (make demo), or use data/nano."
             )
         if passes != 1:
-            raise UserError(
-                "this checkpoint's refiner runs its blocks several times, which this version no longer does."
-            )
+            raise UserError("this checkpoint's refiner runs its blocks several times, which this version no longer does.")
         self.heads, self.reach = heads, reach
         self.mean: Tensor
         self.std: Tensor

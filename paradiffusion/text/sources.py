@@ -36,9 +36,7 @@ def fingerprint(folder: Path) -> str:
     source = folder / SOURCE_FILE
     if source.is_file():
         return str(json.loads(source.read_text())["hash"])
-    return hash_ends(
-        sorted(folder.glob("*.safetensors")) or find_tensors(folder, UNET_STEM) or sorted(folder.glob("*.bin"))
-    )
+    return hash_ends(sorted(folder.glob("*.safetensors")) or find_tensors(folder, UNET_STEM) or sorted(folder.glob("*.bin")))
 
 
 def hash_ends(files: list[Path]) -> str:
@@ -80,9 +78,7 @@ def hash_tensors(files: list[Path]) -> str:
                     file.seek(start)
                     ends = file.read(min(end - start, 4096))
                     file.seek(max(start, end - 4096))
-                    found.append(
-                        f"{name} {about['dtype']} {about['shape']}".encode() + ends + file.read(min(end - start, 4096))
-                    )
+                    found.append(f"{name} {about['dtype']} {about['shape']}".encode() + ends + file.read(min(end - start, 4096)))
     return hashlib.sha256(b"".join(sorted(found))).hexdigest()[:16]
 
 

@@ -47,8 +47,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 CALLED: Final = {"latents": "latents", "text": "text features"}
 LORA_TEXT: Final = (
-    "train_text=lora trains the language model's adapter, so the features of a caption change in every step and cannot "
-    "be cached"
+    "train_text=lora trains the language model's adapter, so the features of a caption change in every step and cannot be cached"
 )
 _PICKED: Final = 64
 # Cases, digits, marks, runs of spaces and letters outside ASCII: where tokenizers of one vocabulary differ.
@@ -161,9 +160,7 @@ def compare(folder: Path, what: str, wanted: dict[str, Any], called: str, advice
         if name in ("codec.hash", "text_encoder.hash") and isinstance(value, str) and same_weights(found, value):
             continue
         if found != value and not (name == "data.captions" and isinstance(found, list) and set(value) <= set(found)):
-            raise UserError(
-                f"{called} holds {CALLED[what]} made with {name}={found!r}, and this command says {value!r}; {advice}."
-            )
+            raise UserError(f"{called} holds {CALLED[what]} made with {name}={found!r}, and this command says {value!r}; {advice}.")
     return key
 
 

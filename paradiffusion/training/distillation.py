@@ -1,13 +1,13 @@
 """Distillation of guided sampling into a few steps of one forward each (objective.distill_steps).
 
 The teacher is what the stage starts from, frozen, and guided as its checkpoint says, at a scale drawn for each sample. The student
-begins as a copy whose U-Net is given the scale as an embedding and trained, and that alone (guidance distillation, arXiv 2210.03142). Time is cut into as many windows
-as the student is to take steps. From latents noised to the start of a window the teacher goes to its end in ``distill_substeps``
-guided steps, and the student learns the straight way between the two, at any time within the window (piecewise rectified flow,
-arXiv 2405.07510). A straight way in noised latents is what one x_0 and one eps make of each other at all noise levels, for the flow
-and for the variance-preserving schedules alike. So the two take the places of latents and noise, and the objective stays as it is:
-the student's loss is that of a stage on data. Steps of the first order from window to window then are what was trained; twice as
-many, and a few more, are fine too, since within a window the way is straight.
+begins as a copy whose U-Net is given the scale as an embedding and trained, and that alone (guidance distillation, arXiv
+2210.03142). Time is cut into as many windows as the student is to take steps. From latents noised to the start of a window the
+teacher goes to its end in ``distill_substeps`` guided steps, and the student learns the straight way between the two, at any time
+within the window (piecewise rectified flow, arXiv 2405.07510). A straight way in noised latents is what one x_0 and one eps make of
+each other at all noise levels, for the flow and for the variance-preserving schedules alike. So the two take the places of latents
+and noise, and the objective stays as it is: the student's loss is that of a stage on data. Steps of the first order from window to
+window then are what was trained; twice as many, and a few more, are fine too, since within a window the way is straight.
 
 Beside consistency distillation (arXiv 2310.04378) it needs neither an average of the student as a second teacher nor steps through
 noise drawn anew: every target is the teacher's own, and what one window leaves wrong is no part of another one's target. The price is
@@ -51,9 +51,7 @@ class Teacher:
         self.objective = make_objective(config.objective)
         self.settings = parse(SamplerConfig, checkpoint.description["sampler"])
         folders = (checkpoint.unet, checkpoint.folder / REFINER, checkpoint.adapter, checkpoint.folder / UNET_LORA)
-        files = [
-            path for folder in folders for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")
-        ]
+        files = [path for folder in folders for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")]
         self.known_by = hash_ends(files)
         with torch.no_grad(), self.autocast():
             tokens = encoder.tokenize([""]).to(encoder.device)

@@ -25,9 +25,7 @@ class Ema:
         assert all(tensor.dtype == torch.float32 for tensor in masters.tensors()), "trained weights are kept in fp32"
         self.masters = masters
         self.decay = decay
-        self.values: list[Tensor] = [
-            t.detach().to(device or t.device, torch.float32, copy=True) for t in masters.tensors()
-        ]
+        self.values: list[Tensor] = [t.detach().to(device or t.device, torch.float32, copy=True) for t in masters.tensors()]
         # An average on the CPU takes a GPU's weights by way of pinned memory: one wait for all of them, not one for each.
         apart = [t.is_cuda and not value.is_cuda for t, value in zip(masters.tensors(), self.values, strict=True)]
         self.pinned = [torch.empty_like(value).pin_memory() for value in self.values] if any(apart) else None

@@ -82,9 +82,7 @@ class ZeroMasters(WholeMasters):
         # Live pieces have a public call under ZeRO-3 alone, and there it copies offloaded ones. These are what the torch
         # optimiser, which is ours, updates; under ZeRO-3 it has them only within a step.
         groups = optimizer.optimizer.param_groups
-        self.flat: list[Tensor] = (
-            list(optimizer.fp32_partitioned_groups_flat) if stage == 3 else [t for g in groups for t in g["params"]]
-        )
+        self.flat: list[Tensor] = list(optimizer.fp32_partitioned_groups_flat) if stage == 3 else [t for g in groups for t in g["params"]]
 
     def tensors(self) -> list[Tensor]:
         return [tensor.data for tensor in self.flat]
@@ -408,9 +406,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     # Of a compiled model the graph is cut at each buffer's end, 200 times at the paper's size with buffers of torch's 25 MB.
     handlers: list[KwargsHandler] = [
         DistributedDataParallelKwargs(
-            gradient_as_bucket_view=True,
-            find_unused_parameters=layout_steps(config) > 0,
-            bucket_cap_mb=512 if config.compile else 25,
+            gradient_as_bucket_view=True, find_unused_parameters=layout_steps(config) > 0, bucket_cap_mb=512 if config.compile else 25
         )
     ]
     if world_size > 1 or plugin is not None:
@@ -463,9 +459,7 @@ def at_once(config: TrainConfig, processes: int) -> int:
 def count_micro_batches(config: TrainConfig, processes: int) -> int:
     """Micro-batches per process and optimiser step; UserError where processes cannot share the batch evenly."""
     if config.batch_size % processes:
-        raise UserError(
-            f"batch_size={config.batch_size} is not a whole multiple of {processes} processes; choose one that is."
-        )
+        raise UserError(f"batch_size={config.batch_size} is not a whole multiple of {processes} processes; choose one that is.")
     return config.batch_size // (at_once(config, processes) * processes)
 
 
@@ -494,11 +488,7 @@ def deepspeed_plugin(config: TrainConfig) -> Any:
     settings.pop("train_batch_size", None)
     # Weights stay in fp32 and are cast where they are used, as under DDP: one meaning of "precision" for every launch.
     # By default the gradients of linear and convolution layers would be summed over the processes in bf16.
-    settings["torch_autocast"] = {
-        "enabled": config.precision != "fp32",
-        "dtype": "bfloat16",
-        "lower_precision_safe_modules": [],
-    }
+    settings["torch_autocast"] = {"enabled": config.precision != "fp32", "dtype": "bfloat16", "lower_precision_safe_modules": []}
     # torch's own fused AdamW runs on processors too; DeepSpeed's would compile C++ at the first start.
     settings["zero_force_ds_cpu_optimizer"] = False
     return plugin
@@ -565,9 +555,7 @@ def check_deepspeed_file(path: Path, config: TrainConfig, micro_batches: int) ->
     try:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"the DeepSpeed configuration {path} could not be read ({error}); expected a JSON file."
-        ) from None
+        raise UserError(f"the DeepSpeed configuration {path} could not be read ({error}); expected a JSON file.") from None
     for theirs, ours, value in (
         ("train_batch_size", "batch_size", config.batch_size),
         ("gradient_accumulation_steps", BATCHES, micro_batches),
@@ -596,8 +584,6 @@ def launch_configuration(key: str, value: Any) -> str:
     from accelerate.commands.config.config_args import default_config_file
 
     with suppress(OSError):
-        if re.search(
-            rf"^\s*{key}: *['\"]?{re.escape(str(value))}\b", Path(default_config_file).read_text(), re.MULTILINE | re.I
-        ):
+        if re.search(rf"^\s*{key}: *['\"]?{re.escape(str(value))}\b", Path(default_config_file).read_text(), re.MULTILINE | re.I):
             return f"accelerate's own {default_config_file}, which is read where no --config_file is named,"
     return "the launch configuration"

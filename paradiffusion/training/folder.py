@@ -75,13 +75,9 @@ def find_resume(config: TrainConfig, folder: Path) -> Path | None:
     for sentence in faults:
         print(f"warning: {sentence}", flush=True)
     if not config.resume and (found is not None or faults):
-        raise UserError(
-            f"resume=false, but {folder} already holds checkpoints; choose another run_dir=, or delete that folder yourself."
-        )
+        raise UserError(f"resume=false, but {folder} already holds checkpoints; choose another run_dir=, or delete that folder yourself.")
     if found is None and faults:
-        raise UserError(
-            f"every checkpoint in {folder} is damaged; delete the folder's checkpoints/ to start the stage again."
-        )
+        raise UserError(f"every checkpoint in {folder} is damaged; delete the folder's checkpoints/ to start the stage again.")
     return found
 
 
@@ -189,9 +185,7 @@ def save_checkpoint(
     if main and wrong:
         raise RuntimeError(f"{len(wrong)} trained tensors were not gathered, {wrong[0]} the first")
     averages = {**frozen, **averages}
-    return partial(
-        write_checkpoint, stage_folder, joint, averages, weights, moments, deepcopy(vars(state)), description
-    )
+    return partial(write_checkpoint, stage_folder, joint, averages, weights, moments, deepcopy(vars(state)), description)
 
 
 def write_checkpoint(

@@ -69,9 +69,7 @@ class Inputs:
         shape = latent_shape(self.codec, batch)
         noise = draw_noise(config.seed, batch.step, batch.slots, shape, "noise", config.repeats)
         u = draw_uniform(config.seed, batch.step, batch.slots, config.batch_size, config.repeats)
-        posterior = (
-            draw_noise(config.seed, batch.step, batch.slots, shape, "posterior") if config.codec.sample else None
-        )
+        posterior = draw_noise(config.seed, batch.step, batch.slots, shape, "posterior") if config.codec.sample else None
         common: dict[str, Any] = {
             "latents": latents_of(self.codec, batch, posterior, device, self.memory),
             "noise": to_device(noise, device),
@@ -115,10 +113,7 @@ class Inputs:
             ids, id_mask = (to_device(values[others], device) for values in (tokens.ids, tokens.mask))
             read.append(encoder(ids, id_mask, tokens.prefix))
         places = torch.where(rows == null, 0, rows + (rows < null))
-        return {
-            "features": torch.cat(read)[to_device(places, device)],
-            "mask": None if mask is None else to_device(mask[rows], device),
-        }
+        return {"features": torch.cat(read)[to_device(places, device)], "mask": None if mask is None else to_device(mask[rows], device)}
 
     def has_text(self) -> bool:
         """Whether text features are stored, or kept in memory, so that captions need no tokens."""
@@ -243,9 +238,7 @@ class Memory:
 
         Found again by the pixels themselves: two sources may give their samples the same keys.
         """
-        keys = [
-            (image.shape, hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()) for image in batch.pixels
-        ]
+        keys = [(image.shape, hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()) for image in batch.pixels]
         images = dict(zip(keys, batch.pixels, strict=True))
         found = {key: self._latents[key] for key in images if key in self._latents}
 
@@ -263,9 +256,7 @@ class Memory:
 
 
 @torch.no_grad()
-def read_captions(
-    encoder: TextEncoder, captions: list[str], device: torch.device, dtype: torch.dtype | None = None
-) -> list[Entry]:
+def read_captions(encoder: TextEncoder, captions: list[str], device: torch.device, dtype: torch.dtype | None = None) -> list[Entry]:
     """Features [L, D] of each caption, on the CPU: of real tokens alone, or to the maximum where padding is attended to."""
     tokens = encoder.tokenize(captions).to(device)
     features = encoder(tokens.ids, tokens.mask, tokens.prefix).to("cpu", dtype)
@@ -273,9 +264,7 @@ def read_captions(
     return [Entry(row[:end].clone(), length) for row, end, length in zip(features, ends, tokens.lengths, strict=True)]
 
 
-def stored_text(
-    encoder: TextEncoder, made: Mapping[str, Entry], captions: list[str], device: torch.device
-) -> TextInputs:
+def stored_text(encoder: TextEncoder, made: Mapping[str, Entry], captions: list[str], device: torch.device) -> TextInputs:
     """Features that are there already, ``made`` by caption, padded as ``TextEncoder.tokenize`` pads ids.
 
     Where padding is masked, its features are zeros: nothing reads them. A dropped caption is empty.

@@ -98,18 +98,9 @@ def find_optimizer(name: str, parameters: dict[str, nn.Parameter]) -> Any:
 
 def build(made: Any, groups: list[dict[str, Any]], parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> Any:
     """An optimiser of the class ``made``, with those of our settings that it takes, as it takes them (Adafactor's eps is another)."""
-    ours = {
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-        "momentum": config.momentum,
-        "fused": takes_fused(parameters, config),
-    }
+    ours = {"betas": (config.beta1, config.beta2), "eps": config.eps, "momentum": config.momentum, "fused": takes_fused(parameters, config)}
     takes = inspect.signature(made).parameters
-    fits = {
-        key: value
-        for key, value in ours.items()
-        if key in takes and isinstance(takes[key].default, tuple) == isinstance(value, tuple)
-    }
+    fits = {key: value for key, value in ours.items() if key in takes and isinstance(takes[key].default, tuple) == isinstance(value, tuple)}
     optimizer = made(groups, **fits)
     if keeps_average(optimizer):
         optimizer.train()

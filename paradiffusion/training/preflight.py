@@ -72,9 +72,7 @@ def preflight(config: TrainConfig, accelerator: Accelerator) -> Findings:
     try:
         with together(watch):
             if find_resume(config, folder) is not None:
-                raise UserError(
-                    f"{folder} has checkpoints already; a preflight is for a run that has not begun: choose another run_dir=."
-                )
+                raise UserError(f"{folder} has checkpoints already; a preflight is for a run that has not begun: choose another run_dir=.")
             if accelerator.is_main_process:
                 shutil.rmtree(trial, ignore_errors=True)
                 trial.mkdir(parents=True)
@@ -146,9 +144,7 @@ def batches(trainer: Trainer, bucket: tuple[int, int], rows: np.ndarray, kinds: 
         order = Order(trainer.state.step, micro, bucket, places, named, slots, dropped=[False] * size, spares=[])
         order, delivery = reader[order]
         if delivery.failures:
-            raise UserError(
-                f"a sample of the largest bucket cannot be read ({delivery.failures[0]}); mend or leave out its shard."
-            )
+            raise UserError(f"a sample of the largest bucket cannot be read ({delivery.failures[0]}); mend or leave out its shard.")
         yield batch_of(order, delivery)
 
 

@@ -15,16 +15,7 @@ from paradiffusion.checks import overflow
 from paradiffusion.errors import UserError
 from paradiffusion.training.folder import restore_checkpoint
 from paradiffusion.training.log import Meters
-from paradiffusion.training.step_record import (
-    PAGE,
-    Replay,
-    facts_of,
-    has_pixels,
-    read_again,
-    samples_of,
-    write_images,
-    write_replay,
-)
+from paradiffusion.training.step_record import PAGE, Replay, facts_of, has_pixels, read_again, samples_of, write_images, write_replay
 
 if TYPE_CHECKING:
     from paradiffusion.training.trainer import MicroBatch, Trainer
@@ -95,9 +86,7 @@ class Spikes:
             trainer.say(f"{where}; going on from the weights of {checkpoint} with the data after it.")
         else:
             kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-            raise UserError(
-                f"{where}; {kept}; look at these samples, lower optimizer.lr, or set on_spike=skip or on_spike=rollback."
-            )
+            raise UserError(f"{where}; {kept}; look at these samples, lower optimizer.lr, or set on_spike=skip or on_spike=rollback.")
 
 
 def check_inputs(trainer: Trainer, taken: list[MicroBatch]) -> None:

@@ -30,15 +30,7 @@ from paradiffusion.data.plan import BatchPlan
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import settled_scaling_factor
 from paradiffusion.models.joint import JointModel, build_joint
-from paradiffusion.models.unet import (
-    DENOISERS,
-    SCALE_LAYER,
-    class_of,
-    downsampling,
-    halve_frozen,
-    lora_names,
-    own_arguments,
-)  # fmt: skip
+from paradiffusion.models.unet import DENOISERS, SCALE_LAYER, class_of, downsampling, halve_frozen, lora_names, own_arguments  # fmt: skip
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora, checkpoint_layers, is_adapter, start_from_principal
 from paradiffusion.text.refiner import Refiner
@@ -215,13 +207,10 @@ def check_init(config: TrainConfig, init: Path, description: dict[str, Any]) -> 
             "checkpoint, or train_text=frozen."
         )
     if config.train_text == "frozen" and lora is not None:
-        raise UserError(
-            f"train_text=frozen would drop the LoRA adapter that {init} was trained with; set train_text=adapter."
-        )
+        raise UserError(f"train_text=frozen would drop the LoRA adapter that {init} was trained with; set train_text=adapter.")
     if lora is not None:
         stored, own = (
-            {"kind": "lora", **values, "target_modules": sorted(values["target_modules"])}
-            for values in (lora, asdict(config.lora))
+            {"kind": "lora", **values, "target_modules": sorted(values["target_modules"])} for values in (lora, asdict(config.lora))
         )
         if stored != own:
             raise UserError(f"{init} has a LoRA adapter with {stored}, and lora says {own}; make them equal.")
@@ -238,9 +227,7 @@ def build_models(
     principal = {"text_encoder": config.train_text == "lora" and config.lora.kind == "pissa",
                  "unet": config.unet.lora_rank > 0 and config.unet.lora_kind == "pissa"}  # fmt: skip
     if start.found is not None:
-        stored = open_layout(start.found).weights(
-            merge=not config.unet.lora_rank or (principal["unet"] and not start.resumes)
-        )
+        stored = open_layout(start.found).weights(merge=not config.unet.lora_rank or (principal["unet"] and not start.resumes))
         # What a resumed PiSSA adapter is by now comes with the rest of its state.
         stored = {n: t for n, t in stored.items() if not (is_adapter(n) and principal[n.partition(".")[0]])}
     if config.train_text == "adapter":
@@ -270,9 +257,7 @@ def build_models(
         copy_tensors(joint, {n: t for n, t in stored.items() if n in own or not n.startswith("text_encoder.")})
     frozen = {n: t for n, t in stored.items() if n.startswith("text_encoder.") and config.train_text == "adapter"}
     # What is frozen of the joint module belongs to the checkpoint too; kept here, since ZeRO-3 cuts frozen weights as well.
-    frozen |= {
-        n: p.detach() for n, p in joint.named_parameters() if not (p.requires_grad or n.startswith("text_encoder."))
-    }
+    frozen |= {n: p.detach() for n, p in joint.named_parameters() if not (p.requires_grad or n.startswith("text_encoder."))}
     for part in (part for part, is_so in principal.items() if is_so):
         found_start = start_from_principal(joint.get_submodule(part), seed_from("pissa", config.seed) % (1 << 31))
         joint.start |= {f"{part}.{name}": tensor for name, tensor in found_start.items()}

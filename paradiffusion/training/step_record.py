@@ -193,9 +193,7 @@ class Replay:
     samples: list[ReplayedSample]
 
 
-def samples_of(
-    batch: Batch, rank: int, times: torch.Tensor, errors: torch.Tensor, inputs: Inputs, plan: BatchPlan
-) -> list[ReplayedSample]:
+def samples_of(batch: Batch, rank: int, times: torch.Tensor, errors: torch.Tensor, inputs: Inputs, plan: BatchPlan) -> list[ReplayedSample]:
     """What there is to say of a micro-batch's samples, with the objective's times and the model's errors [R * b]; pictures are named,
     not written."""
     encoder, config = inputs.encoder, inputs.config

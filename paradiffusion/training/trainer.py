@@ -34,13 +34,7 @@ from paradiffusion.models.joint import LossBatch, Losses
 from paradiffusion.sampling.pipeline import InferenceModels, make_jobs
 from paradiffusion.sampling.prompts import read_prompts
 from paradiffusion.stopping import stop_on_signals
-from paradiffusion.text.encoder import (
-    TextEncoder,
-    compile_layers,
-    is_adapter,
-    leave_casts_to_autocast,
-    load_text_encoder,
-)  # fmt: skip
+from paradiffusion.text.encoder import TextEncoder, compile_layers, is_adapter, leave_casts_to_autocast, load_text_encoder  # fmt: skip
 from paradiffusion.training.best import Best
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema, OwnAverage
@@ -170,14 +164,10 @@ class Trainer:
             self.joint.unet.to(memory_format=torch.channels_last)
         if config.compile:
             self.joint.unet.compile()  # in place: names and checkpoints stay as they are
-        memory = (
-            Memory(self.encoder, self.codec, config.keep_gb, self.device, self.autocast) if config.keep_gb else None
-        )
+        memory = Memory(self.encoder, self.codec, config.keep_gb, self.device, self.autocast) if config.keep_gb else None
         null = self.cache.null if self.cache else None
         self.teacher = open_teacher(config, self.encoder, self.device)
-        self.inputs = Inputs(
-            config, self.encoder, self.codec, self.joint, self.device, null, memory, teacher=self.teacher
-        )
+        self.inputs = Inputs(config, self.encoder, self.codec, self.joint, self.device, null, memory, teacher=self.teacher)
 
         self.engine = make_engine(accelerator, self.joint, config, self.micro_batches)
         if (refiner := self.joint.refiner) is not None and start.description is None:

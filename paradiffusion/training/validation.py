@@ -104,9 +104,7 @@ def read_held_out(index: SampleIndex, config: TrainConfig, count: int) -> list[H
             place = index.place(int(row))
             bad.append(f"{place.shard.name}/{place.key} ({error})")
     if bad and not items:
-        raise UserError(
-            f"no sample of data.val_shards can be read, {bad[0]} the first; mend them, or set data.val_shards=null."
-        )
+        raise UserError(f"no sample of data.val_shards can be read, {bad[0]} the first; mend them, or set data.val_shards=null.")
     if bad and os.environ.get("RANK", "0") == "0":
         print(f"warning: {len(bad)} samples of data.val_shards cannot be read, {bad[0]} the first; they are left out.")
     return items
@@ -142,9 +140,7 @@ class Validation:
         self.rank, self.world_size, self.gather, self.writes = rank, world_size, gather, writes
         self.scorer, self.prompts = scorer, prompts
         self.scenes = [] if scorer is None else [item for item in self.items[: wanted.scenes] if scorer.knows(item)]
-        if config.keep_best == "binding" and (
-            scorer is None or scorer.binding(self.scenes, [item.image for item in self.scenes]) is None
-        ):
+        if config.keep_best == "binding" and (scorer is None or scorer.binding(self.scenes, [item.image for item in self.scenes]) is None):
             raise UserError(
                 f"keep_best=binding needs held-out scenes of two colours or more, and among the first {wanted.scenes} samples "
                 "(validation.scenes) of data.val_shards there is none; name built-in scenes, or set keep_best=loss_long."
@@ -152,12 +148,7 @@ class Validation:
 
     @torch.no_grad()
     def losses(
-        self,
-        joint: JointModel,
-        encoder: TextEncoder,
-        codec: Codec,
-        device: torch.device,
-        teacher: Teacher | None = None,
+        self, joint: JointModel, encoder: TextEncoder, codec: Codec, device: torch.device, teacher: Teacher | None = None
     ) -> tuple[dict[str, float], list[tuple[float, float, int]]]:
         """Mean loss on short and on long captions, over fixed times spread evenly and fixed noise; and all of them, each with its time
         in 0..1 and its caption's words. Where a ``teacher`` is distilled, it says how far the student is from it."""

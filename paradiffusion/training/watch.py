@@ -60,9 +60,7 @@ def describe_stall(places: list[Place], now: float, seconds: float, silence: flo
     dead = [place for place in waiting if now - place.alive > (seconds if silence is None else silence)]
     named = dead or behind
     long = not dead and all(place.phase in LONG for place in behind)
-    at_work = long and (
-        len(behind) == len(waiting) or behind[0].phase == "compile"
-    )  # its shapes may be new to one alone
+    at_work = long and (len(behind) == len(waiting) or behind[0].phase == "compile")  # its shapes may be new to one alone
     if at_work or min(now - place.at for place in named) < seconds:
         return None
     parts = []

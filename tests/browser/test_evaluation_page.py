@@ -139,9 +139,7 @@ def test_the_worst_and_the_best_pictures_are_shown_and_how_many(tmp_path: Path) 
     page = written(tmp_path / "out", evaluation(tmp_path / "images", suite(count=200), rights=rights))[0]
     groups = {
         name: re.findall(r"<h5>(p\d+) <small>", content)
-        for name, content in re.findall(
-            r'<details class="group" id="suite-fruit-(\w+)".*?</summary>(.*?)</article></details>', page, re.S
-        )
+        for name, content in re.findall(r'<details class="group" id="suite-fruit-(\w+)".*?</summary>(.*?)</article></details>', page, re.S)
     }
     assert len(groups["spread"]) == 12 and groups["worst"][0] == "p077" and groups["best"][0] == "p078"
     shown = sum(map(len, groups.values()))

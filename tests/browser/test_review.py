@@ -80,9 +80,7 @@ def served(review: Review) -> Iterator[Served]:
 
 @pytest.fixture
 def review(tmp_path: Path) -> Review:
-    return open_review(
-        write_candidates(tmp_path / "work", ["<script>alert(1)</script> in a caption", LONG, LONG]), "anna"
-    )
+    return open_review(write_candidates(tmp_path / "work", ["<script>alert(1)</script> in a caption", LONG, LONG]), "anna")
 
 
 def body_of(review: Review, **changes: Any) -> dict[str, Any]:
@@ -155,10 +153,7 @@ def test_a_decision_that_cannot_be_written_is_not_acknowledged(
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    captions = [
-        "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>",
-        *[f"Number {n}. {LONG}" for n in range(1, 8)],
-    ]
+    captions = ["<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>", *[f"Number {n}. {LONG}" for n in range(1, 8)]]
     server = Server(write_candidates(tmp_path / "work", captions)).start()
     yield server
     server.close()

@@ -162,9 +162,7 @@ def test_the_pictures_are_those_of_the_pair_on_the_sides_that_are_counted(servin
             assert pixels_of(data) == pixels_of((one.root / one.pictures[pair.prompt][0].file).read_bytes())
 
 
-def test_a_picture_that_was_changed_or_led_elsewhere_is_not_shown_and_can_be_passed_over(
-    serving: Any, tmp_path: Path
-) -> None:
+def test_a_picture_that_was_changed_or_led_elsewhere_is_not_shown_and_can_be_passed_over(serving: Any, tmp_path: Path) -> None:
     served = serving(2)
     study, task = served.study, served.state()["task"]
     files = [one.root / row[0].file for one in study.sets.values() for row in one.pictures.values()]
@@ -222,21 +220,13 @@ def test_two_tabs_of_one_rater_do_not_undo_each_other(serving: Any) -> None:
 
 def test_too_many_requests_and_connections_are_refused(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     served = serving(rates=Rates(rate=0.001, burst=3))
-    asked = [
-        ("/", None),
-        ("/nothing", served.token),
-        ("/static/app.css", None),
-        ("/", served.token),
-        ("/static/app.css", None),
-    ]
+    asked = [("/", None), ("/nothing", served.token), ("/static/app.css", None), ("/", served.token), ("/static/app.css", None)]
     assert [served.ask(path, X_Token=token)[0] for path, token in asked] == [403, 404, 200, 429, 429]
     monkeypatch.setattr("paradiffusion.apps.serving.PATIENCE", 4)
     served = serving()
     served.server.config.limit_concurrency = 3
     idle = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(2)]
-    half = (
-        f"POST /api/state HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nX-Token: {served.token}\r\n"
-    )
+    half = f"POST /api/state HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nX-Token: {served.token}\r\n"
     idle[0].sendall(f"{half}Content-Length: 9\r\n\r\n{{".encode())
     wait_for(lambda: len(served.server.server_state.connections) == 2)
     assert served.ask("/")[0] == 503
@@ -247,9 +237,7 @@ def test_too_many_requests_and_connections_are_refused(serving: Any, monkeypatch
         one.close()
 
 
-def test_mistakes_on_the_command_line_are_one_sentence(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_on_the_command_line_are_one_sentence(command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, message in (
         ([], "action= is missing"),
         (["action=serve", f"study={tmp_path / 'new'}", "sets={a: x, b: y}", "raters=[r]"], "the set a is no folder: x"),
@@ -430,10 +418,7 @@ def test_the_page_by_mouse_and_keys_with_both_questions_on_one_screen(
     page.keyboard.press("z")
     box = page.query_selector("#left .frame").bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.75)
-    styles = [
-        page.eval_on_selector(f"#{side} img", "i => [i.style.transform, i.style.transformOrigin]")
-        for side in ("left", "right")
-    ]
+    styles = [page.eval_on_selector(f"#{side} img", "i => [i.style.transform, i.style.transformOrigin]") for side in ("left", "right")]
     assert styles[0] == styles[1] and styles[0][0] == "scale(3)" and styles[0][1].startswith("25% 75%")
     page.keyboard.press("ArrowRight")  # walks in the picture, and does not vote
     assert page.eval_on_selector("#right img", "i => i.style.transformOrigin").startswith("35% 75%")
@@ -470,7 +455,5 @@ def test_the_page_by_mouse_and_keys_with_both_questions_on_one_screen(
     page = browser.new_page()
     listen(page, wrong)
     page.goto(f"file://{quote(folder)}/results.html")
-    assert (
-        f"{SECRET}-0" in page.inner_text("table") and "the l and t are letters here" in page.content() and wrong == []
-    )
+    assert f"{SECRET}-0" in page.inner_text("table") and "the l and t are letters here" in page.content() and wrong == []
     page.close()

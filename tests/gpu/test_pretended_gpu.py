@@ -52,8 +52,7 @@ CASES = [
     (3, "modern", CHECKPOINTING("false"), LORA),
 ]
 each_case = pytest.mark.parametrize(
-    ("stage", "arm", "more"),
-    [pytest.param(stage, arm, more, id=f"{stage}-{arm}") for stage, arm, *more in CASES],
+    ("stage", "arm", "more"), [pytest.param(stage, arm, more, id=f"{stage}-{arm}") for stage, arm, *more in CASES]
 )
 # The paper's blocks and text path, small.
 TINY = [
@@ -146,9 +145,7 @@ def test_a_stage_runs_on_a_gpu(gpu: Gpu, stage: int, arm: str, more: list[str], 
     trainer.close()
 
 
-def test_what_compiling_brings_along(
-    gpu: Gpu, codec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_compiling_brings_along(gpu: Gpu, codec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, dict[str, object]]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append((type(self).__name__, how)))
     config = compose_train([*options(1, "masked", *TINY), "codec.path=null", "data.shards=unused", "compile=true"])
@@ -266,10 +263,7 @@ def test_the_papers_size_peaks_where_describe_says(stage: int, arm: str, more: l
 
     with pretend() as gpu:
         longest = dict.fromkeys(CAPTION_WORDS, (config.conditioning.max_tokens, 0))  # a word has one token or more
-        with (
-            mock.patch("paradiffusion.training.start.build_joint", on_gpu),
-            mock.patch.dict(CAPTION_WORDS, longest),
-        ):
+        with mock.patch("paradiffusion.training.start.build_joint", on_gpu), mock.patch.dict(CAPTION_WORDS, longest):
             trainer = stage_of(config, tmp_path, "cuda")
         trainer.frozen.clear()  # kept for checkpoints where models are made, which is the CPU elsewhere
         trainer.engine.backward = backward  # type: ignore[method-assign]

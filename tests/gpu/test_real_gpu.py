@@ -58,9 +58,7 @@ def test_a_resumed_run_has_the_same_bits(train: Train, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
 def test_two_gpus_give_the_losses_of_one(kind: str, train: Train, tiny_arguments: list[str], tmp_path: Path) -> None:
     assert train(f"run_dir={tmp_path / 'one'}", "log_every=1") == 0
-    done = launch(
-        kind, "train.py", *tiny_arguments, f"run_dir={tmp_path / 'two'}", "log_every=1", new_interpreters=True
-    )
+    done = launch(kind, "train.py", *tiny_arguments, f"run_dir={tmp_path / 'two'}", "log_every=1", new_interpreters=True)
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = ([row["loss"] for row in records(tmp_path / name / "stage1")] for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-3)
@@ -79,9 +77,7 @@ def test_pictures_are_those_of_a_processor(train: Train, tmp_path: Path) -> None
     pictures = []
     for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "auto")):
         out = tmp_path / f"{device}_{dtype}"
-        sample_here(
-            f"ckpt={tmp_path / 'run'}", "prompt=a red circle", f"output_dir={out}", f"device={device}", f"dtype={dtype}"
-        )
+        sample_here(f"ckpt={tmp_path / 'run'}", "prompt=a red circle", f"output_dir={out}", f"device={device}", f"dtype={dtype}")
         pictures.append(torch.frombuffer(bytearray(Image.open(out / "00000.png").tobytes()), dtype=torch.uint8).float())
     exact, rounded = ((picture - pictures[0]).abs() for picture in pictures[1:])
     assert exact.max() <= 2 and rounded.mean() < 8

@@ -111,10 +111,7 @@ def test_every_kind_trains_resumes_counts_and_merges(
     assert counts.lora + counts.unet_lora + projection == counts.trained and min(counts.lora, counts.unet_lora) > 0
     # It begins where the model without it is, and is drawn with as it was trained.
     plain = predicted(load_models(find_checkpoint(str(compose_train(arguments).init_from)), device="cpu"))
-    fresh, ended = (
-        build_here([*arguments, *keys(kinds), "max_steps=4", f"run_dir={run}"])
-        for run in (tmp_path, runs(kinds).parent)
-    )
+    fresh, ended = (build_here([*arguments, *keys(kinds), "max_steps=4", f"run_dir={run}"]) for run in (tmp_path, runs(kinds).parent))
     torch.testing.assert_close(predicted(fresh.inference()), plain, atol=1e-4, rtol=0)
     read = load_models(find_checkpoint(checkpoint), device="cpu")
     with ended.ema.applied():
@@ -128,24 +125,13 @@ def test_every_kind_trains_resumes_counts_and_merges(
 
 
 def test_other_libraries_draw_what_we_draw(
-    runs: Callable[..., Path],
-    arguments: list[str],
-    command: Callable[..., subprocess.CompletedProcess[str]],
-    tmp_path: Path,
+    runs: Callable[..., Path], arguments: list[str], command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     expected = {}
     for kinds in EXPORTED:
         models = load_models(find_checkpoint(runs(kinds)), device="cpu")
         models.sampler.steps, models.sampler.guidance = 3, 1.0
-        settings = (
-            models.objective,
-            encode_prompts(models, [PROMPT]),
-            [4],
-            (4, 8, 8),
-            models.sampler,
-            "cpu",
-            torch.float32,
-        )
+        settings = (models.objective, encode_prompts(models, [PROMPT]), [4], (4, 8, 8), models.sampler, "cpu", torch.float32)
         tokens = models.text_encoder.tokenize([PROMPT])
         with torch.no_grad():
             hidden = models.text_encoder(tokens.ids, tokens.mask)
@@ -153,9 +139,7 @@ def test_other_libraries_draw_what_we_draw(
         done = command("scripts/export.py", f"ckpt={runs(kinds)}", "to=lora", f"output={tmp_path / '-'.join(kinds)}")
         assert done.returncode == 0 and "draws another picture" in done.stdout, done.stderr
         assert "draws another picture" in (tmp_path / "-".join(kinds) / "README.md").read_text()
-    save_file(
-        {"ids": tokens.ids, "mask": tokens.mask, "noise": starting_noise([4], (4, 8, 8))}, tmp_path / "text.safetensors"
-    )
+    save_file({"ids": tokens.ids, "mask": tokens.mask, "noise": starting_noise([4], (4, 8, 8))}, tmp_path / "text.safetensors")
     models.objective.scheduler("dpm").save_config(tmp_path)
     config = compose_train(arguments)
     frozen = [f"{config.init_from}/unet", str(locate(config.text_encoder)), str(config.codec.path), str(tmp_path)]

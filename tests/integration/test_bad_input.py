@@ -43,9 +43,7 @@ def run(trained: Path, tmp_path: Path) -> Path:
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def test_what_contradicts_itself_or_is_not_there(
-    train: Train, trained: Path, demo_folder: Path, tmp_path: Path
-) -> None:
+def test_what_contradicts_itself_or_is_not_there(train: Train, trained: Path, demo_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     missing = "data.shards='" + str(demo_folder / "web" / "{000000..000002}.tar") + "'"
     mistakes = (
@@ -125,9 +123,7 @@ def test_image_that_does_not_decode(
         train(f"data.shards={folder}", f"run_dir={tmp_path / 'strict'}", "max_steps=40")
 
 
-def test_captions_missing_empty_and_of_5000_words(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_captions_missing_empty_and_of_5000_words(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def odd(number: int, one: RawSample) -> RawSample:
         captions: dict[str, Any] = [
             {"short": "red circle " * 2500}, {"short": ""}, {}, {"short": " \n\t"}, {"short": None}, one.meta["captions"],
@@ -171,9 +167,7 @@ def test_sampling_from_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize("more", [[], ["async_save=true", "max_steps=16"]], ids=["waited for", "while steps run"])
-def test_a_full_disk_while_saving(
-    more: list[str], train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_while_saving(more: list[str], train: Train, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint of step 4 fits and that of step 8 does not; with room the run ends as if nothing had been.
 
     From the second checkpoint on, the system refuses files over a megabyte.

@@ -16,16 +16,7 @@ from commands import user_error
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from paradiffusion.budget.bench_loader import LoaderBench, measure, padding, run_way
-from paradiffusion.budget.bench_models import (
-    Bench,
-    BenchmarkSettings,
-    Row,
-    Timing,
-    interleave,
-    make_row,
-    parse_settings,
-    ratio,
-)
+from paradiffusion.budget.bench_models import Bench, BenchmarkSettings, Row, Timing, interleave, make_row, parse_settings, ratio
 from paradiffusion.budget.bench_readers import ReaderSettings
 from paradiffusion.budget.benchmark import (
     HEADER,
@@ -89,9 +80,7 @@ def test_everything_is_measured_and_written(small: list[str], tmp_path: Path) ->
             assert row.speedup is not None and row.speedup > 0
     # conditioning is given by the user: one arm, and each kind of work beside the reference
     assert {row.arm for row in rows} == {"as given"}
-    works = {
-        key: {row.work for row in rows if (row.what, row.stage) == key} for key in {(r.what, r.stage) for r in rows}
-    }
+    works = {key: {row.work for row in rows if (row.what, row.stage) == key} for key in {(r.what, r.stage) for r in rows}}
     assert works["step", 1] == {"ours", "features and latents given", "reference", "ours, channels_last=true"}
     assert "reference" in works["step", 2] and "features and latents given" not in works["step", 2]
     drawn = [row for row in rows if row.what == "sampler"]
@@ -100,9 +89,7 @@ def test_everything_is_measured_and_written(small: list[str], tmp_path: Path) ->
     assert {row.work for row in rows if row.what == "text"} == {"ours", "reference"}
 
 
-def test_pictures_are_drawn_compiled_beside_not(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_are_drawn_compiled_beside_not(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[bool] = []
 
     def drawn(models: InferenceModels, jobs: list[Job]) -> object:

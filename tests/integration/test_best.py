@@ -108,9 +108,7 @@ def test_binding_is_scored_at_each_validation(train: Train, tmp_path: Path, monk
 
 def test_two_processes_keep_the_same_best_and_end_together(tiny_arguments: list[str], tmp_path: Path) -> None:
     still = ("optimizer.lr=1e-30", "optimizer.lr_conditioning=1e-30")  # nothing is learned: the first is the best
-    ended, said = run_on_two(
-        "train.py", *tiny_arguments, *still, *BEST, "patience=2", "max_steps=40", f"run_dir={tmp_path}"
-    )
+    ended, said = run_on_two("train.py", *tiny_arguments, *still, *BEST, "patience=2", "max_steps=40", f"run_dir={tmp_path}")
     assert ended == [0, 0], said
     assert "stage 1 ends at step 6 of 40: after step 2 " in said
     assert steps_saved(tmp_path / "stage1") == [2, 6]

@@ -72,10 +72,7 @@ def test_the_hostile_folder(hostile: Path, tmp_path: Path) -> None:
 
 
 def test_the_report_shows_what_went(
-    hostile: Path,
-    command: Callable[..., subprocess.CompletedProcess[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    hostile: Path, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     done = command("scripts/build_shards.py", f"input={hostile}", f"output={out}", "processes=2")
@@ -209,9 +206,7 @@ def test_the_emoji_archive_becomes_shards_and_trains(train: Callable[..., int], 
     assert train("preset=nano", "stage=1", f"data.shards={out}", "max_steps=2", "batch_size=4") == 0
 
 
-def test_a_picture_that_changes_under_way_is_noticed(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_that_changes_under_way_is_noticed(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = building.select
 
     def late(*arguments: Any) -> Any:

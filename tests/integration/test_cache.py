@@ -89,12 +89,8 @@ def inputs(trainer: Trainer, steps: int) -> tuple[list[LossBatch], Meters]:
         loader.close()
 
 
-@pytest.mark.parametrize(
-    ("arm", "kinds"), [("modern", "both"), ("paper", "both"), ("modern", "latents"), ("modern", "text")]
-)
-def test_the_model_gets_the_same_inputs(
-    arguments: list[str], caches: dict[str, Path], arm: str, kinds: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("arm", "kinds"), [("modern", "both"), ("paper", "both"), ("modern", "latents"), ("modern", "text")])
+def test_the_model_gets_the_same_inputs(arguments: list[str], caches: dict[str, Path], arm: str, kinds: str, tmp_path: Path) -> None:
     arguments = [*arguments, f"conditioning={arm}", *WORDS, f"run_dir={tmp_path / 'run'}"]
     folder = caches[arm] if kinds == "both" else caches[arm] / kinds
     plain, plain_meters = inputs(build_here(arguments), 12)
@@ -114,18 +110,11 @@ def test_the_model_gets_the_same_inputs(
         assert getattr(meters, name) == getattr(plain_meters, name) > 0, name
 
 
-def test_losses_are_those_of_training_without_a_cache(
-    arguments: list[str], caches: dict[str, Path], tmp_path: Path
-) -> None:
+def test_losses_are_those_of_training_without_a_cache(arguments: list[str], caches: dict[str, Path], tmp_path: Path) -> None:
     """And a run that was stopped in the middle ends in the same bits."""
     arguments = [*arguments, "data.workers=1", "checkpoint_every=3"]
     cached = [*arguments, f"data.cache={caches['modern']}"]
-    for name, typed in (
-        ("plain", arguments),
-        ("cached", cached),
-        ("parts", [*cached, "max_steps=5"]),
-        ("parts", cached),
-    ):
+    for name, typed in (("plain", arguments), ("cached", cached), ("parts", [*cached, "max_steps=5"]), ("parts", cached)):
         assert train_here([*typed, f"run_dir={tmp_path / name}"]) == 0
     plain, other = (records(tmp_path / name / "stage1") for name in ("plain", "cached"))
     for one, two in zip(plain, other, strict=True):
@@ -165,9 +154,7 @@ def test_another_configuration_is_refused(arguments: list[str], caches: dict[str
         build_here([*here, f"data.cache={tmp_path}"])
 
 
-def test_cached_text_is_refused_where_the_adapter_is_trained(
-    arguments: list[str], caches: dict[str, Path], tmp_path: Path
-) -> None:
+def test_cached_text_is_refused_where_the_adapter_is_trained(arguments: list[str], caches: dict[str, Path], tmp_path: Path) -> None:
     second = [*arguments, "stage=2", "init_from=scratch", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match="train_text=lora trains the language model's adapter.*data.cache=.*/latents"):
         build_here([*second, f"data.cache={caches['modern']}"])
@@ -193,9 +180,7 @@ def test_the_adapter_of_stage_3_belongs_to_the_key(arguments: list[str], tmp_pat
     user_error("lora.hash=", build_here, [*third, f"data.cache={cache}", f"init_from={earlier}"])
 
 
-def test_a_shard_that_was_never_cached(
-    arguments: list[str], caches: dict[str, Path], data: Path, tmp_path: Path
-) -> None:
+def test_a_shard_that_was_never_cached(arguments: list[str], caches: dict[str, Path], data: Path, tmp_path: Path) -> None:
     more = tmp_path / "more"
     shutil.copytree(data, more)
     write_shards((sample(number) for number in range(100, 105)), tmp_path / "new", 5)
@@ -249,9 +234,7 @@ def test_remote_shards(arguments: list[str], data: Path, caches: dict[str, Path]
         assert 0 < server.bytes_sent - before < 16 * 1024  # captions; an image has about 12 kB
 
 
-def test_the_preflight_tries_what_will_run(
-    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_preflight_tries_what_will_run(tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = [*tiny_arguments, "stage=1", "conditioning.max_tokens=32", f"run_dir={tmp_path / 'run'}"]
     assert make(here, tmp_path / "cache") == 0
     encoded: list[int] = []
@@ -415,14 +398,7 @@ def test_folders_whose_files_are_numbered_alike(tiny_arguments: list[str], tmp_p
             (folder / f"{number}.png").write_bytes(encoded(picture(100 * first + number), compress_level=0))
             (folder / f"{number}.txt").write_text(f"photo of {thing} {number}")
     sources = ", ".join(f"{{name: {thing}, folder: {folder}, weight: 0.5}}" for thing, folder in folders.items())
-    here = [
-        *tiny_arguments,
-        "stage=1",
-        f"data.sources=[{sources}]",
-        "log_every=1",
-        "data.max_bad_fraction=1",
-        "max_steps=4",
-    ]
+    here = [*tiny_arguments, "stage=1", f"data.sources=[{sources}]", "log_every=1", "data.max_bad_fraction=1", "max_steps=4"]
     cache = f"data.cache={tmp_path / 'cache'}"
     assert make(here, tmp_path / "cache") == 0
     assert len(list((tmp_path / "cache" / "latents").glob("*.tar"))) == 2
@@ -437,9 +413,7 @@ def test_folders_whose_files_are_numbered_alike(tiny_arguments: list[str], tmp_p
         build_here([*tiny_arguments, "stage=1", f"data.folder={folder}", f"run_dir={tmp_path / thing}", cache])
 
 
-def test_entries_are_made_and_dropped_one_by_one(
-    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_entries_are_made_and_dropped_one_by_one(tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A picture replaced by one of the same name, size in bytes and sides; one more; one less; another caption."""
     folder, encoded_now = tmp_path / "pictures", []
     folder.mkdir()
@@ -458,14 +432,7 @@ def test_entries_are_made_and_dropped_one_by_one(
         encoded_now.extend(["caption"] * len(captions))
         return read_captions(encoder, captions, device)
 
-    here = [
-        *tiny_arguments,
-        "stage=1",
-        f"data.folder={folder}",
-        "log_every=1",
-        "max_steps=4",
-        "data.max_bad_fraction=0",
-    ]
+    here = [*tiny_arguments, "stage=1", f"data.folder={folder}", "log_every=1", "max_steps=4", "data.max_bad_fraction=0"]
     cached = [*here, f"data.cache={tmp_path / 'cache'}"]
 
     def made() -> tuple[int, int]:
@@ -520,10 +487,7 @@ def test_shards_added_with_fewer_kinds_get_all_of_the_cache(plain: list[str], tm
 
 def test_what_is_not_finite_is_never_cached(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     posterior, encode = Codec.posterior, TextEncoder.forward
-    for factor, more in (
-        (float("nan"), "set codec.dtype=float32"),
-        (1e8, "store with dtype=bfloat16 or dtype=float32"),
-    ):
+    for factor, more in ((float("nan"), "set codec.dtype=float32"), (1e8, "store with dtype=bfloat16 or dtype=float32")):
         scaled = lambda self, images, by=factor: tuple(part * by for part in posterior(self, images))  # noqa: E731
         monkeypatch.setattr(Codec, "posterior", scaled)
         cache = tmp_path / str(factor)
@@ -551,11 +515,7 @@ def test_other_weights_or_another_tokenizer_are_noticed(plain: list[str], tmp_pa
     assert tokenizer_hash(encoder) != before
     cache = tmp_path / "cache"
     assert make(plain, cache) == 0
-    for kind, part in (
-        ("latents", "codec.weights"),
-        ("text", "text_encoder.weights"),
-        ("text", "text_encoder.tokenizer"),
-    ):
+    for kind, part in (("latents", "codec.weights"), ("text", "text_encoder.weights"), ("text", "text_encoder.tokenizer")):
         path = cache / kind / "key.json"
         kept = path.read_text()
         stored = json.loads(kept)
@@ -568,9 +528,7 @@ def test_other_weights_or_another_tokenizer_are_noticed(plain: list[str], tmp_pa
     build_here([*plain, "conditioning.pad_multiple=32", f"data.cache={cache}", f"run_dir={tmp_path / 'padded'}"])
 
 
-def test_captions_are_read_without_their_images(
-    plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captions_are_read_without_their_images(plain: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, sizes = caching.read_place, []
 
     def counted(place: Any) -> Any:
@@ -609,9 +567,7 @@ def test_a_stopped_run_goes_on_after_its_last_whole_shard(plain: list[str], tmp_
     before = {path: path.stat().st_mtime_ns for path in folder.glob("0*.tar")}
     assert 2 <= len(before) < 12 and not list(folder.glob(".*"))
     for name in ("cache", "whole"):
-        assert (
-            make_cache(compose_train(slow), CacheOptions(output=str(tmp_path / name), what="latents", at_once=1)) == 0
-        )
+        assert make_cache(compose_train(slow), CacheOptions(output=str(tmp_path / name), what="latents", at_once=1)) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert files(folder) == files(tmp_path / "whole" / "latents")
 

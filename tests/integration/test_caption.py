@@ -54,9 +54,7 @@ def report(folder: Path) -> dict[str, Any]:
 def test_shards_get_a_caption_and_keep_all_else(arguments: list[str], tmp_path: Path) -> None:
     shards_of(tmp_path / "in", 10, 6)
     out = tmp_path / "out"
-    assert (
-        caption([*arguments, "max_new_tokens=16", "batch_size=4", "kind=dense", "prompts=paper,style", *PASSING]) == 0
-    )
+    assert caption([*arguments, "max_new_tokens=16", "batch_size=4", "kind=dense", "prompts=paper,style", *PASSING]) == 0
     before, after = (load_index(expand_shards(tmp_path / name)) for name in ("in", "out"))
     assert after.kinds == ["short", "long", "dense"] and len(after) == 10
     records = lines(out / "000000.jsonl") + lines(out / "000001.jsonl")
@@ -76,9 +74,7 @@ def test_shards_get_a_caption_and_keep_all_else(arguments: list[str], tmp_path: 
     assert "| 100 to 150 | 0% | 51% |" in (out / "report.md").read_text()
 
 
-def test_a_rejected_caption_leaves_the_sample_as_it_was(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rejected_caption_leaves_the_sample_as_it_was(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards_of(tmp_path / "in", 6, 6)
     assert caption([*arguments, "max_new_tokens=12", "retries=2"]) == 0
     assert "rejected 100%" in capsys.readouterr().err  # told by the bar, not only in the end
@@ -99,8 +95,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(family: str, tmp_path: Path
 
     def ask(count: int, seed: int = 0, temperature: float = 0.7, image: int = 0) -> list[Answer]:
         questions = [
-            Question(n, 0, picture(n + image, 64 + 16 * (n % 3), 64), "Say more" * (n + 1), n + seed, temperature)
-            for n in range(count)
+            Question(n, 0, picture(n + image, 64 + 16 * (n % 3), 64), "Say more" * (n + 1), n + seed, temperature) for n in range(count)
         ]
         return [answer for group in engine.answers(iter([questions])) for _, answer in group]
 
@@ -113,9 +108,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(family: str, tmp_path: Path
     assert all(answer.tokens == 16 or answer.finished for answer in together)
 
 
-def test_a_batch_that_does_not_fit_is_halved_without_keeping_its_inputs(
-    vlm: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_that_does_not_fit_is_halved_without_keeping_its_inputs(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = LocalModel(str(vlm), None, "bfloat16", "cpu", 4, Decoding(8))
     questions = [Question(n, 0, picture(n, 64, 64), "Say more", n, 0.7) for n in range(4)]
     answers = list(engine.answers(iter([questions])))
@@ -141,9 +134,7 @@ def test_a_batch_that_does_not_fit_is_halved_without_keeping_its_inputs(
     ("temperature", "top_p", "expected"),
     [(1.0, 1.0, [0.5, 0.3, 0.15, 0.05]), (1.0, 0.9, [0.526, 0.316, 0.158, 0]), (0.5, 1.0, [0.685, 0.247, 0.062, 0.007])],
 )  # fmt: skip
-def test_draws_follow_the_probabilities_that_the_model_gives(
-    temperature: float, top_p: float, expected: list[float]
-) -> None:
+def test_draws_follow_the_probabilities_that_the_model_gives(temperature: float, top_p: float, expected: list[float]) -> None:
     scores = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
     draw = SeededDraw(list(range(4000)), temperature, top_p, torch.device("cpu"))
     drawn = draw(torch.zeros(4000, 1, dtype=torch.long), scores.expand(4000, 4)).argmax(1)
@@ -243,9 +234,7 @@ def test_what_the_captions_depend_on_may_not_change(arguments: list[str], tmp_pa
         ("batch_size=many", "batch_size"),
     ],
 )
-def test_a_wrong_request_is_told_in_a_sentence(
-    vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, words: str
-) -> None:
+def test_a_wrong_request_is_told_in_a_sentence(vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, words: str) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("in", "other"):
         shards_of(tmp_path / folder, 1, 1)
@@ -324,9 +313,7 @@ def test_an_answer_may_come_in_parts(run: Run, server: ChatServer, tmp_path: Pat
     assert lines(tmp_path / "out" / "000000.jsonl")[0]["caption"] == f"{paragraph(b'a')} And {paragraph(b'b')}"
 
 
-def test_a_request_is_what_the_protocol_says(
-    run: Run, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_is_what_the_protocol_says(run: Run, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards_of(tmp_path / "in", 4, 4)
     server.key = "secret"
     monkeypatch.setenv("CAPTION_KEY", "secret")
@@ -505,9 +492,7 @@ def test_a_shard_whose_lines_were_deleted_is_written_again(run: Run, server: Cha
     assert not list(out.glob("*.journal"))
 
 
-def test_a_server_may_ask_for_patience(
-    run: Run, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_may_ask_for_patience(run: Run, server: ChatServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [_pause(text) for text in ("7", "1.5", "-3", "", "soon", "1e9", "nan")] == [7, 1.5, 0, 0, 0, 600, 0]
     assert 60 < _pause(formatdate(time.time() + 120, usegmt=True)) <= 120
     assert _pause(formatdate(time.time() - 120, usegmt=True)) == 0

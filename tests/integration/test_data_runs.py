@@ -25,9 +25,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments_of(tiny_arguments: list[str], run: Path, *more: str) -> list[str]:
-    kept = [
-        one for one in tiny_arguments if not one.startswith(("data.shards=", "data.val_shards=", "data=", "data.demo"))
-    ]
+    kept = [one for one in tiny_arguments if not one.startswith(("data.shards=", "data.val_shards=", "data=", "data.demo"))]
     own = ["stage=1", f"run_dir={run}", "max_steps=4", "validate_every=1000", "checkpoint_every=4", "log_every=1"]
     return [*kept, *own, *more]
 
@@ -96,9 +94,7 @@ def test_a_stream(tiny_arguments: list[str], shards: Path, tmp_path: Path, capsy
     assert [row["step"] for row in records(tmp_path / "run" / "stage1")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_several_resolutions(
-    shards: Path, tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_resolutions(shards: Path, tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scenes of 64x64 pixels stay what they are, and the wide and tall ones, which have fewer, are not enlarged."""
     own = (f"data.shards={shards}", "data.lower_resolutions=[48]", "log_samples=true", "max_steps=8")
     assert train_here(arguments_of(tiny_arguments, tmp_path / "run", *own)) == 0

@@ -61,9 +61,7 @@ def test_it_trains_and_resumes(run: Path, arguments: list[str], tmp_path: Path) 
 def test_it_draws_and_is_exported(run: Path, tmp_path: Path) -> None:
     def drawn(checkpoint: Path) -> np.ndarray:
         folder = tmp_path / f"from_{checkpoint.name}"
-        assert (
-            sample_here(f"ckpt={checkpoint}", f"prompt={PROMPT}", f"output_dir={folder}", "steps=3", "threads=1") == 0
-        )
+        assert sample_here(f"ckpt={checkpoint}", f"prompt={PROMPT}", f"output_dir={folder}", "steps=3", "threads=1") == 0
         return np.asarray(Image.open(folder / "00000.png")).astype(int)
 
     expected = drawn(run / "stage1")

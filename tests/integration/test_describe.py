@@ -15,15 +15,7 @@ from commands import user_error
 from programs import script
 
 from paradiffusion.budget.activations import peak_bytes
-from paradiffusion.budget.describe import (
-    Description,
-    Question,
-    as_text,
-    describe,
-    least_recomputation,
-    parse_question,
-    throughput,
-)
+from paradiffusion.budget.describe import Description, Question, as_text, describe, least_recomputation, parse_question, throughput
 from paradiffusion.budget.empty import empty_models
 from paradiffusion.budget.flops import DEVICES, StageFlops, count, recognise, stage_flops
 from paradiffusion.budget.memory import GIB, LAUNCHES, Fitter, measure_training

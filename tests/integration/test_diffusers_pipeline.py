@@ -76,9 +76,7 @@ def seeded(seed: int = 7) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_a_fresh_process_draws_what_sample_py_draws(
-    checkpoints: dict[str, Path], folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_fresh_process_draws_what_sample_py_draws(checkpoints: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:
     arguments = [str(tmp_path), PROMPT, *map(str, folders.values())]
     subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, *arguments], cwd=ROOT, check=True)
     for name, checkpoint in checkpoints.items():
@@ -98,9 +96,7 @@ def test_back_to_checkpoints(checkpoints: dict[str, Path], folders: dict[str, Pa
         assert torch.equal(latents(tmp_path / "official"), latents(checkpoints[name]))
 
 
-def test_saving_changes_nothing_and_links_stay_links(
-    checkpoints: dict[str, Path], pipe: ParaDiffusionPipeline, tmp_path: Path
-) -> None:
+def test_saving_changes_nothing_and_links_stay_links(checkpoints: dict[str, Path], pipe: ParaDiffusionPipeline, tmp_path: Path) -> None:
     before = arrays(pipe)
     pipe.save_pretrained(tmp_path / "again")
     again = ParaDiffusionPipeline.from_pretrained(str(tmp_path / "again"))
@@ -157,11 +153,7 @@ def test_callbacks_see_and_change_and_end(pipe: ParaDiffusionPipeline) -> None:
         seen.append((step, float(timestep)))
         return tensors
 
-    assert np.array_equal(arrays(pipe), arrays(pipe, callback_on_step_end=watch)) and [step for step, _ in seen] == [
-        0,
-        1,
-        2,
-    ]
+    assert np.array_equal(arrays(pipe), arrays(pipe, callback_on_step_end=watch)) and [step for step, _ in seen] == [0, 1, 2]
     assert all(first > second for (_, first), (_, second) in pairwise(seen))
 
     def change(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -234,10 +226,7 @@ def test_what_pipelines_of_diffusers_take(pipe: ParaDiffusionPipeline, folders: 
     settings["generator"] = [seeded(n) for n in range(4)]
     apart = dict(zip(names[:2], embeds, strict=False))  # with negative texts, one for each
     assert np.array_equal(told, arrays(pipe, None, **apart, negative_prompt=["a green star"] * 2, **settings))
-    for wrong, words in (
-        ({"latents": noise[:, :3]}, "latents= has the shape"),
-        ({"prompt_embeds": embeds[0]}, "two ways"),
-    ):
+    for wrong, words in (({"latents": noise[:, :3]}, "latents= has the shape"), ({"prompt_embeds": embeds[0]}, "two ways")):
         with pytest.raises(ValueError, match=words):
             pipe("a", **wrong)
     with pytest.raises(UserError, match=r"eta=0.5 means nothing to DPMSolver"):
@@ -247,12 +236,8 @@ def test_what_pipelines_of_diffusers_take(pipe: ParaDiffusionPipeline, folders: 
         pipe("a")
     other = ParaDiffusionPipeline.from_pretrained(str(folders["official"]))
     other.scheduler = DDIMScheduler.from_config(other.scheduler.config)
-    assert np.array_equal(arrays(other, eta=0.0), arrays(other)) and not np.array_equal(
-        arrays(other, eta=1.0), arrays(other)
-    )
-    assert np.array_equal(
-        arrays(other, eta=1.0), arrays(other, eta=1.0)
-    )  # what is drawn anew is a function of the seed
+    assert np.array_equal(arrays(other, eta=0.0), arrays(other)) and not np.array_equal(arrays(other, eta=1.0), arrays(other))
+    assert np.array_equal(arrays(other, eta=1.0), arrays(other, eta=1.0))  # what is drawn anew is a function of the seed
 
 
 def test_wrong_arguments(pipe: ParaDiffusionPipeline) -> None:

@@ -30,13 +30,7 @@ from scripts.export import main as export
 # Both kinds of prediction; and guidance as a checkpoint may have it, with a rescale and an interval.
 ARMS = {"modern": [], "paper": ["objective=paper", "conditioning=paper", "conditioning.max_tokens=32", "sampler.guidance_rescale=0.5",
         "sampler.guidance_stop=0.6"]}  # fmt: skip
-STAGE = [
-    "stage=4",
-    "objective.distill_steps=2",
-    "objective.distill_substeps=3",
-    "objective.distill_guidance=[1,4]",
-    "sampler.steps=2",
-]
+STAGE = ["stage=4", "objective.distill_steps=2", "objective.distill_substeps=3", "objective.distill_guidance=[1,4]", "sampler.steps=2"]
 PROMPT = "a red circle at the left of a blue square"
 
 
@@ -103,9 +97,7 @@ def test_the_teacher_goes_where_its_sampler_goes(arm: str, arguments: dict[str, 
         lambda _, latents: states.append(latents), noise=start,
     )  # fmt: skip
     for step, state in ((0, start), (3, states[2])):  # the way is straight between these
-        torch.testing.assert_close(
-            alpha[step] * learned.latents + sigma[step] * learned.noise, state, rtol=1e-3, atol=2e-4
-        )
+        torch.testing.assert_close(alpha[step] * learned.latents + sigma[step] * learned.noise, state, rtol=1e-3, atol=2e-4)
     # The scale counts, and each sample has its own window.
     assert (teacher(first, torch.ones(4)).latents - learned.latents).abs().max() > 1e-3
     mixed = teacher(replace(first, times=first.times * torch.tensor([1.0, 1.0, 0.2, 0.2])), torch.full((4,), 2.5))
@@ -114,9 +106,7 @@ def test_the_teacher_goes_where_its_sampler_goes(arm: str, arguments: dict[str, 
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_training_brings_it_nearer_to_the_guided_teacher(
-    arm: str, arguments: dict[str, list[str]], tmp_path: Path
-) -> None:
+def test_training_brings_it_nearer_to_the_guided_teacher(arm: str, arguments: dict[str, list[str]], tmp_path: Path) -> None:
     given = ["max_steps=24", "ema_decay=0.8", "optimizer.lr=3e-4", "validation.samples=16", "validation.batch_size=16"]
     trainer, _, _ = ready([*arguments[arm], *given], tmp_path / "run")
     before = trainer.validate()
@@ -125,9 +115,7 @@ def test_training_brings_it_nearer_to_the_guided_teacher(
     assert all(after[key] < 0.95 * before[key] for key in ("loss_short", "loss_long")), (before, after)
 
 
-def test_stopped_and_resumed_ends_in_the_same_bits(
-    student: Path, arguments: dict[str, list[str]], tmp_path: Path
-) -> None:
+def test_stopped_and_resumed_ends_in_the_same_bits(student: Path, arguments: dict[str, list[str]], tmp_path: Path) -> None:
     given = arguments["modern"]
     for steps in (3, 8):
         trainer = build_here([*given, f"run_dir={tmp_path / 'run'}"])
@@ -139,11 +127,7 @@ def test_another_teacher_ends_a_resumed_stage(
     student: Path, arguments: dict[str, list[str]], tiny_arguments: list[str], tmp_path: Path
 ) -> None:
     assert train_here([*tiny_arguments, "seed=3", f"run_dir={tmp_path}"]) == 0
-    user_error(
-        "facts.teacher",
-        train_here,
-        [*arguments["modern"], f"init_from={tmp_path / 'stage1'}", f"run_dir={student.parent}"],
-    )
+    user_error("facts.teacher", train_here, [*arguments["modern"], f"init_from={tmp_path / 'stage1'}", f"run_dir={student.parent}"])
 
 
 def test_one_forward_a_step(student: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -164,9 +148,7 @@ def test_one_forward_a_step(student: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     assert not np.array_equal(pictures[0], pictures[2])
 
 
-def test_what_it_cannot_do_is_said(
-    student: Path, arguments: dict[str, list[str]], train: Callable[..., int], tmp_path: Path
-) -> None:
+def test_what_it_cannot_do_is_said(student: Path, arguments: dict[str, list[str]], train: Callable[..., int], tmp_path: Path) -> None:
     for said, *asked in (
         ("negative_prompt needs guidance", "negative_prompt=blue"), ("expected 1.0 to 4.0", "guidance=7.5"),
         ("guidance_stop=0.8 has no place", "sampler=fast"), ("solver=euler has no place", "solver=euler"),
@@ -188,9 +170,7 @@ def test_what_cannot_be_distilled_is_refused(override: str, tiny_arguments: list
 
 def test_it_is_exported(student: Path, arguments: dict[str, list[str]], tmp_path: Path) -> None:
     def drawn(ckpt: Path) -> np.ndarray:
-        assert (
-            sample_here(f"ckpt={ckpt}", f"prompt={PROMPT}", "seed=5", f"output_dir={tmp_path / 'of' / ckpt.name}") == 0
-        )
+        assert sample_here(f"ckpt={ckpt}", f"prompt={PROMPT}", "seed=5", f"output_dir={tmp_path / 'of' / ckpt.name}") == 0
         return np.asarray(Image.open(tmp_path / "of" / ckpt.name / "00000.png")).astype(int)
 
     expected = drawn(student)
@@ -206,8 +186,6 @@ def test_it_is_exported(student: Path, arguments: dict[str, list[str]], tmp_path
     run = tmp_path / "paper"
     assert train_here([*arguments["paper"], "max_steps=1", "unet.coordinates=0", f"run_dir={run}"]) == 0
     said = user_error(
-        "the embedding of a guidance scale",
-        export,
-        [f"ckpt={run}", "to=official", f"output={tmp_path / 'o'}", "frozen=none"],
+        "the embedding of a guidance scale", export, [f"ckpt={run}", "to=official", f"output={tmp_path / 'o'}", "frozen=none"]
     )
     assert "coordinates" not in said

@@ -46,15 +46,11 @@ def test_two_processes_draw_what_one_draws(alone: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "two" / "manifest.jsonl").read_text().splitlines()]
     assert sorted(row["prompt"] for row in rows) == sorted(str(line["prompt"]) for line in lines)
     for number in range(5):
-        one, two = (
-            np.asarray(Image.open(tmp_path / folder / f"{number:05d}.png")).astype(int) for folder in ("one", "two")
-        )
+        one, two = (np.asarray(Image.open(tmp_path / folder / f"{number:05d}.png")).astype(int) for folder in ("one", "two"))
         assert one.shape == two.shape and np.abs(one - two).max() <= 1
 
 
-def test_two_processes_lose_what_one_loses_where_samples_cannot_be_read(
-    tiny_arguments: list[str], tmp_path: Path
-) -> None:
+def test_two_processes_lose_what_one_loses_where_samples_cannot_be_read(tiny_arguments: list[str], tmp_path: Path) -> None:
     arguments = [
         *tiny_arguments, f"data.shards={half_unreadable(tmp_path / 'bad')}", "data.max_bad_fraction=0.9", "log_every=1", "max_steps=4",
     ]  # fmt: skip
@@ -98,9 +94,7 @@ def test_accelerate_launch_uses_all_cores_and_leaves_nothing_behind(
 
 def test_a_mistake_of_all_processes_is_told_once() -> None:
     done = launch("ddp", "train.py", "stage=2", "max_step=3")
-    assert (
-        done.returncode != 0 and done.stderr.count("error: the key max_step is unknown; did you mean max_steps?") == 1
-    )
+    assert done.returncode != 0 and done.stderr.count("error: the key max_step is unknown; did you mean max_steps?") == 1
     assert "paradiffusion/" not in done.stderr, "a traceback of ours"
 
 
@@ -161,9 +155,7 @@ print("all held", flush=True)
 """
 
 
-def test_ddp_shares_what_one_process_has_counted_and_holds_gradients_once(
-    tiny_arguments: list[str], tmp_path: Path
-) -> None:
+def test_ddp_shares_what_one_process_has_counted_and_holds_gradients_once(tiny_arguments: list[str], tmp_path: Path) -> None:
     program = tmp_path / "ddp.py"
     program.write_text(DDP)
     arguments = [*tiny_arguments, "batch_size=4", "micro_batch_size=1", f"run_dir={tmp_path / 'run'}"]
@@ -202,9 +194,7 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
 
 def test_two_tasks_train_together(environment: dict[str, str], tiny_arguments: list[str], tmp_path: Path) -> None:
     """With DeepSpeed, and an argument with characters that a shell would take for its own."""
-    environment = {key: value for key, value in environment.items() if key != "ACCELERATE_USE_CPU"} | {
-        "LAUNCH": "zero2"
-    }
+    environment = {key: value for key, value in environment.items() if key != "ACCELERATE_USE_CPU"} | {"LAUNCH": "zero2"}
     more = (f"run_dir={tmp_path / 'a run'}", "max_steps=2", "data.captions={short: 1.0}")
     result = submit(environment, *tiny_arguments, *more)
     assert result.returncode == 0, result.stderr
@@ -219,8 +209,7 @@ def test_tasks_get_the_cores_that_the_job_asks_for(environment: dict[str, str], 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
-    [({"LAUNCH": "zero4"}, "choose one of ddp, zero2"), ({"SLURM_SUBMIT_DIR": "/"}, "holds no train.py")],
+    ("change", "said"), [({"LAUNCH": "zero4"}, "choose one of ddp, zero2"), ({"SLURM_SUBMIT_DIR": "/"}, "holds no train.py")]
 )
 def test_mistakes_are_one_sentence(environment: dict[str, str], change: dict[str, str], said: str) -> None:
     result = submit({**environment, **change}, "stage=1")

@@ -117,17 +117,7 @@ def walk() -> list[tuple[str, list[str]]]:
         "|cc12m|pd12m|runs/(large|tuned)"
     )
     # Servers, models of a hub, sets that are downloaded, and what other tests run: they were composed above.
-    others = (
-        "vote",
-        "select",
-        "caption",
-        "download",
-        "benchmark",
-        "ablate",
-        "make_demo_data",
-        "report_demo",
-        "publish",
-    )
+    others = ("vote", "select", "caption", "download", "benchmark", "ablate", "make_demo_data", "report_demo", "publish")
     chosen = []
     for _, program, arguments in COMMANDS:
         line = " ".join([program, *arguments])
@@ -151,9 +141,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Path:
     for name, source in (("web", "web"), ("big", "big"), ("held_out", "val")):
         shutil.copytree(demo_folder / source, folder / "shards" / name)
     (folder / "cases.jsonl").write_text('{"prompt": "A red circle.", "seed": 3}\n')
-    (folder / "list.csv").write_text(
-        "image,title,story\npictures/1.png,One,A plain picture.\npictures/2.png,Two,Another one.\n"
-    )
+    (folder / "list.csv").write_text("image,title,story\npictures/1.png,One,A plain picture.\npictures/2.png,Two,Another one.\n")
     (folder / "prompts.txt").write_text("A red circle.\n")
     (folder / "prompts.csv").write_text("prompt\nA red circle.\n")
     return folder
@@ -170,11 +158,7 @@ def main_of(program: str) -> Callable[[list[str]], int]:
     return main
 
 
-def test_what_runs_here_runs(
-    place: Path,
-    tiny_arguments: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_runs_here_runs(place: Path, tiny_arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """At tiny size, one after the other, in one folder; what one command writes the next reads."""
     monkeypatch.chdir(place)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"A red circle.\n")))
@@ -218,9 +202,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert len(code) > 5 and not any(cell.get("outputs") for cell in cells)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        [sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    ran = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     judged = [line.split()[0] for line in ran.stdout.splitlines() if "read as a scene" in line]
     assert len(judged) == 3 and judged.count("followed") > 1

@@ -107,9 +107,7 @@ def test_a_manifest_says_what_each_picture_shows(tmp_path: Path) -> None:
         match_pictures(put(tmp_path / "other", "x.png"), SUITE)
 
 
-def test_a_folder_of_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_of_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     folder = put(Path("theirs"), "val-000000.png", "val-000001.jpg", "val-000001_1.jpg", "cat.png")
     (folder / "val-000002.png").write_bytes(b"<script>no picture</script>")
@@ -295,10 +293,7 @@ def test_our_own_pipeline_and_the_painters(codec_folder: Path, prompts: Path) ->
     scenes = load_suite("scenes", count=2)
     config = EvaluateOptions(steps=3, guidance=4).sampling()
     requests = [Request(p.text, p.seed("scenes"), p.height, p.width) for p in scenes.prompts]
-    ours, exported = (
-        CheckpointSource(checkpoint, checkpoint, config, None),
-        PipelineSource("exported", config, None),
-    )
+    ours, exported = (CheckpointSource(checkpoint, checkpoint, config, None), PipelineSource("exported", config, None))
     for drawn in (pixels(Path("a")), *(source.painter(scenes)(requests) for source in (ours, exported))):
         for one, other in zip(drawn, pixels(Path("b")), strict=True):
             assert np.abs(one.astype(int) - other).max() <= 1

@@ -83,9 +83,7 @@ def exports_of(run: Path, layouts: list[str]) -> dict[str, Any]:
         assert export([f"ckpt={run}", f"to={layout}", f"output={folder}", "frozen=none"]) == 0
         for path in sorted(folder.rglob("*.safetensors")):
             values = load_file(path)
-            if (
-                path.name == "adapter_model.safetensors"
-            ):  # under PEFT's names; the same again is there for other loaders
+            if path.name == "adapter_model.safetensors":  # under PEFT's names; the same again is there for other loaders
                 values = {n: value for n, value in values.items() if re.match(r"base_model\.model\.(?!model\.)", n)}
             names = {name: [list(v.shape), v.double().abs().sum().item()] for name, v in sorted(values.items())}
             tensors[f"{layout}/{path.relative_to(folder)}"] = {
@@ -108,9 +106,7 @@ def kept() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("arm", ["nano", "paper"])
-def test_losses_pictures_and_exports_are_those_that_were_kept(
-    arm: str, measured: dict[str, Any], kept: dict[str, Any]
-) -> None:
+def test_losses_pictures_and_exports_are_those_that_were_kept(arm: str, measured: dict[str, Any], kept: dict[str, Any]) -> None:
     for stage in (1, 2, 3):
         for what, room in (("losses", 1e-3), ("held out", 1e-3), ("gradient norms", 1e-2)):
             name = f"{arm} stage {stage} {what}"

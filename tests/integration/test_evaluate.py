@@ -141,10 +141,7 @@ def test_stopped_or_killed_the_same_command_goes_on(run: Path, tmp_path: Path, n
     child = fork("evaluate", slow, tmp_path / "said.txt")
     code = end(child, lambda: len(list(Path("out/images").glob("0*.png"))) > 1, number)
     said = (tmp_path / "said.txt").read_text()
-    assert (code, "Stopped; the same command goes on from here." in said) in (
-        (128 + signal.SIGTERM, True),
-        (-signal.SIGKILL, False),
-    )
+    assert (code, "Stopped; the same command goes on from here." in said) in ((128 + signal.SIGTERM, True), (-signal.SIGKILL, False))
     assert not Path("out/evaluation.json").exists()
     lines = [line for path in Path("out/images").glob("manifest*.jsonl") for line in path.read_text().splitlines()]
     noted = {json.loads(line)["file"] for line in lines}
@@ -235,11 +232,7 @@ def test_two_processes_give_what_one_gives(run: Path, tmp_path: Path) -> None:
 
 ROWS = [
     {"tag": "counting", "include": [{"class": "bird", "count": 2}], "prompt": "Two birds sit on a branch. It is dawn."},
-    {
-        "tag": "colors",
-        "include": [{"class": "bus", "count": 1, "color": "red"}],
-        "prompt": "A red bus. The road is wet.",
-    },
+    {"tag": "colors", "include": [{"class": "bus", "count": 1, "color": "red"}], "prompt": "A red bus. The road is wet."},
 ]
 
 
@@ -283,25 +276,14 @@ def test_scores_are_made_from_what_is_given(models: dict[str, Path], tmp_path: P
     user_error("fidd is unknown; choose among scenes, ", chosen, plain, scores="[fid,fidd]")
 
 
-def test_a_distance_of_sets_on_two_processes(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_distance_of_sets_on_two_processes(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     suite = ("suite=geneval", f"suite_path={write_prompts(Path('geneval.jsonl'), ROWS)}", "allow_other=true")
     for folder, colours in (("one", ("red", "green")), ("other", ("blue", "grey"))):
         Path(folder).mkdir()
-        for prompt, colour in zip(
-            load_suite("geneval", "geneval.jsonl", allow_other=True).prompts, colours, strict=True
-        ):
+        for prompt, colour in zip(load_suite("geneval", "geneval.jsonl", allow_other=True).prompts, colours, strict=True):
             Image.new("RGB", (32, 32), colour).save(Path(folder, f"{prompt.id}.png"))
-    arguments = [
-        "compare=[one,other]",
-        *suite,
-        f"clip={models['clip']}",
-        "scores=[clip_fd]",
-        "reference=one",
-        "output_dir=both",
-    ]
+    arguments = ["compare=[one,other]", *suite, f"clip={models['clip']}", "scores=[clip_fd]", "reference=one", "output_dir=both"]
     codes, said = two_ranks("evaluate", arguments, tmp_path)
     assert codes == [0, 0], said
     assert "clip_fd" not in "".join(said).partition("not computed")[2]
@@ -345,9 +327,7 @@ def test_models_judge_and_people_are_agreed_with(
     assert [path.read_text() for path in kept] == before
 
 
-def test_a_score_that_fails_does_not_keep_the_others(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_score_that_fails_does_not_keep_the_others(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     prompts = write_prompts(Path("mine.jsonl"), [{"prompt": "A bird. A cat."}])
     (tmp_path / "broken").mkdir()

@@ -107,20 +107,14 @@ def test_what_an_older_push_left_is_gone(hub: Hub, command: Command, codec_folde
 
 
 def test_a_language_model_never_goes_along(hub: Hub, command: Command, codec_folder: Path, tmp_path: Path) -> None:
-    official = make_official(
-        tmp_path / "weights", codec_folder, {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
-    )
+    official = make_official(tmp_path / "weights", codec_folder, {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
     assert command("scripts/publish.py", f"ckpt={official}", f"hub={NAME}").returncode == 0
     files = hub.commits[NAME][-1]
     assert {name for name in files if name.endswith(".safetensors")} == {
         "unet/diffusion_pytorch_model.safetensors", "text_encoder_lora/adapter_model.safetensors"
     }  # fmt: skip
     card = files["README.md"].decode()
-    assert (
-        "`meta-llama/Llama-2-7b-hf`" in card
-        and "Neither is part of this repository" in card
-        and "None was given" in card
-    )
+    assert "`meta-llama/Llama-2-7b-hf`" in card and "Neither is part of this repository" in card and "None was given" in card
 
 
 @pytest.mark.parametrize(
@@ -144,9 +138,7 @@ def test_a_hub_that_refuses(
     assert not any("commit" in asked for asked in hub.asked)
 
 
-def test_what_is_asked_for_wrongly(
-    hub: Hub, command: Command, codec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_asked_for_wrongly(hub: Hub, command: Command, codec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = make_ours(tmp_path / "ours", codec_folder)
     for arguments, said in (
         ([f"ckpt={ours}", "hub=tiny"], "expected hub=USER/NAME"), ([f"ckpt={ours}"], "output=<folder> or hub="),
@@ -161,9 +153,7 @@ def test_what_is_asked_for_wrongly(
     refused("needs a token, and there is none", command("scripts/publish.py", f"ckpt={ours}", f"hub={NAME}"))
 
 
-@pytest.mark.parametrize(
-    "fault", [OSError(errno.ENOSPC, "No space left on device", "file"), TypeError("a fault of ours")]
-)
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device", "file"), TypeError("a fault of ours")])
 def test_what_is_no_fault_of_the_hub_is_not_told_as_one(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", mock.Mock(side_effect=fault))
     with pytest.raises(type(fault)):

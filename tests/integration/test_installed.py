@@ -35,9 +35,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def paradiffusion(
-    installed: Path, folder: Path, *arguments: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
+def paradiffusion(installed: Path, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The console command, started in ``folder``."""
     return subprocess.run(
         [str(installed / "bin" / "paradiffusion"), *arguments], cwd=folder, capture_output=True, text=True, check=False,
@@ -72,10 +70,7 @@ def test_the_shipped_checkpoint_and_prompts(installed: Path, tmp_path: Path) -> 
 def test_the_lock_holds_the_tested_set_by_hashes() -> None:
     """`make lock` makes it; after a change of requirements.txt somebody has to."""
     said = (ROOT / "requirements.lock").read_text()
-    locked = {
-        pin: len(rest.split("--hash=sha256:")) - 1
-        for pin, rest in re.findall(r"^(\S+==\S+)((?:.*\\\n)+.*)", said, re.M)
-    }
+    locked = {pin: len(rest.split("--hash=sha256:")) - 1 for pin, rest in re.findall(r"^(\S+==\S+)((?:.*\\\n)+.*)", said, re.M)}
     assert min(locked.values()) > 0 and len(locked) == len(re.findall("^[^# ]", said, re.M))
     assert "://" not in said
     pinned = re.findall(r"^\S+==\S+", (ROOT / "requirements.txt").read_text(), re.M)

@@ -95,9 +95,7 @@ def test_the_null_prompt_is_read_once_beside_any_other(settings: ConditioningCon
             expected, found["features"] = (values * mask[rows, :, None] for values in (expected, found["features"]))
             assert torch.equal(found["mask"], mask[rows])
         torch.testing.assert_close(found["features"], expected)
-    assert calls == [1, 2, 3, 1, 2, 1], (
-        "itself; two others, and all three; one other, and both; nothing, and the reference"
-    )
+    assert calls == [1, 2, 3, 1, 2, 1], "itself; two others, and all three; one other, and both; nothing, and the reference"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -133,9 +131,7 @@ def test_each_image_is_encoded_once_and_is_the_same_beside_any_other(make: Make)
     # Shards of two sources often have the same names, and their samples the same keys.
     other = batch("d")
     other.keys = ["a"]
-    torch.testing.assert_close(
-        latents_of(memory.codec, other, None, CPU, memory), latents_of(memory.codec, batch("d"), None, CPU, make())
-    )
+    torch.testing.assert_close(latents_of(memory.codec, other, None, CPU, memory), latents_of(memory.codec, batch("d"), None, CPU, make()))
     assert len(calls) == 4
 
 

@@ -61,11 +61,7 @@ def keys_of(stage: Path) -> dict[int, list[str]]:
 
 @pytest.fixture(scope="module")
 def settings(tiny_arguments: list[str], demo_folder: Path) -> list[str]:
-    data = [
-        f"data.shards={demo_folder / 'small'}",
-        f"data.val_shards={demo_folder / 'val'}",
-        "data.captions={short: 1, long: 1}",
-    ]
+    data = [f"data.shards={demo_folder / 'small'}", f"data.val_shards={demo_folder / 'val'}", "data.captions={short: 1, long: 1}"]
     return [*tiny_arguments, *SETTINGS, *data]
 
 
@@ -140,9 +136,7 @@ def test_checkpoint_holds_the_whole_adapter_and_draws_what_one_process_trained(
     assert images[0].std() > 1 and np.abs(images[0] - images[1]).max() <= 2
 
 
-def test_one_process_goes_on_where_two_stopped(
-    launched: tuple[str, Path], settings: list[str], alone: Path, tmp_path: Path
-) -> None:
+def test_one_process_goes_on_where_two_stopped(launched: tuple[str, Path], settings: list[str], alone: Path, tmp_path: Path) -> None:
     kind, run = launched
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -162,9 +156,7 @@ def test_muon_takes_the_steps_of_one_process(settings: list[str], tmp_path: Path
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("ddp", 1), ("zero2", 2)])
-def test_two_processes_go_on_where_one_stopped(
-    kind: str, stage: int, settings: list[str], alone: Path, tmp_path: Path
-) -> None:
+def test_two_processes_go_on_where_one_stopped(kind: str, stage: int, settings: list[str], alone: Path, tmp_path: Path) -> None:
     init = [f"init_from={alone / 'stage1'}"] if stage == 2 else []
     arguments = [*settings, f"run_dir={tmp_path / 'run'}", f"stage={stage}", *init]
     # Micro-batches may differ too.
@@ -222,9 +214,7 @@ def test_weights_of_one_process_are_made_once_or_cut_one_at_a_time(
         assert main["held"] > 0 == other["held"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "on_spike", "skipped"), [("zero2_offload", "rollback", [3, 4]), ("zero2", "skip", [4])]
-)
+@pytest.mark.parametrize(("kind", "on_spike", "skipped"), [("zero2_offload", "rollback", [3, 4]), ("zero2", "skip", [4])])
 def test_nothing_of_a_spike_is_left(
     kind: str, on_spike: str, skipped: list[int], settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,25 +20,19 @@ def test_the_denoiser_begins_after_them(tiny_arguments: list[str], train: Callab
     whole, parted = tmp_path / "whole" / "stage1", tmp_path / "parted" / "stage1"
     assert train(*FIRST, f"run_dir={whole.parent}", "keep_last=5", "spike_factor=1.5") == 0
     before, after = (tensors(whole / "checkpoints" / f"step_{step:06d}") for step in (3, 6))
-    moved = {
-        name for name in before if ("unet" in name or "refiner" in name) and not torch.equal(before[name], after[name])
-    }
+    moved = {name for name in before if ("unet" in name or "refiner" in name) and not torch.equal(before[name], after[name])}
     assert any("unet" in name for name in moved) and any("refiner" in name for name in moved)
     moments = {name for name in before if "exp_avg/" in name and before[name].any()}
     assert any("refiner" in name for name in moments) and not any("/unet" in name for name in moments)
     losses = [(row["loss"], row["loss_layout"]) for row in records(whole)]
-    assert all(loss == pytest.approx(layout) for loss, layout in losses[:3]) and losses[3][0] != pytest.approx(
-        losses[3][1]
-    )
+    assert all(loss == pytest.approx(layout) for loss, layout in losses[:3]) and losses[3][0] != pytest.approx(losses[3][1])
     for steps in (2, 4, 6):  # stopped among them, after them, and at the end
         trainer = build_here([*tiny_arguments, *FIRST, f"run_dir={parted.parent}", "spike_factor=1.5"])
         assert trainer.train(lambda trainer=trainer, steps=steps: trainer.state.step + 1 >= steps) == (steps == 6)  # type: ignore[misc]
     assert_same_bits(newest(whole), newest(parted))
 
 
-def test_two_processes_give_what_one_gives(
-    tiny_arguments: list[str], train: Callable[..., int], tmp_path: Path
-) -> None:
+def test_two_processes_give_what_one_gives(tiny_arguments: list[str], train: Callable[..., int], tmp_path: Path) -> None:
     given = [*tiny_arguments, *FIRST]
     assert train(*FIRST) == 0
     ended, said = run_on_two("train.py", *given, f"run_dir={tmp_path / 'two'}")

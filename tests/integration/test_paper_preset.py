@@ -60,9 +60,7 @@ def test_the_papers_unet_is_of_the_official_kind() -> None:
         ours[key] = official[key]
     for key in ("down_block_types", "up_block_types"):  # the small one has three levels
         ours[key] = ours[key][:3] if key == "down_block_types" else ours[key][1:]
-    unet = empty_unet(
-        type(paper().unet)(arguments=ours), CodecConfig(), ConditioningConfig(), official["encoder_hid_dim"]
-    )
+    unet = empty_unet(type(paper().unet)(arguments=ours), CodecConfig(), ConditioningConfig(), official["encoder_hid_dim"])
     from safetensors import safe_open
 
     with safe_open(PARITY / "weights" / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
@@ -83,9 +81,7 @@ def test_sdxls_unet() -> None:
     ):  # fmt: skip
         assert found[name] == shape
     assert not any("add_embedding" in name for name in found)
-    heads = {
-        n.split(".")[1]: m.heads for n, m in unet.named_modules() if n.startswith("down_blocks") and hasattr(m, "heads")
-    }
+    heads = {n.split(".")[1]: m.heads for n, m in unet.named_modules() if n.startswith("down_blocks") and hasattr(m, "heads")}
     assert heads == {"1": 10, "2": 20} and config.codec == paper().codec, "the same latent space"
 
 
@@ -121,9 +117,7 @@ def test_what_is_not_published_is_marked_as_ours() -> None:
         compose_train(["preset=paper", "stage=2"])
 
 
-def test_trained_weights_are_kept_in_fp32(
-    tiny_arguments: list[str], demo_folder: Path, codec_folder: Path, tmp_path: Path
-) -> None:
+def test_trained_weights_are_kept_in_fp32(tiny_arguments: list[str], demo_folder: Path, codec_folder: Path, tmp_path: Path) -> None:
     """A bfloat16 weight of 1 would forget steps of 1e-4: they are an eightieth of what it can tell apart there."""
     run = tmp_path / "run"
     arguments = stage_arguments(tiny_arguments, demo_folder, codec_folder, run)
@@ -175,9 +169,7 @@ def test_what_it_sets(stage: int, unet: str) -> None:
     assert adapted == {"to_q", "to_k", "to_v", "0"} | ({"add_k_proj", "add_v_proj"} if unet == "paper" else set())
 
 
-def test_stages_with_an_adapter_on_the_unet(
-    tiny_arguments: list[str], demo_folder: Path, codec_folder: Path, tmp_path: Path
-) -> None:
+def test_stages_with_an_adapter_on_the_unet(tiny_arguments: list[str], demo_folder: Path, codec_folder: Path, tmp_path: Path) -> None:
     """Stage 1 trains the U-Net whole; 2 and 3 go on from it with an adapter, resume, and are sampled from."""
     run = tmp_path / "run"
     arguments = stage_arguments(tiny_arguments, demo_folder, codec_folder, run)
@@ -208,10 +200,7 @@ def test_the_recipe_is_refused_where_it_cannot_run(tiny_arguments: list[str], tm
     lacking = "bitsandbytes is not installed" if CUDA else "there is no CUDA device"
     for more, said in (
         ([], r"text_encoder\.quantization=4bit needs a CUDA device and the package bitsandbytes"),
-        (
-            ["text_encoder.quantization=null"],
-            rf"optimizer\.name=adamw8bit needs .* {lacking}; set optimizer\.name=adamw",
-        ),
+        (["text_encoder.quantization=null"], rf"optimizer\.name=adamw8bit needs .* {lacking}; set optimizer\.name=adamw"),
     ):
         user_error(said, train_here, [*arguments, *more])
 

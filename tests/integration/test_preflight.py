@@ -49,9 +49,7 @@ def test_the_findings_are_those_of_the_run(tiny_arguments: list[str], tmp_path: 
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
     assert found.checkpoint == pytest.approx(size, rel=0.02)
     assert (found.height, found.width) == (64, 64) and found.device == "process"
-    assert "validation      none, since data.val_shards is not set" in report(
-        compose_train([*arguments, "data.val_shards=null"]), found
-    )
+    assert "validation      none, since data.val_shards is not set" in report(compose_train([*arguments, "data.val_shards=null"]), found)
     assert found.step > 0 and found.first_step > 0 and 0 < found.memory < 50
     before = sorted(path for path in tmp_path.rglob("*"))
     user_error("has checkpoints already", run, [*arguments, "preflight=true"])  # and leaves it alone
@@ -79,8 +77,6 @@ def test_out_of_memory_names_the_keys_and_leaves_nothing(
         raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(Trainer, "train_step", overflow)
-    with pytest.raises(
-        UserError, match=r"tried to allocate 20.00 GiB.*lower micro_batch_size= first.*gradient_checkpointing"
-    ):
+    with pytest.raises(UserError, match=r"tried to allocate 20.00 GiB.*lower micro_batch_size= first.*gradient_checkpointing"):
         run([*tiny_arguments, f"run_dir={tmp_path / 'run'}", "preflight=true"])
     assert list(tmp_path.iterdir()) == []

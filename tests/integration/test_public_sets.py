@@ -124,12 +124,8 @@ def test_what_is_published_becomes_shards(line: str, downloads: Path, monkeypatc
     assert all(len(read_sample(index, row).meta["captions"][kind].split()) == words for row in range(count))
 
 
-@pytest.mark.parametrize(
-    ("name", "shards"), [("cc12m", ["cc12m-train-0000", "cc12m-train-0001"]), ("pd12m", ["00155", "00156"])]
-)
-def test_published_shards_are_used_as_they_are(
-    downloads: Path, name: str, shards: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("name", "shards"), [("cc12m", ["cc12m-train-0000", "cc12m-train-0001"]), ("pd12m", ["00155", "00156"])])
+def test_published_shards_are_used_as_they_are(downloads: Path, name: str, shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (line,) = [line for line in commands("scripts/index_shards.py") if f"shards={name} " in line]
     monkeypatch.chdir(downloads)
     assert run_line(line) == 0

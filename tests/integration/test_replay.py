@@ -280,9 +280,7 @@ def test_spike_leaves_its_page(
     rows = rows_of(folder)
     assert [row["key"] for row in rows] == seen[5] and {row["loss"] for row in rows} == {"nan"}
     html = (folder / "index.html").read_text()
-    assert "loss spike at step 5" in html and html.count("data:image/") == 4 == len(
-        list((folder / "images").glob("*.png"))
-    )
+    assert "loss spike at step 5" in html and html.count("data:image/") == 4 == len(list((folder / "images").glob("*.png")))
     found, page = replay_here(f"run={stage}", "step=5")
     assert found.certain == "identical" and ("its latents came from a cache" in found.verdict) == cached
     assert (folder / "index.html").read_text() == html

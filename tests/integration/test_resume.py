@@ -90,9 +90,7 @@ def test_stage_1_killed_ends_in_the_same_bits(first_run: Path, tiny_arguments: l
     assert len(records(stage, "validation")) == 1
 
 
-def test_stage_2_killed_ends_in_the_same_bits(
-    first_run: Path, second_run: Path, tiny_arguments: list[str], tmp_path: Path
-) -> None:
+def test_stage_2_killed_ends_in_the_same_bits(first_run: Path, second_run: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
     arguments = [*tiny_arguments, *SECOND, f"init_from={newest(first_run / 'stage1')}", f"run_dir={tmp_path / 'run'}"]
     stage = tmp_path / "run" / "stage2"
     for moment in (lambda: logged(stage) >= 3, lambda: logged(stage) >= 12):
@@ -103,9 +101,7 @@ def test_stage_2_killed_ends_in_the_same_bits(
     assert (newest(stage) / "text_encoder_lora" / "adapter_model.safetensors").is_file()
 
 
-def test_a_signal_saves_and_leaves_quietly(
-    second_run: Path, first_run: Path, tiny_arguments: list[str], tmp_path: Path
-) -> None:
+def test_a_signal_saves_and_leaves_quietly(second_run: Path, first_run: Path, tiny_arguments: list[str], tmp_path: Path) -> None:
     # Stage 2, whose learning rate falls over the whole run: it must go on where it was, not from the start.
     start_from = f"init_from={newest(first_run / 'stage1')}"
     arguments = [*tiny_arguments, *SECOND, "checkpoint_every=100", start_from, f"run_dir={tmp_path / 'run'}"]
@@ -196,9 +192,7 @@ def test_a_checkpoint_written_while_steps_run_is_that_of_its_own_step(
 
 # Each keeps its state in a way of its own; the others are in tests/unit/training/test_ema_optim.py.
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "prodigy", "adamw_schedulefree", "adamw4bit_torchao"])
-def test_every_kind_of_optimizer_comes_back_whole(
-    optimizer: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_kind_of_optimizer_comes_back_whole(optimizer: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = OPTIMIZERS[optimizer].path.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")

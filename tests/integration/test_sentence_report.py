@@ -25,14 +25,7 @@ from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult, Table
 from paradiffusion.evaluation.scores.scenes_score import ScenesScore
 from paradiffusion.evaluation.scores.segments import SegmentAlignment, words_read
-from paradiffusion.evaluation.scores.sentence_judges import (
-    ClipJudge,
-    Judgement,
-    SceneJudge,
-    SentenceRow,
-    place,
-    third,
-)
+from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, Judgement, SceneJudge, SentenceRow, place, third
 from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.metrics.sentences import sentences
@@ -296,9 +289,7 @@ def test_scenes_score_is_that_of_score_scenes(tmp_path: Path) -> None:
     assert failed.values.get("binding") == (without["binding"].share if "binding" in without else None)
 
 
-@pytest.mark.parametrize(
-    "kind", [ScenesScore, lambda: SentenceReport(SceneJudge()), lambda: SegmentAlignment(SceneJudge())]
-)
+@pytest.mark.parametrize("kind", [ScenesScore, lambda: SentenceReport(SceneJudge()), lambda: SegmentAlignment(SceneJudge())])
 def test_a_picture_that_changed_is_looked_at_again(kind: Callable[[], Score], tmp_path: Path) -> None:
     suite = scenes_suite(4)
     images = put(tmp_path / "images", suite, lambda number: pixels(make_scene("val", 0, number)))
@@ -337,9 +328,7 @@ def test_recall_of_validation_is_the_report_s(tmp_path: Path) -> None:
     assert 0 < found["all"]["low"] < found["all"]["share"] < found["all"]["high"] < 1
 
 
-def test_training_logs_and_tells_alignment(
-    train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_logs_and_tells_alignment(train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held_out = list(demo_samples("val", 8))
     for sample in held_out[:2]:
         del sample.meta["captions"]["unseen"]
@@ -496,9 +485,7 @@ def test_a_failure_is_not_better_than_a_picture(tmp_path: Path, clip_folder: Pat
     assert failed["whole"] == min(0, *(one.values["whole"] for one in result.images[:3]))
     assert {one.name: one.worst for one in result.measures} == failed
     alone, own = Suite("mine", "Mine", suite.prompts[:1]), [images[0], Drawn("p0_1", "p0", tmp_path / "none.png")]
-    result = SegmentAlignment(str(clip_folder)).result(
-        alone, own, work
-    )  # of one prompt there is no retrieval to fail at
+    result = SegmentAlignment(str(clip_folder)).result(alone, own, work)  # of one prompt there is no retrieval to fail at
     assert [one.name for one in result.measures] == ["mean", "minimum", "whole"]
     assert not any("first" in one.values for one in result.images) and "not computed" in result.warnings[0]
 

@@ -33,10 +33,7 @@ def test_the_shipped_weights_are_whole_and_small() -> None:
 def test_the_shipped_checkpoint_follows_held_out_paragraphs() -> None:
     models = load_models(find_checkpoint(NANO), device="cpu")
     scenes = [scene for scene in (make_scene("val", 0, n) for n in range(60)) if scene.width == scene.height][:12]
-    jobs = [
-        Job(str(n), captions(scene, 0, n)["clean"], n, 64, 64, replace(models.sampler, steps=12))
-        for n, scene in enumerate(scenes)
-    ]
+    jobs = [Job(str(n), captions(scene, 0, n)["clean"], n, 64, 64, replace(models.sampler, steps=12)) for n, scene in enumerate(scenes)]
     drawn = {int(job.name): image for job, image in generate(models, jobs, 12)}
     scores = [score(scene, drawn[n]) for n, scene in enumerate(scenes)]
     assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in drawn.values())
@@ -47,9 +44,7 @@ def test_the_shipped_checkpoint_follows_held_out_paragraphs() -> None:
 
 def test_whitened_latents_are_the_same_pictures() -> None:
     codec = AutoencoderKL.from_pretrained(ROOT / "data" / "nano_codec").eval()
-    images = to_tensor(
-        [picture(scene) for scene in (make_scene("val", 0, n) for n in range(60)) if scene.width == scene.height]
-    )
+    images = to_tensor([picture(scene) for scene in (make_scene("val", 0, n) for n in range(60)) if scene.width == scene.height])
 
     def spread(latents: torch.Tensor) -> float:
         widths = latents.transpose(0, 1).flatten(1).cov().diagonal().sqrt()

@@ -56,9 +56,7 @@ def test_loss_that_is_not_finite(
     assert find_fault(stage / "checkpoints" / "step_000004") is None
 
 
-def test_finite_spike_is_measured_against_the_average(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finite_spike_is_measured_against_the_average(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = tmp_path / "run" / "stage1"
     # Over ten times the usual loss; at step 3, before there is a usual loss, it passes.
     spoil_latents(monkeypatch, {3, 52}, 20.0)
@@ -101,9 +99,7 @@ def test_spikes_without_end_stop_the_run(train: Train, monkeypatch: pytest.Monke
     user_error(r"step 15: .*step_0000(08|12)", train, "max_steps=60", "on_spike=skip")
 
 
-def test_a_run_that_skips_every_step_does_not_succeed(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_skips_every_step_does_not_succeed(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_latents(monkeypatch, set(range(9)), math.nan)
     user_error("each of the 3 steps was skipped, so nothing was learned", train, "max_steps=3", "on_spike=skip")
     assert not (tmp_path / "run" / "stage1" / "summary.json").exists()

@@ -28,16 +28,7 @@ from training_runs import records, train_here
 from paradiffusion.data import remote as remote_module
 from paradiffusion.data.index import SampleIndex, build_indexes, load_index
 from paradiffusion.data.loader import LoaderSettings, make_loader
-from paradiffusion.data.remote import (
-    RemoteError,
-    RemotePath,
-    Storage,
-    cached_copy,
-    list_remote,
-    read_range,
-    read_whole,
-    with_state,
-)
+from paradiffusion.data.remote import RemoteError, RemotePath, Storage, cached_copy, list_remote, read_range, read_whole, with_state
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
 from scripts.index_shards import main as index_shards
@@ -215,9 +206,7 @@ def test_the_store_goes_away_in_the_middle(local: SampleIndex, indexes: Path, re
             pass
 
 
-def test_index_and_train(
-    relay: Relay, tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_and_train(relay: Relay, tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a user does it, with the credentials in the environment."""
     monkeypatch.setattr(signal, "signal", lambda *both: None)
     assert index_shards([f"shards={SHARDS}", f"output={tmp_path / 'indexes'}", "processes=2"]) == 0
@@ -283,9 +272,7 @@ def test_the_users_own_settings_are_kept(relay: Relay, monkeypatch: pytest.Monke
 def test_a_shard_that_goes_or_changes_after_indexing(indexes: Path, relay: Relay, tmp_path: Path) -> None:
     """Its samples are counted as bad with the reason; those of another of the same size are not taken for its own."""
     index = remote(indexes)
-    shard = with_state(
-        RemotePath("s3://bucket/web/000002.tar", replace(FEW, cache_dir=str(tmp_path), cache_bytes=1 << 30))
-    )
+    shard = with_state(RemotePath("s3://bucket/web/000002.tar", replace(FEW, cache_dir=str(tmp_path), cache_bytes=1 << 30)))
     system = s3fs.S3FileSystem()
     whole = system.cat_file(shard.url)
     try:

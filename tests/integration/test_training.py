@@ -20,17 +20,7 @@ import wandb
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import (
-    build_here,
-    gradients_of,
-    hash_parameters,
-    newest,
-    records,
-    sample_here,
-    steps_saved,
-    tensors,
-    train_here,
-)
+from training_runs import build_here, gradients_of, hash_parameters, newest, records, sample_here, steps_saved, tensors, train_here
 
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.checkpoints.manifest import find_fault
@@ -78,14 +68,7 @@ def test_three_stages_run_and_say_what_they_did(stages: Stages) -> None:
         rows = records(folder)
         assert [row["step"] for row in rows] == [2, 4, 6, 8]
         for row in rows:
-            positive = (
-                "gradient_norm",
-                "samples_per_second",
-                "tokens_per_second",
-                "seconds_per_step",
-                "memory_gb",
-                "learning_rate",
-            )
+            positive = ("gradient_norm", "samples_per_second", "tokens_per_second", "seconds_per_step", "memory_gb", "learning_rate")
             assert math.isfinite(row["loss"]) and all(row[key] > 0 for key in positive)
             assert 0 <= row["data_wait"] <= 1 and 0 <= row["truncated"] <= 1
             assert row["bad_samples"] == 0 and row["images_seen"] == 4 * row["step"]
@@ -129,9 +112,7 @@ def test_language_model_never_changes_and_stage_3_keeps_the_adapter_of_stage_2(s
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_next_stage_starts_from_the_average(
-    stage: int, stages: Stages, tiny_arguments: list[str], tmp_path: Path
-) -> None:
+def test_next_stage_starts_from_the_average(stage: int, stages: Stages, tiny_arguments: list[str], tmp_path: Path) -> None:
     source = stages.checkpoint(stage - 1)
     setup = build_here([*tiny_arguments, f"stage={stage}", f"init_from={source}", f"run_dir={tmp_path}"])
     averages, own, ema = open_layout(source).weights(), dict(setup.joint.named_parameters()), setup.ema.full()
@@ -154,9 +135,7 @@ def test_average_is_fp32_and_no_copy_of_the_masters(stages: Stages) -> None:
 
 
 @pytest.mark.parametrize("conditioning", ["modern", "paper"])
-def test_lora_gradients_reach_every_layer(
-    conditioning: str, stages: Stages, tiny_arguments: list[str], tmp_path: Path
-) -> None:
+def test_lora_gradients_reach_every_layer(conditioning: str, stages: Stages, tiny_arguments: list[str], tmp_path: Path) -> None:
     start = "init_from=scratch" if conditioning == "paper" else f"init_from={stages.checkpoint(1)}"
     arguments = [*tiny_arguments, "stage=2", f"conditioning={conditioning}", start, f"run_dir={tmp_path}"]
     # At the first step B is 0, so that only B has a gradient; after one update both have.
@@ -245,17 +224,13 @@ def test_trackers_get_what_the_log_gets_and_what_is_drawn(
     assert sum(int(samples) for _, _, samples in rows) == 8  # four samples, each with a short and a long caption
     mean = sum(float(loss) * int(samples) for _, loss, samples in rows) / 8
     assert mean == pytest.approx((held_out["loss_short"] + held_out["loss_long"]) / 2, abs=1e-4)
-    assert [one.value for one in events.Scalars(f"validation/loss_words/{rows[0][0]}")] == [
-        pytest.approx(float(rows[0][1]), abs=1e-4)
-    ]
+    assert [one.value for one in events.Scalars(f"validation/loss_words/{rows[0][0]}")] == [pytest.approx(float(rows[0][1]), abs=1e-4)]
     assert "validation/loss_by_time/text_summary" in events.Tags()["tensors"]
 
     (grid,) = events.Images("validation/samples")
     assert np.array_equal(picture(grid.encoded_image_string), picture(stage / "samples" / "step_000004.png"))
     out = tmp_path / "out"
-    assert (
-        sample_here(f"ckpt={stage}", f"prompt_file={prompts}", "seed=1234", "dtype=float32", f"output_dir={out}") == 0
-    )
+    assert sample_here(f"ckpt={stage}", f"prompt_file={prompts}", "seed=1234", "dtype=float32", f"output_dir={out}") == 0
     expected = [picture(out / f"{number:05d}.png") for number in range(2)]
     for number, one in enumerate(expected, 1):  # after the held-out sample
         (event,) = events.Images(f"validation/prompts/{number:03d}")
@@ -285,9 +260,7 @@ def test_trackers_get_what_the_log_gets_and_what_is_drawn(
         tables = {path.name.rsplit("_", 2)[0]: json.loads(path.read_text()) for path in run.rglob("*.table.json")}
         assert set(tables) == {"loss_by_time", "loss_by_words", "prompts"}
         rows = [row[:1] + row[3:5] for row in tables["prompts"]["data"][1:]]
-        assert (
-            [row[0] for row in rows] == [row["prompt"] for row in PROMPTS] and rows[0][2] == 2 and rows[1][1:] == [0, 0]
-        )
+        assert [row[0] for row in rows] == [row["prompt"] for row in PROMPTS] and rows[0][2] == 2 and rows[1][1:] == [0, 0]
         assert len(list(run.glob("files/media/images/validation/samples_*.png"))) == 1
         staged = [path.read_bytes() for path in (stage / "wandb" / "artifacts" / "staging").iterdir()]
         shown = [picture(data) for data in staged if data.startswith(b"\x89PNG")]  # of the table's cells

@@ -58,9 +58,7 @@ def test_compiling_is_no_stall_of_one_process_either() -> None:
     assert "life" in str(describe_stall([place(0, 7, "compile", 0, alive=50.0), *compiling[1:]], 100.0, 10.0))
 
 
-def test_a_step_compiles_where_its_shape_is_new(
-    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_compiles_where_its_shape_is_new(tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build_here([*tiny_arguments, "conditioning=paper", "max_steps=2", f"run_dir={tmp_path / 'run'}"])
     trainer.config = replace(trainer.config, compile=True)  # as far as the watch knows
     phases: list[str] = []
@@ -106,9 +104,7 @@ def test_two_processes_and_one_is_lost(tiny_arguments: list[str], tmp_path: Path
         _, errors = both[0].communicate(timeout=60)
         assert both[0].returncode == STALLED and "Traceback" not in errors, errors
         step = json.loads(log.read_text().splitlines()[-1])["step"]
-        sentence = (
-            r"error: process 1 \(.*\) gave its last sign of life \d+ s ago, in phase '\w+' of step (\d+), samples (\S+)"
-        )
+        sentence = r"error: process 1 \(.*\) gave its last sign of life \d+ s ago, in phase '\w+' of step (\d+), samples (\S+)"
         named = re.search(sentence, errors)
         assert named and abs(int(named[1]) - step) <= 4 and named[2].startswith("000000.tar/"), errors
     finally:
@@ -152,23 +148,13 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> Endings:
     for process in pairs["paused"]:
         process.send_signal(signal.SIGCONT)
     left = pairs["stopped"][0]
-    wait_for(
-        lambda: all(process.poll() is not None for pair in pairs.values() for process in pair if process is not left)
-    )
-    return {
-        name: [Ending(process.poll(), "".join(process.communicate(0))) for process in pair]
-        for name, pair in pairs.items()
-    }
+    wait_for(lambda: all(process.poll() is not None for pair in pairs.values() for process in pair if process is not left))
+    return {name: [Ending(process.poll(), "".join(process.communicate(0))) for process in pair] for name, pair in pairs.items()}
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [
-        ("all", "the same everywhere"),
-        ("first", "only the main process"),
-        ("other", "only the other one"),
-        ("meeting", "while they meet"),
-    ],
+    [("all", "the same everywhere"), ("first", "only the main process"), ("other", "only the other one"), ("meeting", "while they meet")],
 )
 def test_an_error_ends_all_and_is_told_once(name: str, sentence: str, endings: Endings) -> None:
     both = endings[name]
@@ -200,9 +186,7 @@ def test_a_main_process_that_is_stopped_or_killed_is_named(endings: Endings) -> 
     texts = "".join(ending.text for ending in endings["late"])
     assert {ending.status for ending in endings["late"]} == {FAILED, STALLED}, texts
     assert texts.count("error: ") == 1
-    assert re.search(
-        r"error: process 1 \(.*\) has been in phase 'data' of step 7 for \d+ s, samples 000000.tar/dog", texts
-    )
+    assert re.search(r"error: process 1 \(.*\) has been in phase 'data' of step 7 for \d+ s, samples 000000.tar/dog", texts)
 
 
 @pytest.mark.parametrize("name", ["fine", "paused"])

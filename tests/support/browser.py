@@ -63,9 +63,7 @@ class Served:
         self.server.should_exit = True
         self.thread.join()
 
-    def ask(
-        self, path: str, body: Any = None, method: str | None = None, **headers: Any
-    ) -> tuple[int, bytes, dict[str, str]]:
+    def ask(self, path: str, body: Any = None, method: str | None = None, **headers: Any) -> tuple[int, bytes, dict[str, str]]:
         """Status, body and headers of an answer; a header given as None is left out."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
@@ -122,12 +120,7 @@ def refuses_strangers(served: Served, requests: list[tuple[str, Any]]) -> None:
     """None of these requests is answered without the token, under a foreign name, or from another site's page; a style is
     without the token, but nowhere else."""
     for path, body in requests:
-        for headers in (
-            {"X_Token": None},
-            {"X_Token": "wrong"},
-            {"X_Token": "\xff"},
-            {"Origin": "http://evil.example"},
-        ):
+        for headers in ({"X_Token": None}, {"X_Token": "wrong"}, {"X_Token": "\xff"}, {"Origin": "http://evil.example"}):
             status, _, given = served.ask(path, body, **headers)
             assert (status, given["X-Content-Type-Options"]) == (403, "nosniff"), (path, headers)
         for host in ("evil.example:80", "127.0.0.1.evil.example", "", None):

@@ -44,9 +44,7 @@ def build(arguments: list[str], held: list[int]) -> Trainer:
         deepspeed.comm.broadcast = send
 
     def brought(joint: torch.nn.Module, device: torch.device) -> None:
-        held.append(
-            sum(p.nbytes for n, p in joint.named_parameters() if not (p.is_meta or n.startswith("text_encoder.")))
-        )
+        held.append(sum(p.nbytes for n, p in joint.named_parameters() if not (p.is_meta or n.startswith("text_encoder."))))
         bring(joint, device)
 
     bring, module.bring = module.bring, brought

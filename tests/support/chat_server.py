@@ -23,15 +23,7 @@ SENTENCES = (
     "There is one {} bottle, with {} corks, {}.", "Its neighbour is a {} book whose {} spine faces us {}.", "The {} clock shows noon on a {} dial {}.",
     "Three {} baskets hold {} apples {}.", "Under all that, {} plates and {} bowls wait {}.",
 )  # fmt: skip
-PLACES = (
-    "on the left",
-    "on the right",
-    "in the middle",
-    "near the window",
-    "behind the table",
-    "at the top",
-    "under a shelf",
-)
+PLACES = ("on the left", "on the right", "in the middle", "near the window", "behind the table", "at the top", "under a shelf")
 
 
 def paragraph(seed: bytes) -> str:
@@ -72,10 +64,7 @@ class ChatServer:
     url: str = ""
     models: list[str] = field(default_factory=lambda: [NAME])
     faults: dict[int, tuple[int, bytes, float]] = field(default_factory=dict)
-    answer: Callable[[Asked], tuple[str | None, str]] = lambda asked: (
-        paragraph(asked.image + asked.prompt.encode()),
-        "stop",
-    )
+    answer: Callable[[Asked], tuple[str | None, str]] = lambda asked: (paragraph(asked.image + asked.prompt.encode()), "stop")
     retry_after: str = "0"
     key: str | None = None
     asked: list[Asked] = field(default_factory=list)
@@ -136,21 +125,11 @@ def chat_server() -> Iterator[ChatServer]:
                 if number in state.faults:
                     status, content, wait = state.faults[number]
                     time.sleep(wait)
-                    self.reply(
-                        status,
-                        content,
-                        Retry_After=state.retry_after,
-                        **({"Location": "/v1/elsewhere"} if status == 307 else {}),
-                    )
+                    self.reply(status, content, Retry_After=state.retry_after, **({"Location": "/v1/elsewhere"} if status == 307 else {}))
                     return
                 said, reason = state.answer(asked)
                 choice = {"message": {"role": "assistant", "content": said}, "finish_reason": reason}
-                self.reply(
-                    200,
-                    json.dumps(
-                        {"choices": [choice], "usage": {"completion_tokens": len((said or "").split())}}
-                    ).encode(),
-                )
+                self.reply(200, json.dumps({"choices": [choice], "usage": {"completion_tokens": len((said or "").split())}}).encode())
             except (BrokenPipeError, ConnectionResetError):  # the captioner has gone
                 pass
             finally:

@@ -5,16 +5,8 @@ from __future__ import annotations
 import struct
 
 # Red, green and blue under D50, as the publishers' profiles have them, and the exponent of the curve.
-DISPLAY_P3 = (
-    "Display P3",
-    ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)),
-    2.2,
-)
-ADOBE_RGB = (
-    "Adobe RGB (1998)",
-    ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)),
-    2.2,
-)
+DISPLAY_P3 = ("Display P3", ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407)), 2.2)
+ADOBE_RGB = ("Adobe RGB (1998)", ((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)), 2.2)
 _D50 = (0.9642, 1.0, 0.8249)
 
 
@@ -43,9 +35,7 @@ def _profile(space: bytes, kind: bytes, name: str, connection: bytes, tags: dict
 def rgb_profile(name: str, primaries: tuple[tuple[float, float, float], ...], gamma: float) -> bytes:
     """A display's: three primaries and one curve."""
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
-    tags = {
-        tag: b"XYZ \0\0\0\0" + _fixed(*xyz) for tag, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True)
-    }
+    tags = {tag: b"XYZ \0\0\0\0" + _fixed(*xyz) for tag, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries, strict=True)}
     return _profile(b"RGB ", b"mntr", name, b"XYZ ", {**tags, b"rTRC": curve, b"gTRC": curve, b"bTRC": curve})
 
 

@@ -99,11 +99,7 @@ def make_hostile_folder(folder: Path) -> Path:
     put("lonely.png", encoded(picture(11, SIDE, SIDE)), None)
     put("address.png", encoded(picture(12, SIDE, SIDE)), "https://example.org/a/b?c=d")
     put("named.png", encoded(picture(13, SIDE, SIDE)), "IMG_20190101.JPG")
-    put(
-        "nested/deep/pipe_caption.png",
-        encoded(picture(14, SIDE, SIDE)),
-        "a caption\x00 with\r\ncontrol <b>characters</b>",
-    )
+    put("nested/deep/pipe_caption.png", encoded(picture(14, SIDE, SIDE)), "a caption\x00 with\r\ncontrol <b>characters</b>")
     os.mkfifo(folder / "pipe.jpg")
     (folder / "pipe.txt").write_text("a pipe that nobody writes to")
     os.symlink("self.jpg", folder / "self.jpg")

@@ -141,9 +141,7 @@ def hub_server() -> Iterator[Hub]:
         thread.join()
 
 
-def point_at(
-    patch: pytest.MonkeyPatch, url: str, cache: object, token: str | None = TOKEN, offline: bool = False
-) -> None:
+def point_at(patch: pytest.MonkeyPatch, url: str, cache: object, token: str | None = TOKEN, offline: bool = False) -> None:
     """Let the client of this process talk to ``url``, which it has read from its environment already."""
     patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     patch.setattr("huggingface_hub.constants.ENDPOINT", url)

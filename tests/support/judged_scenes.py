@@ -18,16 +18,7 @@ from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.metrics.sentences import sentences
 from paradiffusion.scenes.dataset import captions, draw, make_scene, scene_to_meta
 from paradiffusion.scenes.sentence_truth import Claim, claims
-from paradiffusion.scenes.world import (
-    BACKGROUNDS,
-    COLOURS,
-    PLACES,
-    Background,
-    Scene,
-    SceneObject,
-    cell_box,
-    radius_of,
-)
+from paradiffusion.scenes.world import BACKGROUNDS, COLOURS, PLACES, Background, Scene, SceneObject, cell_box, radius_of
 
 
 class Bar:
@@ -165,9 +156,7 @@ class Reader:
                 radius = radius_of(mention.size or "medium", width, height) * 0.9
                 cx, cy = (x0 + x1) / 2 + shifts[place][0], (y0 + y1) / 2 + shifts[place][1]
                 texture = mention.texture or "plain"
-                objects[place] = SceneObject(
-                    mention.shape, mention.colour, mention.size or "medium", texture, place, cx, cy, radius
-                )
+                objects[place] = SceneObject(mention.shape, mention.colour, mention.size or "medium", texture, place, cx, cy, radius)
         return Scene(width, height, Background(colour, pattern), tuple(objects[place] for place in sorted(objects)))
 
 

@@ -82,9 +82,7 @@ def make_official(folder: Path, codec_folder: Path, lora: dict[str, Any] | None 
 
 
 @torch.no_grad()
-def reference(
-    folder: Path, prompt: str, seed: int, height: int, width: int, steps: int, guidance: float, unet: str = "unet"
-) -> Tensor:
+def reference(folder: Path, prompt: str, seed: int, height: int, width: int, steps: int, guidance: float, unet: str = "unet") -> Tensor:
     """What the libraries' own classes draw, used in the usual way: latents [1, 4, h, w] and image [H, W, 3] in 0..1."""
     from peft import PeftModel
     from transformers import AutoModel, AutoTokenizer
@@ -102,9 +100,7 @@ def reference(
         return encoder(input_ids=padded, attention_mask=(torch.arange(256) < len(ids)).long()[None]).last_hidden_state
 
     denoiser = UNet2DConditionModel.from_pretrained(folder / unet, torch_dtype=torch.float32)
-    scheduler = DPMSolverMultistepScheduler.from_pretrained(
-        folder / "scheduler", final_sigmas_type="sigma_min", steps_offset=1
-    )
+    scheduler = DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler", final_sigmas_type="sigma_min", steps_offset=1)
     vae = AutoencoderKL.from_pretrained(folder / "sdxl-vae-fp16-fix", torch_dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn((1, 4, height // 8, width // 8), generator=generator)
@@ -181,9 +177,7 @@ def latents(folder: Path, codec: Path | None = None, **scheduler: Any) -> torch.
     if scheduler:
         models.objective.schedulers = partial(models.objective.usual_scheduler, **scheduler)
     conditioning = models.encode(["a red circle"])
-    return sample_latents(
-        models.denoise, models.objective, conditioning, [4], (4, 8, 8), models.sampler, "cpu", torch.float32
-    )
+    return sample_latents(models.denoise, models.objective, conditioning, [4], (4, 8, 8), models.sampler, "cpu", torch.float32)
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -89,9 +89,7 @@ class Gpu(TorchDispatchMode):
         self._pinned[id(storage)] = weakref.finalize(storage, self._pinned.pop, id(storage))
         return copy
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is torch.ops.prim.device.default:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
@@ -253,9 +251,7 @@ def run_node(node: Any, own: dict[int, Tensor]) -> tuple[Tensor | None, ...]:
             if gradient.dtype != metadata.dtype:
                 gradient = gradient.to(metadata.dtype)
             if gradient.device != metadata.device:
-                raise RuntimeError(
-                    f"{type(node).__name__}: a gradient on {gradient.device} for a tensor on {metadata.device}"
-                )
+                raise RuntimeError(f"{type(node).__name__}: a gradient on {gradient.device} for a tensor on {metadata.device}")
         shaped.append(gradient)
     found = node(*shaped)
     return found if isinstance(found, tuple) else (found,)

@@ -36,9 +36,7 @@ class Started:
         self.command = command
         self.files = [tempfile.NamedTemporaryFile("r") for _ in range(2)]  # noqa: SIM115
         names = [file.name for file in self.files]
-        self.process = FORKED.Process(
-            target=_run, args=(start, command, {**_outside(os.environ), **environment}, names)
-        )
+        self.process = FORKED.Process(target=_run, args=(start, command, {**_outside(os.environ), **environment}, names))
         self.process.start()
         atexit.register(self.process.kill)  # before multiprocessing, which would wait for it, if its test has failed
 
@@ -98,9 +96,7 @@ def launch(kind: str, *command: str, new_interpreters: bool = False) -> subproce
     if not new_interpreters:
         return Started(*whole, start=_launch).completed(timeout=400)
     whole[0] = str(Path(sys.executable).with_name(whole[0]))
-    return subprocess.run(
-        whole, cwd=ROOT, env=_outside(os.environ), capture_output=True, text=True, timeout=400, check=False
-    )
+    return subprocess.run(whole, cwd=ROOT, env=_outside(os.environ), capture_output=True, text=True, timeout=400, check=False)
 
 
 def _outside(environment: Any) -> dict[str, str]:
@@ -116,9 +112,7 @@ def _run(start: Callable[..., object], command: tuple[str, ...], environment: di
     _run_rank(command, environment, start)
 
 
-def _run_rank(
-    command: Sequence[str], environment: dict[str, str], start: Callable[..., object] = runpy.run_path
-) -> None:
+def _run_rank(command: Sequence[str], environment: dict[str, str], start: Callable[..., object] = runpy.run_path) -> None:
     os.environ |= environment
     os.chdir(ROOT)
     sys.argv = list(command)

@@ -27,17 +27,13 @@ def suite(name: str = "fruit", count: int = 12, categories: Sequence[str] = ("st
     """Prompts of 5 and of 60 words in turn."""
     prompts = []
     for number in range(count):
-        sentences = (
-            "A red apple lies here. " if number % 2 == 0 else "A red apple lies upon the old table. " * 7 + "Then dusk."
-        )
+        sentences = "A red apple lies here. " if number % 2 == 0 else "A red apple lies upon the old table. " * 7 + "Then dusk."
         category = categories[number % len(categories)] if categories else ""
         prompts.append(SuitePrompt(f"p{number:03d}", f"{sentences.strip()} {number}.", category))
     return Suite(name, f"The {name} suite", tuple(prompts), source="made up", licence="none")
 
 
-def evaluation(
-    folder: Path, of: Suite, label: str = "stage 1", rights: Sequence[float] | None = None, **changes: Any
-) -> Evaluation:
+def evaluation(folder: Path, of: Suite, label: str = "stage 1", rights: Sequence[float] | None = None, **changes: Any) -> Evaluation:
     """An evaluation in which image i is right by ``rights[i]``; its pictures are written into ``folder``."""
     rights = [(i % 4) / 4 for i in range(len(of.prompts))] if rights is None else rights
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,9 +54,7 @@ def written(folder: Path, *evaluations: Evaluation, **options: Any) -> tuple[str
     path = write_report(folder, list(evaluations), **options)
     assert path == folder / "report.html"
     assert sorted(p.name for p in folder.iterdir() if p.is_file()) == ["report.html", "report.json", "report.md"]
-    record = json.loads(
-        (folder / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
-    )
+    record = json.loads((folder / "report.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     return path.read_text(), (folder / "report.md").read_text(), record
 
 

@@ -48,9 +48,7 @@ def write_candidates(work: Path, captions: list[str], size: int = 96) -> Path:
     ]  # fmt: skip
     (shard,) = write_shards(samples, work.parent / "shards", len(samples))
     # The score falls, so that the candidates keep this order.
-    rows = [
-        {"key": sample.key, "error": None, "aesthetic": 9.0 - number / 100} for number, sample in enumerate(samples)
-    ]
+    rows = [{"key": sample.key, "error": None, "aesthetic": 9.0 - number / 100} for number, sample in enumerate(samples)]
     features = np.eye(len(samples), dtype=np.float32)
     write_scores(work, str(shard), stamp_of(str(shard)), rows, features, "tiny")
     choose(work, Choosing())

@@ -51,9 +51,7 @@ def make_tokenizer(model_type: str) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(
-        models.BPE(
-            vocab={c: i for i, c in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}, merges=[]
-        )
+        models.BPE(vocab={c: i for i, c in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}, merges=[])
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     marks = {"eos_token": "</s>"} if model_type == "qwen3" else {"bos_token": "<s>", "eos_token": "</s>"}

@@ -63,10 +63,7 @@ def _tokenizer(family: str) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=marks[2],
-        pad_token=marks[0],
-        extra_special_tokens=NAMED.get(family, marks[1:]),
+        tokenizer_object=tokenizer, eos_token=marks[2], pad_token=marks[0], extra_special_tokens=NAMED.get(family, marks[1:])
     )
 
 
@@ -79,13 +76,7 @@ def _text(vocabulary: int) -> dict[str, Any]:
 
 
 def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
+    from transformers import Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     vision = {
@@ -142,9 +133,7 @@ def _internvl(tokenizer: Any) -> tuple[Any, Any]:
         image_seq_length=4,
     )
     images = GotOcr2ImageProcessor(size={"height": 32, "width": 32}, crop_to_patches=True)
-    processor = InternVLProcessor(
-        images, tokenizer, InternVLVideoProcessor(), image_seq_length=4, chat_template=TEMPLATES["internvl"]
-    )
+    processor = InternVLProcessor(images, tokenizer, InternVLVideoProcessor(), image_seq_length=4, chat_template=TEMPLATES["internvl"])
     return InternVLForConditionalGeneration(config), processor
 
 

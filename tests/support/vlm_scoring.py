@@ -21,9 +21,7 @@ from paradiffusion.scenes.world import COLOURS, Scene, cell_box, make_scene
 
 def options_for(server: ChatServer, **more: Any) -> VlmOptions:
     """The server as the judge."""
-    return VlmOptions(
-        engine="endpoint", endpoint=server.url, served=NAME, retry_wait=0.02, tries=2, concurrency=3, **more
-    )
+    return VlmOptions(engine="endpoint", endpoint=server.url, served=NAME, retry_wait=0.02, tries=2, concurrency=3, **more)
 
 
 def scene_prompt(number: int) -> tuple[SuitePrompt, Scene]:

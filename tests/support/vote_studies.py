@@ -41,9 +41,7 @@ def write_picture(path: Path, number: int, size: tuple[int, int] = (96, 64)) -> 
     Image.fromarray(pixels).save(path, pnginfo=info, exif=exif, icc_profile=SECRET.encode())
 
 
-def evaluation_of(
-    folder: Path, suite: Suite, missing: dict[str, str] | None = None, seed: int = 0, per: int = 1
-) -> Path:
+def evaluation_of(folder: Path, suite: Suite, missing: dict[str, str] | None = None, seed: int = 0, per: int = 1) -> Path:
     """An evaluation with pictures; ``missing`` says why some prompts have none."""
     images = []
     for row, prompt in enumerate(suite.prompts):
@@ -57,9 +55,7 @@ def evaluation_of(
     return folder
 
 
-def study_of(
-    root: Path, prompts: int = 6, sets: int = 2, missing: dict[str, str] | None = None, **options: Any
-) -> Study:
+def study_of(root: Path, prompts: int = 6, sets: int = 2, missing: dict[str, str] | None = None, **options: Any) -> Study:
     """A study in ``root``/votes whose sets are evaluations; ``missing`` pictures are the first set's."""
     suite = suite_of(prompts)
     folders = {
@@ -89,9 +85,7 @@ def virtual_study(prompts: int, sets: list[str], raters: int, repeats: int = 1, 
     )  # fmt: skip
 
 
-def votes_for(
-    study: Study, strengths: dict[str, float], tie: float, rng: np.random.Generator, spread: float = 0.0
-) -> list[Vote]:
+def votes_for(study: Study, strengths: dict[str, float], tie: float, rng: np.random.Generator, spread: float = 0.0) -> list[Vote]:
     """Votes as Davidson's model casts them; ``spread`` of what each prompt adds to the first set's advantage."""
     shift: dict[Any, float] = {}
     votes = []
@@ -104,9 +98,7 @@ def votes_for(
     return votes
 
 
-def drawn_choice(
-    pair: Pair, strengths: dict[str, float], tie: float, rng: np.random.Generator, extra: float = 0
-) -> str:
+def drawn_choice(pair: Pair, strengths: dict[str, float], tie: float, rng: np.random.Generator, extra: float = 0) -> str:
     """One answer, a, b or tie."""
     apart = (strengths[pair.set_a] - strengths[pair.set_b] + extra) / 2
     odds = np.exp([apart, -apart, tie])

@@ -74,9 +74,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_memory_of_a_gpu_grows_in_place_unless_a_user_says_otherwise(
-    own: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_of_a_gpu_grows_in_place_unless_a_user_says_otherwise(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
     for name in names:
         monkeypatch.setenv(name, "")  # so that it is put back
@@ -95,7 +93,5 @@ def test_extras_are_those_of_the_project() -> None:
     called = {"sklearn": "scikit-learn"}
     for module, extra in EXTRA_OF.items():
         name = called.get(module, module).replace("_", "-")
-        brought = {
-            re.split(r"[<>=]", line)[0].lower().replace("_", "-").removesuffix("-torch") for line in extras[extra]
-        }
+        brought = {re.split(r"[<>=]", line)[0].lower().replace("_", "-").removesuffix("-torch") for line in extras[extra]}
         assert name in brought, (module, extra)

@@ -68,14 +68,9 @@ def test_each_process_takes_a_gpu_of_its_own_and_makes_it_the_current_one(
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is such a GPU here")
 def test_a_gpu_of_apple_that_is_not_there_is_one_sentence(command: Callable[..., CompletedProcess[str]]) -> None:
-    for program in (
-        ("sample.py", "ckpt=data/nano", "prompt=A red circle."),
-        ("scripts/evaluate.py", "ckpt=data/nano", "suite=scenes"),
-    ):
+    for program in (("sample.py", "ckpt=data/nano", "prompt=A red circle."), ("scripts/evaluate.py", "ckpt=data/nano", "suite=scenes")):
         said = command(*program, "device=mps")
-        assert (
-            said.returncode == 2 and said.stderr.count("\n") == 1 and "device=mps is not to be had here" in said.stderr
-        )
+        assert said.returncode == 2 and said.stderr.count("\n") == 1 and "device=mps is not to be had here" in said.stderr
 
 
 def test_processes_begin_as_the_system_and_the_program_want_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,15 +31,7 @@ from paradiffusion.curation.building.chunk import PROFILE_NOTES, Tally, make_chu
 from paradiffusion.curation.building.duplicates import Lines, Selection, select
 from paradiffusion.curation.building.inputs import Part, find_parts, items_of
 from paradiffusion.curation.building.items import Columns
-from paradiffusion.curation.building.places import (
-    Archive,
-    Dropped,
-    FetchLimits,
-    Place,
-    Reader,
-    is_archive,
-    open_archive,
-)
+from paradiffusion.curation.building.places import Archive, Dropped, FetchLimits, Place, Reader, is_archive, open_archive
 from paradiffusion.curation.journal import lock
 from paradiffusion.curation.pool import EndedFromOutside, Tell, run_tasks
 from paradiffusion.data.index import TokenCounter, index_shard, load_index
@@ -58,9 +50,7 @@ _MAX_PROFILES: Final = 20  # screens have profiles of their own by the thousand
 _PERCENTILES: Final = (0, 5, 25, 50, 75, 95, 100)
 _Run = Callable[..., list[Any]]  # ``run_tasks`` with the processes of this build
 # What a killed build leaves of a file or shard under its temporary name.
-_HALF: Final = re.compile(
-    r"\.(?:\d{6,}\.\d+|\d{6,}\.index\.npz\.[0-9a-f]+\.part|(?:build\.json|report\.json|report\.md)\.(?:\d+|part))"
-)
+_HALF: Final = re.compile(r"\.(?:\d{6,}\.\d+|\d{6,}\.index\.npz\.[0-9a-f]+\.part|(?:build\.json|report\.json|report\.md)\.(?:\d+|part))")
 
 
 def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
@@ -103,9 +93,7 @@ def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
                     output.rmdir()
             raise
         tally = _first_pass(chunks, work, options, run)
-        selection = select(
-            [work / "chunks" / name for name in chunks], options.duplicates == "drop", options.distance()
-        )
+        selection = select([work / "chunks" / name for name in chunks], options.duplicates == "drop", options.distance())
         tally.add(selection.tally)
         stop.check()
         _write_shards(selection, output, options, run, counter)
@@ -163,9 +151,7 @@ def _check_output(output: Path, journal: dict[str, Any]) -> dict[str, Any] | Non
     changed = [name for name, stamp in journal["input"].items() if before["input"].get(name) != stamp]
     changed += [name for name in before["input"] if name not in journal["input"]]
     if changed:
-        raise UserError(
-            f"output={output} was begun with another state of {changed[0]}, which has changed since; choose another folder."
-        )
+        raise UserError(f"output={output} was begun with another state of {changed[0]}, which has changed since; choose another folder.")
     return dict(before)
 
 
@@ -180,9 +166,7 @@ def _stamps(parts: list[Part], root: str | None) -> dict[str, Any]:
     return found
 
 
-def _list_part(
-    task: tuple[int, Part], tell: Tell, columns: Columns, archive: Archive | None, folder: Path
-) -> list[int]:
+def _list_part(task: tuple[int, Part], tell: Tell, columns: Columns, archive: Archive | None, folder: Path) -> list[int]:
     """Write the items of one part (with its number) as chunks; their sizes, which the listing's note keeps."""
     number, part = task
     note = folder / f"{number:05d}.json"
@@ -222,9 +206,7 @@ def _first_pass(chunks: dict[str, int], work: Path, options: BuildOptions, run: 
     return total
 
 
-def _write_shards(
-    selection: Selection, output: Path, options: BuildOptions, run: _Run, counter: TokenCounter | None
-) -> None:
+def _write_shards(selection: Selection, output: Path, options: BuildOptions, run: _Run, counter: TokenCounter | None) -> None:
     size = options.samples_per_shard
     tasks = [
         (folder / f"{start // size:06d}.tar", selection.lines(rows[start : start + size]))
@@ -262,10 +244,7 @@ def make_shard(task: tuple[Path, list[Lines]], tell: Tell, counter: TokenCounter
 def _samples(chosen: list[Lines], tell: Tell, limits: FetchLimits) -> Iterator[RawSample]:
     reader = Reader(limits)
     for lines in chosen:
-        with (
-            open(lines.chunk.with_suffix(".jsonl"), "rb") as texts,
-            open(lines.chunk.with_suffix(".bin"), "rb") as staged,
-        ):
+        with open(lines.chunk.with_suffix(".jsonl"), "rb") as texts, open(lines.chunk.with_suffix(".bin"), "rb") as staged:
             for offset, length in zip(lines.offsets.tolist(), lines.lengths.tolist(), strict=True):
                 texts.seek(offset)
                 line = json.loads(texts.read(length))
@@ -376,9 +355,7 @@ def read_report(output: Path) -> Report:
     try:
         return Report(**json.loads((output / _NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise UserError(
-            f"{output} was built, but its {_NAME} is gone or damaged; delete the folder and build it again."
-        ) from None
+        raise UserError(f"{output} was built, but its {_NAME} is gone or damaged; delete the folder and build it again.") from None
 
 
 def as_markdown(report: Report) -> str:
@@ -388,19 +365,13 @@ def as_markdown(report: Report) -> str:
         f"{report.items} items ({report.format}): {report.kept} kept ({report.train} train, {report.val} val) in "
         f"{report.shards} shards, {report.bytes / 2**20:.1f} MiB of images; {sum(report.dropped.values())} dropped.",
     ]
-    dropped = [
-        [reason, str(count), "<br>".join(map(_quoted, report.examples.get(reason, [])))]
-        for reason, count in report.dropped.items()
-    ]
+    dropped = [[reason, str(count), "<br>".join(map(_quoted, report.examples.get(reason, [])))] for reason, count in report.dropped.items()]
     parts += [markdown_table(["dropped because", "items", "for example"], dropped)] if dropped else []
     for title, counts in (("mended, duplicates included", report.mended),
                           ("captions left out of samples that have another", report.captions_dropped)):  # fmt: skip
         if counts:
             parts.append(markdown_table([title, "items"], [[_quoted(name), str(n)] for name, n in counts.items()], 1))
-    measured: list[tuple[str, dict[str, Any]]] = [
-        ("words of captions", report.captions),
-        ("pixels, upright", report.sizes),
-    ]
+    measured: list[tuple[str, dict[str, Any]]] = [("words of captions", report.captions), ("pixels, upright", report.sizes)]
     for title, rows in measured:
         if rows:
             columns = list(next(iter(rows.values())))

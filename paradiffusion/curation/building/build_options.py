@@ -88,9 +88,7 @@ class BuildOptions:
         if self.near_duplicates.lower() in ("off", "false", "none"):
             return None
         if not self.near_duplicates.isdigit() or int(self.near_duplicates) > MAX_DISTANCE:
-            raise UserError(
-                f"near_duplicates={self.near_duplicates} is not understood; expected off or 0 to {MAX_DISTANCE} bits of 64."
-            )
+            raise UserError(f"near_duplicates={self.near_duplicates} is not understood; expected off or 0 to {MAX_DISTANCE} bits of 64.")
         return int(self.near_duplicates)
 
     def columns(self) -> Columns:

@@ -214,9 +214,7 @@ def _encode(image: Image.Image, facts: _Facts, options: BuildOptions) -> tuple[b
         image.save(buffer, "webp", quality=options.quality, method=4)
     else:
         # From 90 on colour is worth its bytes: edges of saturated areas fray in 4:2:0.
-        image.save(
-            buffer, "jpeg", quality=options.quality, subsampling=0 if options.quality >= 90 else 2, optimize=True
-        )
+        image.save(buffer, "jpeg", quality=options.quality, subsampling=0 if options.quality >= 90 else 2, optimize=True)
     return buffer.getvalue(), {"jpeg": "jpg"}.get(kind, kind)
 
 
@@ -352,9 +350,7 @@ def _captions(item: Item, options: BuildOptions, tally: Tally) -> dict[str, str]
 _reader = lru_cache(maxsize=1)(Reader)
 
 
-def _fetched(
-    items: Path, options: BuildOptions, tally: Tally
-) -> Iterator[tuple[Item, dict[str, str], bytes | Dropped]]:
+def _fetched(items: Path, options: BuildOptions, tally: Tally) -> Iterator[tuple[Item, dict[str, str], bytes | Dropped]]:
     """Items in order with their captions and bytes. URLs are fetched some ahead, by threads; captions come first, so that
     nothing is fetched for an item that has none."""
     reader = _reader(options.fetch_limits())

@@ -25,14 +25,10 @@ _UNSEEN: Final = re.compile(r"<(script|style)\b[^<>]*>.*?</\1\s*>|<!--.*?-->", r
 _TAG: Final = re.compile(r"</?[a-zA-Z][a-zA-Z0-9:-]*(?:\s[^<>]*)?/?>|<![a-zA-Z][^<>]*>")
 _URL: Final = re.compile(r"\b(?:https?|ftp)://\S+|\bwww\.[\w-]+\.\S+", re.IGNORECASE)
 _EMAIL: Final = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")
-_CAMERA: Final = (
-    r"(?:img|dsc[nf]?|dcim|pict?|photo|image|screen ?shot|untitled|p)[-_ ]?\d[\d_.: -]*(?:at [\d_.: -]+)?(?:\(\d+\))?"
-)
+_CAMERA: Final = r"(?:img|dsc[nf]?|dcim|pict?|photo|image|screen ?shot|untitled|p)[-_ ]?\d[\d_.: -]*(?:at [\d_.: -]+)?(?:\(\d+\))?"
 _ENDING: Final = r"\.(?:jpe?g|png|webp|gif|bmp|tiff?|heic|avif|svg|psd|mp4|pdf)"
 # One word, a path, or what cameras and screenshots call themselves; "a shirt with a dog.png" may be meant.
-_FILE: Final = re.compile(
-    rf"[^\s/\\]+{_ENDING}|(?:[a-z]:)?[^\s/\\]*[/\\].{{0,200}}{_ENDING}|{_CAMERA}(?:{_ENDING})?", re.IGNORECASE
-)
+_FILE: Final = re.compile(rf"[^\s/\\]+{_ENDING}|(?:[a-z]:)?[^\s/\\]*[/\\].{{0,200}}{_ENDING}|{_CAMERA}(?:{_ENDING})?", re.IGNORECASE)
 _LEFT_OVER: Final = re.compile(r"[\W_]*")
 # Characters. Longer ones are whole pages in the wrong column, over which the patterns above would take minutes: our choice.
 MAX_CAPTION: Final = 20_000

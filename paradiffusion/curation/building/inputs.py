@@ -75,10 +75,7 @@ def find_parts(spec: str, kind: str, columns: Columns, root: str | None) -> tupl
             raise UserError(f"input={spec} holds no table; expected {', '.join(SUFFIXES)}.")
         # Tables in several folders may speak of other files by the same relative path.
         apart = base is None and len({path.parent for path in tables}) > 1
-        parts = [
-            Part("table", path, base or path.parent, path.parent.name if apart else "", _split_of(path.stem))
-            for path in tables
-        ]
+        parts = [Part("table", path, base or path.parent, path.parent.name if apart else "", _split_of(path.stem)) for path in tables]
     else:
         tars = [Path(str(path)) for path in expand_shards([str(path) for path in paths], "input")]
         # img2dataset's keys are unique in the whole output; others begin anew in each tar.
@@ -126,9 +123,7 @@ def _detect(spec: str, paths: Sequence[Path]) -> str:
     if first.is_file():
         name = first.name.lower()
         if name.endswith(_ARCHIVES):
-            raise UserError(
-                f"input={spec} is an archive; give the table that names its members, with root={first.name}, or unpack it."
-            )
+            raise UserError(f"input={spec} is an archive; give the table that names its members, with root={first.name}, or unpack it.")
         if name.endswith(".tar"):
             return "img2dataset" if _stats_beside(first.parent) else "webdataset"
         if not name.endswith(SUFFIXES):
@@ -227,9 +222,7 @@ def folder_items(folder: Path, columns: Columns) -> Iterator[Item]:
             continue
         fields, notes = _sidecars(found)
         captions, sources = pick_captions(fields, columns, "file")
-        yield Item(
-            name, key_of(name), Place("file", found.path), captions, sources, pick_extra(fields, columns.keep), notes
-        )
+        yield Item(name, key_of(name), Place("file", found.path), captions, sources, pick_extra(fields, columns.keep), notes)
 
 
 def has_captioned_picture(folder: Path) -> bool:
@@ -280,9 +273,7 @@ def _text_names(found: _Found) -> dict[str, str]:
     """The text files beside an image by extension: ``a.txt``, else ``a.jpg.txt``."""
     name = os.path.basename(found.path)
     stem = name.rpartition(".")[0]
-    names = {
-        kind: found.texts.get(f"{stem}.{kind}") or found.texts.get(f"{name}.{kind}") for kind in (*_SIDECARS, "json")
-    }
+    names = {kind: found.texts.get(f"{stem}.{kind}") or found.texts.get(f"{name}.{kind}") for kind in (*_SIDECARS, "json")}
     return {kind: beside for kind, beside in names.items() if beside}
 
 
@@ -408,9 +399,7 @@ def check_columns(path: Path, columns: Columns) -> None:
     _image_column(path, there, columns)
     known = {name for names in KNOWN_CAPTIONS.values() for name in names}
     if columns.captions is None and not columns.may_lack_captions and not known & {name.lower() for name in there}:
-        raise UserError(
-            f"No column of {path} is known to hold captions; {shown}: say which with captions='{{column: short}}'."
-        )
+        raise UserError(f"No column of {path} is known to hold captions; {shown}: say which with captions='{{column: short}}'.")
 
 
 def table_items(path: Path, root: Path, columns: Columns, archive: Archive | None) -> Iterator[Item]:
@@ -470,11 +459,7 @@ def _image_column(path: Path, there: list[str], columns: Columns) -> tuple[str, 
         if field == "bytes" and stem in cells:
             return stem, True
         return columns.image, columns.image in cells
-    texts = [
-        *(columns.captions or (name for names in KNOWN_CAPTIONS.values() for name in names)),
-        columns.key,
-        *columns.keep,
-    ]
+    texts = [*(columns.captions or (name for names in KNOWN_CAPTIONS.values() for name in names)), columns.key, *columns.keep]
     # Some programs write all text as bytes.
     cells = [name for name in cells if name not in texts and name.lower() not in texts]
     if (found := _known_image(cells)) is not None:
@@ -484,12 +469,8 @@ def _image_column(path: Path, there: list[str], columns: Columns) -> tuple[str, 
     if len(cells) == 1:
         return cells[0], True
     if cells:
-        raise UserError(
-            f"{path} has several columns that may hold images, {', '.join(cells[:20])}: say which with image=."
-        )
-    raise UserError(
-        f"No column of {path} is known to hold images; it has {', '.join(there[:20]) or 'none'}: say which with image=."
-    )
+        raise UserError(f"{path} has several columns that may hold images, {', '.join(cells[:20])}: say which with image=.")
+    raise UserError(f"No column of {path} is known to hold images; it has {', '.join(there[:20]) or 'none'}: say which with image=.")
 
 
 def _known_image(names: list[str]) -> str | None:
@@ -503,9 +484,7 @@ def _place(location: str, root: Path, archive: Archive | None) -> Place:
     if "://" in location:
         return Place("url", location)
     if len(location) > _MAX_PATH:
-        return Place(
-            "none", "no image", member="the cell is no path; embedded pictures are read from Parquet columns of bytes"
-        )
+        return Place("none", "no image", member="the cell is no path; embedded pictures are read from Parquet columns of bytes")
     if archive is not None:
         return archive.place(location)
     path = os.path.join(root, os.path.expanduser(location))

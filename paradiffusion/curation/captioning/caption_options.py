@@ -63,32 +63,24 @@ def load_templates(path: Path, kind: str, names: str | None = None) -> list[Temp
             ranges = {key: tuple(value[key]) for key in ("ask", "accept") if key in value}
             known[str(name)] = Template(str(name), **{**value, **ranges, "text": value.get("text", "").strip()})
     except OSError as error:
-        raise UserError(
-            f"prompt_file={path} cannot be read ({error.strerror}); give a YAML file of templates."
-        ) from None
+        raise UserError(f"prompt_file={path} cannot be read ({error.strerror}); give a YAML file of templates.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"prompt_file={path} is not YAML ({reason}); see configs/caption_prompts.yaml.") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"the template {name} of {path} is not understood: {error}; see configs/caption_prompts.yaml."
-        ) from None
+        raise UserError(f"the template {name} of {path} is not understood: {error}; see configs/caption_prompts.yaml.") from None
     if not known:
         raise UserError(f"prompt_file={path} holds no templates; see configs/caption_prompts.yaml for the form.")
     if names is None:
         chosen = [template for template in known.values() if template.kind == kind]
         if not chosen:
-            raise UserError(
-                f"no template of {path} is for kind={kind}; name some with prompts={','.join(known)}, or set prompt_file=."
-            )
+            raise UserError(f"no template of {path} is for kind={kind}; name some with prompts={','.join(known)}, or set prompt_file=.")
         return chosen
     chosen = []
     for part in names.split(","):
         name, _, weight = part.strip().partition(":")
         if name not in known:
-            raise UserError(
-                f"prompts={names}: the template {name!r} is not in {path}; choose among {', '.join(known)}."
-            )
+            raise UserError(f"prompts={names}: the template {name!r} is not in {path}; choose among {', '.join(known)}.")
         try:
             chosen.append(replace(known[name], weight=float(weight)) if weight else known[name])
         except ValueError as error:
@@ -168,9 +160,7 @@ class CaptionOptions(VlmOptions):
 
     def _given(self, keys: tuple[str, ...]) -> str | None:
         """The first of ``keys`` that is not at its default."""
-        return next(
-            (key for key in keys if getattr(self, key) != CaptionOptions.__dataclass_fields__[key].default), None
-        )
+        return next((key for key in keys if getattr(self, key) != CaptionOptions.__dataclass_fields__[key].default), None)
 
     def _check_engines(self) -> None:
         """Refuse what the chosen engines would not look at."""
@@ -215,8 +205,7 @@ def check_output(folder: Path, options: CaptionOptions, templates: list[Template
         _compare(folder / SETTINGS_FILE, _settings(options, templates), "the captions", "choose another output=")
     elif foreign:
         raise UserError(
-            f"output={folder} holds {foreign[0]} and no {SETTINGS_FILE}, so the captioner did not write it; choose a folder of "
-            "its own."
+            f"output={folder} holds {foreign[0]} and no {SETTINGS_FILE}, so the captioner did not write it; choose a folder of its own."
         )
 
 
@@ -260,6 +249,4 @@ def _compare(path: Path, made_by: dict[str, Any], what: str, remedy: str) -> Non
     for key, value in made_by.items():
         if stored.get(key) != value:
             was, now = ("otherwise", "") if key == "prompts" else (f"with {key}={stored.get(key)}", f"={value}")
-            raise UserError(
-                f"{what} in {path.parent} were made {was}, and {key}{now} is asked for; {remedy}, or go on with what was."
-            )
+            raise UserError(f"{what} in {path.parent} were made {was}, and {key}{now} is asked for; {remedy}, or go on with what was.")

@@ -156,10 +156,7 @@ def _judged_parts(judged: dict[str, Any]) -> list[str]:
         f"{judged['judge'] or 'no judge'}: {judged['claims']} sentences of {judged['captions']} captions, {share}, "
         f"{judged['unclear']} without a clear answer. Claims about one picture count as dependent in the interval."
     )
-    unconfirmed = [
-        f"- not confirmed, {one['shard']}/{markdown(one['key'])}: {markdown(one['text'])}"
-        for one in judged["unconfirmed"]
-    ]
+    unconfirmed = [f"- not confirmed, {one['shard']}/{markdown(one['key'])}: {markdown(one['text'])}" for one in judged["unconfirmed"]]
     return ["## Claims checked by a second model", said, *(["\n".join(unconfirmed)] if unconfirmed else [])]
 
 

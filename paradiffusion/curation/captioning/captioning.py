@@ -35,8 +35,7 @@ from paradiffusion.randomness import seed_from, uniform
 RETRY_TEMPERATURE: Final = 0.7
 DECODING: Final = Decoding(max_new_tokens=16)  # of the second model
 PROMPT: Final = (
-    'Look at the picture and judge this statement about it: "{claim}" Is every part of it visibly true? Answer with one word, '
-    "yes or no."
+    'Look at the picture and judge this statement about it: "{claim}" Is every part of it visibly true? Answer with one word, yes or no.'
 )
 _REFUSED_AT_START: Final = 16
 _YES, _NO = re.compile(r"^\W*(?:yes|true|correct)\b", re.I), re.compile(r"^\W*(?:no|not|false|incorrect)\b", re.I)
@@ -100,9 +99,7 @@ class Answers:
 
     def __init__(self, work: Work, engine: Engine, number: int, path: Path) -> None:
         self.work, self.engine, self.rows, self.path = work, engine, work.rows(number), path
-        self._journal = Journal(
-            path, f"another process is at work on {path}; wait for it, or give each its own shards or output=."
-        )
+        self._journal = Journal(path, f"another process is at work on {path}; wait for it, or give each its own shards or output=.")
         self.close = self._journal.close
         self.entries: dict[tuple[int, int], Entry] = {}
         for record in read_journal(path)[0]:
@@ -124,9 +121,7 @@ class Answers:
         """Raise UserError where answers would go to other pictures than they were given for."""
         for (row, _), entry in self.entries.items():
             if row >= len(self.rows) or entry.key != self.work.index.key(self.rows[row]):
-                raise UserError(
-                    f"a shard has changed since its captions were begun; delete {self.path}, or restore the shard."
-                )
+                raise UserError(f"a shard has changed since its captions were begun; delete {self.path}, or restore the shard.")
 
     def ask(self, tasks: list[Task], rejects: Callable[[Entry], bool] | None = None) -> None:
         """Put the questions that have no answer, pictures of like size together.
@@ -171,9 +166,7 @@ class Answers:
                 questions.append(Question(task.row, task.part, known[1], task.prompt, task.seed, task.temperature))
             yield questions
 
-    def _note(
-        self, group: Sequence[tuple[Question | Task, Answer]], seconds: float, rejects: Callable[[Entry], bool] | None
-    ) -> bool:
+    def _note(self, group: Sequence[tuple[Question | Task, Answer]], seconds: float, rejects: Callable[[Entry], bool] | None) -> bool:
         """Write answers to the journal, but those that it holds already, and move the bar; whether there were any."""
         pairs, self._unread = [*group, *self._unread[::-1]], []
         entries = []
@@ -232,9 +225,7 @@ def check_names(shards: Sequence[Any], options: CaptionOptions) -> None:
             )
         seen[shard.stem] = shard
         if options.write == "shards" and isinstance(shard, Path) and shard.resolve().parent == output:
-            raise UserError(
-                f"output={options.output} is the folder of {shard}, which would be overwritten; choose another."
-            )
+            raise UserError(f"output={options.output} is the folder of {shard}, which would be overwritten; choose another.")
 
 
 def caption_shard(work: Work, engine: Engine, number: int) -> None:
@@ -265,9 +256,7 @@ def _read_records(work: Work, number: int, lines: Path) -> list[dict[str, Any]]:
     """A shard's lines. Raises UserError where they are of other samples."""
     records = read_lines(lines)
     if [record["key"] for record in records] != [work.index.key(row) for row in work.rows(number)]:
-        raise UserError(
-            f"the shard {work.index.shards[number]} has changed since it was captioned; delete {lines}, or restore the shard."
-        )
+        raise UserError(f"the shard {work.index.shards[number]} has changed since it was captioned; delete {lines}, or restore the shard.")
     return records
 
 
@@ -330,9 +319,7 @@ def _record(answers: Answers, row: int) -> dict[str, Any]:
         "found": verdict.found,
         "notes": verdict.notes,
         "rejected": [
-            {"template": _template(work, row, e.part).name, "found": v.found, "text": v.text or e.error}
-            for e, v in tries
-            if v.rejected
+            {"template": _template(work, row, e.part).name, "found": v.found, "text": v.text or e.error} for e, v in tries if v.rejected
         ],
         "tokens": sum(entry.tokens for entry, _ in tries),
         "seconds": round(sum(entry.seconds for entry, _ in tries), 4),

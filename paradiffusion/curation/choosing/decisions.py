@@ -56,10 +56,7 @@ class Standing:
 
     def of(self, sample: str) -> dict[str, dict[str, str | None]]:
         """reviewer -> field -> value of one sample."""
-        return {
-            reviewer: {name: one.value for name, one in fields.items()}
-            for reviewer, fields in self.samples.get(sample, {}).items()
-        }
+        return {reviewer: {name: one.value for name, one in fields.items()} for reviewer, fields in self.samples.get(sample, {}).items()}
 
 
 def read_decisions(path: Path) -> Standing:
@@ -115,11 +112,7 @@ class DecisionLog:
     def since(self, revision: int) -> tuple[int, dict[str, dict[str, Any]]]:
         """The revision now, and for each sample changed after ``revision`` what stands: {"at": revision, "by": ...}."""
         with self._guard:
-            changed = {
-                sample: {"at": at, "by": self.standing.of(sample)}
-                for sample, at in self.standing.changed.items()
-                if at > revision
-            }
+            changed = {sample: {"at": at, "by": self.standing.of(sample)} for sample, at in self.standing.changed.items() if at > revision}
             return self.standing.revision, changed
 
     def close(self) -> None:

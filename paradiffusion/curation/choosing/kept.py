@@ -65,29 +65,20 @@ def export(work: Path, output: Path, samples_per_shard: int = 1000, votes: str =
     output = output.absolute()  # "." has no name
     with locked(output, f"another export writes output={output} now; wait for it, or name another folder."):
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(
-                f"output={output} is not empty; name a new folder, so that no shard of another export stays in it."
-            )
+            raise UserError(f"output={output} is not empty; name a new folder, so that no shard of another export stays in it.")
         candidates = Candidates.load(work)
         standing = read_decisions(work / DECISIONS)
         verdicts = {one.sample: verdict(standing, one.sample, votes) for one in candidates.all}
         chosen = [one for one in candidates.all if verdicts[one.sample] is True]
         if not chosen:
-            raise UserError(
-                f"no candidate of {len(candidates.all)} in {work} is kept; keep some with action=review first."
-            )
+            raise UserError(f"no candidate of {len(candidates.all)} in {work} is kept; keep some with action=review first.")
         written: list[dict[str, Any]] = []
         skipped: Counter[str] = Counter()
         quiet = None if len(chosen) > 500 else True
-        with (
-            atomic_folder(output) as partial,
-            tqdm(total=len(chosen), desc="writing", unit="image", disable=quiet) as bar,
-        ):
+        with atomic_folder(output) as partial, tqdm(total=len(chosen), desc="writing", unit="image", disable=quiet) as bar:
             write_shards(_samples(candidates, standing, chosen, written, skipped, bar), partial, samples_per_shard)
             if not written:
-                raise UserError(
-                    f"none of the {len(chosen)} kept candidates has an image and a description; write some first."
-                )
+                raise UserError(f"none of the {len(chosen)} kept candidates has an image and a description; write some first.")
             report = _report(candidates, standing, verdicts, written, skipped)
             lines = [json.dumps(one, ensure_ascii=False) for one in written]
             (partial / "kept.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -162,10 +153,7 @@ def _report(
     # As the paper's bands meet at their ends: 50 and 100 words belong to 50-100.
     numbers = np.digitize(words, (50, 101, 151, 201))
     bands = {name: float(np.mean(numbers == number)) for number, name in enumerate(_BANDS)}
-    given = [
-        {fields["decision"] for fields in standing.of(one.sample).values() if fields.get("decision")}
-        for one in candidates.all
-    ]
+    given = [{fields["decision"] for fields in standing.of(one.sample).values() if fields.get("decision")} for one in candidates.all]
     return ExportReport(
         candidates=len(candidates.all),
         kept=len(written),

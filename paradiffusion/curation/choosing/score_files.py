@@ -62,9 +62,7 @@ class ScoreTable:
                 found = np.zeros((len(rows), stored.shape[1]), np.float16)
             places = self.row[rows[start:stop]]
             if stored.shape[1] != found.shape[1] or len(stored) <= places.max():
-                raise UserError(
-                    f"{path} does not fit its table or the other shards' features; delete it and score again."
-                )
+                raise UserError(f"{path} does not fit its table or the other shards' features; delete it and score again.")
             found[start:stop] = stored[places]
         return found
 
@@ -94,9 +92,7 @@ def is_scored(work: Path, shard: str, stamp: str) -> bool:
     return metadata.get(b"stamp") == stamp.encode() and _features_beside(path).exists()
 
 
-def write_scores(
-    work: Path, shard: str, stamp: str, rows: Sequence[Mapping[str, Any]], features: np.ndarray, model: str
-) -> None:
+def write_scores(work: Path, shard: str, stamp: str, rows: Sequence[Mapping[str, Any]], features: np.ndarray, model: str) -> None:
     """Write one shard's files, the table last: where it is, all is. ``model`` names the weights of CLIP."""
     path = score_file(work, shard)
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -184,9 +180,7 @@ def read_root(work: Path) -> str | None:
     return root if isinstance(root, str) else None
 
 
-def settle_settings(
-    work: Path, settings: Mapping[str, Any], shards: Sequence[Path | RemotePath], scored: Sequence[str]
-) -> str | None:
+def settle_settings(work: Path, settings: Mapping[str, Any], shards: Sequence[Path | RemotePath], scored: Sequence[str]) -> str | None:
     """Record ``settings`` and the shards' root in a folder without scores; return the root. UserError where those of ``scored`` have other
     settings, or their shards have been moved: they would be scored under two names."""
     record = read_record(work)
@@ -229,9 +223,7 @@ def move_root(work: Path, root: str, scored: Sequence[str]) -> None:
     if not root or not place.is_dir():
         raise UserError(f"shard_root={root} is no folder; name the one that now holds what was in {read_root(work)}.")
     if not _any_below(str(place), scored):
-        raise UserError(
-            f"shard_root={root} holds none of the shards that were scored from {read_root(work)}; name another."
-        )
+        raise UserError(f"shard_root={root} holds none of the shards that were scored from {read_root(work)}; name another.")
     if str(place) != read_root(work):
         write_record(work, {**read_record(work), _ROOT: str(place)})
 
@@ -251,9 +243,7 @@ def located(work: Path, names: Sequence[str]) -> list[str]:
     missing = [place for place in places if "://" not in place and not os.path.exists(place)]
     if missing:
         many = f"{len(missing)} of {len(places)} shards (the first one {missing[0]})"
-        raise UserError(
-            _moved(work, many) if root else f"{many} of {work} are missing; bring them back, or score again."
-        )
+        raise UserError(_moved(work, many) if root else f"{many} of {work} are missing; bring them back, or score again.")
     return places
 
 

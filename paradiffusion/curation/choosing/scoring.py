@@ -21,14 +21,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import convolve
 
-from paradiffusion.curation.choosing.score_files import (
-    is_scored,
-    name_of,
-    scored_names,
-    settle_settings,
-    stamp_of,
-    write_scores,
-)
+from paradiffusion.curation.choosing.score_files import is_scored, name_of, scored_names, settle_settings, stamp_of, write_scores
 from paradiffusion.curation.pool import Tell, process_number, run_tasks
 from paradiffusion.data.captions import count_words
 from paradiffusion.data.images import BadImage, decode
@@ -89,9 +82,7 @@ class _Row:
     image: Image.Image | None = None
 
 
-def score_shards(
-    shards: Sequence[Path | RemotePath], work: Path, scoring: Scoring, processes: int | None = None
-) -> int:
+def score_shards(shards: Sequence[Path | RemotePath], work: Path, scoring: Scoring, processes: int | None = None) -> int:
     """Score all ``shards`` into ``work`` and return the number of samples scored now.
 
     Done shards are passed over, unless they have changed. Raises UserError for other settings than those that made what
@@ -170,9 +161,7 @@ def _score_shard(task: tuple[Path | RemotePath, str], tell: Tell, work: Path, sc
     write_scores(work, name, stamp, rows, np.concatenate(features), models.name)
 
 
-def _batches(
-    index: SampleIndex, scoring: Scoring, models: _Models, threads: ThreadPoolExecutor
-) -> Iterator[list[_Row]]:
+def _batches(index: SampleIndex, scoring: Scoring, models: _Models, threads: ThreadPoolExecutor) -> Iterator[list[_Row]]:
     """Batches in order; the next is decoded while one is scored."""
     before: Iterator[_Row] | None = None
     for start in range(0, len(index), scoring.batch_size):
@@ -281,12 +270,7 @@ def load_detector(folder: str, labels: Sequence[str], threshold: float, device: 
     ``labels`` are names of its classes, all by default (of a segmentation model all but number 0, the background).
     Raises UserError when it cannot be loaded, is of another kind, or lacks a label.
     """
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForObjectDetection,
-        AutoModelForSemanticSegmentation,
-    )
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, AutoModelForSemanticSegmentation
 
     place = str(Path(folder).expanduser()) if Path(folder).expanduser().is_dir() else folder
     safe = {"trust_remote_code": False}
@@ -377,9 +361,7 @@ def sharpness(grey: Image.Image) -> float:
     # An extreme panorama would become huge: its middle tells as much.
     size = (min(size[0], 8 * SHARPNESS_SIDE), min(size[1], 8 * SHARPNESS_SIDE))
     pixels = np.asarray(grey.resize(size, Image.Resampling.BICUBIC), np.float32)
-    laplacian = (
-        pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:] - 4 * pixels[1:-1, 1:-1]
-    )  # [H-2, W-2]
+    laplacian = pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:] - 4 * pixels[1:-1, 1:-1]  # [H-2, W-2]
     return float(laplacian.var())
 
 

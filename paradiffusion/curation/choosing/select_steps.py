@@ -73,8 +73,7 @@ def numbers(key: str, text: str | None) -> dict[str, float]:
     example = "{aesthetic: 5.5, short_side: 768}"
     value = parsed(key, text, example) if text is not None else {}
     if not isinstance(value, dict) or not all(
-        isinstance(name, str) and type(number) in (int, float) and math.isfinite(number)
-        for name, number in value.items()
+        isinstance(name, str) and type(number) in (int, float) and math.isfinite(number) for name, number in value.items()
     ):
         raise not_understood(key, text, example)
     return {name: float(number) for name, number in value.items()}

@@ -107,9 +107,7 @@ def choose(work: Path, choosing: Choosing) -> Report:
     features = table.features(rows) if varied else np.zeros((len(rows), 0), np.float32)
     clusters = clusters_of(features, choosing.clusters, choosing.seed)
     with tqdm(total=len(rows), desc="choosing", unit="image", disable=None if len(rows) > 10_000 else True) as bar:
-        choice = choose_varied(
-            scores, features, clusters, choosing.count, choosing.per_cluster, choosing.max_similarity, bar.update
-        )
+        choice = choose_varied(scores, features, clusters, choosing.count, choosing.per_cluster, choosing.max_similarity, bar.update)
     chosen = rows[choice.rows]
     report = Report(
         samples=len(table),
@@ -247,9 +245,7 @@ def clusters_of(features: np.ndarray, count: int, seed: int) -> np.ndarray:
         return np.zeros(total, np.int32)
     seed = seed_from("clusters", seed) % (1 << 32)
     few = count <= _FEW_CLUSTERS
-    means = MiniBatchKMeans(
-        count, random_state=seed, batch_size=max(1024, 3 * count), n_init=3 if few else 1, max_iter=100 if few else 10
-    )
+    means = MiniBatchKMeans(count, random_state=seed, batch_size=max(1024, 3 * count), n_init=3 if few else 1, max_iter=100 if few else 10)
     drawn = max(_FITTED, _FITTED_EACH * count)
     if total <= drawn:
         return means.fit_predict(features.astype(np.float32)).astype(np.int32)

@@ -65,12 +65,7 @@ def nice_edges(low: float, high: float, bins: int = BINS) -> list[float]:
 
 
 def histogram(
-    found: Distribution,
-    title: str,
-    label: str,
-    unit: str,
-    marks: Sequence[float] = (),
-    names: Sequence[str] | None = None,
+    found: Distribution, title: str, label: str, unit: str, marks: Sequence[float] = (), names: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """What the template draws: ``bars`` (name, count), ``marks`` (share of the axis, number), ``ticks`` (bar, text). ``label`` says what is
     counted, for screen readers; ``names`` are the bins', where numbers would not do."""

@@ -99,10 +99,7 @@ def kinds_of(index: SampleIndex, weights: dict[str, float], planned: dict[str, f
     for number, kind in enumerate(index.kinds):
         words = index.words[:, number]
         words = words[words > 0]
-        bands = {
-            name: float(((words >= low) & (words < high)).mean()) if len(words) else 0.0
-            for name, (low, high) in BANDS.items()
-        }
+        bands = {name: float(((words >= low) & (words < high)).mean()) if len(words) else 0.0 for name, (low, high) in BANDS.items()}
         weight = weights.get(kind, 0.0) / total
         figures.append(KindFigures(kind, len(words), weight, planned.get(kind, 0.0), distribution(words), bands))
     return figures
@@ -461,14 +458,10 @@ class InspectOptions:
         except OSError:
             usable = False
         if not usable:  # known before the data is read, which may take long
-            raise UserError(
-                f"output={self.output}: {path.parent} is no folder that can be written to; choose another one."
-            )
+            raise UserError(f"output={self.output}: {path.parent} is no folder that can be written to; choose another one.")
         figures = path.with_suffix(".json")
         if figures.exists() and not _is_ours(figures):
-            raise UserError(
-                f"output={self.output}: {figures} is there already and holds no figures of this script; choose another name."
-            )
+            raise UserError(f"output={self.output}: {figures} is there already and holds no figures of this script; choose another name.")
         return path
 
 

@@ -95,8 +95,7 @@ def _paper(found: Inspection) -> dict[str, Any]:
         return "" if value is None else f"{value:.0%}"
 
     paper = [
-        cells([name, f"{words:.1f}", *(share(band) for band in bands or (None,) * 4), f"{side} px"])
-        for name, words, bands, side in PAPER
+        cells([name, f"{words:.1f}", *(share(band) for band in bands or (None,) * 4), f"{side} px"]) for name, words, bands, side in PAPER
     ]
     side = found.images.short_side
     own = []
@@ -148,10 +147,7 @@ def _tokens(found: Inspection) -> dict[str, Any]:
         for row in found.tokens
     ]  # fmt: skip
     head = ("tokenizer, kind", "captions", "mean", "median", "95 %", "longest", "tokens a word")
-    drawn = [
-        histogram(row.tokens, f"{row.tokenizer}, {row.kind}", f"tokens of {row.kind}", "tokens", CUTS)
-        for row in found.tokens
-    ]
+    drawn = [histogram(row.tokens, f"{row.tokenizer}, {row.kind}", f"tokens of {row.kind}", "tokens", CUTS) for row in found.tokens]
     total, read = found.counts["samples"], found.captions_read
     whose = "all samples" if read == total else f"{read:,} samples drawn from {total:,}"
     note = (
@@ -189,9 +185,7 @@ def _buckets(found: Inspection) -> dict[str, Any]:
             Cell(f"{bucket.width}x{bucket.height}"),
             Cell(f"{bucket.samples:,}"),
             Cell("", bar=(bucket.share / most,)),
-            *cells(
-                [f"{bucket.share:.1%}", f"{bucket.batches:,.2f}", f"{bucket.cropped:.1%}", f"{bucket.enlarged:.1%}"]
-            ),
+            *cells([f"{bucket.share:.1%}", f"{bucket.batches:,.2f}", f"{bucket.cropped:.1%}", f"{bucket.enlarged:.1%}"]),
         ]
         for bucket in found.buckets
     ]

@@ -101,9 +101,7 @@ class CheckpointSource(Source):
         images = drawn_images(place, refused)
         gone = [image.name for image in images if not image.error and not image.file.is_file()]
         if gone:
-            raise UserError(
-                f"{len(gone)} pictures, such as {gone[0]}, are not in {place.pictures}; run the same command again."
-            )
+            raise UserError(f"{len(gone)} pictures, such as {gone[0]}, are not in {place.pictures}; run the same command again.")
         return images, source
 
     def _finished(self, place: Place) -> tuple[list[Drawn], dict[str, Any]] | None:
@@ -148,17 +146,13 @@ class CheckpointSource(Source):
 _DECIDING = (*(one.name for one in fields(SamplerConfig)), "negative_prompt", "height", "width")
 
 
-def requests_of(
-    suite: Suite, config: SampleConfig, models: InferenceModels
-) -> tuple[list[PromptRequest], dict[str, str]]:
+def requests_of(suite: Suite, config: SampleConfig, models: InferenceModels) -> tuple[list[PromptRequest], dict[str, str]]:
     """The suite's prompts as the sampler takes them, and by id why others cannot be drawn. UserError where none can be, which is the
     settings' fault."""
     requests, refused, failure = [], {}, None
     for row, prompt in enumerate(suite.prompts):
         height, width = _size(suite, prompt.height, prompt.width, config, models)
-        request = PromptRequest(
-            row, prompt.text, seed=prompt.seed(suite.name), height=height, width=width, source=f"prompt {prompt.id}"
-        )
+        request = PromptRequest(row, prompt.text, seed=prompt.seed(suite.name), height=height, width=width, source=f"prompt {prompt.id}")
         try:
             make_jobs([request], config, models)
         except UserError as error:
@@ -193,9 +187,7 @@ def weights_hash(checkpoint: Path) -> str:
     """A hash of a checkpoint's weights (16 hex digits): of its manifest's hashes, or of the ends of an official folder's files."""
     if (checkpoint / MANIFEST).is_file():
         files: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        rows = [
-            f"{name} {row['sha256']}\n" for name, row in sorted(files.items()) if not name.startswith("training_state")
-        ]
+        rows = [f"{name} {row['sha256']}\n" for name, row in sorted(files.items()) if not name.startswith("training_state")]
         return hashlib.sha256("".join(rows).encode()).hexdigest()[:16]
     files_found = [path for path in sorted(checkpoint.rglob("*")) if path.suffix in _WEIGHTS and path.is_file()]
     return hash_ends(files_found)

@@ -51,9 +51,7 @@ def match_pictures(folder: Path, suite: Suite) -> Matching:
     with an optional _1 or -1 for the further ones; or it lies in a folder of such a name. In a folder that sample.py or
     scripts/evaluate.py drew, the manifest says which prompt each picture shows."""
     if not folder.is_dir():
-        raise UserError(
-            f"images={folder} is not a folder; expected one with a picture for each prompt of suite={suite.name}."
-        )
+        raise UserError(f"images={folder} is not a folder; expected one with a picture for each prompt of suite={suite.name}.")
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     files = [path for path in entries if path.suffix.lower() in KINDS and path.is_file()]
     names = _names_of(suite)
@@ -168,9 +166,7 @@ class PicturesSource(Source):
              "error": image.error or checked[image.name][0]}
             for image in images
         ]  # fmt: skip
-        content = hashlib.sha256(json.dumps([[name, row[1]] for name, row in checked.items()]).encode()).hexdigest()[
-            :16
-        ]
+        content = hashlib.sha256(json.dumps([[name, row[1]] for name, row in checked.items()]).encode()).hexdigest()[:16]
         source = {
             "images": str(self.folder), "content": content, "missing": sum(bool(image.error) for image in images),
             "broken": sum(bool(error) for error, _ in checked.values()), "unmatched": strangers,

@@ -78,9 +78,7 @@ def file_stem(row: int, number: int) -> str:
     return f"{row:05d}_{number}" if number else f"{row:05d}"
 
 
-def size_for(
-    suite: Suite, height: int | None, width: int | None, resolution: int, multiple: int
-) -> tuple[int | None, int | None]:
+def size_for(suite: Suite, height: int | None, width: int | None, resolution: int, multiple: int) -> tuple[int | None, int | None]:
     """(height, width) in pixels at which a model of ``resolution`` draws a prompt of ``suite``.
 
     Scenes are made of places on a canvas, so that their sizes grow with the model's; other suites say pixels.

@@ -21,14 +21,7 @@ from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Painter, Request
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.machine import choose_device, exact_float32
-from paradiffusion.sampling.gallery import (
-    ImageRecord,
-    Manifest,
-    finished_names,
-    merge_manifests,
-    read_manifests,
-    save_png,
-)
+from paradiffusion.sampling.gallery import ImageRecord, Manifest, finished_names, merge_manifests, read_manifests, save_png
 from paradiffusion.sampling.run import all_do, disk_errors
 from paradiffusion.text.encoder import DTYPES
 from paradiffusion.text.sources import hash_ends
@@ -59,9 +52,7 @@ class PipelineSource(Source):
         self.label = label or self.name.replace("--", "/")
         for key in ("solver", "guidance_start", "guidance_stop", "guidance_sigma_min", "guidance_sigma_max"):
             if getattr(config, key) is not None:
-                raise UserError(
-                    f"{key}= is for our checkpoints; a pipeline has a scheduler of its own, so leave it out."
-                )
+                raise UserError(f"{key}= is for our checkpoints; a pipeline has a scheduler of its own, so leave it out.")
         self._pipe: Any = None
 
     def identity(self) -> dict[str, Any]:
@@ -208,16 +199,9 @@ class PipelineSource(Source):
             error = "" if stem in records else errors.get(stem, "it was not drawn")
             images.append(Drawn(image.name, image.prompt, image.file, image.seed, error))
         if images and all(image.error for image in images):
-            raise UserError(
-                f"{self.path} drew none of {len(images)} pictures: {images[0].error}; mend that and run again."
-            )
+            raise UserError(f"{self.path} drew none of {len(images)} pictures: {images[0].error}; mend that and run again.")
         settings = {key: value for key in ARGUMENTS if (value := getattr(self.config, key)) is not None}
-        source = {
-            "pipeline": self.path,
-            "weights": self.identity()["weights"],
-            "settings": settings,
-            "dtype": self.config.dtype,
-        }
+        source = {"pipeline": self.path, "weights": self.identity()["weights"], "settings": settings, "dtype": self.config.dtype}
         return images, source
 
     def painter(self, suite: Suite) -> Painter:
@@ -267,9 +251,7 @@ def load_pipeline(path: str, config: SampleConfig) -> Any:
         ) from None
     parameters = inspect.signature(pipe.__call__).parameters
     if "prompt" not in parameters or "generator" not in parameters:
-        raise UserError(
-            f"pipeline={path} is a {type(pipe).__name__}, which draws no pictures from a text; name one that does."
-        )
+        raise UserError(f"pipeline={path} is a {type(pipe).__name__}, which draws no pictures from a text; name one that does.")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -27,12 +27,7 @@ SPREAD: Final = 12
 DIFFER: Final = 8
 WORST: Final = 12
 BEST: Final = 8
-GROUPS: Final = {
-    "spread": "Spread evenly over the suite",
-    "differ": "Where the models differ most",
-    "worst": "Worst",
-    "best": "Best",
-}
+GROUPS: Final = {"spread": "Spread evenly over the suite", "differ": "Where the models differ most", "worst": "Worst", "best": "Best"}
 # Shares from which a sentence counts as followed, and as followed in part, where its score does not say so itself: our choice.
 FOLLOWED: Final = 0.75
 PARTLY: Final = 0.4
@@ -58,9 +53,7 @@ class Shown:
 def leading(numbers: SuiteNumbers) -> list[tuple[ScoreNumbers, Measure]]:
     """The first measure of each score that images have, by which best and worst are told."""
     return [
-        (score, score.measures[0].measure)
-        for score in numbers.scores
-        if score.measures and image_values(score, score.measures[0].measure)
+        (score, score.measures[0].measure) for score in numbers.scores if score.measures and image_values(score, score.measures[0].measure)
     ]
 
 
@@ -172,9 +165,7 @@ def picture_cards(numbers: SuiteNumbers, album: Album, budget: int) -> tuple[dic
     prompts, stop = by_id(numbers.suite.prompts), album.left - budget
     total = len({drawn.name for model in numbers.models for drawn in model.images})
     drawn = [{drawn.name: drawn for drawn in model.images} for model in numbers.models]
-    scores = [
-        [(score, {image.image: image for image in score.images}) for score in model.scores] for model in numbers.models
-    ]
+    scores = [[(score, {image.image: image for image in score.images}) for score in model.scores] for model in numbers.models]
     groups: dict[str, list[dict[str, Any]]] = {}
     anchors: dict[str, str] = {}
     for one in _in_turn(choose(numbers)):

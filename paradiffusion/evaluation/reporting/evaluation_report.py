@@ -167,9 +167,7 @@ def _suite_markdown(numbers: SuiteNumbers) -> list[str]:
 
 def _score_markdown(numbers: SuiteNumbers, score: ScoreNumbers) -> list[str]:
     result = score.described
-    lines = [
-        f"- {name}: {markdown(text)}" for name, text in (("Formula", result.formula), ("Source", result.source)) if text
-    ]
+    lines = [f"- {name}: {markdown(text)}" for name, text in (("Formula", result.formula), ("Source", result.source)) if text]
     settings = "; ".join(f"{markdown(key)} = {markdown(text)}" for key, text in tables.settings_lines(numbers, score))
     lines += [f"- Settings: {settings}"] if settings else []
     lines += [f"- **Note:** {markdown(text)}" for text in tables.shared(numbers, score, "warnings")]

@@ -96,17 +96,13 @@ def line_figure(
     return _drawn(axes, name, title, series, places, unit)
 
 
-def row_figure(
-    name: str, title: str, series: Sequence[Series], places: Sequence[str], unit: str, legend: bool = True
-) -> Markup:
+def row_figure(name: str, title: str, series: Sequence[Series], places: Sequence[str], unit: str, legend: bool = True) -> Markup:
     """Estimates with their intervals, a row for each place: categories, models."""
     # Without a legend each series has a row of its own, and stands in its middle.
     spread = len(series) if legend else 1
     axes = _empty(4.4, 0.9 + len(places) * (0.2 + 0.14 * spread) + 0.25 * legend * (len(series) > 1))
     for number, one in enumerate(series):
-        _errors(
-            axes, _beside(number if legend else 0, spread, 0.7 / spread, places), one, number, "none", upright=False
-        )
+        _errors(axes, _beside(number if legend else 0, spread, 0.7 / spread, places), one, number, "none", upright=False)
     axes.set_yticks(range(len(places)), [excerpt(place, 24) for place in places])
     axes.set_ylim(len(places) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
@@ -165,9 +161,7 @@ def _ends(values: Sequence[Estimate]) -> list[list[float]]:
 
 
 def _name_places(axes: Axes, places: Sequence[str]) -> None:
-    slanted: dict[str, Any] = (
-        {"rotation": 35, "ha": "right"} if len(places) > 6 or any(len(place) > 12 for place in places) else {}
-    )
+    slanted: dict[str, Any] = {"rotation": 35, "ha": "right"} if len(places) > 6 or any(len(place) > 12 for place in places) else {}
     axes.set_xticks(range(len(places)), [excerpt(place, 14) for place in places], **slanted)
 
 
@@ -268,9 +262,7 @@ def length_curve(name: str, numbers: SuiteNumbers, one: MeasureNumbers) -> Marku
         counts = model.source.get("cut_prompts")
         cut = [place for place, row in enumerate(rows) if isinstance(counts, dict) and counts.get(row.group)]
         series.append(Series(label, [row.estimates[number] for row in rows], cut=cut))
-    title = f"{one.measure.title}, by length" + (
-        ", ringed where prompts were cut" if any(s.cut for s in series) else ""
-    )
+    title = f"{one.measure.title}, by length" + (", ringed where prompts were cut" if any(s.cut for s in series) else "")
     words = [int(row.group.split()[0]) for row in rows]
     step = (words[-1] - words[0]) * 0.012  # so that intervals do not cover each other
     xs = [[x + (number - (len(series) - 1) / 2) * step for x in words] for number in range(len(series))]
@@ -299,9 +291,7 @@ def table_figures(tables: Sequence[tuple[str, Table]], name: str) -> list[Markup
 
 
 def _by_row(numbers: SuiteNumbers, rows: Sequence[Row], points: Sequence[tuple[float, float]] = ()) -> list[Series]:
-    return [
-        Series(label, [row.estimates[number] for row in rows], points) for number, label in enumerate(numbers.labels)
-    ]
+    return [Series(label, [row.estimates[number] for row in rows], points) for number, label in enumerate(numbers.labels)]
 
 
 def _points(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumbers) -> list[tuple[float, float]]:

@@ -59,9 +59,7 @@ def _where(model: dict[str, Any]) -> str:
         return "fetched from the hub when it is used"
     if model.get("package"):
         return f"in the Python package `{model['package']}`"
-    return (
-        "which comes with ParaDiffusion" if model.get("path") or model["name"] == "tiny" else "to be given by its path"
-    )
+    return "which comes with ParaDiffusion" if model.get("path") or model["name"] == "tiny" else "to be given by its path"
 
 
 def _settings(checkpoint: Layout, description: dict[str, Any]) -> Iterator[tuple[str, str]]:

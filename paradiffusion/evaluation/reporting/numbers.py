@@ -144,14 +144,10 @@ def _unlike(settings: list[dict[str, Any]]) -> tuple[str, ...]:
     return tuple(key for key in keys if len(texts[key]) > 1)
 
 
-def _measure(
-    suite: Suite, results: list[ScoreResult | None], measure: Measure, baseline: int, comparable: bool
-) -> MeasureNumbers:
+def _measure(suite: Suite, results: list[ScoreResult | None], measure: Measure, baseline: int, comparable: bool) -> MeasureNumbers:
     def row(group: str, prompts: Sequence[SuitePrompt], whole: bool = False) -> Row:
         ids = {prompt.id for prompt in prompts}
-        chosen = [
-            None if result is None else [image for image in result.images if image.prompt in ids] for result in results
-        ]
+        chosen = [None if result is None else [image for image in result.images if image.prompt in ids] for result in results]
         estimates = [
             None if result is None or images is None else estimate(result, measure, None if whole else images)
             for result, images in zip(results, chosen, strict=True)
@@ -190,14 +186,10 @@ def _measure(
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts "2 objects" before "10 objects", and no name last."""
-    return (
-        [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)] if name else [(1 << 62, "")]
-    )
+    return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)] if name else [(1 << 62, "")]
 
 
-def paired_difference(
-    measure: str, first: Sequence[ImageScore] | None, second: Sequence[ImageScore] | None
-) -> Estimate | None:
+def paired_difference(measure: str, first: Sequence[ImageScore] | None, second: Sequence[ImageScore] | None) -> Estimate | None:
     """The mean of ``second`` minus that of ``first``, prompts resampled for both at once; None where they share none."""
     one, other = _measured(measure, first), _measured(measure, second)
     if not {prompt for _, _, prompt in one} & {prompt for _, _, prompt in other}:
@@ -217,9 +209,7 @@ def _measured(measure: str, images: Sequence[ImageScore] | None) -> list[tuple[f
     return [row for row in rows if row[1] > 0]
 
 
-def _best(
-    estimates: Sequence[Estimate | None], higher: bool | None, change: Callable[[int, int], Estimate | None]
-) -> int | None:
+def _best(estimates: Sequence[Estimate | None], higher: bool | None, change: Callable[[int, int], Estimate | None]) -> int | None:
     known = [(value.mean, i) for i, value in enumerate(estimates) if value is not None and math.isfinite(value.mean)]
     if len(known) < 2 or higher is None:
         return None

@@ -12,15 +12,7 @@ from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import Measure, Table, estimate_from, read_record
 from paradiffusion.evaluation.reporting.cards import image_values, leading, short_title
 from paradiffusion.evaluation.reporting.numbers import MeasureNumbers, Row, ScoreNumbers, SuiteNumbers
-from paradiffusion.evaluation.reporting.texts import (
-    MISSING,
-    cell_text,
-    difference_text,
-    excerpt,
-    interval_text,
-    setting_text,
-    value_text,
-)
+from paradiffusion.evaluation.reporting.texts import MISSING, cell_text, difference_text, excerpt, interval_text, setting_text, value_text
 from paradiffusion.evaluation.suites.suite import BAND_NAMES, by_id
 from paradiffusion.pages import Cell, Grid, Group, cells
 
@@ -43,10 +35,7 @@ def judged_grid(numbers: SuiteNumbers) -> Grid:
 def score_grid(numbers: SuiteNumbers) -> Grid:
     """Every measure over all prompts and by length: of several models a column for each, of one a column for each length."""
     measures = [
-        (score, one)
-        for score in numbers.scores
-        for one in score.measures
-        if any(value is not None for value in one.whole.estimates)
+        (score, one) for score in numbers.scores for one in score.measures if any(value is not None for value in one.whole.estimates)
     ]
     if len(numbers.labels) == 1:
         return _lengths_across(numbers, measures)
@@ -93,10 +82,7 @@ def category_grid(numbers: SuiteNumbers) -> Grid:
 def own_grid(tables: Sequence[tuple[str, Table]]) -> Grid:
     """One table of a score's own, of each model that has it: (the model's label or "", the table)."""
     widest = max((table for _, table in tables), key=lambda table: len(table.head))
-    groups = [
-        Group(label, [[Cell(cell_text(cell, table.unit)) for cell in row] for row in table.rows])
-        for label, table in tables
-    ]
+    groups = [Group(label, [[Cell(cell_text(cell, table.unit)) for cell in row] for row in table.rows]) for label, table in tables]
     notes = dict.fromkeys(table.note for _, table in tables if table.note)
     if len(notes) > 1:
         notes = dict.fromkeys(f"{label}: {table.note}" for label, table in tables if table.note)
@@ -161,10 +147,7 @@ def skipped(numbers: SuiteNumbers) -> list[tuple[str, str]]:
             if result is not None and result.skipped:
                 found.setdefault((result.title, result.skipped), []).append(label)
     every = len(numbers.labels)
-    return [
-        (title if len(labels) == every else f"{title} ({', '.join(labels)})", why)
-        for (title, why), labels in found.items()
-    ]
+    return [(title if len(labels) == every else f"{title} ({', '.join(labels)})", why) for (title, why), labels in found.items()]
 
 
 def shared(numbers: SuiteNumbers, score: ScoreNumbers, attribute: str) -> list[str]:
@@ -180,9 +163,7 @@ def shared(numbers: SuiteNumbers, score: ScoreNumbers, attribute: str) -> list[s
 def settings_lines(numbers: SuiteNumbers, score: ScoreNumbers) -> list[tuple[str, str]]:
     """A score's settings; one that differs between models is given for each of them."""
     lines = []
-    known = [
-        (label, r) for label, r in zip(numbers.labels, score.results, strict=True) if r is not None and not r.skipped
-    ]
+    known = [(label, r) for label, r in zip(numbers.labels, score.results, strict=True) if r is not None and not r.skipped]
     for key in dict.fromkeys(key for _, result in known for key in result.settings):
         texts = [(label, setting_text(key, result.settings.get(key))) for label, result in known]
         same = len({text for _, text in texts}) == 1

@@ -75,11 +75,7 @@ def _pairs(row: dict[str, Any]) -> Iterator[HumanPair]:
         return  # a pair shown to a rater again, to see whether he agrees with himself
     if str(row.get("missing", 0)) == "1":
         return  # decided by a picture that is not there: nobody said anything
-    about: dict[str, Any] = {
-        "question": str(row.get("question", "")),
-        "rater": str(row.get("rater", "")),
-        "number": _number(row),
-    }
+    about: dict[str, Any] = {"question": str(row.get("question", "")), "rater": str(row.get("rater", "")), "number": _number(row)}
     if "ranks" in row:
         ranks = {str(name): float(rank) for name, rank in row["ranks"].items()}
         if not all(math.isfinite(rank) for rank in ranks.values()):
@@ -189,9 +185,7 @@ def agreement(evaluations: Sequence[Evaluation], pairs: Sequence[HumanPair]) -> 
 def _gathered(evaluations: Sequence[Evaluation], pairs: Sequence[HumanPair]) -> tuple[list[_Judged], int]:
     """Pairs with their votes joined, whichever side came first; and how many rows are of other pictures."""
     labels = {_plain(one.label): one for one in evaluations}
-    ids = {p.text: p.id for one in evaluations for p in one.suite.prompts} | {
-        p.id: p.id for one in evaluations for p in one.suite.prompts
-    }
+    ids = {p.text: p.id for one in evaluations for p in one.suite.prompts} | {p.id: p.id for one in evaluations for p in one.suite.prompts}
     images = {one.label: {image.name: image.prompt for image in one.images} for one in evaluations}
     judged: dict[tuple[str, str, Side, Side], _Judged] = {}
     lost = 0

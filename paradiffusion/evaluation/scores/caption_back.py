@@ -61,9 +61,7 @@ class CaptionBack:
         self.asker.ask(asks, work, run, self.name)
         heard = self.asker.heard(work)
         texts = {prompts[image.prompt].text: None for image in images}  # a dictionary, for its order
-        texts |= {
-            reply.text.strip(): None for ask in asks if (reply := heard.reply(ask.image, ask.prompt)).text.strip()
-        }
+        texts |= {reply.text.strip(): None for ask in asks if (reply := heard.reply(ask.image, ask.prompt)).text.strip()}
         self._embed([text for text in texts if text], work, run)
 
     def instruction(self, prompt: SuitePrompt) -> str:
@@ -114,9 +112,7 @@ class CaptionBack:
             measures = measures[:1]  # failed images alone say nothing of retrieval
             for score in scores:
                 score.values.pop("caption_back_retrieval", None)
-        used = [
-            text for score in scores for text in (prompts[score.prompt].text, score.detail.get("caption", "")) if text
-        ]
+        used = [text for score in scores for text in (prompts[score.prompt].text, score.detail.get("caption", "")) if text]
         share = sum(vectors.cut(text) for text in used) / max(1, len(used))
         return ScoreResult(
             self.name, self.title,
@@ -131,9 +127,7 @@ class CaptionBack:
         )  # fmt: skip
 
 
-def _compare(
-    scores: Sequence[ImageScore], asked: torch.Tensor, said: torch.Tensor, text_of: Callable[[str], str]
-) -> None:
+def _compare(scores: Sequence[ImageScore], asked: torch.Tensor, said: torch.Tensor, text_of: Callable[[str], str]) -> None:
     """Fill in both measures of images, from the vectors [N, D] of their prompts and of their descriptions."""
     own = (asked * said).sum(1)
     numbers = {text: number for number, text in enumerate(dict.fromkeys(text_of(score.prompt) for score in scores))}
@@ -200,9 +194,7 @@ class Vectors:
         self._cut.update(gone)
         self.max_length = max_length
         note = json.dumps({"keys": keys, "cut": gone, "max_length": max_length})
-        target = (
-            self._folder / f"vectors.rank{rank}.{hashlib.sha256(''.join(keys).encode()).hexdigest()[:12]}.safetensors"
-        )
+        target = self._folder / f"vectors.rank{rank}.{hashlib.sha256(''.join(keys).encode()).hexdigest()[:12]}.safetensors"
         with atomic_file(target) as partial:
             save_file({"vectors": vectors.contiguous()}, partial, metadata={"note": note})
 

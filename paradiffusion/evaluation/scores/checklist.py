@@ -26,8 +26,7 @@ _LEAD: Final = r"^\W*(?:(?:(?:the|my|final)\s+)*answer(?:\s+is)?\W*)?"
 _BOTH: Final = re.compile(_LEAD + rf"(?:{_YES}|{_NO})\W*(?:/|\band\b|\bor\b|\|)\W*(?:{_YES}|{_NO})\b", re.I)
 _FIRST: Final = re.compile(_LEAD + rf"(?:(?P<yes>{_YES})|(?P<no>{_NO}))\b(?!\s+(?:idea|way|clue|answer))", re.I)
 _LAST: Final = re.compile(
-    rf"\banswer(?:\s+is)?\W*(?:(?P<yes>{_YES})|(?P<no>{_NO}))\W*$|(?:^|\n)\W*(?:(?P<yes2>{_YES})|(?P<no2>{_NO}))\W*$",
-    re.I,
+    rf"\banswer(?:\s+is)?\W*(?:(?P<yes>{_YES})|(?P<no>{_NO}))\W*$|(?:^|\n)\W*(?:(?P<yes2>{_YES})|(?P<no2>{_NO}))\W*$", re.I
 )
 
 
@@ -209,9 +208,7 @@ def _score(image: Drawn, answers: Sequence[Answered], error: str) -> ImageScore:
     share = sum(one.is_yes for one in answers) / len(answers)
     plain = sum(one.verdict == "yes" for one in answers) / len(answers)
     values = {"checklist": share, "checklist_by_question": share, "checklist_without_rule": plain}
-    return ImageScore(
-        image.name, image.prompt, values, weights, detail={"questions": [one.detail() for one in answers]}
-    )
+    return ImageScore(image.name, image.prompt, values, weights, detail={"questions": [one.detail() for one in answers]})
 
 
 def tables(rows: Sequence[Answered]) -> list[Table]:

@@ -71,11 +71,7 @@ def removals_of(prompt: str, of: int, record: dict[str, Any]) -> list[Removal]:
         drop, matters = 0.0, None
         if judged:
             drop = whole[number] - record["scores"][f"without_{number}"][number]
-            noise = [
-                abs(whole[number] - record["scores"][f"without_{other}"][number])
-                for other in left_out
-                if other != number
-            ]
+            noise = [abs(whole[number] - record["scores"][f"without_{other}"][number]) for other in left_out if other != number]
             matters = bool(drop > max(LEAST, FACTOR * float(np.median(noise))))
         inside = record["inside"][row]
         found.append(
@@ -101,9 +97,7 @@ def tables(removals: Sequence[Removal], exact: bool) -> Iterator[Table]:
         yield _shares(title, "sentence", judged, PLACES, lambda o: place(o.position), "lines")
     if judged and exact:
         yield _shares("Sentences that matter, by what they say", "what it says", judged, KINDS, lambda o: o.kind or "")
-    changes = [
-        [name, _mean([one for one in judged or removals if place(one.position) == name], "change")] for name in PLACES
-    ]
+    changes = [[name, _mean([one for one in judged or removals if place(one.position) == name], "change")] for name in PLACES]
     title = "Change of the picture, by the place of the sentence left out (1 = another seed's)"
     yield Table(title, ["sentence", "change"], [row for row in changes if row[1] is not None], "", "number", "lines")
     yield _noise(removals)
@@ -285,9 +279,7 @@ class Counterfactual:
         )  # fmt: skip
         self._warn(result, [prompts[name] for name in chosen], len(suite.prompts))
         if still:
-            result.warnings.append(
-                f"Of {still} prompts another seed gave the very same picture: their change has no scale."
-            )
+            result.warnings.append(f"Of {still} prompts another seed gave the very same picture: their change has no scale.")
         return result
 
     def _warn(self, result: ScoreResult, chosen: Sequence[SuitePrompt], total: int) -> None:
@@ -299,9 +291,7 @@ class Counterfactual:
         if len(chosen) < total:
             result.warnings.append(f"Drawn for {len(chosen)} of {total} prompts, spread evenly.")
         if single == len(counts):
-            result.skipped = (
-                "no chosen prompt has more than one sentence; the counterfactual leaves one of several out."
-            )
+            result.skipped = "no chosen prompt has more than one sentence; the counterfactual leaves one of several out."
 
     def _paint(self, requests: dict[str, Request], folder: Path, run: Run, bar: Any) -> None:
         """Draw what is not there yet; each picture is whole or not there."""
@@ -357,10 +347,7 @@ def requests_of(prompt: SuitePrompt, seed: int) -> dict[str, Request]:
     """By name: "whole", "seed" and "without_K". Sentences are joined by single spaces in all, so that nothing else differs."""
     parts = sentences(prompt.text)
     whole = " ".join(parts)
-    requests = {
-        "whole": Request(whole, seed, prompt.height, prompt.width),
-        "seed": Request(whole, seed + 1, prompt.height, prompt.width),
-    }
+    requests = {"whole": Request(whole, seed, prompt.height, prompt.width), "seed": Request(whole, seed + 1, prompt.height, prompt.width)}
     for number in _left_out(len(parts)):
         text = " ".join(part for other, part in enumerate(parts) if other != number)
         requests[f"without_{number}"] = Request(text, seed, prompt.height, prompt.width)

@@ -122,17 +122,13 @@ def judge(prompt: SuitePrompt, answers: Mapping[str, tuple[list[Answered], str]]
     errors: dict[str, str] = {}
     for image, (found, error) in answers.items():
         try:
-            ruled[image] = (
-                _in_file_order(found) if quirks.file_order else with_rule(asked_prompt(prompt, quirks), found)
-            )
+            ruled[image] = _in_file_order(found) if quirks.file_order else with_rule(asked_prompt(prompt, quirks), found)
         except KeyError as missing:
             ruled[image], error = found, error or f"question {missing.args[0]}, which another depends on, is not asked"
         errors[image] = error or ("" if found else "none of its prompt's questions is asked")
     if not quirks.drop_failures:
         return JudgedPrompt(prompt, ruled, errors)
-    return JudgedPrompt(
-        prompt, ruled, errors, next(filter(None, errors.values()), "" if answers else "it has no images")
-    )
+    return JudgedPrompt(prompt, ruled, errors, next(filter(None, errors.values()), "" if answers else "it has no images"))
 
 
 def _in_file_order(answers: list[Answered]) -> list[Answered]:
@@ -173,9 +169,7 @@ class DpgPublished:
         if not self.quirks.file_order:
             for prompt in suite.prompts:
                 parents_first(asked_prompt(prompt, self.quirks))
-        ask_questions(
-            self.asker, images, lambda one: questions_of(prompts[one.prompt], self.quirks), work, run, self.name
-        )
+        ask_questions(self.asker, images, lambda one: questions_of(prompts[one.prompt], self.quirks), work, run, self.name)
 
     def result(self, suite: Suite, images: list[Drawn], work: Path) -> ScoreResult:
         prompts = [prompt for prompt in suite.prompts if prompt.questions]

@@ -164,9 +164,7 @@ def _notes(chunk: Path) -> _Notes:
         return _Notes()
 
 
-def looked_at(
-    images: Sequence[Drawn], work: Path, run: Run, title: str, look: Callable[[Drawn], dict[str, Any]]
-) -> None:
+def looked_at(images: Sequence[Drawn], work: Path, run: Run, title: str, look: Callable[[Drawn], dict[str, Any]]) -> None:
     """Keep in ``work``'s journal what ``look`` finds in each image that was not looked at, or is another picture since."""
     with Journal(work, run.rank) as journal, run.bar(len(images), title) as bar:
         for image in images:
@@ -206,9 +204,7 @@ def _read_ahead(
     ahead: list[Future[Any]] = [pool.submit(_read, image, prepare) for image in batches[0]] if batches else []
     for number, batch in enumerate(batches):
         now = ahead
-        ahead = [
-            pool.submit(_read, image, prepare) for following in batches[number + 1 : number + 2] for image in following
-        ]
+        ahead = [pool.submit(_read, image, prepare) for following in batches[number + 1 : number + 2] for image in following]
         yield batch, [future.result() for future in now]
 
 
@@ -236,7 +232,5 @@ def _featured(
         rows = features(torch.stack([tensor for _, tensor in tensors])).float().cpu()  # [B, D]
     finite = rows.isfinite().all(dim=1)
     notes.names = [name for (name, _), good in zip(tensors, finite, strict=True) if good]
-    notes.errors |= {
-        name: "its features are not finite" for (name, _), good in zip(tensors, finite, strict=True) if not good
-    }
+    notes.errors |= {name: "its features are not finite" for (name, _), good in zip(tensors, finite, strict=True) if not good}
     return notes, rows[finite] if finite.any() else None

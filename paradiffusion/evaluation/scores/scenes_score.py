@@ -19,9 +19,7 @@ from paradiffusion.scenes.world import Scene
 
 MEASURES = (
     Measure("colour_at_place", "Objects in the right colour at the right place", "share"),
-    Measure(
-        "unbound", "The same, if the scene's colours were assigned to its places at random", "share", None, worst=None
-    ),
+    Measure("unbound", "The same, if the scene's colours were assigned to its places at random", "share", None, worst=None),
     Measure("binding", "Binding: 0 at that mark, 1 where all colours are in their place", worst=None),
     Measure("shape", "Objects in the right shape", "share"),
     Measure("colour_and_shape", "Objects in the right colour and shape", "share"),

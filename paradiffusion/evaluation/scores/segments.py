@@ -10,14 +10,7 @@ import numpy as np
 
 from paradiffusion.evaluation.estimates import mean, ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.sentence_judges import (
-    ClipJudge,
-    PictureRows,
-    SentenceJudge,
-    clip_features,
-    prepare_rows,
-    read_rows,
-)
+from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, PictureRows, SentenceJudge, clip_features, prepare_rows, read_rows
 from paradiffusion.evaluation.suites.suite import Suite, by_id
 from paradiffusion.metrics.clip import Clip
 
@@ -48,9 +41,7 @@ class SegmentAlignment:
 
     name = "segments"
 
-    def __init__(
-        self, clip: str | SentenceJudge, device: str = "cpu", precision: str = "fp32", others: int = OTHERS
-    ) -> None:
+    def __init__(self, clip: str | SentenceJudge, device: str = "cpu", precision: str = "fp32", others: int = OTHERS) -> None:
         self.judge = ClipJudge(clip, device, precision) if isinstance(clip, str) else clip
         self.others = others
         self.title = f"Segment alignment ({self.judge.title})"

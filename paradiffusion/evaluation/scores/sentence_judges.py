@@ -130,9 +130,7 @@ class SceneJudge:
 def scene_of(prompt: SuitePrompt) -> Scene:
     """The ground truth of a prompt of the scenes suite; UserError for any other prompt."""
     if "scene" not in prompt.meta:
-        raise UserError(
-            f"the prompt {prompt.id} has no ground truth of a built-in scene; judge this suite with clip=<model> instead."
-        )
+        raise UserError(f"the prompt {prompt.id} has no ground truth of a built-in scene; judge this suite with clip=<model> instead.")
     return scene_from_meta(prompt.meta["scene"])
 
 
@@ -246,9 +244,7 @@ class PictureRows:
     error: str = ""
 
 
-def prepare_rows(
-    judge: SentenceJudge, suite: Suite, images: Sequence[Drawn], work: Path, run: Run, others: int, title: str
-) -> None:
+def prepare_rows(judge: SentenceJudge, suite: Suite, images: Sequence[Drawn], work: Path, run: Run, others: int, title: str) -> None:
     """Look at ``images``, this process's share, and keep in ``work`` what ``read_rows`` needs. A sentence is compared with the pictures
     of ``others`` other prompts; by CLIP with those of all."""
     if isinstance(judge, ClipJudge):
@@ -259,9 +255,7 @@ def prepare_rows(
     looked_at(images, work, run, title, lambda image: _judged(judge, prompts, image, follow[image.prompt]))
 
 
-def read_rows(
-    judge: SentenceJudge, suite: Suite, images: Sequence[Drawn], work: Path, others: int
-) -> Iterator[PictureRows]:
+def read_rows(judge: SentenceJudge, suite: Suite, images: Sequence[Drawn], work: Path, others: int) -> Iterator[PictureRows]:
     """Every image of ``images``, in their order; the arguments are those of ``prepare_rows``."""
     if isinstance(judge, ClipJudge):
         return _by_features(judge, suite, images, work)
@@ -342,30 +336,22 @@ def _foreign(suite: Suite, others: int) -> dict[str, list[SuitePrompt]]:
     """For each prompt, those whose sentences its picture is tried on: each prompt is tried with ``others`` pictures."""
     total = len(suite.prompts)
     steps = 1 + permutation(total - 1, "foreign sentences", total)[:others] if total > 1 else np.zeros(0, int)
-    return {
-        prompt.id: [suite.prompts[(number + int(step)) % total] for step in steps]
-        for number, prompt in enumerate(suite.prompts)
-    }
+    return {prompt.id: [suite.prompts[(number + int(step)) % total] for step in steps] for number, prompt in enumerate(suite.prompts)}
 
 
-def _judged(
-    judge: SentenceJudge, prompts: dict[str, SuitePrompt], image: Drawn, foreign: list[SuitePrompt]
-) -> dict[str, Any]:
+def _judged(judge: SentenceJudge, prompts: dict[str, SuitePrompt], image: Drawn, foreign: list[SuitePrompt]) -> dict[str, Any]:
     picture = read_picture(image)
     if isinstance(picture, str):
         return {"error": picture}
     prompt, pixels = prompts[image.prompt], np.asarray(picture)
     own = judge.judge(prompt, sentences(prompt.text), pixels)
     tried = {
-        other.id: [one and (one.score, one.followed) for one in judge.judge(other, sentences(other.text), pixels)]
-        for other in foreign
+        other.id: [one and (one.score, one.followed) for one in judge.judge(other, sentences(other.text), pixels)] for other in foreign
     }
     return {"own": [one and vars(one) for one in own], "foreign": tried}
 
 
-def _by_journal(
-    judge: SentenceJudge, suite: Suite, images: Sequence[Drawn], work: Path, others: int
-) -> Iterator[PictureRows]:
+def _by_journal(judge: SentenceJudge, suite: Suite, images: Sequence[Drawn], work: Path, others: int) -> Iterator[PictureRows]:
     found = dict(read_journals(work))
     prompts, holders, foreign = by_id(suite.prompts), _holders(suite), _foreign(suite, others)
     tried: dict[tuple[str, int], list[tuple[str, list[Any]]]] = defaultdict(list)
@@ -390,7 +376,5 @@ def _by_journal(
                 ]
                 judgement = Judgement(**{**own, "facts": tuple((name, value) for name, value in own["facts"])})
                 scores = np.round([score for score, _ in pairs], DIGITS)
-                rows.append(
-                    SentenceRow(text, number, len(parts), judgement, scores, sum(bool(yes) for _, yes in pairs))
-                )
+                rows.append(SentenceRow(text, number, len(parts), judgement, scores, sum(bool(yes) for _, yes in pairs)))
         yield PictureRows(image, rows)

@@ -34,9 +34,7 @@ ABOVE: Final = 0.9
 FEWEST: Final = 10  # pictures to compare with, below which ABOVE means nothing
 # Upper ends, in words; our choice.
 LENGTHS: Final = ((8, "up to 8"), (14, "9-14"), (24, "15-24"), (None, "over 24"))
-_SOURCE: Final = (
-    "this project; the estimate elsewhere than on scenes is retrieval inside the suite with the judge's scores"
-)
+_SOURCE: Final = "this project; the estimate elsewhere than on scenes is retrieval inside the suite with the judge's scores"
 
 
 @dataclass(frozen=True)
@@ -132,9 +130,7 @@ def _told(found: PictureRows) -> Iterable[Told]:
     """The sentences of an image that were judged, yes or no."""
     for row in found.rows:
         if row.own.followed is not None:
-            chance = (
-                row.others_followed / len(row.others) if len(row.others) and row.others_followed is not None else None
-            )
+            chance = row.others_followed / len(row.others) if len(row.others) and row.others_followed is not None else None
             yield Told(row, found.image.prompt, row.own.followed, chance)
         elif len(row.others) >= FEWEST:
             yield Told(row, found.image.prompt, row.percentile() > ABOVE, 1 - ABOVE)
@@ -160,12 +156,7 @@ def _tables(told: Sequence[Told]) -> Iterable[Table]:
 
 
 def _table(
-    title: str,
-    head: str,
-    told: Sequence[Told],
-    groups: Sequence[str],
-    group_of: Callable[[Told], str],
-    plot: str = "bars",
+    title: str, head: str, told: Sequence[Told], groups: Sequence[str], group_of: Callable[[Told], str], plot: str = "bars"
 ) -> Table:
     rows: list[list[Any]] = []
     any_chance = any(one.chance is not None for one in told)
@@ -184,7 +175,5 @@ def _facts(told: Sequence[Told]) -> Table:
     """Single facts, of whichever sentence; an image that failed has none, and is in the other tables alone."""
     found = [(name, value, one.prompt) for one in told for name, value in one.row.own.facts]
     rows = mean_rows(found, [fact for fact in FACTS if fact != "there"])
-    note = (
-        "Of an object that is not there in its colour, no further fact holds. Images that failed are not in this table."
-    )
+    note = "Of an object that is not there in its colour, no further fact holds. Images that failed are not in this table."
     return Table("Single facts that hold, of all sentences", ["fact", "holds"], rows, note, plot="bars")

@@ -115,9 +115,7 @@ def frechet_influence(features: np.ndarray, reference: Gaussian) -> np.ndarray:
     return found - found.mean()
 
 
-def kernel_distance(
-    a: np.ndarray, b: np.ndarray, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0
-) -> float:
+def kernel_distance(a: np.ndarray, b: np.ndarray, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = 0) -> float:
     """KID: the unbiased squared maximum mean discrepancy of features [N, D] and [M, D], the mean over random subsets.
 
     The kernel is (x.y / D + 1)^3; each subset takes ``size`` of either set without repeating (Binkowski et al.,
@@ -153,9 +151,7 @@ def kernel_influence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 PICTURES: Final = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
-_EXPECTED: Final = (
-    "expected a folder of at least 2 pictures (PNG, JPEG, WebP), or a .npz with mu and sigma as pytorch-fid writes it"
-)
+_EXPECTED: Final = "expected a folder of at least 2 pictures (PNG, JPEG, WebP), or a .npz with mu and sigma as pytorch-fid writes it"
 
 
 @dataclass(frozen=True)
@@ -335,9 +331,7 @@ class _SetDistance(ABC):
         found = []
         if count < FEW:
             what = "is mostly bias" if self.biased else "is uncertain"
-            deficient = (
-                f", and that of fewer than {width + 1} has no full rank" if self.biased and count <= width else ""
-            )
+            deficient = f", and that of fewer than {width + 1} has no full rank" if self.biased and count <= width else ""
             found.append(
                 f"{self.title} of {count} images, fewer than {FEW:,}, {what}{deficient}: compare it only with values of as "
                 "many images, of the same prompts and against the same reference."
@@ -347,15 +341,11 @@ class _SetDistance(ABC):
         if not self.biased and min(count, pictures) < SUBSET_SIZE:
             found.append(f"Its subsets are of {min(count, pictures)}, where {SUBSET_SIZE:,} are usual.")
         if failed:
-            found.append(
-                f"{failed} of {count + failed} images failed and are not in it: it has no value for a failure."
-            )
+            found.append(f"{failed} of {count + failed} images failed and are not in it: it has no value for a failure.")
         if lost:
             found.append(f"{lost} of {pictures + lost} pictures of the reference cannot be read and are left out.")
         if prompts < count:
-            found.append(
-                f"Its {count} images are of {prompts} prompts: images of one prompt are alike, which adds bias."
-            )
+            found.append(f"Its {count} images are of {prompts} prompts: images of one prompt are alike, which adds bias.")
         return found
 
 
@@ -402,9 +392,7 @@ class FrechetInception(_OnInception):
 
     name: ClassVar[str] = "fid"
     title: ClassVar[str] = "FID"
-    formula: ClassVar[str] = (
-        "|m - r|² + tr(C + R - 2 (C R)^½), with mean m, r and covariance C, R of Inception's pool3 features"
-    )
+    formula: ClassVar[str] = "|m - r|² + tr(C + R - 2 (C R)^½), with mean m, r and covariance C, R of Inception's pool3 features"
     source: ClassVar[str] = "Heusel et al., arXiv 1706.08500; features as torch-fidelity and torchmetrics take them"
 
 
@@ -423,9 +411,7 @@ class KernelInception(_OnInception):
 
     def __post_init__(self) -> None:
         if self._opened.moments is not None:
-            raise UserError(
-                f"reference={self.reference} has a mean and a covariance alone; KID needs a folder of pictures."
-            )
+            raise UserError(f"reference={self.reference} has a mean and a covariance alone; KID needs a folder of pictures.")
         super().__post_init__()
 
     def _against(self, reference: np.ndarray) -> Any:
@@ -447,9 +433,7 @@ class FrechetClip(_SetDistance):
 
     name: ClassVar[str] = "clip_fd"
     title: ClassVar[str] = "CLIP-FD"
-    formula: ClassVar[str] = (
-        "|m - r|² + tr(C + R - 2 (C R)^½), with mean m, r and covariance C, R of CLIP's image features, not normalised"
-    )
+    formula: ClassVar[str] = "|m - r|² + tr(C + R - 2 (C R)^½), with mean m, r and covariance C, R of CLIP's image features, not normalised"
     source: ClassVar[str] = (
         "Kynkäänniemi et al., arXiv 2203.06026; features as in clean-fid's CLIP-FID, resized as the CLIP model was trained"
     )

@@ -20,18 +20,7 @@ from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Run
-from paradiffusion.metrics.vlm import (
-    Answer,
-    Decoding,
-    Engine,
-    Question,
-    VlmOptions,
-    answers_of,
-    fit,
-    open_engine,
-    settings_of,
-    spoken,
-)
+from paradiffusion.metrics.vlm import Answer, Decoding, Engine, Question, VlmOptions, answers_of, fit, open_engine, settings_of, spoken
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP")
 _REFUSED_AT_START: Final = 16

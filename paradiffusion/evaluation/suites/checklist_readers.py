@@ -34,9 +34,7 @@ def read_paraprompts(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
         if stem.casefold() in checklists:
             questions = tuple(checklist_questions(read_json(checklists[stem.casefold()]), checklists[stem.casefold()]))
         meta = {"image": row.text(columns["id"])}
-        prompts.append(
-            SuitePrompt(stem, row.text(columns["text"]), row.text(columns["category"]), questions=questions, meta=meta)
-        )
+        prompts.append(SuitePrompt(stem, row.text(columns["text"]), row.text(columns["category"]), questions=questions, meta=meta))
     known = {stem.casefold() for stem in stems}
     for found in [file for key, file in checklists.items() if key not in known and not entry.allow_other][:1]:
         check_prompts(entry, prompts)  # a prompt that is missing says more than what it leaves behind
@@ -58,9 +56,7 @@ def checklist_questions(values: Any, file: Path) -> Iterator[ChecklistQuestion]:
     it fails them too (``parents``). "Old Man 2" asks for at least two old men. Nested attributes, which one of the released files
     has, become one question each."""
     if not isinstance(values, dict) or not values or not all(isinstance(parts, dict) for parts in values.values()):
-        raise UserError(
-            f"{file} is no checklist; expected {{object: {{Attributes: ..., Locations: ...}}}}: get it again."
-        )
+        raise UserError(f"{file} is no checklist; expected {{object: {{Attributes: ..., Locations: ...}}}}: get it again.")
     names = {name: _parsed(name) for name in values}
     shared = Counter(base for base, _, hint in names.values() if not hint)
     seen: Counter[str] = Counter()
@@ -83,9 +79,7 @@ def checklist_questions(values: Any, file: Path) -> Iterator[ChecklistQuestion]:
                 if several:
                     whole = f"Look at each {base} in the picture: is one of them {asked.removeprefix('is it ')}"
                 suffix = "" if len(sayings) == 1 else f".{order}"
-                yield ChecklistQuestion(
-                    f"{number}.{kind}{suffix}", whole, kind, parents=(str(number),), about=f"{name}: {saying}"
-                )
+                yield ChecklistQuestion(f"{number}.{kind}{suffix}", whole, kind, parents=(str(number),), about=f"{name}: {saying}")
 
 
 def _parsed(name: str) -> tuple[str, bool, str]:
@@ -129,9 +123,7 @@ def read_dpg(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     texts = _texts(table.parent / "prompts")
     if texts and not entry.allow_other:
         for item in [item for item in groups if item not in texts][:1]:
-            raise entry.refuse(
-                f"prompts/{item}.txt, which {table.name} asks about, is missing", "one file for each item"
-            )
+            raise entry.refuse(f"prompts/{item}.txt, which {table.name} asks about, is missing", "one file for each item")
         for item in [item for item in texts if item not in groups][:1]:
             raise entry.refuse(f"prompts/{item}.txt has no questions in {table.name}", "a row or more for each prompt")
     prompts = []
@@ -170,9 +162,7 @@ def _dpg_question(row: Row, columns: dict[str, str]) -> ChecklistQuestion:
     for part in dependency.split(","):
         parent = part.strip()
         if not parent.isdecimal():
-            raise UserError(
-                f"{row.where}: {columns['dependency']} is {dependency!r}; expected numbers such as 0 or 1,3: get it again."
-            )
+            raise UserError(f"{row.where}: {columns['dependency']} is {dependency!r}; expected numbers such as 0 or 1,3: get it again.")
         if int(parent):
             parents.append(str(int(parent)))
     broad, detailed = row.text_or_empty(columns["category_broad"]), row.text_or_empty(columns["category_detailed"])
@@ -201,8 +191,7 @@ def read_geneval(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
             questions = tuple(_geneval_questions(include, exclude))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             raise UserError(
-                f"{row.where}: include is {str(include)[:60]!r}; expected a list such as "
-                '[{"class": "dog", "count": 1}]: get it again.'
+                f'{row.where}: include is {str(include)[:60]!r}; expected a list such as [{{"class": "dog", "count": 1}}]: get it again.'
             ) from None
         meta = {"include": include, "exclude": exclude}
         text, tag = row.text(columns["text"]), row.text(columns["category"])
@@ -267,15 +256,11 @@ def _detailmaster_questions(row: Row) -> Iterator[ChecklistQuestion]:
         said = [_said(str(one)) for values in wanted for one in (values if isinstance(values, list) else [values])]
         for number, one in enumerate(dict.fromkeys(said), 1):
             text = f"Look at this in the picture: {name}. Does this describe it: {one}?"
-            yield ChecklistQuestion(
-                f"{ids[name]}.attribute.{number}", text, "attribute", parents=(ids[name],), about=one
-            )
+            yield ChecklistQuestion(f"{ids[name]}.attribute.{number}", text, "attribute", parents=(ids[name],), about=one)
         places = dict.fromkeys(str(p["position"]) for p in locations if str(p["main_character"]) == name)
         for number, place in enumerate(places, 1):
             text = f"Look at this in the picture: {name}. Is it in this part of the picture: {place}?"
-            yield ChecklistQuestion(
-                f"{ids[name]}.location.{number}", text, "location", parents=(ids[name],), about=place
-            )
+            yield ChecklistQuestion(f"{ids[name]}.location.{number}", text, "location", parents=(ids[name],), about=place)
     for scene in _objects_in(row, "scene_attributes", "scene_attribute", "content"):
         kind = str(scene["scene_attribute"])
         contents = scene["content"] if isinstance(scene["content"], list) else [scene["content"]]

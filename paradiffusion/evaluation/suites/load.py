@@ -9,28 +9,10 @@ from typing import Any, Final
 
 from paradiffusion.checks import choice
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.suites.checklist_readers import (
-    read_detailmaster,
-    read_dpg,
-    read_geneval,
-    read_paraprompts,
-)
-from paradiffusion.evaluation.suites.prompt_readers import (
-    read_coco,
-    read_folder,
-    read_prompt_file,
-    read_rows_as_prompts,
-    read_scenes,
-)
+from paradiffusion.evaluation.suites.checklist_readers import read_detailmaster, read_dpg, read_geneval, read_paraprompts
+from paradiffusion.evaluation.suites.prompt_readers import read_coco, read_folder, read_prompt_file, read_rows_as_prompts, read_scenes
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, safe_ids
-from paradiffusion.evaluation.suites.suite_table import (
-    TABLE,
-    SuiteEntry,
-    check_checklists,
-    check_prompts,
-    find_entry,
-    read_table,
-)
+from paradiffusion.evaluation.suites.suite_table import TABLE, SuiteEntry, check_checklists, check_prompts, find_entry, read_table
 from paradiffusion.randomness import seed_from
 from paradiffusion.repository import find_shipped
 

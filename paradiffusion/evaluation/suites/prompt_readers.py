@@ -25,9 +25,7 @@ def read_folder(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     """One prompt for each .txt below ``path``; its name is the id, the folder in which it lies, if any, the category."""
     entry.take({})
     if not path.is_dir():
-        raise UserError(
-            f"suite={entry.name}: {path} is no folder (looked in {Path.cwd()}); expected one with .txt files."
-        )
+        raise UserError(f"suite={entry.name}: {path} is no folder (looked in {Path.cwd()}); expected one with .txt files.")
     prompts = []
     for file in sorted(path.rglob("*.txt")):
         inside = file.relative_to(path)
@@ -79,9 +77,7 @@ def read_rows_as_prompts(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     columns = entry.columns or {"text": "prompt"}
     paired = all(part in columns for part in PAIR)
     if not paired and "text" not in columns:
-        raise UserError(
-            f"suite={entry.name}: columns name no text; expected the column of the prompts, or short and long."
-        )
+        raise UserError(f"suite={entry.name}: columns name no text; expected the column of the prompts, or short and long.")
     rows = [row for file in _matching(entry, path, options["file"]) for row in read_rows(file, list(columns.values()))]
     prompts: list[SuitePrompt] = []
     for version in PAIR if paired else ("text",):
@@ -129,9 +125,7 @@ def read_coco(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
         ) from None
     lost = sorted(best.keys() - names.keys())
     if lost:
-        raise UserError(
-            f"{file}: caption {best[lost[0]]['id']} is of image {lost[0]}, which is not in it; get it again."
-        )
+        raise UserError(f"{file}: caption {best[lost[0]]['id']} is of image {lost[0]}, which is not in it; get it again.")
     prompts = []
     for image in sorted(best):
         meta = {"image_id": image, "caption_id": int(best[image]["id"]), "file_name": names[image]}
@@ -163,21 +157,13 @@ def read_scenes(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
             f"suite={entry.name}: by={options['by']} is not understood; expected idle, or objects with lengths and no suite_path."
         )
     if not all(isinstance(words, int) and words > 0 for words in options["lengths"]):
-        raise UserError(
-            f"suite={entry.name}: lengths={options['lengths']} are no lengths in words; expected such as [50,100]."
-        )
+        raise UserError(f"suite={entry.name}: lengths={options['lengths']} are no lengths in words; expected such as [50,100].")
     if options["caption"] not in KINDS:
-        raise UserError(
-            f"suite={entry.name}: caption={options['caption']} is unknown; choose one of {', '.join(KINDS)}."
-        )
+        raise UserError(f"suite={entry.name}: caption={options['caption']} is unknown; choose one of {', '.join(KINDS)}.")
     if options["scale"] < 1 or options["number"] < 1:
-        raise UserError(
-            f"suite={entry.name}: scale and number are {options['scale']} and {options['number']}; expected 1 up."
-        )
+        raise UserError(f"suite={entry.name}: scale and number are {options['scale']} and {options['number']}; expected 1 up.")
     if options["caption"] == "unseen" and options["set"] != "val":
-        raise UserError(
-            f"suite={entry.name}: only set=val has captions of unseen forms; leave set={options['set']} out."
-        )
+        raise UserError(f"suite={entry.name}: only set=val has captions of unseen forms; leave set={options['set']} out.")
     if entry.path:
         written = enumerate(_written(path, entry.name), 1)
         told: Iterator[Told] = ((f"{path.stem}-{line:03d}", text, scene) for line, (text, scene) in written)
@@ -190,9 +176,7 @@ def read_scenes(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     if not lengths:
         return [_prompt(*one, scale) for one in scenes]
     return [
-        _prompt(
-            name, lengthened(text, scene, random.Random(seed_from("lengths", name, words)), words), scene, scale, words
-        )
+        _prompt(name, lengthened(text, scene, random.Random(seed_from("lengths", name, words)), words), scene, scale, words)
         for words in lengths
         for name, text, scene in scenes
         if len(text.split()) <= words
@@ -240,6 +224,4 @@ def _written(path: Path, suite: str) -> list[tuple[str, Scene]]:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         return [(row["text"], scene_from_meta(row)) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-        raise UserError(
-            f"suite={suite}: {path} holds no paragraphs with scenes ({error}); see data/paragraphs.jsonl."
-        ) from None
+        raise UserError(f"suite={suite}: {path} holds no paragraphs with scenes ({error}); see data/paragraphs.jsonl.") from None

@@ -156,9 +156,7 @@ def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
     if isinstance(values, dict):
         lists = [value for value in values.values() if isinstance(value, list)]
         if len(lists) != 1:
-            raise UserError(
-                f"{path} is an object with {len(lists)} lists; expected a list of prompts, or one list in it."
-            )
+            raise UserError(f"{path} is an object with {len(lists)} lists; expected a list of prompts, or one list in it.")
         values = lists[0]
     if not isinstance(values, list):
         raise UserError(f"{path} holds no list; expected a list of objects.")
@@ -186,9 +184,7 @@ class _Once(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"{key.value} stands twice", problem_mark=key.start_mark
-                    )
+                    raise yaml.constructor.ConstructorError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 

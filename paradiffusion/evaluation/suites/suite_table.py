@@ -58,8 +58,7 @@ class SuiteEntry:
         """The error for files that are not the released ones."""
         where = f"`python scripts/download.py what={self.name}` says where" if self.get else "its page has them"
         return UserError(
-            f"suite={self.name}: {found}; expected {expected}: get the released files ({where}), or accept these with "
-            "allow_other=true."
+            f"suite={self.name}: {found}; expected {expected}: get the released files ({where}), or accept these with allow_other=true."
         )
 
     def take(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,9 +67,7 @@ class SuiteEntry:
         found = {**defaults, **self.options}
         for key, default in defaults.items():
             if default is not None and not isinstance(found[key], type(default)):
-                raise UserError(
-                    f"suite={self.name}: the option {key} is {found[key]!r}; expected a value like {default!r}."
-                )
+                raise UserError(f"suite={self.name}: the option {key} is {found[key]!r}; expected a value like {default!r}.")
         return found
 
 
@@ -118,9 +115,7 @@ def _own(path: Path, part: str) -> SuiteEntry:
         if not part and len(entries) != 1:
             raise UserError(f"suite={path} holds {', '.join(entries) or 'no suite'}; choose one as suite={path}:NAME.")
         if part and part not in entries:
-            raise UserError(
-                f"suite={path}:{part}: the file holds {', '.join(entries) or 'no suite'}; choose one of them."
-            )
+            raise UserError(f"suite={path}:{part}: the file holds {', '.join(entries) or 'no suite'}; choose one of them.")
         found = entries[part or next(iter(entries))]
     if found.path and not Path(found.path).expanduser().is_absolute():
         found = replace(found, path=str(path.parent / found.path))
@@ -133,9 +128,7 @@ def _yaml(path: Path) -> dict[Any, Any]:
     except ValueError as error:
         raise UserError(f"{path} is no YAML ({error}); mend it.") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"{path} holds no table of suites; expected NAME: {{format: ..., path: ...}} as in {TABLE.name}."
-        )
+        raise UserError(f"{path} holds no table of suites; expected NAME: {{format: ..., path: ...}} as in {TABLE.name}.")
     return values
 
 
@@ -154,12 +147,8 @@ def _entry(name: str, values: Any, path: Path) -> SuiteEntry:
     except ValidationError as error:
         first = error.errors()[0]
         key = ": ".join(map(str, first["loc"]))
-        raise UserError(
-            f"{where}: {key} is {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}."
-        ) from None
-    texts: dict[str, Any] = {
-        key: " ".join(getattr(found, key).split()) for key in ("source", "licence", "note", "title")
-    }
+        raise UserError(f"{where}: {key} is {first['input']!r}; {first['msg'][:1].lower()}{first['msg'][1:]}.") from None
+    texts: dict[str, Any] = {key: " ".join(getattr(found, key).split()) for key in ("source", "licence", "note", "title")}
     rows = "".join((found.expected.rows or "").split()) or None
     return replace(found, **texts, expected=replace(found.expected, rows=rows))
 
@@ -168,11 +157,7 @@ def _known(what: str, values: Mapping[Any, Any], known: tuple[str, ...]) -> None
     for key in values:
         if key not in known:
             hint = next(iter(difflib.get_close_matches(str(key), known, 1)), None)
-            accepted = (
-                f"did you mean {hint} (known are {', '.join(known)})"
-                if hint
-                else f"known are {', '.join(known) or 'none'}"
-            )
+            accepted = f"did you mean {hint} (known are {', '.join(known)})" if hint else f"known are {', '.join(known) or 'none'}"
             raise UserError(f"{what} {key!r} is unknown; {accepted}.")
 
 
@@ -203,9 +188,7 @@ def check_prompts(entry: SuiteEntry, prompts: Sequence[SuitePrompt]) -> None:
             raise entry.refuse(f"{found[category]} prompts of the category {category!r} were found{detail}", str(count))
     unknown = sorted(set(found) - set(expected.categories or found))
     if unknown:
-        raise entry.refuse(
-            f"the category {unknown[0]!r} was found", f"one of {', '.join(map(repr, expected.categories or {}))}"
-        )
+        raise entry.refuse(f"the category {unknown[0]!r} was found", f"one of {', '.join(map(repr, expected.categories or {}))}")
     if expected.sha256 is not None and sha256 != expected.sha256:
         raise entry.refuse(first or "the prompts were changed", f"the SHA-256 {expected.sha256[:12]}...")
 

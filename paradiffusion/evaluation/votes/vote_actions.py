@@ -38,12 +38,7 @@ STUDY_KEYS: Final = (
     "sets", "suite", "suite_path", "raters", "title", "questions", "without_text", "ask", "repeats", "retest",
     "pairs_per_rater", "images_per_prompt", "count", "seed",
 )  # fmt: skip
-ACTIONS: Final = {
-    "serve": (*STUDY_KEYS, *SERVING),
-    "tokens": ("host", "port"),
-    "results": ("seed", "output"),
-    "export": ("output",),
-}
+ACTIONS: Final = {"serve": (*STUDY_KEYS, *SERVING), "tokens": ("host", "port"), "results": ("seed", "output"), "export": ("output",)}
 USUAL_REPEATS: Final = 2  # our choice: the least that shows how far raters agree
 
 
@@ -173,9 +168,7 @@ def open_study(options: VoteOptions, suite: Suite | None = None) -> Study:
     folder = Path(str(options.study)).expanduser()
     if not (folder / STUDY).exists():
         if (folder / VOTES).exists():
-            raise UserError(
-                f"{folder} holds votes and no {STUDY}; bring that back from a copy, or choose another study=."
-            )
+            raise UserError(f"{folder} holds votes and no {STUDY}; bring that back from a copy, or choose another study=.")
         study = make_study(options, folder, suite)
         write_study(study)
         return study
@@ -198,9 +191,7 @@ def make_study(options: VoteOptions, folder: Path, suite: Suite | None = None) -
     repeats = options.repeats or min(USUAL_REPEATS, len(raters))
     sources = open_sources(options.set_paths(), suite)
     common = common_suite(sources, suite).first(options.count)
-    pairs = all_pairs(
-        [prompt.id for prompt in common.prompts], [source.name for source in sources], options.images_per_prompt
-    )
+    pairs = all_pairs([prompt.id for prompt in common.prompts], [source.name for source in sources], options.images_per_prompt)
     if options.pairs_per_rater is not None:
         pairs = spread(pairs, max(1, options.pairs_per_rater * len(raters) // repeats), seed)
     shown = {pair.prompt for pair in pairs}
@@ -217,9 +208,7 @@ def make_study(options: VoteOptions, folder: Path, suite: Suite | None = None) -
     for one in sets:
         if all(picture.error for row in one.pictures.values() for picture in row):
             reason = next(iter(one.pictures.values()))[0].error
-            raise UserError(
-                f"the set {one.name} has no picture of these prompts that can be shown ({reason}); look at its folder."
-            )
+            raise UserError(f"the set {one.name} has no picture of these prompts that can be shown ({reason}); look at its folder.")
     return study
 
 
@@ -228,9 +217,7 @@ def check_set_names(study: Study) -> None:
     texts = [study.title, *(part for q in study.questions for part in (q.name, q.text)), *study.tasks]
     for name in study.sets:
         if len(name) > 2 and any(name.lower() in text.lower() for text in texts):
-            raise UserError(
-                f"the set's name {name} stands in the title, a question or a rater's name, which raters see; reword it."
-            )
+            raise UserError(f"the set's name {name} stands in the title, a question or a rater's name, which raters see; reword it.")
 
 
 def run_action(options: VoteOptions, suite: Suite | None = None) -> int:
@@ -266,9 +253,7 @@ def about(study: Study) -> list[str]:
     ]
     if failures := study.failures():
         name, prompt, _, why = failures[0]
-        lines.append(
-            f"missing pictures: {len(failures)}, such as that of {name} for {prompt} ({why}); where only one is there, it wins."
-        )
+        lines.append(f"missing pictures: {len(failures)}, such as that of {name} for {prompt} ({why}); where only one is there, it wins.")
     return lines
 
 

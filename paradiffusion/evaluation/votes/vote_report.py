@@ -85,8 +85,7 @@ def _sections(results: Results) -> Iterator[_Section]:
             "Missing pictures",
             [
                 f"Pictures that could not be shown: {len(results.failures)}. Where the other picture was there it wins, else the two tie; "
-                "such pairs count once for each rater to whom they fell."
-                + (f" {rest} more are not listed." if rest else "")
+                "such pairs count once for each rater to whom they fell." + (f" {rest} more are not listed." if rest else "")
             ],
             tables=[("", text_grid(["set", "prompt", "image", "why"], rows, words=4))],
         )
@@ -107,10 +106,7 @@ def _answers(answers: Answers) -> _Section:
     if answers.strengths is not None:
         warnings += answers.strengths.warnings
         ordered = sorted(answers.strengths.sets.items(), key=lambda item: -item[1].mean)
-        rows = [
-            [Cell(name), _number_cell(one), _number_cell(one, 400 / math.log(10), 0), Cell(str(one.n))]
-            for name, one in ordered
-        ]
+        rows = [[Cell(name), _number_cell(one), _number_cell(one, 400 / math.log(10), 0), Cell(str(one.n))] for name, one in ordered]
         note = (
             "Davidson's model (1970): Bradley and Terry's with ties. Natural logarithm, of mean 0 over the sets: a set "
             "1 above another gets 2.7 votes for each one of the other's, ties aside."
@@ -145,10 +141,7 @@ def _trust_table(answers: Answers) -> Grid:
         ("a rater chose the same again", trust.again, _share_cell),
         ("left among votes for a side (50 % where sides do not matter)", trust.left, _share_cell),
     ]
-    made = [
-        [Cell(name), *([Cell("not measured"), Cell("")] if one is None else [show(one), Cell(str(one.n))])]
-        for name, one, show in rows
-    ]
+    made = [[Cell(name), *([Cell("not measured"), Cell("")] if one is None else [show(one), Cell(str(one.n))])] for name, one, show in rows]
     return Grid(["", "", "n"], [Group("", made)])
 
 
@@ -195,9 +188,7 @@ def _without_bars(grid: Grid) -> Grid:
     """Bars are drawn, and have no words."""
     if not any(cell.bar for group in grid.groups for row in group.rows for cell in row):
         return grid
-    return Grid(
-        grid.head[:-1], [Group(group.title, [row[:-1] for row in group.rows]) for group in grid.groups], grid.note
-    )
+    return Grid(grid.head[:-1], [Group(group.title, [row[:-1] for row in group.rows]) for group in grid.groups], grid.note)
 
 
 COLUMNS: Final = (

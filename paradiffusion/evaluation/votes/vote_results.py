@@ -126,9 +126,7 @@ def reliability(outcomes: Sequence[Outcome], seed: int = 0) -> Reliability:
     units = [((one.pair, one.image), CHOICES.index(one.choice), one.prompt) for one in first]
     sided = [one for one in first if one.choice != TIE]
     alpha = alpha_of([u for u, _, _ in units], [v for _, v, _ in units], [p for _, _, p in units], 3, seed)
-    return Reliability(
-        alpha, _same(first, seed), _share([one.chose_left for one in sided], sided, seed), _again(voted, seed)
-    )
+    return Reliability(alpha, _same(first, seed), _share([one.chose_left for one in sided], sided, seed), _again(voted, seed))
 
 
 def krippendorff_alpha(coincidences: np.ndarray) -> np.ndarray:
@@ -144,9 +142,7 @@ def krippendorff_alpha(coincidences: np.ndarray) -> np.ndarray:
         return np.where(expected > 0, 1 - (n - 1) * observed / expected, np.nan)
 
 
-def alpha_of(
-    units: Sequence[Hashable], values: Sequence[int], prompts: Sequence[str], choices: int, seed: int = 0
-) -> Estimate | None:
+def alpha_of(units: Sequence[Hashable], values: Sequence[int], prompts: Sequence[str], choices: int, seed: int = 0) -> Estimate | None:
     """Krippendorff's nominal alpha, with a 95 % interval by bootstrap over prompts; None where there is nothing to tell apart.
 
     Args:
@@ -235,9 +231,7 @@ def fit_davidson(counts: np.ndarray, pairs: Sequence[tuple[int, int]], sets: int
         gradient = np.einsum("mck,bmc->bk", design, counts - votes[..., None] * chance) - parameters @ ridge
         weighted = votes[..., None] * chance  # [B, M, 3]
         centre = np.einsum("mck,bmc->bmk", design, chance)
-        curvature = np.einsum("mck,bmc,mcl->bkl", design, weighted, design) - np.einsum(
-            "bm,bmk,bml->bkl", votes, centre, centre
-        )
+        curvature = np.einsum("mck,bmc,mcl->bkl", design, weighted, design) - np.einsum("bm,bmk,bml->bkl", votes, centre, centre)
         step = np.linalg.solve(curvature + ridge, gradient[..., None])[..., 0]
         # Far from the top a whole step can overshoot.
         step /= np.maximum(1, np.abs(step).max(1, keepdims=True))

@@ -76,9 +76,7 @@ class Store:
                 if row is None:
                     self._base.execute("INSERT INTO study VALUES (?)", (study.fingerprint,))
         except sqlite3.Error as error:
-            raise UserError(
-                f"{self.path} cannot be used ({error}); bring it back from a copy, or choose another study= folder."
-            ) from None
+            raise UserError(f"{self.path} cannot be used ({error}); bring it back from a copy, or choose another study= folder.") from None
         if row is not None and row[0] != study.fingerprint:
             raise UserError(
                 f"{self.path} holds the votes of another study than study.json beside it; bring back the one that belongs to it."
@@ -127,9 +125,7 @@ class Store:
     def reopen(self, rater: str) -> None:
         """The rater goes back to the task that was left last. Raises sqlite3.Error as ``put`` does."""
         with self._change():
-            self._base.execute(
-                "DELETE FROM finished WHERE number = (SELECT max(number) FROM finished WHERE rater = ?)", (rater,)
-            )
+            self._base.execute("DELETE FROM finished WHERE number = (SELECT max(number) FROM finished WHERE rater = ?)", (rater,))
 
     def finished(self, rater: str) -> set[str]:
         """Tasks that the rater has gone on from."""

@@ -156,10 +156,7 @@ class Study:
 
 def write_study(study: Study) -> Path:
     """Write study.json, whole or not at all; its path. Folders of pictures are kept relative to the study's."""
-    sets = [
-        {"name": one.name, "root": relative_file(one.root, study.folder), "pictures": one.pictures}
-        for one in study.sets.values()
-    ]
+    sets = [{"name": one.name, "root": relative_file(one.root, study.folder), "pictures": one.pictures} for one in study.sets.values()]
     tasks = {rater: [[*map(int, vars(task).values())] for task in own] for rater, own in study.tasks.items()}
     record = {
         "paradiffusion_study": FORMAT_VERSION,
@@ -234,9 +231,7 @@ def spread(pairs: Sequence[Pair], most: int, seed: int) -> list[Pair]:
     return [pair for number, pair in enumerate(pairs) if number in chosen]
 
 
-def assign(
-    pairs: Sequence[Pair], raters: Sequence[str], repeats: int, rounds: int, retest: int, seed: int
-) -> dict[str, list[Task]]:
+def assign(pairs: Sequence[Pair], raters: Sequence[str], repeats: int, rounds: int, retest: int, seed: int) -> dict[str, list[Task]]:
     """Each rater's tasks, in order. UserError for more repeats than raters.
 
     Each pair goes to ``repeats`` different raters. From every two sets each rater gets the same number, within
@@ -257,9 +252,7 @@ def assign(
     return {rater: _tasks_of(pairs, numbers, rater, rounds, retest, seed) for rater, numbers in seen.items()}
 
 
-def _tasks_of(
-    pairs: Sequence[Pair], numbers: Sequence[int], rater: str, rounds: int, retest: int, seed: int
-) -> list[Task]:
+def _tasks_of(pairs: Sequence[Pair], numbers: Sequence[int], rater: str, rounds: int, retest: int, seed: int) -> list[Task]:
     again = [numbers[i] for i in permutation(len(numbers), "again", seed, rater)[:retest]]
     tasks = []
     for round_number in range(rounds):
@@ -318,9 +311,7 @@ def open_sources(paths: dict[str, str], suite: Suite | None) -> list[Source]:
                 f"the set {name} was drawn for the suite {source.suite.name}, and not for {suite.name}; compare sets of one suite."
             )
     if suite is None:
-        raise UserError(
-            "suite= is missing: no set is the folder of an evaluation, which would say what its prompts are."
-        )
+        raise UserError("suite= is missing: no set is the folder of an evaluation, which would say what its prompts are.")
     return [evaluations.get(name) or _from_folder(name, folder, suite) for name, folder in folders.items()]
 
 
@@ -333,9 +324,7 @@ def common_suite(sources: Sequence[Source], suite: Suite | None) -> Suite:
     for prompt in first.prompts:
         for name, texts in known.items():
             if texts.get(prompt.id, prompt.text) != prompt.text:
-                raise UserError(
-                    f"the prompt {prompt.id} has another text in the set {name}; draw the sets from the same prompts."
-                )
+                raise UserError(f"the prompt {prompt.id} has another text in the set {name}; draw the sets from the same prompts.")
     prompts = tuple(prompt for prompt in first.prompts if all(prompt.id in texts for texts in known.values()))
     if not prompts:
         raise UserError("the sets have no prompt in common; draw them from the same suite with the same count=.")
@@ -353,9 +342,7 @@ def look_at(source: Source, prompts: Sequence[SuitePrompt], images: int) -> Pict
                 bar.update()
     finally:  # after Ctrl-C too, which would else wait for all
         pool.shutdown(cancel_futures=True)
-    return PictureSet(
-        source.name, source.root, {p.id: found[n * images : (n + 1) * images] for n, p in enumerate(prompts)}
-    )
+    return PictureSet(source.name, source.root, {p.id: found[n * images : (n + 1) * images] for n, p in enumerate(prompts)})
 
 
 def read_picture(root: Path, picture: Picture) -> bytes:
@@ -419,8 +406,6 @@ def _from_folder(name: str, folder: Path, suite: Suite) -> Source:
     except UserError as error:  # which speaks of a key that belongs to the other script
         raise UserError(str(error).replace(f"images={root}", f"the set {name} ({folder})")) from None
     if matching.strangers:
-        print(
-            f"{name}: {len(matching.strangers)} pictures belong to no prompt, such as {matching.strangers[0]}; they are left out."
-        )
+        print(f"{name}: {len(matching.strangers)} pictures belong to no prompt, such as {matching.strangers[0]}; they are left out.")
     files: dict[str, list[Path | str]] = {key: [file or ABSENT for file in row] for key, row in matching.files.items()}
     return Source(name, root, None, files)

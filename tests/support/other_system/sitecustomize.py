@@ -8,10 +8,7 @@ import signal
 import sys
 
 sys.modules["fcntl"] = None  # type: ignore[assignment]
-for module, names in {
-    os: "fork getloadavg killpg posix_fallocate pread sched_getaffinity",
-    signal: "SIGUSR1 pthread_sigmask",
-}.items():
+for module, names in {os: "fork getloadavg killpg posix_fallocate pread sched_getaffinity", signal: "SIGUSR1 pthread_sigmask"}.items():
     for name in names.split():
         delattr(module, name)
 multiprocessing.set_start_method("spawn")

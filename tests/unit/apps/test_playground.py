@@ -79,14 +79,9 @@ def test_what_leaves_a_doubt_is_not_read(text: str) -> None:
 
 
 def test_places_of_nine_cells_and_two_objects_of_one_sentence_are_read() -> None:
-    scene, exact = read_scene(
-        ["In the top left there is a red circle, and a small blue square is in the center."], 96, 96
-    )
+    scene, exact = read_scene(["In the top left there is a red circle, and a small blue square is in the center."], 96, 96)
     assert exact == [True] and scene is not None and (scene.grid, scene.width) == (3, 96)
-    assert [(one.colour, one.place, one.size) for one in scene.objects] == [
-        ("red", "top left", "medium"),
-        ("blue", "centre", "small"),
-    ]
+    assert [(one.colour, one.place, one.size) for one in scene.objects] == [("red", "top left", "medium"), ("blue", "centre", "small")]
 
 
 def test_count_and_background_are_judged_where_every_object_is_known() -> None:

@@ -14,31 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import user_error
-from vote_studies import (
-    HOSTILE,
-    SECRET,
-    evaluation_of,
-    study_of,
-    suite_of,
-    virtual_study,
-    vote_for,
-    votes_for,
-    write_picture,
-)  # fmt: skip
+from vote_studies import HOSTILE, SECRET, evaluation_of, study_of, suite_of, virtual_study, vote_for, votes_for, write_picture  # fmt: skip
 
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.scores.agreement import read_pairs
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.evaluation.votes.vote_actions import VoteOptions, about, open_study, run_action
 from paradiffusion.evaluation.votes.vote_report import summary, write_csv, write_results
-from paradiffusion.evaluation.votes.vote_results import (
-    alpha_of,
-    fit_davidson,
-    outcomes,
-    rates_of,
-    results_of,
-    strengths_of,
-)
+from paradiffusion.evaluation.votes.vote_results import alpha_of, fit_davidson, outcomes, rates_of, results_of, strengths_of
 from paradiffusion.evaluation.votes.vote_store import Refusal, Store, Vote
 from paradiffusion.evaluation.votes.vote_study import all_pairs, assign, read_study, spread
 
@@ -89,9 +72,7 @@ def test_a_study_is_fixed_when_it_begins_and_read_again_as_it_was(tmp_path: Path
         (tmp_path / "votes/study.json").read_text())["sets"]])  # the two folders can be moved together  # fmt: skip
     same = VoteOptions(action="serve", study=str(tmp_path / "votes"), given=["action", "study"])
     assert open_study(same).fingerprint == made.fingerprint
-    other = VoteOptions(
-        action="serve", study=str(tmp_path / "votes"), raters="[anna, carl]", seed=5, given=["raters", "seed"]
-    )
+    other = VoteOptions(action="serve", study=str(tmp_path / "votes"), raters="[anna, carl]", seed=5, given=["raters", "seed"])
     user_error("began with another raters=.*leave raters= and seed= out", open_study, other)
     (tmp_path / "votes/study.json").write_text('{"paradiffusion_study": 1, "sets": 3}')
     user_error("is damaged", read_study, tmp_path / "votes")
@@ -263,9 +244,7 @@ def test_krippendorffs_alpha_on_his_own_example() -> None:
     rows = [row.replace(" ", "") for row in rows]
     given = [(unit, int(c) - 1) for row in rows for unit, c in enumerate(row) if c != "."]
     found = alpha_of([u for u, _ in given], [v for _, v in given], [str(u) for u, _ in given], 5)
-    assert (
-        found is not None and found.mean == pytest.approx(0.743, abs=5e-4) and found.n == 40
-    )  # one unit has one value
+    assert found is not None and found.mean == pytest.approx(0.743, abs=5e-4) and found.n == 40  # one unit has one value
     assert found.low < 0.743 < found.high <= 1
     assert alpha_of([0, 0, 1, 1], [0, 0, 1, 1], ["p", "p", "q", "q"], 3).mean == 1  # type: ignore[union-attr]
     assert alpha_of([0, 1], [0, 1], ["p", "q"], 3) is None and alpha_of([0, 0], [1, 1], ["p", "p"], 3) is None
@@ -396,9 +375,7 @@ def test_wrong_options_are_refused_in_a_sentence(values: dict[str, object], mess
         ("{a: x, b: y}", '["\\t"]', "raters=["), ("{a: x, b: y}", "{r: s}", "is not understood"),
     ],
 )  # fmt: skip
-def test_a_study_without_sets_or_raters_is_refused(
-    sets: str | None, raters: str | None, message: str, tmp_path: Path
-) -> None:
+def test_a_study_without_sets_or_raters_is_refused(sets: str | None, raters: str | None, message: str, tmp_path: Path) -> None:
     options = VoteOptions(action="serve", study=str(tmp_path / "votes"), sets=sets, raters=raters)
     with pytest.raises(UserError) as caught:
         open_study(options, Suite("s", "s", (SuitePrompt("p", "text"),)))

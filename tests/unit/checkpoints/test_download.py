@@ -37,9 +37,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, dict
     return calls
 
 
-def test_a_dry_run_says_sizes_and_licences_and_fetches_nothing(
-    hub: list[Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_dry_run_says_sizes_and_licences_and_fetches_nothing(hub: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert download.main(["what=all", "dry_run=true", "to=weights"]) == 0
     said = capsys.readouterr().out
     for words in ("meta-llama/Llama-2-7b-hf, about 13.5 GB, to weights/llm", "gate", "MIT", "38.5 GB", "Apache-2.0"):
@@ -141,9 +139,7 @@ def test_old_shards_keep_their_index(tmp_path: Path) -> None:
     index = {"weight_map": {name: f"pytorch_model-0000{number}-of-00002.bin" for name, number in names.items()}}
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert len(convert_bins(tmp_path)) == 3 and convert_bins(tmp_path) == []
-    assert [path.name for path in find_tensors(tmp_path, "model")] == [
-        f"model-0000{number}-of-00002.safetensors" for number in (1, 2)
-    ]
+    assert [path.name for path in find_tensors(tmp_path, "model")] == [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     read = read_tensors(tmp_path, "model")
     assert torch.equal(read["b"], shared[1]) and read["c"].dtype == torch.float16
     (tmp_path / "model-00002-of-00002.safetensors").unlink()

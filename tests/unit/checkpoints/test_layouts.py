@@ -108,9 +108,7 @@ def test_round_trip_is_bit_identical(make: Callable[..., Made], arm: str, lora: 
     assert not any(p.requires_grad for p in [*models.joint.parameters(), *models.text_encoder.parameters()])
     assert (folder / "text_encoder_lora").exists() == lora and (folder / "refiner").exists() == (arm == "modern")
     conditioning = models.encode(PROMPTS)
-    assert conditioning.features.shape[:2] == (2, 32 if arm == "paper" else 8) and (conditioning.mask is None) == (
-        arm == "paper"
-    )
+    assert conditioning.features.shape[:2] == (2, 32 if arm == "paper" else 8) and (conditioning.mask is None) == (arm == "paper")
 
 
 def test_diffusers_loads_the_unet_by_itself(make: Callable[..., Made]) -> None:
@@ -172,9 +170,7 @@ def test_files_written_twice_are_equal_and_say_one_thing(make: Callable[..., Mad
     assert load_file(first / "refiner" / "model.safetensors").keys() >= {"mean", "std"}
 
 
-def test_another_frozen_model_is_refused_and_a_moved_one_found(
-    make: Callable[..., Made], codec_folder: Path, tmp_path: Path
-) -> None:
+def test_another_frozen_model_is_refused_and_a_moved_one_found(make: Callable[..., Made], codec_folder: Path, tmp_path: Path) -> None:
     folder, joint, encoder = make("paper", False)
     whole = (folder / "checkpoint.json").read_text()
     for part, key, value, said in (
@@ -204,9 +200,7 @@ def test_another_frozen_model_is_refused_and_a_moved_one_found(
     assert torch.equal(predict(models.joint, models.text_encoder), predict(joint, encoder))
 
 
-def test_a_git_lfs_pointer_is_named_wherever_weights_are_read(
-    make: Callable[..., Made], codec_folder: Path, tmp_path: Path
-) -> None:
+def test_a_git_lfs_pointer_is_named_wherever_weights_are_read(make: Callable[..., Made], codec_folder: Path, tmp_path: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     folder, _, _ = make("paper", True)
     for number, (source, name) in enumerate((
@@ -274,9 +268,7 @@ def test_a_checkpoint_from_before_a_key_is_one_with_its_default(make: Callable[.
     description = open_layout(folder).description
     for key in ("layout_patch", "layout_layers", "layout_reads"):
         del description["conditioning"][key]
-    config = TrainConfig(
-        conditioning=ARMS["paper"], unet=UNetConfig(arguments=TINY_UNET), codec=CodecConfig(path=str(codec_folder))
-    )
+    config = TrainConfig(conditioning=ARMS["paper"], unet=UNetConfig(arguments=TINY_UNET), codec=CodecConfig(path=str(codec_folder)))
     check_init(config, folder, description)
     with pytest.raises(UserError, match=r"conditioning\.layout_layers=2, and this command says 3"):
         check_init(replace(config, conditioning=replace(ARMS["paper"], layout_layers=3)), folder, description)
@@ -326,9 +318,7 @@ def test_ours_to_official_keeps_what_it_has_no_place_for(tmp_path: Path, codec_f
         ({"objective": ObjectiveConfig(prediction="v_prediction", zero_terminal_snr=True)}, "zero terminal SNR"),
     ],
 )
-def test_what_the_official_layout_has_no_place_for(
-    tmp_path: Path, codec_folder: Path, changes: dict[str, Any], words: str
-) -> None:
+def test_what_the_official_layout_has_no_place_for(tmp_path: Path, codec_folder: Path, changes: dict[str, Any], words: str) -> None:
     ours = make_ours(tmp_path / "ours", codec_folder, **changes)
     user_error(words, export_official, open_layout(ours), tmp_path / "weights")
     assert not (tmp_path / "weights").exists()

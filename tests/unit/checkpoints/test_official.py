@@ -30,9 +30,7 @@ CASE: dict[str, Any] = {
 LORA = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "o_proj", "up_proj"]}
 ROUNDING = 0.5 / 255 + 2e-4  # of a PNG, and of arithmetic
 
-needs_parity = pytest.mark.skipif(
-    not PARITY.is_dir(), reason="the reference numbers (../shared/assets/parity) are not here"
-)
+needs_parity = pytest.mark.skipif(not PARITY.is_dir(), reason="the reference numbers (../shared/assets/parity) are not here")
 
 
 def check(folder: Path, out: Path, *arguments: str, **case: Any) -> None:
@@ -60,9 +58,7 @@ def test_parity_with_the_released_code(tmp_path: Path) -> None:
         settings = models.sampler
         settings.steps, settings.guidance = case["steps"], case["guidance"]
         shape = (4, case["height"] // 8, case["width"] // 8)
-        latents = sample_latents(
-            models.denoise, models.objective, conditioning, [case["seed"]], shape, settings, "cpu", torch.float32
-        )
+        latents = sample_latents(models.denoise, models.objective, conditioning, [case["seed"]], shape, settings, "cpu", torch.float32)
         assert np.abs(latents.numpy() - expected[f"latent_{number}"]).max() < 0.01
 
 
@@ -87,9 +83,7 @@ def test_every_scheduler_setting_is_honoured(
     check(make(**scheduler), tmp_path / "out", **case)
 
 
-def test_an_autoencoder_elsewhere_has_its_own_scaling_factor(
-    make: Callable[..., Path], tmp_path: Path, codec_folder: Path
-) -> None:
+def test_an_autoencoder_elsewhere_has_its_own_scaling_factor(make: Callable[..., Path], tmp_path: Path, codec_folder: Path) -> None:
     """Also in what is exported from there."""
     folder = make(None)
     other = tmp_path / "vae"
@@ -118,13 +112,7 @@ def test_an_autoencoder_elsewhere_has_its_own_scaling_factor(
     "lora",
     [
         {"r": 1, "lora_alpha": 4, "target_modules": r".*\.(k_proj|down_proj)"},
-        {
-            "r": 4,
-            "lora_alpha": 4,
-            "target_modules": ["q_proj", "v_proj"],
-            "use_rslora": True,
-            "alpha_pattern": {"v_proj": 1},
-        },
+        {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "use_rslora": True, "alpha_pattern": {"v_proj": 1}},
         {"r": 4, "lora_alpha": 2, "target_modules": ["v_proj"], "rank_pattern": {"v_proj": 2}, "use_dora": True},
         {"r": 2, "lora_alpha": 2, "target_modules": "all-linear"},
     ],
@@ -189,9 +177,7 @@ def test_sizes_that_only_the_codec_limits(make: Callable[..., Path], tmp_path: P
 
 
 @pytest.mark.parametrize("lora", [None, LORA])
-def test_a_unet_as_wide_as_the_language_model(
-    make: Callable[..., Path], tmp_path: Path, lora: dict[str, Any] | None
-) -> None:
+def test_a_unet_as_wide_as_the_language_model(make: Callable[..., Path], tmp_path: Path, lora: dict[str, Any] | None) -> None:
     """It has no projection of its own; also as a checkpoint of ours, a pipeline, and the official layout again."""
     folder = make(lora)
     width = json.loads((folder / "Llama-2-7b-hf" / "config.json").read_text())["hidden_size"]
@@ -201,9 +187,7 @@ def test_a_unet_as_wide_as_the_language_model(
     layout = find_checkpoint(folder)
     for write in (export_ours, export_official, export_pipeline):
         write(layout, tmp_path / write.__name__, frozen="link")
-        assert np.array_equal(
-            *(draw(f, [CASE], tmp_path / f.name / "drawn")[0] for f in (folder, tmp_path / write.__name__))
-        )
+        assert np.array_equal(*(draw(f, [CASE], tmp_path / f.name / "drawn")[0] for f in (folder, tmp_path / write.__name__)))
     other = tmp_path / "narrow"
     make_unet(width=width + 8, projection=False).save_pretrained(other)
     shutil.copytree(other, folder / "unet", dirs_exist_ok=True)

@@ -75,9 +75,7 @@ def test_every_option_of_every_group_composes(group: str) -> None:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_key_that_holds_a_text_takes_it_as_typed(text: str) -> None:
-    config = compose_train(
-        [f"text_encoder.revision={text}", f"tracker.run_name={text}", f"run_dir={text}", f"codec.hub={text}"]
-    )
+    config = compose_train([f"text_encoder.revision={text}", f"tracker.run_name={text}", f"run_dir={text}", f"codec.hub={text}"])
     found = (config.text_encoder.revision, config.tracker.run_name, config.run_dir, config.codec.hub)
     assert found == (text,) * 4
     if text != "~":  # of a folder, home
@@ -119,12 +117,7 @@ def test_the_command_line_wins_over_everything() -> None:
     )  # fmt: skip
     # Own shards are not validated on the built-in scenes.
     assert (config.data.shards, config.data.val_shards, config.data.demo) == ("mine", None, False)
-    assert (config.max_steps, config.optimizer.lr, config.sampler.steps, config.conditioning.name) == (
-        9,
-        0.5,
-        3,
-        "paper",
-    )
+    assert (config.max_steps, config.optimizer.lr, config.sampler.steps, config.conditioning.name) == (9, 0.5, 3, "paper")
     assert config.lora.target_modules == ["o_proj"] and config.text_encoder.name == "tiny"
     assert config.unet.arguments["layers_per_block"] == 2 and "block_out_channels" in config.unet.arguments
     assert config.optimizer.schedule == compose_train(["stage=2"]).optimizer.schedule
@@ -158,16 +151,7 @@ def test_the_last_of_two_values_wins_however_it_is_written() -> None:
 
 
 @pytest.mark.parametrize(
-    "path",
-    [
-        "'a' and 'b'",
-        "/data/big/{00000..03299}.tar",
-        "/a b/c=d, e.tar",
-        "it's/(x)",
-        "runs/a=b",
-        "'/q/{0..1}.tar'",
-        "C:\\shards",
-    ],
+    "path", ["'a' and 'b'", "/data/big/{00000..03299}.tar", "/a b/c=d, e.tar", "it's/(x)", "runs/a=b", "'/q/{0..1}.tar'", "C:\\shards"]
 )
 def test_paths_arrive_as_typed(path: str) -> None:
     config = compose_train([f"data.shards={path}", f"run_dir={path}", f"codec.path={path}"])

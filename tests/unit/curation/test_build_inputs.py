@@ -60,10 +60,7 @@ def test_parquet_that_names_its_pictures(tmp_path: Path) -> None:
     assert found == {"an a": image(1), "a b": image(2)}
     other = tmp_path / "img2dataset"
     other.mkdir()
-    write_table(
-        other / "00000.parquet",
-        [{"key": "000000000", "caption": "a b", "jpg": image(2), "url": "http://x/b.png"}],
-    )
+    write_table(other / "00000.parquet", [{"key": "000000000", "caption": "a b", "jpg": image(2), "url": "http://x/b.png"}])
     (other / "00000_stats.json").write_text("{}")
     assert make(other, tmp_path / "again").kept == 1
 
@@ -107,11 +104,7 @@ def test_any_webdataset(tmp_path: Path) -> None:
 
 def test_names_with_dots_in_a_tar(tmp_path: Path) -> None:
     """As training reads them: the last dot counts where a picture and a text agree in it, else the first."""
-    members = [
-        (f"img.v1.{n:02d}.{end}", image(n) if end == "jpg" else f"number {n}".encode())
-        for n in (7, 8)
-        for end in ("jpg", "txt")
-    ]
+    members = [(f"img.v1.{n:02d}.{end}", image(n) if end == "jpg" else f"number {n}".encode()) for n in (7, 8) for end in ("jpg", "txt")]
     members += [("cat.jpg", image(1)), ("cat.seg.png", image(2)), ("cat.txt", b"a cat")]
     write_tar(tmp_path / "in" / "0.tar", members)
     assert make(tmp_path / "in", tmp_path / "out").kept == 3

@@ -121,9 +121,7 @@ def test_tables_in_other_encodings(encoding: str, table: Table) -> None:
 def test_damaged_rows_are_counted(table: Table) -> None:
     report = table.build("t.csv", 'path,text\na.png,fine\nb.png,too,many\nc.png\n"b.png","fine\0 too"\n')
     assert report.dropped == {"row cannot be read": 2} and set(captions(table.output)) == {"a", "b"}
-    report = table.build(
-        "t.jsonl", '{"path": "a.png", "text": "fine"}\n{"path": \n[1]\n\n{"path": "b.png", "text": 3}\n'
-    )
+    report = table.build("t.jsonl", '{"path": "a.png", "text": "fine"}\n{"path": \n[1]\n\n{"path": "b.png", "text": 3}\n')
     assert report.dropped == {"row cannot be read": 2} and captions(table.output)["b"] == {"short": "3"}
     assert report.examples["row cannot be read"][0] == "t.jsonl line 2: no JSON object"
     rows = "".join(f"b{number}.png,some words\n" for number in range(1500))
@@ -197,11 +195,7 @@ def test_the_picture_among_columns_of_bytes(table: Table) -> None:
         assert {one.image: one.meta["captions"]["short"] for one in samples(table.output).values()} == {
             image(0): "some words", image(1): "other words",
         }  # fmt: skip
-    named = {
-        "path": ["a.png"],
-        "caption": ["some words here"],
-        "md5": [b"\x01\x02"],
-    }  # a path comes before unknown bytes
+    named = {"path": ["a.png"], "caption": ["some words here"], "md5": [b"\x01\x02"]}  # a path comes before unknown bytes
     assert table.captions("in.parquet", named) == {"a": {"short": "some words here"}}
     row = json.dumps({"image": "A" * 30_000, "caption": "some words here"})  # in text it does not flood the report
     report = json.dumps(asdict(table.build("in.jsonl", row + "\n")))

@@ -191,9 +191,7 @@ def test_page_is_shown_by_a_browser(found: tuple[BatchPlan, Inspection], tmp_pat
 def test_command_writes_page_and_figures(shards: Path, tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "made" / "report.html"
     more = ["samples=5", "check=10", "batch_size=4", "stage=2", "data.captions={short: 1, long: 3}"]
-    status = script("inspect_data").main(
-        ["text_encoder=tiny", "tokenizers=[tiny]", f"data.shards={shards}", f"output={output}", *more]
-    )
+    status = script("inspect_data").main(["text_encoder=tiny", "tokenizers=[tiny]", f"data.shards={shards}", f"output={output}", *more])
     assert status == 0 and f"{output}: 86 samples" in capsys.readouterr().out
     assert sorted(os.listdir(output.parent)) == ["report.html", "report.json"]
     figures = json.loads(output.with_suffix(".json").read_text())
@@ -250,10 +248,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> SampleIndex:
     members = []
     for number in range(80):
         text = f"In this image, we see number {number}" if number % 4 else f"thing {number} stands on its own"
-        members += [
-            (f"{number:03d}.png", encoded(picture(number))),
-            (f"{number:03d}.json", as_json(captions={"short": text})),
-        ]
+        members += [(f"{number:03d}.png", encoded(picture(number))), (f"{number:03d}.json", as_json(captions={"short": text}))]
     for name, image, caption in (
         ("dark", Image.new("RGB", (64, 64), (3, 3, 3)), "night"),
         ("grey", Image.new("RGB", (64, 64), (128, 128, 128)), "fog"),

@@ -127,9 +127,7 @@ def test_heads_of_one_layer_and_of_several(tmp_path: Path) -> None:
     user_error("cannot be read", load_head, tmp_path / "pickle.pth")
 
 
-def test_a_clip_that_is_not_there_or_wants_to_run_code_is_refused_in_a_sentence(
-    clip_folder: Path, tmp_path: Path
-) -> None:
+def test_a_clip_that_is_not_there_or_wants_to_run_code_is_refused_in_a_sentence(clip_folder: Path, tmp_path: Path) -> None:
     for spec in ("ViT-L-14", "nonsense:openai", f"ViT-B-32:{tmp_path}/absent.safetensors", str(tmp_path)):
         user_error("clip=", load_clip, spec, "cpu")
     evil = shutil.copytree(clip_folder, tmp_path / "evil")
@@ -229,9 +227,7 @@ def test_features_of_other_weights_are_not_mixed_in(clip_folder: Path, tmp_path:
 def test_a_rank_is_weighted_and_blind_to_outliers() -> None:
     columns = {"aesthetic": np.array([1.0, 2.0, 1000.0, np.nan]), "noise": np.array([4.0, 3.0, 2.0, 1.0])}
     keys = pa.chunked_array([["0", "1", "2", "3"]])
-    table = ScoreTable(
-        ["a.tar"], np.zeros(4, np.int32), np.arange(4), keys, columns, np.zeros(4, bool), [Path("a.parquet")]
-    )
+    table = ScoreTable(["a.tar"], np.zeros(4, np.int32), np.arange(4), keys, columns, np.zeros(4, bool), [Path("a.parquet")])
     rows = np.arange(4)
     assert weighted_rank(table, rows, {"aesthetic": 2.0}).tolist() == pytest.approx([1 / 3, 2 / 3, 1, 0])
     both = weighted_rank(table, rows, {"aesthetic": 1.0, "noise": -1.0})  # less noise is better
@@ -345,9 +341,7 @@ def test_the_walk_on_the_command_line(clip_folder: Path, tmp_path: Path, capsys:
         ("action=score folder=x shards=y device=tpu", "device=tpu is unknown"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence(
-    arguments: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_one_sentence(arguments: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as raised:
         script("select").main(arguments.split())
@@ -457,10 +451,7 @@ def test_a_second_round_keeps_what_the_first_one_knew(clip_folder: Path, tmp_pat
     index = load_index(expand_shards(source))
     edited, kept = read_sample(index, 0), read_sample(index, 1)
     assert [edited.image, kept.image] == images
-    assert (
-        edited.meta["captions"] == {"long": "a cat", "clean": "A person wrote this."}
-        and edited.meta["licence"] == "CC0"
-    )
+    assert edited.meta["captions"] == {"long": "a cat", "clean": "A person wrote this."} and edited.meta["licence"] == "CC0"
     assert edited.meta["caption_sources"]["clean"] == "person"
     assert kept.meta["caption_sources"]["clean"] == "long, kept by a person"
     assert edited.meta["review"]["editor"] is None
@@ -494,9 +485,7 @@ def test_where_nothing_passes_the_threshold_and_the_scores_are_told(tmp_path: Pa
     assert any("ranked by aesthetic" in line for line in lines) and any("fewer than count=50" in line for line in lines)
 
 
-def test_features_that_overflowed_make_a_row_and_no_crash(
-    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_that_overflowed_make_a_row_and_no_crash(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_samples(tmp_path / "shards", "cat", "dog", "cow")
     real = Clip.image_features
 

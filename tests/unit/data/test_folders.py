@@ -38,9 +38,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return folder
 
 
-def put(
-    folder: Path, name: str, text: str | None = None, json: bytes | None = None, size: tuple[int, int] = (64, 64)
-) -> None:
+def put(folder: Path, name: str, text: str | None = None, json: bytes | None = None, size: tuple[int, int] = (64, 64)) -> None:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = "JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else path.suffix[1:].upper()
@@ -197,9 +195,7 @@ def test_texts_in_the_way_of_kohyas_scripts(tmp_path: Path, capfd: pytest.Captur
     told = capfd.readouterr().err
     assert "(10_cat, 1_my dog) are taken as names, not as repeats" in told
     assert "For repeats (add the 1 pictures outside of these folders) give" in told
-    found = {
-        source.folder: source.weight for source in compose_train(shlex.split(told.partition(" give ")[2])).data.sources
-    }
+    found = {source.folder: source.weight for source in compose_train(shlex.split(told.partition(" give ")[2])).data.sources}
     assert found == {str(tmp_path / "10_cat"): 20, str(tmp_path / "1_my dog"): 3}
     load_folder(str(tmp_path / "10_cat"))
     assert not capfd.readouterr().err
@@ -211,10 +207,7 @@ def test_what_one_picture_loses_is_told_at_the_start(pictures: Path) -> None:
     put(pictures, "long.png", text="a panorama", size=(3000, 100))
     put(pictures, "icon.png", text="an icon", size=(8, 8))
     (line,) = describe_plan(make_plan(load_folder(pictures), config, 2, 0)).splitlines()[-1:]
-    assert (
-        "crops: up to 94% of a picture's area is cut away (long.png)" in line
-        and "up to 8.0 times enlarged (icon.png)" in line
-    )
+    assert "crops: up to 94% of a picture's area is cut away (long.png)" in line and "up to 8.0 times enlarged (icon.png)" in line
 
 
 def test_a_disk_without_locks(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,15 +19,7 @@ from data_fixtures import as_json, encoded, picture, sample, shards_of, write_ta
 from remote_fixtures import serving
 
 import paradiffusion.data.index
-from paradiffusion.data.index import (
-    SampleIndex,
-    TokenCounter,
-    build_indexes,
-    index_shard,
-    join_indexes,
-    load_index,
-    same_data,
-)
+from paradiffusion.data.index import SampleIndex, TokenCounter, build_indexes, index_shard, join_indexes, load_index, same_data
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.remote import Storage
 from paradiffusion.data.shards import expand_shards, write_shards
@@ -118,9 +110,7 @@ def test_a_large_index_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr("paradiffusion.data.index._parse", lambda *_: pytest.fail("the parts are not read again"))
         assert same_index(load_index(paths), small)
-    plans = [
-        BatchPlan(index, 4, 1, [(64, 64), (64, 96)], {"long": 1.0}, 3) for index in (small, large, load_index(paths))
-    ]
+    plans = [BatchPlan(index, 4, 1, [(64, 64), (64, 96)], {"long": 1.0}, 3) for index in (small, large, load_index(paths))]
     for plan in plans[1:]:
         assert all(np.array_equal(plans[0].batch(n).rows, plan.batch(n).rows) for n in range(40))
         assert plan.bucket_sizes() == plans[0].bucket_sizes() and plan.expected_kinds() == plans[0].expected_kinds()

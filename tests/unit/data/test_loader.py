@@ -91,9 +91,7 @@ def test_captions_are_tokenised_by_who_reads(index: SampleIndex) -> None:
             assert without.tokens is None and batch.tokens is not None and batch.captions == without.captions
             tokens, rows = batch.tokens
             assert len(tokens.ids) == len(set(batch.captions))
-            said = [
-                "".join(chr(int(one)) for one in ids[mask]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
-            ]
+            said = ["".join(chr(int(one)) for one in ids[mask]) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
             assert [said[row] for row in rows.tolist()] == batch.captions
 
 
@@ -300,9 +298,7 @@ def limited(kind: int, value: int) -> Iterator[None]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit bounds shared memory on Linux alone")
-def test_without_room_in_shared_memory_the_same_batches_come(
-    index: SampleIndex, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_without_room_in_shared_memory_the_same_batches_come(index: SampleIndex, capfd: pytest.CaptureFixture[str]) -> None:
     """No file larger than 1000 bytes in the workers is for them what a full /dev/shm is."""
     loader = make_loader(index, plan_of(index), replace(SETTINGS, workers=2, caption_dropout=0.2))
     found: list[Batch] = []

@@ -143,9 +143,7 @@ class Case:
     shares: list[Share]
 
     def plan(self) -> BatchPlan:
-        return BatchPlan(
-            self.index, self.batch_size, self.seed, self.buckets, self.captions, self.window_shards, self.shares
-        )
+        return BatchPlan(self.index, self.batch_size, self.seed, self.buckets, self.captions, self.window_shards, self.shares)
 
     @property
     def usable(self) -> np.ndarray:

@@ -138,9 +138,7 @@ def test_a_shard_that_is_replaced_is_noticed(tmp_path: Path) -> None:
 def test_a_store_whose_library_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     remote._connect.cache_clear()
-    monkeypatch.delitem(
-        sys.modules["fsspec.registry"]._registry, "s3", raising=False
-    )  # Classes that were imported before.
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)  # Classes that were imported before.
     with pytest.raises(UserError, match=r"^s3://bucket/a.tar cannot be read .*`pip install s3fs`"):
         load_index(expand_shards("s3://bucket/a.tar"))
 
@@ -393,9 +391,7 @@ def test_all_ranks_take_the_same_number_of_steps(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("behaviour", [Behaviour(fail_every=3), Behaviour(cut_every=3)])
-def test_errors_that_pass_a_stream_are_passed(
-    folder: Path, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_that_pass_a_stream_are_passed(folder: Path, behaviour: Behaviour, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paradiffusion.data.stream._PIECE", 1 << 16)
     with serving(folder, behaviour) as server:
         loader = stream(server.url)

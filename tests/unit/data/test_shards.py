@@ -32,11 +32,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 def test_round_trip(tmp_path: Path) -> None:
     samples = [sample(number) for number in range(25)]
     paths = write_shards(iter(samples), tmp_path / "a", 10)
-    assert sorted((tmp_path / "a").iterdir()) == paths and [path.stem for path in paths] == [
-        "000000",
-        "000001",
-        "000002",
-    ]
+    assert sorted((tmp_path / "a").iterdir()) == paths and [path.stem for path in paths] == ["000000", "000001", "000002"]
     again = write_shards(iter(samples), tmp_path / "b", 10)
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in paths]
     index = load_index(paths)
@@ -149,11 +145,7 @@ def test_captions_of_wrong_types(tmp_path: Path) -> None:
     members = [m for n, data in enumerate(contents) for m in ((f"{n:02d}.png", IMAGE), (f"{n:02d}.json", data))]
     index = load_index([write_tar(tmp_path / "x.tar", members)])
     assert len(index) == len(contents) and index.bad_json == 3
-    assert np.flatnonzero(index.words[:11].any(axis=1)).tolist() == [
-        4,
-        7,
-        8,
-    ]  # a text, or a list's first, is the short caption
+    assert np.flatnonzero(index.words[:11].any(axis=1)).tolist() == [4, 7, 8]  # a text, or a list's first, is the short caption
     assert read_sample(index, 2).meta == {"captions": {}}
     assert read_sample(index, 11).meta["captions"] == {"short": "a b c"}
     assert dict(zip(index.kinds, index.words[12], strict=True))["long"] == 5000

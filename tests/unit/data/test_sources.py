@@ -65,9 +65,7 @@ Seen = dict[int, list[tuple[str, str, str, str]]]
 def run(index: SampleIndex, first: int, last: int, world_size: int, workers: int, accumulation: int = 1) -> Seen:
     """What all processes of one launch see in each slot of each step: key, kind, caption and a hash of the pixels."""
     seen: Seen = {step: [("", "", "", "")] * 8 for step in range(first, last)}
-    settings = replace(
-        SETTINGS, first_step=first, last_step=last, world_size=world_size, workers=workers, accumulation=accumulation
-    )
+    settings = replace(SETTINGS, first_step=first, last_step=last, world_size=world_size, workers=workers, accumulation=accumulation)
     for rank in range(world_size):
         loader = make_loader(index, plan_of(index), replace(settings, rank=rank))
         for batch in loader:
@@ -168,9 +166,7 @@ def test_a_source_that_cannot_be_used(folder: Path, tmp_path: Path, index: Sampl
         BatchPlan(index, 4, 0, TWO_BUCKETS, {"short": 1.0}, shares=[Share(), Share(1.0, {"lnog": 1.0}), Share()])
 
 
-def test_training_on_sources(
-    train: Callable[..., int], demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_on_sources(train: Callable[..., int], demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command line to the log, over a stop; other weights are refused by name on resume."""
 
     def sources(weight: float) -> str:

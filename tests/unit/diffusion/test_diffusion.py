@@ -76,9 +76,7 @@ def test_interval() -> None:
         (ZERO_SNR, "ddim", [math.inf, 7.4107, 2.60485, 1.24137, 0.59475], [2, 3, 4]),
     ],
 )
-def test_noise_levels_of_the_steps(
-    objective: ObjectiveConfig, solver: str, expected: list[float], wanted: list[int]
-) -> None:
+def test_noise_levels_of_the_steps(objective: ObjectiveConfig, solver: str, expected: list[float], wanted: list[int]) -> None:
     made = make_objective(objective)
     scheduler = made.scheduler(solver)
     scheduler.set_timesteps(5)
@@ -141,9 +139,7 @@ def test_zero_terminal_snr() -> None:
     assert torch.equal(make_objective(ALL[2]).add_noise(latents, noise, torch.tensor([999.0])), noise)
 
 
-@pytest.mark.parametrize(
-    ("prediction", "below", "above"), [("epsilon", 1.0, 5 / 20), ("v_prediction", 0.5 / 1.5, 5 / 21)]
-)
+@pytest.mark.parametrize(("prediction", "below", "above"), [("epsilon", 1.0, 5 / 20), ("v_prediction", 0.5 / 1.5, 5 / 21)])
 def test_min_snr_weights(prediction: str, below: float, above: float) -> None:
     objective = make_objective(ObjectiveConfig(prediction=prediction, min_snr_gamma=5.0))
     # Signal-to-noise ratios of 0.5 and 20, on either side of gamma.
@@ -185,9 +181,7 @@ def test_training_and_sampling_share_one_table(config: ObjectiveConfig, solver: 
         expected = scheduler.add_noise(latents, noise, times)
         torch.testing.assert_close(objective.add_noise(latents, noise, times.float()), expected)
         if config.prediction == "v_prediction":
-            torch.testing.assert_close(
-                objective.target(latents, noise, times.float()), scheduler.get_velocity(latents, noise, times)
-            )
+            torch.testing.assert_close(objective.target(latents, noise, times.float()), scheduler.get_velocity(latents, noise, times))
 
 
 @pytest.mark.parametrize("solver", ["dpm", "euler"])

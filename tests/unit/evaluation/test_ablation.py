@@ -19,18 +19,7 @@ from programs import script
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation import AblateOptions, split
-from paradiffusion.evaluation.ablation_plan import (
-    Cell,
-    Extra,
-    Launcher,
-    Plan,
-    Setting,
-    Study,
-    Unit,
-    as_script,
-    make_plan,
-    read_study,
-)
+from paradiffusion.evaluation.ablation_plan import Cell, Extra, Launcher, Plan, Setting, Study, Unit, as_script, make_plan, read_study
 from paradiffusion.evaluation.ablation_table import (
     LOSS,
     MINUTES,
@@ -146,10 +135,7 @@ def test_later_overrides_win_and_stages_have_their_own(write: Write) -> None:
     steps = {name: [plan.units[key].steps for key in trainings(plan, name)] for name in ("baseline", "longer")}
     assert steps == {"baseline": [9, 8], "longer": [20, 30]}
     units = [plan.units[key].arguments for key in trainings(plan, "baseline")]
-    assert [[a for a in arguments if a.startswith("batch_size")] for arguments in units] == [
-        ["batch_size=8"],
-        ["batch_size=2"],
-    ]
+    assert [[a for a in arguments if a.startswith("batch_size")] for arguments in units] == [["batch_size=8"], ["batch_size=2"]]
 
 
 @pytest.mark.parametrize(
@@ -198,11 +184,7 @@ def test_commands_for_a_shell_hold_what_was_said(write: Write) -> None:
     shards = "data.shards=/data/a set/{00000..00003}.tar"
     plan = plan_of(path, "preset=paper", shards)
     launcher = Launcher("configs/launch/zero2.yaml", ("--num_processes", "4"))
-    lines = [
-        line
-        for line in as_script("shell", plan, launcher, [], ["study=x"]).splitlines()
-        if line.startswith("accelerate")
-    ]
+    lines = [line for line in as_script("shell", plan, launcher, [], ["study=x"]).splitlines() if line.startswith("accelerate")]
     assert len(lines) == len(plan.units) == 7
     words = shlex.split(lines[0])
     assert words[:7] == [
@@ -218,9 +200,7 @@ def test_commands_for_a_shell_hold_what_was_said(write: Write) -> None:
 
 
 def test_slurm_gets_what_can_start_now_alone(write: Write) -> None:
-    plan = plan_of(
-        write(settings={"baseline": {}, "rank_4": {"overrides": ["lora.rank=4"]}}, evaluate=["suite=scenes"])
-    )
+    plan = plan_of(write(settings={"baseline": {}, "rank_4": {"overrides": ["lora.rank=4"]}}, evaluate=["suite=scenes"]))
     chain = trainings(plan, "baseline")
 
     def submitted(finished: list[str]) -> list[list[str]]:
@@ -242,13 +222,7 @@ def test_options_and_overrides_are_told_apart() -> None:
     assert split(arguments) == (["study=a.yaml", "seeds=[0,2]"], extra)
     for taken in ("run_dir=x", "stage=1", "stage1.seed=3", "++seed=3"):
         user_error("is set by the study itself", split, [taken])
-    for name, value in (
-        ("seeds", "[0,0]"),
-        ("seeds", "[a]"),
-        ("print", "yes"),
-        ("launch", "no.yaml"),
-        ("launch_arguments", "[x]"),
-    ):
+    for name, value in (("seeds", "[0,0]"), ("seeds", "[a]"), ("print", "yes"), ("launch", "no.yaml"), ("launch_arguments", "[x]")):
         with pytest.raises(UserError):
             AblateOptions(study="a.yaml", **{name: value}).check()  # type: ignore[arg-type]
 
@@ -369,20 +343,14 @@ class Made:
         self.units: dict[str, Unit] = {}
         self.cells: list[Cell] = []
 
-    def add(
-        self, setting: str, seed: int, right: list[float], suite: str = "s", clip: str = "a", lost: int = 0
-    ) -> None:
+    def add(self, setting: str, seed: int, right: list[float], suite: str = "s", clip: str = "a", lost: int = 0) -> None:
         name = f"{setting}-{seed}"
         training = Unit(f"t-{name}", "train", name, self.folder / "trained" / name, (), None, 1, 5)
         evaluation = Unit(f"e-{name}", "evaluate", name, self.folder / "evaluated" / name, (), training.key, 1)
         training.checkpoints.mkdir(parents=True)
         summary = {"stage": 1, "steps": 5, "seconds": 90.0, "validation": {"loss_long": 0.5 + seed / 10}}
         (training.checkpoints / "summary.json").write_text(json.dumps(summary))
-        rows = [
-            {"kind": "train", "loss": 0.9},
-            {"kind": "train", "loss": 0.7},
-            {"kind": "validation", "loss_long": 0.5},
-        ]
+        rows = [{"kind": "train", "loss": 0.9}, {"kind": "train", "loss": 0.7}, {"kind": "validation", "loss_long": 0.5}]
         (training.checkpoints / "log.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{cut")
         prompts = tuple(SuitePrompt(f"{suite}{number}", f"prompt {number}") for number in range(len(right)))
         measures = [Measure("right", "Right", "share"), Measure("distance", "Distance", "number", False, None)]
@@ -442,10 +410,7 @@ def test_the_table_holds_measures_losses_and_minutes(make: Callable[..., Made], 
     record = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert record["rows"][1]["estimates"][right]["mean"] == 0.75 and record["rows"][1]["seeds"] == [0, 1]
     assert record["rows"][0]["estimates"][MINUTES]["low"] is None
-    assert record["not_finished"] == [
-        {"unit": "first", "reason": "it broke <i>"},
-        {"unit": "second", "reason": "not run"},
-    ]
+    assert record["not_finished"] == [{"unit": "first", "reason": "it broke <i>"}, {"unit": "second", "reason": "not run"}]
     assert not list(tmp_path.glob(".*part"))
     # Measures are chosen by the end of their name.
     made.study = replace(made.study, measures=("made/distance", "made/right", "clip/mean"))

@@ -82,9 +82,7 @@ def test_questions_are_apart_and_ties_of_people_are_undecided() -> None:
     # tau-b: 2 concordant of 12, of which people decided 2 and the score 12.
     assert rows(tau)["Perfect"].mean == pytest.approx(2 / np.sqrt(2 * 12))
     # Counts are votes, and mostly ties is a tie.
-    counted = [
-        HumanPair(f"p{n}", "ours", "theirs", *votes) for n, votes in enumerate([(3, 1, 4), (2, 2, 0), (3, 1, 5)])
-    ]
+    counted = [HumanPair(f"p{n}", "ours", "theirs", *votes) for n, votes in enumerate([(3, 1, 4), (2, 2, 0), (3, 1, 5)])]
     table = agreement(two_sets(), counted).tables[0]
     assert rows(table)["Perfect"].n == 1 and "3 pairs, 2 of them undecided" in table.note
 

@@ -112,9 +112,7 @@ def test_as_many_words_are_asked_for_as_the_prompt_has(
     assert "about 300 words" in server.asked[-1].prompt
 
 
-def test_failures_count_as_0_and_are_listed(
-    score: Score, server: ChatServer, suite: Suite, images: list[Drawn], tmp_path: Path
-) -> None:
+def test_failures_count_as_0_and_are_listed(score: Score, server: ChatServer, suite: Suite, images: list[Drawn], tmp_path: Path) -> None:
     server.answer = lambda asked: ("" if which(asked) == 2 else TEXTS[which(asked)], "stop")
     images[0].file.unlink()
     images[1].file.write_bytes(b"GIF89a")
@@ -207,9 +205,7 @@ def test_limits_prefixes_and_folders_of_sentence_transformers(tmp_path: Path) ->
         tmp_path / "model", WORDS, modules=modules("0_Transformer"), pooling={"pooling_mode_mean_tokens": True},
         sentence_bert_config={"max_seq_length": 10, "do_lower_case": True},
     )  # fmt: skip
-    (folder / "config_sentence_transformers.json").write_text(
-        json.dumps({"prompts": {"doc": "a field "}, "default_prompt_name": "doc"})
-    )
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"doc": "a field "}, "default_prompt_name": "doc"}))
     own = embedder(folder)
     assert own.max_length == 10 and own.prefix == "a field "
     vectors, cut = own.embed([TEXTS[0].upper(), TEXTS[3]])  # with the prefix and two marks, 11 and 12 tokens
@@ -234,12 +230,8 @@ def test_wrong_models_are_refused_in_a_sentence(bert: Path, tmp_path: Path) -> N
     refuse("cannot be loaded .*code.Layer", own)
     median = write_embedder(tmp_path / "median", WORDS, modules=modules(), pooling={"pooling_mode": "median"})
     refuse("cannot be loaded .*median", median)
-    shape: dict[str, int] = {
-        f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")
-    }
-    BartModel(BartConfig(vocab_size=8, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, **shape)).save_pretrained(
-        tmp_path / "bart"
-    )
+    shape: dict[str, int] = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    BartModel(BartConfig(vocab_size=8, d_model=8, encoder_ffn_dim=8, decoder_ffn_dim=8, **shape)).save_pretrained(tmp_path / "bart")
     for file in bert.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "bart")
     refuse("one with a decoder", tmp_path / "bart")
@@ -308,9 +300,7 @@ def write_embedder(
     if modules is not None:
         (folder / "modules.json").write_text(json.dumps(modules))
         (folder / "1_Pooling").mkdir(exist_ok=True)
-        (folder / "1_Pooling" / "config.json").write_text(
-            json.dumps({"word_embedding_dimension": WIDTH, **(pooling or {})})
-        )
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": WIDTH, **(pooling or {})}))
     for name, content in files.items():
         (inner / f"{name}.json").write_text(json.dumps(content))
     return folder

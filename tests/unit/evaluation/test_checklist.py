@@ -106,9 +106,7 @@ def test_a_right_picture_gets_all_and_a_planted_fault_costs_what_it_should(serve
     one = results["recoloured"].images[0]
     assert one.weights["checklist_by_question"] == 2 * objects[0] and one.prompt == suite.prompts[0].id
     wrong = [question for question in one.detail["questions"] if not question["yes"]]
-    assert [(q["id"], q["category"], q["counted"], q["answer"]) for q in wrong] == [
-        ("c0", "attribute", True, "no, it has another colour")
-    ]
+    assert [(q["id"], q["category"], q["counted"], q["answer"]) for q in wrong] == [("c0", "attribute", True, "no, it has another colour")]
     table = rows(results["recoloured"])
     assert table["entity"][1].mean == 1 and table["entity"][2] == sum(objects)
     found = table["attribute"][1]
@@ -181,12 +179,8 @@ def test_a_model_that_takes_no_picture_at_all_is_no_set_of_failures(server: Chat
     assert "plain has no questions" in none.skipped and len(server.asked) == count
 
 
-@pytest.mark.parametrize(
-    "silence", [None, "", "<think>Is it red? Let me look", "I see a shape\n</think>\n\n", "<seed:think>A cut"]
-)
-def test_a_judge_that_only_thinks_is_no_judge_and_its_silence_no_answer(
-    server: ChatServer, tmp_path: Path, silence: str | None
-) -> None:
+@pytest.mark.parametrize("silence", [None, "", "<think>Is it red? Let me look", "I see a shape\n</think>\n\n", "<seed:think>A cut"])
+def test_a_judge_that_only_thinks_is_no_judge_and_its_silence_no_answer(server: ChatServer, tmp_path: Path, silence: str | None) -> None:
     suite, images = draw_scenes(tmp_path / "images", 3)
     score = Checklist(options_for(server))
     server.answer = lambda asked: (silence, "length" if silence else "stop")
@@ -224,9 +218,7 @@ def test_two_processes_share_the_questions_and_a_stop_loses_none(server: ChatSer
     # Another number of processes finds all of it.
     alone = asked(Checklist(options_for(server, max_new_tokens=5)), suite, images, tmp_path)
     assert len(server.asked) == count and means(alone) == [1.0] * 8
-    asked(
-        Checklist(options_for(server, max_new_tokens=6)), suite, images[:1], tmp_path
-    )  # other settings, other answers
+    asked(Checklist(options_for(server, max_new_tokens=6)), suite, images[:1], tmp_path)  # other settings, other answers
     assert len(server.asked) == count + len(suite.prompts[0].questions)
 
 

@@ -212,10 +212,7 @@ class CheckpointPainter:
 
     def __call__(self, requests: list[Request]) -> list[np.ndarray]:
         self.asked += len(requests)
-        jobs = [
-            Job(str(n), one.text, one.seed, one.height or 32, one.width or 32, self.models.sampler)
-            for n, one in enumerate(requests)
-        ]
+        jobs = [Job(str(n), one.text, one.seed, one.height or 32, one.width or 32, self.models.sampler) for n, one in enumerate(requests)]
         found = dict((int(job.name), image) for job, image in generate(self.models, jobs, 4))
         return [found[number] for number in range(len(requests))]
 

@@ -54,10 +54,7 @@ def judged(one: SuitePrompt, quirks: Quirks, *images: str, errors: tuple[str, ..
     answers = {}
     for number, yes in enumerate(images):
         image = Drawn(f"{one.id}_{number}", one.id, Path("none.png"))
-        asked = [
-            Answered(image, question, "", "yes" if question.id in yes else "no")
-            for question in questions_of(one, quirks)
-        ]
+        asked = [Answered(image, question, "", "yes" if question.id in yes else "no") for question in questions_of(one, quirks)]
         answers[image.name] = asked, errors[number] if errors else ""
     return judge(one, answers, quirks)
 
@@ -145,12 +142,7 @@ def images(tmp_path: Path) -> list[Drawn]:
             Image.new("RGB", (32, 32), (60 * row, 60 * number, 0)).save(tmp_path / f"{name}.png")
             made.append(Drawn(name, one.id, tmp_path / f"{name}.png"))
     names = ["p_10", "p", "p_2", "p_1"]  # which are counted, not spelled
-    assert [one.name for one in sorted([Drawn(n, "p", Path("x")) for n in names], key=turn_of)] == [
-        "p",
-        "p_1",
-        "p_2",
-        "p_10",
-    ]
+    assert [one.name for one in sorted([Drawn(n, "p", Path("x")) for n in names], key=turn_of)] == ["p", "p_1", "p_2", "p_10"]
     return made
 
 
@@ -158,9 +150,7 @@ def cells(result: ScoreResult, table: int = 0) -> dict[str, float]:
     return {row[0]: round(row[1].mean, 6) for row in result.tables[table].rows}
 
 
-def run(
-    score: DpgPublished | DpgCorrected | Checklist, images: list[Drawn], folder: Path, suite: Suite = SUITE
-) -> ScoreResult:
+def run(score: DpgPublished | DpgCorrected | Checklist, images: list[Drawn], folder: Path, suite: Suite = SUITE) -> ScoreResult:
     work = folder / "scores" / score.name
     score.prepare(suite, images, work, Alone())
     return score.result(suite, images, work)
@@ -205,9 +195,7 @@ def test_both_procedures_over_a_suite(server: ChatServer, images: list[Drawn], t
         ("raw_categories", 11 / 12, 13 / 16),
     ],
 )
-def test_each_quirk_alone(
-    server: ChatServer, images: list[Drawn], tmp_path: Path, name: str, entity: float, attribute: float
-) -> None:
+def test_each_quirk_alone(server: ChatServer, images: list[Drawn], tmp_path: Path, name: str, entity: float, attribute: float) -> None:
     result = run(DpgCorrected(options_for(server), only(name)), images, tmp_path)
     assert result.overall["dpg_corrected"].mean == pytest.approx((1 + 3 / 4 + 5 / 8) / 3)
     assert cells(result) == {"entity": round(entity, 6), "attribute": round(attribute, 6)}

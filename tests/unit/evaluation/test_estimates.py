@@ -37,8 +37,7 @@ def test_one_prompt_has_no_width_and_nothing_no_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sets", "prompts", "images", "least", "most"),
-    [(1000, 30, 4, 0.93, 0.97), (1000, 5, 1, 0.90, 0.975), (1000, 10, 1, 0.92, 0.975)],
+    ("sets", "prompts", "images", "least", "most"), [(1000, 30, 4, 0.93, 0.97), (1000, 5, 1, 0.90, 0.975), (1000, 10, 1, 0.92, 0.975)]
 )
 def test_intervals_cover_at_their_rate(sets: int, prompts: int, images: int, least: float, most: float) -> None:
     # The standard error of a share of 1,000 near 0.95 is 0.007.

@@ -76,9 +76,7 @@ def test_models_are_compared_by_paired_differences(tmp_path: Path) -> None:
     page, text, record = written(tmp_path / "out", *made)
     row = record["suites"][0]["scores"][0]["measures"][0]["all"]
     ids = [p.id for p in of.prompts]
-    assert row["differences"] == {
-        other: vars(difference(list(models["a"]), ids, list(models[other]), ids)) for other in ("b", "c")
-    }
+    assert row["differences"] == {other: vars(difference(list(models["a"]), ids, list(models[other]), ids)) for other in ("b", "c")}
     assert row["values"]["a"]["high"] > row["values"]["b"]["low"] and row["differences"]["b"]["low"] > 0.08
     assert row["best"] is None, "b and c differ by chance alone"
     row = written(tmp_path / "out", *made[:2])[2]["suites"][0]["scores"][0]["measures"][0]

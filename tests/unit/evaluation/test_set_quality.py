@@ -29,9 +29,7 @@ from paradiffusion.metrics import inception
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights in the layout of the published ones."""
     generator = torch.Generator().manual_seed(0)
-    network = Inception3(
-        num_classes=1008, aux_logits=False, init_weights=False
-    )  # its layers have the names of the published
+    network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)  # its layers have the names of the published
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             fan = module.weight[0].numel()
@@ -69,10 +67,7 @@ def test_other_weights_are_refused(weights: Path, tmp_path: Path) -> None:
         "1000 classes": Inception3(init_weights=False).state_dict(),
         'Missing key.* in state_dict: "fc.bias"': {name: v for name, v in state.items() if name != "fc.bias"},
         'Unexpected key.* in state_dict: "extra"': {**state, "extra": torch.zeros(1)},
-        r"size mismatch for Mixed_7b.branch1x1.bn.bias.* torch.Size\(\[3\]\)": {
-            **state,
-            "Mixed_7b.branch1x1.bn.bias": torch.zeros(3),
-        },
+        r"size mismatch for Mixed_7b.branch1x1.bn.bias.* torch.Size\(\[3\]\)": {**state, "Mixed_7b.branch1x1.bn.bias": torch.zeros(3)},
         "not finite": {**state, "fc.weight": torch.full((1008, 2048), torch.nan)},
         "not the FID's Inception": [1, 2],
         "no file of weights alone": Path,
@@ -328,12 +323,7 @@ def test_the_interval_covers_the_distance_of_as_many_images(count: int, width: i
     ],
 )
 def test_values_are_those_of_our_own_formulas_before_torchmetrics(
-    count: int,
-    fid: float,
-    kid: float,
-    kid_of_subsets: float,
-    around_fid: tuple[float, float],
-    around_kid: tuple[float, float],
+    count: int, fid: float, kid: float, kid_of_subsets: float, around_fid: tuple[float, float], around_kid: tuple[float, float]
 ) -> None:
     rng = np.random.default_rng(7)
     mix = rng.normal(size=(16, 16)) / 4

@@ -99,9 +99,7 @@ def refused(folder: Path, *words: str) -> None:
     ],
     ids=["gap", "end", "text", "category", "empty", "column"],
 )  # fmt: skip
-def test_a_wrong_paraprompts_is_refused_with_the_difference_named(
-    paraprompts: Path, change: Any, words: list[str]
-) -> None:
+def test_a_wrong_paraprompts_is_refused_with_the_difference_named(paraprompts: Path, change: Any, words: list[str]) -> None:
     spoil(paraprompts, change)
     refused(paraprompts, *words)
     if words[-1] == "SHA-256":
@@ -224,9 +222,7 @@ def test_names_are_distinct_and_safe_as_files(names: list[str], tmp_path: Path) 
     made = safe_ids(names)
     assert len({name.casefold() for name in made}) == len(names)
     assert all(len(name.encode()) <= MAX_BYTES and not set(name) - set(map(chr, range(45, 123))) for name in made)
-    assert not {f"{name}_{number}".casefold() for name in made for number in range(1, 20)} & {
-        m.casefold() for m in made
-    }
+    assert not {f"{name}_{number}".casefold() for name in made for number in range(1, 20)} & {m.casefold() for m in made}
     for name in made:
         (tmp_path / f"{name}.png").touch()
     assert len(list(tmp_path.iterdir())) == len(names) and safe_ids(made) == made
@@ -237,9 +233,7 @@ def test_names_are_distinct_and_safe_as_files(names: list[str], tmp_path: Path) 
 def test_the_table_is_whole() -> None:
     entries = read_table()
     assert list(entries) == suites()
-    assert {
-        *["scenes", "paraprompts", "dpg", "geneval", "vilg", "coco", "tiif", "prism_long", "lpg", "detailmaster"]
-    } <= set(entries)
+    assert {*["scenes", "paraprompts", "dpg", "geneval", "vilg", "coco", "tiif", "prism_long", "lpg", "detailmaster"]} <= set(entries)
     for entry in entries.values():
         assert entry.format in FORMATS and entry.title and entry.source and entry.licence
         assert entry.format == "scenes" or (entry.get and entry.size and entry.path == f"data/suites/{entry.path[12:]}")
@@ -270,9 +264,7 @@ def test_a_suite_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (first.id, first.height, first.width, first.meta) == ("00000", 64, 80, {"line": {"seed": 3}})
     assert second.id == "00001" and second.meta == {} and second.height is None
     own = tmp_path / "own.yaml"
-    own.write_text(
-        "hills: {format: folder, path: my prompts}\ncases: {format: prompt_file, path: cases.jsonl, title: Mine}\n"
-    )
+    own.write_text("hills: {format: folder, path: my prompts}\ncases: {format: prompt_file, path: cases.jsonl, title: Mine}\n")
     monkeypatch.chdir(ROOT)  # paths in it are from its own folder
     assert load_suite(f"{own}:cases").title == "Mine" and load_suite(f"{own}:cases").name == "cases"
     user_error("holds hills, cases", load_suite, str(own))
@@ -316,9 +308,7 @@ def test_unknown_names_and_counts(tmp_path: Path) -> None:
     assert TABLE == ROOT / "configs" / "suites.yaml"
 
 
-DPG_HEAD = (
-    "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
-)
+DPG_HEAD = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language\n"
 DPG = DPG_HEAD + (
     'zoo2,A red fox,,1,0,entity,whole,entity - whole (fox),Is there a fox?\n'
     'zoo2,A red fox,,2,1,attribute,color,"attribute - color (fox, red)",Is the fox red?\n'
@@ -409,9 +399,7 @@ def test_geneval(tmp_path: Path) -> None:
         ("Look at the apple in the picture: is its colour red?", ("2",)),
         ("Is the apple to the left of the cup in the picture?", ("2", "1")),
     ]
-    write_lines(
-        tmp_path / "prompts" / "evaluation_metadata.jsonl", {"tag": "a", "include": [{"name": "owl"}], "prompt": "b"}
-    )
+    write_lines(tmp_path / "prompts" / "evaluation_metadata.jsonl", {"tag": "a", "include": [{"name": "owl"}], "prompt": "b"})
     user_error("line 1: include is", load, "geneval", tmp_path)
 
 
@@ -501,9 +489,7 @@ def test_detailmaster(tmp_path: Path) -> None:
     assert spatial == ["The jug is on the shelf.", "one' is left.", "two' is right."]
 
 
-def test_download_says_where_and_checks(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_says_where_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     main, folder = script("download").main, dpg_folder(tmp_path / "mine")
     for arguments, words in (

@@ -15,13 +15,7 @@ from paradiffusion.config import ConditioningConfig, TrainConfig, UNetConfig
 from paradiffusion.models.joint import JointModel, build_joint
 from paradiffusion.models.unet import with_positions
 
-PIXART = {
-    "sample_size": 8,
-    "num_layers": 1,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "cross_attention_dim": 32,
-}
+PIXART = {"sample_size": 8, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32}
 KINDS = {
     "CrossAttn": UNetConfig(arguments=TINY_UNET),
     "plain attention": UNetConfig(arguments=TINY_UNET, plain_attention=True),
@@ -33,9 +27,7 @@ TEXT_LAYERS = {"key": ("attn2.to_k", "add_k_proj"), "value": ("attn2.to_v", "add
 
 
 def make(unet: UNetConfig, key_positions: bool) -> JointModel:
-    joint = build_joint(
-        TrainConfig(unet=unet, conditioning=ConditioningConfig(key_positions=key_positions)), WIDTH
-    ).eval()
+    joint = build_joint(TrainConfig(unet=unet, conditioning=ConditioningConfig(key_positions=key_positions)), WIDTH).eval()
     with torch.no_grad():
         for name, parameter in joint.named_parameters():
             if ".lora_B." in name:
@@ -87,11 +79,7 @@ def test_merged_adapters_and_the_same_denoiser_twice_draw_the_same() -> None:
 
 
 def test_a_denoiser_that_reads_no_text_is_refused() -> None:
-    blocks = {
-        "down_block_types": ["DownBlock2D"] * 2,
-        "up_block_types": ["UpBlock2D"] * 2,
-        "mid_block_type": "UNetMidBlock2D",
-    }
+    blocks = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "mid_block_type": "UNetMidBlock2D"}
     arguments: dict[str, Any] = {**TINY_UNET, **blocks}
     assert make(UNetConfig(arguments=arguments), False) is not None
     user_error("key_positions=true needs a denoiser with cross-attention", make, UNetConfig(arguments=arguments), True)
@@ -101,6 +89,4 @@ def test_half_precision_rounds_positions_once() -> None:
     layer, text = torch.nn.Identity(), torch.zeros(1, 400, 32)
     whole = with_positions(layer, (text,))
     torch.testing.assert_close(with_positions(layer, (text.bfloat16(),)), whole.bfloat16(), atol=0, rtol=0)
-    assert whole[0, 300, [0, 16]].tolist() == pytest.approx(
-        torch.tensor([300.0]).sin().tolist() + torch.tensor([300.0]).cos().tolist()
-    )
+    assert whole[0, 300, [0, 16]].tolist() == pytest.approx(torch.tensor([300.0]).sin().tolist() + torch.tensor([300.0]).cos().tolist())

@@ -18,42 +18,20 @@ from torch import Tensor
 
 from paradiffusion.checkpoints.layouts import copy_tensors, merge_unet_lora
 from paradiffusion.compose import compose_train
-from paradiffusion.config import (
-    CodecConfig,
-    ConditioningConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    TrainConfig,
-    UNetConfig,
-)
+from paradiffusion.config import CodecConfig, ConditioningConfig, ObjectiveConfig, OptimizerConfig, TrainConfig, UNetConfig
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import load_codec
 from paradiffusion.models.joint import JointModel, LossBatch, build_joint
-from paradiffusion.models.unet import (
-    build_unet,
-    coordinate_channels,
-    downsampling,
-    halve_frozen,
-    lora_names,
-    with_coordinates,
-)  # fmt: skip
+from paradiffusion.models.unet import build_unet, coordinate_channels, downsampling, halve_frozen, lora_names, with_coordinates  # fmt: skip
 from paradiffusion.training.optim import build_optimizer, part_of
 
 MODERN = ConditioningConfig(
-    name="modern",
-    projection="refiner",
-    refiner_width=16,
-    refiner_layers=1,
-    refiner_heads=2,
-    refiner_kernel=3,
-    mask_padding=True,
+    name="modern", projection="refiner", refiner_width=16, refiner_layers=1, refiner_heads=2, refiner_kernel=3, mask_padding=True
 )
 PAPER = ConditioningConfig()
 
 
-def make(
-    arguments: dict[str, Any] = TINY_UNET, conditioning: ConditioningConfig = MODERN, **changes: Any
-) -> JointModel:
+def make(arguments: dict[str, Any] = TINY_UNET, conditioning: ConditioningConfig = MODERN, **changes: Any) -> JointModel:
     config = TrainConfig(
         seed=3,
         unet=UNetConfig(arguments=arguments, coordinates=2 if conditioning is MODERN else 0),
@@ -78,9 +56,7 @@ def test_loss_by_hand() -> None:
     noised = alpha * batch.latents + sigma * batch.noise
     assert batch.features is not None and joint.refiner is not None
     text = joint.refiner(batch.features, batch.mask)
-    prediction = joint.unet(
-        with_coordinates(noised, 2), batch.times, encoder_hidden_states=text, encoder_attention_mask=batch.mask
-    ).sample
+    prediction = joint.unet(with_coordinates(noised, 2), batch.times, encoder_hidden_states=text, encoder_attention_mask=batch.mask).sample
     errors = ((prediction - (alpha * batch.noise - sigma * batch.latents)) ** 2).mean((1, 2, 3))
     snr = kept / (1 - kept)
     expected = (errors * snr.clamp(max=5) / (snr + 1) * batch.weights).sum() / 3
@@ -178,9 +154,7 @@ def test_the_linear_projection_is_the_unets_own() -> None:
     assert channels == [(10, 4), (4, 4)]
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"layers_per_blok": 1}, {"down_block_types": ["NoSuchBlock2D", "DownBlock2D"]}, {"norm_num_groups": 7}]
-)
+@pytest.mark.parametrize("wrong", [{"layers_per_blok": 1}, {"down_block_types": ["NoSuchBlock2D", "DownBlock2D"]}, {"norm_num_groups": 7}])
 def test_arguments_that_make_no_unet(wrong: dict[str, Any]) -> None:
     user_error(r"unet\.arguments .* configs/unet", make, {**TINY_UNET, **wrong})
 
@@ -233,9 +207,7 @@ def test_the_vae_brings_its_own_scale(codec_folder: Path, tmp_path: Path, own: d
     torch.testing.assert_close(codec.decode(expected), plain.decode(raw))
     # As diffusers' own pipelines encode pictures with these keys, but for the noise that one of them adds.
     shifted = "shift_factor" in own
-    kind, more = (
-        (StableDiffusion3Img2ImgPipeline, {}) if shifted else (StableDiffusionXLImg2ImgPipeline, {"add_noise": False})
-    )
+    kind, more = (StableDiffusion3Img2ImgPipeline, {}) if shifted else (StableDiffusionXLImg2ImgPipeline, {"add_noise": False})
     parts = SimpleNamespace(vae=codec.vae, scheduler=SimpleNamespace(scale_noise=lambda latents, *_: latents))
     first, second = (torch.Generator().manual_seed(3) for _ in range(2))
     theirs = kind.prepare_latents(parts, images, None, 2, 1, torch.float32, "cpu", generator=first, **more)
@@ -273,13 +245,7 @@ STYLES = pytest.mark.parametrize("arguments", [TINY_UNET, SIMPLE], ids=["CrossAt
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_KEYS = ["add_k_proj", "add_v_proj"]  # of SimpleCrossAttn blocks alone
 REFINED = ConditioningConfig(
-    name="modern",
-    mask_padding=True,
-    layout_patch=2,
-    projection="refiner",
-    refiner_width=16,
-    refiner_layers=1,
-    refiner_heads=2,
+    name="modern", mask_padding=True, layout_patch=2, projection="refiner", refiner_width=16, refiner_layers=1, refiner_heads=2
 )
 
 
@@ -384,9 +350,7 @@ def test_frozen_matrices_in_bfloat16_change_no_bit_under_autocast(arguments: dic
 
 
 def test_wrong_targets_are_named() -> None:
-    with pytest.raises(
-        UserError, match=r"unet\.lora_target_modules=.*add_k_proj names no layer of this U-Net"
-    ) as error:
+    with pytest.raises(UserError, match=r"unet\.lora_target_modules=.*add_k_proj names no layer of this U-Net") as error:
         with_lora(TINY_UNET, lora_target_modules=["to_q", "add_k_proj"])
     assert "to_out.0" in str(error.value) and "\n" not in str(error.value)
 

@@ -49,16 +49,12 @@ def test_repeated_prompts_and_the_null_prompt_are_read_once(folder: Path, monkey
     assert torch.equal(models.encode([PROMPTS[1]]).features, alone.features)
 
 
-def test_offloading_encodes_ahead_and_changes_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offloading_encodes_ahead_and_changes_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [{"prompt": f"{number} dogs", "steps": 2, "negative_prompt": "cats"} for number in range(5)]
     plain = draw(folder, cases, tmp_path / "a", "batch_size=2")
     moved: list[str] = []
     move = pipeline.TextEncoder.to
-    monkeypatch.setattr(
-        pipeline.TextEncoder, "to", lambda self, device: (moved.append(str(device)), move(self, device))[1]
-    )
+    monkeypatch.setattr(pipeline.TextEncoder, "to", lambda self, device: (moved.append(str(device)), move(self, device))[1])
     offloaded = draw(folder, cases, tmp_path / "b", "batch_size=2", "offload_text_encoder=true")
     assert moved == ["cpu", "cpu", "cpu"]  # from the disk, to the device (here the CPU too), and off it for good
     assert all(np.array_equal(one, other) for one, other in zip(plain, offloaded, strict=True))
@@ -69,9 +65,7 @@ def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     return draw(folder, [DOG], tmp_path_factory.mktemp("plain"))[0]
 
 
-@pytest.mark.parametrize(
-    "switch", ["channels_last=true", "vae_tiling=true", "codec.dtype=bfloat16", "text_encoder.dtype=bfloat16"]
-)
+@pytest.mark.parametrize("switch", ["channels_last=true", "vae_tiling=true", "codec.dtype=bfloat16", "text_encoder.dtype=bfloat16"])
 def test_switches_change_rounding_only(folder: Path, plain: np.ndarray, tmp_path: Path, switch: str) -> None:
     (switched,) = draw(folder, [DOG], tmp_path, switch)
     assert np.abs(plain - switched).mean() < (0.02 if "bfloat16" in switch else 1e-3)

@@ -80,19 +80,13 @@ def test_priority_is_line_then_command_line_then_checkpoint() -> None:
     assert [job.negative_prompt for job in jobs] == [None, None, "dull", "dull"]
     assert make_jobs(requests[1:], configured(), models)[0].settings == models.sampler
     config = configured(guidance=1.0, negative_prompt="dull")
-    assert [job.negative_prompt for job in make_jobs(requests, config, models)] == [None, None], (
-        "it has no effect, nor is it recorded"
-    )
+    assert [job.negative_prompt for job in make_jobs(requests, config, models)] == [None, None], "it has no effect, nor is it recorded"
 
 
 @pytest.mark.parametrize(
     ("of_line", "typed", "expected"),
     [
-        (
-            {"height": 100},
-            {},
-            "height=100 (p.txt line 1) cannot be drawn by this model; expected a multiple of 8, the ",
-        ),
+        ({"height": 100}, {}, "height=100 (p.txt line 1) cannot be drawn by this model; expected a multiple of 8, the "),
         ({"width": 3}, {}, "nearest being 8"),
         ({}, {"width": 70}, "width=70 (the command line)"),
         ({}, {"height": 100}, "nearest being 96 and 104"),
@@ -135,9 +129,7 @@ def test_a_run_writes_images_manifest_and_page(tmp_path: Path, capsys: pytest.Ca
     assert sorted(path.name for path in folder.iterdir()) == [*names, "grid.png", "index.html", "manifest.jsonl"]
     assert [row["file"] for row in rows_of(folder)] == names
     said = capsys.readouterr().out
-    assert (
-        "6 images of 6 prompts" in said and "1 of 6 prompts are longer" in said and str(folder / "index.html") in said
-    )
+    assert "6 images of 6 prompts" in said and "1 of 6 prompts are longer" in said and str(folder / "index.html") in said
     with Image.open(folder / "00005.png") as image:
         assert image.info["prompt"] == long and image.info["checkpoint"] == "runs/tiny/stage1"
         assert json.loads(image.info["settings"])["steps"] == 4 and image.info["seed"] == "0"
@@ -168,9 +160,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
             run(tmp_path, models, **{"prompts": PROMPTS[:1], **values})  # type: ignore[arg-type]
 
 
-def test_a_signal_stops_between_steps_and_the_same_command_goes_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_stops_between_steps_and_the_same_command_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = TinyModels()
     requests, config = requests_of(PROMPTS), configured(batch_size=2)
     handler = signal.getsignal(signal.SIGTERM)

@@ -32,9 +32,7 @@ def draw(
 ) -> Tensor:
     conditioning = models.encode(prompts)
     conditioning = conditioning if negative is None else against(conditioning, negative)
-    return sample_latents(
-        models.denoise, models.objective, conditioning, seeds, SHAPE, settings, "cpu", models.dtype, **options
-    )
+    return sample_latents(models.denoise, models.objective, conditioning, seeds, SHAPE, settings, "cpu", models.dtype, **options)
 
 
 @pytest.mark.parametrize(("prediction", "solver"), KINDS)
@@ -57,9 +55,7 @@ def test_alone_equals_in_a_batch_of_eight(prediction: str, solver: str) -> None:
     ("prediction", "solver", "zero_terminal_snr"),
     [(*kind, False) for kind in KINDS] + [("v_prediction", solver, True) for solver in SOLVERS],
 )
-def test_a_perfect_denoiser_finds_the_latents(
-    prediction: str, solver: str, zero_terminal_snr: bool, steps: int
-) -> None:
+def test_a_perfect_denoiser_finds_the_latents(prediction: str, solver: str, zero_terminal_snr: bool, steps: int) -> None:
     """The oracle knows the one image of its data set, so every solver must arrive there from any noise."""
     objective = make_objective(ObjectiveConfig(prediction=prediction, zero_terminal_snr=zero_terminal_snr))
     truth = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3))
@@ -116,9 +112,7 @@ def test_a_scheduler_of_diffusers_fits_the_objective_or_is_refused(prediction: s
             else:
                 check(kind, **{key: True})
     for kind in wrong:
-        with pytest.raises(
-            UserError, match=f"{kind.__name__} as it is set here .* {prediction} .*{objective.suits[0]}"
-        ):
+        with pytest.raises(UserError, match=f"{kind.__name__} as it is set here .* {prediction} .*{objective.suits[0]}"):
             check(kind)
 
 

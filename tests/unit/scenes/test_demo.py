@@ -21,17 +21,8 @@ from PIL import Image, ImageFilter
 
 from paradiffusion.config import WORLDS
 from paradiffusion.errors import UserError
-from paradiffusion.scenes.captions import (
-    SHAPE_WORDS,
-)
-from paradiffusion.scenes.dataset import (
-    captions,
-    demo_samples,
-    draw,
-    ensure_demo_data,
-    make_scene,
-    scene_to_meta,
-)
+from paradiffusion.scenes.captions import SHAPE_WORDS
+from paradiffusion.scenes.dataset import captions, demo_samples, draw, ensure_demo_data, make_scene, scene_to_meta
 from paradiffusion.scenes.judge import SceneScore, by_objects, judge_picture, score, summarise, unbound
 from paradiffusion.scenes.world import (
     BACKGROUNDS,
@@ -422,9 +413,7 @@ def test_summary_counts_objects_and_scenes_with_an_interval() -> None:
     found = summarise([good] * 30 + [bad] * 30)
     assert found["colour_at_place"].share == 0.75 and found["colour_at_place"].n == 120
     assert found["all_right"].share == 0.5 and found["all_right"].n == 60
-    almost = replace(
-        good, shape=2, colour_and_shape=2, all_right=False
-    )  # counts as a picture of right colours, not as all right
+    almost = replace(good, shape=2, colour_and_shape=2, all_right=False)  # counts as a picture of right colours, not as all right
     shares = summarise([good] * 30 + [bad] * 20 + [almost] * 10)
     assert (shares["all_colours"].share, shares["all_colours"].n, shares["all_right"].share) == (40 / 60, 60, 0.5)
     assert 0.3 < found["all_right"].low < 0.45 < 0.55 < found["all_right"].high < 0.7

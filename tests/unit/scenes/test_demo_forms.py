@@ -60,23 +60,14 @@ def place_words(grid: int) -> dict[str, str]:
     return {
         words.rstrip(","): place
         for place in places(grid)
-        for words in (
-            *place_labels(place, grid),
-            *place_names(place, grid),
-            *place_phrases(place, grid),
-            *unseen_places(place, grid),
-        )
+        for words in (*place_labels(place, grid), *place_names(place, grid), *place_phrases(place, grid), *unseen_places(place, grid))
     }
 
 
 @cache
 def relation_words() -> dict[str, str]:
     """Every phrase that places a thing by the object of the sentence before, or by {o}, and its direction."""
-    return {
-        words.rstrip(","): direction
-        for direction in STEPS
-        for words in (*phrases_its(direction), *phrases_of(direction))
-    }
+    return {words.rstrip(","): direction for direction in STEPS for words in (*phrases_its(direction), *phrases_of(direction))}
 
 
 def scenes(world: str, set_name: str, count: int) -> list[Scene]:
@@ -96,11 +87,7 @@ def patterns(grid: int) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[st
     named = any_of(of).replace(r"\{o\}", NAME.replace("(", "(?:"))
     of_it = "|".join(re.escape(words).replace(r"\{o\}", it) for words in sorted(of, key=len, reverse=True))
     its = any_of(words for words in relation_words() if "{o}" not in words)
-    return (
-        re.compile(rf"\b(?:{any_of(place_words(grid))})\b"),
-        re.compile(rf"\b(?:{named})\b"),
-        re.compile(rf"\b(?:{of_it}|{its})\b"),
-    )
+    return (re.compile(rf"\b(?:{any_of(place_words(grid))})\b"), re.compile(rf"\b(?:{named})\b"), re.compile(rf"\b(?:{of_it}|{its})\b"))
 
 
 def direction_in(phrase: str) -> str:
@@ -199,9 +186,7 @@ def test_captions_name_every_object_and_the_background_in_their_bounds(world: st
 def test_the_large_worlds_training_leans_on_things_named_before_and_its_held_out_paragraphs_on_few() -> None:
     def named(set_name: str) -> float:
         """Colours that a caption says beyond one for each object: of things named again, by which others are placed."""
-        made = [
-            (scene, plain(captions(scene, 0, n)["varied"])) for n, scene in enumerate(scenes("large", set_name, 300))
-        ]
+        made = [(scene, plain(captions(scene, 0, n)["varied"])) for n, scene in enumerate(scenes("large", set_name, 300))]
         again = sum(len(re.findall(COLOUR, text)) - len(scene.objects) for scene, text in made)
         return again / sum(len(scene.objects) for scene, _ in made)
 

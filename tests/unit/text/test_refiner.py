@@ -45,9 +45,7 @@ def test_the_written_out_convolution_is_torchs_own(kernel: int) -> None:
     written, own = convolve(convolution, x), convolution(x.transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(written, own, atol=1e-6, rtol=0)
     asked = [x, convolution.weight, convolution.bias]
-    for found, expected in zip(
-        *(torch.autograd.grad(out.square().sum(), asked) for out in (written, own)), strict=True
-    ):
+    for found, expected in zip(*(torch.autograd.grad(out.square().sum(), asked) for out in (written, own)), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -24,13 +24,7 @@ from paradiffusion.checkpoints.layouts import load_adapter
 from paradiffusion.config import ConditioningConfig, LoraConfig, TextEncoderConfig
 from paradiffusion.errors import UserError
 from paradiffusion.text.conditioning import Conditioning, pad_length, padded_length
-from paradiffusion.text.encoder import (
-    TextEncoder,
-    attach_lora,
-    compile_layers,
-    leave_casts_to_autocast,
-    load_text_encoder,
-)  # fmt: skip
+from paradiffusion.text.encoder import TextEncoder, attach_lora, compile_layers, leave_casts_to_autocast, load_text_encoder  # fmt: skip
 from paradiffusion.text.families import layers_of
 from paradiffusion.text.sources import find_gguf, locate
 from paradiffusion.text.tiny import CORPUS
@@ -71,9 +65,7 @@ def test_prefix_tokens_are_read_but_not_given_on() -> None:
     assert features.shape == (2, 8, 64)
     own = prefixed.feature_mask(tokens)
     assert own is not None and own.sum(1).tolist() == tokens.lengths
-    assert not torch.allclose(features[0, :2], encode(plain, [caption])[0, 1:3], atol=1e-3), (
-        "the prefix changed nothing"
-    )
+    assert not torch.allclose(features[0, :2], encode(plain, [caption])[0, 1:3], atol=1e-3), "the prefix changed nothing"
 
 
 def test_lengths_of_the_two_arms() -> None:
@@ -150,9 +142,7 @@ def test_an_adapter_under_autocast_is_given_its_input_as_it_comes() -> None:
             found.append(read_and_return(encoder))
         casts.append(counter.count)
     assert len(found[0]) == 1 + 8 and all(torch.equal(*pair) for pair in zip(*found, strict=True))
-    assert casts[0] - casts[1] == 2 * 4 + 2 * 2, (
-        "to fp32 and back, and the same of the gradients of inputs that have one"
-    )
+    assert casts[0] - casts[1] == 2 * 4 + 2 * 2, "to fp32 and back, and the same of the gradients of inputs that have one"
 
 
 @pytest.mark.parametrize(("which", "reads"), [(False, 2), (True, 4), ("half", 3)])
@@ -190,9 +180,7 @@ def test_a_model_read_to_a_device_tensor_by_tensor_is_the_same(dtype: str) -> No
     whole, placed, empty = (load_text_encoder(config, MODERN, device=device) for device in devices)
     for found in (placed, empty):
         expected = [*whole.named_parameters(), *whole.named_buffers()]
-        for (name, one), (other, two) in zip(
-            expected, [*found.named_parameters(), *found.named_buffers()], strict=True
-        ):
+        for (name, one), (other, two) in zip(expected, [*found.named_parameters(), *found.named_buffers()], strict=True):
             assert (name, one.shape, one.dtype) == (other, two.shape, two.dtype)
             assert two.is_meta if found is empty else torch.equal(one, two)
 
@@ -243,13 +231,7 @@ def test_nowhere_to_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(UserError) as error:
         tiny(name="absent", package="llm_that_is_absent", hub="nobody/absent")
     message = str(error.value)
-    for part in (
-        "absent",
-        "llm_that_is_absent",
-        "hub's cache (nobody/absent",
-        "--no-deps llm-that-is-absent",
-        "text_encoder.path=",
-    ):
+    for part in ("absent", "llm_that_is_absent", "hub's cache (nobody/absent", "--no-deps llm-that-is-absent", "text_encoder.path="):
         assert part in message
     assert "\n" not in message
     user_error("neither is configured", tiny, name="absent")
@@ -283,9 +265,7 @@ def test_the_real_smollm2() -> None:
 def test_official_tokens_and_features() -> None:
     """A SentencePiece Llama with the published adapter: ids equal, features equal to the fp16 that they are stored in."""
     folder = PARITY / "weights"
-    encoder = load_text_encoder(
-        TextEncoderConfig(name="llama", path=str(folder / "Llama-2-7b-hf")), ConditioningConfig(max_tokens=256)
-    )
+    encoder = load_text_encoder(TextEncoderConfig(name="llama", path=str(folder / "Llama-2-7b-hf")), ConditioningConfig(max_tokens=256))
     stored = load_file(folder / "text_encoder_lora" / "adapter_model.safetensors")
     settings = json.loads((folder / "text_encoder_lora" / "adapter_config.json").read_text())
     names = {n: n.replace(".weight", ".default.weight") for n in stored}

@@ -133,9 +133,7 @@ def test_the_name_of_a_special_token_is_text(name: str, folder: Folder) -> None:
     for mark in names:
         tokens = encoder.tokenize([f"a {mark} b"])
         ids = tokens.ids[0, tokens.mask[0]].tolist()
-        assert sum(number in special for number in ids) == sum(
-            number in special for number in plain.ids[0, plain.mask[0]].tolist()
-        ), mark
+        assert sum(number in special for number in ids) == sum(number in special for number in plain.ids[0, plain.mask[0]].tolist()), mark
 
 
 def test_clip_has_77_positions(folder: Folder) -> None:
@@ -217,9 +215,7 @@ def test_a_multimodal_checkpoint_gives_its_language_model(folder: Folder, tmp_pa
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     plain = folder("gemma3_4b")
     text = json.loads((plain / "config.json").read_text())
-    config = Gemma3Config(
-        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
-    )
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4)
     model = Gemma3ForConditionalGeneration(config)
     model.model.language_model.load_state_dict(AutoModel.from_pretrained(plain).state_dict())
     expected = encode(load("gemma3_4b", plain), ["a red circle"])
@@ -304,9 +300,7 @@ def test_few_bits_need_a_gpu(kind: str, package: str, folder: Folder) -> None:
         load("llama2_7b", folder("llama2_7b"), None, f"text_encoder.quantization={kind}")
 
 
-@pytest.mark.parametrize(
-    ("capability", "said"), [((8, 0), "no products of 8 bits"), ((9, 0), "torchao is not installed")]
-)
+@pytest.mark.parametrize(("capability", "said"), [((8, 0), "no products of 8 bits"), ((9, 0), "torchao is not installed")])
 def test_what_lacks_for_eight_bits(capability: tuple[int, int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: capability)
@@ -368,9 +362,7 @@ def test_llama_with_a_sentencepiece_model_alone(tmp_path: Path) -> None:
     tokens = encoder.tokenize(captions)
     for row, caption in enumerate(captions):
         expected = [1, *own.encode(caption)]
-        assert tokens.ids[row].tolist() == expected + [2] * (64 - len(expected)) and tokens.lengths[row] == len(
-            expected
-        )
+        assert tokens.ids[row].tolist() == expected + [2] * (64 - len(expected)) and tokens.lengths[row] == len(expected)
 
 
 def test_train_and_sample(folder: Folder, tiny_arguments: list[str], tmp_path: Path) -> None:

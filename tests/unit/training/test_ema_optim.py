@@ -166,9 +166,7 @@ def test_an_update_that_is_left_out_leaves_no_trace(name: str) -> None:
         for p in followed.values():
             p.grad = torch.full_like(p, math.nan if out else 0.5)
         kept = {key: p.detach().clone() for key, p in followed.items()}
-        states = {
-            id(p): {k: torch.as_tensor(v).clone() for k, v in s.items()} for p, s in engine.optimizer.state.items()
-        }
+        states = {id(p): {k: torch.as_tensor(v).clone() for k, v in s.items()} for p, s in engine.optimizer.state.items()}
         engine.update(torch.tensor(out))
         assert all(torch.equal(p, kept[key]) == out for key, p in followed.items())
         if out:
@@ -187,10 +185,7 @@ def test_every_optimizer_comes_back_to_the_bit_from_a_file(name: str, tmp_path: 
         engine, generator = Engine.__new__(Engine), torch.Generator().manual_seed(0)
         shapes = {"unet.a.weight": (128, 64), "unet.a.bias": (64,), "refiner.kernel": (8, 4, 3, 3), "unet.unused": (4,)}
         engine.parameters = {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
-        engine.optimizer, engine.accelerator = (
-            build_optimizer(engine.parameters, config),
-            SimpleNamespace(is_main_process=True),
-        )
+        engine.optimizer, engine.accelerator = (build_optimizer(engine.parameters, config), SimpleNamespace(is_main_process=True))
         return engine
 
     @torch.compiler.set_stance("force_eager")  # torchao's kernels
@@ -210,9 +205,7 @@ def test_every_optimizer_comes_back_to_the_bit_from_a_file(name: str, tmp_path: 
     weights = go(engine, range(7))
     if keeps_average(engine.optimizer):
         average = OwnAverage(WholeMasters(engine.parameters, main=True), engine.optimizer).full()
-        assert all(torch.equal(p, weights[key]) for key, p in engine.parameters.items()), (
-            "the weights stay where they are"
-        )
+        assert all(torch.equal(p, weights[key]) for key, p in engine.parameters.items()), "the weights stay where they are"
     save_file(dict(engine.optimizer_state()), tmp_path / "state.safetensors")
     if keeps_average(engine.optimizer):
         engine.optimizer.eval()
@@ -242,27 +235,13 @@ def test_optimizers_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "prodigyopt", SimpleNamespace(Prodigy=None))
     user_error(r"prodigy finds one learning rate .*\[0.5, 1.0\]", build_optimizer, named, differing)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    user_error(
-        "needs the package schedulefree, and it is not installed",
-        build_optimizer,
-        named,
-        OptimizerConfig(name="sgd_schedulefree"),
-    )
+    user_error("needs the package schedulefree, and it is not installed", build_optimizer, named, OptimizerConfig(name="sgd_schedulefree"))
 
 
 def test_length_bands_and_times() -> None:
     bands = {0: "0-25", 25: "0-25", 26: "26-77", 77: "26-77", 78: "78-128", 200: "129-256", 257: "257+", 5000: "257+"}
     assert {words: length_band(words) for words in bands} == bands
-    times = {
-        0: "0s",
-        59.9: "59s",
-        60: "1m00s",
-        185: "3m05s",
-        3599: "59m59s",
-        3600: "1h00m",
-        7800: "2h10m",
-        90000: "25h00m",
-    }
+    times = {0: "0s", 59.9: "59s", 60: "1m00s", 185: "3m05s", 3599: "59m59s", 3600: "1h00m", 7800: "2h10m", 90000: "25h00m"}
     assert {seconds: human_time(seconds) for seconds in times} == times
 
 
@@ -379,9 +358,7 @@ def test_unreadable_samples_leave_the_mean_over_the_readable_ones(tiny_arguments
         assert float((gradient - whole[name]).norm()) <= 1e-4 * float(whole[name].norm()) + 1e-7, name
 
 
-def test_accelerates_own_default_file_is_named_where_it_contradicts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accelerates_own_default_file_is_named_where_it_contradicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "default_config.yaml"
     file.write_text("distributed_type: MULTI_GPU\nmixed_precision: bf16\n")
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(file))
