@@ -23,7 +23,7 @@ def sync(path: Path) -> None:
     """Force a file or a folder to the disk, so that a rename after it cannot survive a power cut that its bytes do not."""
     if os.name == "nt" and path.is_dir():
         return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what it may write to alone
     try:
         os.fsync(handle)
     finally:
