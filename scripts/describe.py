@@ -7,6 +7,7 @@ No weights and no data are needed. Besides every override of train.py it takes
   gpu=24       GiB of memory of one GPU: says what fits, and which key to change where it does not
   gpus=8       of the launch configurations for several GPUs
   device=h100  whose peak the time is estimated with; mfu=0.4 is the share of it that is reached
+  price=2.5    of one GPU-hour, in any money: says what the stage costs
   format=text  or json
   beside=paper the same stage with another conditioning, in a table beside this one
 """

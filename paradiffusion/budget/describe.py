@@ -28,6 +28,7 @@ class Question:
     gpus: int = option(8, accepts=positive)
     mfu: float = option(0.4, accepts=positive)
     device: str = option("h100", accepts=one_of(*DEVICES))
+    price: float | None = option(None, accepts=positive)
     beside: str | None = option(None, typed="text")
 
 
@@ -35,7 +36,7 @@ class Question:
 class Throughput:
     """What to expect of ``gpus`` devices at a share ``mfu`` of their peak: samples per second with the language model and the autoencoder
     run in every step, as training does, and ``cached``, with features and latents given (None where the language model is trained); and
-    days for the stage's max_steps, in the first way."""
+    days for the stage's max_steps, in the first way, with their ``gpu_hours`` and what those cost at the price asked with."""
 
     device: str
     half: str
@@ -45,6 +46,8 @@ class Throughput:
     samples_per_second: float
     cached_samples_per_second: float | None
     days: float
+    gpu_hours: float
+    money: float | None
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,9 @@ def throughput(config: TrainConfig, flops: StageFlops, question: Question, devic
 
     cached = rate("text", "vae") if config.train_text != "lora" else None
     days = config.max_steps * config.batch_size / rate() / 86400
-    return Throughput(device.title, device.half, peak, question.gpus, question.mfu, rate(), cached, days)
+    hours = days * 24 * question.gpus
+    money = None if question.price is None else hours * question.price
+    return Throughput(device.title, device.half, peak, question.gpus, question.mfu, rate(), cached, days, hours, money)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -289,9 +294,11 @@ def speed(d: Description) -> str:
         else "text features cannot be given where the language model is trained"
     )
     lacking = "" if t.half == "bfloat16" or d.config.precision == "fp32" else f" in {t.half}: it has no bfloat16"
+    money = "" if t.money is None else f", which cost {t.money:,.2f}"
     return (
         f"Time on {t.gpus} x {t.device} ({t.peak_tflops:g} TFLOP/s each at its data sheet{lacking}) at {t.mfu:.0%} of that:\n"
-        f"  {t.samples_per_second:,.1f} samples/s; {cached}\n  {d.config.max_steps:,} steps of {d.config.batch_size}: {duration(t.days)}"
+        f"  {t.samples_per_second:,.1f} samples/s; {cached}\n  {d.config.max_steps:,} steps of {d.config.batch_size}: "
+        f"{duration(t.days)}, {t.gpu_hours:,.1f} GPU-hours{money}"
     )
 
 

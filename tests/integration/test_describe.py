@@ -290,10 +290,11 @@ def test_what_to_change_is_ordered_and_true(monkeypatch: pytest.MonkeyPatch) -> 
 def test_time_follows_the_device_and_the_share_of_its_peak() -> None:
     config = compose_train([*PAPER, "stage=1"])
     flops = stage_flops(config)
-    slow = throughput(config, flops, Question(device="a100", mfu=0.2, gpus=4), DEVICES["a100"])
+    slow = throughput(config, flops, Question(device="a100", mfu=0.2, gpus=4, price=3.0), DEVICES["a100"])
     fast = throughput(config, flops, Question(), DEVICES["h100"])
     assert fast.samples_per_second / slow.samples_per_second == pytest.approx(4 * 989.4 / 312)
     assert slow.days == pytest.approx(300000 * 1024 / slow.samples_per_second / 86400)
+    assert (slow.money, fast.money) == (pytest.approx(slow.days * 24 * 4 * 3.0), None)
     assert slow.cached_samples_per_second is not None
     assert slow.cached_samples_per_second > 4 * slow.samples_per_second  # Llama costs more than the whole U-Net step
     assert ask(*SMALL).throughput.cached_samples_per_second is None  # its language model is trained
