@@ -17,6 +17,7 @@ from training_runs import assert_same_bits, build_here, newest, records, sample_
 
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.compose import compose_train
+from paradiffusion.diffusion.objective import unmix
 from paradiffusion.models.unet import SCALE_LAYER, SCALE_WIDTH
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
 from paradiffusion.sampling.sampler import sample_latents
@@ -103,6 +104,34 @@ def test_the_teacher_goes_where_its_sampler_goes(arm: str, arguments: dict[str, 
     mixed = teacher(replace(first, times=first.times * torch.tensor([1.0, 1.0, 0.2, 0.2])), torch.full((4,), 2.5))
     same = [bool(torch.isclose(*pair, atol=1e-5).all()) for pair in zip(mixed.noise, learned.noise, strict=True)]
     assert same == [True, True, False, False]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_student_that_learned_all_is_drawn_from_window_to_window(arm: str, arguments: dict[str, list[str]], tmp_path: Path) -> None:
+    """Each step goes straight through one of the teacher's windows: no memory of the window before bends it (which
+    DPM-Solver has from the second step on, but in the last)."""
+    trainer, teacher, batch = ready([*arguments[arm], "objective.distill_steps=4", "sampler.steps=4"], tmp_path / "run")
+    objective, count = trainer.joint.objective, trainer.config.objective.distill_substeps
+    times, alpha, sigma, _ = (row[::count] for row in teacher.grid(batch.latents.shape[-2:]))
+    ends = torch.randn(len(times), 1, *batch.latents.shape[1:], generator=torch.Generator().manual_seed(0))
+
+    def learned(noised: torch.Tensor, now: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+        step = int((times[:-1] - now[0]).abs().argmin())
+        clean, noise = unmix(ends[step], (alpha[step], sigma[step]), ends[step + 1], (alpha[step + 1], sigma[step + 1]))
+        return objective.target(clean, noise, now)
+
+    text = Conditioning(*[torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)] * 2)
+    given = replace(teacher.settings, steps=len(times) - 1, guidance=2.5, guidance_rescale=0.0, guidance_stop=1.0)
+    drawn = sample_latents(learned, objective, text, [0], batch.latents.shape[1:], given, "cpu", torch.float32, noise=ends[0])
+    torch.testing.assert_close(drawn, ends[-1], rtol=1e-3, atol=2e-3)
+
+
+def test_the_text_is_read_as_the_teacher_reads_it(student: Path, arguments: dict[str, list[str]]) -> None:
+    start = Path(next(one for one in arguments["modern"] if one.startswith("init_from=")).partition("=")[2])
+    before, after = (open_layout(newest(stage)).weights() for stage in (start, student))
+    refiner = {name for name in before if name.startswith("refiner.")}
+    assert refiner and all(torch.equal(before[name], after[name]) for name in refiner)
+    assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("unet."))
 
 
 @pytest.mark.parametrize("arm", ARMS)
