@@ -22,10 +22,11 @@ from training_runs import Weights, build_here, clipped
 from paradiffusion.compose import compose_train
 from paradiffusion.config import OPTIMIZERS, OptimizerConfig, TrackerConfig, TrainConfig
 from paradiffusion.errors import UserError
+from paradiffusion.training import optim
 from paradiffusion.training.ema import Ema, OwnAverage
 from paradiffusion.training.engine import Engine, WholeMasters, check_deepspeed_file, check_launch
 from paradiffusion.training.log import Log, Meters, human_time, length_band, log_line
-from paradiffusion.training.optim import MuonAdamW, build_optimizer, keeps_average, part_of, schedule, set_learning_rate
+from paradiffusion.training.optim import Fp32Muon, MuonAdamW, build_optimizer, keeps_average, part_of, schedule, set_learning_rate
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -155,6 +156,29 @@ def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw() -> None:
     assert all(kept == {"step", "exp_avg", "exp_avg_sq"} for name, kept in keys.items() if name not in muon)
     optimizer.zero_grad()
     assert all(p.grad is None for p in named.values())
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_muon_is_the_same_where_a_processor_has_no_bfloat16(has_bfloat16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "settled_precision", lambda _: "bf16" if has_bfloat16 else "fp32")
+    generator = torch.Generator().manual_seed(0)
+    start = {f"unet.{n}.weight": torch.randn(shape, generator=generator) for n, shape in enumerate([(24, 8), (8, 24), (16, 16)])}
+    named = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+    named["unet.bias"] = nn.Parameter(torch.zeros(2))
+    config = OptimizerConfig(name="muon", lr=0.1, weight_decay=0.1)
+    optimizer = build_optimizer(named, config)
+    theirs = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+    torchs = torch.optim.Muon(theirs.values(), lr=0.1, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+    assert type(optimizer.members[0]) is (torch.optim.Muon if has_bfloat16 else Fp32Muon)
+    for _ in range(3):
+        for one, two in zip((named[name] for name in start), theirs.values(), strict=True):
+            one.grad = two.grad = torch.randn(one.shape, generator=generator)
+        optimizer.step()
+        torchs.step()
+    for name, value in start.items():
+        moved, expected = named[name] - value, theirs[name] - value
+        assert (moved - expected).norm() <= 0.02 * expected.norm(), name  # of which bfloat16 rounds
+        assert torch.equal(named[name], theirs[name]) == has_bfloat16, name
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
