@@ -32,6 +32,7 @@ CONFIGS = ROOT / "configs"
 FLAGS = ("--cfg",)
 T = TypeVar("T", TrainConfig, SampleConfig)
 Options = TypeVar("Options")
+_schema = cache(OmegaConf.structured)  # half of a composition's time; to be merged into, which copies it
 # Braces, and one level of them inside, as in "web/{00000..00099}.tar"; a path may hold them, and sets such as [0-9].
 _BRACES = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 _PATHS = rf"(\b(?:shards|folder)\s*:\s*)(?!null\b)((?:[^\s,{{}}\[\]'\"]|{_BRACES})(?:[^,{{}}\[\]]|{_BRACES}|\[[^\[\]]*\])*)"
@@ -158,7 +159,7 @@ def _compose(name: str, cls: type[T], arguments: list[str], beside: Sequence[str
         _override(composed, [one for one in values if one[0] not in keys], keys)
         if cls is TrainConfig:
             _settle_refiner(composed)
-        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), composed))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(_schema(cls), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from None
     return cast(T, config)
