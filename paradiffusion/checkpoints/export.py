@@ -272,9 +272,13 @@ def lora_told(checkpoint: Layout) -> list[str]:
             f"diffusers loads no adapter of the kind {unet_lora['kind']}, which the U-Net of {checkpoint.name} has; use to=pipeline, "
             f"which merges it, or PeftModel.from_pretrained(unet, '{checkpoint.folder / UNET_LORA}')."
         )
-    if unet_lora and description["conditioning"].get("key_positions"):
+    lacking = {
+        "positions on the text's keys": description["conditioning"].get("key_positions"),
+        "the embedding of a guidance scale": description["objective"].get("distill_steps"),
+    }
+    if unet_lora and (named := [name for name, has in lacking.items() if has]):
         raise UserError(
-            f"diffusers has no place for positions on the text's keys, which {checkpoint.name} was trained with; use to=pipeline."
+            f"the U-Net that an adapter is loaded into has no place for {named[0]}, which {checkpoint.name} has; use to=pipeline."
         )
     told = []
     if unet_lora:

@@ -218,3 +218,6 @@ def test_it_is_exported(student: Path, arguments: dict[str, list[str]], tmp_path
         "the embedding of a guidance scale", export, [f"ckpt={run}", "to=official", f"output={tmp_path / 'o'}", "frozen=none"]
     )
     assert "coordinates" not in said
+    run = tmp_path / "adapter"
+    assert train_here([*arguments["modern"], "max_steps=1", "unet.lora_rank=2", f"run_dir={run}"]) == 0
+    user_error("the embedding of a guidance scale", export, [f"ckpt={run}", "to=lora", f"output={tmp_path / 'l'}"])

@@ -242,3 +242,20 @@ def test_a_launcher_that_contradicts_is_refused(tiny_arguments: list[str], tmp_p
     assert result.returncode != 0 and "paradiffusion/" not in result.stdout + result.stderr
     assert "error: the launch configuration says gradient_accumulation_steps=4" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+def test_a_stage_of_distillation_takes_the_steps_of_one_process(kind: str, settings: list[str], alone: Path, tmp_path: Path) -> None:
+    """The teacher, with stage 2's adapter, stands whole in each process; the student is cut by ZeRO."""
+    stage = [
+        *settings,
+        "stage=4",
+        "objective.distill_steps=2",
+        "objective.distill_substeps=2",
+        f"init_from={alone / 'stage2'}",
+        "max_steps=3",
+    ]
+    assert train_here([*stage, f"run_dir={tmp_path / 'one'}"]) == 0
+    train_on_two(kind, *stage, f"run_dir={tmp_path / 'two'}")
+    one, two = (losses_of(tmp_path / run / "stage4") for run in ("one", "two"))
+    assert two == pytest.approx(one, rel=PRECISION[kind])
