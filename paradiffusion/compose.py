@@ -32,7 +32,6 @@ CONFIGS = ROOT / "configs"
 FLAGS = ("--cfg",)
 T = TypeVar("T", TrainConfig, SampleConfig)
 Options = TypeVar("Options")
-_schema = cache(OmegaConf.structured)  # half of a composition's time; to be merged into, which copies it
 # Braces, and one level of them inside, as in "web/{00000..00099}.tar"; a path may hold them, and sets such as [0-9].
 _BRACES = r"\{(?:[^{}]|\{[^{}]*\})*\}"
 _PATHS = rf"(\b(?:shards|folder)\s*:\s*)(?!null\b)((?:[^\s,{{}}\[\]'\"]|{_BRACES})(?:[^,{{}}\[\]]|{_BRACES}|\[[^\[\]]*\])*)"
@@ -159,10 +158,16 @@ def _compose(name: str, cls: type[T], arguments: list[str], beside: Sequence[str
         _override(composed, [one for one in values if one[0] not in keys], keys)
         if cls is TrainConfig:
             _settle_refiner(composed)
-        config: Any = OmegaConf.to_object(OmegaConf.merge(_schema(cls), composed))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(_schema(name), composed))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error)) from None
     return cast(T, config)
+
+
+@cache
+def _schema(name: str) -> Any:
+    """To be merged into, which copies it; making it is half of a composition's time."""
+    return OmegaConf.structured({"train": TrainConfig, "sample": SampleConfig}[name])
 
 
 @cache
