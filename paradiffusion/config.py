@@ -164,6 +164,8 @@ class ConditioningConfig:
             not hold which word belongs to which place).
         key_positions: add each token's position to what the keys of the denoiser's cross-attention are made of, and not to what the
             values are (TENOR in CoMPaSS, arXiv 2412.13195). No parameters; its weights alone, read by diffusers, lack it.
+        scores: how many bins of each score, a number of the samples' JSON, the refined text is told by a token before it (text/scores.py).
+            Their edges are quantiles of what the first samples have, and belong to the weights. Empty for none.
         prefix: an instruction put before each prompt; its own tokens are not given to the denoiser.
         mask_padding: False: padding is attended to and always goes to ``max_tokens`` (the paper); True: masked.
         pad_multiple: a masked batch is padded to its longest caption, rounded up to a multiple of this many tokens: 8 is what
@@ -185,6 +187,7 @@ class ConditioningConfig:
     layout_layers: int = option(2, of="weights", accepts=positive)
     layout_reads: str = option("tokens", of="weights", accepts=one_of("tokens", "mean"))
     key_positions: bool = option(False, of="weights")
+    scores: dict[str, int] = option(dict, of="weights")
     prefix: str = option("", of="text weights")
     mask_padding: bool = option(False, of="text weights")
     pad_multiple: int = option(8, free="always", accepts=positive)
@@ -194,6 +197,11 @@ class ConditioningConfig:
     def check(self) -> None:
         if self.layout_patch and self.projection != "refiner":
             raise UserError("conditioning.layout_patch needs the refiner's tokens; set conditioning.projection=refiner, or 0.")
+        if self.scores and (self.projection != "refiner" or min(self.scores.values()) < 2):
+            raise UserError(
+                f"conditioning.scores={self.scores} must give each score two bins or more, and needs the refiner's tokens "
+                "(conditioning.projection=refiner)."
+            )
         if self.projection == "refiner":
             positive("conditioning.refiner_layers", self.refiner_layers)
             if self.refiner_kernel < 0 or (self.refiner_kernel and self.refiner_kernel % 2 == 0):
@@ -360,6 +368,8 @@ class SamplerConfig:
         guidance_start, guidance_stop: guide only while the share of steps done lies between them.
         guidance_sigma_min, guidance_sigma_max: guide only while the noise level sigma / alpha lies above the one and not above the
             other (arXiv 2404.07724; for the flow sigma / (1 - sigma)). None for no limit above.
+        score_bins: the bin of each of conditioning.scores that is asked for: 1 is the lowest, 0 none; of a score that is not named, the
+            highest.
     """
 
     solver: str = "dpm"
@@ -370,6 +380,7 @@ class SamplerConfig:
     guidance_stop: float = 1.0
     guidance_sigma_min: float = 0.0
     guidance_sigma_max: float | None = None
+    score_bins: dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
         choice("sampler.solver", self.solver, SOLVERS)
@@ -387,6 +398,14 @@ class SamplerConfig:
                 f"guidance_sigma_min={self.guidance_sigma_min} must lie below guidance_sigma_max={self.guidance_sigma_max}, and "
                 "neither below 0."
             )
+
+
+def check_bins(key: str, asked: dict[str, int], scores: dict[str, int]) -> None:
+    """Raise UserError for a score that a model with these conditioning.scores is not told, or a bin that it does not have."""
+    for name, number in asked.items():
+        if not 0 <= number <= scores.get(name, -1):
+            known = ", ".join(f"{one}: 0 to {count}" for one, count in scores.items())
+            raise UserError(f"{key}={{{name}: {number}}} is nothing that this model is told; its scores are {known or 'none'}.")
 
 
 @dataclass
@@ -655,6 +674,7 @@ class TrainConfig:
             raise UserError(f"spike_factor={self.spike_factor} is out of range; expected a number above 1.")
         for part in (self.conditioning, self.lora, self.objective, self.data, self.sampler):
             part.check()
+        check_bins("sampler.score_bins", self.sampler.score_bins, self.conditioning.scores)
         self.check_best()
         for key, value in self.unet.arguments.items():
             if "dropout" in key and value:
@@ -748,6 +768,7 @@ class SampleConfig:
     guidance_stop: float | None = None
     guidance_sigma_min: float | None = None
     guidance_sigma_max: float | None = None
+    score_bins: dict[str, int] | None = None
     device: str | None = None
     dtype: str = option("auto", accepts=one_of("auto", *DTYPES))
     threads: int | None = option(None, accepts=positive)

@@ -32,7 +32,7 @@ count=           that many prompts, spread evenly; images_per_prompt=1 (images=:
                  same seed for every model
 Drawing, as in sample.py:
 steps= guidance= sampler= solver= guidance_rescale= guidance_start= guidance_stop=
-guidance_sigma_min= guidance_sigma_max= negative_prompt= height= width= batch_size=16
+guidance_sigma_min= guidance_sigma_max= score_bins= negative_prompt= height= width= batch_size=16
 device= dtype=auto threads= compile= channels_last= offload_text_encoder= vae_tiling= text_encoder.path= text_encoder.dtype=
 codec.path= codec.dtype=
 Scores:

@@ -30,7 +30,7 @@ choose: writes candidates.jsonl, and choice.json with what each threshold remove
 review: a page for one candidate at a time: k keeps, d drops, u undoes, e edits, g goes to a number. Each decision is in decisions.jsonl, on disk, before the next is shown; closing
     the tab, reloading or ending the server loses nothing.
     host=127.0.0.1 port=8765 (0: any free one) reviewer=<name> (default: of your account; can be changed in the page)
-export: what was kept, as shards with the description as caption kind "clean", kept.jsonl and report.json.
+export: what was kept, as shards with the description as caption kind "clean" and its scores in the JSON, kept.jsonl and report.json.
     output=            new folder; samples_per_shard=1000
     votes=             majority (default), any or all: what several reviewers' decisions come to
 """

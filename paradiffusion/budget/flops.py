@@ -97,16 +97,16 @@ def _count_parts(models: EmptyModels) -> dict[str, PartFlops]:
         shape = (1, models.tokens, models.text.width)
         return joint.refine(torch.empty(shape, device=META, requires_grad=trains_text), mask)
 
-    def refined() -> Tensor:
+    def refined() -> tuple[Tensor, Tensor | None]:
         shape = (1, models.tokens, read_width({**joint.unet.config, "_class_name": type(joint.unet).__name__}))
-        return torch.empty(shape, device=META, requires_grad=trains_text or refines)
+        return joint.with_scores(torch.empty(shape, device=META, requires_grad=trains_text or refines), mask, None)
 
     def layout() -> Any:
-        return joint.estimate(refined(), mask, *latents.shape[-2:])
+        return joint.estimate(*refined(), *latents.shape[-2:])
 
     def unet() -> Tensor:
         estimate = torch.empty_like(latents, requires_grad=refines) if has_head else None
-        return joint.denoise(latents, torch.empty(1, device=META), refined(), mask, estimate)
+        return joint.denoise(latents, torch.empty(1, device=META), *refined(), estimate)
 
     levels = models.config.repeats  # noise levels, each of which the U-Net alone sees
     distils, substeps = models.config.objective.distill_steps > 0, models.config.objective.distill_substeps

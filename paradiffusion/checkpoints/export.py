@@ -159,6 +159,7 @@ def check_official(checkpoint: Layout) -> None:
         f"only {layers} layers of the language model": layers,
         "coordinates as input channels": description["coordinates"],
         "positions on the text's keys": conditioning.get("key_positions"),
+        "tokens of scores": conditioning.get("scores"),
         "a flow objective": isinstance(objective, Flow),
         "the embedding of a guidance scale": objective.config.distill_steps,
         "a schedule of zero terminal SNR": objective.config.zero_terminal_snr,

@@ -36,6 +36,7 @@ from paradiffusion.data.plan import BatchPlan, GlobalBatch
 from paradiffusion.data.shards import Place, RawSample, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.machine import own_cores
+from paradiffusion.text.scores import scores_of
 from paradiffusion.text.tokenizer import Tokens, tokenize_once
 
 # Below so many samples read, a few bad ones say nothing about their share; and until all samples have been read once it
@@ -81,7 +82,8 @@ class Batch:
     the global batch, from which timesteps and noise are drawn; ``weights`` float32 [b], 0 where a sample could not be read and
     another of the slice stands in. ``stored`` is what a cache has in the place of pixels (then none) or captions.
     A dropped caption is "" with 0 ``words``. ``tokens`` are those of the different captions, with each caption's row int64 [b]
-    (see ``tokenize_once``), where they are made by who reads. ``keys`` are ``shard.tar/key``; ``bad`` says what was not read and why.
+    (see ``tokenize_once``), where they are made by who reads; ``scores`` the numbers in the samples' JSON (``scores_of``). ``keys`` are
+    ``shard.tar/key``; ``bad`` says what was not read and why.
     """
 
     step: int
@@ -95,6 +97,7 @@ class Batch:
     bad: list[str]
     micro: int = 0
     stored: Stored | None = None
+    scores: list[dict[str, float]] = field(default_factory=list)
     tokens: tuple[Tokens, torch.Tensor] | None = None
 
     @property
@@ -352,6 +355,7 @@ class Delivery:
     weights: list[float]
     failures: list[Failure]
     stored: Stored | None = None
+    scores: list[dict[str, float]] = field(default_factory=list)
     tokens: tuple[Tokens, torch.Tensor] | None = None
 
     def pin_memory(self) -> Delivery:
@@ -370,6 +374,7 @@ class Sample:
     kind: str
     key: str
     stored: Stored | None = None
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 def batch_of(order: Order, delivery: Delivery, tokenize: Tokenize | None = None) -> Batch:
@@ -387,6 +392,7 @@ def batch_of(order: Order, delivery: Delivery, tokenize: Tokenize | None = None)
         bad=[str(failure) for failure in delivery.failures],
         micro=order.micro,
         stored=delivery.stored,
+        scores=delivery.scores,
         # A stream's captions are dropped here, where the step is known, and not by who reads them.
         tokens=tokenize_once(tokenize, captions) if tokenize and delivery.tokens is None else delivery.tokens,
     )
@@ -445,7 +451,7 @@ class Reader(Dataset[tuple[Order, Delivery]]):
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
             return Failure(place.shard.name, place.key, reason)
-        return Sample(pixels, caption, kind, f"{place.shard.name}/{place.key}", stored)
+        return Sample(pixels, caption, kind, f"{place.shard.name}/{place.key}", stored, scores_of(raw.meta))
 
 
 def deliver(samples: list[Sample], weights: list[float], failures: list[Failure]) -> Delivery:
@@ -459,6 +465,7 @@ def deliver(samples: list[Sample], weights: list[float], failures: list[Failure]
         weights=weights,
         failures=failures,
         stored=collate(stored) if stored else None,
+        scores=[sample.scores for sample in samples],
     )
 
 

@@ -27,6 +27,7 @@ from paradiffusion.data.remote import RemoteError, RemotePath, explain, open_sha
 from paradiffusion.data.shards import IMAGE_EXTENSIONS, PARTS, expand_shards, split_member
 from paradiffusion.errors import UserError
 from paradiffusion.randomness import seed_from
+from paradiffusion.text.scores import scores_of
 
 NOT_RESUMABLE: Final = "data: STREAMING, not exactly resumable: shards are drawn with replacement, and a resumed run sees other samples"
 # Encoded samples that are mixed before batches are made: more shards apart than a batch would hold otherwise.
@@ -170,7 +171,7 @@ class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
         except ValueError as error:
             failures.append(Failure(shard, key, str(error)))
             return 0, None
-        return number, Sample(pixels, captions[kind], kind, f"{shard}/{key}")
+        return number, Sample(pixels, captions[kind], kind, f"{shard}/{key}", scores=scores_of(meta or {}))
 
 
 def _failure(shard: str, error: BaseException) -> Failure:

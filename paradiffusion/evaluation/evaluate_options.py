@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from paradiffusion.checks import not_negative, one_of, positive, split_list
+from paradiffusion.checks import not_negative, not_understood, one_of, parsed, positive, split_list
 from paradiffusion.config import FrozenConfig, SampleConfig, SamplerConfig, check_values, option
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite_files import read_yaml
@@ -46,6 +46,7 @@ class EvaluateOptions:
     guidance_stop: float | None = None
     guidance_sigma_min: float | None = None
     guidance_sigma_max: float | None = None
+    score_bins: str | None = None
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
@@ -162,6 +163,9 @@ class EvaluateOptions:
         shared = (*DRAWING, "unet", "height", "width", "batch_size", "device", "dtype", "threads", "compile", "channels_last",
                   "offload_text_encoder", "vae_tiling", "text_encoder", "codec")  # fmt: skip
         values = {key: getattr(self, key) for key in shared}
+        values["score_bins"] = parsed("score_bins", self.score_bins, example := "{aesthetic: 4}")
+        if not isinstance(values["score_bins"], dict | None):
+            raise not_understood("score_bins", self.score_bins, example)
         values["dtype"] = settled_dtype(self.dtype, choose_device(self.device))  # by which pictures are known
         return SampleConfig(ckpt=ckpt, prompt="suite", images_per_prompt=images_per_prompt, **values)
 

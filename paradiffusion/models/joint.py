@@ -27,6 +27,7 @@ from paradiffusion.models.unet import (
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.refiner import Refiner
+from paradiffusion.text.scores import ScoreTokens
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class LossBatch:
         features, mask: from the frozen text encoder, [B, L, D] and [B, L]; None where the module reads ``ids`` itself.
         ids, id_mask, prefix: tokens, [U, L], of the batch's different captions, for a text encoder with LoRA inside.
         rows: [B] int64, which row of ``ids`` each sample has.
+        scores: [B, S] int64, the bins of the samples' scores (text/scores.py); None: unknown.
         denoise: False: the layout loss alone, without the denoiser (objective.layout_share).
         scales: [B] guidance scales, of a batch whose ``latents`` and ``noise`` a teacher made (training/distillation.py).
     """
@@ -57,6 +59,7 @@ class LossBatch:
     prefix: int = 0
     rows: Tensor | None = None
     denoise: bool = True
+    scores: Tensor | None = None
     scales: Tensor | None = None
 
 
@@ -107,6 +110,15 @@ class JointModel(nn.Module):
         """Language-model features to what the U-Net's linear projection takes."""
         return features if self.refiner is None else self.refiner(features.to(self.refiner.embed.weight.dtype), mask)
 
+    @property
+    def score_tokens(self) -> ScoreTokens | None:
+        return None if self.refiner is None else self.refiner.scores
+
+    def with_scores(self, features: Tensor, mask: Tensor | None, bins: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Refined features and their mask with the tokens of scores before them, where there are any; see ``ScoreTokens.forward``."""
+        tokens = self.score_tokens
+        return (features, mask) if tokens is None else tokens(features, mask, bins)
+
     def estimate(self, features: Tensor, mask: Tensor | None, height: int, width: int) -> Tensor | None:
         """The layout head's estimate of the latents, [B, C, height, width], from refined features; None without a head."""
         head = None if self.refiner is None else self.refiner.layout
@@ -142,8 +154,8 @@ class JointModel(nn.Module):
     def forward(self, batch: LossBatch) -> Losses:
         """The losses of one micro-batch: the text's features through the projection to the denoiser of the noised latents."""
         clean, times, levels = batch.latents, batch.times, len(batch.times) // len(batch.latents)
-        text = self.refine(self.read(batch).to(clean.dtype), batch.mask)
-        estimate = self.estimate(text, batch.mask, *clean.shape[-2:])
+        text, mask = self.with_scores(self.refine(self.read(batch).to(clean.dtype), batch.mask), batch.mask, batch.scores)
+        estimate = self.estimate(text, mask, *clean.shape[-2:])
         if estimate is not None and not batch.denoise:
             total, layout, apart = layout_losses(estimate, clean, batch.weights, batch.told)
             return Losses(self.objective.config.layout_weight * total, layout, at_each(levels, apart), layout)
@@ -151,7 +163,7 @@ class JointModel(nn.Module):
         noised = self.objective.add_noise(latents, batch.noise, times)
         # A copy at one level too: its gradients are summed by themselves then, in the order in which they always were.
         given = None if estimate is None else estimate.repeat(levels, 1, 1, 1)
-        prediction = self.denoise(noised, times, at_each(levels, text), at_each(levels, batch.mask), given, batch.scales)
+        prediction = self.denoise(noised, times, at_each(levels, text), at_each(levels, mask), given, batch.scales)
         target = self.objective.target(latents, batch.noise, times)
         errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # [R * B]
         loss = (errors * self.objective.weight(times) * at_each(levels, batch.weights)).mean()
@@ -194,7 +206,7 @@ def build_joint(
                 parts = ("width", "layers", "heads", "kernel", "reach")
                 shape = {part: getattr(conditioning, f"refiner_{part}") for part in parts}
                 layout = layout_arguments(conditioning, config.codec.latent_channels)
-                refiner = Refiner(encoder_width, **shape, layout=layout)
+                refiner = Refiner(encoder_width, **shape, layout=layout, scores=dict(conditioning.scores))
                 refiner.requires_grad_(not config.objective.distill_steps)  # the text is read as the teacher reads it
     if config.gradient_checkpointing and config.gradient_checkpointing != "half":
         unet.enable_gradient_checkpointing()

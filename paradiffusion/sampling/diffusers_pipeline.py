@@ -72,10 +72,11 @@ class RefinerModel(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, input_width: int, width: int, layers: int, heads: int, kernel: int = 0, layout: dict[str, Any] | None = None, reach: float = 0
-    ) -> None:
+        self, input_width: int, width: int, layers: int, heads: int, kernel: int = 0, layout: dict[str, Any] | None = None,
+        reach: float = 0, scores: dict[str, int] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.refiner = Refiner(input_width, width, layers, heads, kernel, layout, reach)
+        self.refiner = Refiner(input_width, width, layers, heads, kernel, layout, reach, scores)
 
     def forward(self, features: Tensor, mask: Tensor | None = None) -> Any:
         return self.refiner(features, mask)
@@ -271,6 +272,7 @@ class ParaDiffusionPipeline(_Base):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         guidance_rescale: float | None = None, guidance_start: float | None = None, guidance_stop: float | None = None,
         guidance_sigma_min: float | None = None, guidance_sigma_max: float | None = None,
+        score_bins: dict[str, int] | None = None,
         latents: Tensor | None = None, prompt_embeds: Tensor | None = None, prompt_attention_mask: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None, negative_prompt_attention_mask: Tensor | None = None,
         eta: float | None = None, output_type: str = "pil", return_dict: bool = True,
@@ -282,7 +284,7 @@ class ParaDiffusionPipeline(_Base):
         Args:
             prompt: one or a list; longer ones than the text encoder takes are cut, with a warning.
             height, width: pixels; None for the checkpoint's own resolution.
-            num_inference_steps, guidance_scale, guidance_...: as SamplerConfig has them; None for the checkpoint's own.
+            num_inference_steps, guidance_scale, guidance_..., score_bins: as SamplerConfig has them; None for the checkpoint's own.
             negative_prompt: takes the empty prompt's place in guidance; one, or one a prompt.
             generator: of the CPU: one, drawn from in turn, or one an image. ``torch.Generator().manual_seed(seed)`` gives
                 what ``sample.py seed=`` gives.
@@ -306,7 +308,7 @@ class ParaDiffusionPipeline(_Base):
         given: dict[str, Any] = {
             "steps": num_inference_steps, "guidance": guidance_scale, "guidance_rescale": guidance_rescale,
             "guidance_start": guidance_start, "guidance_stop": guidance_stop,
-            "guidance_sigma_min": guidance_sigma_min, "guidance_sigma_max": guidance_sigma_max,
+            "guidance_sigma_min": guidance_sigma_min, "guidance_sigma_max": guidance_sigma_max, "score_bins": score_bins,
         }  # fmt: skip
         settings = replace(models.sampler, **{key: value for key, value in given.items() if value is not None})
         settings.check()
@@ -324,7 +326,7 @@ class ParaDiffusionPipeline(_Base):
         if negative and not guided:
             logger.warning(f"negative_prompt has no effect at guidance_scale={settings.guidance}")
         told, against = (prompt_embeds, prompt_attention_mask), (negative_prompt_embeds, negative_prompt_attention_mask)
-        conditioning = self._conditioning(prompt, negative_prompt, told, against).repeat_each(num_images_per_prompt)
+        conditioning = self._conditioning(prompt, negative_prompt, told, against, settings.score_bins).repeat_each(num_images_per_prompt)
         own = objective_of(self.config["description"]).scheduler(models.sampler.solver)
         if settings_of(self.scheduler) != settings_of(own):
             check_scheduler(models.objective)
@@ -362,12 +364,14 @@ class ParaDiffusionPipeline(_Base):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _conditioning(self, prompt: Prompts | None, negative: Prompts | None, told: Embedded, against: Embedded) -> Conditioning:
+    def _conditioning(
+        self, prompt: Prompts | None, negative: Prompts | None, told: Embedded, against: Embedded, score_bins: dict[str, int]
+    ) -> Conditioning:
         """Of texts, or of what ``encode_prompt`` gave in their place."""
         if told[0] is not None and prompt is not None:
             raise ValueError("prompt= and prompt_embeds= are two ways to say the same; give one of them")
         if told[0] is None or against[0] is None:
-            *texts, others, mask = self.encode_prompt(prompt if told[0] is None else [""] * len(told[0]), negative)
+            *texts, others, mask = self.encode_prompt(prompt if told[0] is None else [""] * len(told[0]), negative, score_bins)
             told = told if told[0] is not None else (texts[0], texts[1])
             against = against if against[0] is not None else (others, mask)
         assert told[0] is not None and against[0] is not None
@@ -375,10 +379,11 @@ class ParaDiffusionPipeline(_Base):
 
     @torch.no_grad()
     def encode_prompt(
-        self, prompt: Prompts | None, negative_prompt: Prompts | None = None
+        self, prompt: Prompts | None, negative_prompt: Prompts | None = None, score_bins: dict[str, int] | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """What the denoiser is told: features [B, L, D] and mask [B, L] (None where padding is attended to) of the prompts, and those
-        of the negative prompts, one or B, or of the empty one. Longer texts than the text encoder takes are cut, with a warning."""
+        of the negative prompts, one or B, or of the empty one; ``score_bins`` as SamplerConfig has them, None for the checkpoint's own.
+        Longer texts than the text encoder takes are cut, with a warning."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(one, str) for one in prompts):
             raise ValueError(f"prompt={prompt!r} is neither a text nor a list of texts")
@@ -386,7 +391,8 @@ class ParaDiffusionPipeline(_Base):
         models = self.models
         if cut := models.count_truncated([*prompts, *negatives]):
             logger.warning(f"{cut} of {len(prompts) + len(negatives)} prompts are longer than the text encoder's limit and are cut")
-        found = encode_prompts(models, list(prompts), negatives if any(negatives) else [])
+        asked = models.sampler.score_bins if score_bins is None else score_bins
+        found = encode_prompts(models, list(prompts), negatives if any(negatives) else [], asked)
         return found.features, found.mask, found.null_features, found.null_mask
 
     def _finish(self, models: InferenceModels, latents: Tensor, output_type: str) -> Any:

@@ -27,7 +27,7 @@ GRID_CELL = 256  # pixels that a tiny image is enlarged to in the grid
 TINY = 192  # pixels of the longer side; smaller images are shown enlarged with hard edges
 
 # Not worth a reader's time, and what a record means that was written before there was such a setting.
-DEFAULTS = {key: value for key, value in asdict(SamplerConfig()).items() if key.startswith("guidance_")}
+DEFAULTS = {key: value for key, value in asdict(SamplerConfig()).items() if key.startswith(("guidance_", "score_"))}
 
 
 @dataclass(frozen=True)

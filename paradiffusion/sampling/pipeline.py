@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from paradiffusion.checkpoints.layouts import Layout, check_complete, copy_tensors, load_adapter, objective_of, parse
 from paradiffusion.checks import finite
-from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, SampleConfig, SamplerConfig, TextEncoderConfig
+from paradiffusion.config import CodecConfig, ConditioningConfig, LoraConfig, SampleConfig, SamplerConfig, TextEncoderConfig, check_bins
 from paradiffusion.diffusion.objective import Objective
 from paradiffusion.errors import UserError
 from paradiffusion.machine import choose_device, exact_float32, settled_dtype
@@ -79,10 +79,14 @@ class InferenceModels:
         return self.text_encoder.tokenize(prompts).truncated
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Refined features of prompts and of the null prompt (the encoded empty string)."""
+    def encode(self, prompts: list[str], score_bins: Mapping[str, int] | None = None) -> Conditioning:
+        """Refined features of prompts and of the null prompt (the encoded empty string), which is told no scores. The prompts are told
+        those of ``score_bins`` and the highest of others; None: as the null prompt. Raises UserError for bins that there are not."""
+        scores = self.text_encoder.settings.scores
+        check_bins("score_bins", dict(score_bins or {}), scores)
+        asked = [] if score_bins is None else [score_bins.get(name, highest) for name, highest in scores.items()]
         self.encode_ahead(prompts)
-        return Conditioning(*self._batch(prompts), *self._batch([""]))
+        return Conditioning(*self._batch(prompts, asked), *self._batch([""]))
 
     @torch.no_grad()
     def encode_ahead(self, prompts: list[str]) -> None:
@@ -118,12 +122,14 @@ class InferenceModels:
         features = self.text_encoder(ids, mask, prefix).to(self.dtype)
         return self.joint.refine(features, mask[:, prefix:] if masked else None)
 
-    def _batch(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Kept features of several prompts, padded to the length that they have as a batch, with their mask."""
+    def _batch(self, prompts: list[str], bins: Sequence[int] = ()) -> tuple[Tensor, Tensor | None]:
+        """Kept features of several prompts, padded to the length that they have as a batch, with their mask; behind tokens of their
+        scores' ``bins``, where the model has scores (none: unknown)."""
         tokens = self.text_encoder.tokenize(prompts).to(self.device)
         width = tokens.ids.shape[1] - tokens.prefix
         rows = [pad_length(self.kept[prompt], width) for prompt in prompts]
-        return torch.cat(rows), self.text_encoder.feature_mask(tokens)
+        told = torch.tensor(bins, device=self.device) if bins else None
+        return self.joint.with_scores(torch.cat(rows), self.text_encoder.feature_mask(tokens), told)
 
     @torch.no_grad()
     def denoise(self, latents: Tensor, times: Tensor, features: Tensor, mask: Tensor | None, scales: Tensor | None = None) -> Tensor:
@@ -220,7 +226,7 @@ class Job:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Jobs of one kind can be drawn in one batch."""
-        return (self.height, self.width, self.negative_prompt is None, *astuple(self.settings))
+        return (self.height, self.width, self.negative_prompt is None, repr(self.settings))
 
 
 def sampler_settings(config: SampleConfig, defaults: SamplerConfig, request: PromptRequest | None = None) -> SamplerConfig:
@@ -313,8 +319,8 @@ def draw(models: InferenceModels, batch: Sequence[Job], on_step: Callable[[int, 
     negatives = [job.negative_prompt for job in batch if job.negative_prompt is not None]
     try:
         latents = sample_latents(
-            models.denoise, models.objective, encode_prompts(models, prompts, negatives), seeds, (models.latent_channels, *size),
-            first.settings, models.device, models.dtype, on_step,
+            models.denoise, models.objective, encode_prompts(models, prompts, negatives, first.settings.score_bins), seeds,
+            (models.latent_channels, *size), first.settings, models.device, models.dtype, on_step,
         )  # fmt: skip
         finite(latents, f"the latents of image {first.name}, which the denoiser draws,", "dtype")
         return models.decode(latents).numpy()
@@ -325,13 +331,15 @@ def draw(models: InferenceModels, batch: Sequence[Job], on_step: Callable[[int, 
         ) from None
 
 
-def encode_prompts(models: InferenceModels, prompts: list[str], negatives: Sequence[str] = ()) -> Conditioning:
-    """Conditioning of each prompt, against as many negative ones or none; equal prompts, such as several images of one, go through
-    the LLM once."""
+def encode_prompts(
+    models: InferenceModels, prompts: list[str], negatives: Sequence[str] = (), score_bins: Mapping[str, int] | None = None
+) -> Conditioning:
+    """Conditioning of each prompt (see ``encode``), against as many negative ones or none; equal prompts, such as several images of one,
+    go through the LLM once."""
     if negatives:
-        return against(encode_prompts(models, prompts), encode_prompts(models, list(negatives)))
+        return against(encode_prompts(models, prompts, (), score_bins), encode_prompts(models, list(negatives)))
     rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-    conditioning = models.encode(list(rows))
+    conditioning = models.encode(list(rows), score_bins)
     return conditioning if len(rows) == len(prompts) else conditioning.select([rows[prompt] for prompt in prompts])
 
 

@@ -123,7 +123,7 @@ def check_distilled(objective: Objective, settings: SamplerConfig, own: SamplerC
         )
     if not low <= settings.guidance <= high:
         raise UserError(f"guidance={settings.guidance} is out of range for this distilled model; expected {low} to {high}.")
-    for key in (one.name for one in fields(settings) if one.name not in ("steps", "guidance")):
+    for key in (one.name for one in fields(settings) if one.name not in ("steps", "guidance", "score_bins")):
         if (value := getattr(settings, key)) != (mine := getattr(own, key)):
             raise UserError(
                 f"{key}={value} has no place in a distilled model, which has its guidance within and one solver; leave {key}={mine}."

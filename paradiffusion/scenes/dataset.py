@@ -24,7 +24,7 @@ from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 from paradiffusion.scenes.captions import KINDS, captions
-from paradiffusion.scenes.drawing import draw
+from paradiffusion.scenes.drawing import cleanliness, draw
 from paradiffusion.scenes.world import SETS, Scene, make_scene, scene_from_meta, scene_to_meta
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "make_scene", "scene_from_meta", "scene_to_meta",
 ]  # fmt: skip
 
-VERSION = 4  # raise it when scenes, captions or their layout change, so that old folders are drawn anew
+VERSION = 5  # raise it when scenes, captions or their layout change, so that old folders are drawn anew
 DEFAULT_SIZES = {
     "small": {"web": 8_000, "big": 4_000, "small": 6_000, "val": 500},
     "large": {"web": 16_000, "big": 8_000, "small": 4_000, "val": 500},
@@ -42,12 +42,13 @@ NOTE = "demo.json"
 
 
 def demo_samples(set_name: str, count: int, seed: int = 0, first: int = 0, world: str = "small") -> Iterator[RawSample]:
-    """Samples ``first`` to ``first + count - 1`` of a set: a PNG, and its captions and ground truth as JSON."""
+    """Samples ``first`` to ``first + count - 1`` of a set: a PNG, and its captions, ground truth and cleanliness as JSON."""
     for number in range(first, first + count):
         scene = make_scene(set_name, seed, number, world)
-        data = io.BytesIO()
-        draw(scene).save(data, "png", compress_level=3)
-        meta = {"captions": captions(scene, seed, number), **scene_to_meta(scene)}
+        data, picture = io.BytesIO(), draw(scene)
+        picture.save(data, "png", compress_level=3)
+        scores = {"cleanliness": round(cleanliness(scene, picture), 3)}
+        meta = {"captions": captions(scene, seed, number), **scene_to_meta(scene), "scores": scores}
         yield RawSample(f"{set_name}-{number:06d}", data.getvalue(), "png", meta)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from functools import cache, lru_cache
 
 import numpy as np
@@ -25,6 +26,14 @@ def draw(scene: Scene) -> Image.Image:
     for item in scene.objects:
         _draw_object(picture, item, _shifted(COLOURS[item.colour], rng, jitter), line)
     return _weathered(picture, rng) if scene.imperfection else picture
+
+
+def cleanliness(scene: Scene, picture: Image.Image) -> float:
+    """How near a picture of a scene is to the clean drawing of it: minus the mean difference in levels of 255, so 0 at most."""
+    if not scene.imperfection:
+        return 0.0
+    clean = np.asarray(draw(replace(scene, imperfection=0)), dtype=np.float32)
+    return -float(np.abs(np.asarray(picture, dtype=np.float32) - clean).mean())
 
 
 def _shifted(colour: Rgb, rng: random.Random, jitter: int) -> Rgb:

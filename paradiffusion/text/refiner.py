@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from paradiffusion.errors import UserError
 from paradiffusion.models.layout import LayoutHead, attend
+from paradiffusion.text.scores import ScoreTokens
 
 
 def rotary(x: Tensor) -> Tensor:
@@ -92,6 +93,7 @@ class Refiner(nn.Module):
         kernel: tokens that each block's convolution spans, odd; 0 for none.
         layout: arguments of the layout head that reads the refined features (models/layout.py); None for none.
         reach: tokens over which attention falls off in the farthest of the heads that look near (see ``nearness``); 0: none does.
+        scores: bins of each score that a sample is told to have (text/scores.py); empty for none.
     Raises:
         UserError: for a refiner of before, whose layout was painted from the mean of the features.
     """
@@ -105,6 +107,7 @@ class Refiner(nn.Module):
         kernel: int = 0,
         layout: dict[str, Any] | None = None,
         reach: float = 0,
+        scores: dict[str, int] | None = None,
         passes: int = 1,
     ) -> None:
         super().__init__()
@@ -126,6 +129,7 @@ class Refiner(nn.Module):
             "kernel": kernel,
             "layout": layout or None,
             "reach": reach,
+            "scores": scores or None,
         }
         # A handful of channels of a language model's hidden states are hundreds of times larger than the rest. Statistics
         # per channel, taken once before training from real captions, bring all of them to one scale.
@@ -135,6 +139,7 @@ class Refiner(nn.Module):
         self.blocks = nn.ModuleList(RefinerBlock(width, heads, kernel) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.layout = LayoutHead(width, heads, **layout) if layout else None
+        self.scores = ScoreTokens(width, scores) if scores else None
 
     def set_statistics(self, features: Tensor, mask: Tensor | None) -> None:
         """Take mean and standard deviation per channel over the real tokens of ``features`` [B, L, D]."""

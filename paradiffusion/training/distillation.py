@@ -57,7 +57,8 @@ class Teacher:
             tokens = encoder.tokenize([""]).to(encoder.device)
             features, mask = encoder(tokens.ids, tokens.mask, tokens.prefix), encoder.feature_mask(tokens)
             self.null_mask = None if mask is None else mask.to(device)
-            self.null = self.joint.refine(features.float().to(device), self.null_mask)
+            refined = self.joint.refine(features.float().to(device), self.null_mask)
+            self.null, self.null_mask = self.joint.with_scores(refined, self.null_mask, None)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The arithmetic of training."""
@@ -75,8 +76,8 @@ class Teacher:
         starts = times[count:-1:count]  # of all windows but the first
         first = count * (starts >= batch.times[:, None]).sum(1)  # [B]
         with self.autocast():
-            told = joint.refine(batch.features, batch.mask)
-            features, mask = Conditioning(told, batch.mask, self.null, self.null_mask).guided()
+            told = joint.with_scores(joint.refine(batch.features, batch.mask), batch.mask, batch.scores)
+            features, mask = Conditioning(*told, self.null, self.null_mask).guided()
             estimate = joint.estimate(features, mask, *latents.shape[-2:])
 
         def shares(step: Tensor) -> tuple[Tensor, Tensor]:

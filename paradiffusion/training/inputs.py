@@ -77,6 +77,9 @@ class Inputs:
             "weights": to_device(batch.weights, device),
             "told": to_device(torch.tensor([bool(caption) for caption in batch.captions]), device),
         }
+        if (scores := self.joint.score_tokens) is not None:  # which go with a caption that is dropped
+            told = [found if caption else {} for caption, found in zip(batch.captions, batch.scores, strict=True)]
+            common["scores"] = scores.place(to_device(scores.values(told), device))
         meters.samples += len(batch.captions)
         meters.bad += len(batch.bad)
         made = self._made_text(batch)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,8 @@ from paradiffusion.checkpoints.manifest import newest_valid
 from paradiffusion.checkpoints.starting import fit
 from paradiffusion.compose import CONFIGS
 from paradiffusion.config import LoraConfig, TrainConfig, identity
-from paradiffusion.data.index import read_sample
 from paradiffusion.data.plan import BatchPlan
+from paradiffusion.data.shards import Span, read_place
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import settled_scaling_factor
 from paradiffusion.models.joint import JointModel, build_joint
@@ -34,12 +36,14 @@ from paradiffusion.models.unet import DENOISERS, SCALE_LAYER, class_of, downsamp
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora, checkpoint_layers, is_adapter, start_from_principal
 from paradiffusion.text.refiner import Refiner
+from paradiffusion.text.scores import scores_of
 from paradiffusion.training.distillation import Teacher
 from paradiffusion.training.folder import CONFIG_FILE, SUMMARY, check_unchanged, find_resume
 from paradiffusion.training.inputs import on_device
 
-# Captions from which the refiner's input statistics are taken, and how many of them the language model reads at once.
-STATISTICS_CAPTIONS, AT_ONCE = 256, 16
+# Captions from which the refiner's input statistics are taken, and how many of them the language model reads at once. Samples by which
+# scores are cut into bins: of four bins each holds a quarter to within 1.4 % (one standard deviation).
+STATISTICS_CAPTIONS, AT_ONCE, SCORED_SAMPLES = 256, 16, 1024
 
 
 @dataclass(frozen=True)
@@ -285,15 +289,22 @@ def checkpoint_activations(encoder: TextEncoder, which: bool | str) -> None:
                 setattr(module, name, 0.0)
 
 
+def first_samples(plan: BatchPlan) -> Iterator[tuple[dict[str, Any], str]]:
+    """The plan's samples from its first step on: the JSON of each, and the kind of caption that it is read with. No picture is read."""
+    for batch in map(plan.batch, count()):
+        for row, kind in zip(batch.rows, batch.kinds, strict=True):
+            place = replace(plan.index.place(int(row)), image=Span(0, 0))
+            yield read_place(place).meta, plan.index.kinds[kind]
+
+
 @torch.no_grad()
 def take_statistics(refiner: Refiner, encoder: TextEncoder, plan: BatchPlan, device: torch.device) -> None:
-    """Standardise the refiner's input by the features of the plan's first captions, which the language model reads on ``device``."""
-    captions: list[str] = []
-    while len(captions) < STATISTICS_CAPTIONS:
-        batch = plan.batch(len(captions) // plan.batch_size)
-        for row, kind in zip(batch.rows, batch.kinds, strict=True):
-            captions.append(read_sample(plan.index, int(row)).meta["captions"].get(plan.index.kinds[kind], ""))
-    tokens, home = encoder.tokenize(captions[:STATISTICS_CAPTIONS]), encoder.device
+    """Standardise the refiner's input by the features of the plan's first captions, which the language model reads on ``device``; and cut
+    scores into bins, by the first samples that have them in their JSON. Raises UserError where too few have."""
+    if refiner.scores is not None:
+        refiner.scores.set_edges([scores_of(meta) for meta, _ in islice(first_samples(plan), SCORED_SAMPLES)])
+    captions = [meta["captions"].get(kind, "") for meta, kind in islice(first_samples(plan), STATISTICS_CAPTIONS)]
+    tokens, home = encoder.tokenize(captions), encoder.device
     on_device(encoder, device)
     features = [
         encoder(ids.to(device), mask.to(device), tokens.prefix).float().cpu()

@@ -25,6 +25,7 @@ from paradiffusion.sampling.gallery import contact_sheet
 from paradiffusion.sampling.pipeline import InferenceModels, Job, generate
 from paradiffusion.sampling.sampler import starting_noise
 from paradiffusion.text.encoder import TextEncoder
+from paradiffusion.text.scores import scores_of
 from paradiffusion.training.distillation import Teacher
 
 # Validation draws and scores the same things whatever the run's seed is, so that runs can be compared.
@@ -180,7 +181,9 @@ class Validation:
         tokens = encoder.tokenize(captions).to(device)
         features = encoder(tokens.ids, tokens.mask, tokens.prefix)
         weights = torch.ones(len(batch), device=device)
-        inputs = LossBatch(latents, noise, times, weights, encoder.feature_mask(tokens), features=features)
+        known = joint.score_tokens
+        scores = None if known is None else known.place(known.values([scores_of(item.meta) for _, item in batch]).to(device))
+        inputs = LossBatch(latents, noise, times, weights, encoder.feature_mask(tokens), features=features, scores=scores)
         if teacher is not None:
             inputs = teacher(inputs, torch.full_like(weights, self.config.sampler.guidance))
         shares = (times / joint.objective.config.train_timesteps).tolist()

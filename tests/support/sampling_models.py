@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +64,7 @@ class TinyModels:
         self.rows_seen.append(len(latents))
         return self.unet(latents, times, features, encoder_attention_mask=mask).sample
 
-    def encode(self, prompts: list[str]) -> Conditioning:
+    def encode(self, prompts: list[str], score_bins: Mapping[str, int] | None = None) -> Conditioning:
         rows = [self._words(prompt) for prompt in prompts]
         length = padded_length(max(map(len, rows)), MAX_TOKENS, self.mask_padding, multiple=4)
         features = torch.cat([pad_length(row[None], length) for row in rows])

@@ -141,6 +141,8 @@ def _samples(
              "score": candidate.score, "scores": candidate.scores}
         )  # fmt: skip
         meta = {**sample.meta, "captions": {**captions, "clean": caption}, "caption_sources": sources, "review": review}
+        if candidate.scores:  # by which training may tell the better ones (conditioning.scores)
+            meta["scores"] = candidate.scores
         # Keys of several shards may be alike, and some have folders in them.
         yield RawSample(f"{len(written) - 1:06d}", sample.image, sample.extension, {**meta, "source_key": sample.key})
 

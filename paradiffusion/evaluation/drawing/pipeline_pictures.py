@@ -50,7 +50,7 @@ class PipelineSource(Source):
         self.folder = folder if folder.is_dir() else None
         self.name = (folder.resolve().name if self.folder else path).replace("/", "--")
         self.label = label or self.name.replace("--", "/")
-        for key in ("solver", "guidance_start", "guidance_stop", "guidance_sigma_min", "guidance_sigma_max"):
+        for key in ("solver", "guidance_start", "guidance_stop", "guidance_sigma_min", "guidance_sigma_max", "score_bins"):
             if getattr(config, key) is not None:
                 raise UserError(f"{key}= is for our checkpoints; a pipeline has a scheduler of its own, so leave it out.")
         self._pipe: Any = None
