@@ -308,6 +308,10 @@ class ObjectiveConfig:
         distill_substeps: guided steps of the teacher that each of them takes the place of.
         distill_guidance: the least and the most guidance scale. Each sample draws its own, which the U-Net is given as an embedding;
             other scales cannot be drawn with afterwards.
+        align_weight: of the alignment of the U-Net's deepest block with what a frozen vision encoder sees in the clean picture
+            (models/vision.py), beside the diffusion loss; 0: none.
+        align_until: of a stage's steps, the first ones, which have it; None: all.
+        align_encoder: a folder, or an id on the hub, of a vision transformer of transformers, such as facebook/dinov2-base.
     """
 
     name: str = "paper"
@@ -328,6 +332,9 @@ class ObjectiveConfig:
     distill_steps: int = option(0, accepts=not_negative)
     distill_substeps: int = option(5, accepts=positive)
     distill_guidance: list[float] = field(default_factory=lambda: [1.0, 8.0])
+    align_weight: float = option(0.0, accepts=not_negative)
+    align_until: int | None = option(None, accepts=positive)
+    align_encoder: str | None = option(None)
 
     def check(self) -> None:
         check_values(self, "objective.")  # a checkpoint's is checked by itself
@@ -689,6 +696,8 @@ class TrainConfig:
             )
         if self.objective.distill_steps:
             self.check_distillation()
+        if self.objective.align_weight:
+            self.check_alignment()
         if self.train_text == "lora" and self.text_encoder.quantization and self.lora.kind not in ("lora", "rslora"):
             raise UserError(
                 f"lora.kind={self.lora.kind} computes with the weights that it adapts, and text_encoder.quantization="
@@ -717,6 +726,21 @@ class TrainConfig:
                     f"objective.distill_steps={self.objective.distill_steps} does not go with {key}={attrgetter(key)(self)}; "
                     f"set {key}={needed}."
                 )
+
+    def check_alignment(self) -> None:
+        """Raise UserError for what does not go with objective.align_weight."""
+        if not self.objective.align_encoder:
+            raise UserError(
+                f"objective.align_weight={self.objective.align_weight} aligns with a vision encoder; set objective.align_encoder= to a "
+                "folder or a hub id, such as facebook/dinov2-base."
+            )
+        for key, value, needed in (
+            ("objective.distill_steps", self.objective.distill_steps > 0, 0),
+            ("unet.class_name", self.unet.class_name != "UNet2DConditionModel", "UNet2DConditionModel"),
+            ("compile", self.compile, "false"),
+        ):
+            if value:
+                raise UserError(f"objective.align_weight does not go with {key}={attrgetter(key)(self)}; set {key}={needed}.")
 
     def check_best(self) -> None:
         """Raise UserError where nothing is measured by which a checkpoint could be the best."""

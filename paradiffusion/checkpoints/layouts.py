@@ -40,6 +40,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.models.codec import DIFFUSERS_SCALING_FACTOR, locate_codec
 from paradiffusion.models.joint import JointModel
 from paradiffusion.models.unet import DENOISERS, class_of, kind_of, read_width
+from paradiffusion.models.vision import ALIGNER
 from paradiffusion.repository import find_shipped
 from paradiffusion.text.encoder import ADAPTED, TextEncoder, attach_lora, is_adapter, peft_config
 from paradiffusion.text.sources import locate, weights_hash
@@ -401,6 +402,7 @@ def portable(description: dict[str, Any]) -> dict[str, Any]:
     for part in ("text_encoder", "codec"):
         values[part]["path"] = None
     values["provenance"]["init_from"] = None
+    values["objective"].pop("align_encoder", None)
     return values
 
 
@@ -433,7 +435,7 @@ def save_weights(folder: Path, joint: JointModel, state: dict[str, Tensor], desc
         first = ".lora_A." in name
         state = {**state, name: torch.cat([state[name].cpu(), start if first else -start], dim=0 if first else 1)}
     buffers = {name: tensor for name, tensor in joint.named_buffers() if name.startswith((f"{UNET}.", f"{REFINER}."))}
-    whole = {**base, **buffers, **state}
+    whole = {name: tensor for name, tensor in {**base, **buffers, **state}.items() if not name.startswith(ALIGNER)}
     parts = split_parts({name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()})
     if joint.refiner is not None:
         write_config(folder / REFINER, joint.refiner.config)

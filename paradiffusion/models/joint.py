@@ -24,6 +24,7 @@ from paradiffusion.models.unet import (
     number_keys,
     with_coordinates,
 )  # fmt: skip
+from paradiffusion.models.vision import Aligner, vision_config
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.refiner import Refiner
@@ -42,6 +43,7 @@ class LossBatch:
         features, mask: from the frozen text encoder, [B, L, D] and [B, L]; None where the module reads ``ids`` itself.
         ids, id_mask, prefix: tokens, [U, L], of the batch's different captions, for a text encoder with LoRA inside.
         rows: [B] int64, which row of ``ids`` each sample has.
+        vision: [B, rows, columns, D], what a vision encoder sees in the pictures (models/vision.py); None: nothing is aligned with it.
         scores: [B, S] int64, the bins of the samples' scores (text/scores.py); None: unknown.
         denoise: False: the layout loss alone, without the denoiser (objective.layout_share).
         scales: [B] guidance scales, of a batch whose ``latents`` and ``noise`` a teacher made (training/distillation.py).
@@ -59,6 +61,7 @@ class LossBatch:
     prefix: int = 0
     rows: Tensor | None = None
     denoise: bool = True
+    vision: Tensor | None = None
     scores: Tensor | None = None
     scales: Tensor | None = None
 
@@ -67,17 +70,19 @@ class Losses(NamedTuple):
     """What one forward gives.
 
     Attributes:
-        total: a scalar, fp32, to take gradients of: ``diffusion`` + layout_weight x ``layout``.
+        total: a scalar, fp32, to take gradients of: ``diffusion`` + layout_weight x ``layout`` + align_weight x ``align``.
         diffusion: the weighted mean of ``errors``, a detached scalar; where the denoiser is left out, the same as ``layout``.
         errors: each noise level's unweighted loss, [R * B], detached; where the denoiser is left out, the estimate's.
         layout: the mean squared error of the layout head's estimate over the captions that were told, a detached scalar; None
             without a layout head.
+        align: the weighted mean of the aligner's loss, a detached scalar; None where nothing is aligned.
     """
 
     total: Tensor
     diffusion: Tensor
     errors: Tensor
     layout: Tensor | None
+    align: Tensor | None = None
 
 
 class JointModel(nn.Module):
@@ -86,6 +91,7 @@ class JointModel(nn.Module):
     Args:
         text_encoder: given only where its LoRA is trained; a frozen one stays outside.
         key_positions: as ConditioningConfig has it.
+        aligner: of the denoiser with a vision encoder, in training alone.
     Attributes:
         start: of adapters that began as a part of the weights, what they began as, by parameter name (PiSSA).
     """
@@ -98,11 +104,12 @@ class JointModel(nn.Module):
         coordinates: int,
         text_encoder: TextEncoder | None = None,
         key_positions: bool = False,
+        aligner: Aligner | None = None,
     ) -> None:
         super().__init__()
         if key_positions:
             number_keys(unet)
-        self.unet, self.refiner, self.text_encoder = unet, refiner, text_encoder
+        self.unet, self.refiner, self.text_encoder, self.aligner = unet, refiner, text_encoder, aligner
         self.objective, self.coordinates = objective, coordinates
         self.start: dict[str, Tensor] = {}
 
@@ -154,6 +161,8 @@ class JointModel(nn.Module):
     def forward(self, batch: LossBatch) -> Losses:
         """The losses of one micro-batch: the text's features through the projection to the denoiser of the noised latents."""
         clean, times, levels = batch.latents, batch.times, len(batch.times) // len(batch.latents)
+        layout: Tensor | None = None
+        align: Tensor | None = None
         text, mask = self.with_scores(self.refine(self.read(batch).to(clean.dtype), batch.mask), batch.mask, batch.scores)
         estimate = self.estimate(text, mask, *clean.shape[-2:])
         if estimate is not None and not batch.denoise:
@@ -167,11 +176,15 @@ class JointModel(nn.Module):
         target = self.objective.target(latents, batch.noise, times)
         errors = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # [R * B]
         loss = (errors * self.objective.weight(times) * at_each(levels, batch.weights)).mean()
-        if estimate is None or batch.scales is not None:  # which estimates the data, not latents on a teacher's way
-            return Losses(loss, loss.detach(), errors.detach(), None)
-        share, layout, _ = layout_losses(estimate, clean, batch.weights, batch.told)
-        total = loss + self.objective.config.layout_weight * share
-        return Losses(total, loss.detach(), errors.detach(), layout)
+        total = loss
+        if estimate is not None and batch.scales is None:  # it estimates the data, not latents on a teacher's way
+            share, layout, _ = layout_losses(estimate, clean, batch.weights, batch.told)
+            total = total + self.objective.config.layout_weight * share
+        if self.aligner is not None:  # always, so that its weights have gradients in every step
+            share = (self.aligner(batch.vision) * at_each(levels, batch.weights)).mean()
+            total = total + self.objective.config.align_weight * share
+            align = None if batch.vision is None else share.detach()
+        return Losses(total, loss.detach(), errors.detach(), layout, align)
 
     def read(self, batch: LossBatch) -> Tensor:
         """The language model's features [B, L, D]: given, or from the text encoder whose LoRA is trained."""
@@ -196,7 +209,7 @@ def build_joint(
 ) -> JointModel:
     """The joint module with fresh weights, a function of ``config.seed``; on ``device`` "meta" with none."""
     seed = seed_from("weights", config.seed) % (1 << 31)
-    refiner, conditioning = None, config.conditioning
+    refiner, aligner, conditioning = None, None, config.conditioning
     with device or nullcontext():
         unet: Any = build_unet(config.unet, config.codec, conditioning, encoder_width, seed, config.objective.distill_steps > 0)
         add_lora(unet, config.unet, seed + 2)
@@ -208,7 +221,11 @@ def build_joint(
                 layout = layout_arguments(conditioning, config.codec.latent_channels)
                 refiner = Refiner(encoder_width, **shape, layout=layout, scores=dict(conditioning.scores))
                 refiner.requires_grad_(not config.objective.distill_steps)  # the text is read as the teacher reads it
+        if config.objective.align_weight:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + 3)
+                aligner = Aligner(unet, vision_config(config.objective).hidden_size)
     if config.gradient_checkpointing and config.gradient_checkpointing != "half":
         unet.enable_gradient_checkpointing()
     objective, positions = make_objective(config.objective), conditioning.key_positions
-    return JointModel(unet, refiner, objective, config.unet.coordinates, text_encoder, positions)
+    return JointModel(unet, refiner, objective, config.unet.coordinates, text_encoder, positions, aligner)

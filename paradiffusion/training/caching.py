@@ -136,6 +136,11 @@ def check_cache(config: TrainConfig, models: dict[str, Any] | None = None) -> di
     if "text" in found and config.train_text == "lora":
         alone = f"set data.cache={found['latents']} for the latents alone" if "latents" in found else "leave it out"
         raise UserError(f"data.cache={folder} holds text features, and {LORA_TEXT}; {alone}.")
+    if "latents" in found and config.objective.align_weight:
+        raise UserError(
+            f"data.cache={folder} holds latents, and objective.align_weight needs the pictures themselves; name its text features alone "
+            f"(data.cache={folder / 'text'}), or set objective.align_weight=0."
+        )
     for what, held in found.items():
         advice = f"put that back, or make a fitting cache with {command(what, config)}"
         compare(held, what, key_of(config, what, (models or {}).get(what)), f"data.cache: {held}", advice)

@@ -30,6 +30,7 @@ from paradiffusion.config import SourceConfig, TrainConfig, keys_of
 from paradiffusion.data.index import same_data
 from paradiffusion.errors import UserError
 from paradiffusion.models.joint import JointModel
+from paradiffusion.models.vision import ALIGNER
 from paradiffusion.text.sources import same_weights
 from paradiffusion.training.ema import Ema
 from paradiffusion.training.engine import Engine
@@ -247,6 +248,7 @@ def restore_checkpoint(checkpoint: Path, joint: JointModel, engine: Engine, ema:
         averages[name] = averages[name][tuple(map(slice, start.shape))]
     copy_tensors(joint, {name: averages[name] for name, _ in joint.named_buffers() if name in averages})
     weights = load_file(folder / "model.safetensors")
+    averages |= {name: tensor for name, tensor in weights.items() if name.startswith(ALIGNER)}  # drawn with by nobody, so not kept
     for stored in (averages, weights):
         check_complete(set(engine.masters.names), stored)
     ema.load(averages)

@@ -19,6 +19,7 @@ from paradiffusion.data.loader import Batch, scale_pixels
 from paradiffusion.machine import to_device
 from paradiffusion.models.codec import Codec
 from paradiffusion.models.joint import JointModel, LossBatch
+from paradiffusion.models.vision import VisionEncoder
 from paradiffusion.randomness import permutation, seed_from, uniform
 from paradiffusion.sampling.sampler import starting_noise
 from paradiffusion.text.conditioning import pad_length, padded_length
@@ -42,6 +43,7 @@ class Inputs:
         memory: what the frozen models made in this run, where it is kept.
         null_features: of the empty caption, [1, L0, D] on the device, once it has been read; at most one.
         teacher: makes of data what a stage that distils is trained on.
+        vision: sees the pictures for a stage that is aligned with it.
     """
 
     config: TrainConfig
@@ -53,6 +55,7 @@ class Inputs:
     memory: Memory | None = None
     null_features: list[Tensor] = field(default_factory=list)
     teacher: Teacher | None = None
+    vision: VisionEncoder | None = None
 
     def __call__(self, batch: Batch, meters: Meters) -> LossBatch:
         """The input of one micro-batch, on the device; ``meters`` count its samples and tokens."""
@@ -77,6 +80,9 @@ class Inputs:
             "weights": to_device(batch.weights, device),
             "told": to_device(torch.tensor([bool(caption) for caption in batch.captions]), device),
         }
+        until = config.objective.align_until
+        if self.vision is not None and (until is None or batch.step < until):
+            common["vision"] = self.vision(to_device(batch.pixels, device))
         if (scores := self.joint.score_tokens) is not None:  # which go with a caption that is dropped
             told = [found if caption else {} for caption, found in zip(batch.captions, batch.scores, strict=True)]
             common["scores"] = scores.place(to_device(scores.values(told), device))

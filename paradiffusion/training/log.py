@@ -64,7 +64,8 @@ class Meters:
     def reset(self) -> None:
         self.errors: list[tuple[float, float, int]] = []  # loss, time in 0..1, words
         self.choices: Counter[tuple[str, str, str]] = Counter()  # source, caption kind drawn, caption kind read
-        self.layouts: list[float] = []  # the layout head's loss of each micro-batch
+        self.layouts: list[float] = []  # the layout head's loss of each micro-batch, and
+        self.aligned: list[float] = []  # that of the alignment with a vision encoder
         self.tokens = self.samples = self.truncated = self.bad = self.steps = 0
         self.waited = self.gradient = 0.0
         self.started = time.monotonic()
@@ -76,6 +77,7 @@ class Meters:
         rows = zip(losses.errors.tolist(), times.tolist(), batch.words * repeats, good * repeats, strict=True)
         self.errors += [(loss, time, words) for loss, time, words, readable in rows if readable]
         self.layouts += [] if losses.layout is None else [float(losses.layout)]
+        self.aligned += [] if losses.align is None else [float(losses.align)]
 
     def summary(self, gathered: list[dict[str, Any]]) -> dict[str, Any]:
         """One record of all processes' meters (see ``export``)."""
@@ -94,8 +96,9 @@ class Meters:
             "seconds_per_step": seconds / max(gathered[0]["steps"], 1),
             "memory_gb": max(part["memory"] for part in gathered),
         }
-        if layouts := [loss for part in gathered for loss in part["layouts"]]:
-            record["loss_layout"] = sum(layouts) / len(layouts)
+        for key, kept in (("loss_layout", "layouts"), ("loss_align", "aligned")):
+            if losses := [loss for part in gathered for loss in part[kept]]:
+                record[key] = sum(losses) / len(losses)
         record.update({key: sum(values) / len(values) for key, values in by_time_and_words(errors).items()})
         record.update(mixture(sum((part["choices"] for part in gathered), Counter())))
         return record
@@ -103,7 +106,7 @@ class Meters:
     def export(self) -> dict[str, Any]:
         """This process's sums, ready to be gathered."""
         seconds = time.monotonic() - self.started
-        keys = ("errors", "layouts", "choices", "tokens", "samples", "truncated", "bad", "steps", "waited", "gradient")
+        keys = ("errors", "layouts", "aligned", "choices", "tokens", "samples", "truncated", "bad", "steps", "waited", "gradient")
         return {**{key: getattr(self, key) for key in keys}, "seconds": seconds, "memory": memory_gb()}
 
 
@@ -165,6 +168,7 @@ def log_line(config: TrainConfig, step: int, record: dict[str, Any]) -> str:
     line = (
         f"stage {config.stage}  step {step:>6}/{config.max_steps}  loss {record['loss']:.4f}  "
         + (f"layout {record['loss_layout']:.4f}  " if "loss_layout" in record else "")
+        + (f"align {record['loss_align']:.4f}  " if "loss_align" in record else "")
         + f"{record['samples_per_second']:6.1f} samples/s  {record['tokens_per_second']:6.0f} tokens/s  "
         f"data wait {record['data_wait']:4.0%}  truncated {record['truncated']:5.1%}  grad {record['gradient_norm']:.2f}  "
         f"lr {record['learning_rate']:.1e}  mem {record['memory_gb']:.1f} GB  left {human_time(left)}"

@@ -33,6 +33,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.models.codec import settled_scaling_factor
 from paradiffusion.models.joint import JointModel, build_joint
 from paradiffusion.models.unet import DENOISERS, SCALE_LAYER, class_of, downsampling, halve_frozen, lora_names, own_arguments  # fmt: skip
+from paradiffusion.models.vision import ALIGNER
 from paradiffusion.randomness import seed_from
 from paradiffusion.text.encoder import TextEncoder, attach_lora, checkpoint_layers, is_adapter, start_from_principal
 from paradiffusion.text.refiner import Refiner
@@ -255,8 +256,8 @@ def build_models(
         copy_tensors(joint, found.tensors)
     elif stored:
         stored = lora_names(stored, joint.unet)
-        # Adapters, and a guidance scale's layer, that begin with this stage are all that a checkpoint may lack.
-        new = ("text_encoder.",) if start.resumes else ("text_encoder.", f"{UNET}.{SCALE_LAYER}.")
+        # Adapters, and a guidance scale's layer, that begin with this stage are all that a checkpoint may lack, but for an aligner.
+        new = ("text_encoder.", ALIGNER) if start.resumes else ("text_encoder.", ALIGNER, f"{UNET}.{SCALE_LAYER}.")
         check_complete({name for name in own if not name.startswith(new) and not is_adapter(name)}, stored)
         copy_tensors(joint, {n: t for n, t in stored.items() if n in own or not n.startswith("text_encoder.")})
     frozen = {n: t for n, t in stored.items() if n.startswith("text_encoder.") and config.train_text == "adapter"}

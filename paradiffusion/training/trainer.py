@@ -31,6 +31,8 @@ from paradiffusion.errors import UserError
 from paradiffusion.machine import to_device
 from paradiffusion.models.codec import Codec, load_codec
 from paradiffusion.models.joint import LossBatch, Losses
+from paradiffusion.models.unet import downsampling
+from paradiffusion.models.vision import VisionEncoder
 from paradiffusion.sampling.pipeline import InferenceModels, make_jobs
 from paradiffusion.sampling.prompts import read_prompts
 from paradiffusion.stopping import stop_on_signals
@@ -167,7 +169,10 @@ class Trainer:
         memory = Memory(self.encoder, self.codec, config.keep_gb, self.device, self.autocast) if config.keep_gb else None
         null = self.cache.null if self.cache else None
         self.teacher = open_teacher(config, self.encoder, self.device)
-        self.inputs = Inputs(config, self.encoder, self.codec, self.joint, self.device, null, memory, teacher=self.teacher)
+        vision = None
+        if config.objective.align_weight:
+            vision = VisionEncoder(config.objective, config.codec.factor * downsampling(self.joint.unet), self.device)
+        self.inputs = Inputs(config, self.encoder, self.codec, self.joint, self.device, null, memory, teacher=self.teacher, vision=vision)
 
         self.engine = make_engine(accelerator, self.joint, config, self.micro_batches)
         if (refiner := self.joint.refiner) is not None and start.description is None:
