@@ -32,6 +32,8 @@ def cleanliness(scene: Scene, picture: Image.Image) -> float:
     """How near a picture of a scene is to the clean drawing of it: minus the mean difference in levels of 255, so 0 at most."""
     if not scene.imperfection:
         return 0.0
+    if not scene.imperfection:
+        return 0.0
     clean = np.asarray(draw(replace(scene, imperfection=0)), dtype=np.float32)
     return -float(np.abs(np.asarray(picture, dtype=np.float32) - clean).mean())
 

@@ -29,7 +29,7 @@ def part_of(name: str) -> str:
 
 
 class Fp32Muon(torch.optim.Muon):
-    """Muon for processors without bfloat16 instructions, where torch's own, which orthogonalises in bfloat16, takes a hundred times as long."""
+    """Muon for processors without bfloat16 instructions, where torch's own, which orthogonalises in bfloat16, takes seconds a step."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
