@@ -21,6 +21,8 @@ EXTRA_OF = {
     **dict.fromkeys(("ftfy", "imagehash", "openai", "pyarrow", "sklearn", "tenacity"), "curation"),
     **dict.fromkeys(("gradio", "starlette", "uvicorn"), "apps"),
     "deepspeed": "deepspeed",
+    "ray": "ray",
+    "vllm": "vllm",
 }  # fmt: skip
 
 

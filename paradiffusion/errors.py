@@ -16,6 +16,10 @@ class UserError(Exception):
     told: bool = False
 
 
+class Busy(UserError):
+    """Another process is at this work; on a cluster it may be one that is about to end."""
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of what a library's error says; its type, where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

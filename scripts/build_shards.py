@@ -33,6 +33,8 @@ near_duplicates=  off, or up to how many bits of 64 their perceptual hashes may 
 val=         the share of samples, chosen by key, that goes to val/ (0); a split that the input tells goes first
 samples_per_shard=1000  max_megabytes=100 (of one file)  max_unzipped_gigabytes=100 (of root= where it is a .tgz)
 tokenizer=   a folder with a tokenizer, or a name from configs/text_encoder: counts the tokens of captions into the index
+runner=      local, or ray: workers of a Ray cluster take chunk after chunk, and the folders are ones that all its machines see
+             (docs/cluster.md); runner_options='{address: auto, workers: 8, cpus: 1}'
 processes=   (all cores) threads= of each to download (16) timeout= seconds (10) retries= (2)
 """
 

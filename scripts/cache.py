@@ -11,6 +11,8 @@ training refuses one that does not fit. The same command again goes on where it 
   dtype=           float32, bfloat16 or float16 to store; by default what the models compute in, which loses nothing
   at_once=16       images or captions that go through a model together
   readers=4        threads that read and decode, in each process
+  runner=local     or ray: workers of a Ray cluster take shard after shard (docs/cluster.md);
+                   runner_options='{address: auto, workers: 8, cpus: 4, gpus: 1}', workers and what each asks for
 """
 
 from __future__ import annotations

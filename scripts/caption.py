@@ -12,11 +12,12 @@ caption added; <shard>.jsonl, a line for each sample; report.json and report.md,
 shards=             tars, a folder of them, a glob or a range; allow_truncated=true takes those cut short
 output=             the folder to write to; write=jsonl leaves the shards away (default write=shards)
 kind=               the caption kind to write (long); prompts for it are in configs/caption_prompts.yaml
-engine=             transformers (default: in this process) or endpoint (an OpenAI-compatible server)
+engine=             transformers (default: in this process), vllm (in this process, for GPUs) or endpoint (an OpenAI-compatible server)
 model= revision=    a name of configs/captioners.yaml (default qwen3_vl_8b), a hub id, or a folder
 dtype= device= batch_size=   auto|float32|bfloat16|float16; cuda:0, cpu; pictures at once per process (8)
 endpoint= served= api_key_env=   the server's address, the model's name there, the variable that holds its key
-concurrency= timeout= tries= retry_wait=   requests at once (32), seconds per answer (300), tries (8), first wait in seconds (1).
+concurrency=        questions at once, of vllm and of a server (32)
+timeout= tries= retry_wait=   of requests to a server: seconds per answer (300), tries (8), first wait in seconds (1).
                     A process waits for the last answers of each shard: for a server that takes hundreds, start several processes
 endpoint_gpus=      GPUs behind the endpoint, for captions per GPU-hour (0: unknown)
 prompts=            templates by name, with weights if wanted: paper:3,spatial:1 (default: all of the kind)
@@ -29,30 +30,23 @@ reject=             the checks that reject a caption (default: all but filler); 
 retries=            how often a rejected caption is asked for again, with another template where there is one (1)
 judge= judge_engine= judge_revision= judge_endpoint= judge_api_key_env= judge_share=   a second model (its name at the server,
                     with judge_engine=endpoint) that says yes or no to each sentence of a share of the captions (0.02)
+runner=             local (default), or ray: workers of a Ray cluster take shard after shard (docs/cluster.md);
+                    runner_options='{address: auto, workers: 8, cpus: 4, gpus: 1}', workers and what each asks for
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.compose import CONFIGS, compose_options
-from paradiffusion.curation.captioning.caption_options import (
-    CaptionOptions,
-    Template,
-    bind_judge,
-    bind_output,
-    check_output,
-    load_templates,
-)
+from paradiffusion.curation.captioning.caption_options import CaptionOptions, Template, check_output, load_templates
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
-from paradiffusion.metrics.vlm import Decoding, Engine, VlmOptions, open_engine
 
 DONE, STOPPED, FAILED = 0, 1, 2
 
@@ -84,7 +78,7 @@ def main(arguments: list[str]) -> int:
         status = processes.agree(status)
         if processes.rank == 0:
             try:
-                report(options, [shard.stem for shard in shards], processes.size, status)
+                report(options, [shard.stem for shard in shards], workers_of(options, processes.size, len(shards)), status)
             except (UserError, OSError) as error:  # the disk that is full, say; the first failure is the one to tell
                 processes.tell(error)
                 failure = failure or error
@@ -97,71 +91,35 @@ def main(arguments: list[str]) -> int:
 
 
 def work_on(options: CaptionOptions, templates: list[Template], shards: list[Any], processes: Any, check_stop: Callable[[], None]) -> int:
-    """This process's shards, with one model after the other."""
-    from paradiffusion.curation.captioning.captioning import DECODING, Work, caption_shard, judge_shard
-    from paradiffusion.curation.pool import make_bar
-    from paradiffusion.data.index import load_index
+    """This process's shards (of Ray's workers all), with one model after the other."""
+    from paradiffusion.curation.captioning.captioning import Captioner
+    from paradiffusion.runner import run_tasks
     from paradiffusion.stopping import Stopped
 
     if not shards:
         return DONE
-    output = Path(str(options.output)).expanduser()
-    device, shown = options.device, processes.rank == 0
     try:
-        index = load_index(shards, options.allow_truncated, key="shards")
-        engine, side = make_engine(options, device)
-        try:
-            bind_output(output, options, engine, templates, side)
-            with make_bar("captions", "img", len(index), shown=shown) as bar:
-                work = Work(options, output, index, templates, side, check_stop, bar)
-                for number in range(len(shards)):
-                    check_stop()
-                    caption_shard(work, engine, number)
-        finally:
-            engine.close()
-        if options.judge is not None:
-            judge, side = make_judge(options, device, DECODING)
+        for judges in [False, True] if options.judge is not None else [False]:
+            stage, ray = Captioner(options, templates, shards, judges), options.ray(options.engine_of(judges) != "endpoint")
             try:
-                bind_judge(output, options, judge, side)
-                with make_bar("claims", "img", 0, shown=shown) as bar:
-                    work = Work(options, output, index, templates, side, check_stop, bar)
-                    for number in range(len(shards)):
-                        check_stop()
-                        judge_shard(work, judge, number)
+                if ray is None:
+                    _ = stage.opened  # before the bar: minutes of a download would count as slow pictures
+                what, total = ("claims", 0) if judges else ("captions", len(stage.index))
+                run_tasks(what, "img", total, stage, range(len(shards)), 1, check_stop, shown=processes.rank == 0, ray=ray)
             finally:
-                judge.close()
+                stage.close()
     except Stopped:
         return STOPPED
     return DONE
 
 
-def make_engine(options: CaptionOptions, device: str | None) -> tuple[Engine, int]:
-    """The captioner, and the long side of what it is shown."""
-    decoding = Decoding(options.max_new_tokens, options.top_p)
-    return open_engine(vlm_options(options, device), decoding)
+def workers_of(options: CaptionOptions, processes: int, shards: int) -> int:
+    """How many processes the time is of."""
+    if (ray := options.ray(options.engine != "endpoint")) is None:
+        return processes
+    from paradiffusion.ray_pool import workers
 
-
-def make_judge(options: CaptionOptions, device: str | None, decoding: Decoding) -> tuple[Engine, int]:
-    """The second model, and the long side of what it is shown; a server that is not named is the captioner's."""
-    kind = options.judge_engine or options.engine
-    judge = replace(
-        vlm_options(options, device), engine=kind, model=str(options.judge), served=options.judge, key="judge",
-        revision=options.judge_revision,
-    )  # fmt: skip
-    if kind == "endpoint":
-        url = options.judge_endpoint or options.endpoint
-        if not url:
-            raise UserError("judge_engine=endpoint needs judge_endpoint=, such as http://localhost:8000/v1.")
-        # The captioner's key goes to the captioner's server alone.
-        key = options.judge_api_key_env or (options.api_key_env if url == options.endpoint else None)
-        judge = replace(judge, endpoint=url, api_key_env=key)
-    return open_engine(judge, decoding)
-
-
-def vlm_options(options: CaptionOptions, device: str | None) -> VlmOptions:
-    """The captioner among the script's keys."""
-    shared = {field.name: getattr(options, field.name) for field in fields(VlmOptions) if hasattr(options, field.name)}
-    return VlmOptions(**{**shared, "device": device})
+    return workers(ray, shards)
 
 
 def report(options: CaptionOptions, stems: list[str], processes: int, status: int) -> None:

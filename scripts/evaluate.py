@@ -43,10 +43,13 @@ inception=       file of the FID's own Inception weights, pt_inception-2015-12-0
                  of real pictures, or a .npz of their statistics
 vlm=             vision-language model: a name of configs/captioners.yaml, a hub id or a folder; vlm_revision= vlm_dtype=auto
                  vlm_batch_size=8; or endpoint=http://localhost:8000/v1 with served=<its model> api_key_env=<variable> concurrency=32
+engine=          who asks it: transformers, vllm (for GPUs; concurrency= questions at once) or endpoint (where endpoint= is given)
 text_embedding=  model for the caption-back score, a folder or a hub id
 counterfactual=  prompts that are drawn again without each of their sentences (20 on scenes; 0: none)
 agreement=       file of pairs with people's votes (.csv of scripts/vote.py, or .jsonl), for compare=: how often each score
                  agrees with them
+runner=          local, or ray: workers of a Ray cluster draw and judge together, as torchrun's processes do (docs/cluster.md);
+                 runner_options='{{address: auto, workers: 8, cpus: 4, gpus: 1}}'
 votes=           results.json of a study of scripts/vote.py, for the report of compare=; baseline= the label that differences are
                  taken to (default: the first)
 """

@@ -22,6 +22,8 @@ score: CLIP features, and per image width, height, short_side, aspect, sharpness
     caption=           kind whose agreement is measured (default: each sample's longest)
     processes=         default: one for each GPU; device=auto|cpu|cuda|cuda:N precision=fp32|bf16|fp16 batch_size=32
                        threads=4 (decoding, in each process) allow_truncated=false
+    runner=            local, or ray: workers of a Ray cluster take shard after shard (docs/cluster.md);
+                       runner_options='{address: auto, workers: 8, cpus: 4, gpus: 1}'
 choose: writes candidates.jsonl, and choice.json with what each threshold removed.
     min= max=          thresholds by score, such as min='{aesthetic: 5.5}' max='{border: 0.05, text_area: 0.02}'
     weights=           of the scores' ranks, negative where less is better (default {aesthetic: 1})

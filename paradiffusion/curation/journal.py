@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from paradiffusion.atomic import hold
-from paradiffusion.errors import UserError
+from paradiffusion.errors import Busy, UserError
 
 
 def lock(file: int | IO[Any], refusal: str) -> None:
-    """Hold an open file or folder against other processes until it is closed. Raises UserError with ``refusal``."""
+    """Hold an open file or folder against other processes until it is closed. Raises Busy with ``refusal``."""
     if not hold(file):
-        raise UserError(refusal)
+        raise Busy(refusal)
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -49,7 +49,7 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
 
 
 class Journal:
-    """A journal opened by the one process that writes it. Raises UserError with ``refusal`` when another one has it open."""
+    """A journal opened by the one process that writes it. Raises Busy with ``refusal`` when another one has it open."""
 
     def __init__(self, path: Path, refusal: str) -> None:
         self.path = path

@@ -181,11 +181,11 @@ class Former:
     Args:
         current: the tars of today's shards.
     Attributes:
-        taken: how many members were taken from each tar.
+        taken: how many members were taken from each tar; who makes several shards may begin it anew.
     """
 
-    def __init__(self, folder: Path, current: set[Path]) -> None:
-        others = set(folder.glob("*.tar")) - current - {folder / NULL_FILE}
+    def __init__(self, folder: Path, current: Sequence[Path]) -> None:
+        others = set(folder.glob("*.tar")) - set(current) - {folder / NULL_FILE}
         self._shards = {path.name.rpartition("-")[0] for path in current}
         self._paths: list[Path] = []
         names: list[np.ndarray] = []
@@ -216,9 +216,9 @@ class Former:
         self.taken[path] += 1
         return True
 
-    def drop(self) -> None:
-        """Remove the tars of shards of today that have moved to others for the most part; those of other shards stay."""
-        for path, count in self.taken.items():
+    def drop(self, taken: Counter[Path]) -> None:
+        """Remove the tars of shards of today of which most members were taken by others; those of other shards stay."""
+        for path, count in taken.items():
             if path.name.rpartition("-")[0] in self._shards and 2 * count > self._sizes[path]:
                 path.unlink(missing_ok=True)
                 _index_of(path).unlink(missing_ok=True)

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from paradiffusion.atomic import hold
 from paradiffusion.checks import choice, split_list
-from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation_plan import (
     OWN_KEYS,
@@ -41,6 +40,7 @@ from paradiffusion.evaluation.ablation_table import as_markdown, compare, stage_
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import NAME
 from paradiffusion.repository import find_shipped
+from paradiffusion.runner import make_bar
 from paradiffusion.stopping import StopSignal, stop_on_signals
 
 _STAGE: Final = re.compile(r"stage([123])\.(.+)", re.DOTALL)

@@ -8,11 +8,11 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.picture_source import Place, Source
 from paradiffusion.evaluation.estimates import Estimate
@@ -25,6 +25,7 @@ from paradiffusion.evaluation.scores.agreement import HumanPair, agreement, read
 from paradiffusion.evaluation.subjects import Subject, base_folder, bind_folder, joint_folder, made_before, subjects_of, suite_folder
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.machine import choose_device
+from paradiffusion.runner import make_bar
 from paradiffusion.sampling.run import (
     Processes,
     Stopped,
@@ -61,6 +62,16 @@ def evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> int:
         UserError: for wrong input, before any model is loaded where it can be known; for a disk that is full; and, once
             everything else is done, for a score that failed.
     """
+    if (ray := options.ray()) is not None:
+        from paradiffusion.ray_pool import run_ranks
+
+        local = replace(options, runner="local", runner_options=None)
+        try:
+            with stop_on_signals() as signal:
+                return int(run_ranks(partial(evaluate, local, suites), ray, signal.check))
+        except Stopped:
+            print("Stopped; the same command goes on from here.", flush=True)
+            return signal.status
     # Before the processes meet: what they all find wrong is then said once.
     device = str(choose_device(options.device))
     subjects = subjects_of(options)

@@ -11,6 +11,8 @@ from paradiffusion.config import FrozenConfig, SampleConfig, SamplerConfig, chec
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite_files import read_yaml
 from paradiffusion.machine import choose_device, settled_dtype
+from paradiffusion.metrics.vlm import ENGINES
+from paradiffusion.runner import RunnerKeys
 
 SOURCES = ("ckpt", "pipeline", "images", "compare")
 # What decides a picture beside the weights, the prompt, its seed and its size.
@@ -18,7 +20,7 @@ DRAWING = (*(one.name for one in fields(SamplerConfig)), "negative_prompt")
 
 
 @dataclass
-class EvaluateOptions:
+class EvaluateOptions(RunnerKeys):
     """The keys of the command line; scripts/evaluate.py says what each is. Numbers are our choice."""
 
     # what is judged
@@ -66,6 +68,7 @@ class EvaluateOptions:
     clip_precision: str = option("fp32", accepts=one_of("fp32", "bf16", "fp16"))
     inception: str | None = None
     reference: str | None = None
+    engine: str | None = option(None, accepts=one_of(*ENGINES))
     vlm: str | None = None
     vlm_revision: str | None = None
     vlm_dtype: str = "auto"
@@ -106,11 +109,14 @@ class EvaluateOptions:
              "both vlm= and endpoint= are given; keep the model in this process or the server"),
             ((self.served or self.api_key_env) and not self.endpoint,
              "served= and api_key_env= are for a server; add endpoint=, such as http://localhost:8000/v1"),
+            (self.engine == "endpoint" and not self.endpoint, "engine=endpoint needs endpoint=, such as http://localhost:8000/v1"),
+            (self.engine not in (None, "endpoint") and not self.vlm, f"engine={self.engine} needs vlm=, such as vlm=qwen3_vl_8b"),
             (self.images and undrawn,
              f"{''.join(undrawn[:1])}= is for drawing, and images= draws nothing; leave it out"),
         ):  # fmt: skip
             if wrong:
                 raise UserError(f"{sentence}.")
+        self.ray()
         self.sampling().check()
         SamplerConfig(**{key: value for key in DRAWING[:-1] if (value := getattr(self, key)) is not None}).check()
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from paradiffusion.atomic import hold
 from paradiffusion.config import WORLDS, DataConfig
-from paradiffusion.curation.pool import Tell, run_tasks
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
+from paradiffusion.runner import Tell, run_tasks
 from paradiffusion.scenes.captions import KINDS, captions
 from paradiffusion.scenes.drawing import cleanliness, draw
 from paradiffusion.scenes.world import SETS, Scene, make_scene, scene_from_meta, scene_to_meta

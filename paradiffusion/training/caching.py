@@ -10,18 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from paradiffusion.checkpoints.layouts import load_adapter, open_layout
 from paradiffusion.checks import one_of, positive
@@ -36,6 +36,7 @@ from paradiffusion.data.shards import Place, RawSample, ShardPath, Span, read_pl
 from paradiffusion.errors import UserError
 from paradiffusion.machine import choose_device
 from paradiffusion.models.codec import Codec, load_codec
+from paradiffusion.runner import RayOptions, RunnerKeys, Tell, run_tasks
 from paradiffusion.sampling.run import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
 from paradiffusion.text.encoder import DTYPES, TextEncoder, is_adapter, load_text_encoder
 from paradiffusion.text.sources import same_weights
@@ -218,7 +219,7 @@ def describe_cache(config: TrainConfig, cache: Cache | None) -> str:
 
 
 @dataclass
-class CacheOptions:
+class CacheOptions(RunnerKeys):
     """What ``scripts/cache.py`` takes besides the overrides of train.py; see its help."""
 
     what: str = option("both", accepts=one_of("latents", "text", "both"))
@@ -231,6 +232,7 @@ class CacheOptions:
         check_values(self)
         if not self.output:
             raise UserError("output= is missing; name the cache's folder, which data.cache= then names in training.")
+        self.ray()
 
 
 def make_cache(config: TrainConfig, options: CacheOptions) -> int:
@@ -242,25 +244,24 @@ def make_cache(config: TrainConfig, options: CacheOptions) -> int:
     kinds = ("latents", "text") if options.what == "both" else (options.what,)
     if "text" in kinds and config.train_text == "lora":
         raise UserError(f"{LORA_TEXT}{'; what=latents caches the images alone' if options.what == 'both' else ''}.")
-    pool = ThreadPoolExecutor(options.readers)
-    with stop_on_signals() as stop, joined_processes() as processes, pool:
-        processes.set_threads(config.threads)
-        device = choose_device()
+    ray = options.ray()
+    with stop_on_signals() as stop, joined_processes() as processes:
         config, source = starting_point(config)
         index = open_index(config.data)
         for what in kinds:
             folder, rate, status = Path(str(options.output)).expanduser() / what, 0.0, 0
+            taken = Counter[Path]()
             try:
-                maker = MAKERS[what](config, options, index, device, source, pool, stop)
-                rate = make_kind(what, folder, maker, processes)
+                stage = CacheStage(what, folder, config, options, source, stop, index)
+                rate, taken = make_kind(stage, processes, ray)
             except Stopped:
                 status = stop.status
             try:
                 status = processes.agree(status)
             except RuntimeError:  # One that has left has said why.
                 status = stop.status
-            if not status:
-                maker.former.drop()  # by now no other process takes anything from it
+            if taken and not status:  # by now no other process takes anything from them
+                Former(folder, stage.files).drop(taken)
             if processes.rank == 0:
                 stopped = "stopped; finished shards are kept: run the same command again to go on."
                 print(stopped if status else report(what, folder, index, rate), flush=True)
@@ -282,38 +283,87 @@ def starting_point(config: TrainConfig) -> tuple[TrainConfig, Path | None]:
     return start.config, source if start.config.train_text == "adapter" else None
 
 
-def make_kind(what: str, folder: Path, maker: LatentMaker | TextMaker, processes: Processes) -> float:
-    """Make this process's shards of ``folder`` that are not there yet; its samples per second, 0 where all were there.
+def make_kind(stage: CacheStage, processes: Processes, ray: RayOptions | None) -> tuple[float, Counter[Path]]:
+    """Make this process's shards that are not there yet, of Ray's workers all; the samples per second of a process, 0 where all were
+    there, and how many members were taken from which former tar.
 
     Shards are dealt by place among all: processes that start a moment later see more of them finished.
     """
-    index = maker.index
-    settle_key(folder, what, maker)
-    stored.remove_abandoned(folder)
-    if isinstance(maker, TextMaker) and processes.rank == 0 and not is_whole(folder / stored.NULL_FILE):
-        with stored.writing(folder / stored.NULL_FILE, maker.dtype) as add:
-            maker.encode([""], add)
-    files = [folder / name for name in stored.file_names(index, what)]
-    maker.former = stored.Former(folder, set(files))
-    mine = range(processes.rank, len(files), processes.size)
-    parts = {number: np.arange(*np.searchsorted(index.shard, [number, number + 1])) for number in mine}
+    index = stage.opened_index
+    if ray is None:
+        _ = stage.maker  # before the bar: minutes of a download would count as slow samples
+    mine = range(processes.rank, len(index.shards), processes.size)
     share = f" (process 1 of {processes.size})" if processes.size > 1 else ""
-    seen, made, seconds = 0, 0, 0.0
-    with tqdm(total=sum(map(len, parts.values())), desc=f"{CALLED[what]}{share}", unit="sample", dynamic_ncols=True,
-              disable=None if processes.rank == 0 else True, mininterval=1.0) as bar:  # fmt: skip
-        for number, rows in parts.items():
-            maker.stop.check()
-            if is_whole(files[number]):
-                bar.initial = getattr(bar, "initial", 0) + len(rows)  # The rate is that of what is made.
-            else:
-                began = time.monotonic()
-                with stored.writing(files[number], maker.dtype) as add:
-                    for done in maker.make(rows, add):
-                        bar.update(seen + round(done * len(rows)) - bar.n)
-                made, seconds = made + len(rows), seconds + time.monotonic() - began
-            seen += len(rows)
-            bar.update(seen - bar.n)
-    return made / seconds if made else 0.0
+    total = sum(len(stage.rows(number)) for number in mine)
+    title, shown = f"{CALLED[stage.what]}{share}", processes.rank == 0
+    made = run_tasks(title, "sample", total, stage, mine, 1, stage.stop.check, shown=shown, ray=ray)
+    count, seconds = sum(one.samples for one in made), sum(one.seconds for one in made)
+    return count / seconds if count else 0.0, sum((one.taken for one in made), Counter[Path]())
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the making of one shard took; of one that was there, nothing."""
+
+    samples: int = 0
+    seconds: float = 0.0
+    taken: Counter[Path] = field(default_factory=Counter)
+
+
+@dataclass
+class CacheStage:
+    """The stage that makes the shards of one kind by their numbers. Index and model are opened where they are used, and do not travel."""
+
+    what: str
+    folder: Path
+    config: TrainConfig
+    options: CacheOptions
+    source: Path | None
+    stop: StopSignal
+    index: SampleIndex | None = None
+
+    def __call__(self, number: int, tell: Tell) -> Made:
+        maker, file, rows = self.maker, self.files[number], self.rows(number)
+        if is_whole(file):
+            tell(found=len(rows))
+            return Made()
+        began, told = time.monotonic(), 0
+        maker.former.taken = Counter()
+        with stored.writing(file, maker.dtype) as add:
+            for share in maker.make(rows, add):
+                tell(round(share * len(rows)) - told)
+                told = round(share * len(rows))
+        tell(len(rows) - told)
+        return Made(len(rows), time.monotonic() - began, maker.former.taken)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"index": None, "stop": StopSignal()}
+
+    @cached_property
+    def opened_index(self) -> SampleIndex:
+        return self.index or open_index(self.config.data)
+
+    @cached_property
+    def files(self) -> list[Path]:
+        return [self.folder / name for name in stored.file_names(self.opened_index, self.what)]
+
+    @cached_property
+    def maker(self) -> LatentMaker | TextMaker:
+        """The loaded model, its key compared."""
+        Processes().set_threads(self.config.threads)
+        pool = ThreadPoolExecutor(self.options.readers)
+        maker = MAKERS[self.what](self.config, self.options, self.opened_index, choose_device(), self.source, pool, self.stop)
+        settle_key(self.folder, self.what, maker)
+        stored.remove_abandoned(self.folder)
+        if isinstance(maker, TextMaker) and not is_whole(self.folder / stored.NULL_FILE):
+            with stored.writing(self.folder / stored.NULL_FILE, maker.dtype) as add:
+                maker.encode([""], add)
+        maker.former = Former(self.folder, self.files)
+        return maker
+
+    def rows(self, number: int) -> np.ndarray:
+        """The rows of a shard, int64."""
+        return np.arange(*np.searchsorted(self.opened_index.shard, [number, number + 1]))
 
 
 def settle_key(folder: Path, what: str, maker: LatentMaker | TextMaker) -> None:
@@ -343,7 +393,7 @@ def report(what: str, folder: Path, index: SampleIndex, rate: float) -> str:
     per_thousand = size / 2**30 / max(len(index), 1) * 1000
     return (
         f"{CALLED[what]}: {len(index)} samples in {len(files)} files, {size:,} bytes, {per_thousand:.4g} GiB per 1000 samples"
-        + (f", {rate:.1f} samples/s in this process" if rate else ", all of them there before")
+        + (f", {rate:.1f} samples/s in a process" if rate else ", all of them there before")
         + (f", {bad} images could not be read" if bad else "")
         + f", in {folder}"
     )

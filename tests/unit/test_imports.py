@@ -55,6 +55,7 @@ def test_the_core_imports_none_of_the_rest() -> None:
         ("pyarrow", "curation.choosing.score_files", "curation"),
         ("starlette", "apps.vote", "apps"),
         ("gradio", "apps.playground_page", "apps"),
+        ("ray", "ray_pool", "ray"),
     ],
 )
 def test_a_package_that_is_missing_is_named_with_its_extra(

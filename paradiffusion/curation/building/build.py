@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,12 +34,12 @@ from paradiffusion.curation.building.inputs import Part, find_parts, items_of
 from paradiffusion.curation.building.items import Columns
 from paradiffusion.curation.building.places import Archive, Dropped, FetchLimits, Place, Reader, is_archive, open_archive
 from paradiffusion.curation.journal import lock
-from paradiffusion.curation.pool import EndedFromOutside, Tell, run_tasks
 from paradiffusion.data.index import TokenCounter, index_shard, load_index
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 from paradiffusion.pages import markdown_table, plain
+from paradiffusion.runner import EndedFromOutside, Tell, run_tasks
 from paradiffusion.stopping import stop_on_signals
 
 JOURNAL: Final = "build.json"
@@ -50,7 +51,9 @@ _MAX_PROFILES: Final = 20  # screens have profiles of their own by the thousand
 _PERCENTILES: Final = (0, 5, 25, 50, 75, 95, 100)
 _Run = Callable[..., list[Any]]  # ``run_tasks`` with the processes of this build
 # What a killed build leaves of a file or shard under its temporary name.
-_HALF: Final = re.compile(r"\.(?:\d{6,}\.\d+|\d{6,}\.index\.npz\.[0-9a-f]+\.part|(?:build\.json|report\.json|report\.md)\.(?:\d+|part))")
+_HALF: Final = re.compile(
+    r"\.(?:\d{6,}\.[0-9a-f]+|\d{6,}\.index\.npz\.[0-9a-f]+\.part|(?:build\.json|report\.json|report\.md)\.(?:\d+|part))"
+)
 
 
 def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
@@ -72,7 +75,7 @@ def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
             return read_report(output)
         write_atomic(output / JOURNAL, json.dumps(journal, indent=1))
         work = output / ".build"
-        run = partial(run_tasks, processes=options.processes or cores(), check=stop.check)
+        run = partial(run_tasks, processes=options.processes or cores(), check=stop.check, ray=options.ray(model=False))
         try:
             root = Path(options.root).expanduser() if options.root else None
             limit, archive = options.max_unzipped_gigabytes, None
@@ -173,7 +176,7 @@ def _list_part(task: tuple[int, Part], tell: Tell, columns: Columns, archive: Ar
     if note.exists():
         return list(_read_json(note, {})["sizes"])
     sizes: list[int] = []
-    partial = folder / f"{number:05d}.{os.getpid()}"
+    partial = folder / f"{number:05d}.{uuid.uuid4().hex}"
     items = iter(items_of(part, columns, archive))
     while chunk := [item.to_json() + "\n" for item in islice(items, _CHUNK)]:
         partial.write_text("".join(chunk), encoding="utf-8")
@@ -230,7 +233,7 @@ def make_shard(task: tuple[Path, list[Lines]], tell: Tell, counter: TokenCounter
     shard, chosen = task
     count = sum(len(lines.offsets) for lines in chosen)
     if not shard.exists():
-        part = shard.with_name(f".{shard.stem}.{os.getpid()}")
+        part = shard.with_name(f".{shard.stem}.{uuid.uuid4().hex}")
         try:
             (written,) = write_shards(_samples(chosen, tell, limits), part, count)
             os.replace(written, shard)

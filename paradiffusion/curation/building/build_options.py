@@ -16,15 +16,16 @@ from paradiffusion.curation.building.items import Columns
 from paradiffusion.curation.building.places import FetchLimits
 from paradiffusion.data.images import MAX_PIXELS
 from paradiffusion.errors import UserError
+from paradiffusion.runner import RunnerKeys
 
 # What may differ when a build goes on: it changes no byte of the result.
-FREE: Final = ("output", "processes", "threads", "timeout", "retries", "max_unzipped_gigabytes")
+FREE: Final = ("output", "processes", "threads", "timeout", "retries", "max_unzipped_gigabytes", "runner", "runner_options")
 
 _CAPTIONS, _KEEP = "{column: short, other: long}", "[column, other]"
 
 
 @dataclass
-class BuildOptions:
+class BuildOptions(RunnerKeys):
     """The keys of scripts/build_shards.py, which explains them."""
 
     input: str | None = None
@@ -82,6 +83,7 @@ class BuildOptions:
                 raise UserError(f"{sentence}.")
         self.distance()
         self.columns()
+        self.ray()
 
     def distance(self) -> int | None:
         """The Hamming distance up to which images are near-duplicates; None for off."""

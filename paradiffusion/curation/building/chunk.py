@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import uuid
 import warnings
 import zlib
 from collections import deque
@@ -29,9 +30,9 @@ from PIL import Image, features
 from paradiffusion.curation.building.cleaning import clean_caption
 from paradiffusion.curation.building.items import Item
 from paradiffusion.curation.building.places import EXTENSIONS, Dropped, Reader
-from paradiffusion.curation.pool import Tell
 from paradiffusion.data.images import FORMATS, BadImage, ColourProfile, decode, has_alpha, profile_of
 from paradiffusion.randomness import seed_from, uniform
+from paradiffusion.runner import Tell
 
 if TYPE_CHECKING:
     from paradiffusion.curation.building.build_options import BuildOptions
@@ -264,7 +265,8 @@ def make_chunk(name: str, tell: Tell, work: Path, options: BuildOptions) -> None
     if result.with_suffix(".json").exists():
         return
     tally, rows, at = Tally(), [], 0
-    names = {suffix: result.with_suffix(f"{suffix}.{os.getpid()}") for suffix in (".bin", ".jsonl", ".npy", ".json")}
+    own = uuid.uuid4().hex  # on a cluster two processes may have one number
+    names = {suffix: result.with_suffix(f"{suffix}.{own}") for suffix in (".bin", ".jsonl", ".npy", ".json")}
     try:
         with open(names[".bin"], "wb") as staged, open(names[".jsonl"], "wb") as lines:
             for item, captions, found in _fetched(work / "items" / f"{name}.jsonl", options, tally):
@@ -276,6 +278,7 @@ def make_chunk(name: str, tell: Tell, work: Path, options: BuildOptions) -> None
                     picture = prepare(found, item.name.removesuffix(")"), options)
                 except Dropped as drop:
                     tally.drop(drop.reason, f"{item.name}: {drop.detail}" if drop.detail else item.name)
+                    tell(**{drop.reason: 1})
                     continue
                 tally.note(item.notes + picture.notes)
                 line = _line(item, captions, picture, staged.tell())

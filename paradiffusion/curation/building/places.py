@@ -25,9 +25,9 @@ import tenacity
 from yarl import URL
 
 from paradiffusion.atomic import atomic_file
-from paradiffusion.curation.pool import make_bar
 from paradiffusion.data.shards import IMAGE_EXTENSIONS
 from paradiffusion.errors import UserError
+from paradiffusion.runner import make_bar
 
 # Of image files.
 EXTENSIONS: Final = (*IMAGE_EXTENSIONS, "gif", "bmp", "tif", "tiff", "avif")

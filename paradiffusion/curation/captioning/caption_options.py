@@ -19,6 +19,7 @@ from paradiffusion.curation.journal import read_object
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.vlm import ENGINES, Engine, VlmOptions
 from paradiffusion.randomness import uniform
+from paradiffusion.runner import RunnerKeys
 
 _KEYS = {"kind", "weight", "ask", "accept", "text"}
 
@@ -103,7 +104,7 @@ SETTINGS_FILE: Final = "settings.json"
 JUDGE_FILE: Final = "judge.json"
 # Keys that only a server has a use for, those about requests to any server, and those about the second model.
 _OF_SERVER: Final = ("endpoint", "served", "api_key_env", "endpoint_gpus")
-_OF_REQUESTS: Final = ("concurrency", "timeout", "tries", "retry_wait")
+_OF_REQUESTS: Final = ("timeout", "tries", "retry_wait")
 _OF_JUDGE: Final = ("judge_engine", "judge_revision", "judge_endpoint", "judge_api_key_env", "judge_share")
 _OF_CAPTIONS: Final = (
     "kind", "temperature", "top_p", "max_new_tokens", "seed", "language", "min_words", "max_words", "reject", "retries",
@@ -112,7 +113,7 @@ _KIND = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 
 
 @dataclass
-class CaptionOptions(VlmOptions):
+class CaptionOptions(VlmOptions, RunnerKeys):
     """The keys of the command line, the model's among them; scripts/caption.py says what each is. Numbers are our choice."""
 
     shards: str | None = None
@@ -157,6 +158,7 @@ class CaptionOptions(VlmOptions):
         if self.judge is None and (given := self._given(_OF_JUDGE)):
             raise UserError(f"{given}= needs judge=<model>; name the second model.")
         self._check_engines()
+        self.ray()
 
     def _given(self, keys: tuple[str, ...]) -> str | None:
         """The first of ``keys`` that is not at its default."""
@@ -164,21 +166,27 @@ class CaptionOptions(VlmOptions):
 
     def _check_engines(self) -> None:
         """Refuse what the chosen engines would not look at."""
-        engines = {self.engine, (self.judge_engine or self.engine) if self.judge else self.engine}
-        judged_by = self.judge_engine or self.engine if self.judge else None
+        judged_by = self.engine_of(True) if self.judge else None
+        engines = {self.engine, judged_by or self.engine}
         if self.engine == "endpoint" and not self.endpoint:
             raise UserError("engine=endpoint needs endpoint=, such as endpoint=http://localhost:8000/v1.")
         for unread, keys, remedy in (
-            (self.engine == "transformers", _OF_SERVER, "is for engine=endpoint; add that"),
+            (self.engine != "endpoint", _OF_SERVER, "is for engine=endpoint; add that"),
             (self.engine == "endpoint", ("model", "revision"), "is for engine=transformers; name the server's model with served="),
-            (engines == {"transformers"}, _OF_REQUESTS, "is for engine=endpoint; add that"),
-            (engines == {"endpoint"}, ("dtype", "device", "batch_size"),
+            ("endpoint" not in engines, _OF_REQUESTS, "is for engine=endpoint; add that"),
+            (engines == {"transformers"}, ("concurrency",), "is for engine=endpoint or vllm; add that"),
+            (engines == {"endpoint"}, ("dtype",), "is for engine=transformers or vllm; a server has its own"),
+            ("transformers" not in engines, ("device", "batch_size"),
              "is for engine=transformers; concurrency= says how many requests go at once"),
-            (judged_by == "transformers", ("judge_endpoint", "judge_api_key_env"), "is for judge_engine=endpoint; add that"),
+            (judged_by in ("transformers", "vllm"), ("judge_endpoint", "judge_api_key_env"), "is for judge_engine=endpoint; add that"),
             (judged_by == "endpoint", ("judge_revision",), "is for judge_engine=transformers; add that"),
         ):  # fmt: skip
             if unread and (given := self._given(keys)):
                 raise UserError(f"{given}= {remedy}, or leave it out.")
+
+    def engine_of(self, judge: bool) -> str:
+        """Who answers: the captioner's engine, or the second model's."""
+        return self.judge_engine or self.engine if judge else self.engine
 
     def rejecting(self) -> tuple[str, ...]:
         """The checks that reject a caption."""
@@ -220,7 +228,7 @@ def bind_output(folder: Path, options: CaptionOptions, engine: Engine, templates
 
 def bind_judge(folder: Path, options: CaptionOptions, engine: Engine, side: int) -> None:
     """As ``bind_output``, for the second model: claims are numbered, so that answers fit one choice of captions alone."""
-    settings = _model_settings(options.judge_engine or options.engine, options.dtype, engine, side)
+    settings = _model_settings(options.engine_of(True), options.dtype, engine, side)
     made_by = {f"judge_{key}" if key != "model" else "judge": value for key, value in settings.items()}
     remedy = f"delete {JUDGE_FILE}, *.judged.jsonl and *.judging there to judge again"
     _bind(folder / JUDGE_FILE, {**made_by, "judge_share": options.judge_share}, "the claims", remedy)
@@ -228,7 +236,7 @@ def bind_judge(folder: Path, options: CaptionOptions, engine: Engine, side: int)
 
 def _model_settings(kind: str, dtype: str, engine: Engine, side: int) -> dict[str, Any]:
     own = {"engine": kind, "model": engine.model, "revision": engine.revision}
-    return {**own, "dtype": dtype if kind == "transformers" else None, "image_side": side}
+    return {**own, "dtype": dtype if kind != "endpoint" else None, "image_side": side}
 
 
 def _settings(options: CaptionOptions, templates: list[Template]) -> dict[str, Any]:

@@ -12,24 +12,25 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from tqdm import tqdm
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.curation.captioning.caption_checks import UNREADABLE, Verdict, judge_text
-from paradiffusion.curation.captioning.caption_options import CaptionOptions, Template, draw
+from paradiffusion.curation.captioning.caption_options import CaptionOptions, Template, bind_judge, bind_output, draw
 from paradiffusion.curation.journal import Journal, read_journal
 from paradiffusion.data.images import BadImage, decode
-from paradiffusion.data.index import SampleIndex, read_sample
+from paradiffusion.data.index import SampleIndex, load_index, read_sample
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.sentences import sentences
-from paradiffusion.metrics.vlm import Answer, Decoding, Engine, Question, answers_of, fit, spoken
+from paradiffusion.metrics.vlm import Answer, Decoding, Engine, Question, VlmOptions, answers_of, fit, open_engine, spoken
 from paradiffusion.randomness import seed_from, uniform
+from paradiffusion.runner import Tell
 
 # A retry that takes the likeliest token again would only repeat itself where there is one template.
 RETRY_TEMPERATURE: Final = 0.7
@@ -73,19 +74,16 @@ class Task:
 @dataclass
 class Work:
     """What all shards of this process share, the ``index`` being theirs alone. ``side`` is the long side, in pixels, of what the model is
-    shown; ``refused`` counts errors in a row before the first answer; ``noted`` and ``rejected`` the answers of this run, for the bar."""
+    shown; ``refused`` counts errors in a row before the first answer; ``tell`` is that of the shard that is being done."""
 
     options: CaptionOptions
     output: Path
     index: SampleIndex
     templates: list[Template]
     side: int
-    check_stop: Callable[[], None]
-    bar: tqdm[Any]
+    tell: Tell
     refused: int = 0
     answered: bool = False
-    noted: int = 0
-    rejected: int = 0
 
     def rows(self, number: int) -> range:
         """The rows of shard ``number``."""
@@ -126,7 +124,7 @@ class Answers:
     def ask(self, tasks: list[Task], rejects: Callable[[Entry], bool] | None = None) -> None:
         """Put the questions that have no answer, pictures of like size together.
 
-        The bar shows the share of the answers that ``rejects``, so that nobody learns after days that the model does not suit.
+        It tells how many of the answers ``rejects``, so that nobody learns after days that the model does not suit.
 
         Whole batches are asked again where one answer of them is missing: an answer may depend on its neighbours by rounding,
         and a resumed run is to write what an uninterrupted one does.
@@ -148,7 +146,7 @@ class Answers:
                 if self._note(group, now - last, rejects):
                     last = now
                 self._watch_refusals([answer for _, answer in group])
-                self.work.check_stop()
+                self.work.tell()
         self._note([], time.monotonic() - last, rejects)
 
     def _questions(self, batches: list[list[Task]]) -> Iterator[list[Question]]:
@@ -167,7 +165,7 @@ class Answers:
             yield questions
 
     def _note(self, group: Sequence[tuple[Question | Task, Answer]], seconds: float, rejects: Callable[[Entry], bool] | None) -> bool:
-        """Write answers to the journal, but those that it holds already, and move the bar; whether there were any."""
+        """Write answers to the journal, but those that it holds already, and tell of them; whether there were any."""
         pairs, self._unread = [*group, *self._unread[::-1]], []
         entries = []
         for asked, answer in pairs:
@@ -180,12 +178,9 @@ class Answers:
         if entries:
             self._journal.add(map(asdict, entries))
             self.entries.update({(entry.row, entry.part): entry for entry in entries})
-        work = self.work
-        if entries and rejects is not None:
-            work.noted += len(entries)
-            work.rejected += sum(map(rejects, entries))
-            work.bar.set_postfix_str(f"rejected {work.rejected / work.noted:.0%}", refresh=False)
-        work.bar.update(len(entries))
+            kinds = {"unreadable": sum(bool(entry.error) for entry in entries)}
+            kinds |= {"rejected": sum(map(rejects, entries))} if rejects is not None else {}
+            self.work.tell(len(entries), **kinds)
         return bool(pairs)
 
     def _watch_refusals(self, answers: list[Answer]) -> None:
@@ -237,7 +232,7 @@ def caption_shard(work: Work, engine: Engine, number: int) -> None:
     judged = [work.output / f"{shard.stem}{end}" for end in (".judged.jsonl", ".judging")]
     wanted = work.options.write == "shards" and bool(rows)
     if lines.exists():
-        work.bar.update(len(rows))
+        work.tell(found=len(rows))
         _read_records(work, number, lines)
     if not lines.exists() or (wanted and not target.exists()):
         # Held while the tar is written too: two would write one temporary file.
@@ -264,12 +259,11 @@ def _ask_all(answers: Answers) -> None:
     """All attempts at the captions of one shard that are not answered yet."""
     work, first = answers.work, answers.rows.start
     answers.check()
-    work.bar.update(sum(part == 0 for _, part in answers.entries))
+    work.tell(found=sum(part == 0 for _, part in answers.entries))
     for attempt in range(work.options.retries + 1):
         tasks = _tasks(answers, attempt)
         if attempt:
-            work.bar.total = (work.bar.total or 0) + len(tasks)
-            work.bar.update(sum(map(answers.has, tasks)))
+            work.tell(found=sum(map(answers.has, tasks)), more=len(tasks))
         answers.ask(tasks, lambda entry: _verdict(work, first + entry.row, entry).rejected)
 
 
@@ -340,7 +334,7 @@ def _write_captioned(work: Work, rows: range, records: list[dict[str, Any]], tar
 
 def _captioned(work: Work, rows: range, records: list[dict[str, Any]]) -> Iterator[RawSample]:
     for row, record in zip(rows, records, strict=True):
-        work.check_stop()
+        work.tell()
         sample = read_sample(work.index, row)
         if record["caption"] is not None:
             sources = sample.meta.get("caption_sources")
@@ -359,7 +353,7 @@ def judge_shard(work: Work, engine: Engine, number: int) -> None:
     target, path = work.output / f"{shard.stem}.judged.jsonl", work.output / f"{shard.stem}.judging"
     if not target.exists():
         chosen, tasks = _claims(work, number)
-        work.bar.total = (work.bar.total or 0) + len(tasks)
+        work.tell(more=len(tasks))
         with closing(Answers(work, engine, number, path)) as answers:
             if not target.exists():  # else another process has written it between our look and its lock
                 answers.check()
@@ -391,6 +385,71 @@ def _claims(work: Work, number: int) -> tuple[list[tuple[int, str, str]], list[T
             tasks.append(Task(row, len(chosen), PROMPT.replace("{claim}", claim.replace('"', "'")), seed, 0.0))
             chosen.append((row, record["template"], claim))
     return chosen, tasks
+
+
+@dataclass
+class Captioner:
+    """The stage that captions shards by their numbers, or with ``judges`` checks the claims of their captions. Its index and its model are
+    opened where they are used, and do not travel with it. UserError where they cannot be had, or the output holds others' captions."""
+
+    options: CaptionOptions
+    templates: list[Template]
+    shards: list[Any]
+    judges: bool = False
+
+    def __call__(self, number: int, tell: Tell) -> None:
+        engine, work = self.opened
+        work.tell = tell
+        (judge_shard if self.judges else caption_shard)(work, engine, number)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def index(self) -> SampleIndex:
+        return load_index(self.shards, self.options.allow_truncated, key="shards")
+
+    @cached_property
+    def opened(self) -> tuple[Engine, Work]:
+        """The model, and what all shards share."""
+        options, output = self.options, Path(str(self.options.output)).expanduser()
+        decoding = DECODING if self.judges else Decoding(options.max_new_tokens, options.top_p)
+        engine, side = open_engine(judge_options(options) if self.judges else vlm_options(options), decoding)
+        try:
+            if self.judges:
+                bind_judge(output, options, engine, side)
+            else:
+                bind_output(output, options, engine, self.templates, side)
+        except BaseException:
+            engine.close()
+            raise
+        return engine, Work(options, output, self.index, self.templates, side, lambda *_, **__: None)
+
+    def close(self) -> None:
+        """Give the model back."""
+        if "opened" in vars(self):
+            self.opened[0].close()
+
+
+def vlm_options(options: CaptionOptions) -> VlmOptions:
+    """The captioner among the script's keys."""
+    return VlmOptions(**{field.name: getattr(options, field.name) for field in fields(VlmOptions)})
+
+
+def judge_options(options: CaptionOptions) -> VlmOptions:
+    """The second model among the script's keys; a server that is not named is the captioner's."""
+    kind = options.engine_of(True)
+    judge = replace(
+        vlm_options(options), engine=kind, model=str(options.judge), served=options.judge, key="judge", revision=options.judge_revision
+    )
+    if kind == "endpoint":
+        url = options.judge_endpoint or options.endpoint
+        if not url:
+            raise UserError("judge_engine=endpoint needs judge_endpoint=, such as http://localhost:8000/v1.")
+        # The captioner's key goes to the captioner's server alone.
+        key = options.judge_api_key_env or (options.api_key_env if url == options.endpoint else None)
+        judge = replace(judge, endpoint=url, api_key_env=key)
+    return judge
 
 
 def interval(clusters: list[tuple[int, int]]) -> tuple[float, float]:

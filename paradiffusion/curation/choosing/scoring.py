@@ -22,7 +22,6 @@ from PIL import Image
 from scipy.ndimage import convolve
 
 from paradiffusion.curation.choosing.score_files import is_scored, name_of, scored_names, settle_settings, stamp_of, write_scores
-from paradiffusion.curation.pool import Tell, process_number, run_tasks
 from paradiffusion.data.captions import count_words
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
@@ -30,6 +29,7 @@ from paradiffusion.data.remote import RemotePath
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.machine import choose_device
 from paradiffusion.metrics.clip import Clip, Head, load_clip, load_head
+from paradiffusion.runner import RayOptions, Tell, process_number, run_tasks
 from paradiffusion.stopping import stop_on_signals
 
 
@@ -82,7 +82,9 @@ class _Row:
     image: Image.Image | None = None
 
 
-def score_shards(shards: Sequence[Path | RemotePath], work: Path, scoring: Scoring, processes: int | None = None) -> int:
+def score_shards(
+    shards: Sequence[Path | RemotePath], work: Path, scoring: Scoring, processes: int | None = None, ray: RayOptions | None = None
+) -> int:
     """Score all ``shards`` into ``work`` and return the number of samples scored now.
 
     Done shards are passed over, unless they have changed. Raises UserError for other settings than those that made what
@@ -101,12 +103,12 @@ def score_shards(shards: Sequence[Path | RemotePath], work: Path, scoring: Scori
     del index
     if processes is None:
         processes = max(1, torch.cuda.device_count()) if scoring.device == "auto" else 1
-    if min(processes, len(tasks)) == 1:  # before the bar: minutes of a download would count as slow images
+    if ray is None and min(processes, len(tasks)) == 1:  # before the bar: minutes of a download would count as slow images
         _load_models(scoring, _device_of(scoring.device, 0))
     function = partial(_score_shard, work=work, scoring=scoring)
     try:
         with stop_on_signals() as stop:
-            run_tasks("scoring", "image", total, function, tasks, processes, stop.check, start="spawn")
+            run_tasks("scoring", "image", total, function, tasks, processes, stop.check, start="spawn", ray=ray)
     finally:
         _load_models.cache_clear()
     return total

@@ -11,12 +11,13 @@ from paradiffusion.checks import not_understood, one_of, parsed, positive, split
 from paradiffusion.config import check_values, option
 from paradiffusion.curation.choosing.score_files import move_root, scored_names
 from paradiffusion.errors import UserError
+from paradiffusion.runner import RunnerKeys
 
 # What belongs to which step: a key of another one would do nothing, and is refused.
 STEPS = {
     "score": (
         "shards", "clip", "aesthetic", "text_detector", "text_labels", "text_threshold", "caption", "processes", "device",
-        "precision", "batch_size", "threads", "allow_truncated",
+        "precision", "batch_size", "threads", "allow_truncated", "runner", "runner_options",
     ),
     "choose": ("min", "max", "weights", "count", "clusters", "per_cluster", "max_similarity", "seed"),
     "review": ("host", "port", "reviewer"),
@@ -25,7 +26,7 @@ STEPS = {
 
 
 @dataclass
-class SelectOptions:
+class SelectOptions(RunnerKeys):
     """The keys of the command line."""
 
     action: str | None = None
@@ -66,6 +67,7 @@ class SelectOptions:
             if not getattr(self, key):
                 raise UserError(f"{key}= is missing; action={action} needs it, see --help.")
         check_values(self)
+        self.ray()
 
 
 def numbers(key: str, text: str | None) -> dict[str, float]:
@@ -93,7 +95,7 @@ def _score(options: SelectOptions, work: Path) -> None:
     from paradiffusion.data.shards import expand_shards
     from paradiffusion.machine import choose_device
 
-    if options.device != "auto":
+    if options.device != "auto" and options.runner == "local":
         choose_device(options.device)  # UserError for what is not here
     scoring = Scoring(
         options.clip, Path(options.aesthetic).expanduser() if options.aesthetic else None, options.text_detector,
@@ -102,7 +104,7 @@ def _score(options: SelectOptions, work: Path) -> None:
     )  # fmt: skip
     given = str(options.shards)
     shards = expand_shards(parsed("shards", given, "[first, second]") if given.startswith("[") else [given], "shards")
-    count = score_shards(shards, work, scoring, options.processes)
+    count = score_shards(shards, work, scoring, options.processes, options.ray())
     print(f"{count} samples scored now, {len(shards)} shards in all; next: action=choose folder={work}")
 
 

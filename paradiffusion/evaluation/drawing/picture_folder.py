@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.curation.pool import make_bar
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.shards import IMAGE_EXTENSIONS
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.picture_source import Place, Source, file_stem, image_name
 from paradiffusion.evaluation.records import Drawn
 from paradiffusion.evaluation.suites.suite import Suite
+from paradiffusion.runner import make_bar
 from paradiffusion.sampling.gallery import NAME, read_manifests
 from paradiffusion.sampling.run import disk_errors, first_does
 

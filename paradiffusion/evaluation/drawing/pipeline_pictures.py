@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from paradiffusion.config import SampleConfig
-from paradiffusion.curation.pool import make_bar
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.checkpoint_pictures import drawn_images
 from paradiffusion.evaluation.drawing.picture_source import Place, Source, size_for
@@ -21,6 +20,7 @@ from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Painter, Request
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.machine import choose_device, exact_float32
+from paradiffusion.runner import make_bar
 from paradiffusion.sampling.gallery import ImageRecord, Manifest, finished_names, merge_manifests, read_manifests, save_png
 from paradiffusion.sampling.run import all_do, disk_errors
 from paradiffusion.text.encoder import DTYPES

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.curation.pool import make_bar
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.records import NAME, read_evaluation, read_record, relative_file
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.randomness import permutation
+from paradiffusion.runner import make_bar
 
 STUDY: Final = "study.json"
 FORMAT_VERSION: Final = 1

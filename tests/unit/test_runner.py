@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from commands import user_error
 
-from paradiffusion.curation.pool import EndedFromOutside, Tell, process_number, run_tasks
 from paradiffusion.errors import UserError
+from paradiffusion.runner import EndedFromOutside, Tell, process_number, run_tasks
 from paradiffusion.stopping import stop_on_signals
 
 

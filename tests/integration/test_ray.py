@@ -1,0 +1,183 @@
+"""runner=ray on clusters of several nodes, which are processes here: what the local runner makes, to the byte, though workers, nodes and
+drivers are killed; and what a person is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builds import write_captioned
+from commands import ROOT, user_error, wait_for
+from data_fixtures import shards_of
+from evaluations import EXACT, copy_run, evaluate_here, make_run
+from programs import script
+from ray_stage import Stage
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'paradiffusion[ray]'")
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from paradiffusion.compose import compose_train
+from paradiffusion.curation.building.build import build
+from paradiffusion.curation.building.build_options import BuildOptions
+from paradiffusion.curation.choosing.scoring import Scoring, score_shards
+from paradiffusion.data.shards import expand_shards
+from paradiffusion.evaluation.records import read_evaluation
+from paradiffusion.runner import RayOptions, run_tasks
+from paradiffusion.stopping import stop_on_signals
+from paradiffusion.training.caching import CacheOptions, make_cache
+
+pytestmark = pytest.mark.ray
+STORE = {"object_store_memory": 100 << 20}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head without a processor, which lets the driver be killed alone, and two nodes of one each; the test is not a driver yet."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "support"))
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's workers give way to all others, and tests run beside others
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **STORE})
+    for _ in range(2):
+        nodes.add_node(num_cpus=1, **STORE)
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+def workers_of(node: Any) -> list[psutil.Process]:
+    """The processes on a node that work."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [one for one in raylet.children(recursive=True) if one.cmdline()[:1] == ["ray::Worker.work"]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but reports; lines of captions without their times."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if (path.is_file() and path.suffix in (".tar", ".npy", ".parquet", ".safetensors", ".jsonl")) or path.name == "key.json":
+            data = path.read_bytes()
+            if path.suffix == ".jsonl":
+                lines = [json.loads(line) for line in data.decode().splitlines()]
+                data = json.dumps([{key: value for key, value in line.items() if key != "seconds"} for line in lines]).encode()
+            found[path.relative_to(folder).as_posix()] = data
+    return found
+
+
+@pytest.mark.timeout(1500)
+def test_captions_though_a_worker_a_node_and_the_driver_are_killed(vlm: Path, cluster: Cluster, tmp_path: Path) -> None:
+    shards_of(tmp_path / "in", 32, 4)
+    common = [
+        f"shards={tmp_path / 'in'}",
+        f"model={vlm}",
+        "language=any",
+        "min_words=1",
+        "reject=empty",
+        "batch_size=2",
+        "max_new_tokens=120",
+    ]
+    out, said = tmp_path / "ray", tmp_path / "said.txt"
+    assert script("caption").main([*common, f"output={tmp_path / 'local'}"]) == 0
+
+    def start() -> subprocess.Popen[bytes]:
+        given = [sys.executable, "scripts/caption.py", *common, f"output={out}", "runner=ray", "runner_options={workers: 2}"]
+        with said.open("ab") as file:
+            return subprocess.Popen(given, cwd=ROOT, env={**os.environ, "RAY_ADDRESS": cluster.address}, stdout=file, stderr=file)
+
+    def answers() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in [*out.glob("*.journal"), *out.glob("*.jsonl")])
+
+    def wait_for_answers(more: int) -> None:
+        least = answers() + more
+        wait_for(lambda: answers() >= least or driver.poll() is not None, timeout=400)
+
+    driver = start()
+    try:
+        wait_for_answers(2)
+        first, second = cluster.worker_nodes
+        wait_for(lambda: bool(workers_of(first)), timeout=400)
+        workers_of(first)[0].kill()
+        wait_for_answers(2)
+        os.kill(second.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        wait_for(lambda: said.read_text().count("a worker was lost") == 2 or driver.poll() is not None, timeout=400)
+        assert driver.poll() is None, said.read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    assert len(list(out.glob("*.tar"))) < 8, said.read_text()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    again = start()
+    assert again.wait(timeout=600) == 0, said.read_text()
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # nothing is done twice
+    assert contents(out) == contents(tmp_path / "local") and len(contents(out)) == 16
+    assert not list(out.glob(".*")) and not list(out.glob("*.journal"))
+    assert "32 of 32" not in said.read_text() and "8 of 8 shards: 32 captions" in said.read_text()
+
+
+def test_shards_caches_and_scores_are_those_of_the_local_runner(
+    cluster: Cluster, tiny_arguments: list[str], clip_folder: Path, tmp_path: Path
+) -> None:
+    keys = {"runner": "ray", "runner_options": f"{{address: '{cluster.address}'}}"}
+    names = [f"{number:03d}" for number in range(30)]
+    write_captioned(tmp_path / "in", *names)
+    (tmp_path / "in" / "007.png").write_bytes(b"no picture")
+    for name, more in (("local", {}), ("ray", keys)):
+        folder, shards = tmp_path / name, tmp_path / "local" / "shards"
+        # The second goes on with what a local run began.
+        report = build(
+            BuildOptions(input=str(tmp_path / "in"), output=str(folder / "shards"), samples_per_shard=8, val=0.1, processes=1, **more)
+        )
+        assert (report.kept, report.dropped) == (29, {"not an image": 1})
+        train = compose_train([*tiny_arguments, "stage=1", f"data.shards={shards}", "data.captions={short: 1}"])
+        assert make_cache(train, CacheOptions(output=str(folder / "cache"), **more)) == 0
+        scoring = Scoring(str(clip_folder), threads=1)
+        assert score_shards(expand_shards(shards), folder / "scores", scoring, 1, CacheOptions(**more).ray()) > 20
+    local, found = contents(tmp_path / "local"), contents(tmp_path / "ray")
+    assert found == local and len(found) > 20
+
+
+def test_pictures_and_scores_are_those_of_the_local_runner(
+    codec_folder: Path, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_run(tmp_path / "runs" / "tiny", codec_folder)
+    monkeypatch.chdir(tmp_path)
+    images, scores = {}, {}
+    for name, more in (("one", ()), ("two", ("runner=ray", f"runner_options={{address: '{cluster.address}', workers: 2}}"))):
+        run = copy_run(made, Path(name))
+        assert evaluate_here(f"ckpt={run}", "suite=scenes", "count=6", "batch_size=1", EXACT, *more) == 0
+        folder = run / "stage2" / "evaluation" / "scenes_count6"
+        images[name] = {path.name: path.read_bytes() for path in (folder / "images").glob("0*.png")}
+        scores[name] = [score.images for score in read_evaluation(folder).scores]
+        assert (folder / "report.html").is_file()
+    assert scores["one"] == scores["two"] and len(scores["one"]) == 3
+    assert images["one"] == images["two"] and len(images["one"]) == 6
+
+
+def test_order_progress_mistakes_and_a_task_that_kills_its_workers(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paradiffusion import ray_pool
+
+    options = RayOptions(cluster.address, workers=2)
+
+    def run(tasks: list[int]) -> list[int]:
+        return run_tasks("squaring", "number", len(tasks), Stage(tmp_path), tasks, 1, lambda: None, ray=options)
+
+    with stop_on_signals() as stop:
+        assert run(list(range(10))) == [number**2 for number in range(10)]
+        assert signal.getsignal(signal.SIGTERM) == stop.handle  # Ray has one of its own
+    said = capsys.readouterr().err
+    assert "10/10" in said and "odd 50%" in said and said.count("a worker was lost") == 1
+    user_error("task 11 cannot be done", run, [1, 11])
+    monkeypatch.setattr(ray_pool, "_DEATHS", 1)
+    user_error("2 Ray workers died one after the other", run, [12])
+    ray.shutdown()
+    user_error("no Ray cluster answers at 127.0.0.1:1", run_tasks, "", "", 1, Stage(tmp_path), [1], 1, print, ray=RayOptions("127.0.0.1:1"))
