@@ -135,7 +135,7 @@ def check_possible(options: EvaluateOptions, chosen: list[list[Score | ScoreResu
 
 
 def _vlm(options: EvaluateOptions, device: str) -> VlmOptions:
-    engine = "endpoint" if options.endpoint else "transformers"
+    engine = options.engine or ("endpoint" if options.endpoint else "transformers")
     chosen = VlmOptions(
         engine=engine, model=options.vlm or "", revision=options.vlm_revision, dtype=options.vlm_dtype, device=device,
         batch_size=options.vlm_batch_size, endpoint=options.endpoint, served=options.served,

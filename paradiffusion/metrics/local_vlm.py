@@ -1,4 +1,4 @@
-"""A vision-language model of transformers' image-text-to-text classes, in this process."""
+"""A vision-language model in this process: of transformers' image-text-to-text classes, or by vLLM."""
 
 from __future__ import annotations
 
@@ -96,6 +96,40 @@ class LocalModel:
             finished = True in ends
             answers.append(Answer(text, ends.index(True) + 1 if finished else len(ends), finished))
         return answers
+
+
+class VllmModel(LocalModel):
+    """The engine ``vllm``: the same models on GPUs, many questions at once (``batch_size`` of them are handed over together). An
+    answer depends on its neighbours and the machine by rounding."""
+
+    def __init__(self, source: str, revision: str | None, dtype: str, batch_size: int, decoding: Decoding) -> None:
+        from vllm import LLM, SamplingParams
+
+        self.model = Path(source).resolve().name if Path(source).is_dir() else source
+        self.revision, self.device, self.batch_size = revision or "unknown", "cuda", batch_size
+        self._place, self._decoding, self._sampling = torch.device("cuda"), decoding, SamplingParams
+        hub = {} if whole_files(Path(source)).is_dir() else {"revision": revision}
+        try:
+            self._network = LLM(
+                source, dtype=dtype, trust_remote_code=False, limit_mm_per_prompt={"image": 1}, max_num_seqs=batch_size, seed=0, **hub
+            )
+        except Exception as error:  # its engine process says what was wrong in a dozen unrelated types
+            raise UserError(
+                f"vLLM cannot serve the model {source} ({reason_of(error)[:300].rstrip('.')}); it needs a GPU and a model that it knows, "
+                "and engine=transformers takes others."
+            ) from None
+
+    def _prepare(self, batch: list[Question]) -> Any:
+        return [
+            [{"role": "user", "content": [{"type": "image_pil", "image_pil": q.image}, {"type": "text", "text": q.prompt}]}] for q in batch
+        ]
+
+    def _generate(self, batch: list[Question], inputs: Any) -> list[Answer]:
+        most, top_p = self._decoding.max_new_tokens, self._decoding.top_p
+        draws = [self._sampling(temperature=q.temperature, top_p=top_p if q.temperature else 1.0, max_tokens=most, seed=q.seed % 2**63)
+                 for q in batch]  # fmt: skip
+        found = [one.outputs[0] for one in self._network.chat(inputs, draws, use_tqdm=False)]
+        return [Answer(one.text, len(one.token_ids), one.finish_reason != "length") for one in found]
 
 
 class SeededDraw(LogitsProcessor):  # type: ignore[misc]

@@ -127,7 +127,7 @@ def fit(image: Image.Image, side: int) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
-ENGINES: Final = ("transformers", "endpoint")
+ENGINES: Final = ("transformers", "vllm", "endpoint")
 DTYPES: Final = ("auto", "float32", "bfloat16", "float16")
 IMAGE_SIDE: Final = 1024  # our choice, for models that the table does not know
 
@@ -137,9 +137,10 @@ class VlmOptions:
     """A vision-language model as a person asks for it. Numbers are our choice.
 
     Attributes:
-        engine: "transformers", a model in this process, or "endpoint", a server of the OpenAI chat protocol.
-        model, revision: a name of configs/captioners.yaml, a hub id or a folder, and the hub's commit (transformers).
-        dtype: "auto" is bfloat16 on a GPU and float32 elsewhere; device: None for a GPU where there is one (transformers).
+        engine: "transformers" or "vllm", a model in this process, or "endpoint", a server of the OpenAI chat protocol.
+        model, revision: a name of configs/captioners.yaml, a hub id or a folder, and the hub's commit (not endpoint).
+        dtype: "auto" is bfloat16 on a GPU and float32 elsewhere (not endpoint); device: None for a GPU where there is one (transformers).
+        concurrency: questions under way at once (vllm, endpoint).
         endpoint, served, api_key_env: the server's address, its name for the model, the variable with its key (endpoint).
         image_side: long side in pixels of what the model is shown; None for the model's own, else 1024.
         max_new_tokens: the longest answer; None for what the task needs.
@@ -168,7 +169,7 @@ class VlmOptions:
         check_values(self)
         if self.engine == "endpoint" and not self.endpoint:
             raise UserError("engine=endpoint needs endpoint=, such as endpoint=http://localhost:8000/v1.")
-        if self.engine == "transformers" and (self.endpoint or self.served):
+        if self.engine != "endpoint" and (self.endpoint or self.served):
             raise UserError("endpoint= and served= are for engine=endpoint; add that, or leave them out.")
         if self.engine == "endpoint":
             from paradiffusion.metrics.endpoint import check_address
@@ -210,7 +211,7 @@ def settings_of(options: VlmOptions) -> dict[str, Any]:
     source, revision, side = locate_model(options)
     # A folder's place on the disk does not matter, its weights do.
     name = Path(source).resolve().name if Path(source).is_dir() else source
-    own = {"engine": "transformers", "model": name, "revision": revision}
+    own = {"engine": options.engine, "model": name, "revision": revision}
     return {**own, "dtype": options.dtype, "image_side": side}
 
 
@@ -221,7 +222,9 @@ def open_engine(options: VlmOptions, decoding: Decoding) -> tuple[Engine, int]:
         from paradiffusion.metrics.endpoint import EndpointModel
 
         return EndpointModel(options.address, decoding), options.image_side or IMAGE_SIDE
-    from paradiffusion.metrics.local_vlm import LocalModel
+    from paradiffusion.metrics.local_vlm import LocalModel, VllmModel
 
     source, revision, side = locate_model(options)
+    if options.engine == "vllm":
+        return VllmModel(source, revision, options.dtype, options.concurrency, decoding), side
     return LocalModel(source, revision, options.dtype, options.device, options.batch_size, decoding), side

@@ -10,6 +10,7 @@ import shutil
 import signal
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +33,7 @@ from paradiffusion.config import keys_of
 from paradiffusion.curation.captioning.caption_options import CaptionOptions
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import expand_shards, write_shards
+from paradiffusion.entry import run as run_program
 from paradiffusion.errors import UserError
 from paradiffusion.metrics.endpoint import Address, _pause, key_of
 from paradiffusion.metrics.local_vlm import LocalModel, SeededDraw
@@ -209,7 +212,11 @@ def test_what_the_captions_depend_on_may_not_change(arguments: list[str], tmp_pa
         ("output=out", "shards= is missing"),
         ("shards=IN", "output= is missing"),
         ("shards=IN output=IN", "would be overwritten"),
-        ("engine=vllm", "choose one of transformers, endpoint"),
+        ("engine=tgi", "choose one of transformers, vllm, endpoint"),
+        ("engine=vllm batch_size=2", "concurrency= says"),
+        ("concurrency=2", "concurrency= is for engine=endpoint or vllm"),
+        ("runner=ray runner_options={worker:2}", "is not understood; expected runner_options="),
+        ("runner_options={workers:2}", "runner_options= are for runner=ray"),
         ("engine=endpoint", "needs endpoint="),
         ("served=x", "served= is for engine=endpoint"),
         ("engine=endpoint endpoint=http://x/v1 model=a/b", "model= is for engine=transformers"),
@@ -251,6 +258,42 @@ def test_a_wrong_request_is_told_in_a_sentence(vlm: Path, tmp_path: Path, monkey
 def test_help_names_every_key() -> None:
     for key in keys_of(CaptionOptions):
         assert f"{key}=" in str(script("caption").__doc__)
+
+
+def test_vllm_answers_many_questions_at_once(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its calls, on a stand-in: there is no GPU for the real one."""
+    batches: list[list[tuple[tuple[int, int], str, float, int]]] = []
+
+    class Stand:
+        def __init__(self, source: str, **given: Any) -> None:
+            assert source == arguments[2].partition("=")[2] and given["max_num_seqs"] == 4 and not given["trust_remote_code"]
+
+        def chat(self, messages: list[Any], draws: list[Any], use_tqdm: bool) -> list[Any]:
+            batches.append([])
+            for (message,), draw in zip(messages, draws, strict=True):
+                image, text = message["content"]
+                batches[-1].append((image["image_pil"].size, text["text"], draw.temperature, draw.seed))
+            said = [("Cut in the", "length") if max(image) > 90 else ("It stops.", "stop") for image, *_ in batches[-1]]
+            return [SimpleNamespace(outputs=[SimpleNamespace(text=text, token_ids=[1], finish_reason=end)]) for text, end in said]
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Stand, SamplingParams=SimpleNamespace))
+    shards_of(tmp_path / "in", 6, 6)
+    vllm = [*arguments, "engine=vllm", "concurrency=4", "temperature=0", "retries=0", *PASSING[:2], "reject=cut"]
+    assert caption(vllm) == 0
+    assert [len(batch) for batch in batches] == [4, 2] and {draw for batch in batches for *_, draw, _ in batch} == {0}
+    assert len({seed for batch in batches for *_, seed in batch}) == 6
+    found = [record["caption"] for record in lines(tmp_path / "out" / "000000.jsonl")]
+    assert found.count("It stops.") == 3 and found.count(None) == 3
+    user_error("engine=vllm", caption, [*arguments, "temperature=0", "retries=0", *PASSING[:2], "reject=cut"])
+
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr(sys, "argv", ["caption.py", *vllm, f"output={tmp_path / 'other'}"])
+    with pytest.raises(SystemExit) as ended:
+        run_program(caption)
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and "the module vllm is not installed and belongs to the extra vllm" in said[-1]
 
 
 def test_claims_of_lines_that_were_deleted_are_judged_again(arguments: list[str], vlm: Path, tmp_path: Path) -> None:
