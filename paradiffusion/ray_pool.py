@@ -257,13 +257,13 @@ class Pool:
         reason = _reason(error)
         if getattr(error, "actor_init_failed", False):
             raise UserError(
-                f"Ray's workers cannot start ({reason_of(Exception(str(error).splitlines()[-1]))}); each machine needs this repository at the "
-                "same place, or gets it by `ray job submit --working-dir .`."
+                f"Ray's workers cannot start ({reason_of(Exception(str(error).splitlines()[-1]))}); each machine needs this repository at "
+                "the same place, or gets it by `ray job submit --working-dir .`."
             )
         if self.deaths[first] > _DEATHS:
             raise EndedFromOutside(
-                f"{self.deaths[first]} Ray workers died one after the other, most often for want of memory ({reason}); run the same command "
-                "with a smaller batch_size= or other runner_options=: it goes on where it stopped."
+                f"{self.deaths[first]} Ray workers died one after the other, most often for want of memory ({reason}); run the same "
+                "command with a smaller batch_size= or other runner_options=: it goes on where it stopped."
             )
         self.say(f"a worker was lost ({reason}); its work goes to another.")
         with suppress(Exception):  # it may only be out of reach, and would go on at what others now do

@@ -91,7 +91,7 @@ def make_bar(what: str, unit: str, total: int | None, done: int = 0, shown: bool
 
 
 class Progress:
-    """``Tell`` of the process that a person sees: moves ``bar``, and calls ``check``. Counts may be negative, for what was told and lost."""
+    """``Tell`` of the process that a person sees: moves ``bar``, calls ``check``. Counts may be negative, for what was told and lost."""
 
     def __init__(self, bar: tqdm[Any], check: Callable[[], None]) -> None:
         self.bar, self.check, self.kinds = bar, check, Counter[str]()
