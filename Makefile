@@ -1,4 +1,4 @@
-# make demo       all set-up, then the three stages on the built-in data, pictures and a table (about half an hour on two cores)
+# make demo       all set-up, then the three stages on the built-in data, pictures and a table (half an hour on two cores with AMX)
 # make sample     all set-up, then two grids from the shipped checkpoint (about a minute)
 # make test       all set-up, then lint, types and all tests
 # make test-fast  the same with the unit tests alone
