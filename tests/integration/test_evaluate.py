@@ -180,7 +180,7 @@ WRONG = {
     "solver=best is unknown": "ckpt={run} suite=scenes solver=best",
     "sampler=best is unknown; choose one of": "ckpt={run} suite=scenes sampler=best",
     "device=tpu0 is unknown": "ckpt={run} suite=scenes device=tpu0",
-    r"the argument 'stepps=3' is not understood .did you mean steps=\?.; the keys are ckpt, pipeline": "ckpt={run} stepps=3",
+    r"the argument 'stepps=3' is not understood .did you mean steps=\?.; the keys are .*ckpt, pipeline": "ckpt={run} stepps=3",
     r"scores=\[best\]: best is unknown; choose among scenes, sentences": "ckpt={run} suite=scenes scores=[best]",
     r"fid cannot be computed: reference= is not given": "ckpt={run} suite=scenes scores=[fid]",
     "counterfactual cannot be computed: .* needs a model": "images={run}/pictures suite=scenes scores=[counterfactual]",
