@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from commands import ROOT, user_error, wait_for
 from data_fixtures import shards_of
 from evaluations import EXACT, copy_run, evaluate_here, make_run
 from programs import script
-from ray_stage import Stage
+from ray_stage import Stage, rank
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'paradiffusion[ray]'")
@@ -177,6 +178,8 @@ def test_order_progress_mistakes_and_a_task_that_kills_its_workers(
     said = capsys.readouterr().err
     assert "10/10" in said and "odd 50%" in said and said.count("a worker was lost") == 1
     user_error("task 11 cannot be done", run, [1, 11])
+    assert ray_pool.run_ranks(partial(rank, tmp_path), options, lambda: None) == ["0", "0", "2"]
+    assert capsys.readouterr().err.count("all begin again") == 1
     monkeypatch.setattr(ray_pool, "_DEATHS", 1)
     user_error("2 Ray workers died one after the other", run, [12])
     ray.shutdown()
