@@ -147,11 +147,8 @@ def _vlm(options: EvaluateOptions, device: str) -> VlmOptions:
 
 def _caption_back(options: EvaluateOptions, answering: VlmOptions, device: str) -> Score:
     from paradiffusion.evaluation.scores.caption_back import CaptionBack  # slow to import, as is set_quality
-    from paradiffusion.metrics.text_embedding import EmbeddingOptions
 
-    embedding = EmbeddingOptions(str(options.text_embedding), device=device)
-    embedding.check()
-    return CaptionBack(answering, embedding)
+    return CaptionBack(answering, str(options.text_embedding), device)
 
 
 def _distance(kind: str, options: EvaluateOptions, device: str) -> Any:

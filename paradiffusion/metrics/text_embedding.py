@@ -3,75 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 
 from paradiffusion.checkpoints.tensors import whole_files
-from paradiffusion.checks import one_of, positive
-from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.machine import choose_device, settled_dtype
 from paradiffusion.text.sources import fingerprint
 
-POOLINGS: Final = {"mean": "mean", "last": "lasttoken", "cls": "cls", "max": "max"}  # ours to the library's
+MAX_LENGTH: Final = 8192  # tokens read of a text, where the model takes as many: TIT-Score's
+_BATCH: Final = 16
 _FILES: Final = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
-@dataclass(frozen=True)
-class EmbeddingOptions:
-    """A text-embedding model as a person asks for it.
-
-    Attributes:
-        model, revision: a hub id or a folder of transformers' or sentence-transformers' layout; the hub's commit.
-        dtype: "auto" is bfloat16 on a GPU and float32 elsewhere.
-        max_length: tokens read at most, where the model takes as many (8192 is TIT-Score's).
-        pooling, prefix: how token features become one vector, and what is put before each text; None for what the model's files say.
-        key: how the command line calls ``model``, for messages.
-    """
-
-    model: str
-    revision: str | None = None
-    dtype: str = option("auto", accepts=one_of("auto", "float32", "bfloat16", "float16"))
-    device: str | None = None
-    batch_size: int = option(16, accepts=positive)
-    max_length: int = option(8192, accepts=positive)
-    pooling: str | None = option(None, accepts=one_of(*POOLINGS))
-    prefix: str | None = None
-    key: str = "text_embedding"
-
-    def check(self) -> None:
-        """Raise UserError for what cannot be meant."""
-        check_values(self)
-        folder = Path(self.model).expanduser()
-        if not folder.is_dir() and (self.model.count("/") != 1 or self.model.startswith((".", "/", "~"))):
-            raise UserError(f"{self.key}={self.model} is neither a folder nor a hub id; give one such as Qwen/Qwen3-Embedding-0.6B.")
-
-    def settings(self) -> dict[str, Any]:
-        """What vectors depend on, as JSON, without loading the model."""
-        folder = Path(self.model).expanduser()
-        name, revision = (folder.resolve().name, fingerprint(folder)) if folder.is_dir() else (self.model, self.revision)
-        return {
-            "model": name, "revision": revision, "dtype": self.dtype, "max_length": self.max_length, "pooling": self.pooling,
-            "prefix": self.prefix,
-        }  # fmt: skip
+def embedding_settings(model: str) -> dict[str, Any]:
+    """What the vectors of ``model`` (a hub id, or a folder of transformers' or sentence-transformers' layout) depend on, as JSON; nothing
+    is loaded. UserError for what is neither."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return {"model": folder.resolve().name, "revision": fingerprint(folder), "max_length": MAX_LENGTH}
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"text_embedding={model} is neither a folder nor a hub id; give one such as Qwen/Qwen3-Embedding-0.6B.")
+    return {"model": model, "max_length": MAX_LENGTH}
 
 
 class TextEmbedder:
-    """A model, ready to embed: its name, the tokens that it reads of a text, and what is put before each text. UserError where the model
-    cannot be had, or is no encoder of single texts."""
+    """A model, ready to embed, in bfloat16 on a GPU and float32 elsewhere; it reads ``max_length`` tokens of a text, with ``prefix``, which
+    its files say, before it. UserError where the model cannot be had, or is no encoder of single texts."""
 
-    def __init__(self, options: EmbeddingOptions) -> None:
-        options.check()
-        self.model = Path(options.model).resolve().name if Path(options.model).expanduser().is_dir() else options.model
-        self._options, self._network = options, _load(_folder(options), options)
-        self._network.max_seq_length = self.max_length = min(options.max_length, self._network.max_seq_length)
-        said = self._network.prompts.get(self._network.default_prompt_name or "") or ""
-        self.prefix: str = said if options.prefix is None else options.prefix
+    def __init__(self, model: str, device: str | None = None) -> None:
+        embedding_settings(model)
+        self._network = _load(model, device)
+        self._network.max_seq_length = self.max_length = min(MAX_LENGTH, self._network.max_seq_length)
+        self.prefix: str = self._network.prompts.get(self._network.default_prompt_name or "") or ""
 
     def embed(self, texts: Sequence[str], between: Callable[[int], None] = lambda done: None) -> tuple[torch.Tensor, list[bool]]:
         """float32 [B, D] of unit length, on the CPU, and which of ``texts`` were cut at ``max_length`` tokens. ``between`` is called
@@ -81,8 +48,8 @@ class TextEmbedder:
         # The shorter half with the shorter half: padding is most of the work otherwise.
         order = sorted(range(len(texts)), key=lengths.__getitem__)
         vectors: list[torch.Tensor] = [torch.zeros(0)] * len(texts)
-        for start in range(0, len(order), self._options.batch_size):
-            rows = order[start : start + self._options.batch_size]
+        for start in range(0, len(order), _BATCH):
+            rows = order[start : start + _BATCH]
             made = self._network.encode(
                 [texts[row] for row in rows], prompt=self.prefix, batch_size=len(rows), convert_to_tensor=True, show_progress_bar=False
             )  # [b, D]
@@ -93,33 +60,32 @@ class TextEmbedder:
         return (torch.stack(vectors) if vectors else torch.zeros(0, 0)), cut
 
 
-def _folder(options: EmbeddingOptions) -> Path:
+def _folder(model: str) -> Path:
     """The model's files on this machine, fetched if need be."""
-    folder = Path(options.model).expanduser()
+    folder = Path(model).expanduser()
     if folder.is_dir():
         return whole_files(folder)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(options.model, revision=options.revision, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(_FILES)))
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise UserError(
-            f"{options.key}={options.model} cannot be had ({reason_of(error)[:300].rstrip('.')}); fetch it where there is a network "
-            f"(`hf download {options.model}`), or give a folder."
+            f"text_embedding={model} cannot be had ({reason_of(error)[:300].rstrip('.')}); fetch it where there is a network "
+            f"(`hf download {model}`), or give a folder."
         ) from None
 
 
-def _load(folder: Path, options: EmbeddingOptions) -> Any:
-    """The modules that ``folder`` names; without modules.json the transformer, and decoders' last token or others' mean."""
-    device = choose_device(options.device)
-    dtype = settled_dtype(options.dtype, device)
+def _load(model: str, device: str | None) -> Any:
+    """The modules that the model's files name; without modules.json the transformer, and decoders' last token or others' mean."""
+    folder, place = _folder(model), choose_device(device)
     try:
         network: Any = SentenceTransformer(
             str(folder),
-            device=str(device),
+            device=str(place),
             trust_remote_code=False,
             local_files_only=True,
-            model_kwargs={"dtype": getattr(torch, dtype), "use_safetensors": True},
+            model_kwargs={"dtype": getattr(torch, settled_dtype("auto", place)), "use_safetensors": True},
         )
         if network.transformers_model is None or network.config.is_encoder_decoder:
             raise ValueError("it is no transformer that makes one vector of a text, as one with a decoder too")
@@ -127,13 +93,9 @@ def _load(folder: Path, options: EmbeddingOptions) -> Any:
         raise
     except Exception as error:  # transformers raises a dozen unrelated types
         raise UserError(
-            f"{options.key}={options.model} cannot be loaded ({reason_of(error)[:300].rstrip('.')}); expected config.json, "
-            "*.safetensors and a tokenizer of a model that sentence-transformers knows by itself, such as Qwen/Qwen3-Embedding-0.6B."
+            f"text_embedding={model} cannot be loaded ({reason_of(error)[:300].rstrip('.')}); expected config.json, *.safetensors "
+            "and a tokenizer of a model that sentence-transformers knows by itself, such as Qwen/Qwen3-Embedding-0.6B."
         ) from None
-    if options.pooling is not None:
-        for place, module in enumerate(network):
-            if isinstance(module, Pooling):
-                network[place] = Pooling(module.embedding_dimension, POOLINGS[options.pooling])  # type: ignore[arg-type]
     tokens = network.tokenizer
     tokens.padding_side = tokens.truncation_side = "right"
     if tokens.pad_token is None:

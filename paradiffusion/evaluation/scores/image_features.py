@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,106 +62,104 @@ def image_features(
 
     An image that was not drawn, that cannot be read, or whose features are not finite is kept as failed, with the reason.
     A file that has changed since (its size or time) is looked at again."""
-    work.mkdir(parents=True, exist_ok=True)
-    known = {name: stamp for chunk in _chunks(work) for name, stamp in _notes(chunk).stamps.items()}
-    waiting = [image for image in images if known.get(image.name) != stamp_of(image)]
+    store = FeatureStore(work, run.rank)
+    waiting = [image for image in images if store.notes.get(image.name, {}).get("stamp") != stamp_of(image)]
     if not waiting:
         return
-    writer = _Writer(work, run.rank)
     with run.bar(len(waiting), title) as bar, ThreadPoolExecutor(_READERS) as pool:
         try:
             for batch, read in _read_ahead(waiting, extractor.prepare, batch_size, pool):
-                writer.add(*_featured(batch, read, extractor.features))
+                store.add(*_featured(batch, read, extractor.features))
                 bar.update(len(batch))
-                if writer.due():
-                    writer.flush()
+                if store.due():
+                    store.flush()
                     run.check()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            writer.flush()  # what is done is kept, however the loop ends
+            store.flush()  # what is done is kept, however the loop ends
 
 
 def read_features(work: Path, names: Sequence[str]) -> tuple[list[str], np.ndarray, dict[str, str]]:
     """What ``image_features`` of all processes left in ``work`` about the images with these names: those that have features, in order;
     float32 [N, D] of them, [0, 0] for none; and why each of the others failed."""
-    place: dict[str, tuple[Path, int]] = {}
-    errors: dict[str, str] = {}
-    for chunk in _chunks(work):  # from old to new, so that the newest holds
-        notes = _notes(chunk)
-        for row, name in enumerate(notes.names):
-            place[name] = (chunk, row)
-            errors.pop(name, None)
-        for name, reason in notes.errors.items():
-            errors[name] = reason
-            place.pop(name, None)
-    found = [name for name in dict.fromkeys(names) if name in place]
-    failed = {name: errors.get(name, "no features were made") for name in names if name not in place}
-    wanted: dict[Path, list[str]] = {}
-    for name in found:
-        wanted.setdefault(place[name][0], []).append(name)
-    rows: dict[str, np.ndarray] = {}
-    for chunk, held in wanted.items():
-        with safe_open(chunk, framework="pt") as file:
-            features = file.get_tensor("features").numpy()
-        rows |= {name: features[place[name][1]] for name in held}
-    return found, np.stack([rows[name] for name in found]) if found else np.zeros((0, 0), np.float32), failed
+    store = FeatureStore(work)
+    found = [name for name in dict.fromkeys(names) if name in store]
+    failed = {name: store.notes.get(name, {}).get("error", "no features were made") for name in names if name not in store}
+    return found, store.features(found), failed
 
 
-@dataclass
-class _Notes:
-    """What is known of the images of one file: ``names`` are those of its rows."""
+class FeatureStore:
+    """Features of pictures, or of texts, by name: a folder of files of some seconds' work of one process, each whole or not there.
 
-    names: list[str] = field(default_factory=list)
-    errors: dict[str, str] = field(default_factory=dict)
-    stamps: dict[str, str] = field(default_factory=dict)
+    Attributes:
+        notes: by name, as JSON, what was said with it; of two files that know a name the newer holds. An "error" in it says why the
+            name has no features.
+    """
 
-
-class _Writer:
-    """Gathers features and writes them as files of one process, each whole or not there."""
-
-    def __init__(self, work: Path, rank: int) -> None:
-        self.work = work
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        self._folder = folder
         # Two evaluations at once may share a reference's features: neither writes over what the other found.
-        self.owner = f"rank{rank}-{secrets.token_hex(4)}"
-        # Above all that any process left before: of two files that know an image, the later made holds.
-        self.number = 1 + max((int(path.name.split(".")[1]) for path in _chunks(work)), default=-1)
-        self.notes = _Notes()
-        self.rows: list[torch.Tensor] = []
-        self.since = time.monotonic()
+        self._owner = f"rank{rank}-{secrets.token_hex(4)}"
+        self.notes: dict[str, dict[str, Any]] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
+        files = sorted(folder.glob("features.*.rank*.safetensors"))  # from old to new
+        self._number = 1 + max((int(path.name.split(".")[1]) for path in files), default=-1)
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._note(path, json.loads((file.metadata() or {})["notes"]))
+            except (OSError, ValueError, KeyError, SafetensorError):
+                continue  # damaged: what it held is made again
+        self._clear()
 
-    def add(self, notes: _Notes, rows: torch.Tensor | None) -> None:
-        self.notes.names += notes.names
-        self.notes.errors |= notes.errors
-        self.notes.stamps |= notes.stamps
-        if rows is not None:
-            self.rows.append(rows)
+    def _note(self, path: Path, notes: dict[str, dict[str, Any]]) -> None:
+        self.notes |= notes
+        good = [name for name, note in notes.items() if "error" not in note]
+        self._places |= {name: (path, row) for row, name in enumerate(good)}
+
+    def _clear(self) -> None:
+        self._new: dict[str, dict[str, Any]] = {}
+        self._rows: list[torch.Tensor] = []
+        self._since = time.monotonic()
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there are features of ``name``."""
+        return name in self._places and "error" not in self.notes[name]
+
+    def features(self, names: Sequence[str]) -> np.ndarray:
+        """float32 [N, D] of ``names``, [0, 0] for none. KeyError for one that has none."""
+        wanted: dict[Path, dict[str, int]] = {}
+        for name in names:
+            path, row = self._places[name]
+            wanted.setdefault(path, {})[name] = row
+        rows: dict[str, np.ndarray] = {}
+        for path, held in wanted.items():
+            with safe_open(path, framework="pt") as file:
+                features = file.get_tensor("features").numpy()
+            rows |= {name: features[row] for name, row in held.items()}
+        return np.stack([rows[name] for name in names]) if names else np.zeros((0, 0), np.float32)
+
+    def add(self, notes: dict[str, dict[str, Any]], rows: torch.Tensor) -> None:
+        """``rows`` [B, D] are those of the names in ``notes`` that have no error, in order; on disk after ``flush``."""
+        self._new |= notes
+        self._rows += [rows] if len(rows) else []
 
     def due(self) -> bool:
-        return time.monotonic() - self.since > _SECONDS
+        """Whether a kill would cost too much by now."""
+        return time.monotonic() - self._since > _SECONDS
 
     def flush(self) -> None:
-        if self.notes.stamps:
-            tensors = {"features": torch.cat(self.rows).contiguous()} if self.rows else {}
-            path = self.work / f"features.{self.number:06d}.{self.owner}.safetensors"
+        """Write what was added."""
+        if self._new:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"features.{self._number:06d}.{self._owner}.safetensors"
+            tensors = {"features": torch.cat(self._rows).contiguous()} if self._rows else {}
             with atomic_file(path) as partial:
                 # As bytes, since a full disk is then an OSError as everywhere else.
-                partial.write_bytes(save(tensors, metadata={"images": json.dumps(vars(self.notes))}))
-            self.number += 1
-        self.notes, self.rows, self.since = _Notes(), [], time.monotonic()
-
-
-def _chunks(work: Path) -> list[Path]:
-    """The files of ``work``, from old to new."""
-    return sorted(work.glob("features.*.rank*.safetensors"))
-
-
-def _notes(chunk: Path) -> _Notes:
-    """What ``chunk`` says of its images; nothing where it is damaged, so that they are looked at again."""
-    try:
-        with safe_open(chunk, framework="pt") as file:
-            return _Notes(**json.loads((file.metadata() or {})["images"]))
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError):
-        return _Notes()
+                partial.write_bytes(save(tensors, metadata={"notes": json.dumps(self._new)}))
+            self._note(path, self._new)
+            self._number += 1
+        self._clear()
 
 
 def looked_at(images: Sequence[Drawn], work: Path, run: Run, title: str, look: Callable[[Drawn], dict[str, Any]]) -> None:
@@ -221,16 +219,21 @@ def _read(image: Drawn, prepare: Callable[[Image.Image], torch.Tensor]) -> torch
 
 def _featured(
     batch: Sequence[Drawn], read: list[torch.Tensor | str], features: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[_Notes, torch.Tensor | None]:
-    """Notes on the images of ``batch``, and the rows of those that have features."""
-    notes = _Notes(stamps={image.name: stamp_of(image) for image in batch})
-    notes.errors = {image.name: what for image, what in zip(batch, read, strict=True) if isinstance(what, str)}
-    tensors = [(image.name, what) for image, what in zip(batch, read, strict=True) if isinstance(what, torch.Tensor)]
+) -> tuple[dict[str, dict[str, Any]], torch.Tensor]:
+    """Notes on the images of ``batch``, and the rows [B, D] of those that have features."""
+    notes: dict[str, dict[str, Any]] = {image.name: {"stamp": stamp_of(image)} for image in batch}
+    tensors = {}
+    for image, what in zip(batch, read, strict=True):
+        if isinstance(what, str):
+            notes[image.name]["error"] = what
+        else:
+            tensors[image.name] = what
     if not tensors:
-        return notes, None
+        return notes, torch.zeros(0)
     with torch.inference_mode():
-        rows = features(torch.stack([tensor for _, tensor in tensors])).float().cpu()  # [B, D]
+        rows = features(torch.stack([*tensors.values()])).float().cpu()  # [B, D]
     finite = rows.isfinite().all(dim=1)
-    notes.names = [name for (name, _), good in zip(tensors, finite, strict=True) if good]
-    notes.errors |= {name: "its features are not finite" for (name, _), good in zip(tensors, finite, strict=True) if not good}
-    return notes, rows[finite] if finite.any() else None
+    for name, good in zip(tensors, finite, strict=True):
+        if not good:
+            notes[name]["error"] = "its features are not finite"
+    return notes, rows[finite]

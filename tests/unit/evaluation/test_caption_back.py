@@ -21,9 +21,10 @@ from transformers import AutoModel, AutoTokenizer, BartConfig, BartModel
 from vlm_scoring import options_for
 
 from paradiffusion.evaluation.records import Drawn, ScoreResult
-from paradiffusion.evaluation.scores.caption_back import CaptionBack, Vectors
+from paradiffusion.evaluation.scores.caption_back import CaptionBack
+from paradiffusion.evaluation.scores.image_features import FeatureStore
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
-from paradiffusion.metrics.text_embedding import EmbeddingOptions, TextEmbedder
+from paradiffusion.metrics.text_embedding import TextEmbedder
 
 TEXTS = (
     "a red barn under a wide sky", "two green boats on still water", "an old clock over the door of a shop",
@@ -96,20 +97,16 @@ def test_retrieval_is_among_other_prompts(score: Score, suite: Suite, images: li
     assert [one.name for one in result.measures] == ["caption_back"] and "not computed" in result.warnings[0]
 
 
-def test_as_many_words_are_asked_for_as_the_prompt_has(
-    score: Score, server: ChatServer, bert: Path, images: list[Drawn], tmp_path: Path
-) -> None:
+def test_as_many_words_are_asked_for_as_the_prompt_has(score: Score, server: ChatServer, images: list[Drawn], tmp_path: Path) -> None:
     server.answer = lambda asked: ("a barn", "length")
     texts = {"p0": "word " * 134, "p1": "one two", "p2": "x " * 999}
     long = Suite("s", "S", tuple(SuitePrompt(name, text) for name, text in texts.items()))
-    result = run(score(embedding=EmbeddingOptions(str(bert), max_length=40)), long, images[:3], tmp_path)
+    result = run(score(), long, images[:3], tmp_path)
     assert sorted(asked.prompt.partition("about ")[2].split()[0] for asked in server.asked) == ["130", "20", "400"]
     assert all(asked.body["max_tokens"] == 768 and asked.body["temperature"] == 0 for asked in server.asked)
     assert "3 of 3 descriptions were cut at the model's longest answer" in result.warnings[0]
-    assert "33.3% of the texts are longer than the 40 tokens" in result.warnings[1]
+    assert "33.3% of the texts are longer than the 64 tokens" in result.warnings[1]
     assert result.settings["texts_cut"] == pytest.approx(1 / 3)
-    run(score(words=300), long, images[:1], tmp_path / "fixed")
-    assert "about 300 words" in server.asked[-1].prompt
 
 
 def test_failures_count_as_0_and_are_listed(score: Score, server: ChatServer, suite: Suite, images: list[Drawn], tmp_path: Path) -> None:
@@ -133,7 +130,7 @@ def test_nothing_is_asked_or_embedded_twice(
         made.prepare(suite, images[:3], work, Alone(0, 2, stop_after=3))
     made.prepare(suite, images[3:], work, Alone(1, 2))
     made.prepare(suite, images[:3], work, Alone(0, 2))
-    assert len(server.asked) == 5 and len(list(work.glob("vectors.rank*.safetensors"))) == 2
+    assert len(server.asked) == 5 and len(list(work.glob("features.*.safetensors"))) == 2
     embedded: list[str] = []
     embed = TextEmbedder.embed
 
@@ -145,14 +142,14 @@ def test_nothing_is_asked_or_embedded_twice(
     made.prepare(suite, images, work, Alone())
     assert len(server.asked) == 5 and not embedded
     assert values(made.result(suite, images, work), "caption_back_retrieval") == [1.0] * 5
-    broken = sorted(work.glob("vectors.rank1*"))[0]
+    broken = next(work.glob("features.*.rank1-*"))
     broken.write_bytes(broken.read_bytes()[:40])
     made.prepare(suite, images, work, Alone())
-    assert sorted(embedded) == sorted(TEXTS[3:]) and all(text in Vectors(work) for text in TEXTS)
+    assert sorted(embedded) == sorted(TEXTS[3:]) and len(FeatureStore(work).notes) == len(TEXTS)
 
 
-def embedder(folder: Path, **more: Any) -> TextEmbedder:
-    return TextEmbedder(EmbeddingOptions(str(folder), device="cpu", **more))
+def embedder(folder: Path | str) -> TextEmbedder:
+    return TextEmbedder(str(folder), "cpu")
 
 
 def states(folder: Path, text: str) -> torch.Tensor:
@@ -187,7 +184,7 @@ def test_poolings_are_those_of_the_files(
     (folder / "modules.json").write_text(json.dumps(modules("", "Normalize")))
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": WIDTH, **pooling}))
-    vectors, cut = embedder(folder, batch_size=3).embed(TEXTS)
+    vectors, cut = embedder(folder).embed(TEXTS)
     right = torch.stack([unit(expected(states(folder, text))) for text in TEXTS])
     assert torch.allclose(vectors, right, atol=1e-5) and cut == [False] * 5  # whatever they are padded to
 
@@ -196,8 +193,6 @@ def test_a_decoder_gives_its_last_token(tmp_path: Path) -> None:
     folder = write_embedder(tmp_path / "decoder", WORDS, decoder=True)
     right = torch.stack([unit(states(folder, text)[-1]) for text in TEXTS])
     assert torch.allclose(embedder(folder).embed(TEXTS)[0], right, atol=1e-5)
-    mean = embedder(folder, pooling="mean").embed(TEXTS[:1])[0]
-    assert torch.allclose(mean[0], unit(states(folder, TEXTS[0]).mean(0)), atol=1e-5)
 
 
 def test_limits_prefixes_and_folders_of_sentence_transformers(tmp_path: Path) -> None:
@@ -210,18 +205,18 @@ def test_limits_prefixes_and_folders_of_sentence_transformers(tmp_path: Path) ->
     assert own.max_length == 10 and own.prefix == "a field "
     vectors, cut = own.embed([TEXTS[0].upper(), TEXTS[3]])  # with the prefix and two marks, 11 and 12 tokens
     assert cut == [True, True] and own.embed([])[1] == []
-    plain = embedder(folder, prefix="")
+    (folder / "config_sentence_transformers.json").unlink()
+    plain = embedder(folder)
     assert plain.embed([TEXTS[0]])[1] == [False]
     assert torch.allclose(plain.embed(["a field " + TEXTS[0]])[0], vectors[:1], atol=1e-5)
 
 
 def test_wrong_models_are_refused_in_a_sentence(bert: Path, tmp_path: Path) -> None:
-    def refuse(message: str, model: Any, **more: Any) -> None:
-        user_error(message, embedder, model, **more)
+    def refuse(message: str, model: Any) -> None:
+        user_error(message, embedder, model)
 
     refuse("text_embedding=nothing is neither a folder nor a hub id", "nothing")
-    refuse("embedder=no/such-model cannot be had", "no/such-model", key="embedder")
-    refuse("pooling=median is unknown", bert, pooling="median")
+    refuse("text_embedding=no/such-model cannot be had", "no/such-model")
     (tmp_path / "empty").mkdir()
     refuse("cannot be loaded .*config.json", tmp_path / "empty")
     named = [*modules(), {"idx": 2, "name": "2", "path": "", "type": "code.Layer"}]
@@ -252,9 +247,9 @@ Score = Callable[..., CaptionBack]
 
 @pytest.fixture
 def score(server: ChatServer, bert: Path) -> Score:
-    """``score(words=300)``: with the server, which describes each picture by its prompt, and the tiny BERT."""
+    """``score()``: with the server, which describes each picture by its prompt, and the tiny BERT."""
     server.answer = lambda asked: (TEXTS[which(asked)], "stop")
-    return lambda **more: CaptionBack(options_for(server), **{"embedding": str(bert), **more})
+    return lambda: CaptionBack(options_for(server), str(bert))
 
 
 WIDTH = 32
