@@ -1,9 +1,9 @@
-"""DPG-Bench's score: each of the published code's ways by a small case in which it, and nothing else, makes the difference."""
+"""DPG-Bench's score: the published code's ways by small cases in which they make the difference."""
 
 from __future__ import annotations
 
 import io
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +16,11 @@ from vlm_scoring import options_for
 
 from paradiffusion.evaluation.records import Drawn, ScoreResult
 from paradiffusion.evaluation.scores.checklist import Answered, Checklist
-from paradiffusion.evaluation.scores.dpg_bench import (
-    CORRECTED,
-    PUBLISHED,
-    DpgCorrected,
-    DpgPublished,
-    JudgedPrompt,
-    Quirks,
-    judge,
-    questions_of,
-)
+from paradiffusion.evaluation.scores.dpg_bench import DpgCorrected, DpgPublished, JudgedPrompt, judge, questions_of
 from paradiffusion.evaluation.scores.sentence_judges import turn_of
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt
 
-OFF = {field.name: False for field in fields(Quirks)}
-
-
-def only(name: str) -> Quirks:
-    """One quirk alone."""
-    return Quirks(**{**OFF, name: True})
+PUBLISHED, CORRECTED = True, False
 
 
 def prompt(first_row: int, *questions: tuple[str, str], last_block: int | None = None, name: str = "p") -> SuitePrompt:
@@ -49,41 +35,40 @@ def prompt(first_row: int, *questions: tuple[str, str], last_block: int | None =
     return SuitePrompt(name, f"the prompt {name}", questions=made, meta={"dpg": place})
 
 
-def judged(one: SuitePrompt, quirks: Quirks, *images: str, errors: tuple[str, ...] = ()) -> JudgedPrompt:
+def judged(one: SuitePrompt, published: bool, *images: str, errors: tuple[str, ...] = ()) -> JudgedPrompt:
     """``one`` with images for which the questions in each text are answered yes."""
     answers = {}
     for number, yes in enumerate(images):
         image = Drawn(f"{one.id}_{number}", one.id, Path("none.png"))
-        asked = [Answered(image, question, "", "yes" if question.id in yes else "no") for question in questions_of(one, quirks)]
+        asked = [Answered(image, question, "", "yes" if question.id in yes else "no") for question in questions_of(one, published)]
         answers[image.name] = asked, errors[number] if errors else ""
-    return judge(one, answers, quirks)
+    return judge(one, answers, published)
 
 
 def test_the_rule_in_the_order_of_the_file() -> None:
     """A chain, written from its end: c sees that b was answered yes, not that b is ruled out by a's no."""
     chain = prompt(5, ("3", "2"), ("2", "1"), ("1", ""))
-    for quirks, score in ((only("file_order"), 1 / 3), (CORRECTED, 0), (PUBLISHED, 1 / 3)):
-        assert judged(chain, quirks, "23").score == pytest.approx(score)
+    for published, score in ((CORRECTED, 0), (PUBLISHED, 1 / 3)):
+        assert judged(chain, published, "23").score == pytest.approx(score)
     downwards = prompt(5, ("1", ""), ("2", "1"), ("3", "2"))  # parents first: both agree
-    for quirks in (only("file_order"), CORRECTED, PUBLISHED):
-        assert judged(downwards, quirks, "23").score == 0
-        assert judged(downwards, quirks, "123").score == 1
+    for published in (CORRECTED, PUBLISHED):
+        assert judged(downwards, published, "23").score == 0
+        assert judged(downwards, published, "123").score == 1
         # A question that is ruled out stays in the denominator.
-        assert judged(prompt(5, ("1", ""), ("2", "1"), ("3", "")), quirks, "23").score == pytest.approx(1 / 3)
+        assert judged(prompt(5, ("1", ""), ("2", "1"), ("3", "")), published, "23").score == pytest.approx(1 / 3)
 
 
 def test_the_first_row_is_passed_over() -> None:
     free = prompt(0, ("1", ""), ("2", ""), ("3", ""))
-    assert [one.id for one in questions_of(free, only("skip_first_row"))] == ["2", "3"]
-    assert judged(free, only("skip_first_row"), "2").score == 1 / 2
+    assert [one.id for one in questions_of(free, PUBLISHED)] == ["2", "3"]
     assert judged(free, CORRECTED, "2").score == pytest.approx(1 / 3)
     assert judged(free, PUBLISHED, "2").score == 1 / 2 and not judged(free, PUBLISHED, "2").dropped
     assert [one.id for one in questions_of(replace(free, meta={}), PUBLISHED)] == ["1", "2", "3"]  # of another suite
     # Only the last unbroken run of rows is asked.
     scattered = prompt(4, ("1", ""), ("2", ""), ("3", ""), last_block=6)
-    assert [one.id for one in questions_of(scattered, only("keep_last_block"))] == ["3"]
+    assert [one.id for one in questions_of(scattered, PUBLISHED)] == ["3"]
     assert [one.id for one in questions_of(scattered, CORRECTED)] == ["1", "2", "3"]
-    assert judged(scattered, only("keep_last_block"), "3").score == 1
+    assert judged(scattered, PUBLISHED, "3").score == 1
 
 
 def test_what_depends_on_the_first_row_fails_and_takes_its_prompt_along() -> None:
@@ -96,12 +81,9 @@ def test_what_depends_on_the_first_row_fails_and_takes_its_prompt_along() -> Non
     assert not judged(two, PUBLISHED, "3").dropped and judged(two, PUBLISHED, "3").score == 0
     assert judged(two, PUBLISHED, "23").dropped
     assert judged(prompt(0, ("1", "")), PUBLISHED, "1").dropped == "none of its prompt's questions is asked"
-    # Without being dropped, it is a failure, which counts as 0.
-    kept = replace(PUBLISHED, drop_failures=False)
-    assert not judged(held, kept, "123", "123").dropped and judged(held, kept, "123", "123").score == 0
     one = prompt(5, ("1", ""), ("2", ""))
     images, errors = ("12", "12", "12", "12"), ("", "no picture", "", "")
-    assert judged(one, only("drop_failures"), *images, errors=errors).dropped == "no picture"
+    assert judged(one, PUBLISHED, *images, errors=errors).dropped == "no picture"
     assert judged(one, CORRECTED, *images, errors=errors).score == 3 / 4
     assert judged(one, PUBLISHED).dropped == "it has no images" and judged(one, CORRECTED).score == 0
 
@@ -183,23 +165,6 @@ def test_both_procedures_over_a_suite(server: ChatServer, images: list[Drawn], t
     assert not any("left out" in one for one in corrected.warnings)
     assert run(Checklist(options_for(server)), images, tmp_path).images[7].values["checklist"] == 0
     assert len(server.asked) == count + 4
-
-
-@pytest.mark.parametrize(
-    ("name", "entity", "attribute"),
-    [
-        ("skip_first_row", 7 / 8, 11 / 16),  # a's second question stands by itself
-        ("file_order", 11 / 12, 11 / 16),  # parents come first here
-        ("drop_failures", 11 / 12, 11 / 16),  # nothing fails
-        ("last_image_categories", 2 / 3, 1 / 4),
-        ("raw_categories", 11 / 12, 13 / 16),
-    ],
-)
-def test_each_quirk_alone(server: ChatServer, images: list[Drawn], tmp_path: Path, name: str, entity: float, attribute: float) -> None:
-    result = run(DpgCorrected(options_for(server), only(name)), images, tmp_path)
-    assert result.overall["dpg_corrected"].mean == pytest.approx((1 + 3 / 4 + 5 / 8) / 3)
-    assert cells(result) == {"entity": round(entity, 6), "attribute": round(attribute, 6)}
-    assert name.replace("_", " ") in result.formula and result.settings["quirks"][name]
 
 
 def test_categories_come_from_the_tuples_as_published(server: ChatServer, images: list[Drawn], tmp_path: Path) -> None:
