@@ -24,17 +24,18 @@ from typing import Any, Final
 from urllib.parse import quote
 
 import numpy as np
+from markupsafe import Markup
 from scipy.stats import t as student
 
-from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation_plan import Cell as PlannedCell
 from paradiffusion.evaluation.ablation_plan import Plan, Setting, Study
 from paradiffusion.evaluation.estimates import RESAMPLES, Estimate, expanded_tails
-from paradiffusion.evaluation.records import NAME, Evaluation, Measure, ScoreResult, finite, read_evaluation
+from paradiffusion.evaluation.records import NAME, Evaluation, Measure, ScoreResult, read_evaluation
 from paradiffusion.evaluation.reporting.figures import Series, row_figure
+from paradiffusion.evaluation.reporting.sections import Section, document_markdown, write_sections
 from paradiffusion.evaluation.reporting.texts import MISSING, difference_text, interval_text, value_text
-from paradiffusion.pages import Cell, Grid, Group, cells, grid_markdown, markdown, render
+from paradiffusion.pages import Cell, Grid, Group, cells, text_grid
 from paradiffusion.randomness import seed_from
 
 LOSS: Final = "training loss"
@@ -371,28 +372,28 @@ def _chosen(study: Study, seen: _Seen) -> tuple[Column, ...]:
 def write_comparison(folder: Path, comparison: Comparison, failures: list[tuple[str, str]]) -> Path:
     """Write report.md, report.json and report.html into ``folder``, each whole; the page's path. ``failures`` are title and reason of
     what is not finished."""
-    write_atomic(folder / "report.json", json.dumps(_record(comparison, failures), ensure_ascii=False, indent=1) + "\n")
-    write_atomic(folder / "report.md", as_markdown(comparison, failures))
-    page = render(
-        "evaluation/templates/ablation.html", title=_title(comparison), warnings=comparison.warnings, failures=failures,
-        table=_table(comparison), notes=notes(comparison), figures=_figures(comparison), runs=_runs(comparison),
-        settings=[(row.setting, "; ".join(_said(row.setting)) or "as the base") for row in comparison.rows],
-        base="; ".join(comparison.study.base),
-    )  # fmt: skip
-    write_atomic(folder / "report.html", page)
-    return folder / "report.html"
+    figures = _figures(comparison)
+    rows = [[row.setting.name, row.setting.note, "; ".join(_said(row.setting)) or "as the base"] for row in comparison.rows]
+    sections = [
+        *_main_sections(comparison, failures),
+        *([Section("Measures", figures=figures)] if figures else []),
+        Section("Each run", tables=[("", _runs(comparison))]),
+        Section("Settings", tables=[("", text_grid(["setting", "note", "overrides"], rows, "; ".join(comparison.study.base), 3))]),
+    ]
+    return write_sections(folder, "report", _title(comparison), sections, _record(comparison, failures))
 
 
 def as_markdown(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
     """Heading, table, notes."""
-    lines = [f"# {markdown(_title(comparison))}", "", grid_markdown(_table(comparison))]
-    lines += ["", *(f"- {markdown(note)}" for note in notes(comparison))]
-    lines += [f"- **{markdown(warning)}**" for warning in comparison.warnings]
-    lines += [f"- {markdown(row.setting.name)}: {markdown(row.setting.note)}" for row in comparison.rows if row.setting.note]
+    return document_markdown(_title(comparison), _main_sections(comparison, failures))
+
+
+def _main_sections(comparison: Comparison, failures: list[tuple[str, str]]) -> list[Section]:
+    about = [*notes(comparison), f"Baseline: {comparison.study.baseline}."]
+    found = [Section("", warnings=list(comparison.warnings), tables=[("", _table(comparison))]), Section("How to read it", about)]
     if failures:
-        lines += ["", "## Not finished", ""]
-        lines += [f"- {markdown(title)}: {markdown(reason)}" for title, reason in failures]
-    return "\n".join(lines) + f"\n\nBaseline: {markdown(comparison.study.baseline)}.\n"
+        found.append(Section("Not finished", tables=[("", text_grid(["", "why"], failures, words=2))]))
+    return found
 
 
 def notes(comparison: Comparison) -> list[str]:
@@ -459,10 +460,10 @@ def _shown_cell(row: Row, column: Column) -> Cell:
     return Cell(value_text(estimate.mean, column.unit), tuple(filter(None, small)), kind)
 
 
-def _figures(comparison: Comparison) -> list[str]:
+def _figures(comparison: Comparison) -> list[Markup]:
     """A row for each setting, with its interval."""
     names = [row.setting.name for row in comparison.rows]
-    found: list[str] = []
+    found: list[Markup] = []
     for number, column in enumerate([c for c in comparison.columns if c.suite][:_MOST_FIGURES]):
         estimates = [row.estimates.get(column.key) for row in comparison.rows]
         if any(value is not None for value in estimates):
@@ -497,7 +498,7 @@ def _said(setting: Setting) -> list[str]:
 
 
 def _record(comparison: Comparison, failures: list[tuple[str, str]]) -> dict[str, Any]:
-    record = {
+    return {
         "paradiffusion_ablation": FORMAT_VERSION,
         "study": asdict(comparison.study),
         "columns": [asdict(column) for column in comparison.columns],
@@ -517,5 +518,3 @@ def _record(comparison: Comparison, failures: list[tuple[str, str]]) -> dict[str
         "warnings": list(comparison.warnings),
         "not_finished": [{"unit": title, "reason": reason} for title, reason in failures],
     }
-    found: dict[str, Any] = finite(record)
-    return found

@@ -20,10 +20,11 @@ from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.offered_scores import check_possible, make_scores, offers
 from paradiffusion.evaluation.records import Drawn, Evaluation, Measure, Score, ScoreResult, estimate, write_evaluation
 from paradiffusion.evaluation.reporting.evaluation_report import write_report
-from paradiffusion.evaluation.reporting.report_tables import read_votes
 from paradiffusion.evaluation.scores.agreement import HumanPair, agreement, read_pairs
 from paradiffusion.evaluation.subjects import Subject, base_folder, bind_folder, joint_folder, made_before, subjects_of, suite_folder
 from paradiffusion.evaluation.suites.suite import Suite
+from paradiffusion.evaluation.votes.vote_report import read_results
+from paradiffusion.evaluation.votes.vote_results import Results
 from paradiffusion.machine import choose_device
 from paradiffusion.runner import make_bar
 from paradiffusion.sampling.run import (
@@ -50,7 +51,7 @@ class Task:
     scores: list[Score | ScoreResult]
 
 
-PeopleSaid = tuple[list[HumanPair], dict[str, Any] | None]  # votes on pairs, to compare scores with, and a study's results
+PeopleSaid = tuple[list[HumanPair], Results | None]  # votes on pairs, to compare scores with, and a study's results
 
 
 def evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> int:
@@ -220,7 +221,7 @@ def with_short_labels(results: list[Evaluation]) -> list[Evaluation]:
 def _said(options: EvaluateOptions) -> PeopleSaid:
     """What people said, read before anything is drawn."""
     pairs = read_pairs(Path(options.agreement).expanduser()) if options.agreement else []
-    return pairs, read_votes(Path(options.votes).expanduser()) if options.votes else None
+    return pairs, read_results(Path(options.votes).expanduser()) if options.votes else None
 
 
 def show_table(suite: Suite, evaluations: Sequence[Evaluation]) -> str:

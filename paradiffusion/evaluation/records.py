@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
-from pydantic import BeforeValidator, TypeAdapter
+from pydantic import TypeAdapter
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.evaluation.estimates import Estimate, Number, ratio
-from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
+from paradiffusion.evaluation.suites.suite import Suite
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class Table:
 
     title: str
     head: list[str]
-    rows: list[list[Annotated[Any, BeforeValidator(lambda cell: _cell(cell))]]]
+    rows: list[list[Estimate | bool | int | float | str | None]]
     note: str = ""
     unit: str = "share"
     plot: str = ""
@@ -234,20 +234,6 @@ def estimate(result: ScoreResult, measure: Measure, images: Sequence[ImageScore]
     return ratio([v * w for v, w, _ in rows], [w for _, w, _ in rows], [prompt for _, _, prompt in rows])
 
 
-def grouped(
-    result: ScoreResult, measure: Measure, group_of: Callable[[SuitePrompt], str], prompts: Iterable[SuitePrompt]
-) -> dict[str, Estimate]:
-    """The estimate of each group of prompts, such as a length band, in the order of the groups' first prompts; a group
-    without a value is absent."""
-    groups = {prompt.id: group_of(prompt) for prompt in prompts}
-    rows: dict[str, list[ImageScore]] = {name: [] for name in groups.values()}
-    for row in result.images:
-        if row.prompt in groups:
-            rows[groups[row.prompt]].append(row)
-    found = {name: estimate(result, measure, images) for name, images in rows.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def relative_file(file: Path, folder: Path) -> str:
     """``file`` as seen from ``folder``, so that a folder that is copied whole keeps its links; absolute on another drive."""
     try:
@@ -267,14 +253,3 @@ def finite(value: Any) -> Any:
     if isinstance(value, int | str) or value is None:
         return value
     return finite(value.item()) if hasattr(value, "item") else str(value)
-
-
-def estimate_from(record: dict[str, Any]) -> Estimate:
-    """An estimate from the JSON that ``finite`` makes of its fields. ValueError where it is none."""
-    return TypeAdapter(Estimate).validate_python(record)
-
-
-def _cell(cell: Any) -> Any:
-    """A table's cell; an Estimate is stored as its fields."""
-    is_estimate = isinstance(cell, dict) and cell.keys() == Estimate.__dataclass_fields__.keys()
-    return estimate_from(cell) if is_estimate else cell

@@ -15,8 +15,11 @@ from paradiffusion.evaluation.reporting import report_tables as tables
 from paradiffusion.evaluation.reporting.cards import MARKS, Album, picture_cards
 from paradiffusion.evaluation.reporting.figures import measure_figures, table_figures
 from paradiffusion.evaluation.reporting.numbers import MeasureNumbers, Row, ScoreNumbers, SuiteNumbers, suite_numbers
+from paradiffusion.evaluation.reporting.sections import section_markdown
 from paradiffusion.evaluation.reporting.texts import setting_text
 from paradiffusion.evaluation.suites.suite import Suite
+from paradiffusion.evaluation.votes.vote_report import answers_section, results_record
+from paradiffusion.evaluation.votes.vote_results import Results
 from paradiffusion.pages import grid_markdown, markdown, render
 
 PICTURE_BYTES: Final = 5_500_000  # of a page, so that it stays below 8 MB with 400 prompts and three models
@@ -33,11 +36,7 @@ SECTIONS: Final = {
 
 
 def write_report(
-    folder: Path,
-    evaluations: Sequence[Evaluation],
-    title: str | None = None,
-    votes: Mapping[str, Any] | None = None,
-    baseline: str | None = None,
+    folder: Path, evaluations: Sequence[Evaluation], title: str | None = None, votes: Results | None = None, baseline: str | None = None
 ) -> Path:
     """Write the report of ``evaluations`` into ``folder``; the path of its page. ValueError for no evaluations.
 
@@ -46,7 +45,7 @@ def write_report(
 
     Args:
         title: None for one made of the labels and suites.
-        votes: what people said of these images (see ``tables.vote_tables``).
+        votes: what people said of these images.
         baseline: the label that differences are taken to; None for the first of each suite.
     """
     if not evaluations:
@@ -74,13 +73,10 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def report_page(folder: Path, title: str, suites: Sequence[SuiteNumbers], votes: Mapping[str, Any] | None) -> str:
+def report_page(folder: Path, title: str, suites: Sequence[SuiteNumbers], votes: Results | None) -> str:
     """The HTML of a report that will lie in ``folder``."""
     album = Album(folder, PICTURE_BYTES)
-    said = None
-    if votes is not None:
-        grids = [(table.title, tables.own_grid([("", table)])) for table in tables.vote_tables(votes)]
-        said = {"tables": grids, "warnings": tables.vote_warnings(votes)}
+    said = None if votes is None else [answers_section(one) for one in votes.answers]
     return render(
         "evaluation/templates/report.html", title=" ".join(title.split()), sections=SECTIONS, marks=MARKS, votes=said,
         suites=[_suite_page(numbers, album, PICTURE_BYTES // len(suites)) for numbers in suites],
@@ -136,14 +132,11 @@ def _score_page(numbers: SuiteNumbers, score: ScoreNumbers, place: int) -> dict[
     }
 
 
-def report_markdown(title: str, suites: Sequence[SuiteNumbers], votes: Mapping[str, Any] | None) -> str:
+def report_markdown(title: str, suites: Sequence[SuiteNumbers], votes: Results | None) -> str:
     """The whole report."""
     parts = [f"# {markdown(title)}", *(part for numbers in suites for part in _suite_markdown(numbers))]
     if votes is not None:
-        parts.append("## Human votes")
-        for table in tables.vote_tables(votes):
-            parts += [f"### {markdown(table.title)}", grid_markdown(tables.own_grid([("", table)]))]
-        parts += ["\n".join(f"- **Note:** {markdown(text)}" for text in tables.vote_warnings(votes))]
+        parts += ["## Human votes", *(part for one in votes.answers for part in section_markdown(answers_section(one), 3))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -177,7 +170,7 @@ def _score_markdown(numbers: SuiteNumbers, score: ScoreNumbers) -> list[str]:
     return parts
 
 
-def report_record(title: str, suites: Sequence[SuiteNumbers], votes: Mapping[str, Any] | None) -> dict[str, Any]:
+def report_record(title: str, suites: Sequence[SuiteNumbers], votes: Results | None) -> dict[str, Any]:
     """The report as JSON values.
 
     ``schema``: 1. ``title``. ``suites``: a list of
@@ -193,7 +186,7 @@ def report_record(title: str, suites: Sequence[SuiteNumbers], votes: Mapping[str
     ``votes``: what the vote command found, or null.
     What is not a finite number is null.
     """
-    record = {"schema": SCHEMA, "title": title, "suites": [*map(_suite_record, suites)], "votes": votes and dict(votes)}
+    record = {"schema": SCHEMA, "title": title, "suites": [*map(_suite_record, suites)], "votes": votes and results_record(votes)}
     return {key: finite(value) for key, value in record.items()}
 
 

@@ -1,15 +1,13 @@
-"""Tables of a report: what was judged, scores by length and category, every prompt, failures, scores' own tables, votes."""
+"""Tables of a report: what was judged, scores by length and category, every prompt, failures, scores' own tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
-from paradiffusion.evaluation.records import Measure, Table, estimate_from, read_record
+from paradiffusion.evaluation.records import Measure, Table
 from paradiffusion.evaluation.reporting.cards import image_values, leading, short_title
 from paradiffusion.evaluation.reporting.numbers import MeasureNumbers, Row, ScoreNumbers, SuiteNumbers
 from paradiffusion.evaluation.reporting.texts import MISSING, cell_text, difference_text, excerpt, interval_text, setting_text, value_text
@@ -215,49 +213,3 @@ def _comparison_note(numbers: SuiteNumbers) -> str:
         for score in unlike
     )
     return note
-
-
-def read_votes(path: Path) -> dict[str, Any]:
-    """The results of scripts/vote.py from its results.json. UserError for a file that is missing, damaged or another one."""
-    fix = "name the results.json of a study of scripts/vote.py"
-
-    def made(record: Any) -> dict[str, Any]:
-        if not isinstance(record, dict) or "paradiffusion_votes" not in record:
-            raise UserError(f"{path} holds no results of votes; {fix}.")
-        vote_tables(record)
-        return record
-
-    return read_record(path, made, fix)
-
-
-def vote_tables(votes: Mapping[str, Any]) -> list[Table]:
-    """For each question the win, tie and loss rates of each pair of sets, over all prompts and by group, and the strengths."""
-    tables = []
-    for answers in votes.get("answers", ()):
-        name, text = answers["question"]["name"], answers["question"]["text"]
-        groups = {"all prompts": answers["rates"], **answers.get("by_band", {}), **answers.get("by_category", {})}
-        rows: list[list[Any]] = [
-            [group, f"{rate['set_a']} against {rate['set_b']}",
-             *(estimate_from(rate[key]) for key in ("win", "tie", "loss")), rate["win"]["n"]]
-            for group, rates in groups.items() for rate in rates
-        ]  # fmt: skip
-        note = f"Asked: {text} With 95 % intervals by bootstrap over prompts; raters saw no names."
-        if rows:
-            tables.append(Table(name, ["prompts", "sets", "first wins", "tie", "second wins", "votes"], rows, note))
-        sets = (answers.get("strengths") or {}).get("sets", {})
-        ranked: list[list[Any]] = [[label, estimate_from(one)] for label, one in sets.items()]
-        ranked.sort(key=lambda row: -row[1].mean)
-        note = "Natural logarithm, of mean 0 over the sets: 1 above another means 2.7 votes for each one of the other's, ties aside."
-        if ranked:
-            tables.append(Table(f"{name}: strength", ["set", "log strength"], ranked, note, "number"))
-    return tables
-
-
-def vote_warnings(votes: Mapping[str, Any]) -> list[str]:
-    """What a reader must see beside the rates."""
-    return [
-        f"{answers['question']['name']}: {one}"
-        for answers in votes.get("answers", ())
-        for said in (answers, answers.get("strengths") or {})
-        for one in said.get("warnings", ())
-    ]

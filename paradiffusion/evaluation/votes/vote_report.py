@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from paradiffusion.atomic import atomic_file, write_atomic
+from pydantic import TypeAdapter
+
+from paradiffusion.atomic import atomic_file
+from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
-from paradiffusion.evaluation.records import finite
+from paradiffusion.evaluation.records import read_record
+from paradiffusion.evaluation.reporting.sections import Section, write_sections
 from paradiffusion.evaluation.votes.vote_results import Answers, Rates, Results, outcomes
 from paradiffusion.evaluation.votes.vote_store import Vote
 from paradiffusion.evaluation.votes.vote_study import Study
-from paradiffusion.pages import Cell, Grid, Group, grid_markdown, markdown, render, text_grid
+from paradiffusion.pages import Cell, Grid, Group, text_grid
 
 FORMAT_VERSION: Final = 1
 STEM: Final = "results"
 MOST_LISTED: Final = 200
 
 
-@dataclass
-class _Section:
-    title: str
-    lines: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    tables: list[tuple[str, Grid]] = field(default_factory=list)
-
-
 def write_results(results: Results, folder: Path) -> Path:
     """Write results.html, results.md and results.json into ``folder``; the page's path."""
-    sections = list(_sections(results))
-    heading = f"Votes: {results.study}"
-    record = {"paradiffusion_votes": FORMAT_VERSION, **finite(asdict(results))}
-    contents = {
-        ".html": render("evaluation/templates/votes.html", title=heading, sections=sections),
-        ".md": _markdown(heading, sections),
-        ".json": json.dumps(record, ensure_ascii=False, indent=1) + "\n",
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix, content in contents.items():
-        write_atomic(folder / f"{STEM}{suffix}", content)
-    return folder / f"{STEM}.html"
+    return write_sections(folder, STEM, f"Votes: {results.study}", list(_sections(results)), results_record(results))
+
+
+def results_record(results: Results) -> dict[str, Any]:
+    """What results.json holds."""
+    return {"paradiffusion_votes": FORMAT_VERSION, **asdict(results)}
+
+
+def read_results(path: Path) -> Results:
+    """The results in a results.json. UserError for a file that is missing, damaged or another one."""
+    fix = "name the results.json of a study of scripts/vote.py"
+
+    def made(record: Any) -> Results:
+        if not isinstance(record, dict) or "paradiffusion_votes" not in record:
+            raise UserError(f"{path} holds no results of votes; {fix}.")
+        return TypeAdapter(Results).validate_python(record)
+
+    return read_record(path, made, fix)
 
 
 def summary(results: Results) -> list[str]:
@@ -62,10 +63,10 @@ def summary(results: Results) -> list[str]:
     return lines
 
 
-def _sections(results: Results) -> Iterator[_Section]:
+def _sections(results: Results) -> Iterator[Section]:
     done, total = sum(r.done for r in results.raters), sum(r.total for r in results.raters)
     asked = "one after the other over all pairs" if results.ask == "separately" else "together on one screen"
-    yield _Section(
+    yield Section(
         "",
         [
             f"{len(results.sets)} sets ({', '.join(results.sets)}), {results.prompts} prompts of {results.suite}, {results.pairs} "
@@ -76,12 +77,12 @@ def _sections(results: Results) -> Iterator[_Section]:
         [f"Not finished: {done} of {total} screens are voted on."] if done < total else [],
     )
     for answers in results.answers:
-        yield _answers(answers)
-    yield _Section("Raters", tables=[("", _raters(results))])
+        yield answers_section(answers)
+    yield Section("Raters", tables=[("", _raters(results))])
     if results.failures:
         rows = [[name, prompt, str(number), why] for name, prompt, number, why in results.failures[:MOST_LISTED]]
         rest = len(results.failures) - len(rows)
-        yield _Section(
+        yield Section(
             "Missing pictures",
             [
                 f"Pictures that could not be shown: {len(results.failures)}. Where the other picture was there it wins, else the two tie; "
@@ -91,14 +92,15 @@ def _sections(results: Results) -> Iterator[_Section]:
         )
     if results.comments:
         rows = [list(row) for row in results.comments[:MOST_LISTED]]
-        yield _Section("Comments", tables=[("", text_grid(["rater", "prompt", "comment"], rows, words=3))])
+        yield Section("Comments", tables=[("", text_grid(["rater", "prompt", "comment"], rows, words=3))])
 
 
-def _answers(answers: Answers) -> _Section:
+def answers_section(answers: Answers) -> Section:
+    """All about one question."""
     question = answers.question
     lines = [f"“{question.text}”, asked {'beside the text' if question.shows_text else 'without the text'}."]
     if not answers.votes and not answers.missing:
-        return _Section(question.name, [*lines, "No votes yet."])
+        return Section(question.name, [*lines, "No votes yet."])
     missing = f", and {answers.missing} decided by a missing picture" if answers.missing else ""
     lines.append(f"{answers.votes} votes{missing}.")
     tables = [("", _rates_table({"": answers.rates}))]
@@ -116,7 +118,7 @@ def _answers(answers: Answers) -> _Section:
         if groups:
             tables.append((title, _rates_table(groups)))
     tables.append(("How far to trust this", _trust_table(answers)))
-    return _Section(question.name, lines, warnings, tables)
+    return Section(question.name, lines, warnings, tables)
 
 
 def _rates_table(groups: dict[str, list[Rates]]) -> Grid:
@@ -170,25 +172,6 @@ def _share_cell(one: Estimate, signed: bool = False) -> Cell:
 def _number_cell(one: Estimate, factor: float = 1.0, digits: int = 2) -> Cell:
     interval = f"{factor * one.low:.{digits}f} to {factor * one.high:.{digits}f}"
     return Cell(f"{factor * one.mean:.{digits}f}", (interval,))
-
-
-def _markdown(heading: str, sections: Sequence[_Section]) -> str:
-    parts = [f"# {markdown(heading)}"]
-    for section in sections:
-        parts += [f"## {markdown(section.title)}"] if section.title else []
-        parts += ["\n".join(map(markdown, section.lines))] if section.lines else []
-        parts += [f"**{markdown(warning)}**" for warning in section.warnings]
-        for title, grid in section.tables:
-            parts += [f"### {markdown(title)}"] if title else []
-            parts.append(grid_markdown(_without_bars(grid)))
-    return "\n\n".join(parts) + "\n"
-
-
-def _without_bars(grid: Grid) -> Grid:
-    """Bars are drawn, and have no words."""
-    if not any(cell.bar for group in grid.groups for row in group.rows for cell in row):
-        return grid
-    return Grid(grid.head[:-1], [Group(group.title, [row[:-1] for row in group.rows]) for group in grid.groups], grid.note)
 
 
 COLUMNS: Final = (

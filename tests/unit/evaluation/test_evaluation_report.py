@@ -7,7 +7,6 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,9 @@ from report_fixtures import FID, SHARE, Page, evaluation, suite, written
 
 from paradiffusion.evaluation.estimates import Estimate, difference, mean
 from paradiffusion.evaluation.records import Evaluation, ImageScore, ScoreResult, Table
-from paradiffusion.evaluation.reporting.report_tables import read_votes
+from paradiffusion.evaluation.votes.vote_report import read_results, write_results
+from paradiffusion.evaluation.votes.vote_results import Answers, Rates, Reliability, Results, Strengths
+from paradiffusion.evaluation.votes.vote_study import Question
 
 
 def test_numbers_of_one_evaluation(tmp_path: Path) -> None:
@@ -195,36 +196,33 @@ def test_own_tables_of_models_stand_together(pair: list[Evaluation], tmp_path: P
 
 
 def test_votes_are_shown(tmp_path: Path) -> None:
-    def share(value: float) -> dict[str, Any]:
-        return vars(Estimate(value, value - 0.1, value + 0.1, 60, 12))
-
-    rate = {"set_a": "ours", "set_b": "sdxl", "win": share(0.5), "tie": share(0.2), "loss": share(0.3)}
-    answers = {
-        "question": {"name": "faithfulness", "text": "Which shows more of the text?"},
-        "rates": [rate], "by_band": {"26-77": [rate]}, "by_category": {}, "warnings": ["few raters"],
-        "strengths": {"sets": {"sdxl": share(-0.3), "ours": share(0.3)}, "warnings": []},
-    }  # fmt: skip
+    share, strength = (Estimate(mean, mean - 0.1, mean + 0.1, 60, 12) for mean in (0.5, 0.3))
+    rate = Rates("ours", "sdxl", share, share, share, share)
+    question = Question("faithfulness", "Which shows more of the text?")
+    strengths = Strengths({"sdxl": replace(strength, mean=-0.3), "ours": strength}, share, [])
+    answers = Answers(question, [rate], {}, {"26-77": [rate]}, strengths, Reliability(None, share, None, None), 60, 0, ["few raters"])
+    results = Results("votes", "Which?", "fruit", 12, 12, 2, "separately", ["ours", "sdxl"], [], [answers], [])
+    write_results(results, tmp_path)
+    assert read_results(tmp_path / "results.json") == results
     made = evaluation(tmp_path / "images", suite())
-    page, text, record = written(tmp_path / "out", made, votes={"answers": [answers]})
+    page, text, record = written(tmp_path / "out", made, votes=read_results(tmp_path / "results.json"))
     for where in (Page(page).text, text):
-        assert "ours against sdxl" in where and "50.0 % (40.0 to 60.0)" in where and "faithfulness: few raters" in where
+        assert all(word in where for word in ("ours against sdxl", "50.0 %", "40.0 to 60.0", "faithfulness", "few raters"))
     assert record["votes"]["answers"][0]["rates"][0]["win"]["mean"] == 0.5
-    assert text.index("| ours | 0.300") < text.index("| sdxl | −0.300"), "the strongest first"
-    assert "There are no votes yet" in written(tmp_path / "out", made, votes={})[0]
+    assert text.index("| ours | 0.30") < text.index("| sdxl | -0.30"), "the strongest first"
+    none = replace(results, answers=[replace(answers, votes=0)])
+    assert "No votes yet" in written(tmp_path / "out", made, votes=none)[0]
 
 
 def test_votes_are_read_from_what_the_vote_command_wrote(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    user_error(r"results\.json cannot be read", read_votes, path)
+    user_error(r"results\.json cannot be read", read_results, path)
     for wrong in ("{", "[]", '{"schema": 1}'):
         path.write_text(wrong)
-        user_error(r"results\.json", read_votes, path)
-    wrong_share = {"mean": "x", "low": 0, "high": 1, "n": 3, "prompts": 2}
-    rate = {"set_a": "a", "set_b": "b", "win": wrong_share, "tie": wrong_share, "loss": wrong_share}
-    question = {"name": "appeal", "text": "Which looks better?"}
-    for answers in ({"rates": 3, "strengths": []}, 7, {"question": question, "rates": [rate]}):
+        user_error(r"results\.json", read_results, path)
+    for answers in ({"rates": 3, "strengths": []}, 7):
         path.write_text(json.dumps({"paradiffusion_votes": 1, "answers": [answers]}))
-        user_error("is damaged", read_votes, path)
+        user_error("is damaged", read_results, path)
 
 
 @pytest.fixture
