@@ -193,7 +193,7 @@ class Playground:
                 pictures[name] = self.without(picture, int(name.removeprefix("without_")), tell)
         judge = self.clip or NoJudge()
         with self._lock:  # of CLIP too there is one
-            record = Counterfactual(_no_painter, judge, 1, self.clip).compared(prompt, pictures)
+            record = Counterfactual(_no_painter, judge, 1).compared(prompt, pictures)
         for removal in removals_of("text", len(parts), record):
             sentence = picture.sentences[removal.position]
             level, note = left_out_level(removal)

@@ -82,7 +82,7 @@ def offers(options: EvaluateOptions, suite: Suite, painter: Painter | None, devi
 
     def counterfactual() -> Score:
         assert painter is not None
-        return Counterfactual(painter, judge(), prompts, by_clip())
+        return Counterfactual(painter, judge(), prompts)
 
     def answering() -> VlmOptions:
         return _vlm(options, device)

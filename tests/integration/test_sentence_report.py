@@ -25,7 +25,7 @@ from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import Drawn, Score, ScoreResult, Table
 from paradiffusion.evaluation.scores.scenes_score import ScenesScore
 from paradiffusion.evaluation.scores.segments import SegmentAlignment, words_read
-from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, Judgement, SceneJudge, SentenceRow, place, third
+from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, Judgement, SceneJudge, SentenceJudge, SentenceRow, place, third
 from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
 from paradiffusion.metrics.sentences import sentences
@@ -416,11 +416,11 @@ def small_suite(folder: Path, per_prompt: int = 1) -> tuple[Suite, list[Drawn]]:
 def test_clip_numbers_are_its_cosines(tmp_path: Path, clip_folder: Path) -> None:
     suite, images = small_suite(tmp_path / "images", per_prompt=2)
     images[4].file.unlink()
-    score = SegmentAlignment(str(clip_folder))
+    score = SegmentAlignment(ClipJudge(str(clip_folder)))
     work = tmp_path / "scores" / "segments"
     for rank in (0, 1):
         score.prepare(suite, images[rank::2], work, Alone(rank, 2))
-    result = SegmentAlignment(str(clip_folder)).result(suite, images, work)
+    result = SegmentAlignment(ClipJudge(str(clip_folder))).result(suite, images, work)
 
     judge = ClipJudge(str(clip_folder))
     cosines = {}  # by sentence and image
@@ -458,7 +458,7 @@ def test_clip_numbers_are_its_cosines(tmp_path: Path, clip_folder: Path) -> None
 def test_what_is_cut_is_told(tmp_path: Path, clip_folder: Path) -> None:
     """CLIP's tokeniser has one token for each of these words, and two for the ends."""
     suite, images = small_suite(tmp_path / "images")
-    result = judged(str(clip_folder), suite, images, tmp_path / "scores" / "segments")
+    result = judged(ClipJudge(str(clip_folder)), suite, images, tmp_path / "scores" / "segments")
     clip = ClipJudge(str(clip_folder)).clip
     assert words_read(clip, ["one two three", "a " * 40, ""]) == [3, CONTEXT - 2, 0]
     table = next(one for one in result.tables if one.title == f"What {CONTEXT} tokens leave out")
@@ -477,7 +477,7 @@ def test_a_failure_is_not_better_than_a_picture(tmp_path: Path, clip_folder: Pat
     suite, images = small_suite(tmp_path / "images")
     images[3].file.unlink()
     work = tmp_path / "scores" / "segments"
-    result = judged(str(clip_folder), suite, images, work)
+    result = judged(ClipJudge(str(clip_folder)), suite, images, work)
     lowest = min(part["score"] for one in result.images[:3] for part in one.detail["sentences"])
     assert lowest < 0, "so that 0 would be no failure"
     failed = result.images[3].values
@@ -485,7 +485,7 @@ def test_a_failure_is_not_better_than_a_picture(tmp_path: Path, clip_folder: Pat
     assert failed["whole"] == min(0, *(one.values["whole"] for one in result.images[:3]))
     assert {one.name: one.worst for one in result.measures} == failed
     alone, own = Suite("mine", "Mine", suite.prompts[:1]), [images[0], Drawn("p0_1", "p0", tmp_path / "none.png")]
-    result = SegmentAlignment(str(clip_folder)).result(alone, own, work)  # of one prompt there is no retrieval to fail at
+    result = SegmentAlignment(ClipJudge(str(clip_folder))).result(alone, own, work)  # of one prompt there is no retrieval to fail at
     assert [one.name for one in result.measures] == ["mean", "minimum", "whole"]
     assert not any("first" in one.values for one in result.images) and "not computed" in result.warnings[0]
 
@@ -494,15 +494,15 @@ def test_features_are_shared_and_kept(tmp_path: Path, clip_folder: Path) -> None
     """Two scores look at the pictures once; another model looks again; a picture drawn anew is looked at again."""
     suite, images = small_suite(tmp_path / "images")
     scores = tmp_path / "scores"
-    before = judged(str(clip_folder), suite, images, scores / "segments").images[0].values
+    before = judged(ClipJudge(str(clip_folder)), suite, images, scores / "segments").images[0].values
     kept = sorted(scores.rglob("features.*"))
     report = SentenceReport(ClipJudge(str(clip_folder)))
     report.prepare(suite, images, scores / "sentences", Alone())
     assert "at least 10 other prompts' pictures" in report.result(suite, images, scores / "sentences").skipped
     assert kept and sorted(scores.rglob("features.*")) == kept
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(images[0].file)
-    assert judged(str(clip_folder), suite, images, scores / "segments").images[0].values["mean"] != before["mean"]
-    judged(str(shutil.copytree(clip_folder, tmp_path / "another")), suite, images, scores / "segments")
+    assert judged(ClipJudge(str(clip_folder)), suite, images, scores / "segments").images[0].values["mean"] != before["mean"]
+    judged(ClipJudge(str(shutil.copytree(clip_folder, tmp_path / "another"))), suite, images, scores / "segments")
     assert len({path.parent for path in scores.rglob("features.*")}) == 2
 
 
@@ -524,7 +524,7 @@ def test_sentence_report_by_clip_is_an_estimate(tmp_path: Path, clip_folder: Pat
     assert not any("say" in one.title for one in result.tables)  # it does not know what sentences are about
 
 
-def judged(judge: str | SceneJudge, suite: Suite, images: list[Drawn], work: Path, **more: int) -> ScoreResult:
+def judged(judge: SentenceJudge, suite: Suite, images: list[Drawn], work: Path, **more: int) -> ScoreResult:
     score = SegmentAlignment(judge, **more)
     score.prepare(suite, images, work, Alone())
     return score.result(suite, images, work)

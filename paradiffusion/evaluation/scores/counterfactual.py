@@ -8,25 +8,21 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from PIL import Image
-from scipy.stats import rankdata
 
 from paradiffusion.atomic import atomic_file
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, mean, mean_rows
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Painter, Request, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.sentence_judges import PLACES, Box, ClipJudge, NoJudge, SentenceJudge, place
+from paradiffusion.evaluation.scores.sentence_judges import PLACES, NoJudge, SentenceJudge, place
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
 from paradiffusion.metrics.sentences import sentences
-from paradiffusion.randomness import seed_from
 from paradiffusion.scenes.sentence_truth import KINDS
 
 FACTOR: Final = 3.0  # see ``removals_of``
 LEAST: Final = 1e-6  # a smaller drop is rounding
 NOTHING: Final = 0.05  # of another seed's change, below which a picture counts as unchanged; our choice
-_RESAMPLES: Final = 500
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,7 @@ class Removal:
     Attributes:
         kind: what it says, None where it is not judged, "" where that is not known.
         score, followed: of the sentence on the picture of the whole text; ``drop``: of that score on the picture without it.
-        change: of all pixels, relative to another seed's picture; None where that is the same picture. ``inside``: the same in the
-            cells that it speaks of, None where there are none. ``features``: the same in CLIP features; None without CLIP.
+        change: of all pixels, relative to another seed's picture; None where that is the same picture.
         matters: whether its drop stands out of the noise; None where it is not judged.
     """
 
@@ -50,8 +45,6 @@ class Removal:
     followed: bool | None
     drop: float
     change: float | None
-    inside: float | None
-    features: float | None
     matters: bool | None
 
 
@@ -63,7 +56,6 @@ def removals_of(prompt: str, of: int, record: dict[str, Any]) -> list[Removal]:
     in about 3 % of cases.
     """
     scale = record["seed_change"]
-    features = record.get("feature_changes")
     whole, left_out = record["scores"]["whole"], record["left_out"]
     found = []
     for row, number in enumerate(left_out):
@@ -73,15 +65,10 @@ def removals_of(prompt: str, of: int, record: dict[str, Any]) -> list[Removal]:
             drop = whole[number] - record["scores"][f"without_{number}"][number]
             noise = [abs(whole[number] - record["scores"][f"without_{other}"][number]) for other in left_out if other != number]
             matters = bool(drop > max(LEAST, FACTOR * float(np.median(noise))))
-        inside = record["inside"][row]
         found.append(
             Removal(
-                prompt, record["texts"][number], number, of, record["kinds"][number], whole[number],
-                record["followed"][number], drop,
-                record["changes"][row] / scale if scale else None,
-                inside / scale if scale and inside is not None else None,
-                features[1 + row] / features[0] if features and features[0] > LEAST else None,
-                matters,
+                prompt, record["texts"][number], number, of, record["kinds"][number], whole[number], record["followed"][number], drop,
+                record["changes"][row] / scale if scale else None, matters,
             )
         )  # fmt: skip
     return found
@@ -97,7 +84,7 @@ def tables(removals: Sequence[Removal], exact: bool) -> Iterator[Table]:
         yield _shares(title, "sentence", judged, PLACES, lambda o: place(o.position), "lines")
     if judged and exact:
         yield _shares("Sentences that matter, by what they say", "what it says", judged, KINDS, lambda o: o.kind or "")
-    changes = [[name, _mean([one for one in judged or removals if place(one.position) == name], "change")] for name in PLACES]
+    changes = [[name, _change_of([one for one in judged or removals if place(one.position) == name])] for name in PLACES]
     title = "Change of the picture, by the place of the sentence left out (1 = another seed's)"
     yield Table(title, ["sentence", "change"], [row for row in changes if row[1] is not None], "", "number", "lines")
     yield _noise(removals)
@@ -116,24 +103,15 @@ def _noise(removals: Sequence[Removal]) -> Table:
     """The change that a judged sentence makes beside that of an idle one, and that of another seed."""
     judged = [one for one in removals if one.matters is not None]
     idle = [one for one in removals if one.matters is None]
-    rows: list[list[Any]] = []
-    named = [("a sentence that is judged", judged), ("a sentence that nothing can show", idle)]
-    for name, members in named if judged else [("a sentence", removals)]:
-        found = [_mean(members, "change"), _mean(members, "features")]
-        if found[0] is not None:
-            rows.append([name, *("" if value is None else value for value in found)])
-    local = [one for one in judged if one.inside is not None]
-    if local:
-        rows.append(["the same, inside the cells that the sentence speaks of", _mean(local, "inside"), ""])
-    rows.append(["another seed", 1.0, 1.0 if any(one.features is not None for one in removals) else ""])
-    known = [one for one in judged or removals if one.change is not None]
-    note = ""
-    if known:
-        still = sum(one.change is not None and one.change < NOTHING for one in known)
-        kind = "judged " if judged else ""
-        note = f"{still} of {len(known)} {kind}sentences change the picture by less than {NOTHING:.0%} of another seed."
-    head = ["what is left out", "change of pixels", "change of CLIP features"]
-    return Table("How much a sentence changes the picture (1 = another seed's)", head, rows, note, "number")
+    named = [("a sentence that is judged", judged), ("a sentence that nothing can show", idle)] if judged else [("a sentence", removals)]
+    rows: list[list[Any]] = [[name, found] for name, members in named if (found := _change_of(members)) is not None]
+    rows.append(["another seed", 1.0])
+    known = [one.change for one in judged or removals if one.change is not None]
+    still, kind = sum(change < NOTHING for change in known), "judged " if judged else ""
+    note = f"{still} of {len(known)} {kind}sentences change the picture by less than {NOTHING:.0%} of another seed." if known else ""
+    return Table(
+        "How much a sentence changes the picture (1 = another seed's)", ["what is left out", "change of pixels"], rows, note, "number"
+    )
 
 
 def _beside_report(judged: Sequence[Removal]) -> Iterator[Table]:
@@ -145,41 +123,11 @@ def _beside_report(judged: Sequence[Removal]) -> Iterator[Table]:
     if rows:
         title = "Beside the sentence report: sentences that matter"
         yield Table(title, ["on the whole text's picture", "matter"], rows, note, plot="bars")
-    correlation = rank_correlation(judged)
-    if correlation is not None:
-        title = "Rank correlation of a sentence's score with its drop when it is left out"
-        yield Table(title, ["", "Spearman's rho"], [["all sentences", correlation]], "", "number")
 
 
-def rank_correlation(judged: Sequence[Removal]) -> Estimate | None:
-    """Spearman's rho of score and drop, with the interval of resampled prompts; None where one of them does not vary."""
-    scores = np.array([one.score for one in judged], dtype=float)
-    drops = np.array([one.drop for one in judged])
-    found = _spearman(scores, drops)
-    if found is None:
-        return None
-    names, group = np.unique([one.prompt for one in judged], return_inverse=True)
-    members = [np.flatnonzero(group == number) for number in range(len(names))]
-    rng = np.random.Generator(np.random.PCG64(seed_from("bootstrap", "counterfactual", len(names))))
-    resampled = []
-    for _ in range(_RESAMPLES):
-        rows = np.concatenate([members[number] for number in rng.integers(0, len(names), len(names))])
-        value = _spearman(scores[rows], drops[rows])
-        if value is not None:
-            resampled.append(value)
-    low, high = np.quantile(resampled or [found], (0.025, 0.975))
-    return Estimate(found, min(float(low), found), max(float(high), found), len(judged), len(names))
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float | None:
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
-
-
-def _mean(members: Sequence[Removal], name: str) -> Estimate | None:
-    known = [one for one in members if getattr(one, name) is not None]
-    return mean([getattr(one, name) for one in known], [one.prompt for one in known]) if known else None
+def _change_of(members: Sequence[Removal]) -> Estimate | None:
+    known = [(one.change, one.prompt) for one in members if one.change is not None]
+    return mean([change for change, _ in known], [prompt for _, prompt in known]) if known else None
 
 
 LIMIT: Final = 16  # sentences of one prompt that are left out, each in turn; of more, these are spread evenly
@@ -206,17 +154,16 @@ class Counterfactual:
     """The share of sentences that matter to the picture: a sentence whose removal changes nothing was ignored.
 
     Formula: _FORMULA. A prompt of one sentence has nothing that could stay, and is left out and counted. The ``painter`` is asked for
-    sentences + 2 pictures of each of ``prompts`` prompts, spread evenly; ``clip`` measures the change in its features too."""
+    sentences + 2 pictures of each of ``prompts`` prompts, spread evenly."""
 
     name = "counterfactual"
 
-    def __init__(self, painter: Painter, judge: SentenceJudge, prompts: int, clip: ClipJudge | None = None) -> None:
+    def __init__(self, painter: Painter, judge: SentenceJudge, prompts: int) -> None:
         if prompts < 1:
             raise UserError(f"counterfactual={prompts} is out of range; expected a number of prompts above 0.")
         self.painter = painter
         self.judge = judge
         self.prompts = prompts
-        self.clip = judge if isinstance(judge, ClipJudge) else clip
         self.title = f"Counterfactual: one sentence left out ({judge.title})"
 
     @property
@@ -225,8 +172,7 @@ class Counterfactual:
         return tuple(one for one in _MEASURES if not isinstance(self.judge, NoJudge) or one.name not in _JUDGED)
 
     def settings(self) -> dict[str, Any]:
-        features = {"features": self.clip.settings()} if self.clip else {}
-        return {**self.judge.settings(), **features, "limit": LIMIT}  # more prompts leave what is known of the others
+        return {**self.judge.settings(), "limit": LIMIT}  # more prompts leave what is known of the others
 
     def prepare(self, suite: Suite, images: list[Drawn], work: Path, run: Run) -> None:
         """The prompts whose first image is among ``images``. A prompt that the painter fails at is noted as failed."""
@@ -311,31 +257,17 @@ class Counterfactual:
         pictures, [pictures][sentences]."""
         parts = sentences(prompt.text)
         base = pictures["whole"]
-        regions = self.judge.regions(prompt, parts)
         left_out = _left_out(len(parts))
         judged = {name: self.judge.judge(prompt, parts, picture) for name, picture in pictures.items()}
-        record: dict[str, Any] = {
+        return {
             "texts": parts,
             "left_out": left_out,
             "seed_change": _change(base, pictures["seed"]),
             "changes": [_change(base, pictures[f"without_{number}"]) for number in left_out],
-            "inside": [_change(base, pictures[f"without_{number}"], regions[number]) for number in left_out],
             "kinds": self.judge.kinds(prompt, parts),
             "followed": [one and one.followed for one in judged["whole"]],
             "scores": {name: [one and one.score for one in found] for name, found in judged.items()},
         }
-        if self.clip is not None:
-            record["feature_changes"] = self._feature_changes(pictures, left_out)
-        return record
-
-    def _feature_changes(self, pictures: dict[str, np.ndarray], left_out: Sequence[int]) -> list[float]:
-        """1 - cosine to the whole prompt's picture, for the other seed and then for each sentence left out."""
-        assert self.clip is not None
-        clip = self.clip.clip
-        names = ["whole", "seed", *(f"without_{number}" for number in left_out)]
-        pixels = torch.stack([clip.prepare(Image.fromarray(pictures[name])) for name in names])
-        features = clip.image_features(pixels)  # [2 + K, D]
-        return [float(1 - value) for value in features[1:] @ features[0]]
 
 
 def _left_out(count: int) -> list[int]:
@@ -354,16 +286,10 @@ def requests_of(prompt: SuitePrompt, seed: int) -> dict[str, Request]:
     return requests
 
 
-def _change(a: np.ndarray, b: np.ndarray, boxes: Sequence[Box] | None = None) -> float | None:
-    """Mean absolute difference of pixel values in 0..1, in all of the picture or in ``boxes``; None where these are ()."""
+def _change(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference of pixel values in 0..1."""
     difference = np.abs(a.astype(np.float32) - b.astype(np.float32)).mean(-1) / 255  # [H, W]
-    if boxes is None:
-        return float(difference.mean())
-    height, width = difference.shape
-    inside = np.zeros(difference.shape, dtype=bool)
-    for x0, y0, x1, y1 in boxes:
-        inside[round(y0 * height) : round(y1 * height), round(x0 * width) : round(x1 * width)] = True
-    return float(difference[inside].mean()) if inside.any() else None
+    return float(difference.mean())
 
 
 def _image_score(name: str, removals: Sequence[Removal]) -> ImageScore:

@@ -34,15 +34,13 @@ class SegmentAlignment:
 
     Source: _SOURCE; formula: _FORMULA. The whole-text score reads only the tokens that fit into CLIP's context.
 
-    Args:
-        clip: a CLIP model as ``paradiffusion.metrics.clip.load_clip`` takes it, or a judge of sentences.
-        others: with how many other pictures a judge that is no CLIP compares.
+    ``others`` says with how many other pictures a judge that is no CLIP compares.
     """
 
     name = "segments"
 
-    def __init__(self, clip: str | SentenceJudge, device: str = "cpu", precision: str = "fp32", others: int = OTHERS) -> None:
-        self.judge = ClipJudge(clip, device, precision) if isinstance(clip, str) else clip
+    def __init__(self, judge: SentenceJudge, others: int = OTHERS) -> None:
+        self.judge = judge
         self.others = others
         self.title = f"Segment alignment ({self.judge.title})"
 

@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -30,8 +30,7 @@ from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
 from paradiffusion.metrics.clip import Clip, load_clip
 from paradiffusion.metrics.sentences import sentences
 from paradiffusion.randomness import permutation
-from paradiffusion.scenes.judge import cell_of
-from paradiffusion.scenes.sentence_truth import claims, follow, object_of
+from paradiffusion.scenes.sentence_truth import claims, follow
 from paradiffusion.scenes.world import Scene, scene_from_meta
 
 THIRDS: Final = ("first third", "middle third", "last third")
@@ -56,9 +55,6 @@ def place(position: int) -> str:
     return PLACES[min(position, _LISTED)]
 
 
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 as shares of the picture's width and height
-
-
 @dataclass(frozen=True)
 class Judgement:
     """How well a picture follows one sentence: a score (higher is better; see ``SentenceJudge.unit``), yes or no (None where the judge
@@ -70,40 +66,35 @@ class Judgement:
     kind: str = ""
 
 
-class SentenceJudge(Protocol):
+class SentenceJudge:
     """Judges sentences one by one. ``unit`` is its scores': "share" (1 = all of it is shown) or "cosine"; ``exact`` whether it knows the
     truth; others estimate."""
 
     name: str
+    title: str
     unit: str
-    exact: bool
-
-    @property
-    def title(self) -> str: ...
+    exact: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What its scores depend on, as JSON; loads nothing."""
+        return {"judge": self.name}
 
     def judge(self, prompt: SuitePrompt, sentences: Sequence[str], image: np.ndarray) -> list[Judgement | None]:
         """Each sentence of the prompt against a picture, uint8 [H, W, 3]; None where no picture could show it."""
+        raise NotImplementedError
 
     def kinds(self, prompt: SuitePrompt, sentences: Sequence[str]) -> list[str | None]:
         """What each sentence is about, "" where that is not known; None for those that are not judged."""
-
-    def regions(self, prompt: SuitePrompt, sentences: Sequence[str]) -> list[tuple[Box, ...]]:
-        """Where in the picture what each sentence speaks of belongs; () where that is not known, or everywhere."""
+        return ["" for _ in sentences]
 
 
-class SceneJudge:
+class SceneJudge(SentenceJudge):
     """The truth about a built-in scene: every fact of every sentence is looked up in the pixels (scene_truth.py)."""
 
     name = "truth"
     title = "the scene's ground truth"
     unit = "share"
     exact = True
-
-    def settings(self) -> dict[str, Any]:
-        return {"judge": self.name}
 
     def judge(self, prompt: SuitePrompt, sentences: Sequence[str], image: np.ndarray) -> list[Judgement | None]:
         found = follow(scene_of(prompt), sentences, image)
@@ -115,17 +106,6 @@ class SceneJudge:
     def kinds(self, prompt: SuitePrompt, sentences: Sequence[str]) -> list[str | None]:
         return [claim.kind or None for claim in claims(sentences)]
 
-    def regions(self, prompt: SuitePrompt, sentences: Sequence[str]) -> list[tuple[Box, ...]]:
-        scene = scene_of(prompt)
-        width, height = scene.width, scene.height
-
-        def box(place: str) -> Box:
-            rows, columns = cell_of(place, width, height, scene.grid)
-            return columns.start / width, rows.start / height, columns.stop / width, rows.stop / height
-
-        found = (object_of(scene, claim) if claim.kind != "relation" else () for claim in claims(sentences))
-        return [tuple(box(item.place) for item in items) for items in found]
-
 
 def scene_of(prompt: SuitePrompt) -> Scene:
     """The ground truth of a prompt of the scenes suite; UserError for any other prompt."""
@@ -134,48 +114,30 @@ def scene_of(prompt: SuitePrompt) -> Scene:
     return scene_from_meta(prompt.meta["scene"])
 
 
-class _KnowsNoScene:
-    """What a judge says that does not know what sentences are about, nor where that belongs."""
-
-    def kinds(self, prompt: SuitePrompt, sentences: Sequence[str]) -> list[str | None]:
-        return ["" for _ in sentences]
-
-    def regions(self, prompt: SuitePrompt, sentences: Sequence[str]) -> list[tuple[Box, ...]]:
-        return [() for _ in sentences]
-
-
-class NoJudge(_KnowsNoScene):
+class NoJudge(SentenceJudge):
     """Nobody who could say how well a picture follows a sentence: what leaving it out changes can be measured all the same."""
 
     name = "none"
     title = "the picture's own change"
     unit = "number"
-    exact = False
-
-    def settings(self) -> dict[str, Any]:
-        return {"judge": self.name}
 
     def judge(self, prompt: SuitePrompt, sentences: Sequence[str], image: np.ndarray) -> list[Judgement | None]:
         return [None for _ in sentences]
 
 
-@dataclass
-class ClipJudge(_KnowsNoScene):
+class ClipJudge(SentenceJudge):
     """Cosines of CLIP features of sentences and pictures (CLIPScore, arXiv 2104.08718, without its factor of 2.5).
 
     A cosine says little alone: sentences differ in how well any picture fits them. So it compares, and never says yes or no. The
     model is loaded at the first use, from ``spec`` as ``paradiffusion.metrics.clip.load_clip`` takes it."""
 
-    spec: str
-    device: str = "cpu"
-    precision: str = "fp32"
-    name: str = field(default="clip", init=False)
-    unit: str = field(default="cosine", init=False)
-    exact: bool = field(default=False, init=False)
+    name = "clip"
+    unit = "cosine"
 
-    @property
-    def title(self) -> str:
-        return f"CLIP {self.spec}"
+    def __init__(self, spec: str, device: str = "cpu", precision: str = "fp32") -> None:
+        self.spec, self.device, self.precision = spec, device, precision
+        self.title = f"CLIP {spec}"
+        self._last: tuple[tuple[str, ...], tuple[torch.Tensor, list[bool]]] | None = None
 
     def settings(self) -> dict[str, Any]:
         return {"judge": self.name, "clip": self.spec, "precision": self.precision, "weights": self._weights}
@@ -200,8 +162,6 @@ class ClipJudge(_KnowsNoScene):
         if self._last is None or self._last[0] != key:
             self._last = (key, self.clip.text_features(list(key)))
         return self._last[1]
-
-    _last: tuple[tuple[str, ...], tuple[torch.Tensor, list[bool]]] | None = field(default=None, init=False, repr=False)
 
 
 # Cosines are rounded before they are compared: equal pictures may differ in the last bits by their place in a batch.

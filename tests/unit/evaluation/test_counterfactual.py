@@ -87,8 +87,6 @@ def test_a_painter_that_is_deaf_to_backgrounds(tmp_path: Path) -> None:
     assert shares["background"] == 0 and shares["object"] >= 0.95
     change = {row[0]: row[1] for row in titled(result, "How much a sentence changes").rows}
     assert change["a sentence that nothing can show"].mean == 0 and change["another seed"] == 1
-    inside = change["the same, inside the cells that the sentence speaks of"].mean
-    assert inside > 1.5 * change["a sentence that is judged"].mean  # what changes is where the object was
 
 
 def test_a_painter_that_reads_the_first_words_only(tmp_path: Path) -> None:
@@ -105,8 +103,6 @@ def test_a_painter_that_reads_the_first_words_only(tmp_path: Path) -> None:
     beside = titled(result, "Beside")
     assert [row[0] for row in beside.rows] == ["followed", "not followed"]
     assert beside.rows[0][1].mean > 0.5 > 0.3 > beside.rows[1][1].mean  # what is followed in part can still lose that
-    rho = titled(result, "Rank correlation").rows[0][1]
-    assert rho.low > 0.3 and rho.mean <= 1 and rho.n == beside.rows[0][1].n + beside.rows[1][1].n
 
 
 def test_without_a_judge_the_picture_itself_tells(tmp_path: Path) -> None:
@@ -130,7 +126,7 @@ def test_a_sentence_matters_above_the_noise() -> None:
         count = len(without)
         record = {
             "texts": ["a"] * count, "left_out": list(range(count)), "seed_change": 0.2, "changes": [0.1] * count,
-            "inside": [None] * count, "kinds": [""] * count, "followed": [None] * count,
+            "kinds": [""] * count, "followed": [None] * count,
             "scores": {"whole": [whole] * count, **{f"without_{n}": row for n, row in enumerate(without)}},
         }  # fmt: skip
         found = removals_of("p", count, record)
@@ -230,7 +226,7 @@ def test_a_model_judged_by_clip(clip_folder: Path, tmp_path: Path) -> None:
         assert one.weights["change"] == len(one.detail["sentences"]) and 0 < one.values["change"] < 3
     assert f"Of 1 prompts with over {LIMIT} sentences" in " ".join(result.warnings)
     noise = titled(result, "How much a sentence changes")
-    assert noise.rows[0][2].mean > 0 and noise.rows[-1] == ["another seed", 1.0, 1.0]
+    assert noise.rows[0][1].mean > 0 and noise.rows[-1] == ["another seed", 1.0]
     # "red" is among the first 16 words that this model reads, the last sentences are not: leaving them out changes nothing.
     changes = {part["position"]: part["change"] for part in result.images[1].detail["sentences"]}
     assert changes[0] > 0 and changes[max(changes)] == 0

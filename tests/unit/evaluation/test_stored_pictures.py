@@ -13,7 +13,7 @@ from tiny_clip import write_clip
 from paradiffusion.evaluation.records import Drawn, Score, estimate
 from paradiffusion.evaluation.scores.scenes_score import ScenesScore
 from paradiffusion.evaluation.scores.segments import SegmentAlignment
-from paradiffusion.evaluation.scores.sentence_judges import SceneJudge
+from paradiffusion.evaluation.scores.sentence_judges import ClipJudge, SceneJudge
 from paradiffusion.evaluation.scores.sentence_report import SentenceReport
 from paradiffusion.evaluation.scores.set_quality import FrechetClip
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt
@@ -38,7 +38,7 @@ def scores(folder: Path) -> dict[str, Score]:
         "scenes": ScenesScore(),
         "sentences by the truth": SentenceReport(SceneJudge()),
         "segments by the truth": SegmentAlignment(SceneJudge()),
-        "segments by CLIP": SegmentAlignment(clip),
+        "segments by CLIP": SegmentAlignment(ClipJudge(clip)),
         "CLIP-FD": FrechetClip(STORED / "reference", spec=clip),
     }
 
