@@ -13,13 +13,12 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_kernel, poly_mmd
 
 from paradiffusion.data.shards import IMAGE_EXTENSIONS
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate, mean
-from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
+from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult
 from paradiffusion.evaluation.scores.image_features import Extractor, clip_weights, image_features, read_features
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.metrics import inception
@@ -33,17 +32,11 @@ _BLOCK: Final = 2048  # rows of a kernel matrix at once: [2048, 30000] float64 i
 
 @dataclass(frozen=True)
 class Gaussian:
-    """The normal distribution that Frechet's distance takes a set of ``count`` features for (None where that is not known): float64
-    mean [D], and a factor [K, D] whose ``factor.T @ factor`` is the covariance."""
+    """The normal distribution that Frechet's distance takes a set of features for: float64 mean [D], and a factor [K, D] whose
+    ``factor.T @ factor`` is the covariance."""
 
     mean: np.ndarray
     factor: np.ndarray
-    count: int | None = None
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """float64 [D, D]."""
-        return self.factor.T @ self.factor
 
 
 def gaussian(features: np.ndarray) -> Gaussian:
@@ -55,10 +48,10 @@ def gaussian(features: np.ndarray) -> Gaussian:
     rows = (rows - center) / np.sqrt(len(rows) - 1)
     # [min(N, D), D]: fewer images than features leave their covariance without inverse, and as a factor it needs none.
     factor: np.ndarray = np.asarray(np.linalg.qr(rows, mode="r")) if len(rows) > rows.shape[1] else rows
-    return Gaussian(center, factor, len(features))
+    return Gaussian(center, factor)
 
 
-def gaussian_from_moments(mean: np.ndarray, covariance: np.ndarray, count: int | None = None) -> Gaussian:
+def gaussian_from_moments(mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
     """A distribution of which mean [D] and covariance [D, D] are known. ValueError for other shapes, values that are not finite, and a
     matrix that is no covariance."""
     mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
@@ -70,26 +63,18 @@ def gaussian_from_moments(mean: np.ndarray, covariance: np.ndarray, count: int |
     scale = max(float(np.abs(values).max(initial=0)), np.finfo(float).tiny)
     if np.abs(covariance - covariance.T).max(initial=0) > 1e-4 * scale or values.min(initial=0) < -1e-4 * scale:
         raise ValueError("the covariance is not symmetric with eigenvalues of at least 0")
-    return Gaussian(mean, np.sqrt(values.clip(min=0))[:, None] * vectors.T, count)
+    return Gaussian(mean, np.sqrt(values.clip(min=0))[:, None] * vectors.T)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^1/2), of at least 0 (Heusel et al., arXiv 1706.08500, eq. 6).
 
-    torchmetrics computes it, from 2K rows for each that have these moments exactly. Where both are of few images it is given
-    them on an orthonormal basis of what they span: the distance is the same, without the eigenvalues of a matrix [2048, 2048]
-    of little rank, which take seconds and are inexact at 0.
+    The trace of the root is the sum of the singular values of factor_a factor_b^T: that is exact for few images too, whose covariances
+    are singular, where the root of a matrix [2048, 2048] is not.
     """
-    spanned = np.concatenate([a.factor, b.factor, (a.mean - b.mean)[None]])  # [K, D]
-    basis = np.linalg.qr(spanned.T)[0]  # [D, min(K, D)]
-    given = torch.nn.Identity()
-    given.num_features = basis.shape[1]  # type: ignore[assignment]  # where the metric looks for the width
-    metric = FrechetInceptionDistance(feature=given, sync_on_compute=False)  # only the first process is here
-    for one, real in ((a, False), (b, True)):
-        spread = one.factor * np.sqrt(len(one.factor) - 0.5)
-        rows = np.concatenate([one.mean - b.mean + spread, one.mean - b.mean - spread])
-        metric.update(torch.from_numpy(rows @ basis), real=real)
-    return max(0.0, float(metric.compute()))
+    root = np.linalg.svd(a.factor @ b.factor.T, compute_uv=False).sum()
+    apart = a.mean - b.mean
+    return max(0.0, float(apart @ apart + (a.factor**2).sum() + (b.factor**2).sum() - 2 * root))
 
 
 def frechet_influence(features: np.ndarray, reference: Gaussian) -> np.ndarray:
@@ -158,10 +143,9 @@ _EXPECTED: Final = "expected a folder of at least 2 pictures (PNG, JPEG, WebP), 
 class Reference:
     """What to compare with: ``images`` of a folder, or ``moments``; ``settings`` differ when the pictures do."""
 
-    path: Path
+    settings: dict[str, Any]
     images: list[Drawn] = field(default_factory=list)
     moments: Gaussian | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def open_reference(path: Path) -> Reference:
@@ -169,24 +153,19 @@ def open_reference(path: Path) -> Reference:
     pictures, or no such statistics."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
-        files = [file for file in files if not is_overview(file)]
+        # One that shows all pictures of a folder that the sampler drew is no picture of its own.
+        files = [file for file in files if file.name != "grid.png" or not (file.parent / "manifest.jsonl").is_file()]
         if len(files) < 2:
             raise UserError(f"reference={path} holds {len(files)} pictures; {_EXPECTED}.")
         names = [file.relative_to(path).as_posix() for file in files]
         images = [Drawn(name, name, file) for name, file in zip(names, files, strict=True)]
         listing = "\n".join(f"{name} {file.stat().st_size}" for name, file in zip(names, files, strict=True))
         kept = {"kind": "folder", "path": str(path), "pictures": len(files), "listing": _hash(listing.encode())}
-        return Reference(path, images, None, kept)
+        return Reference(kept, images)
     if path.suffix != ".npz" or not path.is_file():
         raise UserError(f"reference={path} is no such folder or file; {_EXPECTED}.")
     moments = _moments(path)
-    kept = {"kind": "statistics", "path": str(path), "sha256": _hash(path.read_bytes())}
-    return Reference(path, [], moments, kept)
-
-
-def is_overview(file: Path) -> bool:
-    """Whether ``file`` shows all pictures of a folder that the sampler drew in one, and is no picture of its own."""
-    return file.name == "grid.png" and (file.parent / "manifest.jsonl").is_file()
+    return Reference({"kind": "statistics", "path": str(path), "sha256": _hash(path.read_bytes())}, moments=moments)
 
 
 def _moments(path: Path) -> Gaussian:
@@ -206,6 +185,10 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def _hash_of(identity: dict[str, Any]) -> str:
+    return _hash(json.dumps(identity, sort_keys=True).encode())
+
+
 FEW: Final = 2000  # images under which a distance says more about their number than about the model
 
 
@@ -221,7 +204,6 @@ class _SetDistance(ABC):
 
     reference: Path
     device: str = "cpu"
-    batch_size: int = 32
     cache: Path | None = None
 
     name: ClassVar[str] = ""
@@ -242,26 +224,20 @@ class _SetDistance(ABC):
     def _extractor(self) -> Extractor:
         """The network that the features come from."""
 
-    def _against(self, reference: np.ndarray) -> Any:
-        """What the distance is taken to, of the reference's features [M, D]."""
-        return self._opened.moments or gaussian(reference)
-
-    def _distance(self, features: np.ndarray, against: Any) -> float:
-        return frechet_distance(gaussian(features), against)
-
-    def _influence(self, features: np.ndarray, against: Any) -> np.ndarray:
-        """What each image adds to the distance [N], with mean 0."""
-        return frechet_influence(features, against)
+    def _measured(self, features: np.ndarray, reference: np.ndarray) -> tuple[float, np.ndarray]:
+        """The distance of features [N, D] to those of the reference, and what each image adds to it [N], with mean 0."""
+        against = self._opened.moments or gaussian(reference)
+        return frechet_distance(gaussian(features), against), frechet_influence(features, against)
 
     def settings(self) -> dict[str, Any]:
         return {"features": self._identity(), "reference": self._opened.settings}
 
     def prepare(self, suite: Suite, images: list[Drawn], work: Path, run: Run) -> None:
         extractor = self._extractor()
-        image_features(images, extractor, self._made(work), run, self.batch_size, f"{self.title}: images")
+        image_features(images, extractor, self._made(work), run, title=f"{self.title}: images")
         pictures = self._opened.images[run.rank :: run.size]
         if pictures:
-            image_features(pictures, extractor, self._real(work), run, self.batch_size, f"{self.title}: reference")
+            image_features(pictures, extractor, self._real(work), run, title=f"{self.title}: reference")
 
     def result(self, suite: Suite, images: list[Drawn], work: Path) -> ScoreResult:
         found, features, errors = read_features(self._made(work), [image.name for image in images])
@@ -273,14 +249,10 @@ class _SetDistance(ABC):
         result.skipped = self._why_not(len(found), len(images), len(good), features.shape[1])
         if result.skipped:
             return result
-        prompts = [prompt_of[name] for name in found]
-        against = self._against(real)
-        value = self._distance(features, against)
-        around = mean(self._influence(features, against).tolist(), prompts)
+        value, influence = self._measured(features, real)
+        around = mean(influence.tolist(), [prompt_of[name] for name in found])
         low = max(0.0, value + around.low) if self.biased else value + around.low
-        overall = Estimate(value, low, value + around.high, len(found), around.prompts)
-        result.overall[self.name] = overall
-        result.tables = self._tables(features, against, prompts, overall)
+        result.overall[self.name] = Estimate(value, low, value + around.high, len(found), around.prompts)
         result.warnings = self._warnings(len(found), len(errors), around.prompts, len(lost), features.shape[1])
         return result
 
@@ -301,30 +273,10 @@ class _SetDistance(ABC):
 
     def _made(self, work: Path) -> Path:
         """Features of the images: beside ``work``, since FID and KID share them."""
-        return work.parent / "features" / self._key(self._identity())
+        return work.parent / "features" / _hash_of(self._identity())
 
     def _real(self, work: Path) -> Path:
-        identity = {"features": self._identity(), "reference": self._opened.settings}
-        return (self.cache or work.parent / "features") / f"reference-{self._key(identity)}"
-
-    @staticmethod
-    def _key(identity: dict[str, Any]) -> str:
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _tables(self, features: np.ndarray, against: Any, prompts: list[str], whole: Estimate) -> list[Table]:
-        """The distance of halves of the prompts, so that a reader sees how far it still falls with more images."""
-        names = sorted(set(prompts)) if self.biased else []
-        first = np.isin(prompts, names[::2])
-        halves = [half for half in (features[first], features[~first]) if len(half) > 1]
-        if len(halves) < 2:
-            return []
-        values = [self._distance(half, against) for half in halves]
-        rows: list[list[Any]] = [
-            ["half of the prompts (mean of both halves)", round(len(features) / 2), float(np.mean(values))],
-            ["all", len(features), whole],
-        ]
-        note = "The distance is biased upwards, the more the fewer the images; only equal numbers of images can be compared."
-        return [Table(f"{self.title} by number of images", ["", "images", self.title], rows, note, unit="number")]
+        return (self.cache or work.parent / "features") / f"reference-{_hash_of(self.settings())}"
 
     def _warnings(self, count: int, failed: int, prompts: int, lost: int, width: int) -> list[str]:
         pictures = len(self._opened.images) - lost
@@ -414,14 +366,8 @@ class KernelInception(_OnInception):
             raise UserError(f"reference={self.reference} has a mean and a covariance alone; KID needs a folder of pictures.")
         super().__post_init__()
 
-    def _against(self, reference: np.ndarray) -> Any:
-        return reference
-
-    def _distance(self, features: np.ndarray, against: Any) -> float:
-        return kernel_distance(features, against)
-
-    def _influence(self, features: np.ndarray, against: Any) -> np.ndarray:
-        return kernel_influence(features, against)
+    def _measured(self, features: np.ndarray, reference: np.ndarray) -> tuple[float, np.ndarray]:
+        return kernel_distance(features, reference), kernel_influence(features, reference)
 
 
 @dataclass

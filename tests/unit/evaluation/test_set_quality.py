@@ -181,8 +181,6 @@ def test_clip_fd_of_a_folder_and_of_its_statistics(clip_folder: Path, tmp_path: 
     found = result.overall["clip_fd"]
     assert found.low <= found.mean <= found.high and (found.n, found.prompts) == (30, 15) and found.mean > 0
     assert any("30 images are of 15 prompts" in warning for warning in result.warnings)
-    (table,) = result.tables
-    assert table.rows[0][1:2] == [15] and table.rows[0][2] > found.mean, "fewer images are further away"
     two = scored(FrechetClip(other, spec=str(clip_folder)), images, tmp_path / "two" / "clip_fd", processes=2)
     assert two.overall["clip_fd"].mean == pytest.approx(found.mean, rel=1e-5)
     for folder, whole in (("reference-*", 25), ("[!r]*", 30)):
