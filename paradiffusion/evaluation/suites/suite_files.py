@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from paradiffusion.data import tables
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.prompts import read_text
 
@@ -64,23 +63,20 @@ def read_rows(path: Path, needed: Sequence[str]) -> list[Row]:
 
     ``needed`` columns must be there under these names, letter case and spaces around them aside. UserError for a file without them,
     or with a row that is malformed."""
-    kind = path.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        return list(_csv_rows(path, needed, "\t" if kind == ".tsv" else None))
-    if kind == ".jsonl":
-        found = list(_jsonl_values(path))
-    elif kind == ".json":
-        found = list(_json_values(path))
-    else:
+    if path.suffix.lower() not in (".csv", ".tsv", ".jsonl", ".json"):
         raise UserError(f"{path} is no table; expected a name that ends in .csv, .tsv, .jsonl or .json.")
     rows = []
-    for where, values in found:
+    for where, values in _json_values(path) if path.suffix.lower() == ".json" else _table_values(path):
         if not isinstance(values, dict):
             raise UserError(f"{where} is no object; expected one with {', '.join(needed)}.")
-        rows.append(Row(where, _renamed(values, needed)))
-        missing = [column for column in needed if column not in rows[-1].values]
-        if missing:
-            raise _no_column(where, missing[0], list(values), "keys")
+        wanted = {column.strip().casefold(): column for column in needed}
+        found = {key if key in needed else wanted.get(key.strip().casefold(), key): value for key, value in values.items()}
+        if missing := [column for column in needed if column not in found]:
+            raise UserError(
+                f"{where} has the columns {', '.join(values)[:200]}; expected one named {missing[0]}: get the released file, or name the "
+                "column that it has under columns: in a .yaml of your own."
+            )
+        rows.append(Row(where, found))
     return rows
 
 
@@ -101,54 +97,15 @@ def find_file(path: Path, names: Sequence[str], what: str) -> Path:
     raise UserError(f"{path} holds no {' or '.join(names)}; {what}")
 
 
-def _csv_rows(path: Path, needed: Sequence[str], delimiter: str | None) -> Iterator[Row]:
-    text = read_text(path)
-    header = next((line for line in text.splitlines() if line.strip()), "")
-    # Spreadsheets of many countries write semicolons, so the header decides.
-    marks = delimiter or max(",;\t", key=header.count)
-    found = [(line, cells) for line, cells in _cells(path, text, marks) if any(cell.strip() for cell in cells)]
-    if not found:
-        raise UserError(f"{path} is empty; expected a header and rows.")
-    head = found[0][1]
-    names = list(_renamed({cell.strip(): None for cell in head}, needed))
-    missing = [column for column in needed if column not in names]
-    if missing:
-        raise _no_column(str(path), missing[0], head, "columns")
-    for number, (line, cells) in enumerate(found[1:], 1):
-        where = f"{path} row {number} (line {line})"
-        if len(cells) != len(head):
-            raise UserError(
-                f"{where} has {len(cells)} cells, the header {len(head)}; a file that was cut off or a comma outside of "
-                "quotes makes that: get it again."
-            )
-        yield Row(where, dict(zip(names, cells, strict=True)))
-
-
-def _cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """The rows as lists of cells, each with its line. Quotes that are not doubled are taken as spreadsheets take them, but
-    one that is never closed is refused: it would swallow the rest of the file."""
-    for strict in (True, False):
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
-        rows, line = [], 1
-        try:
-            for cells in reader:
-                rows.append((line, cells))
-                line = reader.line_num + 1
-            return rows
-        except csv.Error as error:
-            if not strict or "unexpected end" in str(error):
-                raise UserError(f"{path} line {line} is not valid CSV ({error}); get it again.") from None
-    raise AssertionError("the second reading returns or raises")
-
-
-def _jsonl_values(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(read_text(path).replace("\r\n", "\n").split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{path} line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", "nested too deep, or a number of thousands of digits")
-                raise UserError(f"{path} line {number} is not valid JSON ({reason}); get it again.") from None
+def _table_values(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a table stands, and what it says. A suite is not mended as captions are: whatever is odd is refused."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist (looked in {Path.cwd()}); check the path.")
+    for row in tables.read_rows(path):
+        where = f"{path} {row.place}"
+        if odd := row.problem or " and ".join(row.notes):
+            raise UserError(f"{where} is not as it must be ({odd}); get the file again.")
+        yield where, row.fields
 
 
 def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
@@ -162,18 +119,6 @@ def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path} holds no list; expected a list of objects.")
     for number, value in enumerate(values, 1):
         yield f"{path} entry {number}", value
-
-
-def _renamed(values: dict[str, Any], needed: Sequence[str]) -> dict[str, Any]:
-    wanted = {column.strip().casefold(): column for column in needed}
-    return {key if key in needed else wanted.get(key.strip().casefold(), key): value for key, value in values.items()}
-
-
-def _no_column(where: str, missing: str, found: Sequence[str], what: str) -> UserError:
-    return UserError(
-        f"{where} has the {what} {', '.join(found)[:200]}; expected one named {missing}: get the released file, or name the "
-        "column that it has under columns: in a .yaml of your own."
-    )
 
 
 class _Once(yaml.SafeLoader):
