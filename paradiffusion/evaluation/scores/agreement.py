@@ -17,8 +17,8 @@ from paradiffusion.evaluation.records import Evaluation, Measure, ScoreResult, T
 from paradiffusion.evaluation.suites.suite_files import read_rows
 
 _LAYOUT: Final = (
-    "expected .csv or .jsonl with prompt, set_a and set_b (or image_a and image_b as set/name), and choice a, b or tie "
-    "(or preferred, or votes_a, votes_b and ties; or, in .jsonl, ranks by set, 1 for the best)"
+    "expected .csv or .jsonl with prompt, set_a, set_b and choice a, b or tie (or votes_a, votes_b and ties; or, in .jsonl, ranks by "
+    "set, 1 for the best)"
 )
 _CHOICES: Final = {"a": (1, 0, 0), "b": (0, 1, 0), "tie": (0, 0, 1)}
 
@@ -71,10 +71,8 @@ def read_pairs(path: Path) -> list[HumanPair]:
 
 def _pairs(row: dict[str, Any]) -> Iterator[HumanPair]:
     prompt = str(row["prompt"])
-    if str(row.get("occasion", 0)) != "0":
-        return  # a pair shown to a rater again, to see whether he agrees with himself
-    if str(row.get("missing", 0)) == "1":
-        return  # decided by a picture that is not there: nobody said anything
+    if str(row.get("occasion", 0)) != "0" or str(row.get("missing", 0)) == "1":
+        return  # shown to a rater again, to see whether he agrees with himself; or nobody was asked, as a picture is missing
     about: dict[str, Any] = {"question": str(row.get("question", "")), "rater": str(row.get("rater", "")), "number": _number(row)}
     if "ranks" in row:
         ranks = {str(name): float(rank) for name, rank in row["ranks"].items()}
@@ -84,35 +82,20 @@ def _pairs(row: dict[str, Any]) -> Iterator[HumanPair]:
             won = (int(ranks[one] < ranks[other]), int(ranks[one] > ranks[other]), int(ranks[one] == ranks[other]))
             yield HumanPair(prompt, one, other, *won, **about)
         return
-    (set_a, image_a), (set_b, image_b) = _side(row, "a"), _side(row, "b")
-    if (set_a, image_a) == (set_b, image_b):
-        raise ValueError(f"both sides are {set_a}")
-    votes = _votes(row)
-    if sum(votes):
-        yield HumanPair(prompt, set_a, set_b, *votes, image_a=image_a, image_b=image_b, **about)
-
-
-def _side(row: dict[str, Any], side: str) -> tuple[str, str]:
-    """The set, and the name of the image in it, "" for none."""
-    if f"set_{side}" in row:
-        image = str(row.get(f"image_{side}", ""))
-        return str(row[f"set_{side}"]), PurePosixPath(image).stem if image else ""
-    place = PurePosixPath(str(row[f"image_{side}"]))
-    if place.parent.name == "":
-        raise ValueError(f"image_{side}={place} does not say of which set it is")
-    return place.parent.name, place.stem
-
-
-def _votes(row: dict[str, Any]) -> tuple[int, int, int]:
+    sets = [str(row[f"set_{side}"]) for side in "ab"]
+    images = [PurePosixPath(str(row.get(f"image_{side}", ""))).stem for side in "ab"]
+    if (sets[0], images[0]) == (sets[1], images[1]):
+        raise ValueError(f"both sides are {sets[0]}")
     if "votes_a" in row or "votes_b" in row:
-        found = int(row["votes_a"]), int(row["votes_b"]), int(row.get("ties", 0))
-        if min(found) < 0:
-            raise ValueError(f"there are {min(found)} votes")
-        return found
-    choice = str(row["choice"] if "choice" in row else row["preferred"]).strip().lower()
-    if choice not in _CHOICES:
+        votes = int(row["votes_a"]), int(row["votes_b"]), int(row.get("ties", 0))
+        if min(votes) < 0:
+            raise ValueError(f"there are {min(votes)} votes")
+    elif (choice := str(row["choice"]).strip().lower()) in _CHOICES:
+        votes = _CHOICES[choice]
+    else:
         raise ValueError(f"the choice is {choice}")
-    return _CHOICES[choice]
+    if sum(votes):
+        yield HumanPair(prompt, *sets, *votes, image_a=images[0], image_b=images[1], **about)
 
 
 def _number(row: dict[str, Any]) -> int:

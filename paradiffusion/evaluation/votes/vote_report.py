@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.records import read_record
 from paradiffusion.evaluation.reporting.sections import Section, write_sections
+from paradiffusion.evaluation.reporting.texts import difference_text, estimate_text, interval_text, value_text
 from paradiffusion.evaluation.votes.vote_results import Answers, Rates, Results, outcomes
 from paradiffusion.evaluation.votes.vote_store import Vote
 from paradiffusion.evaluation.votes.vote_study import Study
@@ -53,12 +54,11 @@ def summary(results: Results) -> list[str]:
     lines = [f"screens voted on: {sum(r.done for r in results.raters)} of {sum(r.total for r in results.raters)}"]
     for answers in results.answers:
         for one in answers.rates:
-            lines.append(
-                f"{answers.question.name}: {one.set_a} {_share(one.win)}, tie {_share(one.tie)}, {one.set_b} {_share(one.loss)}, "
-                f"{one.win.n} votes on {one.win.prompts} prompts"
-            )
+            win, tie, loss = (estimate_text(share, "share") for share in (one.win, one.tie, one.loss))
+            counted = f"{one.win.n} votes on {one.win.prompts} prompts"
+            lines.append(f"{answers.question.name}: {one.set_a} {win}, tie {tie}, {one.set_b} {loss}, {counted}")
         if answers.strengths is not None and len(results.sets) > 2:
-            shown = (f"{name} {_number(one)}" for name, one in answers.strengths.sets.items())
+            shown = (f"{name} {estimate_text(one, 'number')}" for name, one in answers.strengths.sets.items())
             lines.append(f"{answers.question.name}, log strengths: {', '.join(shown)}")
     return lines
 
@@ -108,7 +108,7 @@ def answers_section(answers: Answers) -> Section:
     if answers.strengths is not None:
         warnings += answers.strengths.warnings
         ordered = sorted(answers.strengths.sets.items(), key=lambda item: -item[1].mean)
-        rows = [[Cell(name), _number_cell(one), _number_cell(one, 400 / math.log(10), 0), Cell(str(one.n))] for name, one in ordered]
+        rows = [[Cell(name), _cell(one, "number"), _cell(_elo(one), "number"), Cell(str(one.n))] for name, one in ordered]
         note = (
             "Davidson's model (1970): Bradley and Terry's with ties. Natural logarithm, of mean 0 over the sets: a set "
             "1 above another gets 2.7 votes for each one of the other's, ties aside."
@@ -127,7 +127,8 @@ def _rates_table(groups: dict[str, list[Rates]]) -> Grid:
     for name, rates in groups.items():
         rows = []
         for one in rates:
-            shares = [*map(_share_cell, (one.win, one.tie, one.loss)), _share_cell(one.margin, signed=True)]
+            shares = [_cell(share, "share") for share in (one.win, one.tie, one.loss)]
+            shares.append(Cell(difference_text(one.margin, "share")))
             bar = Cell("", bar=(one.win.mean, one.tie.mean, one.loss.mean))
             sets = Cell(f"{one.set_a} against {one.set_b}")
             rows.append([sets, *shares, Cell(str(one.win.n)), Cell(str(one.win.prompts)), bar])
@@ -137,13 +138,16 @@ def _rates_table(groups: dict[str, list[Rates]]) -> Grid:
 
 def _trust_table(answers: Answers) -> Grid:
     trust = answers.reliability
-    rows: list[tuple[str, Estimate | None, Callable[[Estimate], Cell]]] = [
-        ("raters' agreement, Krippendorff's alpha (nominal; 1 is full, 0 is chance)", trust.alpha, _number_cell),
-        ("two raters chose the same", trust.same, _share_cell),
-        ("a rater chose the same again", trust.again, _share_cell),
-        ("left among votes for a side (50 % where sides do not matter)", trust.left, _share_cell),
+    rows = [
+        ("raters' agreement, Krippendorff's alpha (nominal; 1 is full, 0 is chance)", trust.alpha, "number"),
+        ("two raters chose the same", trust.same, "share"),
+        ("a rater chose the same again", trust.again, "share"),
+        ("left among votes for a side (50 % where sides do not matter)", trust.left, "share"),
     ]
-    made = [[Cell(name), *([Cell("not measured"), Cell("")] if one is None else [show(one), Cell(str(one.n))])] for name, one, show in rows]
+    made = [
+        [Cell(name), *([Cell("not measured"), Cell("")] if one is None else [_cell(one, unit), Cell(str(one.n))])]
+        for name, one, unit in rows
+    ]
     return Grid(["", "", "n"], [Group("", made)])
 
 
@@ -156,22 +160,13 @@ def _raters(results: Results) -> Grid:
     return text_grid(["rater", "screens", "votes", "median time", "ties", "left"], rows)
 
 
-def _share(one: Estimate) -> str:
-    return f"{100 * one.mean:.1f} % [{100 * one.low:.1f}, {100 * one.high:.1f}]"
+def _cell(one: Estimate, unit: str) -> Cell:
+    return Cell(value_text(one.mean, unit), (interval_text(one, unit),))
 
 
-def _number(one: Estimate) -> str:
-    return f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]"
-
-
-def _share_cell(one: Estimate, signed: bool = False) -> Cell:
-    form = "+.1f" if signed else ".1f"
-    return Cell(f"{100 * one.mean:{form}} %", (f"{100 * one.low:{form}} to {100 * one.high:{form}}",))
-
-
-def _number_cell(one: Estimate, factor: float = 1.0, digits: int = 2) -> Cell:
-    interval = f"{factor * one.low:.{digits}f} to {factor * one.high:.{digits}f}"
-    return Cell(f"{factor * one.mean:.{digits}f}", (interval,))
+def _elo(one: Estimate) -> Estimate:
+    low, mean, high = (400 / math.log(10) * value for value in (one.low, one.mean, one.high))
+    return replace(one, low=low, mean=mean, high=high)
 
 
 COLUMNS: Final = (

@@ -129,21 +129,9 @@ def reliability(outcomes: Sequence[Outcome], seed: int = 0) -> Reliability:
     return Reliability(alpha, _same(first, seed), _share([one.chose_left for one in sided], sided, seed), _again(voted, seed))
 
 
-def krippendorff_alpha(coincidences: np.ndarray) -> np.ndarray:
-    """Nominal alpha of coincidence matrices [..., values, values]; nan where all votes are one value.
-
-    Krippendorff, "Content Analysis": 1 - (n - 1) (sum of o_ck over c != k) / (sum of n_c n_k over c != k).
-    """
-    totals = coincidences.sum(-1)  # [..., values]
-    n = totals.sum(-1)
-    observed = n - np.trace(coincidences, axis1=-2, axis2=-1)
-    expected = n**2 - (totals**2).sum(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(expected > 0, 1 - (n - 1) * observed / expected, np.nan)
-
-
 def alpha_of(units: Sequence[Hashable], values: Sequence[int], prompts: Sequence[str], choices: int, seed: int = 0) -> Estimate | None:
-    """Krippendorff's nominal alpha, with a 95 % interval by bootstrap over prompts; None where there is nothing to tell apart.
+    """Krippendorff's nominal alpha, with a 95 % interval by bootstrap over prompts; None where there is nothing to tell apart, as where
+    all votes are one value. "Content Analysis": 1 - (n - 1) (sum of o_ck over c != k) / (sum of n_c n_k over c != k).
 
     Args:
         units: what each value was given to; those with a single value say nothing, and are left out.
@@ -160,14 +148,16 @@ def alpha_of(units: Sequence[Hashable], values: Sequence[int], prompts: Sequence
     for unit, row in given.items():
         if row.sum() > 1:
             tables[names[prompt_of[unit]]] += (np.outer(row, row) - np.diag(row)) / (row.sum() - 1)
+
+    def alpha(sums: np.ndarray) -> np.ndarray:
+        coincidences = sums.reshape(choices, choices, -1)  # [values, values, resamples]
+        totals = coincidences.sum(0)
+        n = totals.sum(0)
+        expected = n**2 - (totals**2).sum(0)
+        return np.where(expected > 0, 1 - (n - 1) * (n - np.trace(coincidences)) / expected, np.nan)
+
     try:
-        # Sums over prompts have their values' two axes first: [choices^2, prompts] -> [resamples, choices, choices].
-        return of_sums(
-            tables.reshape(len(names), -1).T,
-            lambda sums: krippendorff_alpha(np.moveaxis(sums.reshape(choices, choices, -1), -1, 0)),
-            round(float(tables.sum())),
-            seed,
-        )
+        return of_sums(tables.reshape(len(names), -1).T, alpha, round(float(tables.sum())), seed)
     except ValueError:
         return None
 

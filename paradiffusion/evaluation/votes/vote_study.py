@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+from pydantic import TypeAdapter
 
 from paradiffusion.atomic import write_atomic
 from paradiffusion.data.images import BadImage, decode
@@ -73,8 +75,7 @@ class VotedPrompt:
     band: str
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Image number ``image`` of two sets for one prompt; ``set_a`` is the one that was named first."""
 
     prompt: str
@@ -83,8 +84,7 @@ class Pair:
     set_b: str
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A pair (by its number) as one rater meets it: ``occasion`` is 1 where it is seen a second time, ``round`` says which questions are
     asked (``Study.asked``), and ``flipped`` that ``set_b`` is on the left."""
 
@@ -145,7 +145,7 @@ class Study:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the pairs and of who sees them how: votes of another study are not read as this one's."""
-        rows = [[asdict(pair) for pair in self.pairs], {r: [asdict(t) for t in ts] for r, ts in self.tasks.items()}]
+        rows = [[pair._asdict() for pair in self.pairs], {r: [t._asdict() for t in ts] for r, ts in self.tasks.items()}]
         return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
     def failures(self) -> list[tuple[str, str, int, str]]:
@@ -157,12 +157,10 @@ class Study:
 def write_study(study: Study) -> Path:
     """Write study.json, whole or not at all; its path. Folders of pictures are kept relative to the study's."""
     sets = [{"name": one.name, "root": relative_file(one.root, study.folder), "pictures": one.pictures} for one in study.sets.values()]
-    tasks = {rater: [[*map(int, vars(task).values())] for task in own] for rater, own in study.tasks.items()}
     record = {
         "paradiffusion_study": FORMAT_VERSION,
-        **{key: getattr(study, key) for key in ("title", "suite", "settings", "ask", "questions")},
-        "prompts": [*study.prompts.values()], "sets": sets, "pairs": [[*vars(pair).values()] for pair in study.pairs],
-        "tasks": tasks,
+        **{key: getattr(study, key) for key in ("title", "suite", "settings", "ask", "questions", "pairs", "tasks")},
+        "prompts": [*study.prompts.values()], "sets": sets,
     }  # fmt: skip
     study.folder.mkdir(parents=True, exist_ok=True)
     path = study.folder / STUDY
@@ -177,7 +175,9 @@ def read_study(folder: Path) -> Study:
     def made(record: Any) -> Study:
         if not isinstance(record, dict) or record.get("paradiffusion_study") != FORMAT_VERSION:
             raise UserError(f"{path} is no study of version {FORMAT_VERSION}; name another folder with study=.")
-        study = _study_from(record, folder)
+        sets = {row["name"]: {**row, "root": os.path.normpath(folder.absolute() / row["root"])} for row in record["sets"]}
+        prompts = {row["id"]: row for row in record["prompts"]}
+        study = TypeAdapter(Study).validate_python({**record, "folder": folder, "sets": sets, "prompts": prompts})
         for task in chain(*study.tasks.values()):
             study.settled(study.pairs[task.pair])
             study.asked(task.round)
@@ -185,27 +185,6 @@ def read_study(folder: Path) -> Study:
 
     missing = f"{folder} holds no {STUDY}; begin a study there with action=serve, sets= and raters=, see --help."
     return read_record(path, made, "bring it back from a copy", missing)
-
-
-def _study_from(record: dict[str, Any], folder: Path) -> Study:
-    sets = [
-        PictureSet(
-            row["name"],
-            Path(os.path.normpath(folder.absolute() / row["root"])),
-            {key: [Picture(**picture) for picture in pictures] for key, pictures in row["pictures"].items()},
-        )
-        for row in record["sets"]
-    ]
-    tasks = {
-        rater: [Task(pair, occasion, number, bool(flipped)) for pair, occasion, number, flipped in own]
-        for rater, own in record["tasks"].items()
-    }
-    return Study(
-        folder, record["title"], record["suite"], dict(record["settings"]), record["ask"],
-        tuple(Question(**row) for row in record["questions"]),
-        {row["id"]: VotedPrompt(**row) for row in record["prompts"]}, {one.name: one for one in sets},
-        [Pair(*row) for row in record["pairs"]], tasks,
-    )  # fmt: skip
 
 
 def all_pairs(prompts: Sequence[str], sets: Sequence[str], images: int) -> list[Pair]:

@@ -128,7 +128,7 @@ def test_layouts(tmp_path: Path) -> None:
     assert (one.a, one.b, one.ties, one.rater, one.question, one.number) == (1, 0, 0, "anna", "appeal", 0)
     assert (two.ties, two.number) == (1, 1)
     lines = [
-        {"prompt": "a long text", "image_a": "ours/00001_1.png", "image_b": "theirs/00001.png", "preferred": "b"},
+        {"prompt": "a long text", "set_a": "ours", "set_b": "theirs", "image_a": "00001_1.png", "choice": "b"},
         {"prompt": "p1", "set_a": "ours", "set_b": "theirs", "votes_a": 3, "votes_b": 1, "ties": 2},
         {"prompt": "p1", "set_a": "ours", "set_b": "theirs", "votes_a": 0, "votes_b": 0},
         {"prompt": "p1", "ranks": {"x": 1, "y": 2, "z": 2}, "rater": "dora"},
@@ -146,10 +146,10 @@ def test_layouts(tmp_path: Path) -> None:
         ("votes.txt", "", "is no table"),
         ("votes.csv", "", "holds no pairs"),
         ("votes.csv", "prompt,set_a,set_b,choice\n", "holds no pairs"),
-        ("votes.csv", "prompt,set_a,set_b\np1,a,b\n", r"line 2: preferred is missing"),
+        ("votes.csv", "prompt,set_a,set_b\np1,a,b\n", r"line 2: choice is missing"),
         ("votes.csv", "prompt,set_a,set_b,choice\np1,ours,theirs,left\n", r"line 2: the choice is left"),
         ("votes.csv", "prompt,set_a,set_b,choice\np1,ours,ours,a\n", "both sides are ours"),
-        ("votes.csv", "prompt,image_a,image_b,choice\np1,1.png,2.png,a\n", "does not say of which set"),
+        ("votes.csv", "prompt,image_a,image_b,choice\np1,1.png,2.png,a\n", "set_a is missing"),
         ("votes.jsonl", "{broken\n", "line 1 .*no JSON object"),
         ("votes.jsonl", '{"prompt": "p", "set_a": "x", "set_b": "y", "votes_a": -1, "votes_b": 2}\n', "-1 votes"),
         ("votes.jsonl", '{"prompt": "p", "ranks": {"x": NaN, "y": 1}}\n', "line 1: a rank is no number"),

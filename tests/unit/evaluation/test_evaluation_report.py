@@ -209,7 +209,7 @@ def test_votes_are_shown(tmp_path: Path) -> None:
     for where in (Page(page).text, text):
         assert all(word in where for word in ("ours against sdxl", "50.0 %", "40.0 to 60.0", "faithfulness", "few raters"))
     assert record["votes"]["answers"][0]["rates"][0]["win"]["mean"] == 0.5
-    assert text.index("| ours | 0.30") < text.index("| sdxl | -0.30"), "the strongest first"
+    assert text.index("| ours | 0.30") < text.index("| sdxl | −0.30"), "the strongest first"
     none = replace(results, answers=[replace(answers, votes=0)])
     assert "No votes yet" in written(tmp_path / "out", made, votes=none)[0]
 
