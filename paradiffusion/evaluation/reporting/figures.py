@@ -22,7 +22,6 @@ from paradiffusion.evaluation.records import Table
 from paradiffusion.evaluation.reporting.numbers import MeasureNumbers, Row, ScoreNumbers, SuiteNumbers
 from paradiffusion.evaluation.reporting.report_tables import group_name
 from paradiffusion.evaluation.reporting.texts import cell_text, estimate_text, excerpt
-from paradiffusion.evaluation.suites.suite import BAND_NAMES
 from paradiffusion.pages import page_text, plain, render
 
 # Stand-ins that the page's own colours replace, so that one figure serves light and dark: ink, lines, and the models'.
@@ -74,22 +73,23 @@ class Series:
 
 def line_figure(
     name: str, title: str, series: Sequence[Series], places: Sequence[str], unit: str, axis: str,
-    xs: Sequence[Sequence[float]] | None = None,
+    at: Sequence[float] | None = None,
 ) -> Markup:  # fmt: skip
     """Estimates with their intervals joined by lines: against length, by position.
 
     ``name`` is unique on the page; ids inside the figure begin with it. ``places`` are what the places on the axis are called, and
-    ``xs`` for each series the position of each; None: 0, 1, 2, ..., labelled by ``places``."""
+    ``at`` the position of each; None: 0, 1, 2, ..., labelled by ``places``."""
     axes = _empty(4.4, 2.9)
     for number, one in enumerate(series):
         shown = one.points[:: -(-len(one.points) // MOST_POINTS) or 1]
         axes.scatter([x for x, _ in shown], [y for _, y in shown], s=7, color=_colour(number), alpha=0.3, lw=0)
-        where = _beside(number, len(series), 0.1, places) if xs is None else xs[number]
+        step = 0.1 if at is None else (max(at) - min(at)) * 0.012
+        where = _beside(number, len(series), step, range(len(places)) if at is None else at)
         _errors(axes, where, one, number, DASHES[number % len(DASHES)])
         ringed = [(where[place], value.mean) for place in one.cut if (value := one.estimates[place]) is not None]
         if ringed:
             axes.plot(*zip(*ringed, strict=True), "o", markersize=11, mfc="none", color=_colour(number))
-    if xs is None:
+    if at is None:
         _name_places(axes, places)
         axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_xlabel(axis)
@@ -102,7 +102,7 @@ def row_figure(name: str, title: str, series: Sequence[Series], places: Sequence
     spread = len(series) if legend else 1
     axes = _empty(4.4, 0.9 + len(places) * (0.2 + 0.14 * spread) + 0.25 * legend * (len(series) > 1))
     for number, one in enumerate(series):
-        _errors(axes, _beside(number if legend else 0, spread, 0.7 / spread, places), one, number, "none", upright=False)
+        _errors(axes, _beside(number if legend else 0, spread, 0.7 / spread, range(len(places))), one, number, "none", upright=False)
     axes.set_yticks(range(len(places)), [excerpt(place, 24) for place in places])
     axes.set_ylim(len(places) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
@@ -114,7 +114,7 @@ def bar_figure(name: str, title: str, series: Sequence[Series], places: Sequence
     axes = _empty(4.4, 2.9)
     width = 0.8 / max(1, len(series))
     for number, one in enumerate(series):
-        where, values = _known(_beside(number, len(series), width, places), one)
+        where, values = _known(_beside(number, len(series), width, range(len(places))), one)
         axes.bar(
             where, [value.mean for value in values], width * 0.92, yerr=_ends(values), color=_colour(number), alpha=0.75,
             error_kw={"ecolor": INK, "elinewidth": 1.1}, label=_label(one),
@@ -129,9 +129,9 @@ def _empty(width: float, height: float) -> Axes:
         return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
-def _beside(number: int, count: int, width: float, places: Sequence[str]) -> list[float]:
+def _beside(number: int, count: int, width: float, at: Sequence[float]) -> list[float]:
     """Where a series stands at each place, so that intervals do not cover each other."""
-    return [place + (number - (count - 1) / 2) * width for place in range(len(places))]
+    return [place + (number - (count - 1) / 2) * width for place in at]
 
 
 def _known(where: Sequence[float], one: Series) -> tuple[list[float], list[Estimate]]:
@@ -222,35 +222,19 @@ def measure_figures(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumb
     measure, found = one.measure, []
     curve = len(one.categories) > 1 and all(LENGTH.fullmatch(row.group) for row in one.categories)
     if sum(value is not None for value in one.whole.estimates) > 1:
-        series = [
-            Series(label, [value if i == number else None for i, value in enumerate(one.whole.estimates)])
-            for number, label in enumerate(numbers.labels)
-        ]
-        title = f"{measure.title}, by model"
-        found.append(row_figure(f"{name}-models", title, series, numbers.labels, measure.unit, legend=False))
+        alone = [[value if i == number else None for i, value in enumerate(one.whole.estimates)] for number in range(len(numbers.labels))]
+        series = [Series(label, values) for label, values in zip(numbers.labels, alone, strict=True)]
+        found.append(row_figure(f"{name}-models", f"{measure.title}, by model", series, numbers.labels, measure.unit, legend=False))
     if len(one.bands) > 1 and not curve:
-        words = {band: fmean([p.words for p in numbers.suite.prompts if p.band == band] or [0]) for band in BAND_NAMES}
-        places = [words[row.group] for row in one.bands]
-        step = (max(places) - min(places)) * 0.012
+        words = [fmean(p.words for p in numbers.suite.prompts if p.band == row.group) for row in one.bands]
         series = _by_row(numbers, one.bands, _points(numbers, score, one) if len(numbers.labels) == 1 else ())
-        found.append(
-            line_figure(
-                f"{name}-length",
-                f"{measure.title}, by length",
-                series,
-                [f"{row.group} words" for row in one.bands],
-                measure.unit,
-                "words of the prompt",
-                xs=[[x + (number - (len(series) - 1) / 2) * step for x in places] for number in range(len(series))],
-            )
-        )
+        named, title = [f"{row.group} words" for row in one.bands], f"{measure.title}, by length"
+        found.append(line_figure(f"{name}-length", title, series, named, measure.unit, "words of the prompt", words))
     if curve:
         found.append(length_curve(f"{name}-lengths", numbers, one))
     elif 1 < len(one.categories) <= MOST_PLACES:
-        places_named = [group_name(row.group) for row in one.categories]
-        series = _by_row(numbers, one.categories)
-        title = f"{measure.title}, by category"
-        found.append(row_figure(f"{name}-categories", title, series, places_named, measure.unit))
+        named, series = [group_name(row.group) for row in one.categories], _by_row(numbers, one.categories)
+        found.append(row_figure(f"{name}-categories", f"{measure.title}, by category", series, named, measure.unit))
     return found
 
 
@@ -263,10 +247,8 @@ def length_curve(name: str, numbers: SuiteNumbers, one: MeasureNumbers) -> Marku
         cut = [place for place, row in enumerate(rows) if isinstance(counts, dict) and counts.get(row.group)]
         series.append(Series(label, [row.estimates[number] for row in rows], cut=cut))
     title = f"{one.measure.title}, by length" + (", ringed where prompts were cut" if any(s.cut for s in series) else "")
-    words = [int(row.group.split()[0]) for row in rows]
-    step = (words[-1] - words[0]) * 0.012  # so that intervals do not cover each other
-    xs = [[x + (number - (len(series) - 1) / 2) * step for x in words] for number in range(len(series))]
-    return line_figure(name, title, series, [row.group for row in rows], one.measure.unit, "words of the prompt", xs)
+    words = [float(row.group.split()[0]) for row in rows]
+    return line_figure(name, title, series, [row.group for row in rows], one.measure.unit, "words of the prompt", words)
 
 
 def table_figures(tables: Sequence[tuple[str, Table]], name: str) -> list[Markup]:
