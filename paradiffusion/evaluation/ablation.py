@@ -268,19 +268,17 @@ def _run(unit: Unit, output: Path, launcher: Launcher, stop: StopSignal, bar: tq
             pass_fds=() if sys.platform == "win32" else (lock.fileno(),),
             preexec_fn=None if sys.platform == "win32" else _end_with_parent,
         )  # fmt: skip
-        status = _wait(process, stop, log, bar)
+        status = _wait(process, stop)
     if status == 0:
         return "" if _complete(unit) else f"it ended before it was finished; see {log}"
-    lines = _last_lines(log, start, 20_000)
+    lines = _last_lines(log, start)
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     said = (errors or lines or ["it said nothing"])[-1][:400]
     return f"{said} (status {status}, see {log})"
 
 
-def _wait(process: subprocess.Popen[bytes], stop: StopSignal, log: Path, bar: tqdm[Any]) -> int:
+def _wait(process: subprocess.Popen[bytes], stop: StopSignal) -> int:
     told = False
-    looked = 0.0
-    shown = bar.postfix
     while True:
         try:
             return process.wait(_POLL_SECONDS)
@@ -291,9 +289,6 @@ def _wait(process: subprocess.Popen[bytes], stop: StopSignal, log: Path, bar: tq
         if stop.came_at is not None and not told:
             process.terminate()
             told = True
-        if sys.stderr.isatty() and time.monotonic() - looked > 1:
-            looked = time.monotonic()
-            bar.set_postfix_str(f"{shown} | {(_last_lines(log) or [''])[-1][:70]}")
 
 
 def _end_with_parent() -> None:
@@ -317,10 +312,10 @@ def _wait_for_orphan(lock: IO[str], unit: Unit, stop: StopSignal, bar: tqdm[Any]
             time.sleep(_POLL_SECONDS)
 
 
-def _last_lines(log: Path, start: int = 0, most: int = 1000) -> list[str]:
-    """What stands in the log's last ``most`` bytes, from ``start`` on."""
+def _last_lines(log: Path, start: int) -> list[str]:
+    """What stands in the log from ``start`` on, in its last 20,000 bytes."""
     with log.open("rb") as file:
-        file.seek(max(start, log.stat().st_size - most))
+        file.seek(max(start, log.stat().st_size - 20_000))
         lines = file.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
     return [line.strip() for line in lines if line.strip()]
 

@@ -18,7 +18,7 @@ from paradiffusion.evaluation.drawing.picture_source import Place, Source
 from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.offered_scores import check_possible, make_scores, offers
-from paradiffusion.evaluation.records import Drawn, Evaluation, Measure, Score, ScoreResult, estimate, write_evaluation
+from paradiffusion.evaluation.records import Drawn, Evaluation, Measure, Run, Score, ScoreResult, estimate, write_evaluation
 from paradiffusion.evaluation.reporting.evaluation_report import write_report
 from paradiffusion.evaluation.scores.agreement import HumanPair, agreement, read_pairs
 from paradiffusion.evaluation.subjects import Subject, base_folder, bind_folder, joint_folder, made_before, subjects_of, suite_folder
@@ -26,7 +26,6 @@ from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.evaluation.votes.vote_report import read_results
 from paradiffusion.evaluation.votes.vote_results import Results
 from paradiffusion.machine import choose_device
-from paradiffusion.runner import make_bar
 from paradiffusion.sampling.run import (
     Processes,
     Stopped,
@@ -264,23 +263,6 @@ SETTINGS = "settings.json"
 LAST = ("counterfactual",)  # it draws, so that the model that is judged must be in memory beside the judge
 
 
-@dataclass
-class Running:
-    """``records.Run`` of these processes."""
-
-    rank: int
-    size: int
-    signal: StopSignal
-
-    def bar(self, total: int, title: str) -> Any:
-        """A tqdm bar of the first process; a context manager."""
-        return make_bar(title, "it", total, shown=self.rank == 0)
-
-    def check(self) -> None:
-        """Stopped once a signal came."""
-        self.signal.check()
-
-
 def score_all(
     scores: Sequence[Score | ScoreResult], images: list[Drawn], source: dict[str, Any], place: Place
 ) -> tuple[list[ScoreResult], list[str]]:
@@ -302,7 +284,7 @@ def score_all(
 
 def _score(score: Score, images: list[Drawn], source: dict[str, Any], place: Place) -> ScoreResult:
     work, processes = place.folder / "scores" / score.name, place.processes
-    run = Running(processes.rank, processes.size, place.signal)
+    run = Run(processes.rank, processes.size, place.signal)
 
     def bind() -> None:
         """Empty what was found under other settings, or about other pictures."""

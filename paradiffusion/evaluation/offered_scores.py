@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,28 @@ def offers(options: EvaluateOptions, suite: Suite, painter: Painter | None, devi
         assert painter is not None
         return Counterfactual(painter, judge(), prompts)
 
+    @cache
     def answering() -> VlmOptions:
-        return _vlm(options, device)
+        engine = options.engine or ("endpoint" if options.endpoint else "transformers")
+        return VlmOptions(
+            engine=engine, model=options.vlm or "", revision=options.vlm_revision, dtype=options.vlm_dtype, device=device,
+            batch_size=options.vlm_batch_size, endpoint=options.endpoint, served=options.served,
+            api_key_env=options.api_key_env, concurrency=options.concurrency, key="vlm",
+        )  # fmt: skip
 
-    def distance(kind: str) -> Callable[[], Any]:
-        return lambda: _distance(kind, options, device)
+    def caption_back() -> Score:
+        from paradiffusion.evaluation.scores.caption_back import CaptionBack  # slow to import, as is set_quality
+
+        return CaptionBack(answering(), str(options.text_embedding), device)
+
+    def distance(name: str) -> Any:
+        from paradiffusion.evaluation.scores import set_quality
+
+        kept = Path("runs/evaluation/references")  # once for all models that are compared
+        if name == "clip_fd":
+            return set_quality.FrechetClip(given, device, kept, spec=str(options.clip), precision=options.clip_precision)
+        made = set_quality.FrechetInception if name == "fid" else set_quality.KernelInception
+        return made(given, device, kept, weights=Path(str(options.inception)))
 
     return [
         Offer("scenes", "Scenes", ScenesScore, only_scenes, scenes),
@@ -101,10 +118,10 @@ def offers(options: EvaluateOptions, suite: Suite, painter: Painter | None, devi
         Offer("checklist", "Checklist", lambda: Checklist(answering()), asks or vlm, questions),
         Offer("dpg", "DPG as published", lambda: DpgPublished(answering()), dpg or vlm, not dpg),
         Offer("dpg_corrected", "DPG, corrected", lambda: DpgCorrected(answering()), dpg or vlm, not dpg),
-        Offer("caption_back", "Caption-back", lambda: _caption_back(options, answering(), device), vlm or embedding),
-        Offer("fid", "FID", distance("FrechetInception"), real),
-        Offer("kid", "KID", distance("KernelInception"), real or moments),
-        Offer("clip_fd", "CLIP-FD", distance("FrechetClip"), ("" if options.reference else _REFERENCE) or clip),
+        Offer("caption_back", "Caption-back", caption_back, vlm or embedding),
+        Offer("fid", "FID", partial(distance, "fid"), real),
+        Offer("kid", "KID", partial(distance, "kid"), real or moments),
+        Offer("clip_fd", "CLIP-FD", partial(distance, "clip_fd"), ("" if options.reference else _REFERENCE) or clip),
     ]  # fmt: skip
 
 
@@ -132,32 +149,3 @@ def check_possible(options: EvaluateOptions, chosen: list[list[Score | ScoreResu
         if rows and all(isinstance(score, ScoreResult) for score in rows):
             reason = next(score.skipped for score in rows if isinstance(score, ScoreResult))
             raise UserError(f"scores={options.scores}: {name} cannot be computed: {reason}")
-
-
-def _vlm(options: EvaluateOptions, device: str) -> VlmOptions:
-    engine = options.engine or ("endpoint" if options.endpoint else "transformers")
-    chosen = VlmOptions(
-        engine=engine, model=options.vlm or "", revision=options.vlm_revision, dtype=options.vlm_dtype, device=device,
-        batch_size=options.vlm_batch_size, endpoint=options.endpoint, served=options.served,
-        api_key_env=options.api_key_env, concurrency=options.concurrency, key="vlm",
-    )  # fmt: skip
-    chosen.check()
-    return chosen
-
-
-def _caption_back(options: EvaluateOptions, answering: VlmOptions, device: str) -> Score:
-    from paradiffusion.evaluation.scores.caption_back import CaptionBack  # slow to import, as is set_quality
-
-    return CaptionBack(answering, str(options.text_embedding), device)
-
-
-def _distance(kind: str, options: EvaluateOptions, device: str) -> Any:
-    from paradiffusion.evaluation.scores import set_quality
-
-    reference = Path(str(options.reference)).expanduser()
-    kept = Path("runs/evaluation/references")  # once for all models that are compared
-    if kind == "FrechetClip":
-        spec, precision = str(options.clip), options.clip_precision
-        return set_quality.FrechetClip(reference, device, cache=kept, spec=spec, precision=precision)
-    made = set_quality.FrechetInception if kind == "FrechetInception" else set_quality.KernelInception
-    return made(reference, device, cache=kept, weights=Path(str(options.inception)))

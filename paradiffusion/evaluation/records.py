@@ -16,6 +16,8 @@ from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.evaluation.estimates import Estimate, Number, ratio
 from paradiffusion.evaluation.suites.suite import Suite
+from paradiffusion.runner import make_bar
+from paradiffusion.stopping import StopSignal
 
 T = TypeVar("T")
 
@@ -101,17 +103,21 @@ class ScoreResult:
     skipped: str = ""
 
 
-class Run(Protocol):
-    """The running evaluation, as a score sees it: which process this is, its progress bar, and whether to stop."""
+@dataclass
+class Run:
+    """The running evaluation, as a score sees it: which process this is, of how many, and its progress bar."""
 
     rank: int
     size: int
+    signal: StopSignal
 
     def bar(self, total: int, title: str) -> Any:
         """A tqdm bar, shown by the first process alone; a context manager."""
+        return make_bar(title, "it", total, shown=self.rank == 0)
 
     def check(self) -> None:
-        """Raises when the run is to stop; called between pieces of work that are on disk."""
+        """Raises Stopped when the run is to stop; called between pieces of work that are on disk."""
+        self.signal.check()
 
 
 class Score(Protocol):
