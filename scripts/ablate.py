@@ -35,7 +35,7 @@ from paradiffusion.entry import run
 
 def main(arguments: list[str]) -> int:
     """Read the study, then print or run it."""
-    from paradiffusion.compose import CONFIGS, compose_options, compose_train
+    from paradiffusion.compose import compose_options, compose_train
     from paradiffusion.config import TrainConfig
     from paradiffusion.evaluation.ablation import AblateOptions, ablate, split
     from paradiffusion.evaluation.evaluate_options import EvaluateOptions
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         chosen = []
         for name in asked.suites() if runs else ():  # not once the training is done
             path = asked.suite_paths().get(name)
-            suite = load_suite(name, path, CONFIGS / "suites.yaml", asked.count, asked.allow_other, asked.of_suite())
+            suite = load_suite(name, path, asked.count, asked.allow_other, asked.of_suite())
             made = make_scores(asked, offers(asked, suite, None, "cpu", "checkpoint"))
             # What needs a model to draw with will have one.
             chosen.append([score for score in made if score.name != "counterfactual"])

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.checks import choice
-from paradiffusion.compose import CONFIGS, compose_options
+from paradiffusion.compose import compose_options
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.load import load_suite, suites
@@ -44,7 +44,6 @@ class Item:
     patterns: tuple[str, ...]
 
 
-SUITES = CONFIGS / "suites.yaml"
 CONFIGURATION = ("*.json", "*.model", "*.txt", "LICENSE*", "USE_POLICY*", "README.md")
 # Sizes and licences as their pages on the hub gave them.
 ITEMS = (
@@ -85,8 +84,8 @@ class DownloadOptions:
         if (self.what is None) == (self.convert is None):
             raise UserError("expected one of what=llm|vae|official|all|<a suite> and convert=<folder>; see --help.")
         if self.what is not None:
-            choice("what", self.what, (*(item.what for item in ITEMS), "all", "suites", *suites(SUITES)))
-        if self.check is not None and self.what not in suites(SUITES):
+            choice("what", self.what, (*(item.what for item in ITEMS), "all", "suites", *suites()))
+        if self.check is not None and self.what not in suites():
             raise UserError(f"check={self.check} needs the suite that it should be; add what=<suite> (what=suites lists them).")
         if self.what == "all" and (self.id or self.revision):
             raise UserError("id= and revision= choose one repository; name it with what=llm, vae or official.")
@@ -99,9 +98,9 @@ def main(arguments: list[str]) -> int:
     if options.convert is not None:
         return convert(Path(options.convert).expanduser())
     if options.what == "suites":
-        print(suite_list(SUITES))
+        print(suite_list())
         return 0
-    if options.what in suites(SUITES):
+    if options.what in suites():
         return look_at_suite(options.what, options.check or options.to, options.allow_other)
     chosen = [item for item in ITEMS if options.what in (item.what, "all")]
     for item in chosen:
@@ -119,14 +118,14 @@ def main(arguments: list[str]) -> int:
 
 def look_at_suite(name: str, path: str | None, allow_other: bool) -> int:
     """Say where a suite comes from, and whether the files at ``path``, or where it is looked for, are the released ones."""
-    entry = read_table(SUITES)[name]
+    entry = read_table()[name]
     place = path or entry.path
     if path is None:
         print(where_from(entry))
     if path is None and place and not Path(place).expanduser().exists():
         print(f"  it is not in {place} yet.")
         return 0
-    print(what_it_holds(load_suite(name, path, SUITES, allow_other=allow_other)))
+    print(what_it_holds(load_suite(name, path, allow_other=allow_other)))
     if allow_other or entry.expected == Expected():
         print("  read as they are; nothing was compared with the released files.")
     else:

@@ -61,12 +61,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paradiffusion.compose import CONFIGS, compose_options, compose_sample
+from paradiffusion.compose import compose_options, compose_sample
 from paradiffusion.entry import run
 from paradiffusion.evaluation.evaluate_options import DRAWING, EvaluateOptions
 from paradiffusion.evaluation.suites.load import load_suite, suites
-
-TABLE = CONFIGS / "suites.yaml"
 
 
 def main(arguments: list[str]) -> int:
@@ -79,7 +77,7 @@ def main(arguments: list[str]) -> int:
                 setattr(options, key, getattr(named, key))
     options.check()
     chosen = [
-        load_suite(name, options.suite_paths().get(name), TABLE, options.count, options.allow_other, options.of_suite())
+        load_suite(name, options.suite_paths().get(name), options.count, options.allow_other, options.of_suite())
         for name in options.suites()
     ]
     from paradiffusion.evaluation.evaluate import evaluate  # it imports torch: a wrong key is answered before that
@@ -88,4 +86,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main, lambda: (__doc__ or "").format(suites=", ".join(suites(TABLE))))
+    run(main, lambda: (__doc__ or "").format(suites=", ".join(suites())))

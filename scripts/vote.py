@@ -46,7 +46,7 @@ from paradiffusion.entry import run
 
 def main(arguments: list[str]) -> int:
     """Do what ``action=`` names."""
-    from paradiffusion.compose import CONFIGS, compose_options
+    from paradiffusion.compose import compose_options
     from paradiffusion.evaluation.votes.vote_actions import VoteOptions, run_action
     from paradiffusion.evaluation.votes.vote_study import STUDY
 
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     if options.suite and not (Path(str(options.study)).expanduser() / STUDY).exists():
         from paradiffusion.evaluation.suites.load import load_suite
 
-        suite = load_suite(options.suite, options.suite_path, CONFIGS / "suites.yaml")
+        suite = load_suite(options.suite, options.suite_path)
     return run_action(options, suite)
 
 

@@ -165,8 +165,8 @@ def _dpg_question(row: Row, columns: dict[str, str]) -> ChecklistQuestion:
             raise UserError(f"{row.where}: {columns['dependency']} is {dependency!r}; expected numbers such as 0 or 1,3: get it again.")
         if int(parent):
             parents.append(str(int(parent)))
-    broad, detailed = row.text_or_empty(columns["category_broad"]), row.text_or_empty(columns["category_detailed"])
-    about = row.text_or_empty(columns["tuple"])
+    broad, detailed = row.text(columns["category_broad"], needed=False), row.text(columns["category_detailed"], needed=False)
+    about = row.text(columns["tuple"], needed=False)
     return ChecklistQuestion(number, row.text(columns[DPG_QUESTION]), broad, detailed, tuple(parents), about)
 
 
@@ -237,7 +237,7 @@ def read_detailmaster(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
     prompts = []
     for row in read_rows(file, list(columns.values())):
         origin, image = row.text(columns["category"]), row.text(columns["image"])
-        meta = {"image_id": image, "target": row.text_or_empty("mini_bench_target")}
+        meta = {"image_id": image, "target": row.text("mini_bench_target", needed=False)}
         questions = tuple(_detailmaster_questions(row))
         name = f"{origin}_{Path(image).stem}"
         prompts.append(SuitePrompt(name, row.text(columns["text"]), origin, questions=questions, meta=meta))

@@ -12,7 +12,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.checklist_readers import read_detailmaster, read_dpg, read_geneval, read_paraprompts
 from paradiffusion.evaluation.suites.prompt_readers import read_coco, read_folder, read_prompt_file, read_rows_as_prompts, read_scenes
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, safe_ids
-from paradiffusion.evaluation.suites.suite_table import TABLE, SuiteEntry, check_checklists, check_prompts, find_entry, read_table
+from paradiffusion.evaluation.suites.suite_table import SuiteEntry, check_checklists, check_prompts, find_entry, read_table
 from paradiffusion.randomness import seed_from
 from paradiffusion.repository import find_shipped
 
@@ -29,15 +29,14 @@ FORMATS: Final[dict[str, Callable[[SuiteEntry, Path], list[SuitePrompt]]]] = {
 }
 
 
-def suites(table: Path = TABLE) -> list[str]:
+def suites() -> list[str]:
     """The names that the table has."""
-    return list(read_table(table))
+    return list(read_table())
 
 
 def load_suite(
-    name: str, path: str | None = None, table: Path = TABLE, count: int | None = None, allow_other: bool = False,
-    options: Mapping[str, Any] | None = None,
-) -> Suite:  # fmt: skip
+    name: str, path: str | None = None, count: int | None = None, allow_other: bool = False, options: Mapping[str, Any] | None = None
+) -> Suite:
     """The suite that ``suite=`` names.
 
     Args:
@@ -53,7 +52,7 @@ def load_suite(
         raise UserError(f"count={count} is out of range; expected a number above 0.")
     options = dict(options or {})
     language = options.pop("language", "en")
-    entry = replace(find_entry(name if language == "en" else f"{name}_{language}", table), allow_other=allow_other)
+    entry = replace(find_entry(name if language == "en" else f"{name}_{language}"), allow_other=allow_other)
     choice(f"suite={entry.name}: format", entry.format, tuple(FORMATS))
     place = path or entry.path
     entry = replace(entry, path=place and str(find_shipped(place)), options={**entry.options, **options})

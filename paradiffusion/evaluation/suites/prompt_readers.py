@@ -85,7 +85,7 @@ def read_rows_as_prompts(entry: SuiteEntry, path: Path) -> list[SuitePrompt]:
             text = row.text(columns[version])
             text = " ".join(text.split()) if options["join_lines"] else text
             name = row.text(columns["id"]) if "id" in columns else f"{number:05d}"
-            category = row.text_or_empty(columns["category"]) if "category" in columns else ""
+            category = row.text(columns["category"], needed=False) if "category" in columns else ""
             meta = {part: row.values[column] for part, column in columns.items() if part not in _PARTS}
             if paired:
                 meta |= {"pair": name, "version": version}

@@ -22,15 +22,8 @@ class Row:
     where: str
     values: dict[str, Any]
 
-    def text(self, column: str) -> str:
-        """The column as text, stripped. UserError for an empty one, or one that is no text."""
-        return self._checked(column, needed=True)
-
-    def text_or_empty(self, column: str) -> str:
-        """The same, but "" for what is empty or absent."""
-        return self._checked(column, needed=False)
-
-    def _checked(self, column: str, needed: bool) -> str:
+    def text(self, column: str, needed: bool = True) -> str:
+        """The column as text, stripped. UserError for one that is no text, and for an empty one, which is "" unless it is ``needed``."""
         value = self.values.get(column)
         if value is None or (isinstance(value, str) and not value.strip()):
             if needed:
@@ -45,17 +38,10 @@ class Row:
 
 def read_json(path: Path) -> Any:
     """A JSON file. UserError for one that is damaged, such as half a download, with the place."""
-    text = read_text(path)
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        cut = error.pos >= len(text.rstrip()) - 1
-        reason = "it ends too early" if cut else f"{error.msg}, line {error.lineno} column {error.colno}"
-        raise UserError(f"{path} is not whole JSON ({reason}); get it again.") from None
-    except (RecursionError, ValueError):
-        raise UserError(
-            f"{path} is no JSON of a suite (it is nested too deep, or has a number of thousands of digits); get it again."
-        ) from None
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
+        raise UserError(f"{path} is not whole JSON ({error}); get it again.") from None
 
 
 def read_rows(path: Path, needed: Sequence[str]) -> list[Row]:

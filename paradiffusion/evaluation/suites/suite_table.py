@@ -81,18 +81,15 @@ def read_table(path: Path = TABLE) -> dict[str, SuiteEntry]:
     return {str(name): _entry(str(name), value, path) for name, value in values.items() if str(name)[:1] != "_"}
 
 
-def find_entry(name: str, table: Path = TABLE) -> SuiteEntry:
+def find_entry(name: str) -> SuiteEntry:
     """The suite that ``suite=`` names: one of the table, a YAML file of one's own, or prompts themselves.
 
-    A YAML file holds one suite's keys, or a table of them of which "mine.yaml:NAME" chooses one; paths in it are from its
-    own folder. A .txt, .csv or .jsonl file and a folder of .txt files need no table."""
-    entries = read_table(table)
+    A YAML file holds one suite's keys, or a table of one; paths in it are from its own folder. A .txt, .csv or .jsonl file and a folder of .txt files need no table."""
+    entries = read_table()
     if name in entries:
         return entries[name]
-    file, _, part = name.partition(".yaml:") if ".yaml:" in name else name.partition(".yml:")
-    file = name[: -len(part) - 1] if part else name
-    if Path(file).suffix.lower() in (".yaml", ".yml"):
-        return _own(Path(file).expanduser(), part)
+    if Path(name).suffix.lower() in (".yaml", ".yml"):
+        return _own(Path(name).expanduser())
     path = Path(name).expanduser()
     if path.is_dir() or path.suffix.lower() in (".txt", ".csv", ".jsonl"):
         layout = "folder" if path.is_dir() else "prompt_file"
@@ -105,18 +102,16 @@ def find_entry(name: str, table: Path = TABLE) -> SuiteEntry:
     )
 
 
-def _own(path: Path, part: str) -> SuiteEntry:
+def _own(path: Path) -> SuiteEntry:
     values = _yaml(path)
-    if "format" in values:
+    if "format" not in values:
+        entries = read_table(path)
+        if len(entries) != 1:
+            raise UserError(f"suite={path} holds {', '.join(entries) or 'no suite'}; expected one.")
+        (found,) = entries.values()
+    else:
         (name,) = safe_ids([path.stem])
         found = _entry(name, values, path)
-    else:
-        entries = read_table(path)
-        if not part and len(entries) != 1:
-            raise UserError(f"suite={path} holds {', '.join(entries) or 'no suite'}; choose one as suite={path}:NAME.")
-        if part and part not in entries:
-            raise UserError(f"suite={path}:{part}: the file holds {', '.join(entries) or 'no suite'}; choose one of them.")
-        found = entries[part or next(iter(entries))]
     if found.path and not Path(found.path).expanduser().is_absolute():
         found = replace(found, path=str(path.parent / found.path))
     return found
@@ -240,9 +235,9 @@ def what_it_holds(suite: Suite) -> str:
     return "\n".join(lines)
 
 
-def suite_list(table: Path = TABLE) -> str:
+def suite_list() -> str:
     """Title, source, licence and size of each suite of the table, for people."""
-    entries = read_table(table).values()
+    entries = read_table().values()
     width = max((len(entry.name) for entry in entries), default=0)
     lines = []
     for entry in entries:

@@ -264,9 +264,10 @@ def test_a_suite_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (first.id, first.height, first.width, first.meta) == ("00000", 64, 80, {"line": {"seed": 3}})
     assert second.id == "00001" and second.meta == {} and second.height is None
     own = tmp_path / "own.yaml"
-    own.write_text("hills: {format: folder, path: my prompts}\ncases: {format: prompt_file, path: cases.jsonl, title: Mine}\n")
+    own.write_text("cases: {format: prompt_file, path: cases.jsonl, title: Mine}\n")
     monkeypatch.chdir(ROOT)  # paths in it are from its own folder
-    assert load_suite(f"{own}:cases").title == "Mine" and load_suite(f"{own}:cases").name == "cases"
+    assert load_suite(str(own)).title == "Mine" and load_suite(str(own)).name == "cases"
+    own.write_text("hills: {format: folder, path: my prompts}\ncases: {format: folder, path: my prompts}\n")
     user_error("holds hills, cases", load_suite, str(own))
     own.write_text("format: folder\npath: my prompts\nexpected: {prompts: 3}\n")
     user_error("2 prompts were found; expected 3.*allow_other=true", load_suite, str(own))
