@@ -63,7 +63,6 @@ class AblateOptions:
     table: bool = False
 
     def check(self) -> None:
-        """Raise UserError for missing or contradictory values."""
         if self.study is None:
             raise UserError("study= is missing; name a YAML file, such as study=configs/ablations/nano.yaml.")
         self.print = {"true": "shell", "false": "no"}.get(self.print.lower(), self.print)
@@ -90,7 +89,6 @@ class AblateOptions:
 
     @staticmethod
     def keys() -> list[str]:
-        """Names of the keys."""
         return [one.name for one in fields(AblateOptions)]
 
 

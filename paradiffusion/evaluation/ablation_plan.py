@@ -141,7 +141,6 @@ def read_study(path: Path) -> Study:
 
 
 def _given(values: dict[Any, Any]) -> dict[Any, Any]:
-    """The keys that have a value."""
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -153,7 +152,6 @@ def _row(name: Any, entry: Any) -> Any:
 
 
 def _sentence(error: ValidationError, names: list[Any]) -> str:
-    """What is wrong first, and where."""
     first = error.errors()[0]
     where = [str(part) for part in first["loc"]]
     if where[0] == "settings":
@@ -194,7 +192,6 @@ class Unit:
 
     @property
     def heading(self) -> str:
-        """The title, with the settings that share it."""
         return self.title + (f" (shared with {', '.join(dict.fromkeys(self.also))})" if self.also else "")
 
 

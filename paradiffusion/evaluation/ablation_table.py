@@ -384,7 +384,6 @@ def write_comparison(folder: Path, comparison: Comparison, failures: list[tuple[
 
 
 def as_markdown(comparison: Comparison, failures: list[tuple[str, str]]) -> str:
-    """Heading, table, notes."""
     return document_markdown(_title(comparison), _main_sections(comparison, failures))
 
 

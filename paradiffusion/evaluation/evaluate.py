@@ -41,8 +41,6 @@ from paradiffusion.sampling.run import (
 
 @dataclass
 class Task:
-    """One model on one suite."""
-
     source: Source
     suite: Suite
     folder: Path

@@ -84,7 +84,6 @@ class EvaluateOptions(RunnerKeys):
     baseline: str | None = None
 
     def check(self) -> None:
-        """Raise UserError for missing, contradictory or impossible values."""
         given = [key for key in SOURCES if getattr(self, key)]
         if len(given) != 1:
             found = " and ".join(f"{key}=" for key in given) or "none of them"
@@ -121,7 +120,6 @@ class EvaluateOptions(RunnerKeys):
         SamplerConfig(**{key: value for key in DRAWING[:-1] if (value := getattr(self, key)) is not None}).check()
 
     def suites(self) -> list[str]:
-        """The names in ``suite=``."""
         return split_list(self.suite)
 
     def suite_paths(self) -> dict[str, str]:
@@ -146,7 +144,6 @@ class EvaluateOptions(RunnerKeys):
         return {str(name): str(path) for name, path in values.items()}
 
     def of_suite(self) -> dict[str, Any]:
-        """``suite_options=`` as a mapping."""
         values = _mapping(self.suite_options or "{}")
         if values is None:
             raise UserError(f"suite_options={self.suite_options} is not understood; expected a mapping, such as {{language: zh}}.")

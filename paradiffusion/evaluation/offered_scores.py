@@ -77,7 +77,6 @@ def offers(options: EvaluateOptions, suite: Suite, painter: Painter | None, devi
         return ClipJudge(options.clip, device, options.clip_precision) if options.clip else None
 
     def judge() -> SentenceJudge:
-        """The truth on scenes, CLIP elsewhere."""
         return SceneJudge() if scenes else by_clip() or NoJudge()
 
     def counterfactual() -> Score:

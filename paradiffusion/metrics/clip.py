@@ -166,11 +166,9 @@ class Head(torch.nn.Sequential):
 
     @property
     def width(self) -> int:
-        """Features that the first layer takes."""
         return next(self.parameters()).shape[1]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """float32 [B] of ``features`` [B, D]."""
         return super().forward(features)[:, 0]  # type: ignore[no-any-return]
 
 

@@ -104,7 +104,6 @@ class EndpointModel:
                 future.cancel()
 
     def close(self) -> None:
-        """Close the connections."""
         if self._thread.is_alive():
             self._run(self._client.close()).result()
             self._run(self._loop.shutdown_default_executor()).result()

@@ -178,7 +178,6 @@ class VlmOptions:
 
     @property
     def address(self) -> Address:
-        """The server and how it is treated."""
         from paradiffusion.metrics.endpoint import Address
 
         treated = (self.concurrency, self.timeout, self.tries, self.retry_wait)

@@ -69,7 +69,6 @@ class Source(ABC):
 
 
 def image_name(prompt: SuitePrompt, number: int) -> str:
-    """The name of a prompt's image ``number``."""
     return f"{prompt.id}_{number}" if number else prompt.id
 
 

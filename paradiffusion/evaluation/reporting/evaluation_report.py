@@ -133,7 +133,6 @@ def _score_page(numbers: SuiteNumbers, score: ScoreNumbers, place: int) -> dict[
 
 
 def report_markdown(title: str, suites: Sequence[SuiteNumbers], votes: Results | None) -> str:
-    """The whole report."""
     parts = [f"# {markdown(title)}", *(part for numbers in suites for part in _suite_markdown(numbers))]
     if votes is not None:
         parts += ["## Human votes", *(part for one in votes.answers for part in section_markdown(answers_section(one), 3))]

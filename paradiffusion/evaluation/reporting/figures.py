@@ -288,6 +288,5 @@ def _points(numbers: SuiteNumbers, score: ScoreNumbers, one: MeasureNumbers) -> 
 
 
 def _plotted(row: Sequence[object], column: int) -> Estimate | None:
-    """A cell as a value to plot."""
     cell = row[column] if column < len(row) else None
     return cell if isinstance(cell, Estimate) and math.isfinite(cell.mean) else None

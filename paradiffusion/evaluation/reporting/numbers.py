@@ -138,7 +138,6 @@ def _score(suite: Suite, results: list[ScoreResult | None], baseline: int) -> Sc
 
 
 def _unlike(settings: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Keys under which the settings differ."""
     keys = list(dict.fromkeys(key for one in settings for key in one))
     texts = {key: {json.dumps(one.get(key), sort_keys=True, default=str) for one in settings} for key in keys}
     return tuple(key for key in keys if len(texts[key]) > 1)
@@ -154,7 +153,6 @@ def _measure(suite: Suite, results: list[ScoreResult | None], measure: Measure, 
         ]
 
         def change(a: int, b: int) -> Estimate | None:
-            """Model ``b`` minus model ``a``."""
             one, other = estimates[a], estimates[b]
             found = paired_difference(measure.name, chosen[a], chosen[b]) if comparable else None
             if found is None or one is None or other is None:

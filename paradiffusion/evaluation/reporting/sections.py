@@ -41,7 +41,6 @@ def write_sections(folder: Path, stem: str, title: str, sections: Sequence[Secti
 
 
 def document_markdown(title: str, sections: Sequence[Section]) -> str:
-    """All of it under its title."""
     return "\n\n".join([f"# {markdown(title)}", *(part for section in sections for part in section_markdown(section))]) + "\n"
 
 

@@ -194,7 +194,6 @@ def _gathered(evaluations: Sequence[Evaluation], pairs: Sequence[HumanPair]) -> 
 
 
 def _measured(evaluations: Sequence[Evaluation]) -> list[tuple[str, dict[Side, float]]]:
-    """(title, value of each image where more is better) of each measure that images have."""
     found: dict[tuple[str, str], tuple[str, dict[Side, float]]] = {}
     for evaluation in evaluations:
         for score in evaluation.scores:

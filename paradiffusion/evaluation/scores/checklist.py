@@ -31,7 +31,6 @@ _LAST: Final = re.compile(
 
 
 def asked(question: str) -> str:
-    """What the model is told."""
     return _INSTRUCTION.replace("{question}", " ".join(question.split()))
 
 
@@ -119,11 +118,9 @@ class Answered:
 
     @property
     def is_yes(self) -> bool:
-        """Answered yes and counted."""
         return self.counted and self.verdict == "yes"
 
     def detail(self) -> dict[str, Any]:
-        """For reports."""
         return {
             "id": self.question.id, "text": self.question.text, "answer": self.text.strip()[:_SHOWN] or self.verdict,
             "yes": self.verdict == "yes", "counted": self.counted, "category": self.question.category,
@@ -196,7 +193,6 @@ def read(heard: Heard, image: Drawn, questions: Sequence[ChecklistQuestion]) -> 
 
 
 def with_rule(prompt: SuitePrompt, answers: Sequence[Answered]) -> list[Answered]:
-    """The answers with the dependency rule applied."""
     counted = apply_rule(parents_first(prompt), {one.question.id: one.verdict == "yes" for one in answers})
     return [replace(one, counted=counted[one.question.id]) for one in answers]
 
@@ -245,7 +241,6 @@ def _rows(rows: Sequence[Answered], group_of: Callable[[Answered], str]) -> list
 
 
 def remarks(rows: Sequence[Answered], scores: Sequence[ImageScore]) -> list[str]:
-    """What a reader must know beside the numbers."""
     said = []
     unclear = sum(one.verdict == "unclear" for one in rows) / max(1, len(rows))
     if unclear > UNCLEAR_TO_MENTION:
@@ -256,5 +251,4 @@ def remarks(rows: Sequence[Answered], scores: Sequence[ImageScore]) -> list[str]
 
 
 def no_questions(suite: Suite) -> str:
-    """Why a suite without checklists has no such score."""
     return f"the suite {suite.name} has no questions; choose one with checklists, such as paraprompts, dpg or geneval."

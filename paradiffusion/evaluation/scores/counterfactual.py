@@ -75,7 +75,6 @@ def removals_of(prompt: str, of: int, record: dict[str, Any]) -> list[Removal]:
 
 
 def tables(removals: Sequence[Removal], exact: bool) -> Iterator[Table]:
-    """All tables; ``exact`` where the judge knows what each sentence says."""
     judged = [one for one in removals if one.matters is not None]
     if not removals:
         return
@@ -271,7 +270,6 @@ class Counterfactual:
 
 
 def _left_out(count: int) -> list[int]:
-    """The sentences that are left out, each in turn."""
     return [number * count // min(count, LIMIT) for number in range(min(count, LIMIT))]
 
 

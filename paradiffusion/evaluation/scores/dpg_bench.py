@@ -72,7 +72,6 @@ class JudgedPrompt:
 
     @property
     def score(self) -> float:
-        """The mean over images; 0 where there is none."""
         return sum(self.share(image) for image in self.images) / max(1, len(self.images))
 
 

@@ -145,11 +145,9 @@ class FeatureStore:
         self._rows += [rows] if len(rows) else []
 
     def due(self) -> bool:
-        """Whether a kill would cost too much by now."""
         return time.monotonic() - self._since > _SECONDS
 
     def flush(self) -> None:
-        """Write what was added."""
         if self._new:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"features.{self._number:06d}.{self._owner}.safetensors"

@@ -148,7 +148,6 @@ class ClipJudge(SentenceJudge):
 
     @cached_property
     def clip(self) -> Clip:
-        """The model."""
         return load_clip(self.spec, self.device, self.precision)
 
     def judge(self, prompt: SuitePrompt, sentences: Sequence[str], image: np.ndarray) -> list[Judgement | None]:

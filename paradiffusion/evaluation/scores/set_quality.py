@@ -257,7 +257,6 @@ class _SetDistance(ABC):
         return result
 
     def _why_not(self, found: int, images: int, pictures: int, width: int) -> str:
-        """Why there is no distance, "" where there is one."""
         moments = self._opened.moments
         if found < 2 or (moments is None and pictures < 2):
             return (
@@ -340,8 +339,6 @@ class _OnInception(_SetDistance):
 
 @dataclass
 class FrechetInception(_OnInception):
-    """FID."""
-
     name: ClassVar[str] = "fid"
     title: ClassVar[str] = "FID"
     formula: ClassVar[str] = "|m - r|² + tr(C + R - 2 (C R)^½), with mean m, r and covariance C, R of Inception's pool3 features"
@@ -350,8 +347,6 @@ class FrechetInception(_OnInception):
 
 @dataclass
 class KernelInception(_OnInception):
-    """KID."""
-
     name: ClassVar[str] = "kid"
     title: ClassVar[str] = "KID"
     formula: ClassVar[str] = (

@@ -94,14 +94,11 @@ class Asker:
                 engine.close()
 
     def heard(self, work: Path) -> Heard:
-        """All answers that are kept for these settings."""
         return Heard(dict(read_journals(self.folder(work))))
 
 
 @dataclass(frozen=True)
 class Heard:
-    """Answers by picture and question."""
-
     found: dict[str, dict[str, Any]]
 
     def reply(self, image: Drawn, prompt: str) -> Reply:

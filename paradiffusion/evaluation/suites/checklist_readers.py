@@ -272,7 +272,6 @@ def _detailmaster_questions(row: Row) -> Iterator[ChecklistQuestion]:
 
 
 def _said(text: str) -> str:
-    """ "color:silver" as "color: silver"."""
     return re.sub(r"\s*:\s*", ": ", text.strip())
 
 

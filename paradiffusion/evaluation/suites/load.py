@@ -30,7 +30,6 @@ FORMATS: Final[dict[str, Callable[[SuiteEntry, Path], list[SuitePrompt]]]] = {
 
 
 def suites() -> list[str]:
-    """The names that the table has."""
     return list(read_table())
 
 

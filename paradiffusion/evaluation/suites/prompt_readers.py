@@ -219,7 +219,6 @@ def _prompt(name: str, text: str, scene: Scene, scale: int, words: int = 0) -> S
 
 
 def _written(path: Path, suite: str) -> list[tuple[str, Scene]]:
-    """The paragraphs of a file with their scenes."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         return [(row["text"], scene_from_meta(row)) for row in rows]

@@ -51,12 +51,10 @@ class SuitePrompt:
 
     @property
     def words(self) -> int:
-        """See ``count_words``."""
         return count_words(self.text)
 
     @property
     def band(self) -> str:
-        """The length band, one of BAND_NAMES."""
         return next(name for end, name in BANDS if end is None or self.words <= end)
 
     def seed(self, suite: str) -> int:
@@ -103,7 +101,6 @@ class Suite:
 
 
 def by_id(prompts: Sequence[SuitePrompt]) -> dict[str, SuitePrompt]:
-    """Prompts by their id."""
     return {prompt.id: prompt for prompt in prompts}
 
 

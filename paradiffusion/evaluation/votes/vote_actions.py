@@ -69,7 +69,6 @@ class VoteOptions:
     given: list[str] = field(default_factory=list, metadata={"internal": True})
 
     def check(self) -> None:
-        """Raise UserError for missing, misplaced or impossible values."""
         step_of(self.action, self.given, ACTIONS)
         if not self.study:
             raise UserError("study= is missing; name the folder where the study's votes lie, such as study=votes.")
@@ -97,7 +96,6 @@ class VoteOptions:
         return names
 
     def asked(self) -> tuple[Question, ...]:
-        """The questions, in order."""
         example = "{faithfulness: Which picture follows the text better?}"
         texts = known = {question.name: question.text for question in QUESTIONS}
         if self.questions is not None:
@@ -114,7 +112,6 @@ class VoteOptions:
         return tuple(Question(name, text, name not in without) for name, text in texts.items())
 
     def host_names(self) -> tuple[str, ...]:
-        """Names besides its own that this machine is opened under."""
         return tuple(_names("hosts", self.hosts, "[votes.lab.example]"))
 
     def setting(self, key: str) -> Any:
@@ -150,7 +147,6 @@ def _names(key: str, text: str | None, example: str) -> list[str]:
 
 
 def _texts(key: str, value: Any, example: str) -> dict[str, str]:
-    """Texts by name."""
     found = {str(name).strip(): text for name, text in value.items()} if isinstance(value, dict) else {}
     if not found or not all(_is_name(name) and isinstance(text, str) for name, text in found.items()):
         raise not_understood(key, None if value is None else str(value), example)
@@ -236,7 +232,6 @@ def run_action(options: VoteOptions, suite: Suite | None = None) -> int:
 
 
 def serve(options: VoteOptions, suite: Suite | None) -> int:
-    """Serve the vote page until Ctrl-C or SIGTERM."""
     from paradiffusion.apps.vote import serve_votes
 
     study = open_study(options, suite)
@@ -258,7 +253,6 @@ def about(study: Study) -> list[str]:
 
 
 def tokens(study: Study, options: VoteOptions) -> int:
-    """Print the raters' addresses again."""
     from paradiffusion.apps.vote import addresses
 
     for line in addresses(study, options.host, options.port):
@@ -282,7 +276,6 @@ def results(study: Study, options: VoteOptions) -> int:
 
 
 def export(study: Study, options: VoteOptions) -> int:
-    """Write every vote as a row of a CSV file."""
     from paradiffusion.evaluation.votes.vote_report import write_csv
 
     path = Path(options.output).expanduser() if options.output else study.folder / "votes.csv"

@@ -33,7 +33,6 @@ def write_results(results: Results, folder: Path) -> Path:
 
 
 def results_record(results: Results) -> dict[str, Any]:
-    """What results.json holds."""
     return {"paradiffusion_votes": FORMAT_VERSION, **asdict(results)}
 
 
@@ -96,7 +95,6 @@ def _sections(results: Results) -> Iterator[Section]:
 
 
 def answers_section(answers: Answers) -> Section:
-    """All about one question."""
     question = answers.question
     lines = [f"“{question.text}”, asked {'beside the text' if question.shows_text else 'without the text'}."]
     if not answers.votes and not answers.missing:

@@ -51,7 +51,6 @@ class Outcome:
 
     @property
     def chose_left(self) -> bool:
-        """Whether the set that was preferred was on the left."""
         return (self.set_a if self.choice == "a" else self.set_b) == self.left
 
 
@@ -322,8 +321,6 @@ class Rater:
 
 @dataclass(frozen=True)
 class Results:
-    """What action=results found."""
-
     study: str
     title: str
     suite: str

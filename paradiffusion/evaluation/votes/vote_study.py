@@ -124,7 +124,6 @@ class Study:
         return self.questions if self.ask == "together" else (self.questions[round_number],)
 
     def picture(self, pair: Pair, name: str) -> Picture:
-        """The picture of set ``name`` in ``pair``."""
         return self.sets[name].pictures[pair.prompt][pair.image]
 
     def settled(self, pair: Pair) -> str | None:
@@ -334,7 +333,6 @@ def read_picture(root: Path, picture: Picture) -> bytes:
 
 
 def digest_of(data: bytes) -> str:
-    """A hash of a file's bytes."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
