@@ -17,7 +17,7 @@ from paradiffusion.evaluation.drawing.checkpoint_pictures import CheckpointSourc
 from paradiffusion.evaluation.drawing.picture_folder import KINDS, PicturesSource
 from paradiffusion.evaluation.drawing.picture_source import Place, Source
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
-from paradiffusion.evaluation.records import NAME, Evaluation, read_evaluation
+from paradiffusion.evaluation.records import NAME, Evaluation, read_evaluation, read_record
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.sampling.run import disk_errors
 
@@ -131,7 +131,9 @@ def bind_folder(place: Place, source: Source, own: bool) -> None:
     }  # fmt: skip
     record = json.loads(json.dumps(record))
     path = place.folder / SUITE
-    before = _read(path)
+    before: dict[str, Any] | None = None
+    if path.is_file():
+        before = read_record(path, dict, "move the folder away, or choose another output_dir=")
     with disk_errors(place.folder):
         follows = own and isinstance(source, CheckpointSource) and source.step is not None and not source.pinned
         # of other weights of the same stage
@@ -163,16 +165,6 @@ def _set_aside(folder: Path, before: dict[str, Any], record: dict[str, Any]) -> 
     target.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(target)
     print(f"The evaluation of step {before['step']} is now in {target}.", flush=True)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        raise UserError(f"{path} is damaged; move the folder away, or choose another output_dir=.") from None
-    return record if isinstance(record, dict) else {}
 
 
 def made_before(subject: Subject, suites: Sequence[Suite]) -> Evaluation:

@@ -18,7 +18,7 @@ from paradiffusion.evaluation.drawing.checkpoint_pictures import drawn_images
 from paradiffusion.evaluation.drawing.picture_source import Place, Source, size_for
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Painter, Request
-from paradiffusion.evaluation.suites.suite import Suite
+from paradiffusion.evaluation.suites.suite import Suite, by_id
 from paradiffusion.machine import choose_device, exact_float32
 from paradiffusion.runner import make_bar
 from paradiffusion.sampling.gallery import ImageRecord, Manifest, finished_names, merge_manifests, read_manifests, save_png
@@ -142,15 +142,13 @@ class PipelineSource(Source):
 
     def _records(self, place: Place) -> dict[str, ImageRecord]:
         """What is to be drawn, by file. The pipeline says what it is at its true sizes when it draws."""
-        identity, records = self.identity(), {}
-        images = iter(drawn_images(place, {}))
-        for prompt in place.suite.prompts:
-            for _ in range(place.images_per_prompt):
-                image = next(images)
-                records[image.file.stem] = ImageRecord(
-                    image.file.stem, prompt.text, self.config.negative_prompt, int(image.seed or 0), prompt.height or 0,
-                    prompt.width or 0, identity, self.name, 0, self.config.dtype,
-                )  # fmt: skip
+        identity, records, prompts = self.identity(), {}, by_id(place.suite.prompts)
+        for image in drawn_images(place, {}):
+            prompt = prompts[image.prompt]
+            records[image.file.stem] = ImageRecord(
+                image.file.stem, prompt.text, self.config.negative_prompt, int(image.seed or 0), prompt.height or 0,
+                prompt.width or 0, identity, self.name, 0, self.config.dtype,
+            )  # fmt: skip
         return records
 
     def _draw_share(self, place: Place, share: list[ImageRecord], folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.estimates import Estimate, mean, of_sums
+from paradiffusion.evaluation.estimates import Estimate, mean
 from paradiffusion.evaluation.records import Evaluation, Measure, ScoreResult, Table
 from paradiffusion.evaluation.suites.suite_files import read_rows
 
@@ -108,10 +108,9 @@ def _number(row: dict[str, Any]) -> int:
 NAME: Final = "agreement"
 TITLE: Final = "Agreement with people"
 _FORMULA: Final = (
-    "share of the pairs that people decided in which the score is higher for the picture that they preferred, equal scores "
-    "counting half; tau-b = (concordant - discordant) / sqrt((pairs - ties of people) (pairs - ties of the score))"
+    "share of the pairs that people decided in which the score is higher for the picture that they preferred, equal scores counting half"
 )
-_SOURCE: Final = "pairwise accuracy as in LPG-Bench (arXiv 2510.02987); Kendall's tau-b (Kendall 1945)"
+_SOURCE: Final = "pairwise accuracy as in LPG-Bench (arXiv 2510.02987)"
 _NOTE: Final = (
     "People's preference is that of the majority: the side with more votes, a tie where both have as many or where most votes "
     "are ties. A picture that failed counts with its score's worst value. Another person: each vote against the majority of "
@@ -213,49 +212,26 @@ def _measured(evaluations: Sequence[Evaluation]) -> list[tuple[str, dict[Side, f
 
 
 def _tables(question: str, judged: Sequence[_Judged], measured: Sequence[tuple[str, dict[Side, float]]]) -> list[Table]:
-    rows: list[tuple[str, Estimate | None, Estimate | None, int]] = []
+    """The table of a question; none where nobody decided."""
+    found: list[list[Any]] = []
+    decided = [one for one in judged if _preferred(one.votes)]
     for title, values in measured:
-        known = [one for one in judged if one.first in values and one.second in values]
-        signs = np.array([np.sign(values[one.first] - values[one.second]) for one in known])
-        people = np.array([_preferred(one.votes) for one in known])
-        prompts = [one.prompt for one in known]
-        ties = int((signs[people != 0] == 0).sum()) if known else 0
-        rows.append((title, _accuracy(signs, people, prompts), _tau(signs, people, prompts), ties))
-    rows = sorted((row for row in rows if row[1] is not None), key=lambda row: -_mean(row[1]))
-    heading = f"{TITLE}: {question}" if question else TITLE
+        known = [one for one in decided if one.first in values and one.second in values]
+        signs = [float(np.sign(values[one.first] - values[one.second])) for one in known]
+        if known:
+            right = [(1 + sign * _preferred(one.votes)) / 2 for sign, one in zip(signs, known, strict=True)]
+            found.append([title, share := mean(right, [one.prompt for one in known]), share.n, signs.count(0.0)])
+    found.sort(key=lambda row: -row[1].mean)
     ceiling = _people(judged)
-    shares: list[list[Any]] = [[_PEOPLE, ceiling, ceiling.n, None]] if ceiling is not None else []
-    shares += [[title, share, share.n, ties] for title, share, _, ties in rows if share is not None]
-    taus: list[list[Any]] = [[title, tau, tau.n] for title, _, tau, _ in rows if tau is not None]
-    undecided = sum(_preferred(one.votes) == 0 for one in judged)
-    note = f"{len(judged)} pairs, {undecided} of them undecided. {_NOTE}"
-    tables = [Table(heading, ["", "agrees", "decided pairs", "equal scores"], shares, note, plot="bars")]
-    if taus:
-        tables.append(Table(f"{heading}, tau-b", ["", "Kendall's tau-b", "pairs"], taus, unit="number"))
-    return tables
+    rows = [*([[_PEOPLE, ceiling, ceiling.n, None]] if ceiling is not None else []), *found]
+    note = f"{len(judged)} pairs, {len(judged) - len(decided)} of them undecided. {_NOTE}"
+    return [Table(f"{TITLE}: {question}" if question else TITLE, ["", "agrees", "decided pairs", "equal scores"], rows, note, plot="bars")]
 
 
 def _preferred(votes: tuple[int, int, int]) -> int:
     """1 for the first side, -1 for the second, 0 for a tie."""
     first, second, ties = votes
     return 0 if ties > first + second else (first > second) - (first < second)
-
-
-def _accuracy(signs: np.ndarray, people: np.ndarray, prompts: Sequence[str]) -> Estimate | None:
-    decided = people != 0 if len(people) else np.zeros(0, bool)
-    if not decided.any():
-        return None
-    right = (1 + signs[decided] * people[decided]) / 2
-    return mean(right.tolist(), [prompt for prompt, use in zip(prompts, decided, strict=True) if use])
-
-
-def _tau(signs: np.ndarray, people: np.ndarray, prompts: Sequence[str]) -> Estimate | None:
-    """Kendall's tau-b over pairs of the same prompt; None where people, or the score, tie everywhere."""
-    if not len(signs) or not signs.any() or not people.any():
-        return None
-    group = np.unique(np.asarray(prompts, dtype=str), return_inverse=True)[1]
-    sums = np.stack([np.bincount(group, weights=row) for row in (signs * people, people != 0, signs != 0)])
-    return of_sums(sums, lambda s: s[0] / np.sqrt(s[1] * s[2]), len(signs))
 
 
 def _people(judged: Sequence[_Judged]) -> Estimate | None:
@@ -270,10 +246,6 @@ def _people(judged: Sequence[_Judged]) -> Estimate | None:
                 values += [(1 + sign * majority) / 2] * votes[side]
                 prompts += [one.prompt] * votes[side]
     return mean(values, prompts) if values else None
-
-
-def _mean(estimate: Estimate | None) -> float:
-    return -1.0 if estimate is None else estimate.mean
 
 
 def _title(score: ScoreResult, measure: Measure) -> str:
