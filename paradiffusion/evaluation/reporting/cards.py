@@ -38,6 +38,7 @@ MARKS: Final = {
     "unknown": ("?", "not judged"),
 }
 """Level: its mark, so that no colour is needed to tell it, and its words."""
+ANSWERS: Final = {"yes": "✓", "no": "✗", "zeroed": "⊘"}
 
 
 @dataclass
@@ -223,23 +224,16 @@ def _card(
 
 
 def _details(result: ScoreResult, image: ImageScore) -> dict[str, Any]:
-    """A score's words about a picture: answers, the caption, the reason."""
-    listed = image.detail.get("questions")
-    questions = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
-    titles = {"caption": "caption of the picture", "reason": "reason"}
-    texts = [(titles[key], text) for key in titles if isinstance(text := image.detail.get(key), str) and text]
+    """A score's words about a picture: answers, the caption, why it failed."""
+    caption = image.detail.get("caption")
+    answers = []
+    for row in image.detail.get("questions", ()):
+        kind = "zeroed" if not row["counted"] else "yes" if row["yes"] else "no"
+        answers.append({"kind": kind, "mark": ANSWERS[kind], "text": row["text"], "said": row["answer"]})
     return {
-        "title": result.title, "texts": texts, "error": image.error, "questions": [_answer(row) for row in questions],
-        "right": sum(row.get("yes") is True and row.get("counted") is not False for row in questions),
+        "title": result.title, "texts": [("caption of the picture", caption)] if caption else [], "error": image.error,
+        "questions": answers, "right": sum(row["kind"] == "yes" for row in answers),
     }  # fmt: skip
-
-
-def _answer(row: dict[str, Any]) -> dict[str, str]:
-    kind, mark = ("yes", "✓") if row.get("yes") is True else ("no", "✗")
-    if row.get("counted") is False:
-        kind, mark = "zeroed", "⊘"
-    text, said = str(row.get("text", row.get("id", ""))), str(row.get("answer", ""))
-    return {"kind": kind, "mark": mark, "text": text, "said": said}
 
 
 def _values(numbers: SuiteNumbers, found: Sequence[Found]) -> Grid:
@@ -271,17 +265,12 @@ class JudgedSentence:
 def judged_sentences(found: Found) -> list[JudgedSentence]:
     """The sentences of one picture's prompt, from all scores that have some (``detail["sentences"]``); the first that can tell sets
     the level."""
-    merged: dict[tuple[float, str], JudgedSentence] = {}
+    merged: dict[tuple[int, str], JudgedSentence] = {}
     for result, image in found:
-        listed = image.detail.get("sentences")
-        for number, row in enumerate(listed if isinstance(listed, list) else ()):
-            if not isinstance(row, dict):
-                continue
-            # The unit of a sentence's own score need not be that of the score's measures.
-            judged = "cosine" if result.settings.get("judge") == "clip" else ""
-            unit = str(row.get("unit") or judged or (result.measures[0].unit if result.measures else "number"))
-            text, position = str(row.get("text", "")), _number(row.get("position"))
-            sentence = merged.setdefault((number if position is None else position, text), JudgedSentence(text))
+        # The unit of a sentence's own score need not be that of the score's measures.
+        unit = "cosine" if result.settings.get("judge") == "clip" else result.measures[0].unit if result.measures else "number"
+        for row in image.detail.get("sentences", ()):
+            sentence = merged.setdefault((row["position"], row["text"]), JudgedSentence(row["text"]))
             if sentence.level == "unknown":
                 sentence.level = level_of(row, unit)
             sentence.notes += _notes(row, result.title, unit)
@@ -302,14 +291,9 @@ def parts_of(prompt: str, sentences: Sequence[JudgedSentence]) -> list[tuple[str
     return [*parts, (prompt[at:], None)]
 
 
-def _number(value: Any) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None
-
-
 def level_of(row: dict[str, Any], unit: str) -> str:
     """One of MARKS, from a sentence's ``score``, of this unit, and whether it is ``followed``."""
-    score, followed = _number(row.get("score")), row.get("followed")
+    score, followed = row.get("score"), row.get("followed")
     if followed is True:
         return "followed"
     share = score if unit == "share" else None
@@ -322,7 +306,7 @@ def level_of(row: dict[str, Any], unit: str) -> str:
 
 def _notes(row: dict[str, Any], title: str, unit: str) -> list[str]:
     notes = []
-    score, percentile, change, drop = (_number(row.get(key)) for key in ("score", "percentile", "change", "drop"))
+    score, percentile, change, drop = (row.get(key) for key in ("score", "percentile", "change", "drop"))
     # The counterfactual's score is that of another score's judge, and stands there already.
     if score is not None and change is None:
         notes.append(f"{title}: {value_text(score, unit)}")
@@ -333,8 +317,8 @@ def _notes(row: dict[str, Any], title: str, unit: str) -> list[str]:
         notes.append(f"{title}: without this sentence the picture changes by {value_text(change, 'share')} {scale}")
     if drop is not None:
         notes.append(f"without it its own score falls by {value_text(drop, 'number')}")
-    if isinstance(row.get("matters"), bool):
+    if row.get("matters") is not None:
         notes.append("it matters" if row["matters"] else "it was ignored: its removal changes nothing")
-    if row.get("cut") is True:
+    if row.get("cut"):
         notes.append(f"{title}: its end was not read")
     return notes
