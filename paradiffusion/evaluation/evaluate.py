@@ -15,11 +15,11 @@ from typing import Any
 from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.drawing.picture_source import Place, Source
-from paradiffusion.evaluation.estimates import Estimate
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.offered_scores import check_possible, make_scores, offers
-from paradiffusion.evaluation.records import Drawn, Evaluation, Measure, Run, Score, ScoreResult, estimate, write_evaluation
+from paradiffusion.evaluation.records import Drawn, Evaluation, Run, Score, ScoreResult, estimate, write_evaluation
 from paradiffusion.evaluation.reporting.evaluation_report import write_report
+from paradiffusion.evaluation.reporting.texts import estimate_text
 from paradiffusion.evaluation.scores.agreement import HumanPair, agreement, read_pairs
 from paradiffusion.evaluation.subjects import Subject, base_folder, bind_folder, joint_folder, made_before, subjects_of, suite_folder
 from paradiffusion.evaluation.suites.suite import Suite
@@ -223,24 +223,14 @@ def _said(options: EvaluateOptions) -> PeopleSaid:
 
 def show_table(suite: Suite, evaluations: Sequence[Evaluation]) -> str:
     """One line for each measure, one column for each model, with 95 % intervals; scores that were not computed are named."""
-    measures: dict[tuple[str, str], Measure] = {}
-    titles: dict[str, str] = {}
-    for one in evaluations:
-        for score in one.scores:
-            measures |= {(score.name, measure.name): measure for measure in score.measures}
-            titles.setdefault(score.name, score.title)
     rows = [["", *(one.label for one in evaluations)]]
-    shown_last = ""
-    for (name, _), measure in measures.items():
-        if name != shown_last:
-            rows.append([titles[name], *("" for _ in evaluations)])
-            shown_last = name
-        cells = []
-        for one in evaluations:
-            found = one.score(name)
-            value = None if found is None or found.skipped else estimate(found, measure)
-            cells.append("-" if value is None else shown(value, measure))
-        rows.append([f"  {measure.title}", *cells])
+    for name in dict.fromkeys(score.name for one in evaluations for score in one.scores):
+        results = [one.score(name) for one in evaluations]
+        known = [result for result in results if result is not None and not result.skipped]
+        rows += [[result.title, *("" for _ in evaluations)] for result in known[:1]]
+        for measure in {measure.name: measure for result in known for measure in result.measures}.values():
+            values = [result and estimate(result, measure) for result in results]
+            rows.append([f"  {measure.title}", *(estimate_text(value, measure.unit) for value in values)])
     failed = [str(sum(bool(image.error) for image in one.images)) for one in evaluations]
     rows.append(["images that failed", *failed])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -248,13 +238,6 @@ def show_table(suite: Suite, evaluations: Sequence[Evaluation]) -> str:
     skipped = dict.fromkeys(score.name for one in evaluations for score in one.scores if score.skipped)
     note = f"\nnot computed, the report says why: {', '.join(skipped)}" if skipped else ""
     return f"\n{suite.title} ({len(suite.prompts)} prompts; mean, 95 % interval over prompts)\n" + "\n".join(lines) + note
-
-
-def shown(value: Estimate, measure: Measure) -> str:
-    """ "61.3 % [58.0, 64.4]" for a share, else three digits."""
-    if measure.unit == "share":
-        return f"{100 * value.mean:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-    return f"{value.mean:.3g} [{value.low:.3g}, {value.high:.3g}]"
 
 
 SETTINGS = "settings.json"

@@ -9,7 +9,6 @@ from typing import Any
 from paradiffusion.checks import not_negative, not_understood, one_of, parsed, positive, split_list
 from paradiffusion.config import FrozenConfig, SampleConfig, SamplerConfig, check_values, option
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.suites.suite_files import read_yaml
 from paradiffusion.machine import choose_device, settled_dtype
 from paradiffusion.metrics.vlm import ENGINES
 from paradiffusion.runner import RunnerKeys
@@ -135,19 +134,14 @@ class EvaluateOptions(RunnerKeys):
             if len(names) != 1:
                 raise UserError(f"suite_path={text} does not say of which suite; write suite_path='{{{(names or ['name'])[-1]}: {text}}}'.")
             return {names[0]: text}
-        values = _mapping(text)
-        if values is None or not all(isinstance(path, str) for path in values.values()):
-            raise UserError(f"suite_path={text} is not understood; expected a path, or a mapping such as {{paraprompts: path}}.")
+        values = _mapping("suite_path", text, "{paraprompts: path}")
         for name in values:
             if name not in names:
                 raise UserError(f"suite_path={text} has a path of {name}, and suite= names {', '.join(names) or 'none'}.")
         return {str(name): str(path) for name, path in values.items()}
 
     def of_suite(self) -> dict[str, Any]:
-        values = _mapping(self.suite_options or "{}")
-        if values is None:
-            raise UserError(f"suite_options={self.suite_options} is not understood; expected a mapping, such as {{language: zh}}.")
-        return values
+        return _mapping("suite_options", self.suite_options or "{}", "{language: zh}")
 
     def compared(self) -> list[tuple[str | None, str]]:
         """(label or None, path) of each in ``compare=``."""
@@ -166,16 +160,13 @@ class EvaluateOptions(RunnerKeys):
         shared = (*DRAWING, "unet", "height", "width", "batch_size", "device", "dtype", "threads", "compile", "channels_last",
                   "offload_text_encoder", "vae_tiling", "text_encoder", "codec")  # fmt: skip
         values = {key: getattr(self, key) for key in shared}
-        values["score_bins"] = parsed("score_bins", self.score_bins, example := "{aesthetic: 4}")
-        if not isinstance(values["score_bins"], dict | None):
-            raise not_understood("score_bins", self.score_bins, example)
+        values["score_bins"] = _mapping("score_bins", self.score_bins, "{aesthetic: 4}") if self.score_bins else None
         values["dtype"] = settled_dtype(self.dtype, choose_device(self.device))  # by which pictures are known
         return SampleConfig(ckpt=ckpt, prompt="suite", images_per_prompt=images_per_prompt, **values)
 
 
-def _mapping(text: str) -> dict[str, Any] | None:
-    try:
-        values = read_yaml(text)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) else None
+def _mapping(key: str, text: str, example: str) -> dict[str, Any]:
+    values = parsed(key, text, example)
+    if not isinstance(values, dict):
+        raise not_understood(key, text, example)
+    return values

@@ -34,17 +34,8 @@ from typing import Any, Final
 
 from paradiffusion.evaluation.estimates import mean, mean_rows
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.checklist import (
-    TOKENS,
-    UNCLEAR_TO_MENTION,
-    Answered,
-    ask_questions,
-    asked,
-    no_questions,
-    parents_first,
-    read,
-    with_rule,
-)
+from paradiffusion.evaluation.scores import checklist
+from paradiffusion.evaluation.scores.checklist import Answered
 from paradiffusion.evaluation.scores.sentence_judges import turn_of
 from paradiffusion.evaluation.scores.vlm_answers import Asker
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt, by_id
@@ -106,7 +97,7 @@ def judge(prompt: SuitePrompt, answers: Mapping[str, tuple[list[Answered], str]]
     errors: dict[str, str] = {}
     for image, (found, error) in answers.items():
         try:
-            ruled[image] = _in_file_order(found) if published else with_rule(with_known_parents(prompt), found)
+            ruled[image] = _in_file_order(found) if published else checklist.with_rule(with_known_parents(prompt), found)
         except KeyError as missing:
             ruled[image], error = found, error or f"question {missing.args[0]}, which another depends on, is not asked"
         errors[image] = error or ("" if found else "none of its prompt's questions is asked")
@@ -138,31 +129,31 @@ class DpgPublished:
     published = True
 
     def __init__(self, options: VlmOptions) -> None:
-        self.asker = Asker(options, TOKENS)
+        self.asker = Asker(options, checklist.TOKENS)
         self.title = f"{self.what}, with {options.name} for mPLUG"
 
     def settings(self) -> dict[str, Any]:
         quirks = list(QUIRKS) if self.published else []
-        return {"model": self.asker.settings(), "instruction": asked("{question}"), "quirks": quirks}
+        return {"model": self.asker.settings(), "instruction": checklist.asked("{question}"), "quirks": quirks}
 
     def prepare(self, suite: Suite, images: list[Drawn], work: Path, run: Run) -> None:
         """See Score. Raises UserError for questions that depend on each other in a circle, where that matters."""
         prompts = by_id(suite.prompts)
         if not self.published:
             for prompt in suite.prompts:
-                parents_first(with_known_parents(prompt))
-        ask_questions(self.asker, images, lambda one: questions_of(prompts[one.prompt], self.published), work, run, self.name)
+                checklist.parents_first(with_known_parents(prompt))
+        checklist.ask_questions(self.asker, images, lambda one: questions_of(prompts[one.prompt], self.published), work, run, self.name)
 
     def result(self, suite: Suite, images: list[Drawn], work: Path) -> ScoreResult:
         prompts = [prompt for prompt in suite.prompts if prompt.questions]
         if not prompts:
-            return ScoreResult(self.name, self.title, skipped=no_questions(suite))
+            return ScoreResult(self.name, self.title, skipped=checklist.no_questions(suite))
         heard, by_prompt, judged = self.asker.heard(work), dict[str, list[Drawn]](), []
         for image in images:
             by_prompt.setdefault(image.prompt, []).append(image)
         for prompt in prompts:
             own = sorted(by_prompt.get(prompt.id, []), key=turn_of)
-            answers = {image.name: read(heard, image, questions_of(prompt, self.published)) for image in own}
+            answers = {image.name: checklist.read(heard, image, questions_of(prompt, self.published)) for image in own}
             judged.append(judge(prompt, answers, self.published))
         measure = Measure(self.name, self.title, "share", worst=None if self.published else 0.0)
         kept = [one for one in judged if not one.dropped]
@@ -231,6 +222,6 @@ def _remarks(judged: Sequence[JudgedPrompt]) -> list[str]:
         said.append(f"Published scores are over {PROMPTS:,} prompts; these are over {len(judged):,}.")
     answers = [one for part in judged for group in part.images.values() for one in group]
     unclear = sum(one.verdict == "unclear" for one in answers) / max(1, len(answers))
-    if unclear > UNCLEAR_TO_MENTION:
+    if unclear > checklist.UNCLEAR_TO_MENTION:
         said.append(f"{unclear:.1%} of the answers were neither yes nor no; they count as no.")
     return said
