@@ -23,19 +23,7 @@ from tqdm import tqdm
 from paradiffusion.atomic import hold
 from paradiffusion.checks import choice, split_list
 from paradiffusion.errors import UserError
-from paradiffusion.evaluation.ablation_plan import (
-    OWN_KEYS,
-    Compose,
-    Extra,
-    Launcher,
-    Plan,
-    Study,
-    Unit,
-    as_script,
-    key_of,
-    make_plan,
-    read_study,
-)
+from paradiffusion.evaluation.ablation_plan import Compose, Extra, Launcher, Plan, Study, Unit, as_script, is_own, make_plan, read_study
 from paradiffusion.evaluation.ablation_table import as_markdown, compare, stage_summary, write_comparison
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import NAME
@@ -105,7 +93,7 @@ def split(arguments: list[str]) -> tuple[list[str], Extra]:
             per_stage.append((int(matched[1]), matched[2]))
         else:
             overrides.append(argument)
-        if key_of(matched[2] if matched else argument) in OWN_KEYS:
+        if is_own(matched[2] if matched else argument):
             raise UserError(f"{key} is set by the study itself; the study's file says stages, seeds and settings.")
     return own, Extra(tuple(overrides), tuple(per_stage))
 

@@ -36,6 +36,11 @@ def key_of(argument: str) -> str:
     return argument.partition("=")[0].lstrip("+~")
 
 
+def is_own(override: str) -> bool:
+    """Whether a training gets the key of an override from the study itself."""
+    return key_of(override) in OWN_KEYS
+
+
 def _rule(holds: Callable[[Any], bool], sentence: str) -> AfterValidator:
     """A check by pydantic; ``sentence`` says what a value does not hold to, with the value in place of {}, its key of {key}."""
 

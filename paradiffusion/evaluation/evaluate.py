@@ -26,17 +26,8 @@ from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.evaluation.votes.vote_report import read_results
 from paradiffusion.evaluation.votes.vote_results import Results
 from paradiffusion.machine import choose_device
-from paradiffusion.sampling.run import (
-    Processes,
-    Stopped,
-    StopSignal,
-    all_do,
-    disk_errors,
-    first_does,
-    joined_processes,
-    stop_on_signals,
-    written_alone,
-)
+from paradiffusion.sampling.run import Processes, all_do, disk_errors, first_does, joined_processes, written_alone
+from paradiffusion.stopping import Stopped, StopSignal, stop_on_signals
 
 
 @dataclass

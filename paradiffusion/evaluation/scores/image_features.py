@@ -21,7 +21,6 @@ from paradiffusion.atomic import atomic_file
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.evaluation.journal import Journal
 from paradiffusion.evaluation.records import Drawn, Run
-from paradiffusion.metrics.clip import Clip
 from paradiffusion.text.sources import hash_ends
 
 _SECONDS: Final = 10.0  # of work that a kill may cost
@@ -39,11 +38,6 @@ class Extractor:
 
     prepare: Callable[[Image.Image], torch.Tensor]
     features: Callable[[torch.Tensor], torch.Tensor]
-
-
-def clip_extractor(clip: Clip) -> Extractor:
-    """Image features of ``clip``, of unit length, whose products with those of sentences are cosines."""
-    return Extractor(clip.prepare, clip.image_features)
 
 
 def clip_weights(spec: str) -> str | None:

@@ -18,14 +18,7 @@ from PIL import Image
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.journal import read_journals
 from paradiffusion.evaluation.records import Drawn, Run
-from paradiffusion.evaluation.scores.image_features import (
-    clip_extractor,
-    clip_weights,
-    image_features,
-    looked_at,
-    read_features,
-    read_picture,
-)
+from paradiffusion.evaluation.scores.image_features import Extractor, clip_weights, image_features, looked_at, read_features, read_picture
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
 from paradiffusion.metrics.clip import Clip, load_clip
 from paradiffusion.metrics.sentences import sentences
@@ -207,7 +200,8 @@ def prepare_rows(judge: SentenceJudge, suite: Suite, images: Sequence[Drawn], wo
     """Look at ``images``, this process's share, and keep in ``work`` what ``read_rows`` needs. A sentence is compared with the pictures
     of ``others`` other prompts; by CLIP with those of all."""
     if isinstance(judge, ClipJudge):
-        image_features(images, clip_extractor(judge.clip), _features_of(judge, work), run, title="CLIP image features")
+        extractor = Extractor(judge.clip.prepare, judge.clip.image_features)
+        image_features(images, extractor, _features_of(judge, work), run, title="CLIP image features")
         return
     prompts = by_id(suite.prompts)
     follow = _foreign(suite, others)

@@ -15,22 +15,9 @@ from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.suites.suite import Suite
 from paradiffusion.evaluation.suites.suite_files import read_yaml
+from paradiffusion.evaluation.votes import vote_study
 from paradiffusion.evaluation.votes.vote_store import VOTES, Store
-from paradiffusion.evaluation.votes.vote_study import (
-    QUESTIONS,
-    STUDY,
-    Question,
-    Study,
-    VotedPrompt,
-    all_pairs,
-    assign,
-    common_suite,
-    look_at,
-    open_sources,
-    read_study,
-    spread,
-    write_study,
-)
+from paradiffusion.evaluation.votes.vote_study import QUESTIONS, STUDY, Question, Study, VotedPrompt, read_study, write_study
 
 SERVING: Final = ("host", "port", "hosts")
 # What makes a study what it is: fixed when it begins.
@@ -185,18 +172,18 @@ def make_study(options: VoteOptions, folder: Path, suite: Suite | None = None) -
     seed = options.seed if "seed" in options.given else secrets.randbelow(1 << 31)
     raters = options.rater_names()
     repeats = options.repeats or min(USUAL_REPEATS, len(raters))
-    sources = open_sources(options.set_paths(), suite)
-    common = common_suite(sources, suite).first(options.count)
-    pairs = all_pairs([prompt.id for prompt in common.prompts], [source.name for source in sources], options.images_per_prompt)
+    sources = vote_study.open_sources(options.set_paths(), suite)
+    common = vote_study.common_suite(sources, suite).first(options.count)
+    pairs = vote_study.all_pairs([prompt.id for prompt in common.prompts], [source.name for source in sources], options.images_per_prompt)
     if options.pairs_per_rater is not None:
-        pairs = spread(pairs, max(1, options.pairs_per_rater * len(raters) // repeats), seed)
+        pairs = vote_study.spread(pairs, max(1, options.pairs_per_rater * len(raters) // repeats), seed)
     shown = {pair.prompt for pair in pairs}
     prompts = [prompt for prompt in common.prompts if prompt.id in shown]
     questions = options.asked()
     rounds = 1 if options.ask == "together" else len(questions)
     voted = {p.id: VotedPrompt(p.id, p.text, p.category, p.band) for p in prompts}
-    tasks = assign(pairs, raters, repeats, rounds, options.retest, seed)
-    sets = [look_at(source, prompts, options.images_per_prompt) for source in sources]
+    tasks = vote_study.assign(pairs, raters, repeats, rounds, options.retest, seed)
+    sets = [vote_study.look_at(source, prompts, options.images_per_prompt) for source in sources]
     named = {one.name: one for one in sets}
     title = options.title.strip()
     study = Study(folder, title, common.name, settings, options.ask, questions, voted, named, pairs, tasks)
