@@ -11,7 +11,7 @@ import torch
 
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult
 from paradiffusion.evaluation.scores.image_features import FeatureStore
-from paradiffusion.evaluation.scores.vlm_answers import Ask, Asker
+from paradiffusion.evaluation.scores.vlm_answers import Asker
 from paradiffusion.evaluation.suites.suite import Suite, SuitePrompt, by_id
 from paradiffusion.metrics.text_embedding import TextEmbedder, embedding_settings
 from paradiffusion.metrics.vlm import VlmOptions
@@ -53,11 +53,11 @@ class CaptionBack:
 
     def prepare(self, suite: Suite, images: list[Drawn], work: Path, run: Run) -> None:
         prompts = by_id(suite.prompts)
-        asks = [Ask(image, self.instruction(prompts[image.prompt])) for image in images]
+        asks = [(image, self.instruction(prompts[image.prompt])) for image in images]
         self.asker.ask(asks, work, run, self.name)
         heard = self.asker.heard(work)
         texts = {prompts[image.prompt].text: None for image in images}  # a dictionary, for its order
-        texts |= {reply.text.strip(): None for ask in asks if (reply := heard.reply(ask.image, ask.prompt)).text.strip()}
+        texts |= {reply.text.strip(): None for ask in asks if (reply := heard.reply(*ask)).text.strip()}
         self._embed([text for text in texts if text], work, run)
 
     def instruction(self, prompt: SuitePrompt) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.estimates import ratio
 from paradiffusion.evaluation.records import Drawn, ImageScore, Measure, Run, ScoreResult, Table
-from paradiffusion.evaluation.scores.vlm_answers import Ask, Asker, Heard
+from paradiffusion.evaluation.scores.vlm_answers import Asker, Heard
 from paradiffusion.evaluation.suites.suite import ChecklistQuestion, Suite, SuitePrompt, by_id
 from paradiffusion.metrics.vlm import VlmOptions, spoken
 
@@ -177,7 +177,7 @@ def ask_questions(
     title: str,
 ) -> None:  # fmt: skip
     """Ask the questions of each image that have no answer yet."""
-    asks = [Ask(image, asked(question.text)) for image in images for question in questions(image)]
+    asks = [(image, asked(question.text)) for image in images for question in questions(image)]
     if asks:
         asker.ask(asks, work, run, title)
 

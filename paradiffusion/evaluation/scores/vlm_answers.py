@@ -27,21 +27,7 @@ _REFUSED_AT_START: Final = 16
 _ENGINE: Final = "engine"  # the journal's line that says who answers
 
 
-@dataclass(frozen=True)
-class Ask:
-    """A question to come: ``prompt`` is what the model is told, whole."""
-
-    image: Drawn
-    prompt: str
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What the model said. ``error`` is why there is no answer about this picture, "" where there is one."""
-
-    text: str = ""
-    finished: bool = True
-    error: str = ""
+Ask = tuple[Drawn, str]  # a picture, and what the model is told about it, whole
 
 
 @dataclass(frozen=True)
@@ -75,14 +61,14 @@ class Asker:
         cannot go on, is another one than answered before, or takes no picture at all."""
         with Journal(self.folder(work), run.rank) as journal, run.bar(len(asks), title) as bar:
             missing = []
-            for number, ask in enumerate(asks):
+            for number, (image, prompt) in enumerate(asks):
                 if number % 64 == 0:
                     run.check()
-                digest, error = _identity(ask.image)
-                if not error and _picture_key(ask.image, digest) not in journal.found:
-                    key = _key(ask.image, digest, ask.prompt)
+                digest, error = _identity(image)
+                if not error and _picture_key(image, digest) not in journal.found:
+                    key = _key(image, digest, prompt)
                     if not _holds_answer(journal.found.get(key)):
-                        missing.append((key, ask))
+                        missing.append((key, (image, prompt)))
             bar.update(len(asks) - len(missing))
             if not missing:
                 return
@@ -101,17 +87,16 @@ class Asker:
 class Heard:
     found: dict[str, dict[str, Any]]
 
-    def reply(self, image: Drawn, prompt: str) -> Reply:
+    def reply(self, image: Drawn, prompt: str) -> Answer:
         """The answer; a picture that is not there or does not decode has an error for each question."""
         digest, error = _identity(image)
-        if not error:
-            error = str(self.found.get(_picture_key(image, digest), {}).get("error", ""))
-        if error:
-            return Reply(error=error)
+        error = error or str(self.found.get(_picture_key(image, digest), {}).get("error", ""))
         record = self.found.get(_key(image, digest, prompt))
+        if error:
+            return Answer(error=error)
         if record is None or not _holds_answer(record):
-            return Reply(error="the model wrote nothing about it")
-        return Reply(spoken(str(record["text"])), bool(record["finished"]), str(record["error"]))
+            return Answer(error="the model wrote nothing about it")
+        return Answer(spoken(str(record["text"])), finished=bool(record["finished"]), error=str(record["error"]))
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -148,7 +133,7 @@ class _Round:
         self._note_unread(bar)
         # Of a few pictures, too, not all can be at fault, unless others of them were answered before a stop.
         known = any(record.get("text") for record in self.journal.found.values())
-        several = len({self.missing[number][1].image.name for number, _ in refused}) > 1
+        several = len({self.missing[number][1][0].name for number, _ in refused}) > 1
         self._check_refused(refused, least=2 if several and not known else _REFUSED_AT_START)
         self._note(refused, bar)
 
@@ -170,7 +155,7 @@ class _Round:
     def _note_unread(self, bar: Any) -> None:
         for _ in range(len(self.unread)):
             number, why = self.unread.pop()
-            image = self.missing[number][1].image
+            image, _ = self.missing[number][1]
             key = _picture_key(image, _identity(image)[0])
             if key not in self.journal.found:
                 self.journal.add(key, {"error": why})
@@ -183,17 +168,17 @@ class _Round:
         for start in range(0, len(self.missing), size):
             batch = []
             for number in range(start, min(start + size, len(self.missing))):
-                _, ask = self.missing[number]
-                if ask.image.name != name:
-                    name, picture, why = ask.image.name, None, ""
+                _, (image, prompt) = self.missing[number]
+                if image.name != name:
+                    name, picture, why = image.name, None, ""
                     try:
-                        picture = fit(decode(ask.image.file.read_bytes(), formats=FORMATS), self.side)
+                        picture = fit(decode(image.file.read_bytes(), formats=FORMATS), self.side)
                     except (BadImage, OSError) as error:
                         why = _one_line(error)
                 if picture is None:
                     self.unread.append((number, why))
                 else:
-                    batch.append(Question(number, number, picture, ask.prompt, 0, 0.0))
+                    batch.append(Question(number, number, picture, prompt, 0, 0.0))
             yield batch
 
 
