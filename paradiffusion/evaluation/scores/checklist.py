@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -51,15 +51,8 @@ def verdict(answer: str) -> str:
 
 
 def parents_first(prompt: SuitePrompt) -> list[ChecklistQuestion]:
-    """A prompt's questions, each after all of its parents.
-
-    Raises:
-        UserError: for two questions of one id, a parent that is not among the questions, or parents in a circle.
-    """
+    """A prompt's questions, each after all of its parents. UserError for a parent that is not among them, or parents in a circle."""
     by_id = {question.id: question for question in prompt.questions}
-    if len(by_id) < len(prompt.questions):
-        twice = next(q.id for n, q in enumerate(prompt.questions) if q.id in {p.id for p in prompt.questions[:n]})
-        raise UserError(f"the checklist of {prompt.id} has two questions {twice}; give each question an id of its own.")
     for question in prompt.questions:
         for parent in question.parents:
             if parent not in by_id:
@@ -75,21 +68,6 @@ def parents_first(prompt: SuitePrompt) -> list[ChecklistQuestion]:
         raise UserError(
             f"in the checklist of {prompt.id}, questions depend on each other in a circle ({circle}); remove one dependency."
         ) from None
-
-
-def apply_rule(ordered: Sequence[ChecklistQuestion], yes: Mapping[str, bool]) -> dict[str, bool]:
-    """Which questions count as they were answered: those whose parents all count and were answered yes.
-
-    One that does not count is no "yes", whatever the answer was; so what depends on it does not count either.
-
-    Args:
-        ordered: from ``parents_first``.
-        yes: whether each was answered yes.
-    """
-    counted: dict[str, bool] = {}
-    for question in ordered:
-        counted[question.id] = all(counted[parent] and yes[parent] for parent in question.parents)
-    return counted
 
 
 UNCLEAR_TO_MENTION: Final = 0.02  # our choice
@@ -193,7 +171,12 @@ def read(heard: Heard, image: Drawn, questions: Sequence[ChecklistQuestion]) -> 
 
 
 def with_rule(prompt: SuitePrompt, answers: Sequence[Answered]) -> list[Answered]:
-    counted = apply_rule(parents_first(prompt), {one.question.id: one.verdict == "yes" for one in answers})
+    """The answers with the dependency rule: one counts where all of its parents count and were answered yes. One that does not count is
+    no "yes", whatever the answer was; so what depends on it does not count either."""
+    yes = {one.question.id: one.verdict == "yes" for one in answers}
+    counted: dict[str, bool] = {}
+    for question in parents_first(prompt):
+        counted[question.id] = all(counted[parent] and yes[parent] for parent in question.parents)
     return [replace(one, counted=counted[one.question.id]) for one in answers]
 
 

@@ -84,7 +84,8 @@ def read_table(path: Path = TABLE) -> dict[str, SuiteEntry]:
 def find_entry(name: str) -> SuiteEntry:
     """The suite that ``suite=`` names: one of the table, a YAML file of one's own, or prompts themselves.
 
-    A YAML file holds one suite's keys, or a table of one; paths in it are from its own folder. A .txt, .csv or .jsonl file and a folder of .txt files need no table."""
+    A YAML file holds one suite's keys, or a table of one; paths in it are from its own folder. A .txt, .csv or .jsonl file and a
+    folder of .txt files need no table."""
     entries = read_table()
     if name in entries:
         return entries[name]
