@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -31,7 +32,7 @@ from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation_plan import Cell as PlannedCell
 from paradiffusion.evaluation.ablation_plan import Plan, Setting, Study
 from paradiffusion.evaluation.estimates import RESAMPLES, Estimate, expanded_tails
-from paradiffusion.evaluation.records import NAME, Evaluation, Measure, ScoreResult, read_evaluation
+from paradiffusion.evaluation.records import NAME, Evaluation, Measure, ScoreResult, measured, read_evaluation
 from paradiffusion.evaluation.reporting.figures import Series, row_figure
 from paradiffusion.evaluation.reporting.sections import Section, document_markdown, write_sections
 from paradiffusion.evaluation.reporting.texts import MISSING, difference_text, interval_text, value_text
@@ -333,19 +334,13 @@ def _measured(evaluation: Evaluation, whose: str, seen: _Seen) -> dict[str, Obse
 
 
 def _observed(result: ScoreResult, measure: Measure) -> Observed | None:
-    above: dict[str, float] = {}
-    below: dict[str, float] = {}
-    count = 0.0
-    for image in result.images:
-        value = image.values.get(measure.name)
-        if value is None or not math.isfinite(value):
-            continue
-        weight = image.weights.get(measure.name, 1.0)
-        above[image.prompt] = above.get(image.prompt, 0.0) + value * weight
-        below[image.prompt] = below.get(image.prompt, 0.0) + weight
-        count += weight
+    above: dict[str, float] = defaultdict(float)
+    below: dict[str, float] = defaultdict(float)
+    for value, weight, prompt in measured(measure, result.images):
+        above[prompt] += value * weight
+        below[prompt] += weight
     overall = result.overall.get(measure.name)
-    per_image = Observed(above, below, None, round(count)) if sum(below.values()) > 0 else None
+    per_image = Observed(dict(above), dict(below), None, round(sum(below.values()))) if below else None
     if overall is None or not math.isfinite(overall.mean):
         return per_image
     # A mean by a formula of its own is not what the images' values add up to.

@@ -230,14 +230,18 @@ def estimate(result: ScoreResult, measure: Measure, images: Sequence[ImageScore]
     which ``result.overall`` goes first; None where nothing was measured, as for a checklist on prompts without questions."""
     if images is None and measure.name in result.overall:
         return result.overall[measure.name]
-    rows = [
-        (row.values[measure.name], row.weights.get(measure.name, 1.0), row.prompt)
-        for row in (result.images if images is None else images)
-        if measure.name in row.values and math.isfinite(row.values[measure.name])
+    rows = measured(measure, result.images if images is None else images)
+    return ratio([v * w for v, w, _ in rows], [w for _, w, _ in rows], [prompt for _, _, prompt in rows]) if rows else None
+
+
+def measured(measure: Measure, images: Sequence[ImageScore]) -> list[tuple[float, float, str]]:
+    """(value, weight, prompt) of each image that counts."""
+    found = [
+        (image.values[measure.name], image.weights.get(measure.name, 1.0), image.prompt)
+        for image in images
+        if math.isfinite(image.values.get(measure.name, math.nan))
     ]
-    if not sum(weight for _, weight, _ in rows) > 0:
-        return None
-    return ratio([v * w for v, w, _ in rows], [w for _, w, _ in rows], [prompt for _, _, prompt in rows])
+    return [row for row in found if row[1] > 0]
 
 
 def relative_file(file: Path, folder: Path) -> str:

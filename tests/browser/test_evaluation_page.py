@@ -34,7 +34,7 @@ def test_hostile_text_is_text(tmp_path: Path) -> None:
     score.images[1].error = HOSTILE
     made.images[1] = replace(made.images[1], error=HOSTILE)
     made.scores.append(ScoreResult("left", HOSTILE, skipped=HOSTILE))
-    page, text, record = written(tmp_path / "out", made, evaluation(tmp_path / "images", of, "b"), title=HOSTILE)
+    page, text, record = written(tmp_path / "out", made, evaluation(tmp_path / "images", of, "b"))
     seen = Page(page)
     assert not seen.open and [tag for tag, _ in seen.tags].count("script") == 1
     assert not [a for _, attrs in seen.tags for a in attrs if a.startswith("on")]

@@ -35,22 +35,19 @@ SECTIONS: Final = {
 }
 
 
-def write_report(
-    folder: Path, evaluations: Sequence[Evaluation], title: str | None = None, votes: Results | None = None, baseline: str | None = None
-) -> Path:
+def write_report(folder: Path, evaluations: Sequence[Evaluation], votes: Results | None = None, baseline: str | None = None) -> Path:
     """Write the report of ``evaluations`` into ``folder``; the path of its page. ValueError for no evaluations.
 
     Evaluations of one suite are compared with each other, and each suite has a section of its own. The page is one file that
     needs nothing else; report.md has its tables, report.json its numbers (see ``report_record``).
 
     Args:
-        title: None for one made of the labels and suites.
         votes: what people said of these images.
         baseline: the label that differences are taken to; None for the first of each suite.
     """
     if not evaluations:
         raise ValueError("a report needs an evaluation")
-    name = title or default_title(evaluations)
+    name = default_title(evaluations)
     suites = suite_numbers(evaluations, baseline)
     record = report_record(name, suites, votes)
     folder.mkdir(parents=True, exist_ok=True)

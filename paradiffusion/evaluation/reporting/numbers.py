@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from paradiffusion.evaluation.estimates import Estimate, difference
-from paradiffusion.evaluation.records import Evaluation, ImageScore, Measure, ScoreResult, estimate
+from paradiffusion.evaluation.records import Evaluation, ImageScore, Measure, ScoreResult, estimate, measured
 from paradiffusion.evaluation.suites.suite import BAND_NAMES, Suite, SuitePrompt
 
 FEWEST: Final = 5
@@ -146,15 +146,14 @@ def _unlike(settings: list[dict[str, Any]]) -> tuple[str, ...]:
 def _measure(suite: Suite, results: list[ScoreResult | None], measure: Measure, baseline: int, comparable: bool) -> MeasureNumbers:
     def row(group: str, prompts: Sequence[SuitePrompt], whole: bool = False) -> Row:
         ids = {prompt.id for prompt in prompts}
-        chosen = [None if result is None else [image for image in result.images if image.prompt in ids] for result in results]
+        chosen = [[image for image in result.images if image.prompt in ids] if result else [] for result in results]
         estimates = [
-            None if result is None or images is None else estimate(result, measure, None if whole else images)
-            for result, images in zip(results, chosen, strict=True)
+            estimate(result, measure, None if whole else images) if result else None for result, images in zip(results, chosen, strict=True)
         ]
 
         def change(a: int, b: int) -> Estimate | None:
             one, other = estimates[a], estimates[b]
-            found = paired_difference(measure.name, chosen[a], chosen[b]) if comparable else None
+            found = paired_difference(measure, chosen[a], chosen[b]) if comparable else None
             if found is None or one is None or other is None:
                 return None
             # An overall number made by a formula of its own is not what the images' difference is about.
@@ -187,24 +186,14 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)] if name else [(1 << 62, "")]
 
 
-def paired_difference(measure: str, first: Sequence[ImageScore] | None, second: Sequence[ImageScore] | None) -> Estimate | None:
+def paired_difference(measure: Measure, first: Sequence[ImageScore], second: Sequence[ImageScore]) -> Estimate | None:
     """The mean of ``second`` minus that of ``first``, prompts resampled for both at once; None where they share none."""
-    one, other = _measured(measure, first), _measured(measure, second)
+    one, other = measured(measure, first), measured(measure, second)
     if not {prompt for _, _, prompt in one} & {prompt for _, _, prompt in other}:
         return None
     values_a, weights_a, prompts_a = zip(*one, strict=True)
     values_b, weights_b, prompts_b = zip(*other, strict=True)
     return difference(values_a, prompts_a, values_b, prompts_b, weights_a, weights_b)
-
-
-def _measured(measure: str, images: Sequence[ImageScore] | None) -> list[tuple[float, float, str]]:
-    """(value, weight, prompt) of each image that counts."""
-    rows = [
-        (image.values[measure], image.weights.get(measure, 1.0), image.prompt)
-        for image in images or ()
-        if measure in image.values and math.isfinite(image.values[measure])
-    ]
-    return [row for row in rows if row[1] > 0]
 
 
 def _best(estimates: Sequence[Estimate | None], higher: bool | None, change: Callable[[int, int], Estimate | None]) -> int | None:

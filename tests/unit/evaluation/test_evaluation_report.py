@@ -23,13 +23,13 @@ from paradiffusion.evaluation.votes.vote_study import Question
 def test_numbers_of_one_evaluation(tmp_path: Path) -> None:
     of = suite()
     made = evaluation(tmp_path / "images", of)
-    page, text, record = written(tmp_path / "out", made, title="Apples")
+    page, text, record = written(tmp_path / "out", made)
     rights = [(i % 4) / 4 for i in range(12)]
     whole = mean(rights, [p.id for p in of.prompts])
     long = mean(rights[1::2], [p.id for p in of.prompts[1::2]])
 
     (found,) = record["suites"]
-    assert record["schema"] == 1 and record["title"] == "Apples" and record["votes"] is None
+    assert record["schema"] == 1 and record["title"] == "stage 1 on The fruit suite" and record["votes"] is None
     assert (found["name"], found["prompts"], found["fingerprint"]) == ("fruit", 12, of.fingerprint)
     assert found["bands"] == {"up to 25": 6, "26-77": 6} and found["categories"] == {"still life": 6, "people": 6}
     assert found["models"][0] == {
