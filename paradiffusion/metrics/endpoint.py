@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
@@ -20,32 +19,12 @@ import openai
 import tenacity
 
 from paradiffusion.errors import UserError
-from paradiffusion.metrics.vlm import Answer, Decoding, Question
+from paradiffusion.metrics.vlm import Answer, Decoding, Question, VlmOptions
 
 T = TypeVar("T")
 _LATER: Final = (408, 409, 425, 429)  # and all from 500 on
 _LONGEST_PAUSE: Final = 600.0  # that a server may ask for
 _LOOK_AROUND: Final = 0.5  # seconds between looks at signals
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where the server is (``url`` up to and with /v1) and how it is treated.
-
-    Attributes:
-        served: the model's name there; None where it serves only one.
-        api_key_env: the environment variable that holds the key.
-        concurrency: requests at once; ``timeout``: seconds that one answer may take.
-        tries: how often a request is sent before the server counts as gone; ``wait``: seconds before the second, doubled each time.
-    """
-
-    url: str
-    served: str | None = None
-    api_key_env: str | None = None
-    concurrency: int = 32
-    timeout: float = 300.0
-    tries: int = 8
-    wait: float = 1.0
 
 
 class Later(Exception):
@@ -62,14 +41,14 @@ class EndpointModel:
     device = "endpoint"
     batch_size = 1
 
-    def __init__(self, address: Address, decoding: Decoding) -> None:
-        check_address(address)
-        self._address, self._decoding, self._key = address, decoding, key_of(address)
+    def __init__(self, options: VlmOptions, decoding: Decoding) -> None:
+        self.url, self._key = check_address(options), key_of(options)
+        self._options, self._decoding = options, decoding
         self._client = openai.AsyncOpenAI(
-            base_url=address.url,
+            base_url=self.url,
             api_key=self._key or "none",
             max_retries=0,  # tenacity tries again, after a damaged answer too
-            timeout=openai.Timeout(address.timeout, connect=min(30.0, address.timeout)),
+            timeout=openai.Timeout(options.timeout, connect=min(30.0, options.timeout)),
             # A redirect or a proxy could carry key and pictures to somewhere else.
             http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=False, verify=ssl.create_default_context()),
         )
@@ -93,7 +72,7 @@ class EndpointModel:
         running: dict[Future[Answer], Question] = {}
         try:
             while True:
-                while len(running) < self._address.concurrency and (question := next(questions, None)) is not None:
+                while len(running) < self._options.concurrency and (question := next(questions, None)) is not None:
                     running[self._run(self._ask(question))] = question
                 if not running:
                     return
@@ -121,15 +100,15 @@ class EndpointModel:
             page = await self._client.models.list(extra_headers=self._headers)
             return [str(one.id) for one in getattr(page, "data", None) or [] if hasattr(one, "id")]
 
-        served = self._address.served
+        served = self._options.served
         try:
-            names = await self._patiently(listed, min(3, self._address.tries))  # a wrong address is told soon
+            names = await self._patiently(listed, min(3, self._options.tries))  # a wrong address is told soon
         except openai.APIStatusError:
             names = []
         if served is None and len(names) != 1:
-            raise UserError(f"endpoint={self._address.url} serves {', '.join(names) or 'no models that it lists'}; name one with served=.")
+            raise UserError(f"endpoint={self.url} serves {', '.join(names) or 'no models that it lists'}; name one with served=.")
         if served is not None and names and served not in names:
-            raise UserError(f"served={served} is not served at {self._address.url}; it has {', '.join(names)}.")
+            raise UserError(f"served={served} is not served at {self.url}; it has {', '.join(names)}.")
         return served or names[0]
 
     async def _ask(self, question: Question) -> Answer:
@@ -139,7 +118,7 @@ class EndpointModel:
             return _read(await self._client.chat.completions.create(**payload, extra_headers=self._headers))
 
         try:
-            return await self._patiently(once, self._address.tries)
+            return await self._patiently(once, self._options.tries)
         except openai.APIStatusError as error:
             return Answer(error=f"status {error.status_code}: {self._message(error.body)}")
 
@@ -148,17 +127,17 @@ class EndpointModel:
 
         async def attempt() -> T:
             try:
-                async with asyncio.timeout(self._address.timeout):  # the client's own starts anew with every byte
+                async with asyncio.timeout(self._options.timeout):  # the client's own starts anew with every byte
                     return await once()
             except (TimeoutError, openai.APITimeoutError):
-                raise Later(f"no answer within {self._address.timeout:g} s") from None
+                raise Later(f"no answer within {self._options.timeout:g} s") from None
             except openai.APIError as error:
                 raise self._meant(error) from None
             except ValueError:
                 raise Later("an answer that is no JSON object") from None
 
         # Spread by up to a half, so that refused requests do not come back all at once.
-        first = self._address.wait
+        first = self._options.retry_wait
         growing = tenacity.wait_exponential(first, max=40.0) + tenacity.wait_random_exponential(first / 2, max=20.0)
         again = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Later),
@@ -170,7 +149,7 @@ class EndpointModel:
             return await again(attempt)
         except Later as later:
             raise UserError(
-                f"the server at {self._address.url} failed {tries} times ({later}); see that it runs and has room, "
+                f"the server at {self.url} failed {tries} times ({later}); see that it runs and has room, "
                 "then run the same command again: it goes on where it stopped."
             ) from None
 
@@ -183,7 +162,7 @@ class EndpointModel:
             if cause is None:
                 return Later(str(error.__cause__ or error) or type(error.__cause__).__name__)
             return UserError(
-                f"the certificate of {self._address.url} is not trusted ({str(cause).rstrip('.')}); use the name that it was "
+                f"the certificate of {self.url} is not trusted ({str(cause).rstrip('.')}); use the name that it was "
                 "issued for, or let SSL_CERT_FILE name a file with the authority that signed it."
             )
         status, said, asked = error.status_code, self._message(error.body), error.request
@@ -194,7 +173,7 @@ class EndpointModel:
                 f"wants to be paid (status 402: {said}); see to the account, then run the same command again: it goes on where it stopped."
             )
         elif status in (401, 403):
-            held = f"the key in {self._address.api_key_env}" if self._key else "requests without a key"
+            held = f"the key in {self._options.api_key_env}" if self._key else "requests without a key"
             told = f"refuses {held} (status {status}); name the environment variable that holds a valid key with api_key_env=."
         elif (status == 404 and asked.method == "POST") or 300 <= status < 400:
             told = (
@@ -203,7 +182,7 @@ class EndpointModel:
             )
         else:
             return error
-        return UserError(f"the server at {self._address.url} {told}")
+        return UserError(f"the server at {self.url} {told}")
 
     def _message(self, body: Any) -> str:
         """What a server says about an error, in whichever of the usual places, but for the key if it repeats that."""
@@ -226,34 +205,36 @@ class EndpointModel:
         }
 
 
-def check_address(address: Address) -> None:
-    """Raise UserError for a URL that is none, or a key that is not there; nobody is asked."""
+def check_address(options: VlmOptions) -> str:
+    """The server's URL, up to and with /v1. UserError for one that is none, or a key that is not there; nobody is asked."""
+    url = str(options.endpoint)
     try:
-        parts = urlsplit(address.url)
+        parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # half an IPv6 address, a port that is no number
         usable = False
     if not usable:
-        raise UserError(f"endpoint={address.url} is no address; expected one such as http://localhost:8000/v1.")
+        raise UserError(f"endpoint={url} is no address; expected one such as http://localhost:8000/v1.")
     if parts.username is not None or parts.query:  # the address is told in messages and logs
         raise UserError(
             f"endpoint= holds more than the address of {parts.hostname} (a user name, a key or a query); leave that out, and "
             "name the environment variable that holds the key with api_key_env=."
         )
-    key_of(address)
+    key_of(options)
+    return url
 
 
-def key_of(address: Address) -> str:
+def key_of(options: VlmOptions) -> str:
     """The server's key, "" where it wants none. Raises UserError where the variable that is to hold it is not set."""
-    if address.api_key_env is None:
+    if options.api_key_env is None:
         return ""
-    key = os.environ.get(address.api_key_env, "").strip()  # read from a file, keys end with the line's end
+    key = os.environ.get(options.api_key_env, "").strip()  # read from a file, keys end with the line's end
     if not key:
         raise UserError(
-            f"api_key_env={address.api_key_env} names an environment variable that is not set; export it with the server's key."
+            f"api_key_env={options.api_key_env} names an environment variable that is not set; export it with the server's key."
         )
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"the key in {address.api_key_env} holds characters that no header can carry; export it again, on one line.")
+        raise UserError(f"the key in {options.api_key_env} holds characters that no header can carry; export it again, on one line.")
     return key
 
 

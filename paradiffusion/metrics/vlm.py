@@ -6,16 +6,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 
 from PIL import Image
 
 from paradiffusion.checks import not_negative, one_of, positive
 from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError
-
-if TYPE_CHECKING:
-    from paradiffusion.metrics.endpoint import Address
 
 # What a model thinks before it speaks, cut or whole; templates that begin the thought themselves leave only its end.
 _TAG: Final = r"(?:\w+:)?(?:think(?:ing)?|thought|reasoning)>"
@@ -140,7 +137,8 @@ class VlmOptions:
         engine: "transformers" or "vllm", a model in this process, or "endpoint", a server of the OpenAI chat protocol.
         model, revision: a name of configs/captioners.yaml, a hub id or a folder, and the hub's commit (not endpoint).
         dtype: "auto" is bfloat16 on a GPU and float32 elsewhere (not endpoint); device: None for a GPU where there is one (transformers).
-        concurrency: questions under way at once (vllm, endpoint).
+        concurrency: questions under way at once (vllm, endpoint). timeout: seconds that one answer may take; tries: how often a request is
+            sent before the server counts as gone; retry_wait: seconds before the second, doubled each time (endpoint).
         endpoint, served, api_key_env: the server's address, its name for the model, the variable with its key (endpoint).
         image_side: long side in pixels of what the model is shown; None for the model's own, else 1024.
         max_new_tokens: the longest answer; None for what the task needs.
@@ -174,14 +172,7 @@ class VlmOptions:
         if self.engine == "endpoint":
             from paradiffusion.metrics.endpoint import check_address
 
-            check_address(self.address)
-
-    @property
-    def address(self) -> Address:
-        from paradiffusion.metrics.endpoint import Address
-
-        treated = (self.concurrency, self.timeout, self.tries, self.retry_wait)
-        return Address(str(self.endpoint), self.served, self.api_key_env, *treated)
+            check_address(self)
 
     @property
     def name(self) -> str:
@@ -220,7 +211,7 @@ def open_engine(options: VlmOptions, decoding: Decoding) -> tuple[Engine, int]:
     if options.engine == "endpoint":
         from paradiffusion.metrics.endpoint import EndpointModel
 
-        return EndpointModel(options.address, decoding), options.image_side or IMAGE_SIDE
+        return EndpointModel(options, decoding), options.image_side or IMAGE_SIDE
     from paradiffusion.metrics.local_vlm import LocalModel, VllmModel
 
     source, revision, side = locate_model(options)
