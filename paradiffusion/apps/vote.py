@@ -102,7 +102,7 @@ class Voting:
             "questions": [{"name": q.name, "text": q.text, "shows_text": q.shows_text} for q in questions],
             "choices": {name: vote.choice for name, vote in votes.items()},
             "stamp": max((vote.stamp for vote in votes.values()), default=0),
-            "comment": self.store.comment_on(rater, task.key),
+            "comment": self.store.comments().get((rater, task.key), ""),
         }
 
     def vote(self, rater: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ CREATE TABLE IF NOT EXISTS study (fingerprint TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS votes (
     rater TEXT NOT NULL, task TEXT NOT NULL, question TEXT NOT NULL,
     choice TEXT NOT NULL CHECK (choice IN ('left', 'right', 'tie')),
-    stamp INTEGER NOT NULL, seconds REAL NOT NULL, at TEXT NOT NULL, changes INTEGER NOT NULL DEFAULT 0,
+    stamp INTEGER NOT NULL, seconds REAL NOT NULL, at TEXT NOT NULL,
     PRIMARY KEY (rater, task, question)
 );
 CREATE TABLE IF NOT EXISTS comments (
@@ -39,7 +39,7 @@ class Vote:
     Attributes:
         stamp: grows with each change of mind; of two votes the one with the greater stamp holds, whichever comes first.
         seconds: from when the pair (or the question, where another came before it on the screen) was shown.
-        at: when it was written, UTC, ISO 8601; ``changes``: how often the rater chose otherwise before going on.
+        at: when it was written, UTC, ISO 8601.
     """
 
     rater: str
@@ -49,7 +49,6 @@ class Vote:
     stamp: int
     seconds: float
     at: str = ""
-    changes: int = 0
 
 
 class Refusal(Exception):
@@ -102,8 +101,7 @@ class Store:
             self._still_open(vote.rater, vote.task)
             self._base.execute(
                 "INSERT INTO votes (rater, task, question, choice, stamp, seconds, at) VALUES (?, ?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (rater, task, question) DO UPDATE SET "
-                "changes = changes + (choice <> excluded.choice), choice = excluded.choice, stamp = excluded.stamp, "
+                "ON CONFLICT (rater, task, question) DO UPDATE SET choice = excluded.choice, stamp = excluded.stamp, "
                 "seconds = excluded.seconds, at = excluded.at WHERE excluded.stamp > stamp",
                 (vote.rater, vote.task, vote.question, vote.choice, vote.stamp, vote.seconds, _now()),
             )
@@ -136,18 +134,11 @@ class Store:
         """Votes, of one rater and task where these are given, in the order in which they were first cast."""
         with self._guard:
             rows = self._base.execute(
-                "SELECT rater, task, question, choice, stamp, seconds, at, changes FROM votes "
+                "SELECT rater, task, question, choice, stamp, seconds, at FROM votes "
                 "WHERE (?1 IS NULL OR rater = ?1) AND (?2 IS NULL OR task = ?2) ORDER BY rowid",
                 (rater, task),
             )
             return [Vote(*row) for row in rows]
-
-    def comment_on(self, rater: str, task: str) -> str:
-        """The rater's remark on a task, "" where there is none."""
-        with self._guard:
-            query = "SELECT text FROM comments WHERE rater = ? AND task = ?"
-            row = self._base.execute(query, (rater, task)).fetchone()
-            return row[0] if row else ""
 
     def comments(self) -> dict[tuple[str, str], str]:
         """(rater, task) -> remark."""
