@@ -155,14 +155,14 @@ class EvaluateOptions(RunnerKeys):
         """The names in ``scores=``, None for all that can be computed."""
         return None if self.scores == "auto" else split_list(self.scores)
 
-    def sampling(self, ckpt: str = "suite", images_per_prompt: int = 1) -> SampleConfig:
+    def sampling(self, ckpt: str = "suite") -> SampleConfig:
         """The options of drawing as the sampler takes them; the prompts come from the suite."""
         shared = (*DRAWING, "unet", "height", "width", "batch_size", "device", "dtype", "threads", "compile", "channels_last",
                   "offload_text_encoder", "vae_tiling", "text_encoder", "codec")  # fmt: skip
         values = {key: getattr(self, key) for key in shared}
         values["score_bins"] = _mapping("score_bins", self.score_bins, "{aesthetic: 4}") if self.score_bins else None
         values["dtype"] = settled_dtype(self.dtype, choose_device(self.device))  # by which pictures are known
-        return SampleConfig(ckpt=ckpt, prompt="suite", images_per_prompt=images_per_prompt, **values)
+        return SampleConfig(ckpt=ckpt, prompt="suite", images_per_prompt=1, **values)
 
 
 def _mapping(key: str, text: str, example: str) -> dict[str, Any]:

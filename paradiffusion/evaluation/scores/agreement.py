@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -30,7 +30,7 @@ class HumanPair:
     Attributes:
         a, b, ties: votes for the one, for the other, for neither.
         question, rater: "" where the file does not say, or where these are votes of several.
-        image_a, image_b: names of the images in their sets; "" for the prompt's image number ``number``.
+        number: of the prompt's image.
     """
 
     prompt: str
@@ -41,8 +41,6 @@ class HumanPair:
     ties: int
     question: str = ""
     rater: str = ""
-    image_a: str = ""
-    image_b: str = ""
     number: int = 0
 
 
@@ -83,8 +81,7 @@ def _pairs(row: dict[str, Any]) -> Iterator[HumanPair]:
             yield HumanPair(prompt, one, other, *won, **about)
         return
     sets = [str(row[f"set_{side}"]) for side in "ab"]
-    images = [PurePosixPath(str(row.get(f"image_{side}", ""))).stem for side in "ab"]
-    if (sets[0], images[0]) == (sets[1], images[1]):
+    if sets[0] == sets[1]:
         raise ValueError(f"both sides are {sets[0]}")
     if "votes_a" in row or "votes_b" in row:
         votes = int(row["votes_a"]), int(row["votes_b"]), int(row.get("ties", 0))
@@ -95,7 +92,7 @@ def _pairs(row: dict[str, Any]) -> Iterator[HumanPair]:
     else:
         raise ValueError(f"the choice is {choice}")
     if sum(votes):
-        yield HumanPair(prompt, *sets, *votes, image_a=images[0], image_b=images[1], **about)
+        yield HumanPair(prompt, *sets, *votes, **about)
 
 
 def _number(row: dict[str, Any]) -> int:
@@ -174,9 +171,8 @@ def _gathered(evaluations: Sequence[Evaluation], pairs: Sequence[HumanPair]) -> 
     for pair in pairs:
         prompt = ids.get(pair.prompt, "")
         sets = [labels.get(_plain(name)) for name in (pair.set_a, pair.set_b)]
-        usual = prompt if pair.number == 0 else f"{prompt}_{pair.number}"
-        names = [pair.image_a or usual, pair.image_b or usual]
-        sides = [(one.label, name) for one, name in zip(sets, names, strict=True) if one is not None]
+        name = prompt if pair.number == 0 else f"{prompt}_{pair.number}"
+        sides = [(one.label, name) for one in sets if one is not None]
         if len(sides) < 2 or any(images[label].get(name) != prompt for label, name in sides):
             lost += 1
             continue

@@ -126,13 +126,13 @@ def test_layouts(tmp_path: Path) -> None:
     assert (one.a, one.b, one.ties, one.rater, one.question, one.number) == (1, 0, 0, "anna", "appeal", 0)
     assert (two.ties, two.number) == (1, 1)
     lines = [
-        {"prompt": "a long text", "set_a": "ours", "set_b": "theirs", "image_a": "00001_1.png", "choice": "b"},
+        {"prompt": "a long text", "set_a": "ours", "set_b": "theirs", "image": 1, "choice": "b"},
         {"prompt": "p1", "set_a": "ours", "set_b": "theirs", "votes_a": 3, "votes_b": 1, "ties": 2},
         {"prompt": "p1", "set_a": "ours", "set_b": "theirs", "votes_a": 0, "votes_b": 0},
         {"prompt": "p1", "ranks": {"x": 1, "y": 2, "z": 2}, "rater": "dora"},
     ]
     found = read_pairs(written(tmp_path / "pairs.jsonl", "\n".join(json.dumps(line) for line in lines) + "\n\n"))
-    assert (found[0].set_a, found[0].image_a, found[0].b) == ("ours", "00001_1", 1)
+    assert (found[0].set_a, found[0].number, found[0].b) == ("ours", 1, 1)
     assert (found[1].a, found[1].b, found[1].ties) == (3, 1, 2)
     ranked = {(pair.set_a, pair.set_b): (pair.a, pair.b, pair.ties) for pair in found[2:]}
     assert ranked == {("x", "y"): (1, 0, 0), ("x", "z"): (1, 0, 0), ("y", "z"): (0, 0, 1)}
