@@ -16,13 +16,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from paradiffusion.data.images import BadImage, decode
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import Drawn, Run
+from paradiffusion.evaluation.scores.image_features import read_picture
 from paradiffusion.metrics.vlm import Answer, Decoding, Engine, Question, VlmOptions, answers_of, fit, open_engine, settings_of, spoken
 
-FORMATS: Final = ("PNG", "JPEG", "WEBP")
 _REFUSED_AT_START: Final = 16
 _ENGINE: Final = "engine"  # the journal's line that says who answers
 
@@ -164,19 +163,16 @@ class _Round:
     def _batches(self) -> Iterator[list[Question]]:
         """The questions with their pictures; those about one picture follow each other, so that it is decoded once."""
         size = max(1, self.engine.batch_size)
-        name, picture, why = "", None, ""
+        seen: Drawn | None = None
         for start in range(0, len(self.missing), size):
             batch = []
             for number in range(start, min(start + size, len(self.missing))):
                 _, (image, prompt) = self.missing[number]
-                if image.name != name:
-                    name, picture, why = image.name, None, ""
-                    try:
-                        picture = fit(decode(image.file.read_bytes(), formats=FORMATS), self.side)
-                    except (BadImage, OSError) as error:
-                        why = _one_line(error)
-                if picture is None:
-                    self.unread.append((number, why))
+                if image is not seen:
+                    seen, found = image, read_picture(image)
+                    picture = found if isinstance(found, str) else fit(found, self.side)
+                if isinstance(picture, str):
+                    self.unread.append((number, picture))
                 else:
                     batch.append(Question(number, number, picture, prompt, 0, 0.0))
             yield batch
@@ -217,14 +213,9 @@ def _identity(image: Drawn) -> tuple[str, str]:
         stat = image.file.stat()
         return _hash(image.file, stat.st_size, stat.st_mtime_ns), ""
     except OSError as error:
-        return "", f"the picture cannot be read ({_one_line(error)})"
+        return "", f"the picture cannot be read ({error.strerror})"
 
 
 @lru_cache(maxsize=1 << 17)  # every score asks for it, and for each question
 def _hash(path: Path, size: int, changed: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _one_line(error: Exception) -> str:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join((text or type(error).__name__).split())[:200]
