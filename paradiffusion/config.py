@@ -768,22 +768,14 @@ class FrozenConfig:
 
 
 @dataclass
-class SampleConfig:
-    """What ``sample.py`` takes; None means the checkpoint's own default, or the prompt line's own value. configs/sample.yaml
-    says what each key is."""
+class DrawingKeys:
+    """How pictures are drawn, as sample.py and scripts/evaluate.py take it; None means the checkpoint's own default."""
 
-    ckpt: str | None = option(None)
     unet: str = option("unet", typed="text")
-    prompt: str | None = option(None, typed="text")
-    prompt_file: str | None = option(None)
-    output_dir: str | None = option(None)
-    seed: int = 0
     steps: int | None = option(None, accepts=positive)
     guidance: float | None = None
     height: int | None = option(None, accepts=positive)
     width: int | None = option(None, accepts=positive)
-    images_per_prompt: int = option(1, accepts=positive)
-    batch_size: int = option(8, accepts=positive)
     negative_prompt: str | None = option(None, typed="text")
     sampler: str | None = option(None, typed="text")
     solver: str | None = None
@@ -792,7 +784,6 @@ class SampleConfig:
     guidance_stop: float | None = None
     guidance_sigma_min: float | None = None
     guidance_sigma_max: float | None = None
-    score_bins: dict[str, int] | None = None
     device: str | None = None
     dtype: str = option("auto", accepts=one_of("auto", *DTYPES))
     threads: int | None = option(None, accepts=positive)
@@ -802,6 +793,21 @@ class SampleConfig:
     vae_tiling: bool = False
     text_encoder: FrozenConfig = field(default_factory=FrozenConfig)
     codec: FrozenConfig = field(default_factory=FrozenConfig)
+
+
+@dataclass
+class SampleConfig(DrawingKeys):
+    """What ``sample.py`` takes; None means the checkpoint's own default, or the prompt line's own value. configs/sample.yaml
+    says what each key is."""
+
+    ckpt: str | None = option(None)
+    prompt: str | None = option(None, typed="text")
+    prompt_file: str | None = option(None)
+    output_dir: str | None = option(None)
+    seed: int = 0
+    images_per_prompt: int = option(1, accepts=positive)
+    batch_size: int = option(8, accepts=positive)
+    score_bins: dict[str, int] | None = None
 
     def check(self) -> None:
         """Raise UserError for missing, contradictory or impossible values."""

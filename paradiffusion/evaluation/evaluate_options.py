@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from paradiffusion.checks import not_negative, not_understood, one_of, parsed, positive, split_list
-from paradiffusion.config import FrozenConfig, SampleConfig, SamplerConfig, check_values, option
+from paradiffusion.config import DrawingKeys, SampleConfig, SamplerConfig, check_values, option
 from paradiffusion.errors import UserError
 from paradiffusion.machine import choose_device, settled_dtype
 from paradiffusion.metrics.vlm import ENGINES
@@ -19,7 +19,7 @@ DRAWING = (*(one.name for one in fields(SamplerConfig)), "negative_prompt")
 
 
 @dataclass
-class EvaluateOptions(RunnerKeys):
+class EvaluateOptions(DrawingKeys, RunnerKeys):
     """The keys of the command line; scripts/evaluate.py says what each is. Numbers are our choice."""
 
     # what is judged
@@ -36,31 +36,9 @@ class EvaluateOptions(RunnerKeys):
     allow_other: bool = False
     count: int | None = option(None, accepts=positive)
     images_per_prompt: int | None = option(None, accepts=positive)
-    # drawing, as sample.py has it
-    unet: str = "unet"
-    steps: int | None = None
-    guidance: float | None = None
-    sampler: str | None = None
-    solver: str | None = None
-    guidance_rescale: float | None = None
-    guidance_start: float | None = None
-    guidance_stop: float | None = None
-    guidance_sigma_min: float | None = None
-    guidance_sigma_max: float | None = None
+    # drawing, beside DrawingKeys
     score_bins: str | None = None
-    negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
     batch_size: int = option(16, accepts=positive)
-    device: str | None = None
-    dtype: str = "auto"
-    threads: int | None = None
-    compile: bool = False
-    channels_last: bool = False
-    offload_text_encoder: bool = False
-    vae_tiling: bool = False
-    text_encoder: FrozenConfig = field(default_factory=FrozenConfig)
-    codec: FrozenConfig = field(default_factory=FrozenConfig)
     # scores
     scores: str = "auto"
     clip: str | None = None
@@ -157,12 +135,10 @@ class EvaluateOptions(RunnerKeys):
 
     def sampling(self, ckpt: str = "suite") -> SampleConfig:
         """The options of drawing as the sampler takes them; the prompts come from the suite."""
-        shared = (*DRAWING, "unet", "height", "width", "batch_size", "device", "dtype", "threads", "compile", "channels_last",
-                  "offload_text_encoder", "vae_tiling", "text_encoder", "codec")  # fmt: skip
-        values = {key: getattr(self, key) for key in shared}
+        values = {one.name: getattr(self, one.name) for one in fields(DrawingKeys) if one.name != "sampler"}  # which is in the others
         values["score_bins"] = _mapping("score_bins", self.score_bins, "{aesthetic: 4}") if self.score_bins else None
         values["dtype"] = settled_dtype(self.dtype, choose_device(self.device))  # by which pictures are known
-        return SampleConfig(ckpt=ckpt, prompt="suite", images_per_prompt=1, **values)
+        return SampleConfig(ckpt=ckpt, prompt="suite", batch_size=self.batch_size, **values)
 
 
 def _mapping(key: str, text: str, example: str) -> dict[str, Any]:
