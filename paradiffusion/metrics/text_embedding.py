@@ -16,7 +16,6 @@ from paradiffusion.text.sources import fingerprint
 
 MAX_LENGTH: Final = 8192  # tokens read of a text, where the model takes as many: TIT-Score's
 _BATCH: Final = 16
-_FILES: Final = ("*.json", "*.txt", "*.model", "*.safetensors")
 
 
 def embedding_settings(model: str) -> dict[str, Any]:
@@ -60,31 +59,16 @@ class TextEmbedder:
         return (torch.stack(vectors) if vectors else torch.zeros(0, 0)), cut
 
 
-def _folder(model: str) -> Path:
-    """The model's files on this machine, fetched if need be."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return whole_files(folder)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(_FILES)))
-    except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise UserError(
-            f"text_embedding={model} cannot be had ({reason_of(error)[:300].rstrip('.')}); fetch it where there is a network "
-            f"(`hf download {model}`), or give a folder."
-        ) from None
-
-
 def _load(model: str, device: str | None) -> Any:
     """The modules that the model's files name; without modules.json the transformer, and decoders' last token or others' mean."""
-    folder, place = _folder(model), choose_device(device)
+    folder, place = Path(model).expanduser(), choose_device(device)
+    local = folder.is_dir()
     try:
         network: Any = SentenceTransformer(
-            str(folder),
+            str(whole_files(folder)) if local else model,
             device=str(place),
             trust_remote_code=False,
-            local_files_only=True,
+            local_files_only=local,
             model_kwargs={"dtype": getattr(torch, settled_dtype("auto", place)), "use_safetensors": True},
         )
         if network.transformers_model is None or network.config.is_encoder_decoder:
@@ -92,9 +76,10 @@ def _load(model: str, device: str | None) -> Any:
     except (KeyboardInterrupt, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers raises a dozen unrelated types
+        advice = "" if local else f"; fetch it where there is a network (`hf download {model}`), or give a folder"
         raise UserError(
             f"text_embedding={model} cannot be loaded ({reason_of(error)[:300].rstrip('.')}); expected config.json, *.safetensors "
-            "and a tokenizer of a model that sentence-transformers knows by itself, such as Qwen/Qwen3-Embedding-0.6B."
+            f"and a tokenizer of a model that sentence-transformers knows by itself, such as Qwen/Qwen3-Embedding-0.6B{advice}."
         ) from None
     tokens = network.tokenizer
     tokens.padding_side = tokens.truncation_side = "right"
