@@ -220,7 +220,7 @@ def show_table(suite: Suite, evaluations: Sequence[Evaluation]) -> str:
         known = [result for result in results if result is not None and not result.skipped]
         rows += [[result.title, *("" for _ in evaluations)] for result in known[:1]]
         for measure in {measure.name: measure for result in known for measure in result.measures}.values():
-            values = [result and estimate(result, measure) for result in results]
+            values = [None if result is None else estimate(result, measure) for result in results]
             rows.append([f"  {measure.title}", *(estimate_text(value, measure.unit) for value in values)])
     failed = [str(sum(bool(image.error) for image in one.images)) for one in evaluations]
     rows.append(["images that failed", *failed])

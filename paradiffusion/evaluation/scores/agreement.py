@@ -80,9 +80,9 @@ def _pairs(row: dict[str, Any]) -> Iterator[HumanPair]:
             won = (int(ranks[one] < ranks[other]), int(ranks[one] > ranks[other]), int(ranks[one] == ranks[other]))
             yield HumanPair(prompt, one, other, *won, **about)
         return
-    sets = [str(row[f"set_{side}"]) for side in "ab"]
-    if sets[0] == sets[1]:
-        raise ValueError(f"both sides are {sets[0]}")
+    set_a, set_b = str(row["set_a"]), str(row["set_b"])
+    if set_a == set_b:
+        raise ValueError(f"both sides are {set_a}")
     if "votes_a" in row or "votes_b" in row:
         votes = int(row["votes_a"]), int(row["votes_b"]), int(row.get("ties", 0))
         if min(votes) < 0:
@@ -92,7 +92,7 @@ def _pairs(row: dict[str, Any]) -> Iterator[HumanPair]:
     else:
         raise ValueError(f"the choice is {choice}")
     if sum(votes):
-        yield HumanPair(prompt, *sets, *votes, **about)
+        yield HumanPair(prompt, set_a, set_b, *votes, **about)
 
 
 def _number(row: dict[str, Any]) -> int:
@@ -219,7 +219,7 @@ def _tables(question: str, judged: Sequence[_Judged], measured: Sequence[tuple[s
             found.append([title, share := mean(right, [one.prompt for one in known]), share.n, signs.count(0.0)])
     found.sort(key=lambda row: -row[1].mean)
     ceiling = _people(judged)
-    rows = [*([[_PEOPLE, ceiling, ceiling.n, None]] if ceiling is not None else []), *found]
+    rows: list[list[Any]] = [*([[_PEOPLE, ceiling, ceiling.n, None]] if ceiling is not None else []), *found]
     note = f"{len(judged)} pairs, {len(judged) - len(decided)} of them undecided. {_NOTE}"
     return [Table(f"{TITLE}: {question}" if question else TITLE, ["", "agrees", "decided pairs", "equal scores"], rows, note, plot="bars")]
 

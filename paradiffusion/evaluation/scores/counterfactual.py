@@ -83,7 +83,7 @@ def tables(removals: Sequence[Removal], exact: bool) -> Iterator[Table]:
         yield _shares(title, "sentence", judged, PLACES, lambda o: place(o.position), "lines")
     if judged and exact:
         yield _shares("Sentences that matter, by what they say", "what it says", judged, KINDS, lambda o: o.kind or "")
-    changes = [[name, _change_of([one for one in judged or removals if place(one.position) == name])] for name in PLACES]
+    changes: list[list[Any]] = [[name, _change_of([one for one in judged or removals if place(one.position) == name])] for name in PLACES]
     title = "Change of the picture, by the place of the sentence left out (1 = another seed's)"
     yield Table(title, ["sentence", "change"], [row for row in changes if row[1] is not None], "", "number", "lines")
     yield _noise(removals)
