@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from transformers import LogitsProcessor, LogitsProcessorList, TopPLogitsWarper
 
 from paradiffusion.checkpoints.tensors import whole_files
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.machine import choose_device, settled_dtype
 from paradiffusion.metrics.vlm import Answer, Decoding, Question
-from paradiffusion.repository import ROOT
 
 
 class LocalModel:
@@ -153,22 +151,6 @@ class SeededDraw(LogitsProcessor):  # type: ignore[misc]
             1e-20, 1 - 1e-7
         )
         return scores - torch.log(-torch.log(noise))
-
-
-def find_model(name: str, key: str = "model") -> tuple[str, int | None]:
-    """(hub id or folder, image side in pixels) of a name in configs/captioners.yaml; else the name itself.
-
-    Raises UserError, which names ``key`` as the command line's, for what is neither there, nor a folder or a hub id.
-    """
-    known: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "captioners.yaml"))
-    if name in known:
-        return str(known[name]["hub"]), int(known[name]["image_side"])
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder), None
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"{key}={name} is neither a folder, nor a hub id such as Qwen/Qwen3-VL-8B-Instruct, nor one of {', '.join(known)}.")
-    return name, None
 
 
 def _load(source: str, revision: str | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+from omegaconf import OmegaConf
 from PIL import Image
 
 from paradiffusion.checks import not_negative, one_of, positive
 from paradiffusion.config import check_values, option
 from paradiffusion.errors import UserError
+from paradiffusion.repository import ROOT
 
 # What a model thinks before it speaks, cut or whole; templates that begin the thought themselves leave only its end.
 _TAG: Final = r"(?:\w+:)?(?:think(?:ing)?|thought|reasoning)>"
@@ -184,14 +186,21 @@ class VlmOptions:
 
 def locate_model(options: VlmOptions) -> tuple[str, str | None, int]:
     """Hub id or folder of ``options.model``, which is not loaded yet, what tells its weights from others (of a folder their hash),
-    and the image side that suits it. UserError where the name is neither in
+    and the image side that suits it. UserError, which names the command line's key, where the name is neither in
     configs/captioners.yaml, nor a folder or a hub id."""
-    from paradiffusion.metrics.local_vlm import find_model
     from paradiffusion.text.sources import fingerprint
 
-    source, side = find_model(options.model, options.key)
-    revision = fingerprint(Path(source)) if Path(source).is_dir() else options.revision
-    return source, revision, options.image_side or side or IMAGE_SIDE
+    name, folder = options.model, Path(options.model).expanduser()
+    known: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "captioners.yaml"))
+    if name in known:
+        return str(known[name]["hub"]), options.revision, options.image_side or int(known[name]["image_side"])
+    if folder.is_dir():
+        return str(folder), fingerprint(folder), options.image_side or IMAGE_SIDE
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"{options.key}={name} is neither a folder, nor a hub id such as Qwen/Qwen3-VL-8B-Instruct, nor one of {', '.join(known)}."
+        )
+    return name, options.revision, options.image_side or IMAGE_SIDE
 
 
 def settings_of(options: VlmOptions) -> dict[str, Any]:
