@@ -143,7 +143,7 @@ def test_failures_count_as_0_and_are_listed_and_unclear_answers_as_no(server: Ch
     result = asked(score, suite, images, tmp_path)
     assert [one.prompt for one in result.images] == ["scene5", "scene0", "scene1", "scene2", "scene3", "scene4"]
     assert [one.error for one in result.images] == [
-        "status 400: unsafe picture", "does not decode: UnidentifiedImageError",
+        "status 400: unsafe picture", "00000.png cannot be read: does not decode: UnidentifiedImageError",
         "the picture cannot be read (No such file or directory)", "the prompt is too long for this model", "", "",
     ]  # fmt: skip
     assert means(result) == [0, 0, 0, 0, 1, 0]
