@@ -39,9 +39,6 @@ class Task:
     scores: list[Score | ScoreResult]
 
 
-PeopleSaid = tuple[list[HumanPair], Results | None]  # votes on pairs, to compare scores with, and a study's results
-
-
 def evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> int:
     """Draw, score and report what the options ask for; the exit status.
 
@@ -64,44 +61,42 @@ def evaluate(options: EvaluateOptions, suites: Sequence[Suite]) -> int:
     # Before the processes meet: what they all find wrong is then said once.
     device = str(choose_device(options.device))
     subjects = subjects_of(options)
-    made = {number: made_before(s, suites) for number, s in enumerate(subjects) if s.made is not None}
-    suites = list(suites) or _suites_of(list(made.values()), subjects)
-    tasks = {
-        number: _tasks(options, subject.source, suites, device) for number, subject in enumerate(subjects) if subject.source is not None
-    }
-    check_possible(options, [task.scores for found in tasks.values() for task in found])
-    said = _said(options)
+    made = [None if subject.made is None else made_before(subject, suites) for subject in subjects]
+    suites = list(suites) or _suites_of(made)
+    tasks = [[] if subject.source is None else _tasks(options, subject.source, suites, device) for subject in subjects]
+    check_possible(options, [task.scores for own in tasks for task in own])
+    pairs = read_pairs(Path(options.agreement).expanduser()) if options.agreement else []
+    votes = read_results(Path(options.votes).expanduser()) if options.votes else None
     with stop_on_signals() as signal, joined_processes() as processes:
         processes.set_threads(options.threads)
         results: list[Evaluation] = []
         failures: list[str] = []
         try:
-            for number in range(len(subjects)):
-                if number in made:
-                    results.append(made[number])
-                    continue
-                for task in tasks[number]:
+            for before, own in zip(made, tasks, strict=True):
+                results += [] if before is None else [before]
+                for task in own:
                     evaluation, failed = _evaluate(options, task, processes, signal)
                     results.append(evaluation)
                     failures += [f"{evaluation.label} on {task.suite.name}: {sentence}" for sentence in failed]
-                tasks[number][0].source.close()
+                for task in own[:1]:
+                    task.source.close()
         except Stopped:
             if processes.rank == 0:
                 print("Stopped; the same command goes on from here.", flush=True)
             return signal.status
-        first_does(processes, lambda: _report(options, subjects, results, suites, said))
+        first_does(processes, lambda: _report(options, subjects, results, suites, pairs, votes))
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise UserError(f"all was written but a score that could not be computed{more}: {failures[0]}")
     return 0
 
 
-def _suites_of(made: list[Evaluation], subjects: Sequence[Subject]) -> list[Suite]:
+def _suites_of(made: Sequence[Evaluation | None]) -> list[Suite]:
     """The suites of evaluations that were made before, where ``suite=`` names none."""
-    if len(made) < len(subjects):
-        raise UserError("suite= is missing; name one, such as suite=scenes, for what is not evaluated yet.")
     suites: dict[str, Suite] = {}
     for one in made:
+        if one is None:
+            raise UserError("suite= is missing; name one, such as suite=scenes, for what is not evaluated yet.")
         suite = suites.setdefault(one.suite.name, one.suite)
         if suite.fingerprint != one.suite.fingerprint:
             raise UserError(
@@ -165,10 +160,9 @@ def _announce(images_failed: list[str], described: dict[str, Any], total: int) -
 
 def _report(
     options: EvaluateOptions, subjects: Sequence[Subject], results: list[Evaluation], suites: Sequence[Suite],
-    said: PeopleSaid,
+    pairs: Sequence[HumanPair], votes: Results | None,
 ) -> None:  # fmt: skip
     """The joint reports of several models or suites, and what a person should read now."""
-    pairs, votes = said
     bases = [base_folder(s.source) if s.source else Path(str(s.made)).parent for s in subjects]
     names = [s.source.name if s.source else s.label or Path(str(s.made)).resolve().name for s in subjects]
     several = len(subjects) > 1
@@ -204,12 +198,6 @@ def with_short_labels(results: list[Evaluation]) -> list[Evaluation]:
     if len(runs) != 1 or not split[0][0] or len({one.label for one in results}) == 1:
         return results
     return [replace(one, label=f"stage {number}") for one, (_, _, number) in zip(results, split, strict=True)]
-
-
-def _said(options: EvaluateOptions) -> PeopleSaid:
-    """What people said, read before anything is drawn."""
-    pairs = read_pairs(Path(options.agreement).expanduser()) if options.agreement else []
-    return pairs, read_results(Path(options.votes).expanduser()) if options.votes else None
 
 
 def show_table(suite: Suite, evaluations: Sequence[Evaluation]) -> str:
