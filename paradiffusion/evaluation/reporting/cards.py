@@ -22,7 +22,6 @@ from paradiffusion.pages import Grid, text_grid, thumbnail_uri
 
 SIDE: Final = 320  # pixels of a small copy
 TINY: Final = 128  # pixels of the longer side; smaller pictures are shown enlarged with hard edges
-MAX_FILE: Final = 200_000_000  # bytes
 SPREAD: Final = 12
 DIFFER: Final = 8
 WORST: Final = 12
@@ -145,8 +144,6 @@ class Album:
         if drawn.error:
             return {"missing": excerpt(drawn.error, 300)}
         try:
-            if drawn.file.stat().st_size > MAX_FILE:
-                raise BadImage(f"over {MAX_FILE:,} bytes")
             picture: Image.Image = decode(drawn.file.read_bytes(), cover=(SIDE, SIDE))
         except FileNotFoundError:
             return {"missing": f"{drawn.file.name} is missing"}

@@ -117,7 +117,7 @@ def _score_page(numbers: SuiteNumbers, score: ScoreNumbers, place: int) -> dict[
     return {
         "anchor": anchor,
         "title": score.title,
-        "warnings": tables.shared(numbers, score, "warnings"),
+        "warnings": tables.warnings_of(numbers, score),
         "about": [(name, text) for name, text in (("Formula", result.formula), ("Source", result.source)) if text],
         "settings": tables.settings_lines(numbers, score),
         "figures": figures[0] if figures else [],
@@ -159,7 +159,7 @@ def _score_markdown(numbers: SuiteNumbers, score: ScoreNumbers) -> list[str]:
     lines = [f"- {name}: {markdown(text)}" for name, text in (("Formula", result.formula), ("Source", result.source)) if text]
     settings = "; ".join(f"{markdown(key)} = {markdown(text)}" for key, text in tables.settings_lines(numbers, score))
     lines += [f"- Settings: {settings}"] if settings else []
-    lines += [f"- **Note:** {markdown(text)}" for text in tables.shared(numbers, score, "warnings")]
+    lines += [f"- **Note:** {markdown(text)}" for text in tables.warnings_of(numbers, score)]
     parts = [f"### {markdown(score.title)}", "\n".join(lines)]
     for found in tables.own_tables(numbers, score):
         parts += [f"#### {markdown(found[0][1].title)}", grid_markdown(tables.own_grid(found))]

@@ -148,11 +148,11 @@ def skipped(numbers: SuiteNumbers) -> list[tuple[str, str]]:
     return [(title if len(labels) == every else f"{title} ({', '.join(labels)})", why) for (title, why), labels in found.items()]
 
 
-def shared(numbers: SuiteNumbers, score: ScoreNumbers, attribute: str) -> list[str]:
-    """Texts of an attribute (a list) of each model's result, with the labels of those that have it where not all do."""
+def warnings_of(numbers: SuiteNumbers, score: ScoreNumbers) -> list[str]:
+    """The warnings of each model's result, with the labels of those that have it where not all do."""
     found: dict[str, list[str]] = {}
     for label, result in zip(numbers.labels, score.results, strict=True):
-        for text in getattr(result, attribute) if result is not None else ():
+        for text in result.warnings if result is not None else ():
             found.setdefault(text, []).append(label)
     every = sum(result is not None for result in score.results)
     return [text if len(labels) == every else f"{', '.join(labels)}: {text}" for text, labels in found.items()]

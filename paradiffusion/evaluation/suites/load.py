@@ -47,8 +47,6 @@ def load_suite(
     Raises:
         UserError: for an unknown name, files that are missing, malformed or not the released ones, and an empty suite.
     """
-    if count is not None and count < 1:
-        raise UserError(f"count={count} is out of range; expected a number above 0.")
     options = dict(options or {})
     language = options.pop("language", "en")
     entry = replace(find_entry(name if language == "en" else f"{name}_{language}"), allow_other=allow_other)

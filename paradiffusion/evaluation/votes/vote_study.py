@@ -28,7 +28,6 @@ from paradiffusion.runner import make_bar
 STUDY: Final = "study.json"
 FORMAT_VERSION: Final = 1
 TIE: Final = "tie"
-MAX_BYTES: Final = 200_000_000
 ABSENT: Final = "there is no such picture"
 
 
@@ -354,8 +353,6 @@ def _bytes(file: Path, root: Path) -> bytes:
         inside = file.resolve(strict=True)
         if not inside.is_relative_to(root.resolve()) or not inside.is_file():
             raise BadImage("it lies outside of the set's folder")
-        if inside.stat().st_size > MAX_BYTES:
-            raise BadImage(f"it has over {MAX_BYTES} bytes")
         return inside.read_bytes()
     except (OSError, RuntimeError) as error:  # RuntimeError: links that go round
         raise BadImage(getattr(error, "strerror", None) or "it cannot be opened") from None

@@ -301,7 +301,6 @@ def test_what_is_wrong_with_ones_own(tmp_path: Path, text: str, words: str) -> N
 def test_unknown_names_and_counts(tmp_path: Path) -> None:
     user_error("did you mean paraprompts", load_suite, "paraprompt")
     user_error(r"does not exist.*what=dpg.*suite_path=", load_suite, "dpg", str(tmp_path / "none"))
-    user_error("count=0", load_suite, "scenes", count=0)
     (tmp_path / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(10)))
     chosen = load_suite(str(tmp_path / "p.txt"), count=4)
     assert [p.id for p in chosen.prompts] == ["00000", "00002", "00005", "00007"]  # spread over the list
