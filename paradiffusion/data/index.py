@@ -497,11 +497,15 @@ def of_one_shard(path: ShardPath, table: np.ndarray, truncated: bool = False, **
 
 def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int | None = None) -> SampleIndex:
     looks, captions, bad_json, odd_text = [], [], 0, 0
+    readers: dict[str, Callable[[BinaryIO, Span], Any]] = {"image": look_at, "json": _pick, "text": _pick}
     with open_shard(path) as file:
         listing = list_tar(file, str(path), at_most)
         for entry in listing.entries:
-            looks.append(look_at(file, entry.image))
-            meta_bytes, text = _pick(file, entry.json), _pick(file, entry.text)
+            # In the order in which they lie, since a remote file is read ahead.
+            parts = sorted(readers, key=lambda part: getattr(entry, part).offset)
+            found: dict[str, Any] = {part: readers[part](file, getattr(entry, part)) for part in parts}
+            meta_bytes, text = found["json"], found["text"]
+            looks.append(found["image"])
             meta = parse_meta(meta_bytes) if meta_bytes else {}
             bad_json += meta is None
             odd_text += is_odd(meta_bytes, text)

@@ -11,7 +11,6 @@ import io
 import os
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import IO, Any, BinaryIO, Final, TypeVar
 
 import fsspec
 from fsspec.asyn import sync
+from fsspec.spec import AbstractBufferedFile
 
 from paradiffusion.atomic import hold
 from paradiffusion.config import DataConfig
@@ -28,7 +28,6 @@ from paradiffusion.errors import UserError
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 30.0  # seconds
 _LEAST, _MOST = 1 << 18, 1 << 23  # bytes that one request brings of a file that is read through
-_BACK = 1 << 14
 _PIECE: Final = 1 << 24  # bytes of one request for a shard that goes into the cache
 _PACKAGES: Final = {
     "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub",
@@ -185,57 +184,30 @@ def _fetch_piece(url: str, start: int, end: int, version: str) -> bytes:
         raise
 
 
-class RangedFile(io.RawIOBase):
-    """A remote file to read and seek in, by requests of at least ``least`` bytes, and of more while it is read through.
+class RangedFile(AbstractBufferedFile):  # type: ignore[misc]
+    """A remote file to read and seek in, by requests of at least ``least`` bytes ahead, and of more while it is read through: the index
+    of a shard of small images reads nearly all of it, that of one of large images a little of each.
 
     Raises RemoteError when it cannot be read, also when it was replaced since ``path`` was asked for its state.
     """
 
     def __init__(self, path: RemotePath, least: int) -> None:
-        self.path, self.position = path, 0
-        self._least = self._asked = least
-        # Two pieces, each with its start: a sample that lies across their border is read to and fro.
-        self._held: deque[tuple[int, bytes]] = deque([(0, b"")], maxlen=2)
+        super().__init__(system_of(path.url), path.url, block_size=least, cache_type="readahead", size=path.size)
+        self.remote, self.end = path, 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.path.size}[whence]
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        size = min(len(buffer), self.path.size - self.position)
-        if size <= 0:
-            return 0
-        held = ((start, data) for start, data in self._held if start <= self.position < start + len(data))
-        start, piece = next(held, None) or self._fetch(size)
-        data = piece[self.position - start :][:size]
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
-
-    def _fetch(self, size: int) -> tuple[int, bytes]:
-        """Hold the bytes from here on. Twice as many as the last time where little was skipped since: the index of a shard
-        of small images reads nearly all of it, that of one of large images a little of each."""
-        end = self._held[-1][0] + len(self._held[-1][1])
-        skipped = self.position - end
-        reads_on = 0 <= skipped <= self._asked // 4
-        self._asked = max(min(2 * self._asked, _MOST), self._least) if reads_on else self._least
-        # A little of what was skipped comes too: a sample's JSON may lie before its image and be read after it.
-        start = max(self.position - _BACK, end if skipped >= 0 else 0)
-        wanted = min(max(self.position - start + size, self._asked), self.path.size - start)
-        self._held.append((start, read_range(self.path, start, wanted)))
-        return self._held[-1]
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        ahead = self.cache.blocksize  # bytes that come besides those asked for
+        reads_on = 0 <= start - self.end <= ahead // 4
+        self.cache.blocksize = max(min(2 * ahead, _MOST), self.blocksize) if reads_on else self.blocksize
+        self.end = end
+        return read_range(self.remote, start, end - start)
 
 
 def open_shard(path: Path | RemotePath, least: int = _LEAST) -> BinaryIO:
     """A shard to read and seek in; of a remote one each request brings at least ``least`` bytes."""
     if isinstance(path, RemotePath):
-        return io.BufferedReader(RangedFile(path if path.size else with_state(path), least))
+        file: Any = RangedFile(path if path.size else with_state(path), least)
+        return io.BufferedReader(file)
     return open(path, "rb")
 
 
