@@ -1,9 +1,8 @@
-"""Fetch what the paper's preset needs from the hub, rewrite old .bin files, and say where suites of prompts come from.
+"""Fetch what the paper's preset needs from the hub, and say where suites of prompts come from.
 
     python scripts/download.py what=all dry_run=true            # sizes and licences, nothing is fetched
     python scripts/download.py what=llm yes=true                # to the hub's cache, where text_encoder=llama2_7b looks
     python scripts/download.py what=official to=weights         # to weights/official, for sample.py ckpt=weights/official
-    python scripts/download.py convert=weights/official         # its .bin files to safetensors, beside the old ones
     python scripts/download.py what=paraprompts                 # where it is, its size and licence, the commands; is it here?
     python scripts/download.py what=paraprompts check=folder    # are these the released files?
 
@@ -75,16 +74,14 @@ class DownloadOptions:
     revision: str | None = None
     dry_run: bool = False
     yes: bool = False
-    convert: str | None = None
     check: str | None = None
     allow_other: bool = False
 
     def checked(self) -> None:
         """UserError for keys that do not go together."""
-        if (self.what is None) == (self.convert is None):
-            raise UserError("expected one of what=llm|vae|official|all|<a suite> and convert=<folder>; see --help.")
-        if self.what is not None:
-            choice("what", self.what, (*(item.what for item in ITEMS), "all", "suites", *suites()))
+        if self.what is None:
+            raise UserError("what= is missing; expected what=llm|vae|official|all|<a suite>, see --help.")
+        choice("what", self.what, (*(item.what for item in ITEMS), "all", "suites", *suites()))
         if self.check is not None and self.what not in suites():
             raise UserError(f"check={self.check} needs the suite that it should be; add what=<suite> (what=suites lists them).")
         if self.what == "all" and (self.id or self.revision):
@@ -92,11 +89,9 @@ class DownloadOptions:
 
 
 def main(arguments: list[str]) -> int:
-    """Fetch or convert what ``arguments`` name; the exit status."""
+    """Fetch what ``arguments`` name; the exit status."""
     options = compose_options(DownloadOptions, arguments)
     options.checked()
-    if options.convert is not None:
-        return convert(Path(options.convert).expanduser())
     if options.what == "suites":
         print(suite_list())
         return 0
@@ -165,17 +160,6 @@ def fetch(item: Item, options: DownloadOptions) -> Path:
         gated = any(word in str(error).lower() for word in ("gated", "401", "403"))
         advice = "accept its licence on its page and log in with `hf auth login`" if gated else "try again: it goes on"
         raise UserError(f"{hub} could not be fetched ({reason.rstrip('.')}); {advice}.") from None
-
-
-def convert(folder: Path) -> int:
-    """Write a safetensors file beside each ``.bin`` below ``folder`` that has none; shards keep their index."""
-    from paradiffusion.checkpoints.tensors import convert_bins
-
-    written = convert_bins(folder)
-    for path in written:
-        print(f"written: {path}")
-    print(f"{len(written)} files written; the .bin files beside them are no longer read and may be deleted.")
-    return 0
 
 
 if __name__ == "__main__":

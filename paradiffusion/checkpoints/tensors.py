@@ -7,11 +7,9 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from paradiffusion.atomic import atomic_file
 from paradiffusion.data.captions import LFS_POINTER
 from paradiffusion.errors import UserError, reason_of
 
@@ -109,46 +107,3 @@ def joint_adapter_name(name: str, prefix: str = "text_encoder.model.") -> str:
     name = re.sub(r"\.lora_magnitude_vector(\.weight)?$", ".lora_magnitude_vector.default.weight", name)
     name = re.sub(r"\.(lora_embedding_[AB]|(?:lokr|hada)_\w+)$", r".\1.default", name)
     return prefix + name
-
-
-def convert_bins(folder: Path) -> list[Path]:
-    """Write a safetensors file beside each ``.bin`` below ``folder`` that has none yet; returns the files written.
-
-    Shards get an index of their own. Weights that share memory are stored once each, as safetensors wants it.
-
-    Raises:
-        UserError: for a folder without such files, and for a file that is not named tensors.
-    """
-    found = sorted(path for path in folder.rglob("*.bin") if path.name != "training_args.bin")
-    if not found:
-        raise UserError(f"convert={folder} holds no .bin files; expected a folder with weights in the old form.")
-    written = []
-    for path in found:
-        target = path.with_name(safetensors_name(path.name))
-        if not target.exists():
-            _convert(path, target)
-            written.append(target)
-    for index in sorted(folder.rglob("*.bin.index*.json")):
-        target = index.with_name(index.name.replace(".bin.", ".safetensors.").replace("pytorch_model.", "model."))
-        if not target.exists():
-            values = json.loads(index.read_text())
-            values["weight_map"] = {key: safetensors_name(name) for key, name in values["weight_map"].items()}
-            target.write_text(json.dumps(values, indent=1))
-            written.append(target)
-    return written
-
-
-def _convert(path: Path, target: Path) -> None:
-    tensors = {name: tensor.clone() for name, tensor in read_file(path).items()}
-    try:
-        with atomic_file(target) as building:  # libraries prefer safetensors, and half a file would hide a good .bin
-            write_tensors(building, tensors)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{target} could not be written ({reason_of(error)}); make room, then run the same command again.") from None
-
-
-def safetensors_name(name: str) -> str:
-    """The name under which libraries look for the safetensors form of a ``.bin``: transformers' changes its stem too."""
-    stem = name.removesuffix(".bin")
-    stem = stem.replace("pytorch_model", "model", 1) if stem.startswith("pytorch_model") else stem
-    return f"{stem}.safetensors"

@@ -250,10 +250,10 @@ def build_models(
         )
     own = {**dict(joint.named_parameters()), **dict(joint.named_buffers())}
     if is_unet:
-        found = fit({name: tensor for name, tensor in own.items() if name.startswith("unet.")}, stored)
+        fitting, report = fit({name: tensor for name, tensor in own.items() if name.startswith("unet.")}, stored)
         if main:
-            print(found.report(), flush=True)
-        copy_tensors(joint, found.tensors)
+            print(report, flush=True)
+        copy_tensors(joint, fitting)
     elif stored:
         stored = lora_names(stored, joint.unet)
         # Adapters, and a guidance scale's layer, that begin with this stage are all that a checkpoint may lack, but for an aligner.

@@ -114,10 +114,10 @@ def reference(folder: Path, prompt: str, seed: int, height: int, width: int, ste
     return (image / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0)
 
 
-def as_bin(folder: Path, stem: str, name: str | None = None) -> None:
+def as_bin(folder: Path, stem: str) -> None:
     """Replace a safetensors file by one of the old form."""
     path = folder / f"{stem}.safetensors"
-    torch.save(load_file(path), folder / f"{name or stem}.bin")
+    torch.save(load_file(path), folder / f"{stem}.bin")
     path.unlink()
 
 

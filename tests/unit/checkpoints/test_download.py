@@ -1,21 +1,14 @@
-"""Fetching from the hub, without one: what is said first, what is refused, and old files in a new form."""
+"""Fetching from the hub, without one: what is said first, and what is refused."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from commands import user_error
 from huggingface_hub.utils import filter_repo_objects
-from official_models import as_bin, make_official, same
 
-from paradiffusion.checkpoints.layouts import open_layout
-from paradiffusion.checkpoints.tensors import convert_bins, find_tensors, read_tensors
-from paradiffusion.config import CodecConfig
-from paradiffusion.models.codec import load_codec
 from paradiffusion.text.sources import download as fetch
 from scripts import download
 
@@ -94,7 +87,7 @@ def test_nothing_is_fetched_unasked(hub: list[Any], monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "one of what="), (["what=llm", "convert=x"], "one of what="), (["what=everything"], "llm, vae, official, all"),
+        ([], "what= is missing"), (["what=everything"], "llm, vae, official, all"),
         (["what=all", "id=a/b"], "choose one repository"), (["what=llm", "force=true"], "the keys are what, to, id"),
     ],
 )  # fmt: skip
@@ -113,47 +106,3 @@ def test_a_hub_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
         user_error(words, download.main, ["what=llm", "yes=true"])
-
-
-def test_old_files_become_safetensors(tmp_path: Path, codec_folder: Path) -> None:
-    folder = make_official(tmp_path / "w", codec_folder, {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]})
-    before, codec = open_layout(folder).weights(), open_layout(folder).description["codec"]
-    as_bin(folder / "unet", "diffusion_pytorch_model")
-    as_bin(folder / "text_encoder_lora", "adapter_model")
-    as_bin(folder / "Llama-2-7b-hf", "model", "pytorch_model")
-    as_bin(folder / "sdxl-vae-fp16-fix", "diffusion_pytorch_model")
-    assert download.main([f"convert={folder}"]) == 0
-    for path in folder.rglob("*.bin"):
-        path.unlink()
-    assert same(open_layout(folder).weights(), before)
-    assert (folder / "Llama-2-7b-hf" / "model.safetensors").is_file()
-    load_codec(CodecConfig(path=codec["path"]))
-    user_error(r"holds no \.bin files", convert_bins, folder)
-
-
-def test_old_shards_keep_their_index(tmp_path: Path) -> None:
-    shared = torch.arange(6.0).reshape(2, 3)
-    torch.save({"a": shared, "b": shared[1]}, tmp_path / "pytorch_model-00001-of-00002.bin")
-    torch.save({"c": torch.ones(2, dtype=torch.float16)}, tmp_path / "pytorch_model-00002-of-00002.bin")
-    names = {"a": 1, "b": 1, "c": 2}
-    index = {"weight_map": {name: f"pytorch_model-0000{number}-of-00002.bin" for name, number in names.items()}}
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert len(convert_bins(tmp_path)) == 3 and convert_bins(tmp_path) == []
-    assert [path.name for path in find_tensors(tmp_path, "model")] == [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    read = read_tensors(tmp_path, "model")
-    assert torch.equal(read["b"], shared[1]) and read["c"].dtype == torch.float16
-    (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    user_error("is not in", read_tensors, tmp_path, "model")
-
-
-def test_a_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries would prefer half a safetensors file to the whole .bin beside it, and the next run would leave it."""
-    torch.save({"a": torch.ones(4)}, tmp_path / "x.bin")
-
-    def half(path: Path, _: Any) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("paradiffusion.checkpoints.tensors.write_tensors", half)
-    user_error("No space left on device.*run the same command again", convert_bins, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["x.bin"]
