@@ -13,14 +13,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 import time
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -265,7 +266,7 @@ def collate(samples: Sequence[Stored]) -> Stored:
 
 @dataclass
 class Cache:
-    """What the readers take in the place of images and captions. Pickles, and opens files where it is used.
+    """What the readers take in the place of images and captions.
 
     Attributes:
         latents, text: the tar of each shard; None for what is not cached.
@@ -275,10 +276,6 @@ class Cache:
     latents: dict[ShardPath, Path] | None = None
     text: dict[ShardPath, Path] | None = None
     null: Entry | None = None
-    _open: OrderedDict[Path, Members] = field(default_factory=OrderedDict, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open": OrderedDict()}
 
     def slim(self, place: Place) -> Place:
         """``place`` without its image, where no image has to be read."""
@@ -292,28 +289,29 @@ class Cache:
         """
         latents, text = None, None
         if self.latents is not None:
-            found = self._members(self.latents[place.shard]).get(picture_name(place.id, place.image_hash))
+            found = members_of(self.latents[place.shard]).get(picture_name(place.id, place.image_hash))
             if found is None:
                 raise ValueError("is not in the cache")
             latents = found.values[:, None]
         if self.text is not None:
-            members = self._members(self.text[place.shard])
+            members = members_of(self.text[place.shard])
             text = members.get(caption_name(caption))
             if text is None:
-                # An index of before has no hashes, so that a changed caption gives the same name.
-                first = "" if place.image_hash else f"delete {members.path.name} and "
-                raise ValueError(f"has a caption that is not in the cache, changed since: {first}run scripts/cache.py again")
+                raise ValueError("has a caption that is not in the cache, changed since: run scripts/cache.py again")
         if text is None:
             return Stored(latents, None, [], [])
         return Stored(latents, text.values, [len(text.values)], [text.length])
 
-    def _members(self, path: Path) -> Members:
-        if path not in self._open:
-            self._open[path] = Members(path)
-        self._open.move_to_end(path)
-        if len(self._open) > _OPEN_FILES:
-            self._open.popitem(last=False)
-        return self._open[path]
+
+def members_of(path: Path) -> Members:
+    """Those of a tar; the ones read last stay open."""
+    found = os.stat(path)
+    return _opened(path, found.st_dev, found.st_ino)
+
+
+@lru_cache(_OPEN_FILES)
+def _opened(path: Path, *identity: int) -> Members:
+    return Members(path)  # ``identity`` (device, inode) tells one that was replaced
 
 
 def folders_of(folder: Path) -> dict[str, Path]:

@@ -118,8 +118,8 @@ def drawable_kinds(kinds: list[str]) -> list[str]:
 def draw_kinds(kinds: list[str], weights: dict[str, float], seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
     """Draw a caption kind for each of the samples ``ids`` (uint64 [N]), whatever captions they have.
 
-    A function of (seed, epoch, sample id). Returns int8 [N], indices into ``drawable_kinds(kinds)``. Raises UserError for
-    weights that are negative, all zero, or name a kind that exists nowhere.
+    A function of (seed, epoch, sample id). Returns int8 [N], indices into ``drawable_kinds(kinds)``. Raises UserError for weights of a
+    kind that exists nowhere.
     """
     drawable = check_weights(kinds, weights)
     shares = np.cumsum([weights[kind] for kind in drawable])
@@ -199,14 +199,8 @@ def _candidates(kind: str, kinds: list[str], weights: dict[str, float]) -> list[
 
 
 def check_weights(kinds: list[str], weights: dict[str, float]) -> list[str]:
-    """The kinds that are drawn, in the order of ``weights``. Raises UserError as ``draw_kinds`` says."""
+    """The kinds that are drawn, in the order of ``weights``. Raises UserError for a kind that exists nowhere."""
     known = drawable_kinds(kinds)
-    for name, weight in weights.items():
-        if name not in known:
-            raise UserError(f"The caption kind {name!r} is in no sample: choose among {', '.join(known)} in data.captions.")
-        if not 0 <= weight < float("inf"):
-            raise UserError(f"The caption kind {name!r} has the weight {weight}: give a number of 0 or more.")
-    drawable = [name for name, weight in weights.items() if weight > 0]
-    if not drawable:
-        raise UserError("No caption kind has a weight above 0: give at least one, such as {long: 1.0}.")
-    return drawable
+    if unknown := next((name for name in weights if name not in known), None):
+        raise UserError(f"The caption kind {unknown!r} is in no sample: choose among {', '.join(known)} in data.captions.")
+    return [name for name, weight in weights.items() if weight > 0]

@@ -121,8 +121,6 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float) -> list[Buck
             f"resolution={resolution} is not a multiple of {multiple} pixels, which the model needs: "
             f"try {max(multiple, round(resolution / max(multiple, 1)) * multiple)}."
         )
-    if max_aspect < 1:
-        raise UserError(f"max_aspect={max_aspect} is below 1: it is the longest side over the shortest, such as 2.0.")
     area = resolution * resolution
     buckets: set[Bucket] = {(resolution, resolution)}
     for short in range(resolution - multiple, 0, -multiple):

@@ -38,7 +38,6 @@ from paradiffusion.machine import cores, start_method
 from paradiffusion.randomness import seed_from
 
 _VERSION: Final = 5
-_BEFORE: Final = (3, 4)  # remote indexes of these versions, without hashes of contents or all encodings, are read as well
 _MAX_KINDS: Final = 16
 # What an index counts of its files, in the order in which that is stored, and what a person is told of them.
 COUNTS: Final = {
@@ -62,7 +61,7 @@ ROW: Final = np.dtype(
     [
         ("image_offset", "<i8"), ("image_size", "<u4"), ("json_offset", "<i8"), ("json_size", "<u4"), ("text_offset", "<i8"),
         ("text_size", "<u4"), ("width", "<i4"), ("height", "<i4"), ("extension", "u1"), ("key_hash", "<u8"),
-        ("image_hash", "<u8"), ("captions_hash", "<u8"),  # of what is there; 0: not known
+        ("image_hash", "<u8"), ("captions_hash", "<u8"),  # of what is there
     ]
 )  # fmt: skip
 
@@ -611,15 +610,10 @@ def arrays_of(index: SampleIndex) -> dict[str, Any]:
 
 def index_of(shard: ShardPath, stored: Any) -> SampleIndex:
     """The index of one shard from stored arrays. Raises KeyError, ValueError for others."""
-    table = stored["table"]
-    if table.dtype != ROW:
-        former, table = table, np.zeros(len(table), ROW)
-        for name in former.dtype.names or ():
-            table[name] = former[name]  # ValueError for that of no version
     counts = dict(zip([*COUNTS, "truncated"], stored["counts"].tolist(), strict=True))
     tokens = {"tokens": stored["tokens"], "tokenizer": str(stored["tokenizer"])} if "tokens" in stored else {}
     return of_one_shard(
-        shard, table, bool(counts.pop("truncated")), words=stored["words"], key_bytes=stored["key_bytes"],
+        shard, stored["table"], bool(counts.pop("truncated")), words=stored["words"], key_bytes=stored["key_bytes"],
         kinds=[str(kind) for kind in stored["kinds"]], **counts, **tokens,
         key_starts=np.concatenate([[0], stored["key_ends"]]).astype(np.int64),
     )  # fmt: skip
@@ -667,7 +661,7 @@ def _parse(path: Path | RemotePath, place: Path | io.BytesIO) -> SampleIndex | N
             if isinstance(path, RemotePath):
                 # Made beside a local copy it has that one's time; and not every server tells a size or a version.
                 versions = {str(stored["version"]), path.version} - {""}
-                same = stamp[0] in (*_BEFORE, now[0]) and stamp[1] == now[1] and len(versions) < 2
+                same = np.array_equal(stamp[:2], now[:2]) and len(versions) < 2
             else:
                 same = np.array_equal(stamp, now)
             return index_of(path, stored) if same else None

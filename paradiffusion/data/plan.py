@@ -184,14 +184,7 @@ class BatchPlan:
         self, index: SampleIndex, batch_size: int, seed: int, buckets: list[Bucket], caption_weights: dict[str, float],
         window_shards: int = 8, shares: Sequence[Share] | None = None,
     ) -> None:  # fmt: skip
-        if batch_size < 1 or window_shards < 1:
-            raise UserError(f"batch_size={batch_size} and window_shards={window_shards} must both be at least 1.")
         self.shares = list(shares) if shares is not None else [Share() for _ in index.sources]
-        for name, share in zip(index.sources, self.shares, strict=True):
-            if not 0 < share.weight < math.inf:
-                raise UserError(
-                    f"The source {name} in data.sources has weight={share.weight}: give a number above 0, or leave the source out."
-                )
         self.captions = [dict(share.captions or caption_weights) for share in self.shares]  # of each source
         for weights in (caption_weights, *self.captions):
             check_weights(index.kinds, weights)

@@ -29,9 +29,7 @@ from paradiffusion.errors import UserError
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 30.0  # seconds
 _LEAST, _MOST = 1 << 18, 1 << 23  # bytes that one request brings of a file that is read through
 _PIECE: Final = 1 << 24  # bytes of one request for a shard that goes into the cache
-_PACKAGES: Final = {
-    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub",
-}  # fmt: skip
+_ABANDONED_SECONDS: Final = 86400.0
 # What tells one state of a file from another, by store: Google's number changes with the content and nothing else.
 _VERSION_KEYS: Final = ("generation", "ETag", "etag", "e_tag", "content_md5", "blob_id")
 # botocore keeps 10, of which the threads of one reader would wait for each other.
@@ -216,10 +214,8 @@ def system_of(url: str) -> Any:
     protocol = url.partition("://")[0]
     try:
         return _connect(protocol, os.getpid())
-    except ImportError as error:
-        package = _PACKAGES.get(protocol)
-        advice = f"`pip install {package}`" if package else f"install what fsspec asks for ({error})"
-        raise UserError(f"{url} cannot be read without another library: {advice} and run the same command again.") from None
+    except ImportError as error:  # fsspec says what to install
+        raise UserError(f"{url} cannot be read without another library: {error}.") from None
     except ValueError:
         raise UserError(
             f"{url} begins with {protocol}://, which fsspec does not know: expected s3://, gs://, https:// or a path."
@@ -394,28 +390,17 @@ def _fetch(shard: RemotePath, target: Path, limit: int) -> None:
 
 
 def _make_room(folder: Path, limit: int) -> None:
-    """Evict what was used longest ago until at most ``limit`` bytes are left; what is being fetched counts and stays."""
+    """Evict what was used longest ago until at most ``limit`` bytes are left; what is being fetched counts, and stays for a day at least."""
     found: list[tuple[float, int, Path]] = []
     for path in (*folder.glob("*.partial"), *folder.glob("*.shard")):
         with suppress(FileNotFoundError):
-            if path.suffix == ".partial" and _is_abandoned(path):
-                path.unlink()
             stat = path.stat()
             found.append((stat.st_mtime, stat.st_size, path))
     total = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
-        if total > limit and path.suffix == ".shard":
+    for used, size, path in sorted(found):
+        if total > limit and (path.suffix == ".shard" or time.time() - used > _ABANDONED_SECONDS):
             path.unlink(missing_ok=True)
             total -= size
-
-
-def _is_abandoned(partial: Path) -> bool:
-    """Whether the process that was fetching is gone: it would hold the shard's lock."""
-    try:
-        with open(partial.with_suffix(".lock"), "a") as lock:
-            return hold(lock, unsure=False)
-    except OSError:
-        return False
 
 
 @contextmanager

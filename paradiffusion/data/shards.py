@@ -155,8 +155,6 @@ def expand_shards(
 def _expand_part(part: str, key: str, storage: Storage) -> Sequence[Path | RemotePath]:
     if part.startswith("pipe:"):
         raise UserError(f"{key}={part} is a command to run, which is refused: give the path of .tar files.")
-    if "::" in part:
-        raise UserError(f"{key}={part} is a chain of stores, which is refused: give the plain URL of .tar files.")
     shards: list[Path | RemotePath] = []
     missing: list[str] = []
     where = "check the URL, or name the shards by a range"
@@ -207,6 +205,11 @@ class TarEntry:
     json: Span = field(default_factory=Span)
     text: Span = field(default_factory=Span)
     is_txt: bool = False  # the text, which then goes before a .caption
+
+    @property
+    def whole(self) -> bool:
+        """Whether there are a picture and a text or JSON."""
+        return bool(self.extension and (self.json.size or self.text.size))
 
 
 @dataclass
@@ -264,14 +267,12 @@ def list_tar(file: BinaryIO, name: str, at_most: int | None = None) -> Listing:
             f"The shard {name} cannot be read as an uncompressed tar ({error}): unpack it if it is compressed, "
             "or leave it out of data.shards."
         ) from error
-    if truncated and last:  # The last sample may lack what came after the cut.
-        entry = found[last]
-        if not (entry.extension and (entry.json.size or entry.text.size)):
-            del found[last]
+    if truncated and last and not found[last].whole:  # It may lack what came after the cut.
+        del found[last]
     # Of a name with further dots both must be there: cat.seg.png is a mask of cat, img.v1.07.jpg with its .txt a sample.
     for key in [key for key in found if "." in key.rpartition("/")[2]]:
         entry = found[key]
-        if not (entry.extension and (entry.json.size or entry.text.size)):
+        if not entry.whole:
             stray += sum(bool(span.size) for span in (entry.image, entry.json, entry.text))
             del found[key]
     entries = [entry for entry in found.values() if entry.extension]

