@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from paradiffusion.checkpoints.layouts import load_adapter, open_layout
-from paradiffusion.checks import one_of, positive
+from paradiffusion.checks import finite, one_of, positive
 from paradiffusion.config import TrainConfig, check_values, identity, option
 from paradiffusion.data import cache as stored
 from paradiffusion.data.cache import Add, Cache, Former, Members, caption_name, is_whole, picture_name
@@ -400,15 +400,10 @@ def report(what: str, folder: Path, index: SampleIndex, rate: float) -> str:
 
 
 def check_finite(values: Tensor, dtype: torch.dtype, whose: str, computed: str) -> None:
-    """Raise UserError for what would spoil every step that reads it: float16 ends at 65504, and some models go beyond. ``dtype``
-    is what they are stored in, ``computed`` the key of what the model computes in."""
-    if not torch.isfinite(values).all():
-        advice = f"set {computed}=float32, and another output="
-    elif not torch.isfinite(values.to(dtype)).all():
-        advice = "store with dtype=bfloat16 or dtype=float32, and another output="
-    else:
-        return
-    raise UserError(f"{whose} (or of those computed with it) are not all finite numbers; {advice}.")
+    """Raise UserError for what would spoil every step that reads it. ``dtype`` is what they are stored in, ``computed`` the key of what
+    the model computes in."""
+    finite(values, whose, computed)
+    finite(values.to(dtype), whose, "dtype")
 
 
 @dataclass

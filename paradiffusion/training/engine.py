@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -574,16 +573,6 @@ def refuse_unless(agrees: bool, theirs: str, found: Any, ours: str, value: Any) 
     """Raise UserError where the launch configuration's key and ours do not agree."""
     if not agrees:
         raise UserError(
-            f"{launch_configuration(theirs, found)} says {theirs}={found}, and {ours} makes it {value}; take {theirs} out of it, "
-            f"since {ours} alone decides."
+            f"the launch configuration says {theirs}={found}, and {ours} makes it {value}; take {theirs} out of it (of accelerate's own "
+            f"default_config.yaml, where no --config_file is named), since {ours} alone decides."
         )
-
-
-def launch_configuration(key: str, value: Any) -> str:
-    """What launched this, for messages: accelerate's own file, where that has this value, is read without being asked for."""
-    from accelerate.commands.config.config_args import default_config_file
-
-    with suppress(OSError):
-        if re.search(rf"^\s*{key}: *['\"]?{re.escape(str(value))}\b", Path(default_config_file).read_text(), re.MULTILINE | re.I):
-            return f"accelerate's own {default_config_file}, which is read where no --config_file is named,"
-    return "the launch configuration"

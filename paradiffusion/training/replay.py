@@ -7,7 +7,7 @@ What a step saw is a function of the configuration, the data and the step, so no
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from paradiffusion.checkpoints.layouts import check_complete, copy_tensors, find_checkpoint, open_layout
 from paradiffusion.checkpoints.manifest import checkpoints_of, find_fault
-from paradiffusion.config import TrainConfig, identity
+from paradiffusion.checks import not_negative, positive
+from paradiffusion.config import TrainConfig, check_values, identity, option
 from paradiffusion.data.index import same_data
 from paradiffusion.data.plan import BatchPlan, make_plan, open_index
 from paradiffusion.diffusion.objective import make_objective
@@ -42,11 +43,11 @@ class ReplayOptions:
     """What scripts/replay.py is asked for; see its help."""
 
     run: str | None = None
-    step: int | None = None
+    step: int | None = option(None, accepts=not_negative)
     ckpt: str | None = None
     output: str | None = None
     shards: str | None = None
-    world: int | None = None
+    world: int | None = option(None, accepts=positive)
     device: str | None = None
     force: bool = False
 
@@ -54,10 +55,7 @@ class ReplayOptions:
         if not self.run or self.step is None:
             missing = "run" if not self.run else "step"
             raise UserError(f"{missing}= is missing; expected run=runs/NAME/stage1 step=<a step, counted from 0>.")
-        if self.step < 0:
-            raise UserError(f"step={self.step} is negative; steps are counted from 0.")
-        if self.world is not None and self.world < 1:
-            raise UserError(f"world={self.world} is out of range; expected the number of processes, 1 or more.")
+        check_values(self)
 
 
 def read_recorded(run: str) -> tuple[Path, TrainConfig, dict[str, Any]]:
@@ -74,9 +72,6 @@ def read_recorded(run: str) -> tuple[Path, TrainConfig, dict[str, Any]]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         facts = dict(values.pop("facts", {}))
-        unknown = sorted(set(values) - {field.name for field in fields(TrainConfig)})
-        if unknown:
-            raise UserError(f"{path} has the key {unknown[0]}, which this version of the program does not know.")
         config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), values))
     except (OSError, ValueError, AttributeError, OmegaConfBaseException) as error:
         raise UserError(
@@ -109,14 +104,13 @@ def replay(options: ReplayOptions) -> tuple[Replay, Path]:
 
     samples, digests, weighted = replay_batches(inputs, plan, step, world, micro_batches, output)
     certain, verdict = judge(seen, digests, changed, config.log_samples)
-    batch, logged = plan.batch(step), logged_loss(folder, step) if config.log_every == 1 else None
+    batch = plan.batch(step)
     facts: dict[str, Any] = {
         "epoch": batch.epoch,
         "bucket": f"{batch.bucket[1]}x{batch.bucket[0]} pixels",
         "losses": weights.note,
         **step_record.facts_of(samples, world, micro_batches),
         "mean loss, weighted as trained": weighted,
-        **({} if logged is None else {"mean loss in log.jsonl": logged}),
     }
     title = f"step {step} of {folder.parent.name}/{folder.name}"
     found = Replay(title, step, facts, verdict, certain, samples)
@@ -258,13 +252,3 @@ def judge(seen: SeenStep | None, digests: dict[int, Seen], changed: bool, logged
         f"Identical to what the step saw: samples, {'pixels, ' if pictured else ''}captions and weights of all {len(digests)} "
         f"slots have the recorded digests{end}"
     )
-
-
-def logged_loss(folder: Path, step: int) -> float | None:
-    """The loss that log.jsonl has for exactly this step, where it is written for every one of them."""
-    path = folder / "log.jsonl"
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.startswith(f'{{"step": {step + 1}, "kind": "train"') and line.endswith("\n"):
-                return float(json.loads(line)["loss"])
-    return None

@@ -399,13 +399,7 @@ def test_unreadable_samples_leave_the_mean_over_the_readable_ones(tiny_arguments
         assert float((gradient - whole[name]).norm()) <= 1e-4 * float(whole[name].norm()) + 1e-7, name
 
 
-def test_accelerates_own_default_file_is_named_where_it_contradicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "default_config.yaml"
-    file.write_text("distributed_type: MULTI_GPU\nmixed_precision: bf16\n")
-    monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(file))
+def test_what_the_launch_configuration_contradicts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    config = compose_train(["preset=nano", "precision=fp32"])
-    own = rf"^accelerate's own {file}, .* says mixed_precision=bf16, and precision makes it no;"
-    user_error(own, check_launch, config, 1)
-    file.write_text("mixed_precision: 'no'\n")
-    user_error("^the launch configuration says mixed_precision=bf16", check_launch, config, 1)
+    said = "^the launch configuration says mixed_precision=bf16, and precision makes it no; .*accelerate's own default_config.yaml"
+    user_error(said, check_launch, compose_train(["preset=nano", "precision=fp32"]), 1)
