@@ -40,6 +40,8 @@ _MAX_MEMBER: Final = 1 << 30  # Larger files are no images; sizes are stored in 
 _OPEN_FILES: Final = 64
 # The offset of a text that is no file of its own but a row of a table beside a folder's pictures.
 IN_TABLE: Final = 1
+# Samples that are put together at a time where a tar is read through: cat.seg.png may lie between cat.jpg and cat.txt.
+_AT_ONCE: Final = 2
 # Members of a sample that lie further apart are read one by one: what is between them would be read for nothing.
 _MOST_BETWEEN: Final = 1 << 16
 
@@ -277,6 +279,34 @@ def list_tar(file: BinaryIO, name: str, at_most: int | None = None) -> Listing:
             del found[key]
     entries = [entry for entry in found.values() if entry.extension]
     return Listing(entries, len(found) - len(entries), stray, truncated)
+
+
+def read_through(file: BinaryIO) -> Iterator[RawSample]:
+    """The samples of a tar, read once from front to back: files of one sample may have another one's first file between them.
+
+    A sample without a picture has empty ``image``. Raises tarfile.TarError for what is no plain tar or is cut short, and what reading
+    raises.
+    """
+    found: dict[str, TarEntry] = {}
+    contents: dict[str, dict[int, bytes]] = {}
+
+    def finished(key: str) -> Iterator[RawSample]:
+        entry, held = found.pop(key), contents.pop(key)
+        image, meta_bytes, text = (held.get(span.offset, b"") for span in (entry.image, entry.json, entry.text))
+        if entry.whole or "." not in key.rpartition("/")[2]:  # as in ``list_tar``
+            meta = parse_meta(meta_bytes) or {}
+            yield RawSample(key, image, entry.extension, {**meta, "captions": captions_of(meta, text)})
+
+    with tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            if key := _add(found, member):
+                content = tar.extractfile(member)
+                assert content is not None  # of a plain file
+                contents.setdefault(key, {})[member.offset_data] = content.read()
+            if len(found) > _AT_ONCE:
+                yield from finished(next(iter(found)))
+    for key in list(found):
+        yield from finished(key)
 
 
 def split_member(name: str) -> tuple[str, str]:
