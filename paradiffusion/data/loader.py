@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -74,36 +74,68 @@ class LoaderSettings:
     tokenize: Tokenize | None = None
 
 
+@dataclass
+class Failure:
+    """A sample that could not be read, and why."""
+
+    shard: str
+    key: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.key}: {self.error}"
+
+
 @dataclass(eq=False)
 class Batch:
     """b samples of one bucket: micro-batch ``micro`` of this process's slice of the global batch of ``step``.
 
-    ``pixels`` is uint8 [b, 3, H, W], a quarter of what the images take on their way to a GPU; ``slots`` int64 [b], places in
-    the global batch, from which timesteps and noise are drawn; ``weights`` float32 [b], 0 where a sample could not be read and
-    another of the slice stands in. ``stored`` is what a cache has in the place of pixels (then none) or captions.
-    A dropped caption is "" with 0 ``words``. ``tokens`` are those of the different captions, with each caption's row int64 [b]
-    (see ``tokenize_once``), where they are made by who reads; ``scores`` the numbers in the samples' JSON (``scores_of``). ``keys`` are
-    ``shard.tar/key``; ``bad`` says what was not read and why.
+    ``pixels`` is uint8 [b, 3, H, W], a quarter of what the images take on their way to a GPU; ``taken`` are their places in the global
+    batch; ``readable`` is False where a sample could not be read and another of the slice stands in. ``stored`` is what a cache has in
+    the place of pixels (then none) or captions. A dropped caption is "". ``tokens`` are those of the different captions, with each
+    caption's row int64 [b] (see ``tokenize_once``), where they are wanted; ``scores`` the numbers in the samples' JSON (``scores_of``).
+    ``keys`` are ``shard.tar/key``; ``failures`` say what was not read. Small parts are lists: each tensor takes a file handle on its way
+    from a worker.
     """
 
-    step: int
     pixels: torch.Tensor
     captions: list[str]
     kinds: list[str]
-    words: list[int]
     keys: list[str]
-    slots: torch.Tensor
-    weights: torch.Tensor
-    bad: list[str]
+    readable: list[bool]
+    failures: list[Failure] = field(default_factory=list)
+    step: int = 0
     micro: int = 0
+    taken: Sequence[int] = ()
     stored: Stored | None = None
     scores: list[dict[str, float]] = field(default_factory=list)
     tokens: tuple[Tokens, torch.Tensor] | None = None
 
     @property
+    def slots(self) -> torch.Tensor:
+        """int64 [b], places in the global batch, from which timesteps and noise are drawn."""
+        return torch.tensor(self.taken)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """float32 [b], 0 where another sample stands in."""
+        return torch.tensor(self.readable, dtype=torch.float32)
+
+    @property
+    def words(self) -> list[int]:
+        """Of each caption."""
+        return [*map(count_words, self.captions)]
+
+    @property
     def images(self) -> torch.Tensor:
         """float32 [b, 3, H, W] in -1..1."""
         return scale_pixels(self.pixels)
+
+    def pin_memory(self) -> Batch:
+        """For the DataLoader: from pinned memory the pixels travel to a GPU while it computes."""
+        self.pixels = self.pixels.pin_memory()
+        self.stored = self.stored and self.stored.pin_memory()
+        return self
 
 
 def scale_pixels(pixels: torch.Tensor) -> torch.Tensor:
@@ -149,15 +181,15 @@ class Loader(Iterator[Batch]):
                 f"{settings.accumulation} micro-batches: make it a multiple of {shares}."
             )
         self._size = batch_size // shares
-        self._deliveries: Iterator[tuple[Order, Delivery]] | None = None
+        self._batches: Iterator[Batch] | None = None
         self._end: weakref.finalize[..., Loader] | None = None
 
     def __next__(self) -> Batch:
-        if self._deliveries is None:
-            self._deliveries = HandOver(self._start()) if self._workers else self._start()
+        if self._batches is None:
+            self._batches = HandOver(self._start()) if self._workers else self._start()
         try:
-            order, delivery = next(self._deliveries)
-            self._judge(delivery)
+            batch = next(self._batches)
+            self._judge(batch)
         except UserError:
             self.close()
             raise
@@ -174,17 +206,17 @@ class Loader(Iterator[Batch]):
                 else f"A process that reads data has died ({type(error).__name__} {error}), probably out of memory: "
                 "set data.workers lower, or enlarge /dev/shm in a container."
             ) from error
-        return batch_of(order, delivery, self.settings.tokenize)
+        return batch
 
     def close(self) -> None:
         """End the worker processes; the loader yields nothing more."""
         if self._end:
             self._end()  # First: the thread waits for a worker, which may be at a slow store for minutes.
-        if isinstance(self._deliveries, HandOver):
-            self._deliveries.close()
-        self._deliveries = iter(())
+        if isinstance(self._batches, HandOver):
+            self._batches.close()
+        self._batches = iter(())
 
-    def _start(self) -> Iterator[tuple[Order, Delivery]]:
+    def _start(self) -> Iterator[Batch]:
         orders = _told_ahead(_orders(self.index, self.plan, self.settings, self._size), max(self._workers, 1))
         return self._serve(Reader(self.settings.cache, self.settings.tokenize), orders)
 
@@ -201,7 +233,7 @@ class Loader(Iterator[Batch]):
         try:
             ended, end = Pipe(duplex=False)
             self._end = weakref.finalize(self, _tell_workers, ended, end, os.getpid())
-            deliveries = iter(
+            batches = iter(
                 DataLoader(
                     data,
                     batch_size=None,
@@ -228,23 +260,23 @@ class Loader(Iterator[Batch]):
         # Registered after the workers have started, so called before multiprocessing waits for them: they ignore its
         # SIGTERM, and a program that ends without close() would wait for ever. Nothing of the loader is kept by it.
         atexit.register(self._end)
-        return _unpack(deliveries)
+        return _unpack(batches)
 
-    def _judge(self, delivery: Delivery) -> None:
+    def _judge(self, batch: Batch) -> None:
         """Count what was read; raise UserError when too much of it was bad."""
         report = self.report
         report.read += self._size
-        report.bad.update((failure.shard, failure.error) for failure in delivery.failures)
-        if not delivery.failures:
+        report.bad.update((failure.shard, failure.error) for failure in batch.failures)
+        if not batch.failures:
             return
         allowed = self.settings.max_bad_fraction * report.read
         if report.read < self._whole:
             allowed += _DEVIATIONS * math.sqrt(allowed)
         too_many = report.read >= _JUDGED_FROM and report.bad.total() > allowed
-        if too_many or not delivery.keys:
+        if too_many or not batch.keys:
             raise UserError(
                 f"{report.bad.total()} of {report.read} samples could not be read (the last one "
-                f"{delivery.failures[-1]}), and data.max_bad_fraction is {self.settings.max_bad_fraction}: "
+                f"{batch.failures[-1]}), and data.max_bad_fraction is {self.settings.max_bad_fraction}: "
                 "mend or leave out that shard, or raise the limit."
             )
 
@@ -327,43 +359,6 @@ class Order:
     spares: list[tuple[Place, str]]
     ahead: Order | None = None
 
-    def kept(self, captions: list[str]) -> list[str]:
-        """``captions``, empty where they are dropped."""
-        return ["" if drop else caption for drop, caption in zip(self.dropped, captions, strict=True)]
-
-
-@dataclass
-class Failure:
-    """A sample that could not be read, and why."""
-
-    shard: str
-    key: str
-    error: str
-
-    def __str__(self) -> str:
-        return f"{self.shard}/{self.key}: {self.error}"
-
-
-@dataclass
-class Delivery:
-    """What a worker has read. Pixels stay uint8 [b, 3, H, W] on the way between processes; none where latents are cached."""
-
-    pixels: torch.Tensor
-    captions: list[str]
-    kinds: list[str]
-    keys: list[str]
-    weights: list[float]
-    failures: list[Failure]
-    stored: Stored | None = None
-    scores: list[dict[str, float]] = field(default_factory=list)
-    tokens: tuple[Tokens, torch.Tensor] | None = None
-
-    def pin_memory(self) -> Delivery:
-        """For the DataLoader: from pinned memory the pixels travel to a GPU while it computes."""
-        self.pixels = self.pixels.pin_memory()
-        self.stored = self.stored and self.stored.pin_memory()
-        return self
-
 
 @dataclass
 class Sample:
@@ -377,28 +372,7 @@ class Sample:
     scores: dict[str, float] = field(default_factory=dict)
 
 
-def batch_of(order: Order, delivery: Delivery, tokenize: Tokenize | None = None) -> Batch:
-    """What was read for ``order``, as training takes it."""
-    captions = order.kept(delivery.captions)
-    return Batch(
-        step=order.step,
-        pixels=delivery.pixels,
-        captions=captions,
-        kinds=delivery.kinds,
-        words=[*map(count_words, captions)],
-        keys=delivery.keys,
-        slots=torch.tensor(order.slots),
-        weights=torch.tensor(delivery.weights, dtype=torch.float32),
-        bad=[str(failure) for failure in delivery.failures],
-        micro=order.micro,
-        stored=delivery.stored,
-        scores=delivery.scores,
-        # A stream's captions are dropped here, where the step is known, and not by who reads them.
-        tokens=tokenize_once(tokenize, captions) if tokenize and delivery.tokens is None else delivery.tokens,
-    )
-
-
-class Reader(Dataset[tuple[Order, Delivery]]):
+class Reader(Dataset[Batch]):
     """Reads one order at a time. Holds no index, so that workers stay small."""
 
     def __init__(self, cache: Cache | None = None, tokenize: Tokenize | None = None) -> None:
@@ -406,7 +380,7 @@ class Reader(Dataset[tuple[Order, Delivery]]):
         self._pool: ThreadPoolExecutor | None = None
         self._coming: dict[tuple[int, int], list[Future[RawSample]]] = {}
 
-    def __getitem__(self, order: Order) -> tuple[Order, Delivery]:
+    def __getitem__(self, order: Order) -> Batch:
         wanted = zip(order.places, order.kinds, self._take(order), strict=True)
         read = [self._read(place, kind, order.bucket, raw) for place, kind, raw in wanted]
         failures = [sample for sample in read if isinstance(sample, Failure)]
@@ -416,10 +390,8 @@ class Reader(Dataset[tuple[Order, Delivery]]):
             sample = self._read(*spare, order.bucket, partial(self._fetch, spare[0]))
             good += [] if isinstance(sample, Failure) else [sample]
         filled = [good[slot % len(good)] if isinstance(one, Failure) else one for slot, one in enumerate(read) if good]
-        delivery = deliver(filled, [float(not isinstance(one, Failure)) for one in read if good], failures)
-        if self.tokenize and filled:
-            delivery.tokens = tokenize_once(self.tokenize, order.kept(delivery.captions))
-        return order, delivery
+        batch = make_batch(filled, [not isinstance(one, Failure) for one in read if good], failures)
+        return placed(batch, order.step, order.micro, order.slots, order.dropped, self.tokenize)
 
     def _take(self, order: Order) -> list[Callable[[], RawSample]]:
         """Functions that give the samples of ``order``, or raise what reading them raised. Threads fetch them, and those of the
@@ -454,19 +426,27 @@ class Reader(Dataset[tuple[Order, Delivery]]):
         return Sample(pixels, caption, kind, f"{place.shard.name}/{place.key}", stored, scores_of(raw.meta))
 
 
-def deliver(samples: list[Sample], weights: list[float], failures: list[Failure]) -> Delivery:
+def make_batch(samples: list[Sample], readable: list[bool], failures: list[Failure]) -> Batch:
     """One batch of ``samples``, all of one size; of none there are no pixels."""
     stored = [sample.stored for sample in samples if sample.stored]
-    return Delivery(
+    return Batch(
         pixels=join_pixels([sample.pixels for sample in samples]) if samples else torch.empty(0),
         captions=[sample.caption for sample in samples],
         kinds=[sample.kind for sample in samples],
         keys=[sample.key for sample in samples],
-        weights=weights,
+        readable=readable,
         failures=failures,
         stored=collate(stored) if stored else None,
         scores=[sample.scores for sample in samples],
     )
+
+
+def placed(batch: Batch, step: int, micro: int, slots: range, dropped: list[bool], tokenize: Tokenize | None) -> Batch:
+    """``batch`` in its place in a step, with those captions dropped, and tokenised where that is wanted."""
+    batch.step, batch.micro, batch.taken = step, micro, slots
+    batch.captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=False)]  # of none there are none
+    batch.tokens = tokenize_once(tokenize, batch.captions) if tokenize and batch.captions else None
+    return batch
 
 
 def join_pixels(pictures: list[np.ndarray]) -> torch.Tensor:
@@ -521,18 +501,18 @@ class Copied:
 
 
 def pass_on(item: Any) -> Any:
-    """In a worker: ``item`` (an Order and its Delivery) with its tensors in shared memory, else Copied. Elsewhere as it is.
+    """In a worker: ``item`` (a Batch) with its tensors in shared memory, else Copied. Elsewhere as it is.
 
     For the DataLoader's ``collate_fn``: what is raised there reaches the parent.
     """
     if get_worker_info() is None:
         return item
-    delivery: Delivery = item[1]
-    tensors: list[torch.Tensor | None] = [delivery.pixels]
-    if delivery.stored is not None:
-        tensors += [delivery.stored.latents, delivery.stored.features]
-    if delivery.tokens is not None:
-        tensors += [delivery.tokens[0].ids, delivery.tokens[0].mask, delivery.tokens[1]]
+    batch: Batch = item
+    tensors: list[torch.Tensor | None] = [batch.pixels]
+    if batch.stored is not None:
+        tensors += [batch.stored.latents, batch.stored.features]
+    if batch.tokens is not None:
+        tensors += [batch.tokens[0].ids, batch.tokens[0].mask, batch.tokens[1]]
     try:
         for tensor in tensors:
             if tensor is not None:

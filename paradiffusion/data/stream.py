@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from paradiffusion.config import DataConfig
 from paradiffusion.data.captions import choose_kinds, count_words, is_dropped
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, probe_size, to_array
-from paradiffusion.data.loader import Delivery, Failure, Loader, LoaderSettings, Order, Sample, deliver, slots_of
+from paradiffusion.data.loader import Batch, Failure, Loader, LoaderSettings, Sample, make_batch, placed, slots_of
 from paradiffusion.data.remote import RemotePath, open_shard, storage_of
 from paradiffusion.data.shards import RawSample, expand_shards, read_through
 from paradiffusion.errors import UserError
@@ -53,30 +53,29 @@ class StreamLoader(Loader):
                 "scripts/index_shards.py, or leave the cache out."
             )
         self._prepare(settings, batch_size)
-        self._batches = _Batches(shards, buckets, caption_weights, settings, self._size)
+        self._made = _Batches(shards, buckets, caption_weights, settings, self._size)
 
-    def _start(self) -> Iterator[tuple[Order, Delivery]]:
-        return _in_steps(self._serve(self._batches, None), self.settings, self._size)
+    def _start(self) -> Iterator[Batch]:
+        return _in_steps(self._serve(self._made, None), self.settings, self._size)
 
-    def _judge(self, delivery: Delivery) -> None:
-        self.report.read += len(delivery.failures)  # Beside the batch, not in its slots.
-        super()._judge(delivery)
+    def _judge(self, batch: Batch) -> None:
+        self.report.read += len(batch.failures)  # Beside the batch, not in its slots.
+        super()._judge(batch)
 
 
-def _in_steps(deliveries: Iterator[tuple[Bucket, Delivery]], settings: LoaderSettings, size: int) -> Iterator[tuple[Order, Delivery]]:
+def _in_steps(batches: Iterator[Batch], settings: LoaderSettings, size: int) -> Iterator[Batch]:
     """Give what comes a step and slots. Knows no loader: the thread that draws on this would keep it alive for ever."""
     step = settings.first_step
     while settings.last_step is None or step < settings.last_step:
         for micro in range(settings.accumulation):
-            bucket, delivery = next(deliveries)
             slots = slots_of(settings.rank, settings.world_size, size, micro)
             dropped = [is_dropped(settings.seed, step, slot, settings.caption_dropout) for slot in slots]
-            yield Order(step, micro, bucket, [], delivery.kinds, slots, dropped, []), delivery
+            yield placed(next(batches), step, micro, slots, dropped, settings.tokenize)
         step += 1
 
 
 @dataclass(eq=False)
-class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
+class _Batches(IterableDataset[Batch]):
     """What one worker makes of its own stream. It ends, with the failures, where nothing good comes any more."""
 
     shards: Sequence[Path | RemotePath]
@@ -85,7 +84,7 @@ class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
     settings: LoaderSettings
     size: int
 
-    def __iter__(self) -> Iterator[tuple[Bucket, Delivery]]:
+    def __iter__(self) -> Iterator[Batch]:
         waiting: list[list[Sample]] = [[] for _ in self.buckets]
         failures: list[Failure] = []
         good = unused = 0
@@ -98,12 +97,12 @@ class _Batches(IterableDataset[tuple[Bucket, Delivery]]):
                 good += 1
             if len(waiting[number]) == self.size or (not good and len(failures) >= _TOLD_AFTER):
                 full = waiting[number] if len(waiting[number]) == self.size else []
-                yield self.buckets[number], deliver(full, [1.0] * len(full), list(failures))
+                yield make_batch(full, [True] * len(full), list(failures))
                 waiting[number], failures[:], good = [], [], 0
             if unused >= _UNUSED:
                 failures.append(Failure("the shards", "", f"{unused:,} in a row are no picture with a caption"))
                 break
-        yield self.buckets[0], deliver([], [], failures)
+        yield make_batch([], [], failures)
 
     def _read(self, failures: list[Failure]) -> Iterator[tuple[str, int, RawSample]]:
         """Samples with the name of their shard and their epoch, until shard after shard cannot be opened."""

@@ -87,7 +87,7 @@ class Inputs:
             told = [found if caption else {} for caption, found in zip(batch.captions, batch.scores, strict=True)]
             common["scores"] = scores.place(to_device(scores.values(told), device))
         meters.samples += len(batch.captions)
-        meters.bad += len(batch.bad)
+        meters.bad += len(batch.failures)
         made = self._made_text(batch)
         if made is not None:
             text = stored_text(encoder, made, batch.captions, device)

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from paradiffusion.config import TrackerConfig, TrainConfig
-from paradiffusion.data.loader import Batch, Order, Reader, batch_of, slots_of
+from paradiffusion.data.loader import Batch, Order, Reader, slots_of
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.errors import UserError
 from paradiffusion.training.folder import find_resume, stage_folder
@@ -142,10 +142,10 @@ def batches(trainer: Trainer, bucket: tuple[int, int], rows: np.ndarray, kinds: 
         places = [index.place(int(rows[slot])) for slot in slots]
         named = [index.kinds[kinds[slot]] for slot in slots]
         order = Order(trainer.state.step, micro, bucket, places, named, slots, dropped=[False] * size, spares=[])
-        order, delivery = reader[order]
-        if delivery.failures:
-            raise UserError(f"a sample of the largest bucket cannot be read ({delivery.failures[0]}); mend or leave out its shard.")
-        yield batch_of(order, delivery)
+        batch = reader[order]
+        if batch.failures:
+            raise UserError(f"a sample of the largest bucket cannot be read ({batch.failures[0]}); mend or leave out its shard.")
+        yield batch
 
 
 def report(config: TrainConfig, found: Findings) -> str:

@@ -205,7 +205,7 @@ def test_a_caption_that_has_changed_is_not_trained_on_with_old_features(argument
 
     def bad() -> list[str]:
         loader = build_here([*here, f"data.cache={cache}"]).loader()
-        return [line for batch in (next(loader), next(loader)) for line in batch.bad]
+        return [str(failure) for batch in (next(loader), next(loader)) for failure in batch.failures]
 
     here = [*arguments, f"data.shards={changed}", "data.captions={short: 1}", f"run_dir={tmp_path / 'run'}"]
     write("a red circle")

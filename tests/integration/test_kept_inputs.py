@@ -58,8 +58,8 @@ def batch(*keys: str) -> Batch:
     """Images that are a function of their key."""
     pixels = [torch.full((3, 32, 32), ord(key), dtype=torch.uint8) for key in keys]
     return Batch(
-        step=0, pixels=torch.stack(pixels), captions=["" for _ in keys], kinds=["" for _ in keys], words=[0 for _ in keys],
-        keys=list(keys), slots=torch.arange(len(keys)), weights=torch.ones(len(keys)), bad=[],
+        torch.stack(pixels), captions=["" for _ in keys], kinds=["" for _ in keys], keys=list(keys), readable=[True for _ in keys],
+        taken=range(len(keys)),
     )  # fmt: skip
 
 

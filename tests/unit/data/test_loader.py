@@ -26,7 +26,7 @@ from PIL import Image
 from paradiffusion.data.captions import is_dropped
 from paradiffusion.data.images import decode, to_array
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
-from paradiffusion.data.loader import Batch, Delivery, Failure, Loader, default_workers, make_loader, slots_of
+from paradiffusion.data.loader import Batch, Failure, Loader, default_workers, make_loader, slots_of
 from paradiffusion.data.plan import BatchPlan
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
@@ -336,7 +336,7 @@ def read_until_stopped(index: SampleIndex, seed: int, rate: float, most: int) ->
     for _ in range(most // 8):
         failures = [Failure("a.tar", str(key), "bad") for key in range(rng.binomial(8, rate))]
         try:
-            loader._judge(Delivery(torch.empty(0), [], [], ["k"] * 8, [], failures))
+            loader._judge(Batch(torch.empty(0), [], [], ["k"] * 8, [], failures))
         except UserError:
             return loader.report.read
     return None
