@@ -235,16 +235,11 @@ class Loader(Iterator[Batch]):
             self._end = weakref.finalize(self, _tell_workers, ended, end, os.getpid())
             batches = iter(
                 DataLoader(
-                    data,
-                    batch_size=None,
-                    sampler=orders,
-                    num_workers=workers,
-                    collate_fn=pass_on,
-                    worker_init_fn=partial(guard_worker, ended=ended) if workers else None,
-                    pin_memory=torch.cuda.is_available(),
+                    data, batch_size=None, sampler=orders, num_workers=workers, collate_fn=pass_on,
+                    worker_init_fn=partial(guard_worker, ended=ended) if workers else None, pin_memory=torch.cuda.is_available(),
                     generator=torch.Generator(),  # Its own: DataLoader would otherwise draw from the global generator.
                 )
-            )
+            )  # fmt: skip
         except OSError as error:
             self.close()
             raise UserError(
@@ -318,17 +313,9 @@ def _orders(index: SampleIndex, plan: BatchPlan, settings: LoaderSettings, size:
         for micro in range(settings.accumulation):
             slots = slots_of(settings.rank, settings.world_size, size, micro)
             others = [*range(slots.start + 1, len(batch.rows)), *range(slots.start)]
-            taken = look_up(slots)
-            yield Order(
-                step=step,
-                micro=micro,
-                bucket=batch.bucket,
-                places=[place for place, _ in taken],
-                kinds=[kind for _, kind in taken],
-                slots=slots,
-                dropped=[is_dropped(settings.seed, step, slot, settings.caption_dropout) for slot in slots],
-                spares=look_up([s for s in others if s not in slots][:_SPARES]) if size < _SMALL_SLICE else [],
-            )
+            spares = look_up([s for s in others if s not in slots][:_SPARES]) if size < _SMALL_SLICE else []
+            dropped = [is_dropped(settings.seed, step, slot, settings.caption_dropout) for slot in slots]
+            yield Order(step, micro, batch.bucket, look_up(slots), slots, dropped, spares)
         step += 1
 
 
@@ -352,8 +339,7 @@ class Order:
     step: int
     micro: int
     bucket: Bucket
-    places: list[Place]
-    kinds: list[str]
+    wanted: list[tuple[Place, str]]  # with the kind of caption
     slots: range
     dropped: list[bool]
     spares: list[tuple[Place, str]]
@@ -381,8 +367,7 @@ class Reader(Dataset[Batch]):
         self._coming: dict[tuple[int, int], list[Future[RawSample]]] = {}
 
     def __getitem__(self, order: Order) -> Batch:
-        wanted = zip(order.places, order.kinds, self._take(order), strict=True)
-        read = [self._read(place, kind, order.bucket, raw) for place, kind, raw in wanted]
+        read = [self._read(*wanted, order.bucket, get) for wanted, get in zip(order.wanted, self._take(order), strict=True)]
         failures = [sample for sample in read if isinstance(sample, Failure)]
         good = [sample for sample in read if not isinstance(sample, Failure)]
         spares = iter(order.spares)
@@ -397,14 +382,14 @@ class Reader(Dataset[Batch]):
         """Functions that give the samples of ``order``, or raise what reading them raised. Threads fetch them, and those of the
         worker's next order while this one is decoded: a store and a network disk answer late, each time."""
         ahead, order.ahead = order.ahead, None
-        futures = self._coming.pop((order.step, order.micro), None) or self._submit(order.places)
+        futures = self._coming.pop((order.step, order.micro), None) or self._submit(order)
         # What was fetched for a batch that went to another worker would else stay for ever.
-        self._coming = {(ahead.step, ahead.micro): self._submit(ahead.places)} if ahead else {}
+        self._coming = {(ahead.step, ahead.micro): self._submit(ahead)} if ahead else {}
         return [future.result for future in futures]
 
-    def _submit(self, places: list[Place]) -> list[Future[RawSample]]:
+    def _submit(self, order: Order) -> list[Future[RawSample]]:
         self._pool = self._pool or ThreadPoolExecutor(_THREADS, "fetch")  # Made in the worker: threads survive no fork.
-        return [self._pool.submit(self._fetch, place) for place in places]
+        return [self._pool.submit(self._fetch, place) for place, _ in order.wanted]
 
     def _fetch(self, place: Place) -> RawSample:
         return read_place(place if self.cache is None else self.cache.slim(place))
@@ -429,16 +414,10 @@ class Reader(Dataset[Batch]):
 def make_batch(samples: list[Sample], readable: list[bool], failures: list[Failure]) -> Batch:
     """One batch of ``samples``, all of one size; of none there are no pixels."""
     stored = [sample.stored for sample in samples if sample.stored]
-    return Batch(
-        pixels=join_pixels([sample.pixels for sample in samples]) if samples else torch.empty(0),
-        captions=[sample.caption for sample in samples],
-        kinds=[sample.kind for sample in samples],
-        keys=[sample.key for sample in samples],
-        readable=readable,
-        failures=failures,
-        stored=collate(stored) if stored else None,
-        scores=[sample.scores for sample in samples],
-    )
+    pixels = join_pixels([sample.pixels for sample in samples]) if samples else torch.empty(0)
+    captions, kinds, keys = ([getattr(sample, name) for sample in samples] for name in ("caption", "kind", "key"))
+    scores = [sample.scores for sample in samples]
+    return Batch(pixels, captions, kinds, keys, readable, failures, stored=collate(stored) if stored else None, scores=scores)
 
 
 def placed(batch: Batch, step: int, micro: int, slots: range, dropped: list[bool], tokenize: Tokenize | None) -> Batch:

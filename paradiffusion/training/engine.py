@@ -308,7 +308,10 @@ class ZeroEngine(Engine):
             "gradient_clipping": config.optimizer.max_grad_norm,
         })  # fmt: skip
         accelerator.gradient_accumulation_steps = micro_batches
-        stage = check_zero(plugin)
+        if (stage := int(plugin.zero_stage)) not in (1, 2, 3):
+            raise UserError(
+                f"the launch configuration says zero_stage={stage}; expected 1, 2 or 3, or launch with configs/launch/ddp.yaml."
+            )
         if stage == 3:  # before DeepSpeed, which would bring the whole module to the device first
             cut(joint, accelerator.device, plugin.deepspeed_config)
         parameters = joint.trained()
@@ -491,23 +494,6 @@ def deepspeed_plugin(config: TrainConfig) -> Any:
     # torch's own fused AdamW runs on processors too; DeepSpeed's would compile C++ at the first start.
     settings["zero_force_ds_cpu_optimizer"] = False
     return plugin
-
-
-def check_zero(plugin: Any) -> int:
-    """The stage of ZeRO that the launch configuration asks for. UserError for one that checkpoints could not be read from."""
-    stage, settings = int(plugin.zero_stage), plugin.deepspeed_config.get("zero_optimization", {})
-    if stage not in (1, 2, 3):
-        raise UserError(
-            f"the launch configuration says zero_stage={stage}; expected 1, 2 or 3: launch with configs/launch/ddp.yaml instead."
-        )
-    for part in ("offload_optimizer", "offload_param"):
-        device = (settings.get(part) or {}).get("device", "none")
-        if device == "nvme":
-            raise UserError(
-                f"the launch configuration says {part} to nvme, where checkpoints do not find the weights; expected none or cpu, "
-                "as in configs/launch/zero2_offload.yaml."
-            )
-    return stage
 
 
 def deepspeed_needs(config: TrainConfig) -> str | None:

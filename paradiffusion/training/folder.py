@@ -162,16 +162,9 @@ class TrainState:
 
 
 def save_checkpoint(
-    stage_folder: Path,
-    joint: JointModel,
-    engine: Engine,
-    ema: Ema,
-    frozen: dict[str, Tensor],
-    state: TrainState,
-    description: dict[str, Any],
-    main: bool = True,
-    apart: bool = False,
-) -> Callable[[], Path]:
+    stage_folder: Path, joint: JointModel, engine: Engine, ema: Ema, frozen: dict[str, Tensor], state: TrainState,
+    description: dict[str, Any], main: bool = True, apart: bool = False,
+) -> Callable[[], Path]:  # fmt: skip
     """Take what ``checkpoints/step_NNNNNN`` will hold, with the ``frozen`` tensors that are applied but not trained, and return what
     writes it in the ``main`` process: its folder, or UserError when the disk is full or refuses; nothing that was there is lost.
 
@@ -190,14 +183,9 @@ def save_checkpoint(
 
 
 def write_checkpoint(
-    stage_folder: Path,
-    joint: JointModel,
-    averages: dict[str, Tensor],
-    weights: dict[str, Tensor],
-    moments: dict[str, Tensor],
-    state: dict[str, Any],
-    description: dict[str, Any],
-) -> Path:
+    stage_folder: Path, joint: JointModel, averages: dict[str, Tensor], weights: dict[str, Tensor], moments: dict[str, Tensor],
+    state: dict[str, Any], description: dict[str, Any],
+) -> Path:  # fmt: skip
     """Write what ``save_checkpoint`` took."""
     folder = stage_folder / "checkpoints" / f"step_{state['step']:06d}"
     temporary = folder.parent / f".writing_{folder.name}"

@@ -30,6 +30,7 @@ from paradiffusion.training.log import Meters
 
 Model = TypeVar("Model", bound=nn.Module)
 ImageKey = tuple[torch.Size, bytes]
+K = TypeVar("K")
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -218,28 +219,30 @@ class Memory:
         self._texts: dict[str, Entry] = {}
         self._latents: dict[ImageKey, Tensor] = {}
 
-    def _fits(self, values: Tensor) -> bool:
-        fits = values.nbytes <= self._room
-        self._room -= values.nbytes * fits
-        return fits
+    def _once(self, kept: dict[K, T], keys: Iterable[K], run: Callable[[list[K]], Iterable[T]], size: Callable[[T], int]) -> dict[K, T]:
+        """What is ``kept`` of ``keys``, and of the others what ``run`` makes now, which is kept while it fits; ``size`` in bytes."""
+        found = {key: kept[key] for key in keys if key in kept}
+        for key, made in in_calls_of_one_size([key for key in keys if key not in found], run):
+            found[key] = made
+            if size(made) <= self._room:
+                kept[key] = made
+                self._room -= size(made)
+        return found
 
     def texts(self, captions: Iterable[str]) -> dict[str, Entry]:
         """Features [L, D] of captions, in bfloat16 on the CPU."""
-        wanted, encoder = dict.fromkeys(captions), self.encoder
-        found = {caption: self._texts[caption] for caption in wanted if caption in self._texts}
-        missing: dict[int, list[str]] = {}
-        for caption in (caption for caption in wanted if caption not in found):
-            missing.setdefault(encoder.tokenize([caption]).ids.shape[1], []).append(caption)
+        alike: dict[int, list[str]] = {}  # of one number of tokens; 0 for what is kept
+        for caption in dict.fromkeys(captions):
+            length = 0 if caption in self._texts else self.encoder.tokenize([caption]).ids.shape[1]
+            alike.setdefault(length, []).append(caption)
 
         def run(captions: list[str]) -> Iterable[Entry]:
             with self.autocast():
-                return read_captions(on_device(encoder, self.device), captions, self.device, torch.bfloat16)
+                return read_captions(on_device(self.encoder, self.device), captions, self.device, torch.bfloat16)
 
-        for alike in missing.values():
-            for caption, entry in in_calls_of_one_size(alike, run):
-                found[caption] = entry
-                if self._fits(entry.values):
-                    self._texts[caption] = entry
+        found: dict[str, Entry] = {}
+        for group in alike.values():
+            found |= self._once(self._texts, group, run, lambda entry: entry.values.nbytes)
         return found
 
     def latents(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -249,17 +252,13 @@ class Memory:
         """
         keys = [(image.shape, hashlib.blake2b(image.numpy().tobytes(), digest_size=16).digest()) for image in batch.pixels]
         images = dict(zip(keys, batch.pixels, strict=True))
-        found = {key: self._latents[key] for key in images if key in self._latents}
 
         def run(keys: list[ImageKey]) -> Iterable[Tensor]:
             pixels = scale_pixels(to_device(torch.stack([images[key] for key in keys]), self.device))
             mean_and_std = torch.stack(on_device(self.codec, self.device).posterior(pixels), dim=1).cpu()
             return (row.clone() for row in mean_and_std)  # each [2, C, h, w]
 
-        for key, stored in in_calls_of_one_size([key for key in images if key not in found], run):
-            found[key] = stored
-            if self._fits(stored):
-                self._latents[key] = stored
+        found = self._once(self._latents, images, run, lambda made: made.nbytes)
         mean, std = to_device(torch.stack([found[key] for key in keys], dim=1), self.device)
         return mean, std
 

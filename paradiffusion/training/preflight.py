@@ -139,10 +139,8 @@ def batches(trainer: Trainer, bucket: tuple[int, int], rows: np.ndarray, kinds: 
     reader = Reader(trainer.cache)
     for micro in range(trainer.micro_batches):
         slots = slots_of(trainer.rank, trainer.processes, size, micro)
-        places = [index.place(int(rows[slot])) for slot in slots]
-        named = [index.kinds[kinds[slot]] for slot in slots]
-        order = Order(trainer.state.step, micro, bucket, places, named, slots, dropped=[False] * size, spares=[])
-        batch = reader[order]
+        wanted = [(index.place(int(rows[slot])), index.kinds[kinds[slot]]) for slot in slots]
+        batch = reader[Order(trainer.state.step, micro, bucket, wanted, slots, dropped=[False] * size, spares=[])]
         if batch.failures:
             raise UserError(f"a sample of the largest bucket cannot be read ({batch.failures[0]}); mend or leave out its shard.")
         yield batch

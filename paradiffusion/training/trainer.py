@@ -117,14 +117,9 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        watch: Watch | None = None,
-        folder: Path | None = None,
-        frozen_models: tuple[TextEncoder, Codec] | None = None,
-        scorer: Scorer | None = None,
-    ) -> None:
+        self, config: TrainConfig, accelerator: Accelerator, watch: Watch | None = None, folder: Path | None = None,
+        frozen_models: tuple[TextEncoder, Codec] | None = None, scorer: Scorer | None = None,
+    ) -> None:  # fmt: skip
         self.accelerator, self.device = accelerator, accelerator.device
         self.rank, self.processes, self.main = (
             accelerator.process_index, accelerator.num_processes, accelerator.is_main_process,
