@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from paradiffusion.atomic import cached_index, locked
 from paradiffusion.data.captions import captions_of, is_odd, parse_meta
-from paradiffusion.data.index import DAMAGED, SampleIndex, TokenCounter, arrays_of, assemble, index_of, look_at, save_arrays, tabulated
+from paradiffusion.data.index import DAMAGED, SampleIndex, arrays_of, assemble, index_of, look_at, save_arrays, tabulated
 from paradiffusion.data.shards import IMAGE_EXTENSIONS, IN_TABLE, FolderPart, Span, TarEntry, names_beside, read_beside
 from paradiffusion.data.tables import BESIDE, table_beside, told_by_table
 from paradiffusion.errors import UserError
@@ -41,7 +41,7 @@ _SHOWN_FROM: Final = 500
 _READERS: Final = 16
 
 
-def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: str = "data.folder") -> SampleIndex:
+def load_folder(folder: str | Path, key: str = "data.folder") -> SampleIndex:
     """All pictures below ``folder`` that have a caption in a .txt, .caption or .json of the same name (``names_beside``), else in a
     table there or above them (metadata.jsonl, captions.csv and the like; ``tables.BESIDE``).
 
@@ -55,19 +55,19 @@ def load_folder(folder: str | Path, counter: TokenCounter | None = None, key: st
         found = "is a file" if root.exists() else "does not exist"
         raise UserError(f"{key}={folder} {found}: expected a folder of pictures with .txt or .json beside them.")
     with locked(root.resolve()):  # Of the processes of one machine the first looks at the files, others find its index.
-        return _load(root, counter, key)
+        return _load(root, key)
 
 
-def _load(root: Path, counter: TokenCounter | None, name: str) -> SampleIndex:
+def _load(root: Path, name: str) -> SampleIndex:
     passed_over: Counter[str] = Counter()
     table_beside.cache_clear()
     found = sorted(walk_pictures(root, passed_over), key=lambda one: one.key)
     # All pictures that were looked at are kept, also those of no use, so that they need not be looked at again.
-    whole, stamps, faults = _read_stored(root, counter) or _look_at(root, [], counter)
+    whole, stamps, faults = _read_stored(root) or _look_at(root, [])
     known = {(whole.key(row), *stamps[row].tolist()): row for row in np.flatnonzero(~faults[:, 2]).tolist()}
     rows = np.array([known.get((one.key, *one.stamps), -1) for one in found], np.int64)
     if (rows < 0).any() or len(whole) != len(found):
-        new, *more = _look_at(root, [one for one, row in zip(found, rows, strict=True) if row < 0], counter)
+        new, *more = _look_at(root, [one for one, row in zip(found, rows, strict=True) if row < 0])
         order = np.where(rows < 0, len(whole) + np.cumsum(rows < 0) - 1, rows)
         parts = [part for part in (whole, new) if len(part)]
         whole = assemble(lambda: parts, root).take(order) if parts else whole
@@ -175,7 +175,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _look_at(root: Path, found: list[FoundPicture], counter: TokenCounter | None) -> tuple[SampleIndex, np.ndarray, np.ndarray]:
+def _look_at(root: Path, found: list[FoundPicture]) -> tuple[SampleIndex, np.ndarray, np.ndarray]:
     """Read the head of each picture, and its captions. Threads, since most of it is waiting for the disk.
 
     Returns:
@@ -192,7 +192,7 @@ def _look_at(root: Path, found: list[FoundPicture], counter: TokenCounter | None
         text.offset = IN_TABLE if one.told else 0
         entries.append(TarEntry(one.key, one.key.rpartition(".")[2].lower(), image, meta, text))
     looks, captions = [(saw.width, saw.height, saw.hash) for saw in looked], [saw.captions for saw in looked]
-    index = tabulated(FolderPart(root, 0), entries, looks, captions, counter)
+    index = tabulated(FolderPart(root, 0), entries, looks, captions)
     stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)
     return (index, stamps, np.array([(saw.bad_json, saw.odd_text, saw.unreadable) for saw in looked], bool).reshape(-1, 3))
 
@@ -238,9 +238,7 @@ def _to_index(root: Path, whole: SampleIndex, faults: np.ndarray, passed_over: C
     return replace(
         index, shards=[FolderPart(root, number) for number in range(parts)], words=index.words[:, used],
         shard=(np.arange(len(rows)) // _PER_PART).astype(np.int32), kinds=[index.kinds[column] for column in used],
-        tokens=None if index.tokens is None else index.tokens[:, used], bad_json=int(faults[rows, 0].sum()),
-        odd_text=int(faults[rows, 1].sum()),
-        shard_source=np.zeros(parts, np.int16),
+        bad_json=int(faults[rows, 0].sum()), odd_text=int(faults[rows, 1].sum()), shard_source=np.zeros(parts, np.int16),
     )  # fmt: skip
 
 
@@ -269,14 +267,13 @@ def _places(root: Path) -> list[Path]:
     return [root / INDEX_NAME, cached_index(root.resolve(), ".folder.npz")]
 
 
-def _read_stored(root: Path, counter: TokenCounter | None) -> tuple[SampleIndex, np.ndarray, np.ndarray] | None:
-    """What was kept, as ``_look_at`` returns it; None where there is nothing, it is damaged, or it lacks the tokens that are
-    wanted."""
+def _read_stored(root: Path) -> tuple[SampleIndex, np.ndarray, np.ndarray] | None:
+    """What was kept, as ``_look_at`` returns it; None where there is nothing, or it is damaged."""
     for place in _places(root):
         try:
             with np.load(place, allow_pickle=False) as kept:
                 index = index_of(FolderPart(root, 0), kept)
-                if int(kept["version_of_folder"]) == _VERSION and (counter is None or index.tokenizer == counter.name):
+                if int(kept["version_of_folder"]) == _VERSION:
                     return index, kept["stamps"], kept["faults"]
         except (OSError, *DAMAGED):
             continue

@@ -201,9 +201,8 @@ def read_sample(index: SampleIndex, row: int) -> RawSample:
 
 
 def load_index(
-    shards: Sequence[Path | RemotePath], allow_truncated: bool = False, counter: TokenCounter | None = None,
-    key: str = "data.shards", index_dir: str | None = None,
-) -> SampleIndex:  # fmt: skip
+    shards: Sequence[Path | RemotePath], allow_truncated: bool = False, key: str = "data.shards", index_dir: str | None = None
+) -> SampleIndex:
     """Index all ``shards`` (as ``expand_shards`` lists them); builds and stores what is not there yet.
 
     Many new indexes are made by several processes; of the processes of one machine, the first makes them and the others
@@ -219,7 +218,7 @@ def load_index(
         each: Each = pool.map if any(isinstance(shard, RemotePath) for shard in shards) else map
         settled = list(each(_settled, shards))
         places = _column_folders(settled, folder)
-        stored = lru_cache(_KEPT_PARTS)(lambda shard: _load_stored(shard, folder, counter))
+        stored = lru_cache(_KEPT_PARTS)(lambda shard: _load_stored(shard, folder))
 
         def state() -> str:
             return digest(*each(lambda shard: _state_of(shard, folder), settled))
@@ -227,13 +226,11 @@ def load_index(
         def mapped() -> SampleIndex | None:
             """The whole, where it is stored and neither shards nor their indexes have changed since."""
             found = map_columns(places, state()) if any(place.is_dir() for place in places) else None
-            if found is None or (counter is not None and found[2]["tokenizer"] != counter.name):
-                return None
-            return _of_columns(settled, *found)
+            return None if found is None else _of_columns(settled, *found)
 
         def parts() -> Iterator[SampleIndex]:
             for shard, part in zip(settled, each(stored, settled), strict=True):
-                yield index_shard(shard, True, counter) if part is None else part
+                yield index_shard(shard, True) if part is None else part
 
         def made() -> SampleIndex:
             """The whole of what is stored of each shard, once all of them are."""
@@ -244,7 +241,7 @@ def load_index(
                     f"one {lacking[0]}: run `python scripts/index_shards.py shards=... output=DIR` and set data.index_dir=DIR, "
                     "or set data.streaming=true, which cannot resume exactly."
                 )
-            for one in build_indexes(missing, counter):
+            for one in build_indexes(missing):
                 if isinstance(one, UserError):
                     raise one
             if missing:
@@ -515,7 +512,7 @@ def _build(path: Path | RemotePath, counter: TokenCounter | None, at_most: int |
 
 def tabulated(
     path: ShardPath, entries: list[TarEntry], looks: list[tuple[int, int, int]], captions: list[dict[str, str]],
-    counter: TokenCounter | None, truncated: bool = False, **counts: int,
+    counter: TokenCounter | None = None, truncated: bool = False, **counts: int,
 ) -> SampleIndex:  # fmt: skip
     """The index of one shard's samples, of which ``looks`` are (width, height, hash) and ``captions`` by kind."""
     table = np.zeros(len(entries), ROW)
@@ -630,7 +627,7 @@ def save_arrays(place: Path, arrays: dict[str, Any]) -> bool:
     return True
 
 
-def _load_stored(path: Path | RemotePath, folder: Path | None, counter: TokenCounter | None) -> SampleIndex | None:
+def _load_stored(path: Path | RemotePath, folder: Path | None, counter: TokenCounter | None = None) -> SampleIndex | None:
     """The stored index of a shard; None where there is none, it is damaged, or the shard has changed since.
 
     With a ``counter`` also where it has no tokens of that tokenizer. A remote shard's index may lie beside it in its

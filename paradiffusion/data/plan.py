@@ -29,7 +29,7 @@ from paradiffusion.data.captions import KindShares, check_weights, draw_kinds, d
 from paradiffusion.data.columns import shared_columns
 from paradiffusion.data.folder import load_folder
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, fitted
-from paradiffusion.data.index import New, SampleIndex, TokenCounter, index_head, join_indexes, load_index
+from paradiffusion.data.index import New, SampleIndex, index_head, join_indexes, load_index
 from paradiffusion.data.remote import storage_of
 from paradiffusion.data.shards import expand_shards
 from paradiffusion.errors import UserError
@@ -45,32 +45,32 @@ _MUCH_CROPPED, _MUCH_ENLARGED, _MUCH_ON_AVERAGE = 0.5, 2.0, 0.1
 _SAMPLE: Final = np.dtype([("row", np.int64), ("kind", np.int8), ("drawn", np.int8)])
 
 
-def open_index(data: DataConfig, counter: TokenCounter | None = None) -> SampleIndex:
+def open_index(data: DataConfig) -> SampleIndex:
     """The index of all samples that are trained on. Raises UserError for what is missing or cannot be read."""
     if not data.sources:
-        return open_shards(data, data.shards, "data.shards", counter)
+        return open_shards(data, data.shards, "data.shards")
     indexes = []
     for number, source in enumerate(data.sources):
         key = f"data.sources[{number}]"
         if source.folder is not None:
             typed = "data.folder" if data.folder is not None else f"{key}.folder"  # the short form of one source
-            indexes.append(load_folder(source.folder, counter, typed))
+            indexes.append(load_folder(source.folder, typed))
         else:
-            indexes.append(open_shards(data, source.shards, f"{key}.shards", counter))
+            indexes.append(open_shards(data, source.shards, f"{key}.shards"))
     return join_indexes(indexes, [source.title for source in data.sources])
 
 
-def open_shards(data: DataConfig, spec: Any, key: str, counter: TokenCounter | None = None) -> SampleIndex:
+def open_shards(data: DataConfig, spec: Any, key: str) -> SampleIndex:
     """The index of the shards that ``spec`` names (the value of ``key``), or of a folder of pictures that are held out."""
     if not spec:
         raise UserError(f"{key} is not set; name WebDataset shards, such as {key}='shards/{{00000..00099}}.tar'.")
     folder = Path(spec).expanduser() if key == "data.val_shards" and isinstance(spec, str) else None
     if folder is not None and folder.is_dir() and not any(folder.glob("*.tar")):
-        return load_folder(folder, counter, key)
+        return load_folder(folder, key)
     shards = expand_shards(spec, key, storage_of(data))
     if data.streaming and key == "data.shards":
         return index_head(shards)
-    return load_index(shards, data.allow_truncated, counter, key, data.index_dir)
+    return load_index(shards, data.allow_truncated, key, data.index_dir)
 
 
 def make_plan(index: SampleIndex, data: DataConfig, batch_size: int, seed: int) -> BatchPlan:

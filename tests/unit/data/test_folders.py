@@ -23,7 +23,7 @@ from paradiffusion.compose import compose_train
 from paradiffusion.config import DataConfig
 from paradiffusion.curation.journal import lock as journal_lock
 from paradiffusion.data.folder import INDEX_NAME, FoundPicture, LookedAt, load_folder, look
-from paradiffusion.data.index import SampleIndex, TokenCounter, load_index, look_at, read_sample
+from paradiffusion.data.index import SampleIndex, load_index, look_at, read_sample
 from paradiffusion.data.loader import LoaderSettings
 from paradiffusion.data.plan import describe_plan, make_plan
 from paradiffusion.training.folder import locked as training_lock
@@ -285,19 +285,6 @@ def test_damaged_and_unwritable_index(pictures: Path, cache: Path, monkeypatch: 
     looked.clear()
     assert load_folder(pictures).fingerprint() == first.fingerprint() and not looked
     assert list(cache.glob("index/*.folder.npz"))
-
-
-def test_tokens(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    letters = TokenCounter("letters", lambda texts: [len(text) for text in texts])
-    assert load_folder(pictures).tokens is None
-    index = load_folder(pictures, letters)
-    assert index.tokens is not None and index.tokens[0, 0] == len("thing 0") and index.lengths is index.tokens
-    looked = looked_at(monkeypatch)
-    put(pictures, "new.png", text="abc")
-    again = load_folder(pictures, letters)
-    assert again.tokens is not None and looked == ["new.png"] and 3 in again.tokens[:, 0]
-    # Who does not count has what was counted.
-    assert load_folder(pictures).tokenizer == "letters" and looked == ["new.png"]
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:

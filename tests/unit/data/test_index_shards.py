@@ -48,7 +48,8 @@ def test_several_processes_make_the_same(tmp_path: Path) -> None:
     one, other = many(tmp_path / "a"), many(tmp_path / "b")
     assert all(isinstance(index, SampleIndex) for index in build_indexes(other, LETTERS, processes=3))
     # What is stored has tokens.
-    assert load_index(one, counter=LETTERS).fingerprint() == load_index(other).fingerprint()
+    list(build_indexes(one, LETTERS))
+    assert load_index(one).fingerprint() == load_index(other).fingerprint()
     assert sorted(path.name for path in (tmp_path / "b").glob("*.npz")) == [f"{n:06d}.index.npz" for n in range(12)]
 
 
@@ -124,8 +125,9 @@ def test_mapped_columns_follow_the_shards(tmp_path: Path, mapped: None) -> None:
     second = load_index(paths)
     assert second.columns == first.columns and second.key(6) == "000099" and second.state() != first.state()
     assert first.key(6) == "000006"  # Who has mapped the old one keeps it.
-    counted = load_index(paths, counter=LETTERS)
-    assert counted.tokens is not None and counted.tokenizer == "letters" and load_index(paths).tokenizer == "letters"
+    list(build_indexes(paths, LETTERS))
+    counted = load_index(paths)
+    assert counted.tokens is not None and counted.tokenizer == "letters"
     (counted.columns / "facts.json").write_text("{")
     assert same_index(load_index(paths), counted)
     assert len(list(tmp_path.glob("*.columns"))) == 1 and not list(tmp_path.glob(".*"))
@@ -170,7 +172,8 @@ def test_large_sources_are_joined_in_a_file(tmp_path: Path, monkeypatch: pytest.
 def test_tokens(tmp_path: Path) -> None:
     index = shards_of(tmp_path, 50)
     assert index.tokens is None and index.lengths is index.words
-    counted = load_index(expand_shards(tmp_path), counter=LETTERS)
+    list(build_indexes(expand_shards(tmp_path), LETTERS))
+    counted = load_index(expand_shards(tmp_path))
     assert counted.tokens is not None and counted.tokenizer == "letters" and counted.lengths is counted.tokens
     assert counted.tokens[:, counted.kinds.index("short")].tolist() == [len(f"thing {number}") for number in range(50)]
     assert counted.fingerprint() != index.fingerprint()
@@ -184,7 +187,7 @@ def test_tokens(tmp_path: Path) -> None:
 def test_joined_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = shards_of(tmp_path / "a", 30), shards_of(tmp_path / "b", 45)
     members = [("x.png", encoded(picture(1))), ("x.json", as_json(captions={"clean": "a b", "short": "c"}))]
-    third = load_index([write_tar(tmp_path / "c" / "x.tar", members)], counter=LETTERS)
+    third = index_shard(write_tar(tmp_path / "c" / "x.tar", members), counter=LETTERS)
     joined = join_indexes([one, third, other], ["one", "third", "other"])
     assert joined.kinds == ["short", "long", "clean"] and joined.tokens is None
     assert joined.sources == ["one", "third", "other"] and joined.shard_source.tolist() == [0, 0, 1, 2, 2, 2]
