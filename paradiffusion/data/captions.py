@@ -23,7 +23,6 @@ _NEAREST: Final = {
     "short": ("short", "clean", "long"),
     "varied": ("varied", "long", "clean", "short"),
 }
-_ROWS_AT_ONCE: Final = 1 << 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b\ufeff]")
 LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
 # What is said of a text that is not in UTF-8, by its encoding.
@@ -162,27 +161,17 @@ class KindShares:
 
 def expected_shares(words: np.ndarray, kinds: list[str], weights: dict[str, float]) -> KindShares:
     """What ``weights`` come to over samples with captions of ``words`` (int [N, K]), fall-backs told, by expectation."""
-    counts = np.zeros(1 << len(kinds), np.int64)
-    for start in range(0, len(words), _ROWS_AT_ONCE):
-        rows = words[start : start + _ROWS_AT_ONCE]
-        code = np.zeros(len(rows), np.uint16)  # Which kinds a sample has, a bit each: there are few combinations.
-        for column in range(len(kinds)):
-            code |= (rows[:, column] > 0).astype(np.uint16) << np.uint16(column)
-        counts += np.bincount(code, minlength=len(counts))
-    counts[0] = 0  # Samples without a caption are not read.
-    combinations = np.flatnonzero(counts)
-    has = (combinations[:, None] >> np.arange(len(kinds))) & 1
-    share = counts[combinations] / max(counts.sum(), 1)
-    total = sum(weights.values())
+    words = words[words.any(axis=1)]  # Samples without a caption are not read.
+    count, total = max(len(words), 1), sum(weights.values())
     read: dict[str, float] = {}
     fell_back: dict[str, float] = {}
     for kind in check_weights(kinds, weights):
-        drawn = np.full(len(has), drawable_kinds(kinds).index(kind), np.int8)
-        settled = settle_kinds(has, kinds, weights, drawn)
+        drawn = np.full(len(words), drawable_kinds(kinds).index(kind), np.int8)
+        settled = settle_kinds(words, kinds, weights, drawn)
         for column in np.unique(settled):
-            part = float(share[settled == column].sum())
+            part = float((settled == column).sum()) / count
             read[kinds[column]] = read.get(kinds[column], 0.0) + part * weights[kind] / total
-        fell_back[kind] = float(share[settled != drawn].sum())
+        fell_back[kind] = float((settled != drawn).sum()) / count
     return KindShares(read, fell_back)
 
 
