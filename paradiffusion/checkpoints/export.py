@@ -1,4 +1,9 @@
-"""Exports of a checkpoint: our own layout without training state (on a hub, too), that of the published weights, a pipeline, adapters."""
+"""Exports of a checkpoint: our own layout without training state (on a hub, too), that of the published weights, a pipeline, adapters.
+
+``dtype`` is that of floating-point weights on disk (the pipeline's: of U-Net and refiner); reading brings them back to fp32. ``frozen``
+says what becomes of text encoder and codec: they are copied, linked to where they lie on this machine ("link"), or left out ("none").
+Each raises UserError when ``output`` exists.
+"""
 
 from __future__ import annotations
 
@@ -54,15 +59,8 @@ OFFICIAL_END = "sigma_min"  # its solver's last step leads to the schedule's low
 
 
 def export_ours(checkpoint: Layout, output: Path, dtype: str = "float32", frozen: str = "link") -> None:
-    """Write our layout: weights and description, without training state.
-
-    Args:
-        dtype: of the floating-point weights on disk; reading brings them back to fp32.
-        frozen: "link" records where text encoder and codec lie on this machine, "none" leaves that out, as is right for
-            what is given away: they are known by name, hub id and hash.
-    Raises:
-        UserError: when ``output`` exists.
-    """
+    """Write our layout: weights and description, without training state. A frozen model's "link" is its path in the description; "none"
+    is right for what is given away, since they are known by name, hub id and hash."""
     if frozen not in ("link", "none"):
         raise UserError(f"frozen={frozen} does not exist for to=ours, which names frozen models; use link or none.")
     description = portable(checkpoint.description)
@@ -81,15 +79,10 @@ def export_ours(checkpoint: Layout, output: Path, dtype: str = "float32", frozen
 
 
 def push(folder: Path, repository: str, private: bool = False) -> str:
-    """Make a hub's repository USER/NAME what an export's ``folder`` is, in one commit; the commit's address.
+    """Make a hub's repository USER/NAME, a new one ``private`` or not, what an export's ``folder`` is, in one commit; the commit's address.
 
-    The repository is made where there is none. Of what it holds, only older weights and samples that are not in ``folder`` are
-    deleted: an adapter left behind would be applied.
-
-    Args:
-        private: of a new repository; an old one stays as it is.
-    Raises:
-        UserError: saying why it cannot be pushed.
+    Of what it holds, only older weights and samples that are not in ``folder`` are deleted: an adapter left behind would be applied.
+    Raises UserError, which says why it cannot be pushed.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -109,16 +102,9 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 
 def export_official(checkpoint: Layout, output: Path, dtype: str = "float32", frozen: str = "copy") -> None:
-    """Write the layout of the published weights, which the released inference code reads.
-
-    Beside it a small file of ours keeps what that layout has no place for (sampler defaults, resolution, tokens), so that
-    reading it back loses nothing.
-
-    Args:
-        frozen: whether the language model and the autoencoder are copied, linked, or left out ("none").
-    Raises:
-        UserError: when ``output`` exists, and for a model that the released code could not run, saying why.
-    """
+    """Write the layout of the published weights, which the released inference code reads; and beside it a small file of ours with what
+    that layout has no place for (sampler defaults, resolution, tokens), so that reading it back loses nothing. Raises UserError for a
+    model that the released code could not run, saying why."""
     check_official(checkpoint)
     description = checkpoint.description
     codec = parse(CodecConfig, description["codec"])
@@ -188,15 +174,8 @@ def official_differs(checkpoint: Layout, dtype: str) -> list[str]:
 
 
 def export_pipeline(checkpoint: Layout, output: Path, dtype: str = "float32", frozen: str = "copy") -> None:
-    """Write a pipeline that ``ParaDiffusionPipeline.from_pretrained`` loads.
-
-    Args:
-        dtype: of U-Net and refiner on disk.
-        frozen: whether text encoder and autoencoder are copied, linked to where they lie on this machine, or left out (then
-            from_pretrained wants ``text_encoder=`` and ``vae=``).
-    Raises:
-        UserError: when ``output`` exists, or a part is missing.
-    """
+    """Write a pipeline that ``ParaDiffusionPipeline.from_pretrained`` loads, which wants ``text_encoder=`` and ``vae=`` where these are
+    left out. Raises UserError when a part is missing."""
     from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
     from paradiffusion.sampling.pipeline import load_models
 
@@ -223,11 +202,8 @@ def export_pipeline(checkpoint: Layout, output: Path, dtype: str = "float32", fr
 
 def export_lora(checkpoint: Layout, output: Path, dtype: str = "float32", frozen: str = "none") -> None:
     """Write a checkpoint's adapters by the libraries' own savers: the U-Net's as diffusers' ``load_lora_weights`` takes it, the
-    language model's as PEFT's ``from_pretrained`` does; beside a U-Net's what was trained whole with it, and a README.
-
-    Raises:
-        UserError: when ``output`` exists, there is no adapter, or diffusers has none of its kind.
-    """
+    language model's as PEFT's ``from_pretrained`` does; beside a U-Net's what was trained whole with it, and a README. Raises UserError
+    when there is no adapter, or diffusers has none of its kind."""
     from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model, get_peft_model_state_dict
@@ -319,11 +295,8 @@ def check_absent(output: Path) -> None:
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A folder to write, which becomes ``output`` when the block has ended; of one that failed nothing is left.
-
-    Raises:
-        UserError: when ``output`` exists, or cannot be written.
-    """
+    """A folder to write, which becomes ``output`` when the block has ended; of one that failed nothing is left. Raises UserError when
+    ``output`` exists, or cannot be written."""
     check_absent(output)
     try:
         with atomic_folder(output.absolute()) as folder:

@@ -18,11 +18,7 @@ LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 def fetch(address: str, key: str) -> Path:
     """The folder of the files of ``address``, fetched unless they are in the cache; FILES alone, of the newest revision where none is
-    named.
-
-    Raises:
-        UserError: for what is no address, and where it cannot be had, saying why.
-    """
+    named. Raises UserError for what is no address, and where it cannot be had, saying why."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = address.removeprefix(PREFIX).partition("@")

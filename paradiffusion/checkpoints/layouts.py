@@ -105,11 +105,8 @@ class Layout(ABC):
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What ``checkpoint.json`` says, or would say; empty for a U-Net alone.
-
-        Raises:
-            UserError: for a file that cannot be read, and for settings that cannot be honoured.
-        """
+        """What ``checkpoint.json`` says, or would say; empty for a U-Net alone. Raises UserError for a file that cannot be read, and for
+        settings that cannot be honoured."""
         if self.unet.name not in (names := self.unets()):
             raise UserError(
                 f"{self.folder} holds no U-Net called {self.unet.name}; choose one of unet={', '.join(names) or '(none found)'}."
@@ -138,11 +135,8 @@ class Layout(ABC):
         return paired if (paired / "adapter_config.json").is_file() else self.folder / LORA
 
     def weights(self, merge: bool = True) -> dict[str, Tensor]:
-        """All weights by the joint module's names (adapters and refiner buffers included), fp32, on the CPU.
-
-        Args:
-            merge: add a U-Net's LoRA to its base; else the layers that have it are named as PEFT does, ``...base_layer.weight``.
-        """
+        """All weights by the joint module's names (adapters and refiner buffers included), fp32, on the CPU. ``merge`` adds a U-Net's LoRA
+        to its base; else the layers that have it are named as PEFT does, ``...base_layer.weight``."""
         stored = read_tensors(self.folder / UNET_LORA, ADAPTER_STEM)
         peft = {name.removeprefix(PEFT_PREFIX): t for name, t in stored.items() if name.startswith(PEFT_PREFIX)}
         adapter = {joint_adapter_name(name, f"{UNET}."): tensor.float() for name, tensor in peft.items()}
@@ -323,13 +317,8 @@ def open_layout(folder: Path, unet: str = UNET) -> Layout:
 
 def find_checkpoint(path: str | Path, key: str = "ckpt", unet: str = UNET) -> Layout:
     """The checkpoint that ``ckpt=`` means: a run, a stage, a stage's ``best``, or a checkpoint or weights folder itself, in any
-    layout, here or at hf://USER/NAME.
-
-    Args:
-        key: under which the user gave it, for messages; init_from= takes a U-Net alone too.
-    Raises:
-        UserError: when there is none, or none that passes its manifest, or it cannot be fetched.
-    """
+    layout, here or at hf://USER/NAME. ``key`` is what the user gave it under; init_from= takes a U-Net alone too. Raises UserError when
+    there is none, or none that passes its manifest, or it cannot be fetched."""
     folder = fetch(str(path), key) if str(path).startswith(PREFIX) else follow_pointer(find_shipped(path))
     layout = layout_of(folder, unet)
     if isinstance(layout, Ours) and (fault := find_fault(folder)) is not None:
@@ -422,12 +411,8 @@ def split_parts(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def save_weights(folder: Path, joint: JointModel, state: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Write ``state`` (the EMA weights by parameter name) to ``folder`` with its description.
-
-    Args:
-        joint: gives the configuration of the U-Net, the refiner and the adapter. Its own weights are read only where they
-            are a U-Net's frozen base under LoRA that ``state`` lacks.
-    """
+    """Write ``state`` (the EMA weights by parameter name) to ``folder`` with its description. ``joint`` gives the configuration of the U-Net,
+    the refiner and the adapter; its own weights are read only where they are a U-Net's frozen base under LoRA that ``state`` lacks."""
     base = {}
     if description.get("unet_lora"):  # all but adapter and projection is frozen, so it is no part of the average
         base = {f"{UNET}.{n}": p for n, p in joint.unet.named_parameters() if not p.requires_grad}
@@ -522,13 +507,8 @@ def under_lora(name: str) -> str:
 
 
 def merge_unet_lora(state: dict[str, Tensor], unet_lora: dict[str, Any]) -> dict[str, Tensor]:
-    """``state`` with the U-Net's adapter merged into its base as PEFT does it, under the plain U-Net's names.
-
-    Args:
-        unet_lora: kind, rank and alpha, as the description has them.
-    Raises:
-        UserError: for a layer that lacks a part of its adapter.
-    """
+    """``state`` with the U-Net's adapter, of which ``unet_lora`` says kind, rank and alpha, merged into its base as PEFT does it, under the
+    plain U-Net's names. Raises UserError for a layer that lacks a part of its adapter."""
     from peft import inject_adapter_in_model
 
     merged: dict[str, Tensor] = {}
@@ -553,11 +533,8 @@ def merge_unet_lora(state: dict[str, Tensor], unet_lora: dict[str, Any]) -> dict
 
 
 def load_adapter(encoder: TextEncoder, state: dict[str, Tensor], lora: LoraConfig, settings: dict[str, Any] | None = None) -> None:
-    """Attach the adapter in ``state`` to a frozen text encoder, and freeze it too (stage 3, sampling).
-
-    Args:
-        settings: what else PEFT must be told of a published adapter (``describe_adapter``).
-    """
+    """Attach the adapter in ``state`` to a frozen text encoder, and freeze it too (stage 3, sampling). ``settings`` are what else PEFT must
+    be told of a published adapter (``describe_adapter``)."""
     try:
         attach_lora(encoder, lora, **(settings or {}))
     except (ValueError, TypeError) as error:
@@ -634,12 +611,9 @@ def codec_in(folder: Path | None) -> CodecConfig:
 def scheduler_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of DPMSolverMultistepScheduler from a ``scheduler_config.json``, whatever scheduler's it is.
 
-    The libraries that the weights were published with ended a trajectory at the schedule's lowest noise; later ones end
-    at zero, and write down that they do. A file that does not say is an old one. The released pipeline sets steps_offset to
-    1 whatever the file says.
-
-    Raises:
-        UserError: for settings that the solver does not take.
+    The libraries that the weights were published with ended a trajectory at the schedule's lowest noise; later ones end at zero, and
+    write down that they do. A file that does not say is an old one. The released pipeline sets steps_offset to 1 whatever the file says.
+    Raises UserError for settings that the solver does not take.
     """
     known = inspect.signature(DPMSolverMultistepScheduler.__init__).parameters
     settings = {key: value for key, value in config.items() if key in known and value is not None}

@@ -41,13 +41,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def find_tensors(folder: Path, stem: str) -> list[Path]:
-    """The files that hold the tensors called ``stem`` in ``folder``; none where there are none.
-
-    Whole files are preferred to variants, and safetensors to ``.bin``. An index names the shards.
-
-    Raises:
-        UserError: for an index that cannot be read, or that names a file outside its folder or one that is missing.
-    """
+    """The files that hold the tensors called ``stem`` in ``folder``, none where there are none: whole ones before variants, and
+    safetensors before ``.bin``. An index names the shards. Raises UserError for one that cannot be read, or that names a file outside
+    its folder or one that is missing."""
     for kind in ("safetensors", "bin"):
         for variant in ("", ".fp16"):
             whole = folder / f"{stem}{variant}.{kind}"
@@ -73,13 +69,8 @@ def _shards(index: Path) -> list[Path]:
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """All tensors called ``stem`` in ``folder`` as stored, on the CPU; empty where there are none.
-
-    ``.bin`` files are unpickled with ``weights_only=True``: tensors and nothing that runs.
-
-    Raises:
-        UserError: for a file that cannot be read, or that holds anything but named tensors.
-    """
+    """All tensors called ``stem`` in ``folder`` as stored, on the CPU; empty where there are none. ``.bin`` files are unpickled with
+    ``weights_only=True``: tensors and nothing that runs. Raises UserError for a file that cannot be read, or holds anything else."""
     tensors: dict[str, Tensor] = {}
     for path in find_tensors(folder, stem):
         tensors |= read_file(path)
