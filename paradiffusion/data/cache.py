@@ -74,12 +74,9 @@ class Entry:
 
 @contextmanager
 def writing(path: Path, dtype: torch.dtype) -> Iterator[Add]:
-    """Write one tar of a cache and its index, whole or not at all: several commands may be at work on it.
-
-    Gives ``add(name, values, length=0)``, which appends a member; ``values`` are None for a sample that could not be read, bytes
-    for a member of another tar (``Members.stored``).
-    Raises UserError when the disk is full or refuses.
-    """
+    """Write one tar of a cache and its index, whole or not at all: several commands may be at work on it. Gives ``add(name, values,
+    length=0)``, which appends a member; ``values`` are None for a sample that could not be read, bytes for a member of another tar
+    (``Members.stored``). Raises UserError when the disk is full or refuses."""
     rows: list[tuple[int, int, int]] = []
 
     def add(name: int, values: Tensor | bytes | None, length: int = 0) -> None:
@@ -157,11 +154,8 @@ class Members:
         return read_at(self._file, int(row["offset"]), int(row["size"]))
 
     def get(self, name: int) -> Entry | None:
-        """The entry of that name; None where there is none.
-
-        Raises:
-            ValueError: for a sample that could not be read, and for an entry that is not as it was written.
-        """
+        """The entry of that name; None where there is none. Raises ValueError for a sample that could not be read, and for an entry that is
+        not as it was written."""
         if name not in self:
             return None
         if not (data := self.stored(name)):
@@ -177,13 +171,8 @@ class Members:
 
 
 class Former:
-    """Members of the tars of a cache's folder that no shard has any more, as those do of one that has changed.
-
-    Args:
-        current: the tars of today's shards.
-    Attributes:
-        taken: how many members were taken from each tar; who makes several shards may begin it anew.
-    """
+    """Members of the tars of a cache's folder that are not ``current``, those of today's shards: of shards that have changed, say. ``taken``
+    counts the members that were taken from each; who makes several shards may begin it anew."""
 
     def __init__(self, folder: Path, current: Sequence[Path]) -> None:
         others = set(folder.glob("*.tar")) - set(current) - {folder / NULL_FILE}
@@ -282,11 +271,8 @@ class Cache:
         return place if self.latents is None else replace(place, image=Span(0, 0))
 
     def read(self, place: Place, caption: str) -> Stored:
-        """What is cached of one sample with that caption.
-
-        Raises:
-            ValueError: when it is not there, or is damaged; OSError when the file cannot be read.
-        """
+        """What is cached of one sample with that caption. Raises ValueError when it is not there, or is damaged; OSError when the file cannot
+        be read."""
         latents, text = None, None
         if self.latents is not None:
             found = members_of(self.latents[place.shard]).get(picture_name(place.id, place.image_hash))

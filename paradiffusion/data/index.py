@@ -205,11 +205,10 @@ def load_index(
 ) -> SampleIndex:
     """Index all ``shards`` (as ``expand_shards`` lists them); builds and stores what is not there yet.
 
-    Many new indexes are made by several processes; of the processes of one machine, the first makes them and the others
-    wait. A large set's columns are kept in ``index_dir``, beside its first shard, or in the user's cache, and mapped. A
-    remote shard must have its index already. Raises UserError as ``index_shard`` does, when a remote shard has no index,
-    and when the shards hold no sample at all; it names ``key``. ``index_dir`` is where indexes may lie that are not beside
-    their shards; for remote ones their ``storage`` says it too.
+    Many new indexes are made by several processes; of those of one machine, the first makes them and the others wait. A remote shard must
+    have its index already. What does not lie beside the shards is in ``index_dir`` (for remote ones their ``storage`` says it too), or in
+    the user's cache; a large set's columns likewise. Raises UserError as ``index_shard`` does, when a remote shard has no index, and when
+    the shards hold no sample at all; it names ``key``.
     """
     given = next((shard.storage.index_dir for shard in shards if isinstance(shard, RemotePath)), None) or index_dir
     folder = Path(given).expanduser() if given else None
@@ -365,15 +364,9 @@ def build_indexes(
     shards: Sequence[Path | RemotePath], counter: TokenCounter | None = None, folder: Path | None = None,
     processes: int | None = None,
 ) -> Iterator[SampleIndex | UserError]:  # fmt: skip
-    """Yield the index of each shard, in order, made and stored by several processes where there are many.
-
-    What is stored already is taken as it is. Truncated shards are indexed as far as they go; for a shard that cannot be
-    indexed comes the error that says why.
-
-    Args:
-        folder: where the indexes go; None: beside the shards.
-        processes: None for as many as there are cores, where there is enough to do for them.
-    """
+    """Yield the index of each shard, in order, made and stored in ``folder`` (None: beside the shards) by several ``processes`` (None: as
+    many as there are cores, where there are many shards). What is stored already is taken as it is. Truncated shards are indexed as far
+    as they go; for a shard that cannot be indexed comes the error that says why."""
     count = min(processes or cores(), len(shards))
     many = len(shards) > _FEW if processes is None else count > 1
     with tqdm(total=len(shards), desc="indexing shards", unit="shard", disable=None if many else True) as bar:
@@ -420,15 +413,9 @@ def _index_one(shard: Path | RemotePath, folder: Path | None, counter: TokenCoun
 def index_shard(
     path: Path | RemotePath, allow_truncated: bool = False, counter: TokenCounter | None = None, folder: Path | None = None
 ) -> SampleIndex:  # fmt: skip
-    """What lies where in a shard, stored beside it as ``<stem>.index.npz`` and rebuilt when its size or time differ.
-
-    Where it cannot be written, the index goes to ``$PARADIFFUSION_CACHE`` (``~/.cache/paradiffusion``). Raises UserError
-    when the shard cannot be read, or is cut short and ``allow_truncated`` is not set.
-
-    Args:
-        counter: counts tokens too; an index without them, or with another tokenizer's, is made again.
-        folder: where the index goes instead.
-    """
+    """What lies where in a shard, stored as ``<stem>.index.npz`` in ``folder``, else beside it, or where that cannot be written in the user's
+    cache; rebuilt when the shard's size or time differ, and where there is a ``counter`` of tokens when it has not that one's. Raises
+    UserError when the shard cannot be read, or is cut short and ``allow_truncated`` is not set."""
     try:
         path = _settled(path)
         index = _load_stored(path, folder, counter)
@@ -628,12 +615,9 @@ def save_arrays(place: Path, arrays: dict[str, Any]) -> bool:
 
 
 def _load_stored(path: Path | RemotePath, folder: Path | None, counter: TokenCounter | None = None) -> SampleIndex | None:
-    """The stored index of a shard; None where there is none, it is damaged, or the shard has changed since.
-
-    With a ``counter`` also where it has no tokens of that tokenizer. A remote shard's index may lie beside it in its
-    store; its size, and its version where both are known, must then be those of the index. Raises UserError when a remote
-    shard is not there.
-    """
+    """The stored index of a shard; None where there is none, it is damaged or has no tokens of the ``counter``, or the shard has changed
+    since. A remote shard's may lie beside it in its store; its size, and its version where both are known, must then be those of the
+    index. Raises UserError when a remote shard is not there."""
     path = _settled(path)
     places: list[Path | RemotePath] = [*_candidates(path, folder)]
     if isinstance(path, RemotePath):

@@ -49,8 +49,7 @@ class WholeMasters:
         return [parameter.data for parameter in self.parameters.values()]
 
     def full(self, values: Values) -> dict[str, Tensor]:
-        """Each parameter's whole value, fp32 on the CPU, by name in the main process; nothing in the others, which must call
-        this too."""
+        """Each parameter's whole value, fp32 on the CPU, by name in the main process; nothing in the others, which must call this too."""
         pairs = zip(self.names, values, strict=True)
         return to_host({name: value.float() for name, value in pairs}) if self.main else {}
 
@@ -141,7 +140,7 @@ class Engine:
     """One process, or DDP; ``ZeroEngine`` is the other way.
 
     Args:
-        joint: on its device, with the weights that it starts from.
+        joint: with the weights that it starts from, on its device, but where the engine ``cuts_weights``.
     Attributes:
         model: the prepared wrapper of the joint module; training always calls it.
         whole: whether every process computes with whole weights, so that processes may draw different images.
@@ -379,12 +378,6 @@ class ZeroEngine(Engine):
         for number, tensor in enumerate(masters.flat):
             counter = placed("step", step, tensor, adamw)
             adamw.state[tensor] = {"step": counter, **{key: values[number] for key, values in moments.items()}}
-
-
-def make_engine(accelerator: Accelerator, joint: JointModel, config: TrainConfig, micro_batches: int) -> Engine:
-    """The engine for how this run was launched. ``joint`` has the weights it starts from and is on its device, but where the
-    engine ``cuts_weights``."""
-    return (ZeroEngine if is_deepspeed() else Engine)(accelerator, joint, config, micro_batches)
 
 
 def layout_steps(config: TrainConfig) -> int:

@@ -41,6 +41,8 @@ from paradiffusion.training.best import Best
 from paradiffusion.training.caching import check_cache, describe_cache, open_cache, spares_models
 from paradiffusion.training.ema import Ema, OwnAverage
 from paradiffusion.training.engine import (
+    Engine,
+    ZeroEngine,
     at_once,
     bring,
     count_micro_batches,
@@ -48,7 +50,6 @@ from paradiffusion.training.engine import (
     is_deepspeed,
     layout_steps,
     make_accelerator,
-    make_engine,
     share,
 )  # fmt: skip
 from paradiffusion.training.folder import (
@@ -169,7 +170,7 @@ class Trainer:
             vision = VisionEncoder(config.objective, config.codec.factor * downsampling(self.joint.unet), self.device)
         self.inputs = Inputs(config, self.encoder, self.codec, self.joint, self.device, null, memory, teacher=self.teacher, vision=vision)
 
-        self.engine = make_engine(accelerator, self.joint, config, self.micro_batches)
+        self.engine = (ZeroEngine if is_deepspeed() else Engine)(accelerator, self.joint, config, self.micro_batches)
         if (refiner := self.joint.refiner) is not None and start.description is None:
             if self.main or (is_cut and trained):  # whose layers are gathered by all processes together
                 take_statistics(refiner, self.encoder, self.plan, self.device)
