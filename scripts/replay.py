@@ -32,7 +32,7 @@ from paradiffusion.entry import run
 def main(arguments: list[str]) -> int:
     """Write the replay and say where it is."""
     from paradiffusion.compose import compose_options
-    from paradiffusion.training.replay import ReplayOptions, replay
+    from paradiffusion.curation.inspecting.replay import ReplayOptions, replay
 
     found, page = replay(compose_options(ReplayOptions, arguments))
     print(found.verdict)

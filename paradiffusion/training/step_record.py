@@ -31,7 +31,6 @@ from paradiffusion.training.inputs import Inputs
 SEEN_FOLDER: Final = "samples_seen"
 PAGE, LINES, FACTS, IMAGES = "index.html", "samples.jsonl", "replay.json", "images"
 MAX_EMBEDDED: Final = 600  # pictures; a page with more shows those with the smaller losses by their files
-PARTS: Final = {"pixels": "other pixels", "caption": "another caption", "weight": "another loss weight"}
 COLUMNS: Final = ("slots", "keys", "pixels", "captions", "weights")  # of a line: the fields of Seen
 
 
@@ -50,15 +49,6 @@ class Seen(NamedTuple):
     pixels: str
     caption: str
     weight: float
-
-
-@dataclass(frozen=True)
-class SeenStep:
-    """A step over all processes, samples by slot; ``world_size`` and ``micro_batches`` as they were then."""
-
-    world_size: int
-    micro_batches: int
-    samples: dict[int, Seen]
 
 
 def has_pixels(batch: Batch) -> bool:
@@ -91,52 +81,6 @@ def open_seen(folder: Path, rank: int, first_step: int) -> TextIO:
     path = folder / SEEN_FOLDER / f"rank{rank}_from{first_step:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)
     return path.open("w", buffering=1, encoding="utf-8")  # each line is on the disk at once
-
-
-def read_seen(folder: Path, step: int) -> SeenStep | None:
-    """What ``step`` saw in the stage ``folder``; None where that was not written, or not by all of its processes.
-
-    A step that was done again after a stop counts as it was done last.
-    """
-    starts = (folder / SEEN_FOLDER).glob("rank0_from*.jsonl")
-    for path in sorted(starts, key=lambda path: int(path.stem.partition("_from")[2]), reverse=True):
-        if (main := _find(path, step)) is None:
-            continue
-        samples: dict[int, Seen] = {}
-        for rank in range(main["world_size"]):  # files of ranks beyond are of an earlier start with more processes
-            row = _find(path.with_name(path.name.replace("rank0", f"rank{rank}", 1)), step)
-            if row is None:
-                return None
-            samples |= {one[0]: Seen(*one) for one in zip(*(row[column] for column in COLUMNS), strict=True)}
-        return SeenStep(main["world_size"], main["micro_batches"], samples)
-    return None
-
-
-def _find(path: Path, step: int) -> dict[str, Any] | None:
-    """The row of ``step``; None where there is none."""
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                # The last line of a run that is killed may be a part.
-                if line.startswith(f'{{"step": {step}, ') and line.endswith("\n"):
-                    row: dict[str, Any] = json.loads(line)
-                    return row if "pixels" in row else None  # written before digests were
-    return None
-
-
-def differences(recorded: SeenStep, replayed: dict[int, Seen]) -> list[str]:
-    """A few words for each slot in which a replay differs from what was recorded; empty where it is identical."""
-    found = []
-    for slot, was in sorted(recorded.samples.items()):  # a replay of the same plan has the same slots
-        now = replayed[slot]
-        if was.key != now.key:
-            found.append(f"slot {slot} was {was.key} and is now {now.key}")
-            continue
-        # Where pixels came from a cache there is nothing to compare them with.
-        compared = [part for part in PARTS if part != "pixels" or (was.pixels and now.pixels)]
-        if parts := [PARTS[part] for part in compared if getattr(was, part) != getattr(now, part)]:
-            found.append(f"slot {slot} ({now.key}) has {' and '.join(parts)}")
-    return found
 
 
 @dataclass

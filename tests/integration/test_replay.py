@@ -22,13 +22,13 @@ from spoiled_train import spoil_latents
 from training_runs import records, train_here
 
 from paradiffusion.compose import compose_options, compose_train
+from paradiffusion.curation.inspecting.replay import Replay, ReplayOptions, read_seen, replay
 from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.training import spikes
 from paradiffusion.training.caching import CacheOptions, make_cache
-from paradiffusion.training.replay import Replay, ReplayOptions, replay
-from paradiffusion.training.step_record import digest, read_seen
+from paradiffusion.training.step_record import digest
 from paradiffusion.training.trainer import Trainer
 
 Train = Callable[..., int]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from omegaconf import OmegaConf
@@ -35,7 +35,9 @@ from paradiffusion.training.folder import CONFIG_FILE, STATE
 from paradiffusion.training.inputs import Inputs
 from paradiffusion.training.log import Meters
 from paradiffusion.training.start import build_models, find_init, open_teacher, start_from, take_statistics
-from paradiffusion.training.step_record import Replay, ReplayedSample, Seen, SeenStep
+from paradiffusion.training.step_record import COLUMNS, SEEN_FOLDER, Replay, ReplayedSample, Seen
+
+PARTS: Final = {"pixels": "other pixels", "caption": "another caption", "weight": "another loss weight"}
 
 
 @dataclass
@@ -56,6 +58,61 @@ class ReplayOptions:
             missing = "run" if not self.run else "step"
             raise UserError(f"{missing}= is missing; expected run=runs/NAME/stage1 step=<a step, counted from 0>.")
         check_values(self)
+
+
+@dataclass(frozen=True)
+class SeenStep:
+    """A step over all processes, samples by slot; ``world_size`` and ``micro_batches`` as they were then."""
+
+    world_size: int
+    micro_batches: int
+    samples: dict[int, Seen]
+
+
+def read_seen(folder: Path, step: int) -> SeenStep | None:
+    """What ``step`` saw in the stage ``folder``; None where that was not written, or not by all of its processes.
+
+    A step that was done again after a stop counts as it was done last.
+    """
+    starts = (folder / SEEN_FOLDER).glob("rank0_from*.jsonl")
+    for path in sorted(starts, key=lambda path: int(path.stem.partition("_from")[2]), reverse=True):
+        if (main := _find(path, step)) is None:
+            continue
+        samples: dict[int, Seen] = {}
+        for rank in range(main["world_size"]):  # files of ranks beyond are of an earlier start with more processes
+            row = _find(path.with_name(path.name.replace("rank0", f"rank{rank}", 1)), step)
+            if row is None:
+                return None
+            samples |= {one[0]: Seen(*one) for one in zip(*(row[column] for column in COLUMNS), strict=True)}
+        return SeenStep(main["world_size"], main["micro_batches"], samples)
+    return None
+
+
+def _find(path: Path, step: int) -> dict[str, Any] | None:
+    """The row of ``step``; None where there is none."""
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                # The last line of a run that is killed may be a part.
+                if line.startswith(f'{{"step": {step}, ') and line.endswith("\n"):
+                    row: dict[str, Any] = json.loads(line)
+                    return row if "pixels" in row else None  # written before digests were
+    return None
+
+
+def differences(recorded: SeenStep, replayed: dict[int, Seen]) -> list[str]:
+    """A few words for each slot in which a replay differs from what was recorded; empty where it is identical."""
+    found = []
+    for slot, was in sorted(recorded.samples.items()):  # a replay of the same plan has the same slots
+        now = replayed[slot]
+        if was.key != now.key:
+            found.append(f"slot {slot} was {was.key} and is now {now.key}")
+            continue
+        # Where pixels came from a cache there is nothing to compare them with.
+        compared = [part for part in PARTS if part != "pixels" or (was.pixels and now.pixels)]
+        if parts := [PARTS[part] for part in compared if getattr(was, part) != getattr(now, part)]:
+            found.append(f"slot {slot} ({now.key}) has {' and '.join(parts)}")
+    return found
 
 
 def read_recorded(run: str) -> tuple[Path, TrainConfig, dict[str, Any]]:
@@ -92,7 +149,7 @@ def replay(options: ReplayOptions) -> tuple[Replay, Path]:
             f"step={step} is beyond the run {folder}, which has {config.max_steps} steps: the last one is "
             f"{config.max_steps - 1}, since they are counted from 0."
         )
-    seen = step_record.read_seen(folder, step)
+    seen = read_seen(folder, step)
     plan, changed = open_plan(folder, config, began_with.get("data"), options.shards, options.force)
     world = options.world or (seen.world_size if seen else 1)
     micro_batches = seen.micro_batches if seen and seen.world_size == world else count_micro_batches(config, world)
@@ -243,7 +300,7 @@ def judge(seen: SeenStep | None, digests: dict[int, Seen], changed: bool, logged
             f"The data's fingerprint is that of the run, but there are no digests of this step ({reason}), so that the pixels "
             "are the same could not be checked."
         )
-    if found := step_record.differences(seen, digests):
+    if found := differences(seen, digests):
         more = f", and {len(found) - 8} more" if len(found) > 8 else ""
         return "different", f"Not what the step saw: {'; '.join(found[:8])}{more}."
     pictured = all(sample.pixels for sample in seen.samples.values())
