@@ -11,9 +11,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -87,17 +87,13 @@ class FoundPicture:
     told: bool = False
 
 
-@dataclass
-class LookedAt:
-    """What the files of a picture hold; ``width`` 0 where it is no picture."""
+class LookedAt(NamedTuple):
+    """What the files of a picture hold: (width, height, hash) of the picture, width 0 where it is none; its captions by kind; and whether
+    its JSON cannot be read, its text is not UTF-8, and its files cannot be opened."""
 
-    width: int = 0
-    height: int = 0
-    hash: int = 0
-    captions: dict[str, str] = field(default_factory=dict)
-    bad_json: bool = False
-    odd_text: bool = False
-    unreadable: bool = False
+    picture: tuple[int, int, int]
+    captions: dict[str, str]
+    faults: tuple[bool, bool, bool]
 
 
 def walk_pictures(root: Path, passed_over: Counter[str]) -> Iterator[FoundPicture]:
@@ -176,12 +172,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def _look_at(root: Path, found: list[FoundPicture]) -> tuple[SampleIndex, np.ndarray, np.ndarray]:
-    """Read the head of each picture, and its captions. Threads, since most of it is waiting for the disk.
-
-    Returns:
-        Their index, the stamps, int64 [n, 6], and bool [n, 3]: whose JSON cannot be read, whose texts are not UTF-8, and
-        which cannot be opened.
-    """
+    """Read the head of each picture, and its captions: their index, the stamps, int64 [n, 6], and faults, bool [n, 3]. By threads, since
+    most of it is waiting for the disk."""
     shown = None if len(found) > _SHOWN_FROM else True
     with ThreadPoolExecutor(_READERS) as pool:
         looking = pool.map(lambda one: look(root, one), found)
@@ -191,10 +183,9 @@ def _look_at(root: Path, found: list[FoundPicture]) -> tuple[SampleIndex, np.nda
         image, meta, text = (Span(0, max(size, 0)) for size in one.stamps[::2])
         text.offset = IN_TABLE if one.told else 0
         entries.append(TarEntry(one.key, one.key.rpartition(".")[2].lower(), image, meta, text))
-    looks, captions = [(saw.width, saw.height, saw.hash) for saw in looked], [saw.captions for saw in looked]
-    index = tabulated(FolderPart(root, 0), entries, looks, captions)
+    index = tabulated(FolderPart(root, 0), entries, [saw.picture for saw in looked], [saw.captions for saw in looked])
     stamps = np.array([one.stamps for one in found], np.int64).reshape(len(found), 6)
-    return (index, stamps, np.array([(saw.bad_json, saw.odd_text, saw.unreadable) for saw in looked], bool).reshape(-1, 3))
+    return index, stamps, np.array([saw.faults for saw in looked], bool).reshape(-1, 3)
 
 
 def look(root: Path, found: FoundPicture) -> LookedAt:
@@ -205,11 +196,11 @@ def look(root: Path, found: FoundPicture) -> LookedAt:
         meta_bytes, text = read_beside(path, found.stamps[2] >= 0, found.stamps[4] >= 0 and not found.told)
         if found.told:
             captions, odd_text = told_by_table(root, found.key)
-            return LookedAt(*picture, captions, odd_text=odd_text)
+            return LookedAt(picture, captions, (False, odd_text, False))
     except OSError:
-        return LookedAt(unreadable=True)
+        return LookedAt((0, 0, 0), {}, (False, False, True))
     meta = parse_meta(meta_bytes) if meta_bytes else {}
-    return LookedAt(*picture, captions_of(meta or {}, text), meta is None, is_odd(meta_bytes, text))
+    return LookedAt(picture, captions_of(meta or {}, text), (meta is None, is_odd(meta_bytes, text), False))
 
 
 def _to_index(root: Path, whole: SampleIndex, faults: np.ndarray, passed_over: Counter[str], name: str) -> SampleIndex:

@@ -195,16 +195,12 @@ class Loader(Iterator[Batch]):
             raise
         except (RuntimeError, EOFError, ConnectionError) as error:
             # A worker that dies is a RuntimeError of the DataLoader's, or one of the others where it was handing something over.
-            crowded = "Too many open files" in str(error)
-            if isinstance(error, RuntimeError) and not crowded and "DataLoader worker (pid" not in str(error):
+            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in ("open files", "DataLoader worker (pid")):
                 raise
             self.close()
             raise UserError(
-                "Too many files are open to take batches from the processes that read data: raise the limit (ulimit -n), or "
-                "set data.workers lower."
-                if crowded
-                else f"A process that reads data has died ({type(error).__name__} {error}), probably out of memory: "
-                "set data.workers lower, or enlarge /dev/shm in a container."
+                f"A process that reads data has died, or cannot hand over its batches ({type(error).__name__} {error}): set data.workers "
+                "lower, enlarge /dev/shm in a container, or raise the limit of open files (ulimit -n)."
             ) from error
         return batch
 

@@ -113,17 +113,14 @@ def _describe_fit(plan: BatchPlan) -> str:
     width, height = index.width[rows], index.height[rows]
     tall, wide = np.array(plan.buckets)[assign_buckets(width, height, plan.buckets)].T
     cropped, scale = fitted(width, height, tall, wide)
-    most, largest = int(cropped.argmax()), int(scale.argmax())
-    parts = []
-    if cropped[most] > _MUCH_CROPPED or cropped.mean() > _MUCH_ON_AVERAGE:
-        parts.append(
-            f"up to {cropped[most]:.0%} of a picture's area is cut away ({index.key(rows[most])}), {cropped.mean():.1%} on average"
-        )
-    if scale[largest] > _MUCH_ENLARGED or (scale > 1).mean() > _MUCH_ON_AVERAGE:
-        parts.append(
-            f"up to {scale[largest]:.1f} times enlarged ({index.key(rows[largest])}), {(scale > 1).mean():.1%} of the pictures at all"
-        )
-    return f"crops: {'; '.join(parts)} (scripts/inspect_data.py shows them)" if parts else ""
+    most, largest, enlarged = int(cropped.argmax()), int(scale.argmax()), (scale > 1).mean()
+    if cropped[most] <= _MUCH_CROPPED and scale[largest] <= _MUCH_ENLARGED and max(cropped.mean(), enlarged) <= _MUCH_ON_AVERAGE:
+        return ""
+    return (
+        f"crops: up to {cropped[most]:.0%} of a picture's area is cut away ({index.key(rows[most])}), {cropped.mean():.1%} on average; "
+        f"up to {scale[largest]:.1f} times enlarged ({index.key(rows[largest])}), {enlarged:.1%} of the pictures at all "
+        "(scripts/inspect_data.py shows them)"
+    )
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,11 @@ class Engine:
         self.optimizer = build_optimizer(self.parameters, config.optimizer)
         # The launcher may name the same number as we: accelerate would then divide by it a second time.
         accelerator.gradient_accumulation_steps = 1
-        leave_frozen_alone(joint)
+        # DDP would send the frozen weights to all processes too, gigabytes that each has read from the same files, and the buffers in
+        # every step.
+        frozen = [name for name, parameter in joint.named_parameters() if not parameter.requires_grad]
+        left_alone: Any = [*frozen, *(name for name, _ in joint.named_buffers())]
+        joint._ddp_params_and_buffers_to_ignore = left_alone
         self.model = accelerator.prepare(joint)
         self.masters = WholeMasters(self.parameters, accelerator.is_main_process)
         self.max_norm, self.micro_batches = config.optimizer.max_grad_norm, micro_batches
@@ -256,14 +260,6 @@ def bring(joint: nn.Module, device: torch.device) -> None:
     joint._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     values = {**dict(joint.named_parameters()), **dict(joint.named_buffers())}
     share(value.data for name, value in values.items() if not name.startswith("text_encoder."))
-
-
-def leave_frozen_alone(joint: JointModel) -> None:
-    """DDP sends trained weights to all processes once, and would send the frozen ones too, gigabytes that each has read from the
-    same files, and the buffers in every step."""
-    frozen = [name for name, parameter in joint.named_parameters() if not parameter.requires_grad]
-    left_alone: Any = [*frozen, *(name for name, _ in joint.named_buffers())]
-    joint._ddp_params_and_buffers_to_ignore = left_alone
 
 
 def cut(joint: nn.Module, device: torch.device, settings: dict[str, Any]) -> None:
