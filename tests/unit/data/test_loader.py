@@ -47,7 +47,7 @@ def test_batches_are_what_the_plan_says(index: SampleIndex) -> None:
         planned = plan.batch(batch.step)
         assert batch.images.dtype == torch.float32 and batch.images.is_contiguous()
         assert batch.images.shape == (8, 3, *planned.bucket)
-        assert batch.slots.tolist() == list(range(8)) and batch.weights.tolist() == [1.0] * 8 and batch.bad == []
+        assert batch.slots.tolist() == list(range(8)) and batch.weights.tolist() == [1.0] * 8 and not batch.failures
         for slot, (row, kind) in enumerate(zip(planned.rows.tolist(), planned.kinds.tolist(), strict=True)):
             raw = read_sample(index, row)
             assert batch.keys[slot] == f"{index.shards[index.shard[row]].name}/{raw.key}"
@@ -126,11 +126,11 @@ def test_bad_samples_are_replaced_and_counted(tmp_path: Path, workers: int) -> N
     assert loader.report.read == 64 and loader.report.bad.total() == 2
     assert {shard for shard, _ in loader.report.bad} == {"damaged.tar"}
     assert "2 of 64" in loader.report.summary() and "does not decode" in loader.report.summary()
-    told = [line for batch in batches for line in batch.bad]
+    told = [str(failure) for batch in batches for failure in batch.failures]
     assert sorted(line.split(":")[0] for line in told) == ["damaged.tar/005", "damaged.tar/040"]
     for batch in batches:
         assert len(batch.keys) == 8 and batch.images.shape[0] == 8
-        assert (batch.weights == 0).sum() == len(batch.bad)
+        assert (batch.weights == 0).sum() == len(batch.failures)
         good = {key: slot for slot, key in enumerate(batch.keys) if batch.weights[slot]}
         for slot in torch.flatten(torch.nonzero(batch.weights == 0)).tolist():
             assert torch.equal(batch.images[slot], batch.images[good[batch.keys[slot]]])
