@@ -402,12 +402,12 @@ class Trainer:
         step, validation = self.state.step, self.validation
         self.enter("validate", [])
         with self.ema.applied(), self.autocast():
-            record, errors = validation.losses(self.joint, self.encoder, self.codec, self.device, self.teacher)
-            grid = self.folder / "samples" / f"step_{step:06d}.png"
-            scores, drawn = validation.grid(self.inference(), grid)
+            models, grid = self.inference(), self.folder / "samples" / f"step_{step:06d}.png"
+            record, errors = validation.losses(models, self.teacher)
+            scores, drawn = validation.grid(models, grid)
             record |= scores
             if self.config.keep_best == "binding":
-                record |= validation.binding(self.inference())
+                record |= validation.binding(models)
         if self.log is not None and record:
             numbers = "  ".join(f"{key} {value:.4f}" for key, value in record.items())
             self.say(f"stage {self.config.stage}  step {step:>6}  held-out {numbers}")

@@ -17,14 +17,14 @@ from paradiffusion.config import TrainConfig
 from paradiffusion.data.captions import count_words
 from paradiffusion.data.images import Bucket, assign_buckets, buckets_of, decode, to_array
 from paradiffusion.data.index import SampleIndex, read_sample
+from paradiffusion.data.loader import join_pixels, scale_pixels
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec
-from paradiffusion.models.joint import JointModel, LossBatch
+from paradiffusion.models.joint import LossBatch
 from paradiffusion.randomness import seed_from
 from paradiffusion.sampling.gallery import contact_sheet
 from paradiffusion.sampling.pipeline import InferenceModels, Job, generate
 from paradiffusion.sampling.sampler import starting_noise
-from paradiffusion.text.encoder import TextEncoder
 from paradiffusion.text.scores import scores_of
 from paradiffusion.training.distillation import Teacher
 
@@ -148,9 +148,7 @@ class Validation:
             )
 
     @torch.no_grad()
-    def losses(
-        self, joint: JointModel, encoder: TextEncoder, codec: Codec, device: torch.device, teacher: Teacher | None = None
-    ) -> tuple[dict[str, float], list[tuple[float, float, int]]]:
+    def losses(self, models: InferenceModels, teacher: Teacher | None) -> tuple[dict[str, float], list[tuple[float, float, int]]]:
         """Mean loss on short and on long captions, over fixed times spread evenly and fixed noise; and all of them, each with its time
         in 0..1 and its caption's words. Where a ``teacher`` is distilled, it says how far the student is from it."""
         items = list(enumerate(self.items[: self.config.validation.samples]))[self.rank :: self.world_size]
@@ -160,19 +158,18 @@ class Validation:
         for kind in ("short", "long") if total else ():
             found: list[tuple[float, float, int]] = []
             for batch in _by_size(items, self.config.validation.batch_size):
-                found += self._errors(batch, kind, total, joint, encoder, codec, device, teacher)
+                found += self._errors(batch, kind, total, models, teacher)
             merged = self.gather(found)
             record[f"loss_{kind}"] = float(sum(loss for loss, _, _ in merged) / len(merged))
             errors += merged
         return record, errors
 
     def _errors(
-        self, batch: list[tuple[int, HeldOut]], kind: str, total: int, joint: JointModel, encoder: TextEncoder,
-        codec: Codec, device: torch.device, teacher: Teacher | None,
-    ) -> list[tuple[float, float, int]]:  # fmt: skip
+        self, batch: list[tuple[int, HeldOut]], kind: str, total: int, models: InferenceModels, teacher: Teacher | None
+    ) -> list[tuple[float, float, int]]:
         """Each sample's loss, time in 0..1 and words, of one batch of equal size."""
-        pixels = torch.from_numpy(np.stack([item.image for _, item in batch])).permute(0, 3, 1, 2)  # [B, 3, H, W]
-        latents = codec.encode((pixels.float() / 127.5 - 1).to(device))
+        joint, encoder, device = models.joint, models.text_encoder, models.device
+        latents = models.codec.encode(scale_pixels(join_pixels([item.image for _, item in batch])).to(device))
         seeds = [seed_from("validation noise", SEED, number) for number, _ in batch]
         noise = starting_noise(seeds, latents.shape[1:]).to(device)
         u = torch.tensor([(number + 0.5) / total for number, _ in batch])
@@ -262,8 +259,7 @@ def sheet(drawn: Sequence[Drawn]) -> Image.Image:
 
 def reconstruct(codec: Codec, image: np.ndarray, device: torch.device) -> np.ndarray:
     """An image, uint8 [H, W, 3], through the codec and back."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
-    decoded = codec.decode(codec.encode(pixels.float() / 127.5 - 1))
+    decoded = codec.decode(codec.encode(scale_pixels(join_pixels([image]).to(device))))
     return ((decoded[0] + 1) * 127.5).round().clamp(0, 255).permute(1, 2, 0).to("cpu", torch.uint8).numpy()
 
 
