@@ -13,12 +13,8 @@ from paradiffusion.training.engine import WholeMasters
 
 
 class Ema:
-    """Follows the fp32 weights. Each process averages what it holds of them.
-
-    Args:
-        masters: what to follow; the average starts as a copy.
-        decay: the final decay; early steps use (1 + n) / (10 + n), so that the average forgets the initial weights.
-        device: where the average lies; None for beside the weights.
+    """Follows the fp32 weights (``masters``), of which each process averages what it holds; it starts as a copy, and lies on ``device``, None
+    for beside the weights. ``decay`` is the final one: early steps use (1 + n) / (10 + n), so that the average forgets the initial weights.
     """
 
     def __init__(self, masters: WholeMasters, decay: float, device: str | None = None) -> None:

@@ -146,14 +146,9 @@ def record_config(config: TrainConfig, folder: Path, facts: dict[str, Any]) -> N
 
 @dataclass
 class TrainState:
-    """What a run knows besides tensors.
-
-    Attributes:
-        step: optimiser steps done; it is also the position in the data, since the plan is a function of it.
-        skipped: steps whose update was left out because of a spike.
-        typical_loss: running average that a spike is measured against; None before the first step.
-        seconds: time spent in training over all starts.
-    """
+    """What a run knows besides tensors: the optimiser steps done (``step``, also the position in the data, since the plan is a function of
+    it); steps ``skipped`` because of a spike, and the running average of the loss that one is measured against, None before the first
+    step; and ``seconds`` of training over all starts."""
 
     step: int = 0
     skipped: list[int] = field(default_factory=list)

@@ -39,12 +39,9 @@ R = TypeVar("R")
 class Inputs:
     """Makes the joint module's input of a batch.
 
-    Attributes:
-        null: features of the empty caption, where a cache holds those of the others.
-        memory: what the frozen models made in this run, where it is kept.
-        null_features: of the empty caption, [1, L0, D] on the device, once it has been read; at most one.
-        teacher: makes of data what a stage that distils is trained on.
-        vision: sees the pictures for a stage that is aligned with it.
+    ``null`` are features of the empty caption, where a cache holds those of the others; ``null_features`` the same, [1, L0, D] on the
+    device, once they have been read; ``memory`` is what the frozen models made in this run, where it is kept. The ``teacher`` makes of
+    data what a stage that distils is trained on, ``vision`` sees the pictures for a stage that is aligned with it.
     """
 
     config: TrainConfig
@@ -201,14 +198,9 @@ def in_calls_of_one_size(items: Sequence[T], run: Callable[[list[T]], Iterable[R
 
 
 class Memory:
-    """What frozen models made of captions and images, kept in memory while it fits: made once, not in every epoch.
-
-    Each entry is the same to the bit whatever stands beside it, and after a resume.
-
-    Args:
-        gigabytes: what all entries together may take; further ones are made each time.
-        autocast: the arithmetic of training, for the language model.
-    """
+    """What frozen models made of captions and images, kept in memory up to so many ``gigabytes``: made once, not in every epoch; what does
+    not fit is made each time. Each entry is the same to the bit whatever stands beside it, and after a resume. ``autocast`` is the
+    arithmetic of training, for the language model."""
 
     def __init__(
         self, encoder: TextEncoder, codec: Codec, gigabytes: float, device: torch.device,

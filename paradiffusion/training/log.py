@@ -178,11 +178,8 @@ def log_line(config: TrainConfig, step: int, record: dict[str, Any]) -> str:
 
 class Log:
     """``log.jsonl`` always, and one tracker when chosen; the main process alone has one. A tracker that fails, such as a server out
-    of reach, is left out from then on, and a sentence says so: it never takes the training down.
-
-    Attributes:
-        validations: the records of this kind by step, those from before a resume included.
-    """
+    of reach, is left out from then on, and a sentence says so: it never takes the training down. ``validations`` are the records of this
+    kind by step, those from before a resume included."""
 
     def __init__(self, folder: Path, config: TrainConfig, settings: dict[str, Any], first_step: int) -> None:
         self.path, self.validations = folder / "log.jsonl", dict[int, dict[str, float]]()

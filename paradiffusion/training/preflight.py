@@ -33,14 +33,9 @@ TIMED_STEPS = 3
 
 @dataclass
 class Findings:
-    """What a preflight measured, over all processes.
-
-    Attributes:
-        memory: peak of the process that needed most, in GiB; ``device`` says of what.
-        first_step, step: seconds of the first step (with everything that happens once) and of the later ones (median).
-        checkpoint: bytes of one checkpoint.
-        free: bytes free where checkpoints are written.
-    """
+    """What a preflight measured, over all processes: the peak ``memory`` (GiB of ``device``) of the one that needed most; seconds of the
+    first step, with everything that happens once, of later ones (median) and of a ``validation``; bytes of one ``checkpoint``, and bytes
+    ``free`` where they are written."""
 
     height: int
     width: int

@@ -35,14 +35,9 @@ COLUMNS: Final = ("slots", "keys", "pixels", "captions", "weights")  # of a line
 
 
 class Seen(NamedTuple):
-    """One sample as a step saw it.
-
-    Attributes:
-        pixels: digest of the cropped pixels with their size; "" where no image was decoded, since its latents came from a
-            cache, whose key names everything that made them.
-        caption: digest of the caption as it went to the tokenizer, "" where it was dropped.
-        weight: 0 where another sample stands in for one that could not be read.
-    """
+    """One sample as a step saw it: digests of the cropped ``pixels`` with their size ("" where no image was decoded, since its latents came
+    from a cache, whose key names everything that made them) and of the ``caption`` as it went to the tokenizer, empty where it was
+    dropped; ``weight`` is 0 where another sample stands in for one that could not be read."""
 
     slot: int
     key: str
@@ -85,18 +80,13 @@ def open_seen(folder: Path, rank: int, first_step: int) -> TextIO:
 
 @dataclass
 class ReplayedSample:
-    """One sample of a step, as a person looks at it.
+    """One sample of a step, as a person looks at it: which process (``rank``) had it, in which micro-batch.
 
-    Attributes:
-        rank, micro: which process had it, in which of its micro-batches.
-        caption: as chosen, whole; ``kept`` is what the text encoder read of it, decoded from the tokens, "" where the
-            caption was dropped; ``tokens`` counts all, ``limit`` what is kept at most.
-        time: in the objective's own units; ``noise_share`` the same from 0 (clean) to 1 (noise). With ``repeats`` the first.
-        loss: unweighted, the mean over ``repeats``.
-        weight: 0 where the sample stands in for one that could not be read.
-        image: its file beside the page, pixels as they are given to the VAE; None where its latents came from a cache and
-            it could not be read.
-        thumbnail: a data URI.
+    ``caption`` is as chosen, whole; ``kept`` what the text encoder read of it, decoded from the tokens, "" where the caption was dropped;
+    ``tokens`` counts all, ``limit`` what is kept at most. ``time`` is in the objective's own units, ``noise_share`` the same from 0 (clean)
+    to 1 (noise), with ``repeats`` the first; ``loss`` is unweighted, the mean over ``repeats``; ``weight`` is 0 where the sample stands in
+    for one that could not be read. ``image`` is its file beside the page, pixels as they are given to the VAE, None where its latents
+    came from a cache and it could not be read; ``thumbnail`` a data URI.
     """
 
     slot: int

@@ -120,14 +120,10 @@ def _read(index: SampleIndex, row: int, bucket: Bucket, kind: str) -> HeldOut:
 
 
 class Validation:
-    """Held-out data, read once, and the measurements over it.
+    """Held-out data, read once, and the measurements over it; ``prompts`` are drawn besides (validation.prompts).
 
-    Args:
-        prompts: what is drawn besides the held-out samples (validation.prompts).
-        rank, world_size: each process takes every ``world_size``-th item; ``gather`` merges lists over processes.
-        writes: whether this process writes the pictures, which all of them may have drawn.
-    Raises:
-        UserError: where no sample can be read, or keep_best=binding has nothing to bind.
+    Each process takes every ``world_size``-th item, ``gather`` merges lists over processes, and the one that ``writes`` writes the
+    pictures, which all of them may have drawn. Raises UserError where no sample can be read, or keep_best=binding has nothing to bind.
     """
 
     def __init__(
@@ -188,11 +184,8 @@ class Validation:
 
     def grid(self, models: InferenceModels, path: Path) -> tuple[dict[str, float], list[Drawn]]:
         """Draw the first held-out prompts, beside the true pictures, and those of validation.prompts, with fixed seeds, into one
-        picture.
-
-        Returns what the scorer says of those held-out ones that it knows, few, but the same ones at every validation; and all of them
-        one by one, in the process that writes.
-        """
+        picture. Returns what the scorer says of those held-out ones that it knows, few, but the same ones at every validation; and all of
+        them one by one, in the process that writes."""
         items = self.items[: self.config.validation.images]
         jobs = [*self._jobs(items), *self.prompts]
         pictures = self._draw(models, jobs)

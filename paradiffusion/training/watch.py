@@ -75,15 +75,9 @@ def describe_stall(places: list[Place], now: float, seconds: float, silence: flo
 
 
 class Watch:
-    """This process's place, and what it knows of the others'.
-
-    Args:
-        seconds: how long a process may stay in one place; of a single process that is only told.
-
-    Attributes:
-        on_leave: called before the watch ends the process, which no other clean-up survives.
-        failing: whether any process has said that it ends with an error, as far as is known.
-    """
+    """This process's place, and what it knows of the others', which may stay in one place for so many ``seconds``; of a single process
+    that is only told. ``on_leave`` is called before the watch ends the process, which no other clean-up survives; ``failing`` says whether
+    any process has said that it ends with an error, as far as is known."""
 
     def __init__(self, rank: int, world_size: int, seconds: float) -> None:
         self.world_size, self.seconds = world_size, seconds
