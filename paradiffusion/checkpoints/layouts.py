@@ -411,8 +411,9 @@ def split_parts(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def save_weights(folder: Path, joint: JointModel, state: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Write ``state`` (the EMA weights by parameter name) to ``folder`` with its description. ``joint`` gives the configuration of the U-Net,
-    the refiner and the adapter; its own weights are read only where they are a U-Net's frozen base under LoRA that ``state`` lacks."""
+    """Write ``state`` (the EMA weights by parameter name) to ``folder`` with its description. ``joint`` gives the configuration of the
+    U-Net, the refiner and the adapter; its own weights are read only where they are a U-Net's frozen base under LoRA that ``state``
+    lacks."""
     base = {}
     if description.get("unet_lora"):  # all but adapter and projection is frozen, so it is no part of the average
         base = {f"{UNET}.{n}": p for n, p in joint.unet.named_parameters() if not p.requires_grad}

@@ -171,8 +171,8 @@ class Members:
 
 
 class Former:
-    """Members of the tars of a cache's folder that are not ``current``, those of today's shards: of shards that have changed, say. ``taken``
-    counts the members that were taken from each; who makes several shards may begin it anew."""
+    """Members of the tars of a cache's folder that are not ``current``, those of today's shards: of shards that have changed, say.
+    ``taken`` counts the members that were taken from each; who makes several shards may begin it anew."""
 
     def __init__(self, folder: Path, current: Sequence[Path]) -> None:
         others = set(folder.glob("*.tar")) - set(current) - {folder / NULL_FILE}
@@ -271,8 +271,8 @@ class Cache:
         return place if self.latents is None else replace(place, image=Span(0, 0))
 
     def read(self, place: Place, caption: str) -> Stored:
-        """What is cached of one sample with that caption. Raises ValueError when it is not there, or is damaged; OSError when the file cannot
-        be read."""
+        """What is cached of one sample with that caption. Raises ValueError when it is not there, or is damaged; OSError when the file
+        cannot be read."""
         latents, text = None, None
         if self.latents is not None:
             found = members_of(self.latents[place.shard]).get(picture_name(place.id, place.image_hash))

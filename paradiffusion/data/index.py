@@ -413,9 +413,9 @@ def _index_one(shard: Path | RemotePath, folder: Path | None, counter: TokenCoun
 def index_shard(
     path: Path | RemotePath, allow_truncated: bool = False, counter: TokenCounter | None = None, folder: Path | None = None
 ) -> SampleIndex:  # fmt: skip
-    """What lies where in a shard, stored as ``<stem>.index.npz`` in ``folder``, else beside it, or where that cannot be written in the user's
-    cache; rebuilt when the shard's size or time differ, and where there is a ``counter`` of tokens when it has not that one's. Raises
-    UserError when the shard cannot be read, or is cut short and ``allow_truncated`` is not set."""
+    """What lies where in a shard, stored as ``<stem>.index.npz`` in ``folder``, else beside it, or where that cannot be written in the
+    user's cache; rebuilt when the shard's size or time differ, and where there is a ``counter`` of tokens when it has not that one's.
+    Raises UserError when the shard cannot be read, or is cut short and ``allow_truncated`` is not set."""
     try:
         path = _settled(path)
         index = _load_stored(path, folder, counter)

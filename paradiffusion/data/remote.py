@@ -390,7 +390,8 @@ def _fetch(shard: RemotePath, target: Path, limit: int) -> None:
 
 
 def _make_room(folder: Path, limit: int) -> None:
-    """Evict what was used longest ago until at most ``limit`` bytes are left; what is being fetched counts, and stays for a day at least."""
+    """Evict what was used longest ago until at most ``limit`` bytes are left; what is being fetched counts, and stays for a day at
+    least."""
     found: list[tuple[float, int, Path]] = []
     for path in (*folder.glob("*.partial"), *folder.glob("*.shard")):
         with suppress(FileNotFoundError):

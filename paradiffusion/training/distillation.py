@@ -35,8 +35,8 @@ from paradiffusion.text.sources import hash_ends
 
 
 class Teacher:
-    """Guided sampling with a checkpoint's weights, a window of time at once; the ``encoder`` has the checkpoint's adapter, where there is one.
-    ``known_by`` is a hash of the weights: a resumed stage must have the same. Raises UserError where they are incomplete."""
+    """Guided sampling with a checkpoint's weights, a window of time at once; the ``encoder`` has the checkpoint's adapter, where there is
+    one. ``known_by`` is a hash of the weights: a resumed stage must have the same. Raises UserError where they are incomplete."""
 
     def __init__(self, checkpoint: Layout, config: TrainConfig, encoder: TextEncoder, device: torch.device) -> None:
         self.config, self.device = config, device

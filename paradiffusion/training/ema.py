@@ -13,9 +13,9 @@ from paradiffusion.training.engine import WholeMasters
 
 
 class Ema:
-    """Follows the fp32 weights (``masters``), of which each process averages what it holds; it starts as a copy, and lies on ``device``, None
-    for beside the weights. ``decay`` is the final one: early steps use (1 + n) / (10 + n), so that the average forgets the initial weights.
-    """
+    """Follows the fp32 weights (``masters``), of which each process averages what it holds; it starts as a copy, and lies on ``device``,
+    None for beside the weights. ``decay`` is the final one: early steps use (1 + n) / (10 + n), so that the average forgets the initial
+    weights."""
 
     def __init__(self, masters: WholeMasters, decay: float, device: str | None = None) -> None:
         assert all(tensor.dtype == torch.float32 for tensor in masters.tensors()), "trained weights are kept in fp32"

@@ -307,6 +307,12 @@ class ZeroEngine(Engine):
             raise UserError(
                 f"the launch configuration says zero_stage={stage}; expected 1, 2 or 3, or launch with configs/launch/ddp.yaml."
             )
+        zero = plugin.deepspeed_config.get("zero_optimization", {})
+        if any((zero.get(part) or {}).get("device") == "nvme" for part in ("offload_optimizer", "offload_param")):
+            raise UserError(
+                "the launch configuration offloads to nvme, where checkpoints do not find the weights; expected none or cpu, as in "
+                "configs/launch/zero2_offload.yaml."
+            )
         if stage == 3:  # before DeepSpeed, which would bring the whole module to the device first
             cut(joint, accelerator.device, plugin.deepspeed_config)
         parameters = joint.trained()
