@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
-from commands import ROOT
+from commands import ROOT, Command
 
 if TYPE_CHECKING:
     from chat_server import ChatServer
@@ -153,7 +153,7 @@ def train(tiny_arguments: list[str], tmp_path: Path) -> Callable[..., int]:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """``command("train.py", "stage=9")``: what the shell sees of a program of the repository's root, within this process.
 
     New interpreters, which import for seconds, are started in tests/integration, above all in test_launches.py.

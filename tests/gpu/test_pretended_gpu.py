@@ -42,12 +42,10 @@ ARMS = {
 CHECKPOINTING, LORA = "gradient_checkpointing={}".format, "unet.lora_rank=2"
 CASES = [
     (1, "paper", CHECKPOINTING("false")),
-    (1, "masked", CHECKPOINTING("true")),
     (1, "modern", CHECKPOINTING("false")),
     (2, "paper", CHECKPOINTING("true")),
     (2, "masked", CHECKPOINTING("false"), LORA),
     (2, "modern", CHECKPOINTING("half")),
-    (3, "paper", CHECKPOINTING("true"), LORA),
     (3, "masked", CHECKPOINTING("false"), "ema_device=cpu"),
     (3, "modern", CHECKPOINTING("false"), LORA),
 ]

@@ -4,7 +4,6 @@ the same bits after a resume, several of them by NCCL, 4 bits."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,11 @@ import torch
 from accelerate.utils import patch_environment
 from ranks import launch
 from torch import Tensor
-from training_runs import assert_same_bits, build_here, gradients_of, newest, records, sample_here
+from training_runs import Train, assert_same_bits, build_here, gradients_of, newest, records, sample_here
 
 from paradiffusion.text.families import lacks_bitsandbytes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: CUDA_VISIBLE_DEVICES=0")
-Train = Callable[..., int]
 
 
 def step(arguments: list[str], folder: Path, *more: str, cpu: bool = False) -> tuple[float, Tensor]:

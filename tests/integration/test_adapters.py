@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import user_error
+from commands import Command, user_error
 from diffusers import UNet2DConditionModel
 from official_models import make_ours
 from peft import PeftModel
@@ -124,9 +124,7 @@ def test_every_kind_trains_resumes_counts_and_merges(
     assert all(torch.allclose(by_peft[name], t, atol=1e-6) for name, t in read.joint.unet.state_dict().items())
 
 
-def test_other_libraries_draw_what_we_draw(
-    runs: Callable[..., Path], arguments: list[str], command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_other_libraries_draw_what_we_draw(runs: Callable[..., Path], arguments: list[str], command: Command, tmp_path: Path) -> None:
     expected = {}
     for kinds in EXPORTED:
         models = load_models(find_checkpoint(runs(kinds)), device="cpu")

@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import user_error
 from ranks import run_on_two
-from training_runs import at_step, newest, records, sample_here, steps_saved
+from training_runs import Train, at_step, newest, records, sample_here, steps_saved
 
 from paradiffusion.checkpoints.layouts import find_checkpoint
 from paradiffusion.compose import compose_train
@@ -21,7 +21,6 @@ from paradiffusion.training import trainer as training
 from paradiffusion.training.trainer import Trainer
 from paradiffusion.training.validation import Validation
 
-Train = Callable[..., int]
 BEST = ("keep_best=loss_long", "validate_every=2", "checkpoint_every=3", "keep_last=1", "log_every=1")
 
 
@@ -62,8 +61,7 @@ def test_the_best_checkpoint_is_kept_over_stops_and_drawn_from(
     assert train("max_steps=14", *BEST) == 0
     assert steps_saved(stage) == [12, 14]
     shutil.rmtree(stage / "checkpoints" / "step_000012")
-    with pytest.raises(UserError, match="best holds no checkpoint"):
-        find_checkpoint(stage / "best")
+    user_error("best holds no checkpoint", find_checkpoint, stage / "best")
 
 
 def test_a_stage_that_gets_no_better_ends_as_if_done(
@@ -124,8 +122,7 @@ def test_two_processes_keep_the_same_best_and_end_together(tiny_arguments: list[
     ],
 )
 def test_a_best_without_a_measure_is_refused(arguments: list[str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        compose_train(arguments)
+    user_error(said, compose_train, arguments)
 
 
 @pytest.mark.parametrize(("content", "said"), [(None, "does not exist"), ("\n", "holds no prompts")])
@@ -136,5 +133,4 @@ def test_prompts_that_cannot_be_read_are_told_before_models_are_loaded(
     if content is not None:
         path.write_text(content)
     monkeypatch.setattr(training, "load_text_encoder", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(UserError, match=rf"validation\.prompts=.*{said}"):
-        train(f"validation.prompts={path}")
+    user_error(rf"validation\.prompts=.*{said}", train, f"validation.prompts={path}")

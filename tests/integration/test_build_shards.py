@@ -7,20 +7,19 @@ import io
 import json
 import os
 import signal
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from builds import make, samples, write_captioned
-from commands import ROOT, user_error, wait_for
+from commands import ROOT, Command, user_error, wait_for
 from data_fixtures import encoded, picture
 from hostile_folder import BLUE, EXPECTED, KEPT, RED, RENAMED, SIDE, make_hostile_folder
 from PIL import Image
 from programs import script
 from ranks import Started
+from training_runs import Train
 
 from paradiffusion.curation.building import build as building
 from paradiffusion.data.images import decode
@@ -71,9 +70,7 @@ def test_the_hostile_folder(hostile: Path, tmp_path: Path) -> None:
     assert found[renamed].meta["source"] == "mit Leerzeichen/ünï код 图.png"
 
 
-def test_the_report_shows_what_went(
-    hostile: Path, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_shows_what_went(hostile: Path, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     done = command("scripts/build_shards.py", f"input={hostile}", f"output={out}", "processes=2")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
@@ -185,7 +182,7 @@ def test_wrong_options_are_refused_by_name(options: dict[str, Any], message: str
 
 
 @pytest.mark.skipif(not EMOJI.exists(), reason="the emoji archive is not here")
-def test_the_emoji_archive_becomes_shards_and_trains(train: Callable[..., int], tmp_path: Path) -> None:
+def test_the_emoji_archive_becomes_shards_and_trains(train: Train, tmp_path: Path) -> None:
     out = tmp_path / "emoji"
     table = json.loads((EMOJI / "captions.json").read_text())[:60]
     (tmp_path / "captions.json").write_text(json.dumps(table))

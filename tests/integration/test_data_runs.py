@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from commands import user_error
 from remote_fixtures import serving
 from training_runs import build_here, records, train_here
 
@@ -47,14 +48,12 @@ def test_a_folder_of_pictures(tiny_arguments: list[str], tmp_path: Path, capsys:
     other = next(path for path in pictures.glob(f"*.{one.extension}") if path != picture)
     for path, content in ((caption, before[0].swapcase().encode()), (picture, other.read_bytes())):
         path.write_bytes(content)  # as many words, and a picture of the same sides
-        with pytest.raises(UserError, match=r"the data has changed since .* \(samples, captions, pictures"):
-            train_here([*arguments, "max_steps=6"])
+        user_error(r"the data has changed since .* \(samples, captions, pictures", train_here, [*arguments, "max_steps=6"])
         caption.write_text(before[0])
         picture.write_bytes(before[1])
     shutil.copy(picture, pictures / f"added.{one.extension}")
     (pictures / "added.txt").write_text("one picture more")
-    with pytest.raises(UserError, match=r"^the data has changed since .* run_dir=<new folder> init_from="):
-        train_here([*arguments, "max_steps=6"])
+    user_error(r"^the data has changed since .* run_dir=<new folder> init_from=", train_here, [*arguments, "max_steps=6"])
     assert train_here([*arguments, f"run_dir={tmp_path / 'more'}", f"init_from={stage}", "max_steps=1"]) == 0
 
 

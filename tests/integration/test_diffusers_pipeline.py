@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import ROOT
+from commands import ROOT, user_error
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from official_models import MODERN, latents, make_official, make_ours, same
-from PIL import Image
 from tiny_encoders import write_llama_tokenizer
-from training_runs import sample_here
+from training_runs import drawn_here
 
 from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline
 from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
@@ -35,11 +34,6 @@ for folder in sys.argv[3:]:
     image = pipe(sys.argv[2], generator=torch.Generator().manual_seed(7), num_inference_steps=3).images[0]
     np.save(f"{sys.argv[1]}/{folder.rpartition('/')[2]}.npy", np.asarray(image))
 """
-
-
-def drawn(folder: Path, out: Path) -> np.ndarray:
-    assert sample_here(f"ckpt={folder}", f"prompt={PROMPT}", "seed=7", "steps=3", f"output_dir={out}") == 0
-    return np.asarray(Image.open(out / "00000.png"))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +74,7 @@ def test_a_fresh_process_draws_what_sample_py_draws(checkpoints: dict[str, Path]
     arguments = [str(tmp_path), PROMPT, *map(str, folders.values())]
     subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, *arguments], cwd=ROOT, check=True)
     for name, checkpoint in checkpoints.items():
-        expected = drawn(checkpoint, tmp_path / "out" / name)
+        expected = drawn_here(tmp_path / "out" / name, f"ckpt={checkpoint}", f"prompt={PROMPT}", "seed=7", "steps=3")
         assert expected.std() > 1 and np.array_equal(np.load(tmp_path / f"{name}.npy"), expected)
 
 
@@ -229,11 +223,9 @@ def test_what_pipelines_of_diffusers_take(pipe: ParaDiffusionPipeline, folders: 
     for wrong, words in (({"latents": noise[:, :3]}, "latents= has the shape"), ({"prompt_embeds": embeds[0]}, "two ways")):
         with pytest.raises(ValueError, match=words):
             pipe("a", **wrong)
-    with pytest.raises(UserError, match=r"eta=0.5 means nothing to DPMSolver"):
-        pipe("a", eta=0.5)
+    user_error(r"eta=0.5 means nothing to DPMSolver", pipe, "a", eta=0.5)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(UserError, match="DDIMScheduler as it is set here does not draw .* flow"):
-        pipe("a")
+    user_error("DDIMScheduler as it is set here does not draw .* flow", pipe, "a")
     other = ParaDiffusionPipeline.from_pretrained(str(folders["official"]))
     other.scheduler = DDIMScheduler.from_config(other.scheduler.config)
     assert np.array_equal(arrays(other, eta=0.0), arrays(other)) and not np.array_equal(arrays(other, eta=1.0), arrays(other))

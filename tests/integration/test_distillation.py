@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ import pytest
 import torch
 from commands import user_error
 from diffusers import UNet2DConditionModel
-from PIL import Image
-from training_runs import assert_same_bits, build_here, newest, records, sample_here, train_here
+from training_runs import Train, assert_same_bits, build_here, drawn_here, newest, records, sample_here, train_here
 
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.compose import compose_train
@@ -171,13 +169,12 @@ def test_one_forward_a_step(student: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     pictures = []
     for name, *more in (("own",), ("four", "steps=4"), ("weak", "guidance=1")):
         del seen[:]
-        assert sample_here(f"ckpt={student}", f"prompt={PROMPT}", f"output_dir={tmp_path / name}", *more) == 0
+        pictures.append(drawn_here(tmp_path / name, f"ckpt={student}", f"prompt={PROMPT}", *more))
         assert seen == [(1, (1, SCALE_WIDTH))] * (4 if name == "four" else 2)
-        pictures.append(np.asarray(Image.open(tmp_path / name / "00000.png")))
     assert not np.array_equal(pictures[0], pictures[2])
 
 
-def test_what_it_cannot_do_is_said(student: Path, arguments: dict[str, list[str]], train: Callable[..., int], tmp_path: Path) -> None:
+def test_what_it_cannot_do_is_said(student: Path, arguments: dict[str, list[str]], train: Train, tmp_path: Path) -> None:
     for said, *asked in (
         ("negative_prompt needs guidance", "negative_prompt=blue"), ("expected 1.0 to 4.0", "guidance=7.5"),
         ("guidance_stop=0.8 has no place", "sampler=fast"), ("solver=euler has no place", "solver=euler"),
@@ -199,8 +196,7 @@ def test_what_cannot_be_distilled_is_refused(override: str, tiny_arguments: list
 
 def test_it_is_exported(student: Path, arguments: dict[str, list[str]], tmp_path: Path) -> None:
     def drawn(ckpt: Path) -> np.ndarray:
-        assert sample_here(f"ckpt={ckpt}", f"prompt={PROMPT}", "seed=5", f"output_dir={tmp_path / 'of' / ckpt.name}") == 0
-        return np.asarray(Image.open(tmp_path / "of" / ckpt.name / "00000.png")).astype(int)
+        return drawn_here(tmp_path / "of" / ckpt.name, f"ckpt={ckpt}", f"prompt={PROMPT}", "seed=5")
 
     expected = drawn(student)
     for layout in ("ours", "pipeline"):

@@ -16,6 +16,7 @@ from evaluations import evaluate_here, record_in, write_prompts
 from official_models import MODERN, make_ours
 from PIL import Image
 from pydantic import TypeAdapter
+from tiny_encoders import make_tokenizer
 
 from paradiffusion.checkpoints.export import export_pipeline
 from paradiffusion.checkpoints.layouts import open_layout
@@ -156,18 +157,6 @@ def test_scenes_grow_with_the_model() -> None:
 # ---- pipelines
 
 
-def write_clip_tokenizer(folder: Path) -> Any:
-    """CLIP's kind of tokenizer with a piece for each letter."""
-    from transformers import CLIPTokenizer
-
-    letters = [chr(code) for code in range(33, 127)]
-    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=24), len(pieces)
-
-
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion of a few thousand random weights."""
@@ -175,7 +164,8 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     folder = tmp_path_factory.mktemp("pipelines")
-    tokenizer, pieces = write_clip_tokenizer(folder / "tokenizer_files")
+    tokenizer = make_tokenizer("clip_text_model")
+    tokenizer.model_max_length, pieces = 24, len(tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DConditionModel(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+from commands import Command
 from hub_server import Hub, hub_server, point_at
 from official_models import make_official, make_ours
 from PIL import Image
@@ -21,7 +22,6 @@ from paradiffusion.compose import compose_options
 from paradiffusion.evaluation.evaluate_options import EvaluateOptions
 from paradiffusion.evaluation.subjects import subjects_of
 
-Command = Callable[..., Any]
 NAME = "me/tiny"
 DRAW = ("prompt=A red circle.", "seed=3", "steps=2", "device=cpu")
 
@@ -31,6 +31,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with hub_server() as running:
         point_at(monkeypatch, running.url, tmp_path / "cache")
         yield running
+
+
+@pytest.fixture(scope="module")
+def ours(codec_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_ours(tmp_path_factory.mktemp("ours") / "ours", codec_folder)
 
 
 def picture(folder: Path) -> np.ndarray:
@@ -92,14 +97,13 @@ def test_a_run_goes_to_the_hub_and_comes_back(
     refused("not whole in the cache", command("sample.py", "ckpt=hf://me/other", f"output_dir={back}", *DRAW))
 
 
-def test_what_an_older_push_left_is_gone(hub: Hub, command: Command, codec_folder: Path, tmp_path: Path) -> None:
+def test_what_an_older_push_left_is_gone(hub: Hub, command: Command, ours: Path) -> None:
     """An adapter that stays behind would be applied; a file of the user's own is left alone."""
-    old, new = make_ours(tmp_path / "old", codec_folder), make_ours(tmp_path / "new", codec_folder)
-    assert command("scripts/publish.py", "--ckpt", str(old), "--hub", NAME).returncode == 0
+    assert command("scripts/publish.py", "--ckpt", str(ours), "--hub", NAME).returncode == 0
     first = hub.sha(NAME)
     hub.commits[NAME][-1]["notes.txt"] = b"mine"
     hub.commits[NAME][-1]["text_encoder_lora/other.safetensors"] = b"of before"
-    assert command("scripts/publish.py", f"ckpt={new}", f"hub={NAME}", "data=Two | sets").returncode == 0
+    assert command("scripts/publish.py", f"ckpt={ours}", f"hub={NAME}", "data=Two | sets").returncode == 0
     files = hub.commits[NAME][-1]
     assert "text_encoder_lora/other.safetensors" not in files and files["notes.txt"] == b"mine"
     assert r"Two \| sets" in files["README.md"].decode() and hub.sha(NAME) != first
@@ -126,10 +130,8 @@ def test_a_language_model_never_goes_along(hub: Hub, command: Command, codec_fol
     ],
 )  # fmt: skip
 def test_a_hub_that_refuses(
-    fault: tuple[int, str] | None, said: str, hub: Hub, command: Command, codec_folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    ours = make_ours(tmp_path / "ours", codec_folder)
+    fault: tuple[int, str] | None, said: str, hub: Hub, command: Command, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.fault = fault
     if fault is None:
         point_at(monkeypatch, "http://127.0.0.1:9", tmp_path / "cache")
@@ -138,8 +140,7 @@ def test_a_hub_that_refuses(
     assert not any("commit" in asked for asked in hub.asked)
 
 
-def test_what_is_asked_for_wrongly(hub: Hub, command: Command, codec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = make_ours(tmp_path / "ours", codec_folder)
+def test_what_is_asked_for_wrongly(hub: Hub, command: Command, ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, said in (
         ([f"ckpt={ours}", "hub=tiny"], "expected hub=USER/NAME"), ([f"ckpt={ours}"], "output=<folder> or hub="),
         ([f"ckpt={ours}", f"output={tmp_path / 'x'}", "dry_run=true"], "add hub="), ([f"ckpt={ours}", "hubs=me/x"], "did you mean hub="),

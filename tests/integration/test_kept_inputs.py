@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_runs import newest, records
+from training_runs import Train, newest, records
 
 from paradiffusion import machine
 from paradiffusion.compose import compose_train
@@ -209,7 +209,7 @@ def test_auto_settles_by_what_the_processor_multiplies(
         assert machine.settled_precision("auto") == ("bf16" if has else "fp32")
 
 
-def test_the_layout_loss_is_a_number_of_its_own(train: Callable[..., int], tmp_path: Path) -> None:
+def test_the_layout_loss_is_a_number_of_its_own(train: Train, tmp_path: Path) -> None:
     """Runs that hardly move, so that they differ by the weight of that loss alone."""
     still = ["max_steps=2", "log_every=1", "optimizer.lr=1e-30", "optimizer.lr_conditioning=1e-30"]
     seen = []

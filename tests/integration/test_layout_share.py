@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from commands import user_error
 from ranks import run_on_two
-from training_runs import assert_same_bits, build_here, newest, records, tensors
+from training_runs import Train, assert_same_bits, build_here, newest, records, tensors
 
 from paradiffusion.compose import compose_train
 
 FIRST = ["objective.layout_share=0.5", "max_steps=6", "log_every=1", "checkpoint_every=3"]
 
 
-def test_the_denoiser_begins_after_them(tiny_arguments: list[str], train: Callable[..., int], tmp_path: Path) -> None:
+def test_the_denoiser_begins_after_them(tiny_arguments: list[str], train: Train, tmp_path: Path) -> None:
     whole, parted = tmp_path / "whole" / "stage1", tmp_path / "parted" / "stage1"
     assert train(*FIRST, f"run_dir={whole.parent}", "keep_last=5", "spike_factor=1.5") == 0
     before, after = (tensors(whole / "checkpoints" / f"step_{step:06d}") for step in (3, 6))
@@ -32,7 +31,7 @@ def test_the_denoiser_begins_after_them(tiny_arguments: list[str], train: Callab
     assert_same_bits(newest(whole), newest(parted))
 
 
-def test_two_processes_give_what_one_gives(tiny_arguments: list[str], train: Callable[..., int], tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(tiny_arguments: list[str], train: Train, tmp_path: Path) -> None:
     given = [*tiny_arguments, *FIRST]
     assert train(*FIRST) == 0
     ended, said = run_on_two("train.py", *given, f"run_dir={tmp_path / 'two'}")
@@ -47,6 +46,6 @@ def test_without_a_layout_loss_there_is_nothing_to_train_first(none: str, tiny_a
     user_error("trains by the layout loss alone", compose_train, [*tiny_arguments, *FIRST, none])
 
 
-def test_deepspeed_would_decay_the_waiting_denoiser(train: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_would_decay_the_waiting_denoiser(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     user_error("does not go with DeepSpeed", train, *FIRST)

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from builds import write_captioned
 from commands import ROOT
-from PIL import Image
 
 from paradiffusion.entry import EXTRA_OF
 
@@ -52,11 +52,7 @@ def test_processes_are_spawned(tiny_arguments: list[str], tmp_path: Path) -> Non
     """Those that read the data of a training, build shards, and index them."""
     run = tmp_path / "run"
     training = ["train.py", *tiny_arguments, f"run_dir={run}", "data.workers=1", "max_steps=2"]
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for number in range(4):
-        Image.new("RGB", (64, 64), (60 * number, 90, 160)).save(pictures / f"{number}.png")
-        (pictures / f"{number}.txt").write_text(f"A plain picture, number {number}.")
+    pictures = write_captioned(tmp_path / "pictures", *"abcd")
     processes = f"processes=2\toutput={tmp_path}"
     elsewhere(
         PROGRAMS,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from commands import user_error
+from commands import Command, user_error
 from training_runs import build_here, train_here
 
 from paradiffusion.compose import compose_train
@@ -27,9 +25,7 @@ def run(arguments: list[str]) -> Findings:
     return preflight(config, make_accelerator(config))
 
 
-def test_it_says_what_a_step_takes_and_leaves_nothing(
-    tiny_arguments: list[str], tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_it_says_what_a_step_takes_and_leaves_nothing(tiny_arguments: list[str], tmp_path: Path, command: Command) -> None:
     arguments = [*tiny_arguments, f"run_dir={tmp_path / 'some' / 'run'}", "validation.images=2"]
     result = command("train.py", *arguments, "stage=2", "preflight=true")
     assert result.returncode == 0, result.stderr

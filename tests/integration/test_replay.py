@@ -19,7 +19,7 @@ from data_fixtures import encoded, half_unreadable
 from PIL import Image
 from ranks import run_on_two
 from spoiled_train import spoil_latents
-from training_runs import records, train_here
+from training_runs import Train, records, train_here
 
 from paradiffusion.compose import compose_options, compose_train
 from paradiffusion.curation.inspecting.replay import Replay, ReplayOptions, read_seen, replay
@@ -31,7 +31,6 @@ from paradiffusion.training.caching import CacheOptions, make_cache
 from paradiffusion.training.step_record import digest
 from paradiffusion.training.trainer import Trainer
 
-Train = Callable[..., int]
 RECORDED = ["log_samples=true", "log_every=1", "validate_every=100", "data.caption_dropout=0.4"]
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import user_error
-from PIL import Image
-from training_runs import assert_same_bits, build_here, newest, records, sample_here, tensors, train_here
+from training_runs import assert_same_bits, build_here, drawn_here, newest, records, sample_here, tensors, train_here
 
 from paradiffusion.checkpoints.layouts import find_checkpoint
 from paradiffusion.data.index import load_index, read_sample
@@ -48,8 +47,7 @@ def stored(demo_folder: Path, name: str = "web") -> list[float]:
 
 
 def drawn(checkpoint: Path, folder: Path, *asked: str) -> np.ndarray:
-    assert sample_here(f"ckpt={checkpoint}", f"prompt={PROMPT}", f"output_dir={folder}", "steps=3", "threads=1", *asked) == 0
-    return np.asarray(Image.open(folder / "00000.png")).astype(int)
+    return drawn_here(folder, f"ckpt={checkpoint}", f"prompt={PROMPT}", "steps=3", "threads=1", *asked)
 
 
 def test_scenes_say_how_clean_they_are_drawn(demo_folder: Path) -> None:

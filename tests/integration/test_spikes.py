@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,10 @@ import torch
 from commands import user_error
 from diffusers import AutoencoderKL
 from spoiled_train import spoil_latents
-from training_runs import assert_same_bits, newest, sample_here, steps_saved, tensors
+from training_runs import Train, assert_same_bits, newest, sample_here, steps_saved, tensors
 
 from paradiffusion.checkpoints.manifest import find_fault
 from paradiffusion.errors import UserError
-
-Train = Callable[..., int]
 
 
 def test_huge_learning_rate_stops_and_names_step_and_samples(train: Train, tmp_path: Path) -> None:

@@ -244,8 +244,7 @@ def test_what_the_store_refuses(relay: Relay, status: int, code: str, tries: int
     assert len(relay.lines) == tries
     with pytest.raises(RemoteError, match="denied" if status == 403 else f"answers {status}|denied"):
         with_state(RemotePath("s3://bucket/web/000000.tar", FEW))
-    with pytest.raises(UserError, match=r"^s3://bucket/web/\*.tar cannot be listed \(.*\): name the shards"):
-        list_remote("s3://bucket/web/*.tar", FEW)
+    user_error(r"^s3://bucket/web/\*.tar cannot be listed \(.*\): name the shards", list_remote, "s3://bucket/web/*.tar", FEW)
 
 
 def test_without_credentials(relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +282,7 @@ def test_a_shard_that_goes_or_changes_after_indexing(indexes: Path, relay: Relay
                 list(make_loader(index, plan_of(index), SETTINGS))
             with pytest.raises(RemoteError, match=said):
                 cached_copy(shard)
-        with pytest.raises(UserError, match=r"1 of the 4 remote shards .*000002.tar"):
-            remote(indexes)  # A new start looks at the versions.
+        user_error(r"1 of the 4 remote shards .*000002.tar", remote, indexes)  # A new start looks at the versions.
     finally:
         system.pipe_file(shard.url, whole)
     assert not list(tmp_path.glob("*.shard"))

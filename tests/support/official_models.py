@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,8 +62,26 @@ def make_unet(seed: int = 0, width: int = 48, blocks: str = "Simple", projection
     return unet.eval()
 
 
+MADE = tempfile.TemporaryDirectory(prefix="made_")
+
+
+def copied(write: Callable[..., None], folder: Path, *given: Any) -> Path:
+    """In ``folder`` a copy of what ``write(folder, *given)`` writes, which takes a second and is done once."""
+    kept = Path(MADE.name) / hashlib.sha256(repr((write.__name__, given)).encode()).hexdigest()
+    if not kept.exists():
+        write(kept, *given)
+    return shutil.copytree(kept, folder, dirs_exist_ok=True)
+
+
 def make_official(folder: Path, codec_folder: Path, lora: dict[str, Any] | None = None, **scheduler: Any) -> Path:
     """Write the folder; ``lora`` are arguments of PEFT's LoraConfig, ``scheduler`` replaces keys of SCHEDULER."""
+    copied(_write_official, folder, codec_folder, lora)
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**SCHEDULER, **scheduler}))
+    return folder
+
+
+def _write_official(folder: Path, codec_folder: Path, lora: dict[str, Any] | None) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModel
 
@@ -68,8 +89,6 @@ def make_official(folder: Path, codec_folder: Path, lora: dict[str, Any] | None 
     shutil.copytree(codec_folder, folder / "sdxl-vae-fp16-fix")
     model = AutoModel.from_pretrained(folder / "Llama-2-7b-hf", dtype=torch.float32)
     make_unet(width=model.config.hidden_size).save_pretrained(folder / "unet")
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({**SCHEDULER, **scheduler}))
     if lora is not None:
         with torch.random.fork_rng():
             torch.manual_seed(3)
@@ -78,7 +97,6 @@ def make_official(folder: Path, codec_folder: Path, lora: dict[str, Any] | None 
                 if ".lora_B" in name:
                     parameter.data.normal_(std=0.2)
         adapted.save_pretrained(folder / "text_encoder_lora")
-    return folder
 
 
 @torch.no_grad()
@@ -123,6 +141,10 @@ def as_bin(folder: Path, stem: str) -> None:
 
 def make_ours(folder: Path, codec_folder: Path, **changes: Any) -> Path:
     """A checkpoint of ours with random weights, the text encoder's adapter among them; ``changes`` are TrainConfig's."""
+    return copied(_write_ours, folder, codec_folder, changes)
+
+
+def _write_ours(folder: Path, codec_folder: Path, changes: dict[str, Any]) -> None:
     from paradiffusion.checkpoints.layouts import describe, save_weights
     from paradiffusion.checkpoints.manifest import write_manifest
     from paradiffusion.config import CodecConfig, LoraConfig, TextEncoderConfig, TrainConfig, UNetConfig
@@ -156,7 +178,6 @@ def make_ours(folder: Path, codec_folder: Path, **changes: Any) -> Path:
     state = {name: parameter.detach() for name, parameter in joint.trained().items()}
     save_weights(folder, joint, state, describe(config, 5, encoder.source, codec.source))
     write_manifest(folder)
-    return folder
 
 
 MODERN = {

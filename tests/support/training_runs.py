@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 from paradiffusion.checkpoints.manifest import checkpoints_of
@@ -23,6 +25,7 @@ from paradiffusion.training.engine import make_accelerator
 from paradiffusion.training.folder import stage_folder
 from paradiffusion.training.trainer import Trainer, train
 
+Train = Callable[..., int]  # what the fixtures ``train`` and ``command`` (commands.py) of conftest.py are
 Weights = dict[str, torch.Tensor]
 
 # The refiner's input is standardised by a batch of captions: for all of them the language model would read as long as six steps
@@ -41,6 +44,12 @@ def train_here(arguments: list[str]) -> int:
 def sample_here(*arguments: str) -> int:
     """What ``sample.py`` does with these arguments."""
     return sample(compose_sample(list(arguments)))
+
+
+def drawn_here(folder: Path, *arguments: str) -> np.ndarray:
+    """The first picture, int [H, W, 3], of what ``sample.py`` draws into ``folder`` with these arguments."""
+    assert sample_here(*arguments, f"output_dir={folder}") == 0
+    return np.asarray(Image.open(folder / "00000.png")).astype(int)
 
 
 def build_here(arguments: list[str]) -> Trainer:

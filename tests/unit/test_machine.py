@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from subprocess import CompletedProcess
+from collections.abc import Iterator
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from commands import Command
 
 from paradiffusion.compose import compose_train
 from paradiffusion.machine import choose_device, own_cores, settled_dtype, start_method
@@ -67,7 +67,7 @@ def test_each_process_takes_a_gpu_of_its_own_and_makes_it_the_current_one(
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is such a GPU here")
-def test_a_gpu_of_apple_that_is_not_there_is_one_sentence(command: Callable[..., CompletedProcess[str]]) -> None:
+def test_a_gpu_of_apple_that_is_not_there_is_one_sentence(command: Command) -> None:
     for program in (("sample.py", "ckpt=data/nano", "prompt=A red circle."), ("scripts/evaluate.py", "ckpt=data/nano", "suite=scenes")):
         said = command(*program, "device=mps")
         assert said.returncode == 2 and said.stderr.count("\n") == 1 and "device=mps is not to be had here" in said.stderr

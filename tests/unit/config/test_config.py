@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import pytest
-from commands import ROOT, user_error
+from commands import ROOT, Command, user_error
 from omegaconf import OmegaConf
 
 import sample
@@ -257,7 +255,7 @@ PROGRAMS = ["train.py", "sample.py", *(f"scripts/{path.name}" for path in sorted
 
 
 @pytest.mark.parametrize("program", [one for one in PROGRAMS if not one.endswith("_demo.py")])
-def test_a_mistake_ends_every_program_with_two_and_one_sentence(program: str, command: Callable[..., Any]) -> None:
+def test_a_mistake_ends_every_program_with_two_and_one_sentence(program: str, command: Command) -> None:
     done = command(program, "no_such_key=1")
     *usage, last = done.stderr.splitlines()
     assert done.returncode == 2 and done.stdout == "" and "error: " in last and "Traceback" not in done.stderr

@@ -27,7 +27,6 @@ from data_fixtures import as_json, encoded, picture, write_tar
 
 from paradiffusion.curation.building.build import Report
 from paradiffusion.curation.building.places import Dropped, FetchLimits, fetch
-from paradiffusion.errors import UserError
 
 # --- other people's sets
 
@@ -356,8 +355,7 @@ def tar_of(*members: tuple[str, bytes]) -> bytes:
 def test_a_tgz_is_counted_while_it_is_unzipped(tmp_path: Path) -> None:
     archive = tmp_path / "big.tgz"
     archive.write_bytes(gzip.compress(tar_of(("a.png", image(1)), ("zeros", bytes(30_000_000))), 1))
-    with pytest.raises(UserError, match=r"more than 0\.01 GB unzipped; give max_unzipped_gigabytes="):
-        by_table(archive, ["a.png"], max_unzipped_gigabytes=0.01)
+    user_error(r"more than 0\.01 GB unzipped; give max_unzipped_gigabytes=", by_table, archive, ["a.png"], max_unzipped_gigabytes=0.01)
     assert not (tmp_path / "out").exists()
     assert by_table(archive, ["a.png"], max_unzipped_gigabytes=0.05).kept == 1
 

@@ -111,11 +111,9 @@ def test_captions_named_within_objects(table: Table) -> None:
     assert all("." not in key for key in table.captions("t.csv", rows, key="id"))
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
-def test_tables_in_other_encodings(encoding: str, table: Table) -> None:
-    report = table.build("t.csv", "path,text\nb.png,crème brûlée\n".encode(encoding))
-    assert captions(table.output) == {"b": {"short": "crème brûlée"}}
-    assert report.mended == ({"text not UTF-8, read as cp1252": 1} if encoding == "cp1252" else {})
+def test_a_table_in_another_encoding_is_told(table: Table) -> None:
+    report = table.build("t.csv", "path,text\nb.png,crème brûlée\n".encode("cp1252"))
+    assert captions(table.output) == {"b": {"short": "crème brûlée"}} and report.mended == {"text not UTF-8, read as cp1252": 1}
 
 
 def test_damaged_rows_are_counted(table: Table) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from importlib.machinery import PathFinder
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from commands import ROOT, user_error
+from commands import user_error
 from data_fixtures import encoded, picture, shards_of
 from PIL import Image, ImageFilter
 from programs import script
@@ -348,17 +346,6 @@ def test_mistakes_are_one_sentence(arguments: str, sentence: str, tmp_path: Path
     assert sentence in str(raised.value)
 
 
-def test_the_script_does_not_hide_the_module_of_the_standard_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every script of its folder has that folder first in sys.path, and subprocess imports select."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.delitem(sys.modules, "select")
-    import select
-
-    assert hasattr(select, "select") and "scripts" not in str(getattr(select, "__file__", ""))
-    found = PathFinder.find_spec("select")
-    assert found is not None and found.origin == str(ROOT / "scripts" / "select.py")  # the case that is meant
-
-
 def write_samples(folder: Path, *keys: str) -> None:
     samples = [
         RawSample(key, encoded(picture(number)), "png", {"captions": {"long": f"a {key}"}, "licence": "CC0"})
@@ -413,8 +400,7 @@ def test_a_selection_goes_on_after_its_shards_were_moved(clip_folder: Path, tmp_
     moved = expand_shards([tmp_path / "there" / "a", tmp_path / "there" / "b"])
     here = str(tmp_path / "here")
     user_error(f"2 of 2 shards .*what was in {here}", export, work, tmp_path / "out")
-    with pytest.raises(UserError, match=f"from the folder {here}"):  # each picture would be a candidate twice
-        score_shards(moved, work, scoring)
+    user_error(f"from the folder {here}", score_shards, moved, work, scoring)  # each picture would be a candidate twice
     assert len(load_scores(work)) == 4
 
     def step(action: str, root: Path, **keys: str) -> int:

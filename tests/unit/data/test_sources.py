@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from commands import user_error
 from data_fixtures import sample
-from training_runs import records
+from training_runs import Train, records
 
 from paradiffusion.compose import compose_train, parse_sources
 from paradiffusion.config import DataConfig, SourceConfig
@@ -163,7 +162,7 @@ def test_a_source_that_cannot_be_used(folder: Path, tmp_path: Path, index: Sampl
         BatchPlan(index, 4, 0, TWO_BUCKETS, {"short": 1.0}, shares=[Share(), Share(1.0, {"lnog": 1.0}), Share()])
 
 
-def test_training_on_sources(train: Callable[..., int], demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_on_sources(train: Train, demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the command line to the log, over a stop; other weights are refused by name on resume."""
 
     def sources(weight: float) -> str:

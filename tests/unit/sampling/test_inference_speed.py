@@ -13,7 +13,6 @@ from official_models import MODERN, draw, make_official, make_ours
 
 from paradiffusion.checkpoints.layouts import open_layout
 from paradiffusion.compose import compose_sample
-from paradiffusion.config import SampleConfig
 from paradiffusion.sampling import pipeline
 from paradiffusion.sampling.pipeline import load_models
 
@@ -69,14 +68,6 @@ def plain(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
 def test_switches_change_rounding_only(folder: Path, plain: np.ndarray, tmp_path: Path, switch: str) -> None:
     (switched,) = draw(folder, [DOG], tmp_path, switch)
     assert np.abs(plain - switched).mean() < (0.02 if "bfloat16" in switch else 1e-3)
-
-
-def test_compile_asks_for_a_compiled_unet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: asked.append(True))
-    for wanted in (False, True):
-        load_models(open_layout(folder), SampleConfig(compile=wanted), device="cpu")
-        assert asked == [True] * wanted
 
 
 def test_the_unet_is_compiled_once_for_a_shape(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

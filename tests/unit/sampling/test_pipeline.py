@@ -193,8 +193,7 @@ def test_two_commands_do_not_draw_into_one_folder(tmp_path: Path) -> None:
             pass
         with written_alone(tmp_path / "other", Processes(), said):
             pass
-        with pytest.raises(UserError, match=r"another command is drawing into .*out; wait for its end"):
-            sample(config)
+        user_error(r"another command is drawing into .*out; wait for its end", sample, config)
     with written_alone(out, Processes(), said):
         pass
 
@@ -334,8 +333,7 @@ def test_finished_images_must_be_whole_and_the_same(tmp_path: Path) -> None:
     wanted = [replace(row, bytes=0) for row in rows]
     assert finished_names(tmp_path, wanted) == {"00000"}
     changed = [replace(wanted[0], seed=4, settings={"steps": 5, "guidance": 2.5})]
-    with pytest.raises(UserError, match=r"00000\.png was drawn with seed=3 \(now 4\); steps=4 \(now 5\).*output_dir="):
-        finished_names(tmp_path, changed)
+    user_error(r"00000\.png was drawn with seed=3 \(now 4\); steps=4 \(now 5\).*output_dir=", finished_names, tmp_path, changed)
 
     (tmp_path / "manifest.jsonl").unlink()
     Image.fromarray(picture()).save(tmp_path / "00000.png")

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from commands import user_error
 from sampling_models import TinyModels
 from torch import Tensor
 
@@ -107,13 +108,11 @@ def test_a_scheduler_of_diffusers_fits_the_objective_or_is_refused(prediction: s
         for key in sigmas:
             # UniPC alone knows what Karras' sigmas are for a flow.
             if prediction == "flow" and kind in both and (kind.__name__, key) != ("UniPCMultistepScheduler", SIGMAS[0]):
-                with pytest.raises(UserError, match=f"{kind.__name__} as it is set here .* flow .* without Karras"):
-                    check(kind, **{key: True})
+                user_error(f"{kind.__name__} as it is set here .* flow .* without Karras", check, kind, **{key: True})
             else:
                 check(kind, **{key: True})
     for kind in wrong:
-        with pytest.raises(UserError, match=f"{kind.__name__} as it is set here .* {prediction} .*{objective.suits[0]}"):
-            check(kind)
+        user_error(f"{kind.__name__} as it is set here .* {prediction} .*{objective.suits[0]}", check, kind)
 
 
 def test_more_steps_than_the_schedule_has() -> None:
