@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from commands import user_error
-from diffusers import UNet2DConditionModel
 from official_models import MODERN, latents, make_official, make_ours, reference, same
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_unet import TINY_UNET
@@ -107,18 +106,9 @@ def test_round_trip_is_bit_identical(make: Callable[..., Made], arm: str, lora: 
     assert models.text_encoder.settings == ARMS[arm] and models.step == 5 and models.multiple == 8
     assert not any(p.requires_grad for p in [*models.joint.parameters(), *models.text_encoder.parameters()])
     assert (folder / "text_encoder_lora").exists() == lora and (folder / "refiner").exists() == (arm == "modern")
+    assert models.count_truncated(["a red circle " * 30, "a"]) == 1
     conditioning = models.encode(PROMPTS)
     assert conditioning.features.shape[:2] == (2, 32 if arm == "paper" else 8) and (conditioning.mask is None) == (arm == "paper")
-
-
-def test_diffusers_loads_the_unet_by_itself(make: Callable[..., Made]) -> None:
-    from diffusers import UNet2DConditionModel
-
-    folder, joint, _ = make("paper", False)
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
-    own = joint.unet.state_dict()
-    assert unet.state_dict().keys() == own.keys()
-    assert all(torch.equal(tensor, own[name]) for name, tensor in unet.state_dict().items())
 
 
 @torch.no_grad()
@@ -219,8 +209,7 @@ def test_a_git_lfs_pointer_is_named_wherever_weights_are_read(make: Callable[...
                 load_text_encoder(TextEncoderConfig(path=str(copy)), ConditioningConfig(), "another hash")
     write_manifest(folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_text(pointer)
-    with pytest.raises(UserError, match="is a Git LFS pointer"):
-        find_checkpoint(folder)
+    user_error("is a Git LFS pointer", find_checkpoint, folder)
 
 
 def test_damaged_checkpoints_are_refused(make: Callable[..., Made]) -> None:
@@ -324,31 +313,23 @@ def test_what_the_official_layout_has_no_place_for(tmp_path: Path, codec_folder:
     assert not (tmp_path / "weights").exists()
 
 
-def test_lora_of_the_unet_is_stored_apart_and_merged(tmp_path: Path, codec_folder: Path) -> None:
+def test_lora_of_the_unet_is_stored_apart_and_merged_in_exports(tmp_path: Path, codec_folder: Path) -> None:
+    """What PEFT and diffusers make of it is in tests/integration/test_adapters.py."""
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    lora = UNetConfig(lora_rank=2, lora_alpha=6, lora_target_modules=targets)
-    folder = make_ours(tmp_path / "ours", codec_folder, unet=lora)
-    plain = make_ours(tmp_path / "plain", codec_folder)
-    assert open_layout(folder).description["unet_lora"] == {
-        "rank": 2, "alpha": 6, "target_modules": targets, "kind": "lora",
-    }  # fmt: skip
-    assert open_layout(plain).description["unet_lora"] is None and not (plain / "unet_lora").exists()
-    with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
-        assert set(file.keys()) == set(load_file(plain / "unet" / "diffusion_pytorch_model.safetensors"))
+    folder = make_ours(tmp_path / "ours", codec_folder, unet=UNetConfig(lora_rank=2, lora_alpha=6, lora_target_modules=targets))
+    about = {"rank": 2, "alpha": 6, "target_modules": targets, "kind": "lora"}
+    assert open_layout(folder).description["unet_lora"] == about
     state = open_layout(folder).weights(merge=False)
+    unet = load_models(open_layout(folder), device="cpu").joint.unet.state_dict()
+    with safe_open(folder / "unet" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(unet)
     layer = next(name for name in state if name.endswith("to_q.base_layer.weight")).removesuffix(".base_layer.weight")
     down, up = (state[f"{layer}.lora_{half}.default.weight"] for half in "AB")
     merged = state[f"{layer}.base_layer.weight"] + 3.0 * up @ down
-    unet = load_models(open_layout(folder), device="cpu").joint.unet.state_dict()
     torch.testing.assert_close(unet[f"{layer.removeprefix('unet.')}.weight"], merged, atol=1e-6, rtol=0)
-    assert not any(".lora_" in name for name in unet) and up.abs().sum() > 0
     export_ours(open_layout(folder), tmp_path / "published", frozen="none")
     assert not (tmp_path / "published" / "unet_lora").exists()
     assert torch.equal(latents(folder), latents(tmp_path / "published", codec_folder))
-    # PEFT loads it by itself; what diffusers loads is in tests/integration/test_adapters.py.
-    base = UNet2DConditionModel.from_pretrained(folder / "unet")
-    for name, tensor in PeftModel.from_pretrained(base, folder / "unet_lora").merge_and_unload().state_dict().items():
-        torch.testing.assert_close(tensor, unet[name], atol=1e-6, rtol=0)
     # As versions before wrote it, under other libraries' names too.
     stored = load_file(folder / "unet_lora" / "adapter_model.safetensors")
     old = {name.replace("base_model.model.", "unet."): tensor.clone() for name, tensor in stored.items()}

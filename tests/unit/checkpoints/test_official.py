@@ -19,7 +19,6 @@ from transformers import AutoModel
 
 from paradiffusion.checkpoints.export import export_official, export_ours, export_pipeline
 from paradiffusion.checkpoints.layouts import find_checkpoint, open_layout
-from paradiffusion.errors import UserError
 from paradiffusion.sampling.diffusers_pipeline import ParaDiffusionPipeline
 from paradiffusion.sampling.pipeline import load_models
 from paradiffusion.sampling.sampler import sample_latents
@@ -66,8 +65,7 @@ def test_parity_with_the_released_code(tmp_path: Path) -> None:
     ("scheduler", "case"),
     [
         ({}, {"steps": 17, "seed": 2**40, "guidance": 9.0}),
-        ({}, {"guidance": 1.0}),  # as any of one or less: none
-        ({}, {"guidance": 0.5}),
+        ({}, {"guidance": 0.5}),  # as any of one or less: none
         ({"prediction_type": "v_prediction", "timestep_spacing": "trailing"}, {}),
         ({"timestep_spacing": "leading", "steps_offset": 0, "lower_order_final": False, "solver_order": 3, "solver_type": "heun"}, {}),
         ({"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1}, {}),
@@ -104,8 +102,7 @@ def test_an_autoencoder_elsewhere_has_its_own_scaling_factor(make: Callable[...,
     sizes = {key: CASE[key] for key in ("height", "width")}
     drawn = pipe(CASE["prompt"], generator=torch.Generator().manual_seed(CASE["seed"]), **settings, **sizes).images[0]
     assert np.array_equal(np.asarray(drawn) / 255, image)
-    with pytest.raises(UserError, match=r"codec\.path=.*nowhere holds no config\.json"):
-        draw(folder, [CASE], tmp_path / "no", f"codec.path={tmp_path / 'nowhere'}")
+    user_error(r"codec\.path=.*nowhere holds no config\.json", draw, folder, [CASE], tmp_path / "no", f"codec.path={tmp_path / 'nowhere'}")
 
 
 @pytest.mark.parametrize(
@@ -148,8 +145,7 @@ def test_one_of_two_denoisers(make: Callable[..., Path], tmp_path: Path) -> None
     (other,) = draw(folder, [CASE], tmp_path / "a", "unet=unet_384")
     assert np.abs(other - reference(folder, **CASE, unet="unet_384").numpy()).max() < ROUNDING
     check(folder, tmp_path / "b")
-    with pytest.raises(UserError, match="no U-Net called unet_1024; choose one of unet=unet, unet_384"):
-        draw(folder, [CASE], tmp_path / "c", "unet=unet_1024")
+    user_error("no U-Net called unet_1024; choose one of unet=unet, unet_384", draw, folder, [CASE], tmp_path / "c", "unet=unet_1024")
     shutil.rmtree(folder / "unet")
     user_error("choose one of unet=unet_384", draw, folder, [CASE], tmp_path / "d")
 
@@ -176,10 +172,9 @@ def test_sizes_that_only_the_codec_limits(make: Callable[..., Path], tmp_path: P
     check(folder, tmp_path / "b", height=72, width=40)
 
 
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_a_unet_as_wide_as_the_language_model(make: Callable[..., Path], tmp_path: Path, lora: dict[str, Any] | None) -> None:
+def test_a_unet_as_wide_as_the_language_model(make: Callable[..., Path], tmp_path: Path) -> None:
     """It has no projection of its own; also as a checkpoint of ours, a pipeline, and the official layout again."""
-    folder = make(lora)
+    folder = make()
     width = json.loads((folder / "Llama-2-7b-hf" / "config.json").read_text())["hidden_size"]
     shutil.rmtree(folder / "unet")
     make_unet(width=width, projection=False).save_pretrained(folder / "unet")
