@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 from commands import ROOT
-from PIL import Image
 from ranks import launch
 from safetensors.torch import load_file
 from spoiled_train import spoil
-from training_runs import build_here, newest, records, sample_here, steps_saved, train_here
+from training_runs import build_here, drawn_here, newest, records, steps_saved, train_here
 
 from paradiffusion.training.trainer import Trainer
 
@@ -130,9 +129,7 @@ def test_checkpoint_holds_the_whole_adapter_and_draws_what_one_process_trained(
     assert sum(path.stat().st_size for path in ours.rglob("*.safetensors")) < 5e6
     images = []
     for name, checkpoint in (("ours", ours), ("theirs", theirs)):
-        out = tmp_path / name
-        assert sample_here(f"ckpt={checkpoint}", "prompt=a red circle at the left", "steps=4", f"output_dir={out}") == 0
-        images.append(np.asarray(Image.open(out / "00000.png")).astype(int))
+        images.append(drawn_here(tmp_path / name, f"ckpt={checkpoint}", "prompt=a red circle at the left", "steps=4"))
     assert images[0].std() > 1 and np.abs(images[0] - images[1]).max() <= 2
 
 
@@ -155,17 +152,15 @@ def test_muon_takes_the_steps_of_one_process(settings: list[str], tmp_path: Path
     assert two == pytest.approx(one, rel=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "stage"), [("ddp", 1), ("zero2", 2)])
-def test_two_processes_go_on_where_one_stopped(kind: str, stage: int, settings: list[str], alone: Path, tmp_path: Path) -> None:
-    init = [f"init_from={alone / 'stage1'}"] if stage == 2 else []
-    arguments = [*settings, f"run_dir={tmp_path / 'run'}", f"stage={stage}", *init]
+def test_two_processes_go_on_where_one_stopped(settings: list[str], alone: Path, tmp_path: Path) -> None:
+    arguments = [*settings, f"run_dir={tmp_path / 'run'}", "stage=2", f"init_from={alone / 'stage1'}"]
     # Micro-batches may differ too.
     assert train_here([*arguments, "micro_batch_size=2", f"max_steps={HALF}"]) == 0
-    train_on_two(kind, *arguments, f"max_steps={STEPS}")
-    folder = tmp_path / "run" / f"stage{stage}"
+    train_on_two("zero2", *arguments, f"max_steps={STEPS}")
+    folder = tmp_path / "run" / "stage2"
     assert steps_saved(folder) == [4, HALF, 8, STEPS]
-    assert losses_of(folder) == pytest.approx(losses_of(alone / f"stage{stage}"), rel=1e-5)
-    check_samples(folder, alone / f"stage{stage}", arguments)
+    assert losses_of(folder) == pytest.approx(losses_of(alone / "stage2"), rel=1e-5)
+    check_samples(folder, alone / "stage2", arguments)
 
 
 def check_samples(stage: Path, reference: Path, arguments: list[str]) -> None:
@@ -240,12 +235,11 @@ def test_a_launcher_that_contradicts_is_refused(tiny_arguments: list[str], tmp_p
     result = launch(str(settings.with_suffix("")), "train.py", *tiny_arguments, f"run_dir={tmp_path / 'run'}")
     # torch's launcher prints a traceback of its own over any exit but 0; none comes from here.
     assert result.returncode != 0 and "paradiffusion/" not in result.stdout + result.stderr
-    assert "error: the launch configuration says gradient_accumulation_steps=4" in result.stderr
+    assert result.stderr.count("error: the launch configuration says gradient_accumulation_steps=4") == 1
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "zero3"])
-def test_a_stage_of_distillation_takes_the_steps_of_one_process(kind: str, settings: list[str], alone: Path, tmp_path: Path) -> None:
+def test_a_stage_of_distillation_takes_the_steps_of_one_process(settings: list[str], alone: Path, tmp_path: Path) -> None:
     """The teacher, with stage 2's adapter, stands whole in each process; the student is cut by ZeRO."""
     stage = [
         *settings,
@@ -256,6 +250,6 @@ def test_a_stage_of_distillation_takes_the_steps_of_one_process(kind: str, setti
         "max_steps=3",
     ]
     assert train_here([*stage, f"run_dir={tmp_path / 'one'}"]) == 0
-    train_on_two(kind, *stage, f"run_dir={tmp_path / 'two'}")
+    train_on_two("zero3", *stage, f"run_dir={tmp_path / 'two'}")
     one, two = (losses_of(tmp_path / run / "stage4") for run in ("one", "two"))
-    assert two == pytest.approx(one, rel=PRECISION[kind])
+    assert two == pytest.approx(one, rel=PRECISION["zero3"])

@@ -10,18 +10,14 @@ from typing import Any
 import pytest
 import torch
 from commands import PARITY, user_error
-from omegaconf import OmegaConf
-from torch import nn
 from training_runs import SMALL, build_here, newest, records, sample_here, stage_arguments, tensors, train_here
 
-from paradiffusion.compose import CONFIGS, compose_train
-from paradiffusion.config import CodecConfig, ConditioningConfig, OptimizerConfig, TrainConfig
+from paradiffusion.compose import compose_train
+from paradiffusion.config import CodecConfig, ConditioningConfig, TrainConfig
 from paradiffusion.data.images import make_buckets
-from paradiffusion.errors import UserError
 from paradiffusion.models.unet import add_lora, build_unet, downsampling, empty_unet
 from paradiffusion.text.families import text_width
 from paradiffusion.training.engine import at_once, count_micro_batches
-from paradiffusion.training.optim import build_optimizer, takes_fused
 
 
 def paper(*overrides: str) -> TrainConfig:
@@ -109,14 +105,6 @@ def test_stages_as_the_paper_has_them() -> None:
     assert stages[1].lora == stages[2].lora, "stage 3 applies stage 2's adapter"
 
 
-def test_what_is_not_published_is_marked_as_ours() -> None:
-    for stage in "123":
-        text = (CONFIGS / "preset_stage" / f"paper_{stage}.yaml").read_text()
-        assert "our choice" in text and "lr" in OmegaConf.create(text).optimizer
-    with pytest.raises(UserError, match=r"data\.shards is not set; name WebDataset shards, such as data\.shards="):
-        compose_train(["preset=paper", "stage=2"])
-
-
 def test_trained_weights_are_kept_in_fp32(tiny_arguments: list[str], demo_folder: Path, codec_folder: Path, tmp_path: Path) -> None:
     """A bfloat16 weight of 1 would forget steps of 1e-4: they are an eightieth of what it can tell apart there."""
     run = tmp_path / "run"
@@ -188,11 +176,6 @@ def test_stages_with_an_adapter_on_the_unet(tiny_arguments: list[str], demo_fold
     assert (output / "00000.png").is_file()
 
 
-def parameters(count: int = 3) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return {f"unet.{n}.weight": nn.Parameter(torch.randn(8, 8, generator=generator)) for n in range(count)}
-
-
 @pytest.mark.skipif(CUDA and BITSANDBYTES, reason="here it works")
 def test_the_recipe_is_refused_where_it_cannot_run(tiny_arguments: list[str], tmp_path: Path) -> None:
     own = [argument for argument in tiny_arguments if not argument.startswith("optimizer.name=")]  # the recipe's, then
@@ -203,20 +186,3 @@ def test_the_recipe_is_refused_where_it_cannot_run(tiny_arguments: list[str], tm
         (["text_encoder.quantization=null"], rf"optimizer\.name=adamw8bit needs .* {lacking}; set optimizer\.name=adamw"),
     ):
         user_error(said, train_here, [*arguments, *more])
-
-
-def test_fused_steps_are_those_of_the_plain_optimiser() -> None:
-    """The same steps and the same names of state with and without."""
-    assert takes_fused(parameters(), OptimizerConfig()) is True and takes_fused({}, OptimizerConfig()) is None
-    assert takes_fused({"unet.a": nn.Parameter(torch.ones(2))}, OptimizerConfig(fused=False)) is None
-    states = []
-    for fused in (True, False):
-        named = parameters()
-        optimizer = build_optimizer(named, OptimizerConfig(fused=fused, lr=0.1))
-        for parameter in named.values():
-            parameter.grad = torch.ones_like(parameter)
-        optimizer.step()
-        assert all(set(optimizer.state[p]) == {"exp_avg", "exp_avg_sq", "step"} for p in named.values())
-        states.append({name: parameter.detach() for name, parameter in named.items()})
-    for name, value in states[0].items():
-        torch.testing.assert_close(value, states[1][name], rtol=1e-6, atol=1e-7)

@@ -121,7 +121,8 @@ def test_groups_by_part_and_decay() -> None:
     assert found["refiner.embed.weight"] == found["unet.encoder_hid_proj.weight"] == ("conditioning", 2.0, 0.1)
     assert found["unet.encoder_hid_proj.bias"] == ("conditioning", 2.0, 0.0)
     assert sorted(found) == sorted(named) and ("lora", 3.0, 0.1) in found.values()
-    assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-6
+    assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-6 and optimizer.defaults["fused"]
+    assert not build_optimizer(named, OptimizerConfig(fused=False)).defaults["fused"]
     for factor in (0.5, 0.1):  # of the base rate, not of the last one
         set_learning_rate(optimizer, factor)
         assert {group["part"]: group["lr"] for group in optimizer.param_groups} == {
@@ -268,8 +269,7 @@ def test_every_optimizer_comes_back_to_the_bit_from_a_file(name: str, tmp_path: 
 
 
 def test_optimizers_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"optimizer.name=lbfgs .*adamw.*nadam.*prodigy"):
-        compose_train(["optimizer.name=lbfgs"])
+    user_error(r"optimizer.name=lbfgs .*adamw.*nadam.*prodigy", compose_train, ["optimizer.name=lbfgs"])
     differing = OptimizerConfig(name="prodigy", lr=1.0, lr_conditioning=0.5)
     named = {"unet.a": nn.Parameter(torch.ones(2)), "refiner.b": nn.Parameter(torch.ones(2))}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
