@@ -240,3 +240,12 @@ def test_nothing_is_lost_and_nothing_comes_more_often(case: Case) -> None:
             assert max(counts, default=0) - min(counts, default=0) <= 1
             # Three epochs have come; what waits is less than a batch.
             assert 3 * len(rows) - sum(counts) < case.batch_size
+
+
+def test_what_waits_for_a_batch_is_of_all_sources() -> None:
+    """So that none is behind its share: four of sixty samples wait at the end of an odd epoch."""
+    index = index_of([[10] * 3] * 2, ["short"], 0.0, False, 0)
+    plan = BatchPlan(index, 8, 1, [(64, 64)], {"short": 1.0}, 1, [Share(), Share()])
+    for epoch in (1, 3, 5):
+        rows = np.concatenate([plan.batch(step).rows for step in range(plan.first_step(epoch))])
+        assert len(rows) == 60 * epoch - 4 and np.ptp(np.bincount(plan.source_of(rows))) <= 1
