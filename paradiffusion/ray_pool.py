@@ -15,8 +15,8 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any, Final
@@ -32,8 +32,8 @@ from paradiffusion.runner import EndedFromOutside, Progress, RayOptions, Work
 _LOST: Final = (RayActorError, ObjectLostError, WorkerCrashedError)
 _DEATHS: Final = 4  # of workers at one task; more, and the task is what kills them
 _OBJECT_STORE: Final = 256 << 20  # bytes; only names and counts go through it
-_SHOWN: Final = 0.5  # seconds between looks at signals and moves of the bar
-_ASKED: Final = 1.0  # seconds between questions to a worker how far it is
+_BATCH: Final = 16  # tasks that a worker gets at most in one call, which costs the driver 1.5 ms
+_SHOWN: Final = 1.0  # seconds between looks at signals, moves of the bar and questions to a worker how far it is
 _BUSY: Final = 120.0  # seconds that a task waits for a worker of before, which a dead node or driver may leave for a while
 _WAITING: Final = 30.0  # seconds without any worker before that is told
 
@@ -45,22 +45,27 @@ class Worker:
         with suppress(OSError):  # relative paths are the driver's, where its folder is to be seen here
             os.chdir(folder)
         warnings.filterwarnings("ignore", category=FutureWarning)  # as the driver's entry point does
-        self.function, self.number, self.told = function, -1, Counter[str]()
+        self.function, self.first, self.told = function, -1, Counter[str]()
 
-    def begin(self) -> None:
-        """Answers once the process is there."""
+    def work(self, first: int, tasks: list[Any]) -> tuple[list[Any], dict[str, int]]:
+        """What the tasks from number ``first`` on give, of as many as are begun within a second, and all that they told."""
+        self.first, self.told = first, Counter()
+        results: list[Any] = []
+        until = time.monotonic() + _SHOWN
+        while len(results) < len(tasks) and (not results or time.monotonic() < until):
+            results.append(self.do(tasks[len(results)]))
+        return results, dict(self.told)
 
-    def work(self, number: int, task: Any) -> tuple[Any, dict[str, int]]:
-        """What the task gives, and all that it told."""
+    def do(self, task: Any) -> Any:
         assert self.function is not None
-        until = time.monotonic() + _BUSY
+        until, told = time.monotonic() + _BUSY, self.told.copy()
         while True:
-            self.told, self.number = Counter(), number
             try:
-                return self.function(task, self.tell), dict(self.told)
+                return self.function(task, self.tell)
             except Busy:
                 if time.monotonic() > until:
                     raise
+                self.told = told.copy()
                 time.sleep(1.0)
 
     def tell(self, done: int = 0, /, found: int = 0, more: int = 0, **kinds: int) -> None:
@@ -68,8 +73,8 @@ class Worker:
 
     @ray.method(concurrency_group="asked")
     def progress(self) -> tuple[int, dict[str, int]]:
-        """The task that is being done, and what it has told so far."""
-        return self.number, dict(self.told)
+        """The first task of those that are being done, and what they have told so far."""
+        return self.first, dict(self.told)
 
     def meeting_point(self) -> tuple[str, int]:
         """Where ranks can meet: this node's address, and a port that is free there."""
@@ -86,13 +91,14 @@ class Worker:
 
 @dataclass
 class Hand:
-    """A worker as the driver sees it: numbers of its tasks, of which it is at the first, and what that has told."""
+    """A worker as the driver sees it: numbers of the tasks that it has, and what they have told. It is ``ready`` once it has answered, and
+    ``asked`` while it has not."""
 
     actor: Any
-    tasks: deque[int] = field(default_factory=deque)
+    tasks: list[int] = field(default_factory=list)
     told: dict[str, int] = field(default_factory=dict)
     ready: bool = False
-    asked: float = 0.0
+    asked: bool = False
 
 
 def connect(options: RayOptions, prints: bool = False) -> None:
@@ -155,35 +161,32 @@ def run_on_ray(function: Work, tasks: Sequence[Any], progress: Progress, options
     a task at which one worker after the other died."""
     if not tasks:
         return []
-    count = workers(options, len(tasks))
-    with _ending() as hired:
-        return Pool(function, tasks, progress, options, count, hired).run()
-
-
-@contextmanager
-def _ending() -> Iterator[list[Any]]:
-    """A list of actors that end with the block."""
-    hired: list[Any] = []
+    pool = Pool(function, tasks, progress, options)
     try:
-        yield hired
+        return pool.run()
     finally:
-        for actor in hired:
-            with suppress(Exception):  # it has ended, or the cluster has
-                ray.kill(actor)
+        _end(hand.actor for hand in pool.hands)
+
+
+def _end(actors: Iterable[Any]) -> None:
+    for actor in actors:
+        with suppress(Exception):  # it has ended, or the cluster has
+            ray.kill(actor)
 
 
 class Pool:
     """The workers of one list of tasks. The driver holds few tasks in flight, and of each only its number."""
 
-    def __init__(self, function: Work, tasks: Sequence[Any], progress: Progress, options: RayOptions, count: int, hired: list[Any]) -> None:
-        self.tasks, self.show, self.hired = tasks, progress, hired
+    def __init__(self, function: Work, tasks: Sequence[Any], progress: Progress, options: RayOptions) -> None:
+        count = workers(options, len(tasks))
+        self.tasks, self.show = tasks, progress
         self.stage, self.options = ray.put(function), options
         self.queue = deque(range(len(tasks)))
         self.results: list[Any] = [None] * len(tasks)
         self.finished, self.shown = Counter[str](), Counter[str]()  # what finished tasks told, and what the bar has
-        self.done, self.seconds = 0, 0.0
+        self.done = 0
         self.deaths = Counter[int | None]()
-        self.refs: dict[Any, tuple[Hand, int | None]] = {}  # calls under way, with their task
+        self.refs: dict[Any, tuple[Hand, bool]] = {}  # calls under way, and whether they work or only ask
         self.hands = [self.hire() for _ in range(count)]
 
     def run(self) -> list[Any]:
@@ -191,61 +194,58 @@ class Pool:
         waits = True
         while self.done < len(self.tasks):
             self.deal()
-            found, _ = ray.wait(list(self.refs), num_returns=1, timeout=_SHOWN)
-            if found:
-                found, _ = ray.wait(list(self.refs), num_returns=len(self.refs), timeout=0)
-            for ref in found:
+            ray.wait(list(self.refs), timeout=_SHOWN)
+            for ref in ray.wait(list(self.refs), num_returns=len(self.refs), timeout=0)[0]:
                 if ref in self.refs:  # else its worker was lost just now
                     self.take(ref)
             now = time.monotonic()
-            self.seconds = now - began
             if now - shown >= _SHOWN:
                 shown = now
-                self.move(now)
+                self.move()
             waits = waits and not any(hand.ready for hand in self.hands)
-            if waits and self.seconds > _WAITING:
+            if waits and now - began > _WAITING:
                 waits = False
                 self.say(f"Ray has placed no worker yet; each asks for {needs(self.options)}, and `ray status` says what there is.")
         self.move()
         return self.results
 
     def hire(self) -> Hand:
-        actor = hire(self.stage, self.options)
-        self.hired.append(actor)
-        hand = Hand(actor)
-        self.refs[actor.begin.remote()] = hand, None
+        hand = Hand(hire(self.stage, self.options))
+        self.ask(hand)
         return hand
 
+    def ask(self, hand: Hand) -> None:
+        hand.asked = True
+        self.refs[hand.actor.progress.remote()] = hand, False
+
     def deal(self) -> None:
-        """A task to each worker; of quick ones more, so that none waits for the driver."""
-        ready = [hand for hand in self.hands if hand.ready]
-        quick = self.done and self.seconds * len(ready) / self.done < 1.0
-        for depth in range(1, 9 if quick else 2):
-            for hand in ready:
-                if self.queue and len(hand.tasks) < depth:
-                    number = self.queue.popleft()
-                    hand.tasks.append(number)
-                    self.refs[hand.actor.work.remote(number, self.tasks[number])] = hand, number
+        """Tasks to each worker that has none: several, lest one that is quick waits for the driver, but few where few are left."""
+        for hand in self.hands:
+            if hand.ready and not hand.tasks and self.queue:
+                size = min(_BATCH, max(1, len(self.queue) // (2 * len(self.hands))))
+                hand.tasks = [self.queue.popleft() for _ in range(size)]
+                self.refs[hand.actor.work.remote(hand.tasks[0], [self.tasks[number] for number in hand.tasks])] = hand, True
 
     def take(self, ref: Any) -> None:
         """What a call has come to."""
-        hand, number = self.refs.pop(ref)
+        hand, works = self.refs.pop(ref)
         try:
-            value = ray.get(ref)
+            found, told = ray.get(ref)
         except _LOST as error:
             return self.replace(hand, error)
         except RayTaskError as error:
             raise cause_of(error) from None
-        if number is not None:
-            self.results[number], told = value
+        if works:
+            for number, result in zip(hand.tasks, found, strict=False):
+                self.results[number] = result
+            self.done += len(found)
             self.finished.update(told)
-            self.done += 1
-            hand.tasks.remove(number)
-            hand.told = {}
-        elif value is None:
-            hand.ready = True
-        elif hand.tasks and hand.tasks[0] == value[0]:
-            hand.told = value[1]
+            self.queue.extendleft(reversed(hand.tasks[len(found) :]))
+            hand.tasks, hand.told = [], {}
+        else:
+            hand.ready, hand.asked = True, False
+            if hand.tasks[:1] == [found]:
+                hand.told = told
         return None
 
     def replace(self, hand: Hand, error: Exception) -> None:
@@ -266,19 +266,16 @@ class Pool:
                 "command with a smaller batch_size= or other runner_options=: it goes on where it stopped."
             )
         self.say(f"a worker was lost ({reason}); its work goes to another.")
-        with suppress(Exception):  # it may only be out of reach, and would go on at what others now do
-            ray.kill(hand.actor)
-        self.hired.remove(hand.actor)
+        _end([hand.actor])  # it may only be out of reach, and would go on at what others now do
         self.hands[self.hands.index(hand)] = self.hire()
 
-    def move(self, now: float | None = None) -> None:
+    def move(self) -> None:
         """Move the bar, and ask the workers how far they are."""
         told = Counter(self.finished)
         for hand in self.hands:
             told.update(hand.told)
-            if now is not None and hand.tasks and now - hand.asked > _ASKED:
-                hand.asked = now
-                self.refs[hand.actor.progress.remote()] = hand, None
+            if hand.tasks and not hand.asked:
+                self.ask(hand)
         changes = {name: told[name] - self.shown[name] for name in {**told, **self.shown}}
         self.shown = told
         self.show(changes.pop("done", 0), **changes)
@@ -299,23 +296,20 @@ def run_ranks(function: Callable[[], Any], options: RayOptions, check: Callable[
     connect(options, prints=True)
     size = workers(options, sys.maxsize)
     for _ in range(_DEATHS + 1):
-        with _ending() as hired:
-            hired += [hire(None, options) for _ in range(size)]
-            try:
-                point = _wait(hired[0].meeting_point.remote(), check)
-                calls = [actor.join.remote(function, rank, size, point) for rank, actor in enumerate(hired)]
-                left = list(calls)
-                while left:
-                    ended, left = ray.wait(left, num_returns=1, timeout=_SHOWN)
-                    ray.get(ended)
-                    check()
-                return ray.get(calls[0])
-            except _LOST as error:
-                lost: Exception = error
-            except RayTaskError as error:
-                if isinstance(error.cause, UserError) or not (found := _death(calls)):
-                    raise cause_of(error) from None
-                lost = found
+        hired = [hire(None, options) for _ in range(size)]
+        calls: list[Any] = []
+        try:
+            (point,) = _answers([hired[0].meeting_point.remote()], check)
+            calls = [actor.join.remote(function, rank, size, point) for rank, actor in enumerate(hired)]
+            return _answers(calls, check)[0]
+        except _LOST as error:
+            lost: Exception = error
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError) or not (found := _death(calls)):
+                raise cause_of(error) from None
+            lost = found
+        finally:
+            _end(hired)
         print(f"warning: a worker was lost ({_reason(lost)}); all begin again.", file=sys.stderr, flush=True)
     raise EndedFromOutside(f"{_DEATHS + 1} times a Ray worker died; see Ray's logs, then run the same command again: it goes on.")
 
@@ -327,11 +321,14 @@ def _reason(error: Exception) -> str:
     return (found[0] if found else text).partition(" Some common causes")[0][:240]
 
 
-def _wait(ref: Any, check: Callable[[], None]) -> Any:
-    while True:
+def _answers(calls: list[Any], check: Callable[[], None]) -> list[Any]:
+    """What the calls come to; raises what one of them raises as soon as it does, and what ``check`` raises."""
+    left = calls
+    while left:
+        ended, left = ray.wait(left, num_returns=1, timeout=_SHOWN)
+        ray.get(ended)
         check()
-        with suppress(GetTimeoutError):
-            return ray.get(ref, timeout=_SHOWN)
+    return list(ray.get(calls))
 
 
 def _death(calls: list[Any]) -> Exception | None:
