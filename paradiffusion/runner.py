@@ -112,24 +112,22 @@ class Progress:
 
 
 def run_tasks(
-    what: str, unit: str, total: int | None, function: Work, tasks: Sequence[Any], processes: int, check: Callable[[], None],
-    done: int = 0, start: str | None = None, shown: bool = True, ray: RayOptions | None = None,
-) -> list[Any]:  # fmt: skip
-    """``function(task, tell)`` of each task, in their order, on up to ``processes`` processes, under a bar of ``total`` items.
+    bar: tqdm[Any], function: Work, tasks: Sequence[Any], check: Callable[[], None], on: int | RayOptions = 1, start: str | None = None
+) -> list[Any]:
+    """``function(task, tell)`` of each task, in their order, under a ``bar`` of items, ``on`` up to so many processes or on Ray's workers.
 
-    ``check`` is called between items, or every half second; what it raises ends the processes at once. ``start`` is "spawn" where a GPU
-    needs it, else ``start_method()``; ``function`` is pickled by "spawn" and for ``ray`` alone, whose workers take the place of the
-    processes. What a task raises is raised here; a process
+    ``check`` is called between items, or every second; what it raises ends the processes at once. ``start`` is "spawn" where a GPU
+    needs it, else ``start_method()``; ``function`` is pickled by "spawn" and for Ray alone. What a task raises is raised here; a process
     that is killed from outside (most often for want of memory) is EndedFromOutside, but for Ray's: another worker takes its task."""
-    if ray is not None:
+    with bar:
+        progress = Progress(bar, check)
+        if isinstance(on, int):
+            return _run(function, tasks, on, progress, start or start_method())
         from paradiffusion import ray_pool
 
-        ray_pool.connect(ray)  # before the bar: a cluster that starts would count as slow work
-    with make_bar(what, unit, total, done, shown) as bar:
-        progress = Progress(bar, check)
-        if ray is not None:
-            return ray_pool.run_on_ray(function, tasks, progress, ray)
-        return _run(function, tasks, processes, progress, start or start_method())
+        ray_pool.connect(on)
+        bar.unpause()  # a cluster that starts is no slow work
+        return ray_pool.run_on_ray(function, tasks, progress, on)
 
 
 def _run(function: Work, tasks: Sequence[Any], processes: int, tell: Progress, start: str) -> list[Any]:

@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
 def work_on(options: CaptionOptions, templates: list[Template], shards: list[Any], processes: Any, check_stop: Callable[[], None]) -> int:
     """This process's shards (of Ray's workers all), with one model after the other."""
     from paradiffusion.curation.captioning.captioning import Captioner
-    from paradiffusion.runner import run_tasks
+    from paradiffusion.runner import make_bar, run_tasks
     from paradiffusion.stopping import Stopped
 
     if not shards:
@@ -105,7 +105,8 @@ def work_on(options: CaptionOptions, templates: list[Template], shards: list[Any
                 if ray is None:
                     _ = stage.opened  # before the bar: minutes of a download would count as slow pictures
                 what, total = ("claims", 0) if judges else ("captions", len(stage.index))
-                run_tasks(what, "img", total, stage, range(len(shards)), 1, check_stop, shown=processes.rank == 0, ray=ray)
+                bar = make_bar(what, "img", total, shown=processes.rank == 0)
+                run_tasks(bar, stage, range(len(shards)), check_stop, ray or 1)
             finally:
                 stage.close()
     except Stopped:

@@ -22,7 +22,7 @@ from paradiffusion.config import WORLDS, DataConfig
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
-from paradiffusion.runner import Tell, run_tasks
+from paradiffusion.runner import Tell, make_bar, run_tasks
 from paradiffusion.scenes.captions import KINDS, captions
 from paradiffusion.scenes.drawing import cleanliness, draw
 from paradiffusion.scenes.world import SETS, Scene, make_scene, scene_from_meta, scene_to_meta
@@ -158,8 +158,8 @@ def _build(folder: Path, note: dict[str, Any], processes: int | None) -> None:
     done = total - sum(task[3] for task in tasks)
     # Forked children start at once and need no importable main module; they only draw, and touch no torch state. They end with
     # this process, whose lock they hold too.
-    count, shown = processes or cores(), sys.stderr.isatty()
-    run_tasks("drawing the demo data", "pictures", total, _draw_shard, tasks, count, lambda: None, done, shown=shown)
+    bar = make_bar("drawing the demo data", "pictures", total, done, shown=sys.stderr.isatty())
+    run_tasks(bar, _draw_shard, tasks, lambda: None, processes or cores())
     for left in building.glob("*/.*"):  # of builds that were killed in the midst of a shard
         shutil.rmtree(left, ignore_errors=True)
     (building / "plan.json").replace(building / NOTE)

@@ -36,7 +36,7 @@ from paradiffusion.data.shards import Place, RawSample, ShardPath, Span, read_pl
 from paradiffusion.errors import UserError
 from paradiffusion.machine import choose_device
 from paradiffusion.models.codec import Codec, load_codec
-from paradiffusion.runner import RayOptions, RunnerKeys, Tell, run_tasks
+from paradiffusion.runner import RayOptions, RunnerKeys, Tell, make_bar, run_tasks
 from paradiffusion.sampling.run import Processes, Stopped, StopSignal, joined_processes, stop_on_signals
 from paradiffusion.text.encoder import DTYPES, TextEncoder, is_adapter, load_text_encoder
 from paradiffusion.text.sources import same_weights
@@ -296,7 +296,7 @@ def make_kind(stage: CacheStage, processes: Processes, ray: RayOptions | None) -
     share = f" (process 1 of {processes.size})" if processes.size > 1 else ""
     total = sum(len(stage.rows(number)) for number in mine)
     title, shown = f"{CALLED[stage.what]}{share}", processes.rank == 0
-    made = run_tasks(title, "sample", total, stage, mine, 1, stage.stop.check, shown=shown, ray=ray)
+    made = run_tasks(make_bar(title, "sample", total, shown=shown), stage, mine, stage.stop.check, ray or 1)
     count, seconds = sum(one.samples for one in made), sum(one.seconds for one in made)
     return count / seconds if count else 0.0, sum((one.taken for one in made), Counter[Path]())
 

@@ -11,7 +11,7 @@ import pytest
 from commands import user_error
 
 from paradiffusion.errors import UserError
-from paradiffusion.runner import EndedFromOutside, Tell, process_number, run_tasks
+from paradiffusion.runner import EndedFromOutside, Tell, make_bar, process_number, run_tasks
 from paradiffusion.stopping import stop_on_signals
 
 
@@ -43,16 +43,16 @@ def endless(task: str, tell: Tell) -> None:
 
 @pytest.mark.parametrize(("processes", "start"), [(1, "fork"), (3, "fork"), (2, "spawn")])
 def test_results_come_in_the_order_of_the_tasks(processes: int, start: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_tasks("squaring", "number", 45, squared, range(10), processes, nothing, start=start)
+    found = run_tasks(make_bar("squaring", "number", 45), squared, range(10), nothing, processes, start)
     assert [result for result, _ in found] == [number**2 for number in range(10)]
     assert {number for _, number in found} <= set(range(processes))
     assert "45/45" in capsys.readouterr().err
 
 
 def test_a_mistake_is_told_and_a_killed_process_too() -> None:
-    user_error("task 2 cannot be done", run_tasks, "working", "task", 5, refused, range(5), 2, nothing)
+    user_error("task 2 cannot be done", run_tasks, make_bar("working", "task", 5), refused, range(5), nothing, 2)
     with pytest.raises(EndedFromOutside, match="fewer processes="):
-        run_tasks("working", "task", 5, killed, range(5), 2, nothing)
+        run_tasks(make_bar("working", "task", 5), killed, range(5), nothing, 2)
 
 
 def test_a_stop_ends_all_processes_at_once(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_stop_ends_all_processes_at_once(tmp_path: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt), stop_on_signals() as stop:
-        run_tasks("working", "task", 2, endless, places, 2, lambda: (stop_once_they_work(), stop.check())[1])
+        run_tasks(make_bar("working", "task", 2), endless, places, lambda: (stop_once_they_work(), stop.check())[1], 2)
     for place in places:
         with pytest.raises(ProcessLookupError):
             os.kill(int(Path(place).read_text()), 0)

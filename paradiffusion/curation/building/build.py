@@ -39,7 +39,7 @@ from paradiffusion.data.shards import RawSample, expand_shards, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.machine import cores
 from paradiffusion.pages import markdown_table, plain
-from paradiffusion.runner import EndedFromOutside, Tell, run_tasks
+from paradiffusion.runner import EndedFromOutside, Tell, make_bar, run_tasks
 from paradiffusion.stopping import stop_on_signals
 
 JOURNAL: Final = "build.json"
@@ -75,7 +75,7 @@ def build(options: BuildOptions, counter: TokenCounter | None = None) -> Report:
             return read_report(output)
         write_atomic(output / JOURNAL, json.dumps(journal, indent=1))
         work = output / ".build"
-        run = partial(run_tasks, processes=options.processes or cores(), check=stop.check, ray=options.ray(model=False))
+        run = partial(run_tasks, check=stop.check, on=options.ray(model=False) or options.processes or cores())
         try:
             root = Path(options.root).expanduser() if options.root else None
             limit, archive = options.max_unzipped_gigabytes, None
@@ -130,13 +130,18 @@ def _locked(output: Path) -> Iterator[None]:
     try:
         with open(output / ".build" / "lock", "w") as file:
             lock(file, f"output={output} is being built by another process; wait for it or choose another.")
-            for entry in [*output.glob(".*"), *(output / VAL).glob(".*")]:
-                if _HALF.fullmatch(entry.name):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            _clear(output)
             yield
     finally:
         if _read_json(output / JOURNAL, {}).get("done"):
+            _clear(output)  # what Ray's lost workers left
             shutil.rmtree(output / ".build", ignore_errors=True)
+
+
+def _clear(output: Path) -> None:
+    for entry in [*output.glob(".*"), *(output / VAL).glob(".*")]:
+        if _HALF.fullmatch(entry.name):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _check_output(output: Path, journal: dict[str, Any]) -> dict[str, Any] | None:
@@ -173,9 +178,10 @@ def _list_part(task: tuple[int, Part], tell: Tell, columns: Columns, archive: Ar
     """Write the items of one part (with its number) as chunks; their sizes, which the listing's note keeps."""
     number, part = task
     note = folder / f"{number:05d}.json"
-    if note.exists():
-        return list(_read_json(note, {})["sizes"])
-    sizes: list[int] = []
+    if (sizes := _read_json(note, {}).get("sizes")) is not None:
+        tell(found=sum(sizes))
+        return list(sizes)
+    sizes = []
     partial = folder / f"{number:05d}.{uuid.uuid4().hex}"
     items = iter(items_of(part, columns, archive))
     while chunk := [item.to_json() + "\n" for item in islice(items, _CHUNK)]:
@@ -192,20 +198,17 @@ def _list(parts: list[Part], columns: Columns, archive: Archive | None, work: Pa
     folder = work / "items"
     folder.mkdir(exist_ok=True)
     function = partial(_list_part, columns=columns, archive=archive, folder=folder)
-    listed = run("listing", "item", None, function, list(enumerate(parts)))
+    listed = run(make_bar("listing", "item", None), function, list(enumerate(parts)))
     return {f"{part:05d}-{chunk:05d}": size for part, sizes in enumerate(listed) for chunk, size in enumerate(sizes)}
 
 
 def _first_pass(chunks: dict[str, int], work: Path, options: BuildOptions, run: _Run) -> Tally:
     folder = work / "chunks"
     folder.mkdir(exist_ok=True)
-    names = [name for name in chunks if not (folder / f"{name}.json").exists()]
-    done = sum(chunks.values()) - sum(chunks[name] for name in names)
     function = partial(make_chunk, work=work, options=options)
-    run("reading images", "image", sum(chunks.values()), function, names, done=done)
     total = Tally()
-    for name in chunks:
-        total.add(Tally(**_read_json(folder / f"{name}.json", {})))
+    for tally in run(make_bar("reading images", "image", sum(chunks.values())), function, list(chunks)):
+        total.add(tally)
     return total
 
 
@@ -217,7 +220,7 @@ def _write_shards(selection: Selection, output: Path, options: BuildOptions, run
         for start in range(0, len(rows), size)
     ]
     function = partial(make_shard, counter=counter, limits=options.fetch_limits())
-    run("writing shards", "image", len(selection.train) + len(selection.val), function, tasks)
+    run(make_bar("writing shards", "image", len(selection.train) + len(selection.val)), function, tasks)
 
 
 def _read_json(path: Path, default: Any) -> Any:
@@ -240,7 +243,7 @@ def make_shard(task: tuple[Path, list[Lines]], tell: Tell, counter: TokenCounter
         finally:
             shutil.rmtree(part, ignore_errors=True)
     else:
-        tell(count)
+        tell(found=count)
     index_shard(shard, counter=counter)
 
 

@@ -19,6 +19,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -259,11 +260,13 @@ class Tally:
             self.examples[name] = (self.examples.get(name, []) + shown)[:EXAMPLES]
 
 
-def make_chunk(name: str, tell: Tell, work: Path, options: BuildOptions) -> None:
+def make_chunk(name: str, tell: Tell, work: Path, options: BuildOptions) -> Tally:
     """Do the first pass over one chunk of items in ``work``; a chunk that is done already is left alone."""
     result = work / "chunks" / name
-    if result.with_suffix(".json").exists():
-        return
+    with suppress(FileNotFoundError, ValueError):
+        done = Tally(**json.loads(result.with_suffix(".json").read_text(encoding="utf-8")))
+        tell(found=done.items)
+        return done
     tally, rows, at = Tally(), [], 0
     own = uuid.uuid4().hex  # on a cluster two processes may have one number
     names = {suffix: result.with_suffix(f"{suffix}.{own}") for suffix in (".bin", ".jsonl", ".npy", ".json")}
@@ -293,6 +296,7 @@ def make_chunk(name: str, tell: Tell, work: Path, options: BuildOptions) -> None
         names[".json"].write_text(json.dumps(asdict(tally)), encoding="utf-8")
         for suffix, partial in names.items():  # .json last: it says that the others are whole
             os.replace(partial, result.with_suffix(suffix))
+        return tally
     finally:
         for partial in names.values():
             partial.unlink(missing_ok=True)

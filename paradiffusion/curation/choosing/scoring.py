@@ -29,7 +29,7 @@ from paradiffusion.data.remote import RemotePath
 from paradiffusion.errors import UserError, reason_of
 from paradiffusion.machine import choose_device
 from paradiffusion.metrics.clip import Clip, Head, load_clip, load_head
-from paradiffusion.runner import RayOptions, Tell, process_number, run_tasks
+from paradiffusion.runner import RayOptions, Tell, make_bar, process_number, run_tasks
 from paradiffusion.stopping import stop_on_signals
 
 
@@ -108,7 +108,7 @@ def score_shards(
     function = partial(_score_shard, work=work, scoring=scoring)
     try:
         with stop_on_signals() as stop:
-            run_tasks("scoring", "image", total, function, tasks, processes, stop.check, start="spawn", ray=ray)
+            run_tasks(make_bar("scoring", "image", total), function, tasks, stop.check, ray or processes, "spawn")
     finally:
         _load_models.cache_clear()
     return total
