@@ -48,6 +48,12 @@ def one_of(*accepted: Any) -> Check:
     return lambda key, value: choice(key, value, accepted)
 
 
+def on_disk(key: str, value: str) -> None:
+    """Raise UserError for the address of a store: what is written needs renames and locks, and a path would make of it a folder "s3:"."""
+    if "://" in value:
+        raise UserError(f"{key}={value} is an address, and results are written to a folder; name one, and copy it there when it is whole.")
+
+
 def finite(values: Any, whose: str, key: str) -> None:
     """Raise UserError, which names the model's part and the ``key`` of its dtype, unless all numbers of a tensor are finite:
     float16 ends at 65504."""

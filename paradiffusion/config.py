@@ -14,7 +14,7 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from paradiffusion.checks import Check, below_one, choice, fraction, not_negative, one_of, positive
+from paradiffusion.checks import Check, below_one, choice, fraction, not_negative, on_disk, one_of, positive
 from paradiffusion.errors import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -629,7 +629,7 @@ class TrainConfig:
     preset: str = option("nano", free="always")
     stage: int = 1
     recipe: str = option("none", free="always")
-    run_dir: str = option("runs/nano", free="always")
+    run_dir: str = option("runs/nano", free="always", accepts=on_disk)
     init_from: str | None = option(None, free="resume")
     resume: bool = option(True, free="always")
     seed: int = 0
@@ -803,7 +803,7 @@ class SampleConfig(DrawingKeys):
     ckpt: str | None = option(None)
     prompt: str | None = option(None, typed="text")
     prompt_file: str | None = option(None)
-    output_dir: str | None = option(None)
+    output_dir: str | None = option(None, accepts=on_disk)
     seed: int = 0
     images_per_prompt: int = option(1, accepts=positive)
     batch_size: int = option(8, accepts=positive)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from paradiffusion.checks import not_negative, not_understood, one_of, parsed, positive, split_list
+from paradiffusion.checks import not_negative, not_understood, on_disk, one_of, parsed, positive, split_list
 from paradiffusion.config import DrawingKeys, SampleConfig, SamplerConfig, check_values, option
 from paradiffusion.errors import UserError
 from paradiffusion.machine import choose_device, settled_dtype
@@ -28,7 +28,7 @@ class EvaluateOptions(DrawingKeys, RunnerKeys):
     images: str | None = None
     compare: str | None = None
     label: str | None = None
-    output_dir: str | None = None
+    output_dir: str | None = option(None, accepts=on_disk)
     # on what
     suite: str | None = None
     suite_path: str | None = None

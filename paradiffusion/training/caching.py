@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from paradiffusion.checkpoints.layouts import load_adapter, open_layout
-from paradiffusion.checks import finite, one_of, positive
+from paradiffusion.checks import finite, on_disk, one_of, positive
 from paradiffusion.config import TrainConfig, check_values, identity, option
 from paradiffusion.data import cache as stored
 from paradiffusion.data.cache import Add, Cache, Former, Members, caption_name, is_whole, picture_name
@@ -223,7 +223,7 @@ class CacheOptions(RunnerKeys):
     """What ``scripts/cache.py`` takes besides the overrides of train.py; see its help."""
 
     what: str = option("both", accepts=one_of("latents", "text", "both"))
-    output: str | None = None
+    output: str | None = option(None, accepts=on_disk)
     dtype: str | None = option(None, accepts=one_of(*DTYPES))
     at_once: int = option(16, accepts=positive)
     readers: int = option(4, accepts=positive)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from paradiffusion.checks import fraction, not_negative, not_understood, one_of, parsed, positive
+from paradiffusion.checks import fraction, not_negative, not_understood, on_disk, one_of, parsed, positive
 from paradiffusion.config import check_values, option
 from paradiffusion.curation.building.chunk import parse_colour
 from paradiffusion.curation.building.duplicates import MAX_DISTANCE
@@ -29,7 +29,7 @@ class BuildOptions(RunnerKeys):
     """The keys of scripts/build_shards.py, which explains them."""
 
     input: str | None = None
-    output: str | None = None
+    output: str | None = option(None, accepts=on_disk)
     format: str = option("auto", accepts=one_of(*FORMATS))
     root: str | None = None
     image: str | None = None

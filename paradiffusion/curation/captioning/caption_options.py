@@ -12,7 +12,7 @@ from typing import Any, Final
 import yaml
 
 from paradiffusion.atomic import write_atomic
-from paradiffusion.checks import choice, fraction, not_negative, one_of, positive, split_list
+from paradiffusion.checks import choice, fraction, not_negative, on_disk, one_of, positive, split_list
 from paradiffusion.config import check_values, option
 from paradiffusion.curation.captioning.caption_checks import DEFAULT_REJECT, REASONS, Limits
 from paradiffusion.curation.journal import read_object
@@ -117,7 +117,7 @@ class CaptionOptions(VlmOptions, RunnerKeys):
     """The keys of the command line, the model's among them; scripts/caption.py says what each is. Numbers are our choice."""
 
     shards: str | None = None
-    output: str | None = None
+    output: str | None = option(None, accepts=on_disk)
     allow_truncated: bool = False
     write: str = option("shards", accepts=one_of("shards", "jsonl"))
     kind: str = "long"

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from paradiffusion.checks import not_understood, one_of, parsed, positive, split_list, step_of
+from paradiffusion.checks import not_understood, on_disk, one_of, parsed, positive, split_list, step_of
 from paradiffusion.config import check_values, option
 from paradiffusion.curation.choosing.score_files import move_root, scored_names
 from paradiffusion.errors import UserError
@@ -30,7 +30,7 @@ class SelectOptions(RunnerKeys):
     """The keys of the command line."""
 
     action: str | None = None
-    folder: str | None = None
+    folder: str | None = option(None, accepts=on_disk)
     shard_root: str | None = None
     shards: str | None = None
     clip: str = "ViT-L-14-quickgelu:openai"
@@ -56,7 +56,7 @@ class SelectOptions(RunnerKeys):
     host: str = "127.0.0.1"
     port: int = 8765
     reviewer: str | None = None
-    output: str | None = None
+    output: str | None = option(None, accepts=on_disk)
     samples_per_shard: int = option(1000, accepts=positive)
     votes: str = option("majority", accepts=one_of("majority", "any", "all"))
     given: list[str] = field(default_factory=list, metadata={"internal": True})
