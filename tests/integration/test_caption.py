@@ -224,6 +224,7 @@ def test_what_the_captions_depend_on_may_not_change(arguments: list[str], tmp_pa
         ("engine=endpoint endpoint=http://x:80x/v1", "is no address"),
         ("engine=endpoint endpoint=http://u:hush@x/v1", "the address of x .*api_key_env="),
         ("judge_share=0.5", "judge_share= needs judge="),
+        ("output=s3://bucket/out", "is an address, and results are written to a folder"),
         ("output=IN/000000.tar/out", "is a file or lies under one"),
         ("output=OTHER", "holds 000000.tar and no settings.json"),
         ("model=TINY device=cuda:99", "device=cuda:99 is not to be had here"),
