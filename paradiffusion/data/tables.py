@@ -40,7 +40,12 @@ def check_names(path: Path, names: Iterable[str]) -> None:
     """Raise UserError for two columns of one name, of which one would be lost; columns without a name are nobody's."""
     again = [name for name, count in Counter(names).items() if count > 1 and name]
     if again:
-        raise UserError(f"{path} has {again[0]!r} twice, and which is meant is not known; give one of them another name.")
+        raise repeated_name(path, again[0])
+
+
+def repeated_name(path: Path, name: str, where: str = "") -> UserError:
+    """The refusal of a table that has a name twice."""
+    return UserError(f"{path} has {name!r} twice{where}, and which is meant is not known; give one of them another name.")
 
 
 # Tables of captions beside pictures, as the hub's image folders and others have them, the first that is there; and what the column
@@ -53,6 +58,10 @@ SUFFIXES: Final = (".csv", ".tsv", ".jsonl", ".jsonlines", ".ndjson", ".json", "
 _UTF16: Final = (b"\xff\xfe", b"\xfe\xff")
 _MAX_CELL: Final = 1 << 24
 _MAX_LINES: Final = 1000  # of one row of a CSV: our choice
+
+
+class _Repeated(Exception):
+    """An object of a JSON has a name twice."""
 
 
 def read_rows(path: Path, wanted: Collection[str] | None = None, cells: str | None = None) -> Iterator[Row]:
@@ -167,7 +176,9 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             continue
         notes, place = [ENCODING_NOTES[encoding]] if encoding in ENCODING_NOTES else [], f"line {at}"
         try:
-            content = json.loads(line)
+            content = json.loads(line, object_pairs_hook=_object)
+        except _Repeated as repeated:
+            raise repeated_name(path, str(repeated), f" in one object ({place})") from None
         except (ValueError, RecursionError):
             content = None
         is_row = isinstance(content, dict)
@@ -175,13 +186,22 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         number += 1
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Repeated(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
+
+
 def _json_rows(path: Path) -> Iterator[Row]:
     """A list of objects; or an object from file to caption, or to an object of fields."""
     try:
         text, encoding = decode_text(path.read_bytes())
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_object)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path and its permissions.") from None
+    except _Repeated as repeated:
+        raise repeated_name(path, str(repeated), " in one object") from None
     except (ValueError, RecursionError):
         raise UserError(
             f"{path} is no JSON; expected a list of objects, or an object from file names to captions (one object a line: call it .jsonl)."

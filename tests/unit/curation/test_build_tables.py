@@ -149,6 +149,9 @@ PICTURES = [{"bytes": image(number), "path": None} for number in range(2)]
     ("name", "content", "options", "said"),
     [
         ("t.csv", "path,caption,caption\na.png,one,two\n", {}, "has 'caption' twice"),
+        ("t.jsonl", '{"path": "b.png", "text": "x"}\n\n{"path": "a.png", "text": "one", "text": "two"}\n', {},
+         "has 'text' twice in one object .line 3."),
+        ("t.json", '{"a.png": "one", "a.png": "two"}', {}, "has 'a.png' twice"),
         ("t.parquet", pa.table([["a.png"], ["x"], ["y"]], names=["path", "caption", "caption"]), {}, "has 'caption' twice"),
         ("t.csv", "path,caption\n", {}, "holds no row that can be read"),
         ("t.jsonl", "no JSON\n", {}, "holds no row that can be read"),
