@@ -35,9 +35,9 @@ from paradiffusion.data.index import load_index, read_sample
 from paradiffusion.data.shards import expand_shards, write_shards
 from paradiffusion.entry import run as run_program
 from paradiffusion.errors import UserError
-from paradiffusion.metrics.endpoint import Address, _pause, key_of
+from paradiffusion.metrics.endpoint import _pause, key_of
 from paradiffusion.metrics.local_vlm import LocalModel, SeededDraw
-from paradiffusion.metrics.vlm import Answer, Decoding, Question
+from paradiffusion.metrics.vlm import Answer, Decoding, Question, VlmOptions
 
 PASSING = ("language=any", "min_words=1", "reject=empty")  # random weights write no English
 caption = script("caption").main
@@ -567,7 +567,7 @@ def test_a_refused_picture_is_counted_and_the_key_is_told_to_nobody(
     for key in ("two\nlines", "schlüssel"):
         monkeypatch.setenv("CAPTION_KEY", key)
         with pytest.raises(UserError, match="the key in CAPTION_KEY holds characters") as refusal:
-            key_of(Address(server.url, api_key_env="CAPTION_KEY"))
+            key_of(VlmOptions(api_key_env="CAPTION_KEY"))
         assert key not in str(refusal.value)
 
 
