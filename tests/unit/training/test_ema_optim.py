@@ -24,7 +24,7 @@ from paradiffusion.config import OPTIMIZERS, OptimizerConfig, TrackerConfig, Tra
 from paradiffusion.errors import UserError
 from paradiffusion.training import optim
 from paradiffusion.training.ema import Ema, OwnAverage
-from paradiffusion.training.engine import Engine, WholeMasters, check_deepspeed_file, check_launch
+from paradiffusion.training.engine import Engine, WholeMasters, ZeroEngine, check_deepspeed_file, check_launch
 from paradiffusion.training.log import Log, Meters, human_time, length_band, log_line
 from paradiffusion.training.optim import Fp32Muon, MuonAdamW, build_optimizer, keeps_average, part_of, schedule, set_learning_rate
 
@@ -353,6 +353,17 @@ def test_contradictions_are_refused(tiny_arguments: list[str], monkeypatch: pyte
     for name, value in zip(NAMES, ("no", "1", "1.0"), strict=True):  # what launchers always export
         monkeypatch.setenv(name, value)
     check_launch(compose_train([*tiny_arguments, "precision=bf16", "optimizer.max_grad_norm=0.5"]), 4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "sentence"),
+    [(3, {"offload_param": {"device": "nvme"}}, "offloads to nvme"), (2, {"offload_optimizer": {"device": "nvme"}}, "offloads to nvme"),
+     (0, {}, "zero_stage=0; expected 1, 2 or 3")],
+)  # fmt: skip
+def test_ways_of_zero_whose_checkpoints_would_lack_weights_are_refused(stage: int, zero: dict[str, Any], sentence: str) -> None:
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero})
+    accelerator: Any = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin), num_processes=1)
+    user_error(sentence, ZeroEngine, accelerator, nn.Linear(1, 1), TrainConfig(), 1)
 
 
 def test_a_deepspeed_file_of_the_users_own(tiny_arguments: list[str], tmp_path: Path) -> None:
