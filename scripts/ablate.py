@@ -18,6 +18,8 @@ launch=             a file of configs/launch: every command is started by `accel
 keep_going=true     go on after a failure with what does not depend on it; the status is then 1 at the end
 print=no            true or shell: print the commands that are left as a script, and run nothing; json: all as JSON lines;
                     slurm: a script that submits what can start now through scripts/slurm.sh
+results=            a file of results, a line of JSON a run: those in it are not made again, and new ones are added. From it alone
+                    table=true makes the table
 table=false         true: write the report of what is finished, and run nothing
 stageN.key=value    an override of train.py in stage N of every setting; any other key=value in all stages. A setting's own
                     overrides go first.

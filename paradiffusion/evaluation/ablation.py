@@ -24,7 +24,8 @@ from paradiffusion.atomic import hold
 from paradiffusion.checks import choice, split_list
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation_plan import Compose, Extra, Launcher, Plan, Study, Unit, as_script, is_own, make_plan, read_study
-from paradiffusion.evaluation.ablation_table import as_markdown, compare, stage_summary, write_comparison
+from paradiffusion.evaluation.ablation_results import add_results, read_results
+from paradiffusion.evaluation.ablation_table import Comparison, as_markdown, compare, stage_summary, write_comparison
 from paradiffusion.evaluation.journal import Journal, read_journals
 from paradiffusion.evaluation.records import NAME
 from paradiffusion.repository import find_shipped
@@ -49,6 +50,7 @@ class AblateOptions:
     keep_going: bool = True
     print: str = "no"
     table: bool = False
+    results: str | None = None
 
     def check(self) -> None:
         if self.study is None:
@@ -125,7 +127,24 @@ def ablate(options: AblateOptions, extra: Extra, compose: Compose, check: Callab
         except UserError as error:
             raise UserError(f"{unit.title}: {error}") from None
     launcher = Launcher(options.launch, tuple(split_list(options.launch_arguments)))
-    finished = finished_units(plan, output) if output.is_dir() else set()
+    results = Path(options.results).expanduser() if options.results else None
+    kept = read_results(results, plan) if results else {}
+    left = plan.without(kept)
+    known = {*plan.units} - {*left.units}
+
+    def finished_now() -> set[str]:
+        return known | (finished_units(left, output) if output.is_dir() else set())
+
+    def table() -> Comparison:
+        """The table so far, for a run of days can be looked at; results that are new are kept."""
+        comparison = compare(study, plan, finished_now(), kept)
+        if results:
+            new = {(one.setting, one.seed): one for one in comparison.results if (one.setting, one.seed) not in kept}
+            add_results(results, new.values(), comparison.columns)
+            kept.update(new)
+        return comparison
+
+    finished = finished_now()
     if options.print != "no":
         rest = [argument for argument in again if not argument.startswith(("print=", "launch=", "launch_arguments="))]
         print(as_script(options.print, plan, launcher, finished, rest))
@@ -135,19 +154,18 @@ def ablate(options: AblateOptions, extra: Extra, compose: Compose, check: Callab
         _say_what_is_there(study, plan, output, finished)
 
         def after(unit: Unit) -> None:
-            """The table so far, so that a run of days can be looked at."""
             if unit.kind == "evaluate":
-                write_comparison(output, compare(study, plan, finished_units(plan, output)), [])
+                write_comparison(output, table(), [])
 
-        outcome = run_plan(plan, output, launcher, options.keep_going, after)
-        finished = finished_units(plan, output)
+        outcome = run_plan(left, output, launcher, options.keep_going, after)
+        finished = finished_now()
         if outcome.stopped:
             count = f"{len(finished)} of {len(plan.units)}"
             print(f"stopped with {count} units finished; run the same command again to go on.", flush=True)
             return outcome.stopped
     elif not any(cell.trainings[-1] in finished for cell in plan.cells):
         raise UserError(f"{output} has no finished run of {study.name}; leave out table=true to run it.")
-    comparison = compare(study, plan, finished)
+    comparison = table()
     failures = [(plan.units[key].heading, reason) for key, reason in outcome.failed.items()]
     failures += [(plan.units[key].heading, "not run, since what it starts from failed") for key in outcome.blocked]
     path = write_comparison(output, comparison, failures)

@@ -202,12 +202,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting with one seed: its trainings, in order, and its evaluation (None where nothing is evaluated)."""
+    """One setting with one seed: its trainings, in order, its evaluation (None where nothing is evaluated), and what the study says of
+    both."""
 
     setting: str
     seed: int
     trainings: tuple[str, ...]
     evaluation: str | None
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,12 @@ class Plan:
 
     units: dict[str, Unit]
     cells: tuple[Cell, ...]
+
+    def without(self, places: Collection[tuple[str, int]]) -> Plan:
+        """What is left where the cells of these settings and seeds are known."""
+        left = tuple(cell for cell in self.cells if (cell.setting, cell.seed) not in places)
+        needed = {key for cell in left for key in (*cell.trainings, cell.evaluation)}
+        return Plan({key: unit for key, unit in self.units.items() if key in needed}, left)
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,7 @@ def make_plan(study: Study, output: Path, extra: Extra, compose: Compose) -> Pla
         units[new.key] = replace(known, also=(*known.also, name)) if known else new
         return new.key
 
-    cells = []
+    cells, keys = [], keys_of(TrainConfig)
     for seed in study.seeds:
         for setting in study.settings:
             name, parent, chain = setting.name, None, []
@@ -249,7 +257,8 @@ def make_plan(study: Study, output: Path, extra: Extra, compose: Compose) -> Pla
             assert parent is not None
             given = _last_of_each([*study.evaluate, *setting.evaluate])
             evaluation = shared(name, _evaluation(name, seed, given, parent, output)) if given else None
-            cells.append(Cell(name, seed, tuple(chain), evaluation))
+            said = [one for overrides, _ in stages[name] for one in overrides if keys.get(key_of(one), {}).get("free") != "always"]
+            cells.append(Cell(name, seed, tuple(chain), evaluation, (*said, *given)))
     return Plan(units, tuple(cells))
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -166,6 +166,26 @@ class Column:
         return f"{self.title}{arrow}" + (f" ({self.suite})" if self.suite else "")
 
 
+@dataclass
+class Result:
+    """What one run came to, by column.
+
+    Attributes:
+        said: what the study says of it (Cell.said): results of something else are not taken for it.
+        agreed: fingerprints of suites and settings of scores, by the beginnings of the columns' keys; runs with others are not compared.
+        folder: of its evaluation; None where there is none here.
+    """
+
+    setting: str
+    seed: int
+    said: tuple[str, ...]
+    observed: dict[str, Observed] = field(default_factory=dict)
+    columns: dict[str, Column] = field(default_factory=dict)
+    agreed: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    folder: Path | None = None
+
+
 @dataclass(frozen=True)
 class Row:
     """One setting: ``seeds`` that are finished, of ``planned``, and the ``folders`` of their evaluations.
@@ -190,11 +210,12 @@ class Comparison:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     warnings: tuple[str, ...]
+    results: tuple[Result, ...] = ()
 
 
 @dataclass
 class _Seen:
-    """What the evaluations must agree on to be compared (fingerprints of suites, settings of scores), and what was found."""
+    """What results must agree on to be compared, and what was found."""
 
     columns: dict[str, Column] = field(default_factory=dict)
     agreed: dict[str, str] = field(default_factory=dict)
@@ -204,19 +225,36 @@ class _Seen:
         if sentence not in self.warnings:
             self.warnings.append(sentence)
 
+    def take(self, result: Result) -> dict[str, Observed]:
+        """What of a result can be compared with those before it."""
+        found = result.observed
+        for sentence in result.warnings:
+            self.warn(sentence)
+        for name, value in result.agreed.items():
+            if self.agreed.setdefault(name, value) != value:
+                what = f"{name} was computed with other settings" if "/" in name else f"the suite {name} has other prompts"
+                self.warn(
+                    f"{what} for {result.setting}, seed {result.seed}, than for the first run, and is left out there; delete its folder "
+                    "under evaluated/, and run the study again."
+                )
+                found = {key: one for key, one in found.items() if not key.startswith(f"{name}/")}
+        self.columns = {**{key: result.columns[key] for key in found}, **self.columns}
+        return found
 
-def compare(study: Study, plan: Plan, finished: set[str]) -> Comparison:
-    """The table of all that is finished."""
+
+def compare(study: Study, plan: Plan, finished: set[str], kept: Mapping[tuple[str, int], Result] | None = None) -> Comparison:
+    """The table of all that is finished, with ``kept`` results by setting and seed in the place of what lies in the study's folder."""
     seen = _Seen()
-    found: dict[tuple[str, int], dict[str, Observed]] = {}
-    folders: dict[tuple[str, int], Path | None] = {}
+    results: dict[tuple[str, int], Result] = {}
     settings: dict[tuple[str, ...], list[str]] = {}
     for cell in plan.cells:
         settings.setdefault(cell.trainings, []).append(cell.setting)
-        if cell.trainings[-1] in finished and (cell.evaluation is None or cell.evaluation in finished):
-            place = cell.setting, cell.seed
-            folders[place] = None if cell.evaluation is None else plan.units[cell.evaluation].folder
-            found[place] = _trained(cell, plan, seen) | _evaluated(cell, folders[place], seen)
+        place = cell.setting, cell.seed
+        if kept and place in kept:
+            results[place] = kept[place]
+        elif cell.trainings[-1] in finished and (cell.evaluation is None or cell.evaluation in finished):
+            results[place] = _result(cell, plan)
+    found = {place: seen.take(result) for place, result in results.items()}
     for names in settings.values():  # such as two LoRA ranks where no stage trains LoRA
         if len(names) > 1:
             seen.warn(
@@ -227,7 +265,7 @@ def compare(study: Study, plan: Plan, finished: set[str]) -> Comparison:
     rows = []
     for setting in study.settings:
         seeds = tuple(seed for seed in study.seeds if (setting.name, seed) in found)
-        row = Row(setting, seeds, len(study.seeds), tuple(folders[setting.name, seed] for seed in seeds))
+        row = Row(setting, seeds, len(study.seeds), tuple(results[setting.name, seed].folder for seed in seeds))
         mine = [found[setting.name, seed] for seed in seeds]
         base = [found.get((study.baseline, seed), {}) for seed in seeds]
         for column in columns:
@@ -240,7 +278,7 @@ def compare(study: Study, plan: Plan, finished: set[str]) -> Comparison:
                 change = difference([one for one, _ in pairs], [other for _, other in pairs])
                 row.differences.update({key: change} if change else {})
         rows.append(row)
-    return Comparison(study, columns, tuple(rows), tuple(seen.warnings))
+    return Comparison(study, columns, tuple(rows), tuple(seen.warnings), tuple(results.values()))
 
 
 def _shown_estimate(estimate: Estimate, column: Column) -> Estimate:
@@ -252,8 +290,9 @@ def _shown_estimate(estimate: Estimate, column: Column) -> Estimate:
     return replace(estimate, low=max(estimate.low, low), high=min(estimate.high, high))
 
 
-def _trained(cell: PlannedCell, plan: Plan, seen: _Seen) -> dict[str, Observed]:
-    """Losses of the last stage that has them, and minutes of all stages."""
+def _result(cell: PlannedCell, plan: Plan) -> Result:
+    """Losses of the last stage that has them, minutes of all stages, and what the evaluation's files hold."""
+    result = Result(cell.setting, cell.seed, cell.said)
     numbers: dict[str, float] = {}
     seconds = 0.0
     for key in cell.trainings:
@@ -265,8 +304,16 @@ def _trained(cell: PlannedCell, plan: Plan, seen: _Seen) -> dict[str, Observed]:
         if (loss := _last_loss(stage)) is not None:
             numbers[LOSS] = loss
     numbers[MINUTES] = seconds / 60
-    seen.columns |= {title: Column(title, title) for title in numbers}
-    return {title: number(value) for title, value in numbers.items()}
+    result.columns |= {title: Column(title, title) for title in numbers}
+    result.observed |= {title: number(value) for title, value in numbers.items()}
+    if cell.evaluation is not None:
+        result.folder = plan.units[cell.evaluation].folder
+        for path in sorted(result.folder.rglob(NAME)):
+            try:
+                _add_measures(read_evaluation(path.parent), result)
+            except UserError as error:
+                result.warnings.append(str(error))
+    return result
 
 
 def stage_summary(stage: Path) -> dict[str, Any]:
@@ -294,43 +341,23 @@ def _last_loss(stage: Path) -> float | None:
     return None
 
 
-def _evaluated(cell: PlannedCell, folder: Path | None, seen: _Seen) -> dict[str, Observed]:
-    found: dict[str, Observed] = {}
-    for path in sorted(folder.rglob(NAME)) if folder else ():
-        try:
-            evaluation = read_evaluation(path.parent)
-        except UserError as error:
-            seen.warn(str(error))
-            continue
-        found |= _measured(evaluation, f"{cell.setting}, seed {cell.seed}", seen)
-    return found
-
-
-def _measured(evaluation: Evaluation, whose: str, seen: _Seen) -> dict[str, Observed]:
-    found: dict[str, Observed] = {}
+def _add_measures(evaluation: Evaluation, result: Result) -> None:
     suite = evaluation.suite
-    if seen.agreed.setdefault(suite.name, suite.fingerprint) != suite.fingerprint:
-        first = f"the suite {suite.name} has other prompts in the evaluation of {whose}, than in the first one"
-        seen.warn(f"{first}, so it is left out; delete its folder under evaluated/, and run the study again.")
-        return found
+    result.agreed[suite.name] = suite.fingerprint
     if failed := sum(1 for image in evaluation.images if image.error):
-        drawn = f"{failed} of {len(evaluation.images)} images of {suite.name} were not drawn with {whose}"
-        seen.warn(f"{drawn}; they count as failures.")
-    for result in evaluation.scores:
-        if result.skipped:
+        drawn = f"{failed} of {len(evaluation.images)} images of {suite.name} were not drawn with {result.setting}, seed {result.seed}"
+        result.warnings.append(f"{drawn}; they count as failures.")
+    for score in evaluation.scores:
+        if score.skipped:
             continue
-        name = f"{suite.name}/{result.name}"
-        settings = json.dumps(result.settings, sort_keys=True, default=str)
-        if seen.agreed.setdefault(name, settings) != settings:
-            seen.warn(f"{name} was computed with other settings for {whose}, and is left out there.")
-            continue
-        for measure in result.measures:
-            if measure.higher_is_better is not None and (observed := _observed(result, measure)) is not None:
+        name = f"{suite.name}/{score.name}"
+        result.agreed[name] = json.dumps(score.settings, sort_keys=True, default=str)
+        for measure in score.measures:
+            if measure.higher_is_better is not None and (observed := _observed(score, measure)) is not None:
                 key = f"{name}/{measure.name}"
-                found[key] = observed
+                result.observed[key] = observed
                 title = measure.title or measure.name
-                seen.columns.setdefault(key, Column(key, title, measure.unit, measure.higher_is_better, suite.name))
-    return found
+                result.columns[key] = Column(key, title, measure.unit, measure.higher_is_better, suite.name)
 
 
 def _observed(result: ScoreResult, measure: Measure) -> Observed | None:

@@ -196,6 +196,25 @@ def test_a_study_on_nano_goes_on_where_it_was(
     assert right in report["rows"][1]["differences"]
     assert "| paragraphs | 1 |" in said and (output / "report.html").is_file()
 
+    # The same table from the file of results alone, in which another study's runs, and those of a setting as it was, count for nothing.
+    results, elsewhere = tmp_path / "results.jsonl", [f"study={study}", f"output={tmp_path / 'other'}"]
+    assert script("ablate").main([*arguments, f"results={results}"]) == 0
+    assert len(results.read_text().splitlines()) == 2
+    capsys.readouterr()
+    for _ in range(2):
+        assert script("ablate").main([*elsewhere, f"results={results}"]) == 0
+        assert "are 4 units, 4 of them finished" in capsys.readouterr().out and len(results.read_text().splitlines()) == 2
+    again = json.loads((tmp_path / "other" / "report.json").read_text())
+    for row, other in zip(report["rows"], again["rows"], strict=True):
+        for key in ("estimates", "differences", "values"):
+            for name, had in row[key].items():
+                numbers = [[x or 0 for x in (one.values() if isinstance(one, dict) else one)] for one in (had, other[key][name])]
+                assert numbers[1] == pytest.approx(numbers[0], rel=1e-5, abs=1e-6), name
+    study.write_text(yaml.safe_dump({**values, "evaluate": [*values["evaluate"], "guidance=1"]}))
+    user_error("has no finished run", script("ablate").main, [*elsewhere, f"results={results}", "table=true"])
+    results.write_text('{"setting": "baseline"}\n')
+    user_error("line 1 of .* is no result", script("ablate").main, [*elsewhere, f"results={results}", "table=true"])
+
 
 def test_what_evaluation_would_refuse_is_refused_before_any_training(tmp_path: Path) -> None:
     nowhere = f"suite_path={{paraprompts: {tmp_path / 'nowhere'}}}"
