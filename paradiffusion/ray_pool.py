@@ -91,13 +91,12 @@ class Worker:
 
 @dataclass
 class Hand:
-    """A worker as the driver sees it: numbers of the tasks that it has, and what they have told. It is ``ready`` once it has answered, and
-    ``asked`` while it has not."""
+    """A worker as the driver sees it: numbers of the tasks that it has, what they have told, and whether it owes an answer (``asked``),
+    as a new one does: it gets no task until then."""
 
     actor: Any
     tasks: list[int] = field(default_factory=list)
     told: dict[str, int] = field(default_factory=dict)
-    ready: bool = False
     asked: bool = False
 
 
@@ -202,7 +201,7 @@ class Pool:
             if now - shown >= _SHOWN:
                 shown = now
                 self.move()
-            waits = waits and not any(hand.ready for hand in self.hands)
+            waits = waits and all(hand.asked for hand in self.hands)
             if waits and now - began > _WAITING:
                 waits = False
                 self.say(f"Ray has placed no worker yet; each asks for {needs(self.options)}, and `ray status` says what there is.")
@@ -221,7 +220,7 @@ class Pool:
     def deal(self) -> None:
         """Tasks to each worker that has none: several, lest one that is quick waits for the driver, but few where few are left."""
         for hand in self.hands:
-            if hand.ready and not hand.tasks and self.queue:
+            if not (hand.asked or hand.tasks) and self.queue:
                 size = min(_BATCH, max(1, len(self.queue) // (2 * len(self.hands))))
                 hand.tasks = [self.queue.popleft() for _ in range(size)]
                 self.refs[hand.actor.work.remote(hand.tasks[0], [self.tasks[number] for number in hand.tasks])] = hand, True
@@ -240,10 +239,11 @@ class Pool:
                 self.results[number] = result
             self.done += len(found)
             self.finished.update(told)
+            del self.deaths[None]
             self.queue.extendleft(reversed(hand.tasks[len(found) :]))
             hand.tasks, hand.told = [], {}
         else:
-            hand.ready, hand.asked = True, False
+            hand.asked = False
             if hand.tasks[:1] == [found]:
                 hand.told = told
         return None
@@ -260,7 +260,7 @@ class Pool:
                 f"Ray's workers cannot start ({reason_of(Exception(str(error).splitlines()[-1]))}); each machine needs this repository at "
                 "the same place, or gets it by `ray job submit --working-dir .`."
             )
-        if self.deaths[first] > _DEATHS:
+        if self.deaths[first] > _DEATHS * (1 if hand.tasks else len(self.hands)):
             raise EndedFromOutside(
                 f"{self.deaths[first]} Ray workers died one after the other, most often for want of memory ({reason}); run the same "
                 "command with a smaller batch_size= or other runner_options=: it goes on where it stopped."
@@ -268,6 +268,9 @@ class Pool:
         self.say(f"a worker was lost ({reason}); its work goes to another.")
         _end([hand.actor])  # it may only be out of reach, and would go on at what others now do
         self.hands[self.hands.index(hand)] = self.hire()
+        for idle in self.hands:  # the node may have taken them too, and a task that they then got would seem to kill them
+            if not (idle.asked or idle.tasks):
+                self.ask(idle)
 
     def move(self) -> None:
         """Move the bar, and ask the workers how far they are."""

@@ -7,12 +7,14 @@ import signal
 import time
 from pathlib import Path
 
+from paradiffusion.atomic import write_atomic
 from paradiffusion.errors import UserError
 from paradiffusion.runner import Tell
 
 
 class Stage:
-    """Squares; 0 is slow, so that others end before it, 5 kills its first worker, 11 is a user's mistake, and 12 kills every worker."""
+    """Squares; 0 is slow, so that others end before it, 5 kills its first worker, 11 is a user's mistake, 12 kills every worker, and 13 the
+    first time the workers of 20 to 24, which are idle by then, and its own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -24,6 +26,17 @@ class Stage:
             os.kill(os.getpid(), signal.SIGKILL)
         if task == 0:
             time.sleep(2)
+        if task >= 20:
+            write_atomic(mark, str(os.getpid()))
+        if task >= 13:  # each has a worker of its own
+            marks = [self.folder / str(number) for number in range(20, 25)]
+            while not all(one.exists() for one in marks):
+                time.sleep(0.1)
+            if task == 13 and not mark.exists():
+                mark.touch()
+                time.sleep(3)
+                for worker in [*(int(one.read_text()) for one in marks), os.getpid()]:
+                    os.kill(worker, signal.SIGKILL)
         if task == 11:
             raise UserError("task 11 cannot be done.")
         tell(1, odd=task % 2)
