@@ -16,7 +16,6 @@ Weights are random and data is made up, so nothing has to be downloaded. Besides
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,13 +25,9 @@ from paradiffusion.entry import run
 
 def main(arguments: list[str]) -> int:
     """Measure, print each row when it is there, and write the files."""
-    from paradiffusion.budget.bench_models import BenchmarkSettings, parse_settings
     from paradiffusion.budget.benchmark import benchmark
-    from paradiffusion.compose import compose_train
 
-    settings, overrides = parse_settings(arguments)
-    compose = partial(compose_train, beside=tuple(BenchmarkSettings.__dataclass_fields__))
-    stem, rows = benchmark(settings, overrides, compose)
+    stem, rows = benchmark(arguments)
     print(f"{len(rows)} rows in {stem}.json and {stem}.md")
     return 0
 

@@ -11,8 +11,6 @@ train.py it takes
 from __future__ import annotations
 
 import sys
-import tempfile
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,14 +20,10 @@ from paradiffusion.entry import run
 
 def main(arguments: list[str]) -> int:
     """Measure, print each row when it is there, and write the files."""
-    from paradiffusion.budget.bench_cache import CacheBenchSettings, benchmark_cache
-    from paradiffusion.compose import compose_train, split_options
+    from paradiffusion.budget.bench_cache import benchmark_cache
 
-    settings, overrides = split_options(CacheBenchSettings, arguments)
-    compose = partial(compose_train, beside=tuple(CacheBenchSettings.__dataclass_fields__))
-    with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as folder:
-        stem, rows = benchmark_cache(settings, overrides, compose, Path(folder))
-    print(f"{len(rows)} rows in {stem}.json and {stem}.md")
+    stem = benchmark_cache(arguments)
+    print(f"{stem}.json and {stem}.md")
     return 0
 
 

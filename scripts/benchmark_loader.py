@@ -20,23 +20,11 @@ from paradiffusion.entry import run
 
 
 def main(arguments: list[str]) -> int:
-    """Measure, print the table, and write the files."""
-    from paradiffusion.budget.bench_loader import LoaderBench, benchmark_loader
-    from paradiffusion.budget.describe import Question, describe
-    from paradiffusion.compose import compose_options, compose_train
-    from paradiffusion.text.sources import locate
-    from paradiffusion.text.tokenizer import load_tokenizer
+    """Measure, print the rows, and write the files."""
+    from paradiffusion.budget.bench_loader import benchmark_loader
 
-    settings = compose_options(LoaderBench, arguments)
-    settings.check()
-    step = settings.step_seconds
-    if step is None:
-        question = Question(gpus=1, device="h100")
-        expected = describe(["preset=paper", "stage=1", "data.shards=unused"], question, compose_train).throughput.samples_per_second
-        step = settings.batch_size / expected
-    tokenizer = load_tokenizer(locate(compose_train([]).text_encoder))
-    stem, _ = benchmark_loader(settings, step, lambda texts: [len(ids) for ids in tokenizer(texts)["input_ids"]])
-    print(stem.with_suffix(".md").read_text())
+    stem = benchmark_loader(arguments)
+    print(f"{stem}.json and {stem}.md")
     return 0
 
 

@@ -3,13 +3,12 @@
     python scripts/benchmark_plan.py                                   # step 1,000,000 over 20 million samples
     python scripts/benchmark_plan.py rows=1000000 sources=3 output=/tmp name=mine
 
-The samples are made up (170 bytes of disk each, in scratch=) and no image is read. Keys (key=value):
+The samples are made up (170 bytes of disk each, where TMPDIR says) and no image is read. Keys (key=value):
   rows=20000000 shards=2000   of the index
   step=1000000                the step to find
-  batch_size=256 window_shards=16 resolution=512   of the plan; the resolution gives the aspect buckets
+  batch_size=256 window_shards=16   of the plan
   sources=1,3                 numbers of sources to measure, 1 or 3
   repeats=5                   starts of each, in a process of its own
-  scratch=                    a folder for the indexes that are made (the system's for temporary files)
   output=benchmarks name=plan_cpu   where FILE.json and FILE.md are written
 """
 
@@ -27,16 +26,9 @@ from paradiffusion.entry import run
 
 def main(arguments: list[str]) -> int:
     """Measure, print each row when it is there, and write the files."""
-    from paradiffusion.budget.bench_plan import PlanBench, line, measure, write
-    from paradiffusion.compose import compose_options
+    from paradiffusion.budget.bench_plan import benchmark_plan
 
-    settings = compose_options(PlanBench, arguments)
-    settings.check()
-    rows = []
-    for row in measure(settings):
-        print(line(row), flush=True)
-        rows.append(row)
-    stem = write(settings, rows)
+    stem = benchmark_plan(arguments)
     print(f"{stem}.json and {stem}.md")
     return 0
 

@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         sides.append([*rest, f"conditioning={question.beside}"])
     for side in sides:  # refuses what is wrong before models are built
         compose_train(side, tuple(Question.__dataclass_fields__))
-    described = [describe(side, question, compose_train) for side in sides]
+    described = [describe(side, question) for side in sides]
     if question.format == "json":
         document = described[0].as_json()
         if question.beside:

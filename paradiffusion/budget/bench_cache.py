@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -12,11 +12,11 @@ from typing import Any
 from accelerate.state import AcceleratorState
 
 from paradiffusion.budget.bench_models import interleave, ratio
-from paradiffusion.budget.results import facts, load, machine, today, write_results
+from paradiffusion.budget.results import Results, machine
 from paradiffusion.checks import not_negative, positive
-from paradiffusion.config import TrainConfig, option
+from paradiffusion.compose import compose_train, split_options
+from paradiffusion.config import TrainConfig, keys_of, option
 from paradiffusion.errors import UserError
-from paradiffusion.pages import markdown_table
 from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.training.caching import CacheOptions, make_cache
 from paradiffusion.training.engine import make_accelerator
@@ -41,24 +41,36 @@ class CacheBenchSettings:
     name: str = "cache_cpu"
 
 
-def benchmark_cache(
-    settings: CacheBenchSettings, overrides: list[str], compose: Callable[[list[str]], TrainConfig], folder: Path
-) -> tuple[Path, list[dict[str, Any]]]:
-    """Measure every arm in ``folder`` and write ``<output>/<name>.json`` and ``.md``; returns their stem and the rows."""
-    rows = []
-    for arm, values in ARMS.items():
-        sizes = f"{{web: {SCENES}, big: 1, small: 1, val: 1}}"
-        config = compose(["preset=nano", "stage=1", "threads=1", "data.workers=0", *values, *overrides,
-                          f"data.demo_folder={folder / 'demo'}", f"data.demo_sizes={sizes}", "data.val_shards=null",
-                          f"run_dir={folder / arm.replace(' ', '_')}"])  # fmt: skip
-        if config.train_text != "frozen":
-            raise UserError("the cache is measured in stage 1, where the language model is frozen; leave stage= out.")
-        config = replace(config, max_steps=settings.warmup + settings.steps)
-        rows.append({"arm": arm, "batch_size": config.batch_size, **measure(config, settings.warmup)})
-        print("  ".join(cells(rows[-1])), flush=True)
-    command = " ".join(["python scripts/benchmark_cache.py", *overrides, f"steps={settings.steps}"])
-    document = {"date": today(), "machine": machine(), "load": load(), "command": command, "rows": rows}
-    return write_results(settings.output, settings.name, document, as_markdown(document)), rows
+def benchmark_cache(arguments: list[str]) -> Path:
+    """Measure every arm and write ``<output>/<name>.json`` and ``.md``; returns their stem."""
+    settings, overrides = split_options(CacheBenchSettings, arguments)
+    with tempfile.TemporaryDirectory(prefix="benchmark-cache-") as folder:
+        configs = {arm: configuration([*values, *overrides], Path(folder, arm.replace(" ", "_"))) for arm, values in ARMS.items()}
+        about = (
+            f"Stage 1 of preset=nano, batches of {configs['nano'].batch_size}, one thread, {settings.steps} steps: each is taken without "
+            'and with cached latents and text features, in turn, in one process that reads its samples itself. "Without reading" is what '
+            "is left where worker processes read ahead. Both runs start from the same weights and draw the same noise; their losses are "
+            "compared over all steps."
+        )
+        command, ran_on = " ".join(["python scripts/benchmark_cache.py", *overrides, f"steps={settings.steps}"]), machine()
+        document = {"machine": ran_on, "load": ran_on["load average"], "command": command}
+        results = Results(settings, "Training from a cache", about, HEADER, document)
+        for arm, config in configs.items():
+            row = {"arm": arm, "batch_size": config.batch_size}
+            row |= measure(replace(config, max_steps=settings.warmup + settings.steps), settings.warmup)
+            results.add(row, cells(row))
+    return results.stem
+
+
+def configuration(overrides: list[str], run_dir: Path) -> TrainConfig:
+    """One arm's, of scenes that are drawn once beside its ``run_dir``; UserError for a stage that trains the language model."""
+    sizes = f"{{web: {SCENES}, big: 1, small: 1, val: 1}}"
+    given = ["preset=nano", "stage=1", "threads=1", "data.workers=0", *overrides, f"data.demo_folder={run_dir.parent / 'demo'}",
+             f"data.demo_sizes={sizes}", "data.val_shards=null", f"run_dir={run_dir}"]  # fmt: skip
+    config = compose_train(given, tuple(keys_of(CacheBenchSettings)))
+    if config.train_text != "frozen":
+        raise UserError("the cache is measured in stage 1, where the language model is frozen; leave stage= out.")
+    return config
 
 
 def measure(config: TrainConfig, warmup: int) -> dict[str, Any]:
@@ -129,16 +141,3 @@ def cells(row: dict[str, Any]) -> list[str]:
     )  # fmt: skip
     milliseconds = {key: 1e3 * row[key] for key in ("uncached", "cached", "reading_uncached", "reading_cached")}
     return [cell.format(**{**row, **milliseconds}) for cell in form]
-
-
-def as_markdown(document: dict[str, Any]) -> str:
-    """The results for a person."""
-    rows = document["rows"]
-    return (
-        f"# Training from a cache, {document['date']}\n\n{facts(document['machine'])}; load average {document['load']}.\n\n"
-        f"```\n{document['command']}\n```\n\n"
-        f"Stage 1 of preset=nano, batches of {rows[0]['batch_size']}, one thread, {rows[0]['steps']} steps: each is taken without and "
-        'with cached latents and text features, in turn, in one process that reads its samples itself. "Without reading" is what is '
-        "left where worker processes read ahead. Both runs start from the same weights and draw the same noise; their losses "
-        f"are compared over all steps.\n\n{markdown_table(HEADER, map(cells, rows))}\n"
-    )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,9 +15,9 @@ from accelerate.utils import patch_environment
 
 from paradiffusion.budget.flops import recognise
 from paradiffusion.budget.synthetic import write_samples
-from paradiffusion.checks import choice, positive, split_list
-from paradiffusion.compose import split_options
-from paradiffusion.config import TrainConfig
+from paradiffusion.checks import Check, choice, not_negative, positive, split_list
+from paradiffusion.compose import compose_train, split_options
+from paradiffusion.config import TrainConfig, option
 from paradiffusion.machine import choose_device
 from paradiffusion.training.engine import make_accelerator
 
@@ -42,11 +42,11 @@ class Row:
     Seconds are None where it could not be measured, as ``note`` says. The rate, in ``unit``, is over all rounds, the speed-up that over
     ``against`` in the same ones; ``tflops`` are achieved (model FLOP, no recomputation), ``mfu`` their share of the device's peak."""
 
-    what: str
-    stage: int
-    arm: str
-    work: str
-    median: float | None
+    what: str = ""
+    stage: int = 0
+    arm: str = ""
+    work: str = ""
+    median: float | None = None
     low: float | None = None
     high: float | None = None
     rate: float | None = None
@@ -71,7 +71,7 @@ def interleave(
     """Run every piece of work in each round, in turning order, so that what else the machine does meets all alike: ``warmup``
     rounds that are not counted, then ``repeats``. Each is called with the round's number, after its ``before``, not timed."""
     timings = {name: Timing() for name in works}
-    alive = list(works)
+    alive, on_gpu = list(works), device.type == "cuda"
     for number in range(warmup + repeats):
         turn = number % len(alive) if alive else 0
         for name in alive[turn:] + alive[:turn]:
@@ -79,7 +79,14 @@ def interleave(
             try:
                 if before is not None:
                     before[name]()
-                seconds, peak, reserved = timed(works[name], number, device)
+                if on_gpu:
+                    torch.cuda.synchronize(device)
+                    torch.cuda.reset_peak_memory_stats(device)
+                began = time.perf_counter()
+                works[name](number)
+                if on_gpu:  # with all that was asked of it done
+                    torch.cuda.synchronize(device)
+                seconds = time.perf_counter() - began
             except torch.OutOfMemoryError:
                 timing.seconds, timing.note = [], f"did not fit into the memory of {device}"
                 alive = [other for other in alive if other != name]
@@ -87,27 +94,10 @@ def interleave(
                 continue
             if number >= warmup:
                 timing.seconds.append(seconds)
-            if peak is not None and reserved is not None:
-                timing.peak_gib = max(timing.peak_gib or 0.0, peak)
-                timing.reserved_gib = max(timing.reserved_gib or 0.0, reserved)
+            if on_gpu:
+                timing.peak_gib = max(timing.peak_gib or 0.0, torch.cuda.max_memory_allocated(device) / GIB)
+                timing.reserved_gib = max(timing.reserved_gib or 0.0, torch.cuda.max_memory_reserved(device) / GIB)
     return timings
-
-
-def timed(work: Callable[[int], object], number: int, device: torch.device) -> tuple[float, float | None, float | None]:
-    """Seconds of ``work(number)``, with all that it has asked of a GPU done, and the most memory that it held there, and that was
-    reserved, in GiB."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    began = time.perf_counter()
-    work(number)
-    if on_gpu:
-        torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - began
-    if not on_gpu:
-        return seconds, None, None
-    return seconds, torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
 
 
 def release() -> None:
@@ -124,103 +114,90 @@ def ratio(slow: Timing, fast: Timing) -> float | None:
 
 
 def make_row(
-    timing: Timing, what: str, stage: int, arm: str, work: str, count: float, unit: str = "samples/s",
-    reference: Timing | None = None, against: str = "reference", flop: float | None = None, peak: float | None = None,
-    memory: Timing | None = None, note: str = "", described_gib: float | None = None,
+    timings: dict[str, Timing], work: str, count: float, unit: str = "samples/s", against: str = "reference",
+    flop: float | None = None, peak: float | None = None, note: str = "", what: str = "",
 ) -> Row:  # fmt: skip
-    """A row from its timing. ``count`` (samples, images or tokens) and ``flop`` are those of one round, ``peak`` the device's
-    TFLOP/s; ``memory`` was measured apart, in the place of the timing's own, and ``described_gib`` is what its peak should be."""
+    """The row of one of several works that took turns, ``against`` being the one that it is compared with. ``count`` (samples, images or
+    tokens) and ``flop`` are those of one round, ``peak`` the device's TFLOP/s. Stage and arm, and mostly what it is, are the caller's."""
+    timing, slow = timings[work], timings.get(against)
     note = "; ".join(part for part in (note, timing.note) if part)
     if not timing.seconds:
-        return Row(what, stage, arm, work, None, unit=unit, note=note)
-    mean, memory = statistics.fmean(timing.seconds), memory or timing
+        return Row(what, work=work, unit=unit, against=against, note=note)
+    mean, seconds = statistics.fmean(timing.seconds), timing.seconds
     tflops = None if flop is None else flop / mean / 1e12
     return Row(
-        what, stage, arm, work, statistics.median(timing.seconds), min(timing.seconds), max(timing.seconds), count / mean, unit,
-        None if reference is None else ratio(reference, timing), against, tflops,
-        None if tflops is None or peak is None else tflops / peak, memory.peak_gib, described_gib, memory.reserved_gib, note,
+        what, work=work, median=statistics.median(seconds), low=min(seconds), high=max(seconds), rate=count / mean, unit=unit,
+        speedup=None if slow is None or work == against else ratio(slow, timing), against=against, tflops=tflops,
+        mfu=None if tflops is None or peak is None else tflops / peak, peak_gib=timing.peak_gib, reserved_gib=timing.reserved_gib,
+        note=note,
     )  # fmt: skip
 
 
 # Pictures in the made-up shards; batches of more are drawn from several epochs.
 SAMPLES = 256
-SEVERAL = {
-    "stages": ("1", "2", "3"),
-    "what": ("step", "sampler", "text"),
-    "switches": (
-        "channels_last",
-        "compile",
-        "fused",
-        "async_save",
-        "reads",
-        "null_prompt",
-        "adapter_casts",
-        "frozen_fp32",
-        "cudnn_benchmark",
-    ),
+# What a row of our step with the switch is called; of what has no key of its own the row is of the step without it.
+SWITCHES = {
+    "channels_last": "channels_last=true",
+    "compile": "compile=true",
+    "fused": "AdamW fused",
+    "async_save": "async_save=true",
+    "reads": "numbers read in each micro-batch, copies waited for",
+    "null_prompt": "null prompt read beside the others",
+    "adapter_casts": "adapters' inputs cast to fp32 and back",
+    "frozen_fp32": "frozen matrices of the U-Net in fp32",
+    "cudnn_benchmark": "cudnn.benchmark off",
 }
+# In the place of a processor's defaults, for which compiling takes minutes.
+ON_GPU = ["warmup=5", "repeats=20", "steps=null", "switches=channels_last,compile,fused"]
+
+
+def several(text: str) -> list[str]:
+    """The parts of "a,b" or "[a,b]"; of "none" none."""
+    return [part for part in split_list(text) if part != "none"]
+
+
+def each_of(*accepted: str) -> Check:
+    """The check that all of ``several`` are among these."""
+
+    def check(key: str, value: str) -> None:
+        for part in several(value):
+            choice(key, part, accepted)
+
+    return check
 
 
 @dataclass
 class BenchmarkSettings:
-    """What scripts/benchmark.py is asked to measure; it says what each key is. -1 and None are for what suits the device, the
-    stage or the sampler; ``steps`` are of its official settings, and other presets are shortened by the same share."""
+    """What scripts/benchmark.py is asked to measure; it says what each key is. None is for what suits the stage or the sampler;
+    ``steps`` are of its official settings, and other presets are shortened by the same share."""
 
-    stages: str = "1,2"
-    what: str = "step,sampler,text"
-    switches: str | None = None
-    warmup: int = -1
-    repeats: int = -1
+    stages: str = option("1,2", accepts=each_of("1", "2", "3"))
+    what: str = option("step,sampler,text", accepts=each_of("step", "sampler", "text"))
+    switches: str = option("channels_last,fused", accepts=each_of(*SWITCHES))
+    warmup: int = option(1, accepts=not_negative)
+    repeats: int = option(3, accepts=positive)
     device: str | None = None
-    resolution: int | None = None
-    steps: int | None = None
+    resolution: int | None = option(None, accepts=positive)
+    steps: int | None = option(20, accepts=positive)
     output: str = "benchmarks"
     name: str | None = None
-
-    def settle(self) -> None:
-        """Fill in what depends on the device; UserError for a value that makes no sense."""
-        self.device = choose_device(self.device).type
-        # Compiling for a processor takes minutes.
-        usual = {"warmup": 1, "repeats": 3, "steps": 20, "switches": "channels_last,fused"}
-        if self.device == "cuda":
-            usual = {"warmup": 5, "repeats": 20, "switches": "channels_last,compile,fused"}
-        for key, value in usual.items():
-            if getattr(self, key) in (None, -1):
-                setattr(self, key, value)
-        for key, accepted in SEVERAL.items():
-            for value in self.several(key):
-                choice(key, value, accepted)
-        positive("warmup", self.warmup, zero=True)
-        for key in ("repeats", "resolution", "steps"):
-            if getattr(self, key) is not None:
-                positive(key, getattr(self, key))
-
-    def several(self, key: str) -> tuple[str, ...]:
-        """The parts of "a,b" or "[a,b]"; of "none" none."""
-        return tuple(part for part in split_list(getattr(self, key)) if part != "none")
-
-    def spelled(self) -> list[str]:
-        """The settings as one would type them, where the file lies left out."""
-        shown = {key: value for key, value in asdict(self).items() if key not in ("output", "name")}
-        return [f"{key}={value}" for key, value in shown.items() if value is not None]
 
 
 def parse_settings(arguments: Sequence[str]) -> tuple[BenchmarkSettings, list[str]]:
     """Split the benchmark's own keys from the overrides of train.py; UserError for a value that makes no sense."""
     settings, rest = split_options(BenchmarkSettings, arguments)
-    settings.settle()
-    return settings, rest
+    device = choose_device(settings.device).type
+    if device == "cuda":
+        settings, rest = split_options(BenchmarkSettings, [*ON_GPU, *arguments])
+    return replace(settings, device=device), rest
 
 
 @dataclass
 class Bench:
-    """A benchmark's fixed surroundings: the user's overrides of train.py, and ``compose``, which makes a configuration of such; names
-    of configs/sampler to measure, the official settings first; and a folder that goes away in the end."""
+    """A benchmark's fixed surroundings: its settings, the user's overrides of train.py, and a folder that goes away in the end."""
 
     settings: BenchmarkSettings
     overrides: list[str]
-    compose: Callable[[list[str]], TrainConfig]
-    samplers: tuple[str, ...]
     folder: Path
     accelerator: Accelerator | None = None
     runs: int = 0
@@ -234,11 +211,9 @@ class Bench:
         own = ["data.workers=0", "data.max_aspect=1.0", "data.caption_dropout=0", "init_from=scratch", f"stage={stage}"]
         if self.settings.resolution is not None:
             own.append(f"data.resolution={self.settings.resolution}")
-        if not any(o.startswith("threads=") for o in self.overrides):
-            own.append(f"threads={torch.get_num_threads()}")
         self.runs += 1
         own += [f"run_dir={self.folder / f'run{self.runs}'}", f"data.shards={self.folder / 'shards'}", "tracker=jsonl"]
-        config = self.compose([*own, *self.overrides, *arm, *more])
+        config = compose_train([*own, f"threads={torch.get_num_threads()}", *self.overrides, *arm, *more])
         micro = config.micro_batch_size or config.batch_size
         return replace(config, batch_size=micro, micro_batch_size=micro, max_steps=10**6)
 
@@ -262,17 +237,12 @@ class Bench:
             return {"as given": []}
         named = {"paper": ["conditioning=paper"], "masked": ["conditioning=paper", "conditioning.mask_padding=true"]}
         preset = [o for o in self.overrides if o.startswith("preset=")]
-        own = self.compose(["data.shards=unused", *preset]).conditioning.name
+        own = compose_train(["data.shards=unused", *preset]).conditioning.name
         return named if own == "paper" else {own: [], **named}
 
-    def each_arm(self, what: str, stage: int, measure: Callable[[str, list[str]], Iterator[Row]]) -> Iterator[Row]:
-        """Rows of every arm; what does not fit says so, and the others go on."""
-        for arm, overrides in self.arms().items():
-            try:
-                yield from measure(arm, overrides)
-            except torch.OutOfMemoryError:
-                yield Row(what, stage, arm, "ours", None, note=f"did not fit into the memory of {self.device}")
-            release()
+    def time(self, works: dict[str, Callable[[int], object]], before: dict[str, Callable[[], object]] | None = None) -> dict[str, Timing]:
+        """``interleave``, as often as the settings say."""
+        return interleave(works, self.settings.warmup, self.settings.repeats, self.device, before)
 
     def peak(self, precision: str) -> float | None:
         """TFLOP/s that the device can do, where its data sheet is known."""

@@ -7,13 +7,10 @@ are indexed and hold nothing.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from paradiffusion.budget.results import facts, load, processor, today, write_results
+from paradiffusion.budget.results import Results, answer_of, machine, spread
 from paradiffusion.checks import not_negative, one_of, positive
+from paradiffusion.compose import compose_options
 from paradiffusion.config import option
 from paradiffusion.data.images import make_buckets
 from paradiffusion.data.index import ROW, SampleIndex, _stamp, _store, join_indexes, load_index, of_one_shard
 from paradiffusion.data.plan import BatchPlan, Share
 from paradiffusion.errors import UserError
-from paradiffusion.pages import markdown_table
 
 CAPTIONS = {"short": 0.5, "long": 0.5}
 # Of the shards and of the samples, where there are three sources: a large one is not drawn in proportion to its size.
@@ -44,34 +41,10 @@ class PlanBench:
     step: int = option(1_000_000, accepts=not_negative)
     batch_size: int = option(256, accepts=positive)
     window_shards: int = option(16, accepts=positive)
-    resolution: int = 512
     sources: str = option("1,3", accepts=one_of("1", "3", "1,3"))
     repeats: int = option(5, accepts=positive)
-    scratch: str | None = None
     output: str = "benchmarks"
     name: str = "plan_cpu"
-
-    def check(self) -> None:
-        """Raise UserError for an index that is too small."""
-        if self.rows < self.shards or self.shards < 100:
-            raise UserError(f"rows={self.rows} shards={self.shards} is too small; expected 100 shards, and a row for each.")
-
-
-@dataclass
-class PlanRow:
-    """What one number of sources came to, in seconds. ``first`` is the first start, which writes the columns; then of each repeat
-    ``start`` from the shards' paths to the plan, ``seek`` the batch of the far step, ``next_batch`` the mean of the next 1000.
-    ``private`` is the memory in bytes that index and plan then add to the process's own (anonymous, /proc/self/smaps_rollup),
-    ``shared`` what of the mapped columns is in memory, ``disk`` what they take there."""
-
-    sources: int
-    first: float
-    start: list[float]
-    seek: list[float]
-    next_batch: list[float]
-    private: list[int]
-    shared: list[int]
-    disk: int
 
 
 def bounds_of(sources: int) -> list[float]:
@@ -101,8 +74,8 @@ def make_index(rows: int, shards: int, sources: int = 1, seed: int = 0) -> Sampl
 
 
 def make(index: SampleIndex, settings: PlanBench) -> BatchPlan:
-    """The plan that is measured: the aspect buckets of a resolution, two caption kinds."""
-    buckets = make_buckets(settings.resolution, 32, 2.0)  # 9 of them
+    """The plan that is measured: the aspect buckets of 512 pixels, two caption kinds."""
+    buckets = make_buckets(512, 32, 2.0)  # 9 of them
     shares = [Share(weight) for _, weight in THREE] if len(index.sources) == 3 else None
     return BatchPlan(index, settings.batch_size, 0, buckets, CAPTIONS, settings.window_shards, shares)
 
@@ -125,7 +98,9 @@ def memory() -> dict[str, int]:
 
 
 def measure_start(folder: Path, settings: PlanBench, sources: int) -> dict[str, float]:
-    """One start in this process, as a row has it."""
+    """One start in this process. In seconds: ``start`` from the shards' paths to the plan, ``seek`` the batch of the far step,
+    ``next_batch`` the mean of the next 1000. In bytes: ``private``, the memory that index and plan then add to the process's own
+    (anonymous), and ``shared``, what of the mapped columns is in memory."""
     before, began = memory(), time.perf_counter()
     shards = sorted(folder.glob("*.tar"))
     bounds = [round(len(shards) * part) for part in bounds_of(sources)]
@@ -144,78 +119,40 @@ def measure_start(folder: Path, settings: PlanBench, sources: int) -> dict[str, 
     }  # fmt: skip
 
 
-def measure(settings: PlanBench) -> Iterator[PlanRow]:
-    """Measure each number of sources in turn."""
-    root = Path(__file__).resolve().parents[2]
-    with tempfile.TemporaryDirectory(prefix="benchmark-plan-", dir=settings.scratch) as name:
+def benchmark_plan(arguments: list[str]) -> Path:
+    """Measure each number of sources, and write ``<output>/<name>.json`` and ``.md``; returns their stem.
+
+    A row has ``first``, the seconds of the first start, which writes the columns, what each of the ``repeats`` then came to, and
+    ``disk``, the columns' bytes."""
+    settings = compose_options(PlanBench, arguments)
+    if settings.rows < settings.shards or settings.shards < 100:
+        raise UserError(f"rows={settings.rows} shards={settings.shards} is too small; expected 100 shards, and a row for each.")
+    about = (
+        f"{settings.rows:,} samples in {settings.shards} indexed shards, 9 aspect buckets, two caption kinds, batches of "
+        f"{settings.batch_size}, windows of {settings.window_shards} shards, in one thread. A start goes from the shards' paths to a "
+        f"plan; the first one writes the columns that the others map. Median and range of {settings.repeats} starts, each a process of "
+        "its own; the load average says how busy other work kept the machine. Private is the anonymous memory that index and plan add "
+        "to the process once the step and 1000 more are found, shared what of the columns it has touched. Three sources have 80, 19 "
+        "and 1 % of the shards and weights of 0.6, 0.3 and 0.1; their columns lie there apart and joined."
+    )
+    head = ("sources", "first start", "start", f"step {settings.step:,} found", "each next batch", "private", "shared", "on disk")
+    command = " ".join(["python scripts/benchmark_plan.py", *arguments])
+    document = {"machine": machine(), "command": command, "settings": asdict(settings)}
+    results = Results(settings, f"Index and plan over {settings.rows:,} samples", about, head, document)
+    with tempfile.TemporaryDirectory(prefix="benchmark-plan-") as name:
         folder = Path(name)
         write_set(folder, settings)
-
-        def start(sources: int) -> dict[str, float]:
-            told = json.dumps({**asdict(settings), "sources": sources})
-            command = [sys.executable, "-m", "paradiffusion.budget.bench_plan", name, told]
-            answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
-            result: dict[str, float] = json.loads(answer.stdout)
-            return result
-
         for sources in map(int, settings.sources.split(",")):
-            first = start(sources)["start"]
-            runs = [start(sources) for _ in range(settings.repeats)]
+            given = json.dumps({**asdict(settings), "sources": sources})
+            first, *runs = [answer_of("paradiffusion.budget.bench_plan", name, given) for _ in range(1 + settings.repeats)]
             disk = sum(file.stat().st_size for file in folder.glob("*.columns/**/*.npy"))
-            repeats: dict[str, list[Any]] = {key: [run[key] for run in runs] for key in runs[0]}
-            yield PlanRow(sources, first, disk=disk, **repeats)
-
-
-def write(settings: PlanBench, rows: list[PlanRow]) -> Path:
-    """Write FILE.json and FILE.md; their common stem."""
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "threads": 1, "load average": load()}
-    machine = {"processor": processor(), **versions}
-    document = {"date": today(), "machine": machine, "settings": asdict(settings), "rows": [asdict(row) for row in rows]}
-    return write_results(settings.output, settings.name, document, as_markdown(document, settings, rows))
-
-
-def spread(seconds: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
-
-
-def megabytes(sizes: list[int]) -> str:
-    """Median and range."""
-    return f"{statistics.median(sizes) / 1e6:.0f} MB ({min(sizes) / 1e6:.0f} to {max(sizes) / 1e6:.0f})"
-
-
-def line(row: PlanRow) -> str:
-    """A row for the terminal."""
-    return (
-        f"{row.sources} source(s): first start {row.first:.1f} s, then {spread(row.start)}; far step {spread(row.seek)}; private "
-        f"memory {megabytes(row.private)}, shared {megabytes(row.shared)} of {row.disk / 1e6:.0f} MB on disk"
-    )
-
-
-def as_markdown(document: dict[str, Any], settings: PlanBench, rows: list[PlanRow]) -> str:
-    """The table, with what it was measured on and how to read it."""
-    found = f"step {settings.step:,} found"
-    head = ("sources", "first start", "start", found, "each next batch", "private", "shared", "on disk")
-    cells = [
-        (
-            str(row.sources), f"{row.first:.1f} s", spread(row.start), spread(row.seek),
-            f"{statistics.median(row.next_batch) * 1e3:.2f} ms", megabytes(row.private), megabytes(row.shared),
-            f"{row.disk / 1e6:.0f} MB",
-        )
-        for row in rows
-    ]  # fmt: skip
-    table = markdown_table(head, cells)
-    command = " ".join(f"{key}={getattr(settings, key)}" for key in ("rows", "shards", "step", "batch_size", "repeats"))
-    return (
-        f"# Index and plan over {settings.rows:,} samples, {document['date']}\n\n{facts(document['machine'])}.\n\n"
-        f"```\npython scripts/benchmark_plan.py {command}\n```\n\n"
-        f"{settings.shards} indexed shards, 9 aspect buckets, two caption kinds, batches of {settings.batch_size}, windows of "
-        f"{settings.window_shards} shards, in one thread. A start goes from the shards' paths to a plan; the first one writes the "
-        f"columns that the others map. Median and range of {settings.repeats} starts, each a process of its own; the load average "
-        "says how busy other work kept the machine. Private is the anonymous memory that index and plan add to the process once "
-        "the step and 1000 more are found, shared what of the columns it has touched. Three sources have 80, 19 and 1 % of the "
-        f"shards and weights of 0.6, 0.3 and 0.1; their columns lie there apart and joined.\n\n{table}\n"
-    )
+            found: dict[str, list[Any]] = {key: [run[key] for run in runs] for key in runs[0]}
+            private, shared = (spread([size / 1e6 for size in found[key]], ".0f", " MB") for key in ("private", "shared"))
+            results.add({"sources": sources, "first": first["start"], **found, "disk": disk}, [
+                str(sources), f"{first['start']:.1f} s", spread(found["start"], ".3f", " s"), spread(found["seek"], ".3f", " s"),
+                f"{statistics.median(found['next_batch']) * 1e3:.2f} ms", private, shared, f"{disk / 1e6:.0f} MB",
+            ])  # fmt: skip
+    return results.stem
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from paradiffusion.data.images import decode, to_array
@@ -23,34 +24,16 @@ PREFETCHED = 4  # batches that a worker may have made before its time is taken
 SHUFFLE = 1000  # samples in WebDataset's buffer, as its documentation has it
 
 
-@dataclass(frozen=True)
-class ReaderSettings:
-    """What is read and how.
+Keys = list[str]
 
-    Attributes:
-        shards: a folder of tars, and beside them for Streaming a folder ``mds`` with the same samples.
-        resolution: the side in pixels of the one bucket that all samples are cut to.
-        batches: how many are taken, with ``work`` seconds of sleep after each, as if a GPU worked.
-        seed: of our order; the others draw theirs.
-        delay_ms: what each request for bytes of a shard waits for, as at a store or a disk far away.
-    """
 
-    shards: str
-    resolution: int = 256
-    batch_size: int = 32
-    workers: int = 2
-    batches: int = 40
-    work: float = 0.0
-    seed: int = 0
-    delay_ms: float = 0.0
+class Settings(SimpleNamespace):
+    """What is read and how: the keys of bench_loader.py's ``LoaderBench``, and ``shards``, a folder of tars; ``work``, seconds of sleep
+    after each batch, as if a GPU worked; and ``seed``, of our order: the others draw theirs."""
 
     @property
     def tars(self) -> list[str]:
         return sorted(str(path) for path in Path(self.shards).glob("*.tar"))
-
-    @property
-    def mds(self) -> str:
-        return str(Path(self.shards) / "mds")
 
     def pixels(self, image: bytes, key: str) -> Any:
         """The decoding that all ways share: uint8 [H, W, 3]."""
@@ -67,9 +50,6 @@ class ReaderSettings:
         return self.pixels(sample["jpg"], key), self.caption(sample), key
 
 
-Keys = list[str]
-
-
 def stack(samples: list[tuple[Any, str, str]]) -> tuple[Any, list[str], Keys]:
     """Samples (pixels, caption, key) to a batch: uint8 [B, 3, H, W], captions, keys."""
     import numpy as np
@@ -80,7 +60,7 @@ def stack(samples: list[tuple[Any, str, str]]) -> tuple[Any, list[str], Keys]:
     return pixels, list(captions), list(keys)
 
 
-def ours(settings: ReaderSettings, threads: int | None = None, whole: bool = False) -> Iterator[Keys]:
+def ours(settings: Settings, threads: int | None = None, whole: bool = False) -> Iterator[Keys]:
     """The plan of batches and its loader, as training uses them; with another number of ``threads``, or ``whole`` shards fetched
     to a disk here first, from one end to the other."""
     from paradiffusion.data import loader as loading
@@ -124,7 +104,7 @@ def far_away(folder: str, seconds: float) -> str:
     return f"faraway://{folder}"
 
 
-def webdataset(settings: ReaderSettings) -> Iterator[Keys]:
+def webdataset(settings: Settings) -> Iterator[Keys]:
     """WebDataset's own pipeline: shards in random order, a shuffle buffer, batches made in the workers."""
     import webdataset as wds
 
@@ -138,7 +118,7 @@ def webdataset(settings: ReaderSettings) -> Iterator[Keys]:
         yield keys
 
 
-def streaming(settings: ReaderSettings) -> Iterator[Keys]:
+def streaming(settings: Settings) -> Iterator[Keys]:
     """MosaicML Streaming over the same samples as MDS shards, in PyTorch's own loader."""
     from streaming import StreamingDataset
     from torch.utils.data import DataLoader
@@ -148,7 +128,7 @@ def streaming(settings: ReaderSettings) -> Iterator[Keys]:
             sample = super().__getitem__(at)
             return settings.pixels(sample["jpg"], sample["key"]), sample["caption"], sample["key"]
 
-    samples = Samples(local=settings.mds, shuffle=True, batch_size=settings.batch_size)
+    samples = Samples(local=as_mds(settings), shuffle=True, batch_size=settings.batch_size)
     loader: Any = DataLoader(
         samples, batch_size=settings.batch_size, num_workers=settings.workers, collate_fn=stack, drop_last=True,
         persistent_workers=settings.workers > 0,
@@ -158,30 +138,30 @@ def streaming(settings: ReaderSettings) -> Iterator[Keys]:
             yield keys
 
 
-def write_mds(settings: ReaderSettings) -> None:
-    """The samples of the tars once more, as Streaming's own shards."""
+def as_mds(settings: Settings) -> str:
+    """The folder of the samples as Streaming's own shards, which are made beside the tars once."""
     import webdataset as wds
     from streaming import MDSWriter
 
-    with MDSWriter(out=settings.mds, columns={"jpg": "bytes", "caption": "str", "key": "str"}) as writer:
-        for sample in wds.WebDataset(settings.tars, shardshuffle=False):
-            writer.write({"jpg": sample["jpg"], "caption": settings.caption(sample), "key": sample["__key__"]})
+    folder = Path(settings.shards, "mds")
+    if not folder.is_dir():
+        with MDSWriter(out=str(folder), columns={"jpg": "bytes", "caption": "str", "key": "str"}) as writer:
+            for sample in wds.WebDataset(settings.tars, shardshuffle=False):
+                writer.write({"jpg": sample["jpg"], "caption": settings.caption(sample), "key": sample["__key__"]})
+    return str(folder)
 
 
-READERS: dict[str, Callable[[ReaderSettings], Iterator[Keys]]] = {
+READERS: dict[str, Callable[[Settings], Iterator[Keys]]] = {
     "ours": ours, "webdataset": webdataset, "streaming": streaming, "one at a time": partial(ours, threads=1),
     "whole shards": partial(ours, whole=True),
 }  # fmt: skip
+PACKAGES = {"webdataset": "webdataset", "streaming": "mosaicml-streaming"}
 
 
 def main(name: str, given: str) -> None:
     """Pass over the batches that were read ahead while the workers came up, then take as many as asked for, and print how long
-    the whole took, how long the waiting, and the keys."""
-    settings = ReaderSettings(**json.loads(given))
-    if name == "write_mds":
-        write_mds(settings)
-        print("{}")
-        return
+    the whole took, how long the waiting, the keys, and the version of who read them."""
+    settings = Settings(**json.loads(given))
     batches = READERS[name](settings)
     for _ in range(1 + PREFETCHED * settings.workers):
         next(batches)
@@ -194,8 +174,9 @@ def main(name: str, given: str) -> None:
         keys.append(next(batches))
         waited += clock() - asked
         time.sleep(settings.work)
-    seconds = clock() - began
-    print(json.dumps({"seconds": seconds, "waited": waited, "keys": keys}), flush=True)
+    answer = {"seconds": clock() - began, "waited": waited, "keys": keys}
+    found = version(PACKAGES[name]) if name in PACKAGES else "this repository"
+    print(json.dumps({**answer, "version": found}), flush=True)
     os._exit(0)  # some loaders would wait for their workers
 
 

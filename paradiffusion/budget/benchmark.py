@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,21 +20,33 @@ from diffusers.training_utils import EMAModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from paradiffusion.budget.bench_models import GIB, Bench, BenchmarkSettings, Row, Timing, interleave, make_row, release
-from paradiffusion.budget.flops import StageFlops, stage_flops
+from paradiffusion.budget.bench_models import (
+    GIB,
+    SWITCHES,
+    Bench,
+    BenchmarkSettings,
+    Row,
+    Timing,
+    interleave,
+    make_row,
+    parse_settings,
+    release,
+    several,
+)
+from paradiffusion.budget.flops import stage_flops
 from paradiffusion.budget.memory import LAUNCHES, Fitter
-from paradiffusion.budget.results import facts, machine, today, write_results
+from paradiffusion.budget.results import Results, machine
 from paradiffusion.budget.synthetic import captions, random_models
 from paradiffusion.checkpoints.manifest import checkpoints_of
-from paradiffusion.config import SamplerConfig, TrainConfig
+from paradiffusion.compose import compose_train
+from paradiffusion.config import SamplerConfig, TrainConfig, keys_of
 from paradiffusion.data.loader import Batch
 from paradiffusion.models.joint import LossBatch, build_joint
 from paradiffusion.models.unet import halve_frozen
-from paradiffusion.pages import markdown_table
 from paradiffusion.sampling.pipeline import InferenceModels, Job, compile_denoiser, draw
 from paradiffusion.scenes.dataset import make_wanted
 from paradiffusion.text.encoder import TextEncoder, compile_layers
-from paradiffusion.text.tokenizer import tokenize_once
+from paradiffusion.text.tokenizer import Tokens, tokenize_once
 from paradiffusion.training.trainer import Trainer
 
 # The released inference code's settings, and ours for speed: configs/sampler.
@@ -42,30 +55,55 @@ HEADER = [
     "what", "stage", "arm", "work", "median (range)", "rate", "speed-up", "TFLOP/s (MFU)", "peak GiB (describe's)",
     "reserved GiB", "settings",
 ]  # fmt: skip
+ABOUT = (
+    "Rate, speed-up (how many times faster than the plain reference in rounds that ran in turn) and TFLOP/s (forward and backward of the "
+    "models, nothing twice) are over all rounds; their batches go from short captions to long ones."
+)
 BATCHES = (1, 8)
 TEXT_BATCH = 8
 GIVEN, LATENTS_GIVEN = "features and latents given", "latents given"
-# Switches without a key of their own: the row is of the step without what it has.
-UNDONE = {
-    "reads": "numbers read in each micro-batch, copies waited for",
-    "null_prompt": "null prompt read beside the others",
-    "adapter_casts": "adapters' inputs cast to fp32 and back",
-    "frozen_fp32": "frozen matrices of the U-Net in fp32",
-    "cudnn_benchmark": "cudnn.benchmark off",
-}
 # Checkpoints of each kind whose time is taken, after one that is not: each may be of many gigabytes.
 SAVES = 2
 # Batches of an epoch that are looked at.
 MOST_BATCHES = 32
 
 
-def measure_steps(bench: Bench) -> Iterator[Row]:
-    """Rows of every stage and arm."""
-    for stage in map(int, bench.settings.several("stages")):
-        yield from bench.each_arm("step", stage, partial(measure_stage, bench, stage))
+def benchmark(arguments: Sequence[str]) -> tuple[Path, list[Row]]:
+    """Run everything and write ``<output>/<name>.json`` and ``.md``; returns their stem and the rows. UserError for arguments that are
+    wrong."""
+    settings, overrides = parse_settings(arguments)
+    # Refuses what is wrong before anything is built.
+    config = compose_train(["data.shards=unused", *overrides], tuple(keys_of(BenchmarkSettings)))
+    shown = {key: value for key, value in asdict(settings).items() if key not in ("output", "name") and value is not None}
+    ran_on, rows = machine(str(settings.device)), list[Row]()
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        bench = Bench(settings, overrides, Path(folder))
+        named = replace(settings, name=settings.name or f"{config.preset}_{device_slug(bench.device)}")
+        command = " ".join(["python scripts/benchmark.py", *overrides, *(f"{key}={value}" for key, value in shown.items())])
+        about = f"Precision {config.precision}. {ABOUT}"
+        document = {"machine": ran_on, "command": command, "precision": config.precision}
+        results = Results(named, ran_on.get("gpu", ran_on["processor"]), about, HEADER, document)
+        for row in measure(bench):
+            rows.append(row)
+            results.add(asdict(row), cells(row))
+    return results.stem, rows
 
 
-def measure_stage(bench: Bench, stage: int, arm: str, overrides: list[str]) -> Iterator[Row]:
+def measure(bench: Bench) -> Iterator[Row]:
+    """Rows of all that is asked for, in every arm; what does not fit says so, and the others go on."""
+    stages = {"step": [*map(int, several(bench.settings.stages))], "sampler": [1], "text": [2]}
+    measures = {"step": measure_stage, "sampler": measure_sampler, "text": measure_reading}
+    for what in several(bench.settings.what):
+        for stage, (arm, overrides) in product(stages[what], bench.arms().items()):
+            try:
+                for row in measures[what](bench, stage, overrides):
+                    yield replace(row, what=row.what or what, stage=stage, arm=arm)
+            except torch.OutOfMemoryError:
+                yield Row(what, stage, arm, "ours", note=f"did not fit into the memory of {bench.device}")
+            release()
+
+
+def measure_stage(bench: Bench, stage: int, overrides: list[str]) -> Iterator[Row]:
     """One stage in one arm: ours, the reference, features given, and the switches."""
     settings = bench.settings
     config = bench.config(stage, overrides)
@@ -73,22 +111,22 @@ def measure_stage(bench: Bench, stage: int, arm: str, overrides: list[str]) -> I
     trainer = start(bench, config)
     try:
         batches = take_batches(trainer, settings.warmup, settings.repeats)
-        ours = own_step(trainer, batches)
         # Alone first: beside it the reference's optimiser and average will take memory as well. Its state is made in the first step. Each
         # length asks the allocator for blocks of its own.
         release()
-        alone = interleave({"ours": fullest_step(trainer, batches)}, settings.warmup, settings.repeats, bench.device)["ours"]
-        works: dict[str, Callable[[int], object]] = {"ours": ours}
+        alone = bench.time({"ours": own_step(trainer, batches, 2)})["ours"]
         given = GIVEN if trainer.joint.text_encoder is None else LATENTS_GIVEN
-        works[given] = given_step(trainer, batches[settings.warmup + settings.repeats // 2])
-        works["reference"] = plain_step(trainer, batches)
-        timings = interleave(works, settings.warmup, settings.repeats, bench.device)
-        yield from stage_rows(bench, trainer, stage, arm, batches, timings, alone)
+        works: dict[str, Callable[[int], object]] = {
+            "ours": own_step(trainer, batches),
+            given: given_step(trainer, batches[settings.warmup + settings.repeats // 2]),
+            "reference": plain_step(trainer, batches),
+        }
+        yield from stage_rows(bench, trainer, batches, bench.time(works), alone)
         works.clear()
         release()
         # The switches concern the U-Net and its weights, which are the same in every arm.
-        for switch in bench.settings.several("switches") if arm == next(iter(bench.arms())) else ():
-            yield from measure_switch(bench, trainer, switch, stage, arm, batches)
+        for switch in several(settings.switches) if overrides == next(iter(bench.arms().values())) else ():
+            yield from measure_switch(bench, trainer, switch, batches)
     finally:
         trainer.close()
         trainer.accelerator.free_memory()
@@ -121,37 +159,30 @@ def take_batches(trainer: Trainer, warmup: int, repeats: int) -> list[Batch]:
     return [measured[number % repeats] for number in range(warmup)] + measured
 
 
-def own_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object]:
-    """One optimiser step of training."""
+def own_step(trainer: Trainer, batches: list[Batch], micro_batches: int = 1) -> Callable[[int], object]:
+    """One optimiser step of training. Of two micro-batches it takes the memory that ``describe`` counts: gradients are there while the
+    second one's are taken."""
 
     def step(number: int) -> None:
+        trainer.micro_batches = micro_batches
         try:
-            trainer.train_step(iter([batches[number]]))
-        finally:
-            trainer.engine.discard()  # where memory ran out
-
-    return step
-
-
-def fullest_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object]:
-    """A step of two micro-batches: as ``describe`` counts, gradients are there while the second one's are taken."""
-
-    def step(number: int) -> None:
-        trainer.micro_batches = 2
-        try:
-            trainer.train_step(iter([batches[number]] * 2))
+            trainer.train_step(iter([batches[number]] * micro_batches))
         finally:
             trainer.micro_batches = 1
-            trainer.engine.discard()
+            trainer.engine.discard()  # where memory ran out
 
     return step
 
 
 def described_gib(config: TrainConfig, tokens: int) -> float:
     """What ``describe`` says of a step on one GPU whose captions have so many tokens, without the device's own context."""
-    config = replace(config, conditioning=replace(config.conditioning, max_tokens=tokens))
-    memory = Fitter([], lambda _: config, gpus=1).memory(LAUNCHES[0])
+    memory = Fitter([], gpus=1).memory_of(at_length(config, tokens), LAUNCHES[0])
     return (memory.total - memory.context) / GIB
+
+
+def at_length(config: TrainConfig, tokens: int) -> TrainConfig:
+    """``config`` with captions that are padded to ``tokens``."""
+    return replace(config, conditioning=replace(config.conditioning, max_tokens=tokens))
 
 
 def given_step(trainer: Trainer, batch: Batch) -> Callable[[int], object]:
@@ -171,104 +202,101 @@ def given_step(trainer: Trainer, batch: Batch) -> Callable[[int], object]:
     return step
 
 
-def plain_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object]:
-    """One step of the reference, which has an optimiser and an average of its own."""
-    reference = PlainTrainer(trainer)
-    return lambda number: reference.step(batches[number])
-
-
-def stage_rows(
-    bench: Bench, trainer: Trainer, stage: int, arm: str, batches: list[Batch], timings: dict[str, Timing], alone: Timing
-) -> Iterator[Row]:  # fmt: skip
+def stage_rows(bench: Bench, trainer: Trainer, batches: list[Batch], timings: dict[str, Timing], alone: Timing) -> Iterator[Row]:
+    """Rows of a stage's works; ours has the memory of the steps that were taken ``alone``."""
     config, encoder = trainer.config, trainer.encoder
     count, peak = config.batch_size, bench.peak(config.precision)
-    measured = batches[bench.settings.warmup :]
-    widths = [encoder.tokenize(batch.captions).ids.shape[1] for batch in measured]
-    mean = round(sum(widths) / len(widths))
+    widths = [encoder.tokenize(batch.captions).ids.shape[1] for batch in batches[bench.settings.warmup :]]
     middle = widths[len(widths) // 2]
-    own, given, longest = (flops_at(config, width) for width in (mean, middle, encoder.limit))
-    where = f"{count} x {batches[0].images.shape[-1]} px"
-    described = None if alone.peak_gib is None else described_gib(config, widths[-1])
-    plan = {
-        "ours": (own.total().training, f"{where}, {mean} tokens on average", alone),
-        GIVEN: (given.total("text", "vae").training, f"{where}, {middle} tokens", None),
-        LATENTS_GIVEN: (given.total("vae").training, f"{where}, {middle} tokens", None),
-        "reference": (longest.total().training, f"{where}, {encoder.limit} tokens", None),
+    # How long captions are, and what is not computed.
+    plan: dict[str, tuple[int, list[str]]] = {
+        "ours": (round(statistics.fmean(widths)), []),
+        GIVEN: (middle, ["text", "vae"]),
+        LATENTS_GIVEN: (middle, ["vae"]),
+        "reference": (encoder.limit, []),
     }
-    for work, timing in timings.items():
-        flop, note, memory = plan[work]
-        compared = None if work == "reference" else timings["reference"]
-        yield make_row(timing, "step", stage, arm, work, count, reference=compared, flop=count * flop, peak=peak,
-                       memory=memory, note=note, described_gib=described if work == "ours" else None)  # fmt: skip
+    for work in timings:
+        tokens, left_out = plan[work]
+        flop = count * stage_flops(at_length(config, tokens)).total(*left_out).training
+        note = f"{count} x {batches[0].images.shape[-1]} px, {tokens} tokens"
+        if work != "ours":
+            yield make_row(timings, work, count, flop=flop, peak=peak, note=note)
+            continue
+        row = make_row(timings, work, count, flop=flop, peak=peak, note=f"{note} on average")
+        described = None if alone.peak_gib is None else described_gib(config, widths[-1])
+        yield replace(row, peak_gib=alone.peak_gib, reserved_gib=alone.reserved_gib, described_gib=described)
 
 
-def flops_at(config: TrainConfig, tokens: int) -> StageFlops:
-    """FLOP of a sample whose caption is padded to ``tokens``."""
-    return stage_flops(replace(config, conditioning=replace(config.conditioning, max_tokens=tokens)))
-
-
-def measure_switch(
-    bench: Bench, trainer: Trainer, switch: str, stage: int, arm: str, batches: list[Batch]
-) -> Iterator[Row]:  # fmt: skip
+def measure_switch(bench: Bench, trainer: Trainer, switch: str, batches: list[Batch]) -> Iterator[Row]:
     """Our step with one switch and without it, in turn."""
-    settings, count, note = bench.settings, trainer.config.batch_size, ""
+    count, note = trainer.config.batch_size, ""
     if switch in ("fused", "async_save"):
-        yield from (measure_fused if switch == "fused" else measure_saves)(bench, trainer, stage, arm, batches)
+        yield from measure_fused(bench, trainer) if switch == "fused" else measure_saves(bench, trainer, batches)
         return
-    title = f"ours, {UNDONE.get(switch, f'{switch}=true')}"
+    title = f"ours, {SWITCHES[switch]}"
     ours = own_step(trainer, batches)
     works: dict[str, Callable[[int], object]] = {"ours": ours, title: ours}
     before: dict[str, Callable[[], object]] | None = None
     if switch == "reads":
-        count, note, ours = 2 * count, "steps of two micro-batches", fullest_step(trainer, batches)
+        count, note, ours = 2 * count, "steps of two micro-batches", own_step(trainer, batches, 2)
         works = {"ours": ours, title: reading_at_once(trainer, ours)}
     elif switch == "null_prompt":
         note = f"one caption of {count} empty, or a single word"
         works = {work: own_step(trainer, with_first(trainer, batches, caption)) for work, caption in (("ours", ""), (title, "a"))}
     else:
-        before = dict(zip(works, both_ways(trainer, switch), strict=True))
+        other_way = changing(trainer, switch)
+        before = {"ours": partial(other_way, False), title: partial(other_way, True)}
     try:
         if before is not None and switch == "compile":
             before[title]()
-            for number in range(settings.warmup + settings.repeats):
+            for number in range(len(batches)):
                 ours(number)  # every length of captions is compiled for itself
-        timings = interleave(works, settings.warmup, settings.repeats, bench.device, before)
-        yield make_row(timings[title], "step", stage, arm, title, count, reference=timings["ours"], against="ours", note=note)
+        yield make_row(bench.time(works, before), title, count, against="ours", note=note)
     except torch._dynamo.exc.TorchDynamoException as error:
-        yield Row("step", stage, arm, title, None, note=f"torch.compile failed: {str(error).splitlines()[0][:120]}")
+        yield Row(work=title, note=f"torch.compile failed: {str(error).splitlines()[0][:120]}")
     finally:
         if before is not None:
             before["ours"]()
 
 
-def both_ways(trainer: Trainer, switch: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    """What sets the trainer up as it was started, and what sets it up the other way."""
+def changing(trainer: Trainer, switch: str) -> Callable[[bool], object]:
+    """What sets the trainer up the other way (True), and as it was started (False)."""
     unet, formats = trainer.joint.unet, (torch.contiguous_format, torch.channels_last)
     if switch == "compile":
         unet.compile()
         compile_layers(trainer.encoder.model)
-        programs = {m: m._compiled_call_impl for model in (unet, trainer.encoder.model) for m in model.modules()}
+        swap = swapping(unet, trainer.encoder.model)
 
         def compiled(yes: bool) -> None:
-            for module, program in programs.items():
-                module._compiled_call_impl = program if yes else None
+            swap(yes)
             if trainer.device.type == "cuda":  # as the key does
                 lay_out(trainer, formats[yes])
 
-        return partial(compiled, False), partial(compiled, True)
+        return compiled
     if switch == "channels_last":
-        return partial(lay_out, trainer, formats[0]), partial(lay_out, trainer, formats[1])
+        return lambda yes: lay_out(trainer, formats[yes])
     if switch == "cudnn_benchmark":
-        return partial(setattr, torch.backends.cudnn, "benchmark", True), partial(setattr, torch.backends.cudnn, "benchmark", False)
+        return lambda yes: setattr(torch.backends.cudnn, "benchmark", not yes)
     if switch == "frozen_fp32":
-        return partial(halve_frozen, unet), partial(widen_frozen, unet)
+        return lambda yes: widen_frozen(unet) if yes else halve_frozen(unet)
     adapters = [module for module in trainer.joint.modules() if isinstance(module, BaseTunerLayer)]
 
     def cast(yes: bool) -> None:
         for adapter in adapters:
             adapter.cast_input_dtype_enabled = yes  # type: ignore[assignment]
 
-    return partial(cast, False), partial(cast, True)
+    return cast
+
+
+def swapping(*models: nn.Module) -> Callable[[bool], None]:
+    """What lets the models run as they are compiled now (True), or eagerly (False)."""
+    programs = {module: module._compiled_call_impl for model in models for module in model.modules()}
+
+    def swap(compiled: bool) -> None:
+        for module, program in programs.items():
+            module._compiled_call_impl = program if compiled else None
+
+    return swap
 
 
 def widen_frozen(unet: nn.Module) -> None:
@@ -309,7 +337,7 @@ def with_first(trainer: Trainer, batches: list[Batch], caption: str) -> list[Bat
     return [replace(batch, captions=c, tokens=t) for batch, c, t in zip(batches, texts, tokens, strict=True)]
 
 
-def measure_saves(bench: Bench, trainer: Trainer, stage: int, arm: str, batches: list[Batch]) -> Iterator[Row]:
+def measure_saves(bench: Bench, trainer: Trainer, batches: list[Batch]) -> Iterator[Row]:
     """A step after which a checkpoint is taken, written beside the next one or waited for, and a step alone."""
     ours = own_step(trainer, batches)
 
@@ -329,8 +357,7 @@ def measure_saves(bench: Bench, trainer: Trainer, stage: int, arm: str, batches:
     for work, timing in timings.items():
         stall = statistics.median(timing.seconds) - statistics.median(alone) if alone and timing.seconds else math.nan
         note = f"{size / 1e9:.2f} GB, {stall:+.3g} s beside a step alone"
-        yield make_row(timing, "step", stage, arm, work, trainer.config.batch_size, note=note, against=waits,
-                       reference=None if work == waits else timings[waits])  # fmt: skip
+        yield make_row(timings, work, trainer.config.batch_size, against=waits, note=note)
 
 
 def lay_out(trainer: Trainer, memory_format: torch.memory_format) -> None:
@@ -346,25 +373,21 @@ def _laid_out(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
     return tensor.contiguous(memory_format=memory_format) if tensor.ndim == 4 else tensor
 
 
-def _update(optimizer: torch.optim.AdamW, _: int) -> None:
-    optimizer.step()
-
-
-def measure_fused(bench: Bench, trainer: Trainer, stage: int, arm: str, _: list[Batch]) -> Iterator[Row]:
+def measure_fused(bench: Bench, trainer: Trainer) -> Iterator[Row]:
     """AdamW's update of all trained weights alone, fused and in PyTorch's default form."""
     parameters = [p.detach().clone() for p in trainer.joint.trained().values()]
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)
-    works: dict[str, Callable[[int], object]] = {}
-    for fused in (True, False):
-        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=fused or None)
-        works["AdamW update, fused" if fused else "AdamW update, default"] = partial(_update, optimizer)
-    timings = interleave(works, bench.settings.warmup, bench.settings.repeats, bench.device)
-    default = timings["AdamW update, default"]
+
+    def update(optimizer: torch.optim.Optimizer, _: int) -> None:
+        optimizer.step()
+
+    default = "AdamW update, default"
+    made = {name: torch.optim.AdamW(parameters, lr=1e-6, fused=name != default or None) for name in ("AdamW update, fused", default)}
+    timings = bench.time({name: partial(update, optimizer) for name, optimizer in made.items()})
     size = sum(p.numel() for p in parameters)
-    for work, timing in timings.items():
-        compared = None if timing is default else default
-        yield make_row(timing, "update", stage, arm, work, size / 1e6, "M parameters/s", compared, "default")
+    for work in timings:
+        yield make_row(timings, work, size / 1e6, "M parameters/s", default, what="update")
 
 
 def inference_models(config: TrainConfig, device: torch.device) -> InferenceModels:
@@ -382,112 +405,70 @@ def inference_models(config: TrainConfig, device: torch.device) -> InferenceMode
 
 def sampler_presets(bench: Bench, overrides: list[str]) -> dict[str, SamplerConfig]:
     """The settings to measure, the official ones first; with ``steps`` all shortened by the same share."""
-    found = {name: bench.config(1, overrides, f"sampler={name}").sampler for name in bench.samplers}
+    found = {name: bench.config(1, overrides, f"sampler={name}").sampler for name in SAMPLERS}
     wanted = bench.settings.steps
-    share = 1.0 if wanted is None else wanted / found[bench.samplers[0]].steps
+    share = 1.0 if wanted is None else wanted / found[SAMPLERS[0]].steps
     return {name: replace(s, steps=max(1, round(s.steps * share))) for name, s in found.items()}
 
 
-def measure_sampler(bench: Bench) -> Iterator[Row]:
+def measure_sampler(bench: Bench, stage: int, overrides: list[str]) -> Iterator[Row]:
     """Seconds per batch of images, from prompt to pixels, at batch 1 and 8."""
-
-    def measure(arm: str, overrides: list[str]) -> Iterator[Row]:
-        models = inference_models(bench.config(1, overrides), bench.device)
-        presets = sampler_presets(bench, overrides)
-        for size in BATCHES:
-            yield from measure_batch(bench, models, arm, size, presets)
-
-    return bench.each_arm("sampler", 1, measure)
+    models = inference_models(bench.config(stage, overrides), bench.device)
+    presets = sampler_presets(bench, overrides)
+    for size in BATCHES:
+        yield from measure_batch(bench, models, size, presets)
 
 
-def measure_batch(
-    bench: Bench, models: InferenceModels, arm: str, size: int, presets: dict[str, SamplerConfig]
-) -> Iterator[Row]:  # fmt: skip
+def measure_batch(bench: Bench, models: InferenceModels, size: int, presets: dict[str, SamplerConfig]) -> Iterator[Row]:
     side, rounds = models.resolution, bench.settings.warmup + bench.settings.repeats
     # New prompts in each round: what is kept from an earlier batch must not answer for them.
     prompts = captions("long", size * rounds, seed=size)
-    works: dict[str, Callable[[int], object]] = {}
-    for name, settings in presets.items():
+    official = presets[SAMPLERS[0]]
 
-        def sample(number: int, settings: SamplerConfig = settings) -> None:
-            chosen = prompts[number * size : (number + 1) * size]
-            draw(models, [Job(f"{j:05d}", prompt, j, side, side, settings) for j, prompt in enumerate(chosen)])
-
-        works[f"ours, sampler={name}"] = sample
-    official = presets[bench.samplers[0]]
+    def sample(settings: SamplerConfig, number: int) -> None:
+        chosen = prompts[number * size : (number + 1) * size]
+        draw(models, [Job(f"{j:05d}", prompt, j, side, side, settings) for j, prompt in enumerate(chosen)])
 
     def plain(number: int) -> None:
         plain_sample(models, prompts[number * size : (number + 1) * size], range(size), side, official)
 
+    works: dict[str, Callable[[int], object]] = {f"ours, sampler={name}": partial(sample, settings) for name, settings in presets.items()}
     works["reference"] = plain
     before: dict[str, Callable[[], object]] | None = None
-    if "compile" in bench.settings.several("switches"):
-        unet, title = models.joint.unet, f"ours, sampler={bench.samplers[0]}, compile=true"
-        compile_denoiser(unet, bench.device)
-        works[title] = works[f"ours, sampler={bench.samplers[0]}"]
-        program = unet._compiled_call_impl
-        before = {work: partial(setattr, unet, "_compiled_call_impl", program if work == title else None) for work in works}
-    timings = interleave(works, bench.settings.warmup, bench.settings.repeats, bench.device, before)
-    for work, timing in timings.items():
+    if "compile" in several(bench.settings.switches):
+        title = f"ours, sampler={SAMPLERS[0]}, compile=true"
+        works[title] = partial(sample, official)
+        compile_denoiser(models.joint.unet, bench.device)
+        swap = swapping(models.joint.unet)
+        before = {work: partial(swap, work == title) for work in works}
+    timings = bench.time(works, before)
+    for work in timings:
         settings = presets.get(work.rpartition("=")[2], official)
         note = f"batch {size}, {side} px, {settings.steps} steps, guidance {settings.guidance:g}"
-        compared = None if work == "reference" else timings["reference"]
-        yield make_row(timing, "sampler", 1, arm, work, size, "images/s", compared, note=note)
-
-
-def measure_text(bench: Bench) -> Iterator[Row]:
-    """Real tokens per second through the frozen language model, long captions, batch 8."""
-    return bench.each_arm("text", 2, partial(measure_reading, bench))
+        yield make_row(timings, work, size, "images/s", note=note)
 
 
 @torch.no_grad()
-def measure_reading(bench: Bench, arm: str, overrides: list[str]) -> Iterator[Row]:
-    config = bench.config(2, overrides, "train_text=frozen")
+def measure_reading(bench: Bench, stage: int, overrides: list[str]) -> Iterator[Row]:
+    """Real tokens per second through the frozen language model, long captions, batch 8."""
+    config = bench.config(stage, overrides, "train_text=frozen")
     encoder = random_models(config, bench.device)[0].to(bench.device)
     texts = captions("long", TEXT_BATCH)
-    tokens = encoder.tokenize(texts)
-    real = int(tokens.mask.sum())
+    ways: dict[str, Callable[[], Tokens]] = {
+        "ours": lambda: encoder.tokenize(texts).to(bench.device),
+        "reference": lambda: padded(encoder, texts, bench.device),
+    }
 
-    def ours(_: int) -> None:
-        there = encoder.tokenize(texts).to(bench.device)
-        encoder(there.ids, there.mask, there.prefix)
+    def read(tokenized: Callable[[], Tokens], _: int) -> None:
+        tokens = tokenized()
+        encoder(tokens.ids, tokens.mask, tokens.prefix)
 
-    def plain(_: int) -> None:
-        encoder(*padded(encoder, texts, bench.device), len(encoder.prefix_ids))
-
-    timings = interleave({"ours": ours, "reference": plain}, bench.settings.warmup, bench.settings.repeats, bench.device)
-    for work, width in (("ours", tokens.ids.shape[1]), ("reference", encoder.limit + tokens.prefix)):
-        compared = None if work == "reference" else timings["reference"]
-        note = f"{TEXT_BATCH} x {width} tokens, {real / TEXT_BATCH:.0f} of them real on average"
-        yield make_row(timings[work], "text", 2, arm, work, real, "tokens/s", compared, note=note)
-
-
-MEASURES = {"step": measure_steps, "sampler": measure_sampler, "text": measure_text}
-
-
-def benchmark(settings: BenchmarkSettings, overrides: list[str], compose: Callable[[list[str]], TrainConfig]) -> tuple[Path, list[Row]]:
-    """Run everything and write ``<output>/<name>.json`` and ``.md``, anew after each row: a run that is ended keeps what it has.
-
-    Returns their stem and the rows. UserError for overrides that are wrong."""
-    config = compose(["data.shards=unused", *overrides])  # refuses what is wrong before anything is built
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        bench = Bench(settings, overrides, compose, SAMPLERS, Path(folder))
-        name = settings.name or f"{config.preset}_{device_slug(bench.device)}"
-        document = {
-            "date": today(),
-            "machine": machine(bench.device.type),
-            "command": " ".join(["python scripts/benchmark.py", *overrides, *settings.spelled()]),
-            "precision": config.precision,
-        }
-        stem = Path(settings.output) / name
-        for what in settings.several("what"):
-            for row in MEASURES[what](bench):
-                rows.append(row)
-                print("  ".join(cell for cell in cells(row) if cell != "-"), flush=True)
-                full = document | {"rows": [asdict(row) for row in rows]}
-                stem = write_results(settings.output, name, full, as_markdown(document, rows))
-    return stem, rows
+    timings = bench.time({work: partial(read, tokenized) for work, tokenized in ways.items()})
+    for work, tokenized in ways.items():
+        tokens = tokenized()
+        real = int(tokens.mask.sum())
+        note = f"{TEXT_BATCH} x {tokens.ids.shape[1]} tokens, {real / TEXT_BATCH:.0f} of them real on average"
+        yield make_row(timings, work, real, "tokens/s", note=note)
 
 
 def device_slug(device: torch.device) -> str:
@@ -498,94 +479,77 @@ def device_slug(device: torch.device) -> str:
     return "_".join("".join(c if c.isalnum() else " " for c in name).split())
 
 
+def shown(value: float | None, form: str, unit: str = "") -> str:
+    """A number as text; "-" for None."""
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
 def cells(row: Row) -> list[str]:
     """One row as text."""
     if row.median is None:
         return [row.what, str(row.stage), row.arm, row.work, *["-"] * 6, row.note]
-    speedup = "-" if row.speedup is None else f"{row.speedup:.2f} x"
-    if row.speedup is not None and row.against != "reference":
-        speedup += f" of {row.against}"
-    peak = "-" if row.peak_gib is None else f"{row.peak_gib:.1f}"
-    peak += "" if row.described_gib is None else f" ({row.described_gib:.1f})"
-    power = "-" if row.tflops is None else f"{row.tflops:.3g}" + ("" if row.mfu is None else f" ({row.mfu:.1%})")
+    described = "" if row.described_gib is None else f" ({row.described_gib:.1f})"
+    mfu = "" if row.mfu is None else f" ({row.mfu:.1%})"
     return [
         row.what, str(row.stage), row.arm, row.work, f"{row.median:.4g} s ({row.low:.4g} to {row.high:.4g})",
-        f"{row.rate:,.4g} {row.unit}", speedup, power, peak,
-        "-" if row.reserved_gib is None else f"{row.reserved_gib:.1f}", row.note,
+        f"{row.rate:,.4g} {row.unit}", shown(row.speedup, ".2f", " x" if row.against == "reference" else f" x of {row.against}"),
+        shown(row.tflops, ".3g", mfu), shown(row.peak_gib, ".1f", described), shown(row.reserved_gib, ".1f"), row.note,
     ]  # fmt: skip
 
 
-def as_markdown(document: dict[str, Any], rows: Sequence[Row]) -> str:
-    """The results for a person."""
-    return (
-        f"# {document['machine'].get('gpu', document['machine']['processor'])}, {document['date']}\n\n"
-        f"{facts(document['machine'])}; precision {document['precision']}.\n\n```\n{document['command']}\n```\n\n"
-        "Rate, speed-up (how many times faster than the plain reference in rounds that ran in turn) and TFLOP/s (forward and "
-        "backward of the models, nothing twice) are over all rounds; their batches go from short captions to long ones.\n\n"
-        f"{markdown_table(HEADER, map(cells, rows))}\n"
-    )
-
-
-def padded(encoder: TextEncoder, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask [B, L] with L the maximum, however short the captions are."""
+def padded(encoder: TextEncoder, captions: Sequence[str], device: torch.device) -> Tokens:
+    """Captions' tokens on ``device``, ids and mask [B, L] with L the maximum, however short the captions are."""
     tokens = encoder.tokenize(list(captions))
     missing = encoder.limit + tokens.prefix - tokens.ids.shape[1]
     ids = F.pad(tokens.ids, (0, missing), value=encoder.pad_id)
-    return ids.to(device), F.pad(tokens.mask, (0, missing)).to(device)
+    return replace(tokens, ids=ids.to(device), mask=F.pad(tokens.mask, (0, missing)).to(device))
 
 
-class PlainTrainer:
-    """Optimiser steps of a stage's models, written straightforwardly, with an optimiser and an average of its own."""
+def plain_step(trainer: Trainer, batches: list[Batch]) -> Callable[[int], object]:
+    """One optimiser step of a stage's models, written straightforwardly, with an optimiser and an average of its own."""
+    config, device = trainer.config.optimizer, trainer.device
+    encoder, codec, joint = trainer.encoder, trainer.codec, trainer.joint
+    parameters = list(joint.trained().values())
+    betas = (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay, eps=config.eps)
+    ema: Any = EMAModel(parameters, decay=trainer.config.ema_decay)
 
-    def __init__(self, ours: Trainer) -> None:
-        config = ours.config.optimizer
-        self.ours = ours
-        self.parameters = list(ours.joint.trained().values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, eps=config.eps
-        )
-        self.ema: Any = EMAModel(self.parameters, decay=ours.config.ema_decay)
-
-    def step(self, batch: Batch) -> float:
-        """One step on ``batch``; returns the loss."""
-        ours, device = self.ours, self.ours.device
-        encoder, codec, joint = ours.encoder, ours.codec, ours.joint
+    def step(number: int) -> None:
+        batch = batches[number]
         with torch.no_grad():
             images = batch.images.to(device, codec.vae.dtype)
             latents = codec.to_unit(codec.vae.encode(images).latent_dist.sample())
-        noise = torch.randn_like(latents)
-        times = joint.objective.times(torch.rand(len(latents), device=device), latents.shape[2:])
-        ids, id_mask = padded(encoder, batch.captions, device)
-        prefix = len(encoder.prefix_ids)
+        tokens = padded(encoder, batch.captions, device)
         inputs: dict[str, Any] = {
             "latents": latents,
-            "noise": noise,
-            "times": times,
+            "noise": torch.randn_like(latents),
+            "times": joint.objective.times(torch.rand(len(latents), device=device), latents.shape[2:]),
             "weights": torch.ones(len(latents), device=device),
-            "mask": id_mask[:, prefix:] if encoder.settings.mask_padding else None,
+            "mask": encoder.feature_mask(tokens),
         }
         if joint.text_encoder is None:
             with torch.no_grad():
-                inputs["features"] = encoder(ids, id_mask, prefix)
+                inputs["features"] = encoder(tokens.ids, tokens.mask, tokens.prefix)
         else:
-            inputs |= {"ids": ids, "id_mask": id_mask, "prefix": prefix}
-        loss = ours.engine.model(LossBatch(**inputs)).total
-        ours.accelerator.backward(loss)
-        ours.accelerator.clip_grad_norm_(self.parameters, ours.config.optimizer.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.ema.step(self.parameters)
-        return float(loss.item())
+            inputs |= {"ids": tokens.ids, "id_mask": tokens.mask, "prefix": tokens.prefix}
+        loss = trainer.engine.model(LossBatch(**inputs)).total
+        trainer.accelerator.backward(loss)
+        trainer.accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+        loss.item()
+
+    return step
 
 
 @torch.no_grad()
 def plain_sample(models: InferenceModels, prompts: Sequence[str], seeds: Sequence[int], side: int, settings: SamplerConfig) -> Tensor:
     """Draw one batch of square images: uint8 [B, side, side, 3] on the CPU."""
     device, encoder, count = models.device, models.text_encoder, len(prompts)
-    ids, id_mask = padded(encoder, [""] * count + list(prompts), device)
-    prefix = len(encoder.prefix_ids)
-    mask = id_mask[:, prefix:] if encoder.settings.mask_padding else None
-    features = models.joint.refine(encoder(ids, id_mask, prefix).to(models.dtype), mask)
+    tokens = padded(encoder, [""] * count + list(prompts), device)
+    mask = encoder.feature_mask(tokens)
+    features = models.joint.refine(encoder(tokens.ids, tokens.mask, tokens.prefix).to(models.dtype), mask)
 
     scheduler = models.objective.scheduler(settings.solver)
     scheduler.set_timesteps(settings.steps, device=device)

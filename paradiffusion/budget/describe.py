@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from paradiffusion.budget.empty import empty_models
-from paradiffusion.budget.flops import DEVICES, Device, StageFlops, stage_flops
+from paradiffusion.budget.flops import DEVICES, StageFlops, stage_flops
 from paradiffusion.budget.memory import GIB, LAUNCHES, Advice, Counts, Fitter, GpuMemory, checkpoint_bytes
 from paradiffusion.checks import one_of, positive
 from paradiffusion.compose import split_options
@@ -115,13 +115,11 @@ def parse_question(arguments: Sequence[str]) -> tuple[Question, list[str]]:
     return question, rest
 
 
-def describe(arguments: Sequence[str], question: Question, compose: Callable[[list[str]], TrainConfig]) -> Description:
+def describe(arguments: Sequence[str], question: Question) -> Description:
     """Count a stage from overrides of train.py, without weights or data. UserError for overrides that are wrong or make no models."""
-    config = compose(list(arguments))
-    models = empty_models(config)
-    flops = stage_flops(config)
-    fitter = Fitter(list(arguments), compose, question.gpus)
-    counts = fitter.counts(config)
+    fitter = Fitter(list(arguments), question.gpus)
+    config = fitter.config()
+    models, flops, counts = empty_models(config), stage_flops(config), fitter.counts(config)
     weights, whole = checkpoint_bytes(config, counts)
     channels, rows, columns = models.codec.latent_shape(models.height, models.width)
     return Description(
@@ -137,7 +135,7 @@ def describe(arguments: Sequence[str], question: Question, compose: Callable[[li
         latent_bytes=2 * 2 * channels * rows * columns,  # mean and standard deviation
         checkpoint_weights=weights,
         checkpoint_whole=whole,
-        throughput=throughput(config, flops, question, DEVICES[question.device]),
+        throughput=throughput(config, flops, question),
         gpu=question.gpu,
         advice=[] if question.gpu is None else fitter.advise(question.gpu * GIB),
         recomputation=[] if question.gpu is None else least_recomputation(fitter, question.gpu * GIB, flops),
@@ -162,8 +160,9 @@ def least_recomputation(fitter: Fitter, available: float, flops: StageFlops) -> 
     return found
 
 
-def throughput(config: TrainConfig, flops: StageFlops, question: Question, device: Device) -> Throughput:
+def throughput(config: TrainConfig, flops: StageFlops, question: Question) -> Throughput:
     """Samples per second where the devices compute at ``mfu`` of their peak, recomputation counted as work."""
+    device = DEVICES[question.device]
     peak = device.peak(config.precision)
     speed = question.gpus * peak * 1e12 * question.mfu
 

@@ -119,13 +119,13 @@ def codec_arguments(config: CodecConfig) -> dict[str, Any]:
     )
 
 
-def empty_codec(config: CodecConfig) -> Codec:
-    """The autoencoder on the meta device. Raises UserError as ``codec_arguments``."""
+def new_codec(config: CodecConfig, device: torch.device, source: dict[str, Any]) -> Codec:
+    """A frozen autoencoder, made directly on ``device`` in its dtype. Raises UserError as ``codec_arguments``."""
     arguments = codec_arguments(config)
-    with META:
+    with device:
         vae: Any = AutoencoderKL(**arguments)
     nn.Module.to(vae, DTYPES[config.dtype])  # diffusers' own warns of layers that should stay in fp32: there are none
-    return Codec(vae.requires_grad_(False).eval(), config, {})
+    return Codec(vae.requires_grad_(False).eval(), config, source)
 
 
 def empty_models(config: TrainConfig, height: int | None = None, width: int | None = None) -> EmptyModels:
@@ -148,4 +148,4 @@ def empty_models(config: TrainConfig, height: int | None = None, width: int | No
         joint = build_joint(config, text.width, text if is_trained else None)
     multiple = config.data.bucket_multiple
     side = max(multiple, round(config.data.resolution / multiple) * multiple)
-    return EmptyModels(config, joint, text, empty_codec(config.codec), limit, height or side, width or side)
+    return EmptyModels(config, joint, text, new_codec(config.codec, META, {}), limit, height or side, width or side)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from paradiffusion.budget.activations import peak_bytes
 from paradiffusion.budget.empty import EmptyModels, empty_models
+from paradiffusion.compose import compose_train
 from paradiffusion.config import OPTIMIZERS, TrainConfig
 from paradiffusion.data.images import make_buckets
 from paradiffusion.models.unet import PROJECTIONS, halve_frozen
@@ -227,10 +228,10 @@ class Advice:
 
 
 class Fitter:
-    """Memory of a stage and of its variants, of overrides that ``compose`` makes configurations of; each is measured once."""
+    """Memory of a stage and of its variants, by overrides of train.py; each is measured once."""
 
-    def __init__(self, arguments: list[str], compose: Callable[[list[str]], TrainConfig], gpus: int) -> None:
-        self.arguments, self.compose, self.gpus = arguments, compose, gpus
+    def __init__(self, arguments: list[str], gpus: int) -> None:
+        self.arguments, self.gpus = arguments, gpus
         self._known: dict[object, Any] = {}
 
     def _once(self, key: object, make: Callable[..., Any], *arguments: object) -> Any:
@@ -242,7 +243,7 @@ class Fitter:
         """The stage with overrides in the place of those of the same keys."""
         keys = {override.partition("=")[0] for override in overrides}
         kept = [a for a in self.arguments if a.partition("=")[0] not in keys]
-        found: TrainConfig = self._once(overrides, self.compose, kept + list(overrides))
+        found: TrainConfig = self._once(overrides, compose_train, kept + list(overrides))
         return found
 
     def counts(self, config: TrainConfig) -> Counts:
@@ -274,7 +275,10 @@ class Fitter:
 
     def memory(self, launch: Launch, *overrides: str) -> GpuMemory:
         """Bytes on each GPU of the stage with ``overrides``."""
-        config = self.config(*overrides)
+        return self.memory_of(self.config(*overrides), launch)
+
+    def memory_of(self, config: TrainConfig, launch: Launch) -> GpuMemory:
+        """Bytes on each GPU of a stage."""
         counts, gpus = self.counts(config), self.gpus_of(launch)
         trained, moments = counts.trained, OPTIMIZERS[config.optimizer.name].state
         on_cpu = config.ema_device == "cpu"

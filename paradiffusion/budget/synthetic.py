@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
-from paradiffusion.budget.empty import codec_arguments
-from paradiffusion.config import CodecConfig, TextEncoderConfig, TrainConfig
+from paradiffusion.budget.empty import new_codec
+from paradiffusion.config import TextEncoderConfig, TrainConfig
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 from paradiffusion.models.codec import Codec, load_codec
@@ -25,6 +24,7 @@ from paradiffusion.text.tokenizer import load_tokenizer
 
 # Words of a caption: the mean in the paper's data (its own table), and a spread that gives about its shares by length.
 CAPTION_WORDS = {"short": (11.8, 4), "long": (132.9, 38), "clean": (70.6, 12)}
+SOURCE = {"hash": "random", "known_by": "random"}
 PICTURES = 256  # different ones; samples beyond that share them, under keys of their own
 WORDS = sorted({word for word in CORPUS.split() if word.isalpha()})
 
@@ -39,8 +39,11 @@ def random_models(config: TrainConfig, device: torch.device) -> tuple[TextEncode
     if config.train_text == "adapter":
         attach_lora(encoder, config.lora)
         encoder.requires_grad_(False)
-    has_folder = config.codec.path is not None
-    return encoder, load_codec(config.codec) if has_folder else random_codec(config.codec, device)
+    if config.codec.path is not None:
+        return encoder, load_codec(config.codec)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return encoder, new_codec(config.codec, device, {"name": config.codec.name, **SOURCE})
 
 
 def random_text_encoder(config: TrainConfig, device: torch.device) -> TextEncoder:
@@ -65,16 +68,7 @@ def random_text_encoder(config: TrainConfig, device: torch.device) -> TextEncode
     model.requires_grad_(False)
     if settings.quantization == "fp8":
         multiply_in_fp8(model)
-    return TextEncoder(model.eval(), tokenizer, config.conditioning, {"name": settings.name, "hash": "random", "known_by": "random"})
-
-
-def random_codec(config: CodecConfig, device: torch.device) -> Codec:
-    """An autoencoder of the configured shape, made directly on ``device`` in its dtype."""
-    with torch.random.fork_rng(), device:
-        torch.manual_seed(0)
-        vae: Any = AutoencoderKL(**codec_arguments(config))
-    torch.nn.Module.to(vae, DTYPES[config.dtype])
-    return Codec(vae.requires_grad_(False).eval(), config, {"name": config.name, "hash": "random", "known_by": "random"})
+    return TextEncoder(model.eval(), tokenizer, config.conditioning, {"name": settings.name, **SOURCE})
 
 
 def captions(kind: str, count: int, seed: int = 0) -> list[str]:

@@ -16,7 +16,7 @@ from official_models import make_official
 from pretended_gpu import Gpu, needs_its_torch, pretend
 from torch import Tensor
 
-from paradiffusion.budget.benchmark import fullest_step, own_step, reading_at_once, take_batches, with_first
+from paradiffusion.budget.benchmark import own_step, reading_at_once, take_batches, with_first
 from paradiffusion.budget.memory import LAUNCHES, Fitter
 from paradiffusion.budget.synthetic import CAPTION_WORDS, random_models, write_samples
 from paradiffusion.checkpoints.layouts import open_layout
@@ -124,7 +124,7 @@ def follow(trainer: Trainer, gpu: Gpu) -> None:
 @each_case
 def test_a_stage_runs_on_a_gpu(gpu: Gpu, stage: int, arm: str, more: list[str], tmp_path: Path) -> None:
     config = compose_train([*options(stage, arm, *TINY, *more), "codec.path=null", "data.shards=unused"])
-    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+    with mock.patch("paradiffusion.budget.empty.codec_arguments", return_value=VAE):
         # As loaded, on the CPU; or as a benchmark, and 4 bits, have it.
         trainer = stage_of(config, tmp_path, "cuda" if stage == 2 else "cpu")
     for name, module in trainer.joint.named_modules():
@@ -147,7 +147,7 @@ def test_what_compiling_brings_along(gpu: Gpu, codec_folder: Path, tmp_path: Pat
     asked: list[tuple[str, dict[str, object]]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: asked.append((type(self).__name__, how)))
     config = compose_train([*options(1, "masked", *TINY), "codec.path=null", "data.shards=unused", "compile=true"])
-    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+    with mock.patch("paradiffusion.budget.empty.codec_arguments", return_value=VAE):
         trainer = stage_of(config, tmp_path, "cuda")
     trainer.close()
     assert asked == [("UNet2DConditionModel", {}), *[("LlamaDecoderLayer", {})] * 2]
@@ -160,7 +160,7 @@ def test_what_compiling_brings_along(gpu: Gpu, codec_folder: Path, tmp_path: Pat
 
 def test_the_null_prompt_is_read_once_in_a_run(gpu: Gpu, tmp_path: Path) -> None:
     dropped = [*options(1, "masked", *TINY), "codec.path=null", "data.shards=unused", "data.caption_dropout=1"]
-    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+    with mock.patch("paradiffusion.budget.empty.codec_arguments", return_value=VAE):
         trainer = stage_of(compose_train(dropped), tmp_path, "cuda")
     reads: list[int] = []
     trainer.encoder.register_forward_hook(lambda _, given, __: reads.append(len(given[0])))
@@ -173,11 +173,11 @@ def test_the_null_prompt_is_read_once_in_a_run(gpu: Gpu, tmp_path: Path) -> None
 
 def test_the_benchmark_undoes_what_its_rows_say(gpu: Gpu, tmp_path: Path) -> None:
     given = [*options(1, "masked", *TINY), "codec.path=null", "data.shards=unused", "data.caption_dropout=0"]
-    with mock.patch("paradiffusion.budget.synthetic.codec_arguments", return_value=VAE):
+    with mock.patch("paradiffusion.budget.empty.codec_arguments", return_value=VAE):
         trainer = stage_of(compose_train(given), tmp_path, "cuda")
     follow(trainer, gpu)
     batches = take_batches(trainer, 0, 1)
-    ours = fullest_step(trainer, batches)
+    ours = own_step(trainer, batches, 2)
 
     def waits(step: Callable[[int], object]) -> list[int]:
         gpu.forget()
@@ -248,7 +248,7 @@ VAE = dict(
 def test_the_papers_size_peaks_where_describe_says(stage: int, arm: str, more: list[str], tmp_path: Path) -> None:
     given = [*options(stage, arm, *more), "data.shards=unused"]
     config = compose_train(given)
-    expected = Fitter(given, compose_train, gpus=1).memory(LAUNCHES[0])  # on the meta device, not on this one
+    expected = Fitter(given, gpus=1).memory(LAUNCHES[0])  # on the meta device, not on this one
 
     def backward(loss: torch.Tensor) -> None:
         scaled = loss / trainer.micro_batches

@@ -1,10 +1,12 @@
-"""scripts/benchmark.py and benchmark_loader.py: the paper's arm at the smallest size, timing and its words; ways of reading in turns."""
+"""scripts/benchmark*.py: the paper's arm at the smallest size, timing and its words; ways of reading in turns."""
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,29 +17,17 @@ from accelerate.state import AcceleratorState
 from commands import user_error
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from paradiffusion.budget.bench_loader import LoaderBench, measure, padding, run_way
-from paradiffusion.budget.bench_models import Bench, BenchmarkSettings, Row, Timing, interleave, make_row, parse_settings, ratio
-from paradiffusion.budget.bench_readers import ReaderSettings
-from paradiffusion.budget.benchmark import (
-    HEADER,
-    SAMPLERS,
-    UNDONE,
-    as_markdown,
-    benchmark,
-    both_ways,
-    cells,
-    described_gib,
-    own_step,
-    plain_step,
-    start,
-    take_batches,
-)
+from paradiffusion.budget.bench_cache import benchmark_cache
+from paradiffusion.budget.bench_loader import LoaderBench, benchmark_loader, padding, run_way
+from paradiffusion.budget.bench_models import SWITCHES, Bench, Row, Timing, interleave, make_row, parse_settings, ratio
+from paradiffusion.budget.bench_plan import benchmark_plan
+from paradiffusion.budget.benchmark import HEADER, benchmark, cells, changing, described_gib, own_step, plain_step, start, take_batches
 from paradiffusion.budget.describe import Question, describe
-from paradiffusion.budget.results import machine
 from paradiffusion.budget.synthetic import captions, random_models
 from paradiffusion.compose import compose_train
 from paradiffusion.errors import UserError
 from paradiffusion.sampling.pipeline import InferenceModels, Job, draw
+from paradiffusion.text.sources import locate
 from paradiffusion.training import trainer as module
 from paradiffusion.training.trainer import Trainer
 
@@ -55,16 +45,15 @@ def small(codec_folder: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def settings(*arguments: str) -> BenchmarkSettings:
-    return parse_settings(["device=cpu", "resolution=64", "repeats=1", "warmup=1", "steps=2", *arguments])[0]
+SHORT = ["device=cpu", "resolution=64", "repeats=1", "warmup=1", "steps=2"]
 
 
 def bench_of(*overrides: str, folder: Path = Path("unused")) -> Bench:
-    return Bench(settings(), list(overrides), compose_train, SAMPLERS, folder)
+    return Bench(parse_settings(SHORT)[0], list(overrides), folder)
 
 
 def test_everything_is_measured_and_written(small: list[str], tmp_path: Path) -> None:
-    stem, rows = benchmark(settings(f"output={tmp_path / 'out'}", "stages=1,2"), small, compose_train)
+    stem, rows = benchmark([*SHORT, *small, f"output={tmp_path / 'out'}", "stages=1,2"])
     assert stem == tmp_path / "out" / "paper_cpu"
     document = json.loads(stem.with_suffix(".json").read_text())
     assert len(document["rows"]) == len(rows)
@@ -97,8 +86,7 @@ def test_pictures_are_drawn_compiled_beside_not(small: list[str], tmp_path: Path
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr("paradiffusion.budget.benchmark.draw", drawn)
-    arguments = (f"output={tmp_path}", "what=sampler", "switches=compile")
-    _, rows = benchmark(settings(*arguments), small, compose_train)
+    _, rows = benchmark([*SHORT, *small, f"output={tmp_path}", "what=sampler", "switches=compile"])
     found = [row for row in rows if row.work == "ours, sampler=paper, compile=true"]
     assert [row.note.split(",")[0] for row in found] == ["batch 1", "batch 8"]
     assert all(row.median for row in found) and {"ours, sampler=paper", "reference"} <= {row.work for row in rows}
@@ -122,13 +110,13 @@ def test_designs_are_measured_undone(small: list[str], tmp_path: Path, monkeypat
     monkeypatch.setattr(Trainer, "train_step", stepped)
     monkeypatch.setattr(module, "save_checkpoint", taken)
     switches = "switches=reads,null_prompt,adapter_casts,frozen_fp32,cudnn_benchmark,async_save"
-    arguments = (f"output={tmp_path}", "what=step", "stages=2", switches)
-    _, rows = benchmark(settings(*arguments), [*small, "precision=bf16", "unet.lora_rank=2"], compose_train)
+    arguments = [f"output={tmp_path}", "what=step", "stages=2", switches, "precision=bf16", "unet.lora_rank=2"]
+    _, rows = benchmark([*SHORT, *small, *arguments])
     assert set(ways) == {(False, False, True), (True, False, True), (False, True, True), (False, False, False)}
     assert ways[-1] == ways[0]  # the last switch finds the step as the first did
     assert sorted(saved) == [False, False, True, True]
     found = {row.work: row for row in rows}
-    undone = [row for work, row in found.items() if work.removeprefix("ours, ") in UNDONE.values()]
+    undone = [row for work, row in found.items() if work.removeprefix("ours, ") in [*SWITCHES.values()][-5:]]
     assert len(undone) == 5 and all(row.speedup and row.against == "ours" for row in undone)
     waited, beside = (found[f"ours, a checkpoint, async_save={apart}"] for apart in ("false", "true"))
     assert beside.against == waited.work and beside.speedup and "GB" in beside.note
@@ -137,11 +125,10 @@ def test_designs_are_measured_undone(small: list[str], tmp_path: Path, monkeypat
 
 def test_a_rows_peak_stands_beside_what_describe_says(small: list[str]) -> None:
     arguments = [*small, "stage=1", "data.shards=unused"]
-    said = describe([*arguments, "conditioning.max_tokens=32"], Question(gpus=1), compose_train).memory[0]
+    said = describe([*arguments, "conditioning.max_tokens=32"], Question(gpus=1)).memory[0]
     described = described_gib(compose_train(arguments), 32)
     assert described == pytest.approx((said.total - said.context) / 2**30)
-    memory = Timing([], 1.5, 1.8)
-    row = make_row(Timing([1.0], 2.0), "step", 1, "masked", "ours", 1, memory=memory, described_gib=1.4)
+    row = replace(make_row({"ours": Timing([1.0], 1.5, 1.8)}, "ours", 1), described_gib=1.4)
     shown = dict(zip(HEADER, cells(row), strict=True))
     assert (shown["peak GiB (describe's)"], shown["reserved GiB"]) == ("1.5 (1.4)", "1.8")
 
@@ -173,9 +160,9 @@ def test_compiling_takes_the_language_model_along(small: list[str], tmp_path: Pa
     bench.write_data(64)
     setup = start(bench, bench.config(1, []))
     layer = next(m for m in setup.encoder.model.modules() if type(m).__name__.endswith("DecoderLayer"))
-    as_started, compiled = both_ways(setup, "compile")
-    for switch, is_compiled in ((compiled, True), (as_started, False), (compiled, True)):
-        switch()
+    switch = changing(setup, "compile")
+    for is_compiled in (True, False, True):
+        switch(is_compiled)
         assert [m._compiled_call_impl is not None for m in (setup.joint.unet, layer)] == [is_compiled] * 2
     setup.close()
 
@@ -208,20 +195,18 @@ def test_rounds_take_turns_and_warm_up_is_not_counted() -> None:
 
     timings = interleave({"large": too_large, "small": lambda _: None}, 1, 3, CPU)
     assert len(timings["small"].seconds) == 3 and not timings["large"].seconds
-    row = make_row(timings["large"], "step", 1, "paper", "ours", 4, note="4 x 512 px")
+    row = make_row(timings, "large", 4, note="4 x 512 px")
     assert row.median is None and "did not fit" in row.note and row.note.startswith("4 x 512 px")
 
 
 def test_speed_up_and_mfu() -> None:
-    reference, ours = Timing([2.0, 4.0, 2.0]), Timing([1.0, 1.0, 1.0])
-    assert ratio(reference, ours) == pytest.approx(8 / 3)
-    row = make_row(ours, "step", 1, "paper", "ours", 8, reference=reference, flop=4e14, peak=1000.0)
+    timings = {"reference": Timing([2.0, 4.0, 2.0]), "ours": Timing([1.0, 1.0, 1.0])}
+    assert ratio(*timings.values()) == pytest.approx(8 / 3)
+    row = make_row(timings, "ours", 8, flop=4e14, peak=1000.0)
     assert (row.rate, row.tflops) == (8.0, 400.0) and row.speedup == pytest.approx(8 / 3)
-    assert row.mfu == pytest.approx(0.4)
-    about = {"date": "day", "machine": machine("cpu"), "precision": "bf16", "command": "x"}
-    unknown = Row("step", 2, "paper", "ours", None, note="did not fit")
-    text = as_markdown(about, [row, unknown])
-    assert "| 2.67 x | 400 (40.0%) |" in text and "did not fit" in text
+    assert row.mfu == pytest.approx(0.4) and make_row(timings, "reference", 8).speedup is None
+    assert cells(row)[6:8] == ["2.67 x", "400 (40.0%)"]
+    assert cells(Row("step", 2, "paper", "ours", note="did not fit"))[-1] == "did not fit"
     assert set(bench_of("preset=paper").arms()) == {"paper", "masked"}
     assert set(bench_of().arms()) == {"modern", "paper", "masked"}
 
@@ -229,10 +214,19 @@ def test_speed_up_and_mfu() -> None:
 def test_mistakes_cost_one_sentence() -> None:
     for argument in ("stages=4", "what=nothing", "repeats=0", "switches=turbo", "device=tpu", "steps=x"):
         user_error(argument.partition("=")[0], parse_settings, [argument])
-    user_error("unit", benchmark, settings(), ["unit=tiny"], compose_train)
+    user_error("unit", benchmark, [*SHORT, "unit=tiny"])
+    user_error("too small", benchmark_plan, ["rows=10"])
+    user_error("stage 1", benchmark_cache, ["stage=2"])
 
 
-LOADER = LoaderBench(samples=96, width=64, height=48, resolution=32, batch_size=8, workers=1, batches=3, repeats=1)
+def test_a_start_is_measured_from_processes_of_its_own(tmp_path: Path) -> None:
+    stem = benchmark_plan(["rows=2000", "shards=100", "step=50", "batch_size=4", "repeats=2", f"output={tmp_path}", "name=plan"])
+    document = json.loads(stem.with_suffix(".json").read_text())
+    assert [row["sources"] for row in document["rows"]] == [1, 3] and document["settings"]["step"] == 50
+    for row in document["rows"]:
+        assert row["first"] > 0
+        assert all(len(row[key]) == 2 and min(row[key]) > 0 for key in ("start", "seek", "next_batch"))
+    assert "step 50 found" in stem.with_suffix(".md").read_text()
 
 
 def reading(folder: Path) -> list[psutil.Process]:
@@ -241,17 +235,22 @@ def reading(folder: Path) -> list[psutil.Process]:
 
 
 def test_a_way_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
-    nothing = ReaderSettings(str(tmp_path / "nothing"), 32, 8, 1)
-    user_error("the webdataset reader in .* ended before it had read", run_way, "webdataset", sys.executable, nothing)
+    said = "bench_readers webdataset ended before it had measured"
+    user_error(said, run_way, "webdataset", sys.executable, LoaderBench(workers=1), tmp_path / "nothing")
     assert not reading(tmp_path)
 
 
-def test_rows_of_both_ways(tmp_path: Path) -> None:
-    rows = measure(LOADER, tmp_path, 0.01, lambda texts: [len(text.split()) for text in texts])
-    assert [row.name for row in rows] == ["ours", "webdataset"]
+def test_rows_of_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = locate(compose_train(["text_encoder=tiny"]).text_encoder)
+    monkeypatch.setattr("paradiffusion.budget.bench_loader.locate", lambda _: tokenizer)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    keys = ["samples=96", "width=64", "height=48", "resolution=32", "batch_size=8", "workers=1", "batches=3", "repeats=1"]
+    stem = benchmark_loader([*keys, "step_seconds=0.01", f"output={tmp_path}"])
+    rows = json.loads(stem.with_suffix(".json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["ours", "webdataset"] and rows[0]["version"] == "this repository"
     for row in rows:
-        assert len(row.rates) == 1 and min(row.rates) > 0 and 0 <= row.waiting <= 1
-    assert rows[0].padded[1] < rows[1].padded[1], "ours sorts captions by length"
+        assert len(row["rates"]) == 1 and min(row["rates"]) > 0 and 0 <= row["waiting"] <= 1
+    assert rows[0]["padded"]["1"] < rows[1]["padded"]["1"], "ours sorts captions by length"
     assert not reading(tmp_path)
 
 

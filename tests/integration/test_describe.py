@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,24 +56,24 @@ def flops_of(*arguments: str) -> StageFlops:
     return counted(compose_train(list(arguments)))
 
 
-def described(overrides: Sequence[str], question: Question, compose: Callable[[list[str]], TrainConfig]) -> Description:
+def described(overrides: Sequence[str], question: Question) -> Description:
     """A stage's description: how it is printed and what stands beside it changes nothing."""
     key = f"{overrides} {replace(question, format='text', beside=None)}"
     if key not in KNOWN:
-        KNOWN[key] = describe(overrides, question, compose)
+        KNOWN[key] = describe(overrides, question)
     return KNOWN[key]
 
 
 def ask(*arguments: str) -> Description:
     question, overrides = parse_question(arguments)
-    return described(overrides, question, compose_train)
+    return described(overrides, question)
 
 
 # ---- FLOP -----------------------------------------------------------------------------------------------------------
 
 
 def test_nano_parameters_are_those_of_the_models() -> None:
-    fitter = Fitter(["stage=2"], compose_train, 1)
+    fitter = Fitter(["stage=2"], 1)
     counts = fitter.counts(fitter.config())
     hidden, rank = 576, 8
     assert counts.lora == 2 * rank * ((hidden + hidden) + (hidden + 192))  # queries and values of two layers
@@ -182,7 +182,7 @@ def test_bytes_that_are_exact() -> None:
 @pytest.mark.parametrize("override", ["optimizer.name=muon", "text_encoder.quantization=4bit"])
 def test_no_launch_is_listed_that_the_start_refuses(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = [*SMALL, override]
-    assert [launch.name for launch in Fitter(given, compose_train, 8).launches()] == ["one_gpu", "ddp"]
+    assert [launch.name for launch in Fitter(given, 8).launches()] == ["one_gpu", "ddp"]
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     key = override.partition("=")[0]
     user_error(f"^{key} does not go with DeepSpeed; set (adamw|null),", check_launch, compose_train(given), 1)
@@ -190,7 +190,7 @@ def test_no_launch_is_listed_that_the_start_refuses(override: str, monkeypatch: 
 
 
 def test_the_least_recomputation_that_fits_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    fitter = Fitter([*WIDE, "gradient_checkpointing=true", "micro_batch_size=8"], compose_train, 2)
+    fitter = Fitter([*WIDE, "gradient_checkpointing=true", "micro_batch_size=8"], 2)
     monkeypatch.setattr(fitter, "launches", lambda: LAUNCHES[:1])
     ways = [[], ["gradient_checkpointing=half"], ["gradient_checkpointing=false"]]
     needs = [fitter.memory(LAUNCHES[0], *way).total for way in (*ways, [*ways[2], "micro_batch_size=4"])]
@@ -213,7 +213,7 @@ def test_the_least_recomputation_that_fits_is_chosen(monkeypatch: pytest.MonkeyP
 
 def test_it_counts_the_micro_batches_that_training_takes() -> None:
     given = [*SMALL, "batch_size=20", "micro_batch_size=8"]
-    fitter = Fitter(given, compose_train, 2)
+    fitter = Fitter(given, 2)
     assert {fitter.micro_batch(fitter.config(), launch) for launch in fitter.launches()} == {5}
     described = ask(*SMALL)
     assert "refuses" not in as_text(described)
@@ -223,7 +223,7 @@ def test_it_counts_the_micro_batches_that_training_takes() -> None:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_24gb_recipe_fits(stage: int) -> None:
-    fitter = Fitter([*PAPER, f"stage={stage}", "recipe=24gb"], compose_train, 1)
+    fitter = Fitter([*PAPER, f"stage={stage}", "recipe=24gb"], 1)
     one = fitter.memory(LAUNCHES[0])
     counts = fitter.counts(fitter.config())
     assert one.ema == 0 and one.host == 2 * 4 * counts.trained  # the average, and pinned weights on their way to it
@@ -246,7 +246,7 @@ def test_what_to_change_is_ordered_and_true(monkeypatch: pytest.MonkeyPatch) -> 
     assert changes["ema_device=cpu"].saves == 4 * description.parameters.trained
     assert changes["optimizer.name=adamw8bit"].saves == 6 * description.parameters.trained
     assert all(change.fits == (change.total <= one.available) for change in one.changes)
-    assert changes["ema_device=cpu"].total == Fitter([*WIDE, "ema_device=cpu"], compose_train, 2).memory(LAUNCHES[0]).total
+    assert changes["ema_device=cpu"].total == Fitter([*WIDE, "ema_device=cpu"], 2).memory(LAUNCHES[0]).total
     assert one.fits == (one.total <= one.available)
     if len(one.together) > 1:  # what is left out of it would not have sufficed
         assert one.total < min(changes[override].total for override in one.together)
@@ -259,8 +259,8 @@ def test_what_to_change_is_ordered_and_true(monkeypatch: pytest.MonkeyPatch) -> 
 def test_time_follows_the_device_and_the_share_of_its_peak() -> None:
     config = compose_train([*PAPER, "stage=1"])
     flops = counted(config)
-    slow = throughput(config, flops, Question(device="a100", mfu=0.2, gpus=4, price=3.0), DEVICES["a100"])
-    fast = throughput(config, flops, Question(), DEVICES["h100"])
+    slow = throughput(config, flops, Question(device="a100", mfu=0.2, gpus=4, price=3.0))
+    fast = throughput(config, flops, Question())
     assert fast.samples_per_second / slow.samples_per_second == pytest.approx(4 * 989.4 / 312)
     assert slow.days == pytest.approx(300000 * 1024 / slow.samples_per_second / 86400)
     assert (slow.money, fast.money) == (pytest.approx(slow.days * 24 * 4 * 3.0), None)
