@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paradiffusion.checks import split_list
 from paradiffusion.compose import compose_train, split_options, text_encoder_named
-from paradiffusion.config import TrainConfig
 from paradiffusion.curation.inspecting.inspect import InspectOptions
 from paradiffusion.entry import run
 from paradiffusion.errors import UserError
@@ -45,8 +44,7 @@ def main(arguments: list[str]) -> int:
     encoders = [config.text_encoder, *(text_encoder_named(name, "tokenizers", overrides) for name in split_list(asked.tokenizers))]
 
     from paradiffusion.atomic import write_atomic
-    from paradiffusion.curation.inspecting.caption_figures import TextLimits
-    from paradiffusion.curation.inspecting.inspect import InspectSettings, figures_json, inspect
+    from paradiffusion.curation.inspecting.inspect import figures_json, inspect
     from paradiffusion.curation.inspecting.page import inspection_page
     from paradiffusion.data.index import TokenCounter
     from paradiffusion.data.plan import make_plan, open_index
@@ -60,32 +58,13 @@ def main(arguments: list[str]) -> int:
     ]
     make_wanted(config.data)
     index = open_index(config.data)
-    settings = InspectSettings(
-        title=title_of(config),
-        stage=config.stage,
-        resolution=config.data.resolution,
-        steps=config.max_steps,
-        samples=asked.samples,
-        captions=asked.captions,
-        check=asked.check,
-        seed=config.seed,
-    )
-    conditioning = config.conditioning
-    limits = TextLimits(conditioning.max_tokens, conditioning.pad_multiple, conditioning.mask_padding)
-    found = inspect(make_plan(index, config.data, config.batch_size, config.seed), counting, limits, settings)
+    found = inspect(make_plan(index, config.data, config.batch_size, config.seed), counting, config, asked)
     write_atomic(output.with_suffix(".json"), figures_json(found))
     write_atomic(output, inspection_page(found))
     for note in found.notes:
         print(f"note: {note}")
     print(f"{output}: {found.counts['samples']:,} samples; the figures are in {output.with_suffix('.json').name}")
     return 0
-
-
-def title_of(config: TrainConfig) -> str:
-    """What the page is called: where the data lies, and for which stage it was looked at."""
-    data = config.data
-    where = " + ".join(source.title for source in data.sources) or str(data.folder or data.shards)
-    return f"{where} for stage {config.stage} of {config.preset}"
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import islice
 from typing import Final
 
 import numpy as np
 from tqdm import tqdm
 
+from paradiffusion.config import ConditioningConfig
 from paradiffusion.curation.inspecting.histograms import Distribution, distribution
 from paradiffusion.data.index import SampleIndex, TokenCounter
 from paradiffusion.data.plan import BatchPlan
@@ -94,66 +96,32 @@ def read_captions(index: SampleIndex, counters: list[TokenCounter], limit: int, 
     if len(rows) > limit:
         rows = np.sort(np.random.default_rng(seed).choice(len(index), limit, replace=False))
     tokens = {counter.name: np.zeros((len(rows), len(index.kinds)), np.int64) for counter in counters}
-    repetitions, unreadable = _Repetitions(), 0
-    openings: list[Counter[str]] = [Counter() for _ in index.kinds]
-    places: list[tuple[int, int]] = []
-    texts: list[str] = []
-
-    def count() -> None:
-        for counter in counters:
-            if texts:
-                at = np.array(places)
-                tokens[counter.name][at[:, 0], at[:, 1]] = counter.count(texts)
-        places.clear()
-        texts.clear()
-
-    columns = {kind: number for number, kind in enumerate(index.kinds)}
+    openings: dict[str, Counter[str]] = {kind: Counter() for kind in index.kinds}
+    times: Counter[bytes] = Counter()  # of a text, by its digest: the texts themselves might fill the memory
+    again: dict[bytes, str] = {}
+    unreadable = 0
     bar = tqdm(read_texts(index, rows), "captions", len(rows), unit="sample", mininterval=1, dynamic_ncols=True)
-    for number, found in enumerate(bar):
-        if found is None:
-            unreadable += 1
-            continue
-        for kind, text in found.items():
-            if kind in columns:
-                places.append((number, columns[kind]))
-                texts.append(text)
-                first = text[:200].lower().split(maxsplit=OPENING_WORDS)
-                if len(first) > OPENING_WORDS:
-                    openings[columns[kind]][" ".join(first[:OPENING_WORDS])] += 1
-        repetitions.add(found)
-        if len(texts) >= _AT_ONCE:
-            count()
-    count()
-    figures = []
-    for kind, counts in zip(index.kinds, openings, strict=True):
-        most = [(words, times / counts.total()) for words, times in counts.most_common(_LISTED) if times > 1]
-        figures.append(OpeningFigures(kind, counts.total(), most))
-    repeated, repeats, captions = repetitions.most_common(12), repetitions.repeats, repetitions.captions
-    return CaptionSample(rows, tokens, repeated, repeats, captions, figures, unreadable)
-
-
-class _Repetitions:
-    """Counts equal texts by their digests, and keeps the text of those alone that come again."""
-
-    def __init__(self) -> None:
-        self.times: Counter[bytes] = Counter()
-        self.texts: dict[bytes, str] = {}
-        self.captions = self.repeats = 0
-
-    def add(self, captions: dict[str, str]) -> None:
-        """Every sample's captions once: a sample whose kinds have the same text repeats nothing."""
-        for text in set(captions.values()):
-            digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-            self.times[digest] += 1
-            self.captions += 1
-            if self.times[digest] > 1:
-                self.repeats += 1
-                self.texts[digest] = text
-
-    def most_common(self, count: int) -> list[tuple[str, int]]:
-        """The ``count`` texts that come most often, of those that come twice, and how often; equal ones by text."""
-        found = ((text, self.times[digest]) for digest, text in self.texts.items())
-        return sorted(found, key=lambda pair: (-pair[1], pair[0]))[:count]
+    for start in range(0, len(rows), _AT_ONCE):
+        block = list(islice(bar, _AT_ONCE))
+        for column, kind in enumerate(index.kinds):
+            texts = {start + number: found[kind] for number, found in enumerate(block) if found and kind in found}
+            for counter in counters if texts else ():
+                tokens[counter.name][list(texts), column] = counter.count(list(texts.values()))
+            words = (text[:200].lower().split(maxsplit=OPENING_WORDS) for text in texts.values())
+            openings[kind].update(" ".join(first[:OPENING_WORDS]) for first in words if len(first) > OPENING_WORDS)
+        for found in block:
+            unreadable += found is None
+            for text in set((found or {}).values()):  # a sample whose kinds have the same text repeats nothing
+                digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+                times[digest] += 1
+                if times[digest] > 1:
+                    again[digest] = text
+    repeated = sorted(((text, times[digest]) for digest, text in again.items()), key=lambda pair: (-pair[1], pair[0]))
+    figures = [
+        OpeningFigures(kind, counts.total(), [(words, n / counts.total()) for words, n in counts.most_common(_LISTED) if n > 1])
+        for kind, counts in openings.items()
+    ]
+    return CaptionSample(rows, tokens, repeated[:12], times.total() - len(times), times.total(), figures, unreadable)
 
 
 def tokens_of(index: SampleIndex, read: CaptionSample) -> list[TokenFigures]:
@@ -164,8 +132,7 @@ def tokens_of(index: SampleIndex, read: CaptionSample) -> list[TokenFigures]:
             counts = table[:, number]
             words = index.words[read.rows, number][counts > 0].sum(dtype=np.int64)
             counts = counts[counts > 0]
-            found = distribution(counts)
-            if found is not None:
+            if (found := distribution(counts)) is not None:
                 cut = {length: float((counts > length).mean()) for length in CUTS}
                 figures.append(TokenFigures(name, kind, len(counts), float(counts.sum() / max(words, 1)), found, cut))
     return figures
@@ -183,16 +150,6 @@ def most_tokens(read: CaptionSample, count: int) -> list[int]:
 
 # Captions that are tokenised for it at most; where an epoch has more, batches all over it are taken.
 MOST_CAPTIONS = 8192
-
-
-@dataclass(frozen=True)
-class TextLimits:
-    """How the stage pads: ``limit`` tokens at most; ``masked``: to the longest of the batch, rounded up to a multiple of
-    ``multiple``; else always to the limit."""
-
-    limit: int
-    multiple: int
-    masked: bool
 
 
 @dataclass(frozen=True)
@@ -218,9 +175,9 @@ class PaddingFigures:
     cut: float
 
 
-def measure_padding(plan: BatchPlan, counter: TokenCounter, limits: TextLimits, seed: int) -> PaddingFigures:
-    """Tokenise the captions of planned batches, evenly from the first epoch, and count."""
-    index, size = plan.index, plan.batch_size
+def measure_padding(plan: BatchPlan, counter: TokenCounter, padded: ConditioningConfig, seed: int) -> PaddingFigures:
+    """Tokenise the captions of planned batches, evenly from the first epoch, and count the padding that ``padded`` makes."""
+    index, size, limit, multiple = plan.index, plan.batch_size, padded.max_tokens, padded.pad_multiple
     # At least one batch, also of a set that is smaller than that.
     epoch = max(1, int(plan.steps_per_epoch))
     steps = np.unique(np.linspace(0, epoch - 1, min(epoch, max(1, MOST_CAPTIONS // size))).astype(np.int64))
@@ -229,22 +186,22 @@ def measure_padding(plan: BatchPlan, counter: TokenCounter, limits: TextLimits, 
     origins = np.zeros(len(index.sources), np.int64)
     for number, step in enumerate(tqdm(steps, desc="batches", unit="batch", mininterval=1, dynamic_ncols=True)):
         batch = plan.batch(int(step))
-        origins += np.bincount(index.shard_source[index.shard[batch.rows]], minlength=len(origins))
+        origins += np.bincount(plan.source_of(batch.rows), minlength=len(origins))
         names = [index.kinds[kind] for kind in batch.kinds]
         kinds.update(names)
         found = zip(read_texts(index, batch.rows), names, strict=True)
         lengths[number] = counter.count([(captions or {}).get(name, "") for captions, name in found])
-    cut = np.minimum(lengths, limits.limit)
+    cut = np.minimum(lengths, limit)
     shuffled = np.random.default_rng(seed).permutation(cut.reshape(-1)).reshape(cut.shape)
-    planned, planned_rounded = (_padded(cut, multiple, limits.limit) for multiple in (1, limits.multiple))
-    to_limit = 1 - float(cut.sum() / (cut.size * limits.limit))
-    unsorted, unsorted_rounded = (_padded(shuffled, multiple, limits.limit) for multiple in (1, limits.multiple))
+    planned, unsorted = (_padded(table, 1, limit) for table in (cut, shuffled))
+    planned_rounded, unsorted_rounded = (_padded(table, multiple, limit) for table in (cut, shuffled))
+    to_limit = 1 - float(cut.sum() / (cut.size * limit))
     return PaddingFigures(
-        counter.name, len(steps), epoch, size, limits.limit, limits.multiple, planned, unsorted, planned_rounded,
-        unsorted_rounded, to_limit, trained=planned_rounded if limits.masked else to_limit,
+        counter.name, len(steps), epoch, size, limit, multiple, planned, unsorted, planned_rounded, unsorted_rounded, to_limit,
+        trained=planned_rounded if padded.mask_padding else to_limit,
         kinds={kind: count / kinds.total() for kind, count in kinds.most_common()},
         sources={name: float(n / origins.sum()) for name, n in zip(index.sources, origins, strict=True)},
-        cut=float((lengths > limits.limit).mean()),
+        cut=float((lengths > limit).mean()),
     )  # fmt: skip
 
 

@@ -34,17 +34,8 @@ def distribution(values: np.ndarray, edges: Sequence[float] | None = None) -> Di
     low, p5, median, p95, high = (float(v) for v in np.percentile(values, (0, 5, 50, 95, 100)))
     bounds = np.asarray(edges if edges is not None else nice_edges(low, usual_most(values)), float)
     counts, _ = np.histogram(np.clip(values, bounds[0], np.nextafter(bounds[-1], bounds[0])), bounds)
-    return Distribution(
-        n=len(values),
-        mean=float(np.mean(values, dtype=np.float64)),
-        median=median,
-        p5=p5,
-        p95=p95,
-        smallest=low,
-        largest=high,
-        edges=bounds.tolist(),
-        counts=counts.tolist(),
-    )
+    mean = float(np.mean(values, dtype=np.float64))
+    return Distribution(len(values), mean, median, p5, p95, low, high, bounds.tolist(), counts.tolist())
 
 
 def usual_most(values: np.ndarray) -> float:
@@ -73,14 +64,11 @@ def histogram(
     first, last = found.edges[0], found.edges[-1]
     texts = names or [_number(edge) for edge in found.edges]
     return {
-        "title": title,
-        "label": label,
-        "unit": unit,
-        "n": found.n,
+        "title": title, "label": label, "unit": unit, "n": found.n,
         "bars": [(names[i] if names else _range(found, i), number) for i, number in enumerate(found.counts)],
         "marks": [((mark - first) / (last - first), _number(mark)) for mark in marks if first < mark < last],
         "ticks": [(i + (0.5 if names else 0), texts[i]) for i in range(0, count, max(1, -(-count // 8)))],
-    }
+    }  # fmt: skip
 
 
 def _range(found: Distribution, number: int) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Final
 
 import numpy as np
@@ -14,12 +14,11 @@ from PIL import ImageStat
 from tqdm import tqdm
 
 from paradiffusion.checks import not_negative, positive
-from paradiffusion.config import option
+from paradiffusion.config import TrainConfig, option
 from paradiffusion.curation.inspecting.caption_figures import (
     CaptionSample,
     OpeningFigures,
     PaddingFigures,
-    TextLimits,
     TokenFigures,
     measure_padding,
     most_tokens,
@@ -27,6 +26,7 @@ from paradiffusion.curation.inspecting.caption_figures import (
     tokens_of,
 )
 from paradiffusion.curation.inspecting.histograms import Distribution, distribution, usual_most
+from paradiffusion.curation.journal import read_object
 from paradiffusion.data.captions import count_words
 from paradiffusion.data.images import MAX_PIXELS, assign_buckets, decode, fitted
 from paradiffusion.data.index import COUNTS, SampleIndex, TokenCounter, read_sample
@@ -116,7 +116,7 @@ def images_of(index: SampleIndex) -> ImageFigures:
         known=int(known.sum()),
         short_side=distribution(np.minimum(width, height)),
         megapixels=distribution(area, edges),
-        aspect=distribution(width / height, ASPECTS) if len(width) else None,
+        aspect=distribution(width / height, ASPECTS),
         formats={name: int(count) for name, count in zip(IMAGE_EXTENSIONS, formats, strict=True) if count},
     )
 
@@ -141,7 +141,7 @@ def buckets_of(plan: BatchPlan) -> list[BucketFigures]:
 
 def extremes_of(index: SampleIndex, count: int = 6) -> dict[str, list[int]]:
     """Rows of the ``count`` worst cases of each sort, the worst first."""
-    longest = index.words.max(axis=1) if len(index.kinds) else np.zeros(len(index), np.uint16)
+    longest = index.words.max(axis=1, initial=0)
     shortest = np.where(index.words > 0, index.words, np.iinfo(np.uint16).max).min(axis=1, initial=65535)
     known = (index.width > 0) & (index.height > 0)
     width, height = np.where(known, index.width, 1), np.where(known, index.height, 1)
@@ -219,14 +219,6 @@ class CheckedPictures:
     dark: list[int]
     flat: list[int]
 
-    def worst(self) -> dict[str, list[int]]:
-        """The rows to be shown, by what is wrong with them."""
-        return {
-            "images that do not decode": [row for row, _ in self.undecodable[:_SHOWN]],
-            "very dark images": self.dark[:_SHOWN],
-            "images of nearly one colour": self.flat[:_SHOWN],
-        }
-
 
 def check_pictures(index: SampleIndex, check: int, seed: int) -> CheckedPictures:
     """Decode ``check`` images at most, drawn by seed, and as many of those whose header could not be read."""
@@ -234,35 +226,15 @@ def check_pictures(index: SampleIndex, check: int, seed: int) -> CheckedPictures
     drawn = np.random.default_rng(seed + 1).choice(known, min(check, len(known)), replace=False)
     rows = [*np.flatnonzero(index.width == 0)[:check].tolist(), *np.sort(drawn).tolist()]
     bad: list[tuple[int, str]] = []
-    dark: list[tuple[float, int]] = []
-    flat: list[tuple[float, int]] = []
+    decoded: list[tuple[int, ImageStat.Stat]] = []
     for row in tqdm(rows, desc="images", unit="image", mininterval=1, dynamic_ncols=True):
         try:
-            brightness = ImageStat.Stat(decode(read_sample(index, row).image, MAX_PIXELS).convert("L"))
+            decoded.append((row, ImageStat.Stat(decode(read_sample(index, row).image, MAX_PIXELS).convert("L"))))
         except (OSError, ValueError) as error:
             bad.append((row, str(error)))
-            continue
-        (mean,), (deviation,) = brightness.mean, brightness.stddev
-        if mean < DARK:
-            dark.append((mean, row))
-        if deviation < FLAT:
-            flat.append((deviation, row))
-    return CheckedPictures(len(rows), bad, dark=[row for _, row in sorted(dark)], flat=[row for _, row in sorted(flat)])
-
-
-@dataclass(frozen=True)
-class InspectSettings:
-    """How much is looked at: ``samples`` on the page, ``captions`` read at most, ``check`` images decoded; ``stage``,
-    ``resolution`` and ``steps`` (of the whole run) are those of the configuration, for the page."""
-
-    title: str
-    stage: int
-    resolution: int
-    steps: int
-    samples: int = 40
-    captions: int = 20_000
-    check: int = 200
-    seed: int = 0
+    dark = sorted((of.mean[0], row) for row, of in decoded if of.mean[0] < DARK)
+    flat = sorted((of.stddev[0], row) for row, of in decoded if of.stddev[0] < FLAT)
+    return CheckedPictures(len(rows), bad, dark=[row for _, row in dark], flat=[row for _, row in flat])
 
 
 @dataclass(frozen=True)
@@ -285,9 +257,9 @@ class ShownSample:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that the page shows and report.json holds."""
+    """Everything that the page shows and report.json holds. ``settings`` say how much was looked at, and for which stage."""
 
-    settings: InspectSettings
+    settings: dict[str, Any]
     batch_size: int
     run: list[RunFigures]
     counts: dict[str, Any]
@@ -308,32 +280,32 @@ class Inspection:
     shown: list[ShownSample]
     worst: dict[str, list[ShownSample]]
 
-    def as_json(self) -> dict[str, Any]:
-        """The figures, without pictures."""
-        document = asdict(self)
-        for sample in [*document["shown"], *(row for rows in document["worst"].values() for row in rows)]:
-            del sample["thumbnail"]
-        return document
 
-
-def inspect(plan: BatchPlan, counters: list[TokenCounter], limits: TextLimits, settings: InspectSettings) -> Inspection:
+def inspect(plan: BatchPlan, counters: list[TokenCounter], config: TrainConfig, asked: InspectOptions) -> Inspection:
     """Look at a data set as the stage's ``plan`` would train on it; the first tokenizer is the stage's own. What cannot be read is counted
     and shown; UserError when nothing can be trained on, as BatchPlan does."""
-    index = plan.index
-    read = read_captions(index, counters, settings.captions, settings.seed)
-    padding = measure_padding(plan, counters[0], limits, settings.seed) if counters else None
-    pictures = check_pictures(index, settings.check, settings.seed)
+    index, seed = plan.index, config.seed
+    read = read_captions(index, counters, asked.captions, seed)
+    padding = measure_padding(plan, counters[0], config.conditioning, seed) if counters else None
+    pictures = check_pictures(index, asked.check, seed)
     kinds = kinds_of(index, kind_weights(plan), padding.kinds if padding else {})
-    counts, images, buckets, run = count_of(index), images_of(index), buckets_of(plan), run_of(plan, settings.steps)
-    worst = {name: rows for name, rows in {**extremes_of(index), **pictures.worst()}.items() if rows}
+    counts, images, buckets, run = count_of(index), images_of(index), buckets_of(plan), run_of(plan, config.max_steps)
+    worst = {
+        **extremes_of(index), "images that do not decode": [row for row, _ in pictures.undecodable[:_SHOWN]],
+        "very dark images": pictures.dark[:_SHOWN], "images of nearly one colour": pictures.flat[:_SHOWN],
+    }  # fmt: skip
+    worst = {name: rows for name, rows in worst.items() if rows}
     by_tokens = most_tokens(read, 6)
     if not set(by_tokens) <= set(worst.get("longest captions", ())):  # else the same cards again
         worst["captions of the most tokens, of those read"] = by_tokens
-    drawing = np.random.default_rng(settings.seed)
-    chosen = drawing.choice(len(index), min(settings.samples, len(index)), replace=False).tolist()
+    chosen = np.random.default_rng(seed).choice(len(index), min(asked.samples, len(index)), replace=False).tolist()
     wanted = dict.fromkeys([*chosen, *(row for rows in worst.values() for row in rows)])
     bar = tqdm(wanted, desc="pictures", unit="image", mininterval=1, dynamic_ncols=True)
     shown = {row: show(plan, row, counters) for row in bar}
+    settings = {
+        "title": title_of(config), "stage": config.stage, "resolution": config.data.resolution, "steps": config.max_steps,
+        "samples": asked.samples, "captions": asked.captions, "check": asked.check, "seed": seed,
+    }  # fmt: skip
     return Inspection(
         settings=settings, batch_size=plan.batch_size, run=run, counts=counts, kinds=kinds, tokens=tokens_of(index, read),
         images=images, buckets=buckets, padding=padding, openings=read.openings, captions_read=len(read.rows),
@@ -372,9 +344,18 @@ def _name(index: SampleIndex, row: int) -> str:
     return f"{index.shards[index.shard[row]].name}/{index.key(row)}"
 
 
+def title_of(config: TrainConfig) -> str:
+    """What the page is called: where the data lies, and for which stage it was looked at."""
+    where = " + ".join(source.title for source in config.data.sources) or str(config.data.folder or config.data.shards)
+    return f"{where} for stage {config.stage} of {config.preset}"
+
+
 def figures_json(found: Inspection) -> str:
-    """The figures as one JSON document, readable in any language."""
-    return json.dumps(found.as_json(), indent=1, ensure_ascii=False) + "\n"
+    """The figures, without pictures, as one JSON document, readable in any language."""
+    document = asdict(found)
+    for sample in [*document["shown"], *(row for rows in document["worst"].values() for row in rows)]:
+        del sample["thumbnail"]
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
 # Our choices: from here on it is worth a look. Alike openings need enough captions to be no accident.
@@ -452,23 +433,12 @@ class InspectOptions:
         path = Path(self.output).expanduser()
         if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
             raise UserError(f"output={self.output} is no page; name a file such as output=report.html.")
-        try:
+        try:  # known before the data is read, which may take long
             path.parent.mkdir(parents=True, exist_ok=True)
-            usable = os.access(path.parent, os.W_OK | os.X_OK)
+            TemporaryFile(dir=path.parent).close()
         except OSError:
-            usable = False
-        if not usable:  # known before the data is read, which may take long
-            raise UserError(f"output={self.output}: {path.parent} is no folder that can be written to; choose another one.")
-        figures = path.with_suffix(".json")
-        if figures.exists() and not _is_ours(figures):
+            raise UserError(f"output={self.output}: {path.parent} is no folder that can be written to; choose another one.") from None
+        figures = path.with_suffix(".json")  # an earlier report's may be replaced
+        if figures.exists() and not {"settings", "counts", "notes"} <= set(read_object(figures, "choose another name for output=")):
             raise UserError(f"output={self.output}: {figures} is there already and holds no figures of this script; choose another name.")
         return path
-
-
-def _is_ours(figures: Path) -> bool:
-    """Whether a file holds an earlier report's figures, which may be replaced."""
-    try:
-        found = json.loads(figures.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and {"settings", "counts", "notes"} <= set(found)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from jinja2.filters import do_filesizeformat as filesizeformat
+
 from paradiffusion.curation.inspecting.caption_figures import CUTS, OPENING_WORDS
 from paradiffusion.curation.inspecting.histograms import histogram
 from paradiffusion.curation.inspecting.inspect import ASPECTS, BANDS, Inspection
@@ -25,9 +27,9 @@ def inspection_page(found: Inspection) -> str:
     """The HTML of an inspection."""
     undecodable = [(name, reason) for name, reason in found.undecodable[:50]]
     return render(
-        "curation/inspecting/templates/inspection.html", title=f"Data: {found.settings.title}", tiles=_tiles(found),
-        passed=_passed(found), notes=found.notes, size=size, longest=LONGEST_SHOWN, shown=found.shown,
-        seed=found.settings.seed, worst=found.worst, checked=found.checked,
+        "curation/inspecting/templates/inspection.html", title=f"Data: {found.settings['title']}", tiles=_tiles(found),
+        passed=_passed(found), notes=found.notes, longest=LONGEST_SHOWN, shown=found.shown,
+        seed=found.settings["seed"], worst=found.worst, checked=found.checked,
         undecodable=text_grid(("sample", "why"), undecodable, words=2) if undecodable else None,
         parts=[
             _run(found), _paper(found), _captions(found), _tokens(found), _images(found), _buckets(found), _padding(found),
@@ -50,7 +52,7 @@ def _tiles(found: Inspection) -> list[tuple[str, str]]:
     return [
         (f"{counts['samples']:,}", "samples"),
         (f"{counts['shards']:,}", "shards"),
-        (size(counts["bytes"]), "of images and captions"),
+        (filesizeformat(counts["bytes"], binary=True), "of images and captions"),
         *((f"{kind.words.mean:.1f}", f"words, mean of {kind.kind}") for kind in found.kinds if kind.words is not None),
         (f"{sides.mean:,.0f} px", "mean short side") if sides else ("unknown", "short side"),
         (f"{found.padding.trained:.1%}", "of tokens are padding") if found.padding else ("unknown", "padding"),
@@ -161,7 +163,7 @@ def _tokens(found: Inspection) -> dict[str, Any]:
 def _images(found: Inspection) -> dict[str, Any]:
     images, drawn = found.images, []
     if images.short_side:
-        mark = [found.settings.resolution]
+        mark = [found.settings["resolution"]]
         drawn.append(histogram(images.short_side, "short side", "short sides", "pixels", mark))
     if images.aspect:
         names = [f"{edge:.2f}" for edge in ASPECTS[:-1]]
@@ -218,13 +220,3 @@ def _padding(found: Inspection) -> dict[str, Any]:
 def figure(value: float) -> str:
     """Three digits that mean something, and no exponent."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that suits them."""
-    amount = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:,.0f} {unit}" if unit == "bytes" else f"{amount:,.1f} {unit}"
-        amount /= 1024
-    return f"{amount:,.2f} TiB"

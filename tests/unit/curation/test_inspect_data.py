@@ -16,11 +16,13 @@ from PIL import Image
 from programs import script
 from remote_fixtures import serving
 
-from paradiffusion.curation.inspecting.caption_figures import TextLimits, read_captions
+from paradiffusion.compose import compose_train
+from paradiffusion.config import TrainConfig
+from paradiffusion.curation.inspecting.caption_figures import read_captions
 from paradiffusion.curation.inspecting.histograms import distribution, nice_edges
 from paradiffusion.curation.inspecting.inspect import (
     Inspection,
-    InspectSettings,
+    InspectOptions,
     check_pictures,
     figures_json,
     inspect,
@@ -37,7 +39,6 @@ from paradiffusion.data.shards import expand_shards, write_shards
 NASTY = "<script>document.title='broken'</script> & \x07 <img src=x onerror=alert(1)>"
 # A token is a letter: unlike words, so that the two cannot be taken for each other.
 LETTERS = TokenCounter("letters", lambda texts: [len(text) for text in texts])
-LIMITS = TextLimits(limit=64, multiple=8, masked=True)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(shards: Path) -> tuple[BatchPlan, Inspection]:
     plan = plan_of(shards)
-    settings = InspectSettings("test", 1, 64, steps=42, samples=90, captions=1000, check=100)
-    return plan, inspect(plan, [LETTERS], LIMITS, settings)
+    return plan, inspect(plan, [LETTERS], stage_of(42), InspectOptions(samples=90, captions=1000, check=100))
+
+
+def stage_of(steps: int) -> TrainConfig:
+    conditioning = ("max_tokens=64", "pad_multiple=8", "mask_padding=true")
+    return compose_train(["data.shards=test", f"max_steps={steps}", *(f"conditioning.{one}" for one in conditioning)])
 
 
 def plan_of(shards: Path) -> BatchPlan:
@@ -146,10 +151,9 @@ def test_padding_is_that_of_the_plan(found: tuple[BatchPlan, Inspection]) -> Non
 
 def test_caption_sample_says_how_many_it_read(shards: Path) -> None:
     plan = plan_of(shards)
-    settings = InspectSettings("test", 1, 64, steps=42, samples=3, captions=20, check=5)
-    first, second = (inspect(plan, [LETTERS], LIMITS, settings) for _ in range(2))
+    first, second = (inspect(plan, [LETTERS], stage_of(42), InspectOptions(samples=3, captions=20, check=5)) for _ in range(2))
     assert first.captions_read == 20 and max(row.n for row in first.tokens) <= 20
-    assert first.as_json() == second.as_json(), "a report is a function of its seed"
+    assert figures_json(first) == figures_json(second), "a report is a function of its seed"
     assert "20 samples drawn from 86" in inspection_page(first)
 
 
@@ -174,7 +178,7 @@ def test_page_is_shown_by_a_browser(found: tuple[BatchPlan, Inspection], tmp_pat
         tab = browser.new_page(viewport={"width": 1000, "height": 800})
         listen(tab, wrong)
         tab.goto(page.as_uri())
-        assert tab.title() == "Data: test", "a caption's markup is text"
+        assert tab.title() == "Data: test for stage 1 of nano", "a caption's markup is text"
         assert tab.locator("#samples article").count() == 86
         assert all(tab.evaluate("[...document.images].map(image => image.complete && image.naturalWidth)"))
         assert NASTY.split()[0] in tab.inner_text("#samples")
@@ -200,6 +204,8 @@ def test_command_writes_page_and_figures(shards: Path, tmp_path: Path, capsys: A
     html = output.read_text()
     assert "ParaImage-Big" in html and "132.9" in html and "1326 px" in html
     assert "http://" not in html and "https://" not in html
+    output.with_suffix(".json").write_text("{}")
+    user_error("holds no figures of this script", script("inspect_data").main, [f"output={output}"])
 
 
 @pytest.mark.parametrize(
@@ -238,8 +244,7 @@ CHINESE = "木桌上有两个杯子和一碗橙子" * 30
 
 def inspected(index: SampleIndex, steps: int = 10) -> Inspection:
     plan = BatchPlan(index, 4, 0, make_buckets(64, 16, 2.0), {"short": 1.0})
-    settings = InspectSettings("test", 1, 64, steps=steps, samples=100, captions=1000, check=100)
-    return inspect(plan, [LETTERS], TextLimits(64, 8, True), settings)
+    return inspect(plan, [LETTERS], stage_of(steps), InspectOptions(samples=100, captions=1000, check=100))
 
 
 @pytest.fixture(scope="module")
