@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from paradiffusion.curation.choosing.score_files import located
 from paradiffusion.curation.journal import read_journal
 from paradiffusion.data.captions import count_words
@@ -109,10 +107,8 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 def _rows(index: SampleIndex, names: dict[str, str], wanted: set[tuple[str, str]]) -> dict[tuple[str, str], int]:
     """The index rows of the ``wanted`` samples (shard, key); ``names`` of the shards by their places."""
     found: dict[tuple[str, str], int] = {}
-    edges = np.searchsorted(index.shard, np.arange(len(index.shards) + 1))  # index.shard ascends
-    for number, shard in enumerate(index.shards):
-        for row in range(int(edges[number]), int(edges[number + 1])):
-            sample = (names.get(str(shard), str(shard)), index.key(row))
-            if sample in wanted:
-                found.setdefault(sample, row)
+    shards = [names.get(str(shard), str(shard)) for shard in index.shards]
+    for row, number in enumerate(index.shard.tolist()):
+        if (sample := (shards[number], index.key(row))) in wanted:
+            found.setdefault(sample, row)
     return found

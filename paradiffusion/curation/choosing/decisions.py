@@ -42,7 +42,6 @@ class Standing:
     changed: dict[str, int] = field(default_factory=dict)  # sample -> its last revision
     events: set[str] = field(default_factory=set)
     revision: int = 0
-    damaged: int = 0
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Take in one event. One that comes late, from a queue, does not undo a later one."""
@@ -61,13 +60,11 @@ class Standing:
 
 def read_decisions(path: Path) -> Standing:
     """What ``path`` adds up to; a line that a crash cut short was never acknowledged, and is passed over."""
-    records, damaged = read_journal(path)
-    standing = Standing(damaged=damaged)
-    for event in records:
+    standing = Standing()
+    for event in read_journal(path)[0]:
         whole = isinstance(event.get("set"), dict) and isinstance(event.get("at"), int)
-        if not whole or not all(isinstance(event.get(name), str) for name in ("event", "sample", "reviewer")):
-            standing.damaged += 1
-        elif event["event"] not in standing.events:
+        whole = whole and all(isinstance(event.get(name), str) for name in ("event", "sample", "reviewer"))
+        if whole and event["event"] not in standing.events:
             standing.add(event)
     return standing
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,6 @@ from paradiffusion.data.captions import clean, count_words
 from paradiffusion.data.shards import RawSample, write_shards
 from paradiffusion.errors import UserError
 
-VOTES: Final = ("majority", "any", "all")
 # ParaImage-Small in the authors' own table.
 PAPER_MEAN: Final = 70.6
 PAPER_SHARE: Final = 0.83  # of descriptions with 50 to 100 words
@@ -74,9 +73,9 @@ def export(work: Path, output: Path, samples_per_shard: int = 1000, votes: str =
             raise UserError(f"no candidate of {len(candidates.all)} in {work} is kept; keep some with action=review first.")
         written: list[dict[str, Any]] = []
         skipped: Counter[str] = Counter()
-        quiet = None if len(chosen) > 500 else True
-        with atomic_folder(output) as partial, tqdm(total=len(chosen), desc="writing", unit="image", disable=quiet) as bar:
-            write_shards(_samples(candidates, standing, chosen, written, skipped, bar), partial, samples_per_shard)
+        bar = tqdm(chosen, "writing", unit="image", disable=None if len(chosen) > 500 else True)
+        with atomic_folder(output) as partial:
+            write_shards(_samples(candidates, standing, bar, written, skipped), partial, samples_per_shard)
             if not written:
                 raise UserError(f"none of the {len(chosen)} kept candidates has an image and a description; write some first.")
             report = _report(candidates, standing, verdicts, written, skipped)
@@ -109,12 +108,10 @@ def description(standing: Standing, sample: str, captions: dict[str, str]) -> tu
 
 
 def _samples(
-    candidates: Candidates, standing: Standing, chosen: list[Candidate], written: list[dict[str, Any]], skipped: Counter[str],
-    bar: tqdm,
-) -> Iterator[RawSample]:  # fmt: skip
+    candidates: Candidates, standing: Standing, chosen: Iterable[Candidate], written: list[dict[str, Any]], skipped: Counter[str]
+) -> Iterator[RawSample]:
     """The samples to write; what is written is told in ``written``, what cannot be in ``skipped``."""
     for candidate in chosen:
-        bar.update(1)
         sample = candidates.read(candidate)
         if sample is None:
             skipped["unreadable"] += 1

@@ -34,12 +34,11 @@ TEXT_COLUMNS: Final = ("key", "caption_kind", "error")
 
 @dataclass
 class ScoreTable:
-    """Scores of N samples: names of their shards, int32 [N] numbers of those, int64 [N] rows within the shard's files, keys, float64 [N]
-    columns by name (nan where a sample has no such value), bool [N] which images did not decode, and each shard's Parquet file."""
+    """Scores of N samples, shard after shard as in their files: names of the shards, int32 [N] numbers of those, keys, float64 [N] columns
+    by name (nan where a sample has no such value), bool [N] which images did not decode, and each shard's Parquet file."""
 
     shards: list[str]
     shard: np.ndarray
-    row: np.ndarray
     keys: pa.ChunkedArray
     columns: dict[str, np.ndarray]
     unreadable: np.ndarray
@@ -60,7 +59,7 @@ class ScoreTable:
                 raise UserError(f"{path} cannot be read ({error}); delete it and score again.") from None
             if start == 0:
                 found = np.zeros((len(rows), stored.shape[1]), np.float16)
-            places = self.row[rows[start:stop]]
+            places = rows[start:stop] - np.searchsorted(self.shard, number)
             if stored.shape[1] != found.shape[1] or len(stored) <= places.max():
                 raise UserError(f"{path} does not fit its table or the other shards' features; delete it and score again.")
             found[start:stop] = stored[places]
@@ -97,7 +96,7 @@ def write_scores(work: Path, shard: str, stamp: str, rows: Sequence[Mapping[str,
     path = score_file(work, shard)
     names = list(dict.fromkeys(name for row in rows for name in row))
     types = {name: pa.string() if name in TEXT_COLUMNS else pa.float64() for name in names}
-    columns = {name: pa.array([row.get(name) for row in rows], kind) for name, kind in types.items()}
+    columns = {name: pa.array([row.get(name) for row in rows], kind, from_pandas=True) for name, kind in types.items()}  # nan is null
     table = pa.table(columns, metadata={"shard": shard, "stamp": stamp, "model": model})
     target = _features_beside(path)
     for folder in (path.parent, target.parent):
@@ -141,7 +140,6 @@ def load_scores(work: Path) -> ScoreTable:
     return ScoreTable(
         shards=[(table.schema.metadata or {})[b"shard"].decode() for table in tables],
         shard=np.repeat(np.arange(len(tables), dtype=np.int32), counts),
-        row=np.concatenate([np.arange(count) for count in counts]),
         keys=joined.column("key"),
         columns={name: joined.column(name).to_numpy().astype(np.float64) for name in measured},
         unreadable=joined.column("error").is_valid().to_numpy(),
@@ -180,14 +178,15 @@ def read_root(work: Path) -> str | None:
     return root if isinstance(root, str) else None
 
 
-def settle_settings(work: Path, settings: Mapping[str, Any], shards: Sequence[Path | RemotePath], scored: Sequence[str]) -> str | None:
-    """Record ``settings`` and the shards' root in a folder without scores; return the root. UserError where those of ``scored`` have other
+def settle_settings(work: Path, settings: Mapping[str, Any], shards: Sequence[Path | RemotePath]) -> str | None:
+    """Record ``settings`` and the shards' root in a folder without scores; return the root. UserError where its scores have other
     settings, or their shards have been moved: they would be scored under two names."""
-    record = read_record(work)
+    record, scored = read_record(work), scored_names(work)
     if not scored and any(key not in record or record[key] != value for key, value in settings.items()):
         # Nothing, or what an attempt with other settings left. Otherwise another process may be scoring from that root now.
-        write_record(work, {**settings, _ROOT: common_root(shards)})
-        return read_root(work)
+        root = common_root(shards)
+        write_record(work, {**settings, _ROOT: root})
+        return root
     if not record:
         raise UserError(f"{work} holds scores, and no {SCORING} that says what made them; take another folder=.")
     for key, value in settings.items():
@@ -197,10 +196,8 @@ def settle_settings(work: Path, settings: Mapping[str, Any], shards: Sequence[Pa
                 "same value, or another folder=."
             )
     root = read_root(work)
-    if root is not None and not os.path.isdir(root):
-        raise UserError(_moved(work, f"the folder {root}"))
-    if root is not None and scored and not _any_below(root, scored):
-        raise UserError(_moved(work, f"shards in {root}"))
+    if root is not None and not (os.path.isdir(root) and _any_below(root, scored)):
+        raise UserError(_moved(work, f"{'shards in' if os.path.isdir(root) else 'the folder'} {root}"))
     if _ROOT in record and root is None and (root := common_root(shards)) is not None:
         write_record(work, {**record, _ROOT: root})  # so far all shards were remote
     return root
@@ -212,19 +209,20 @@ def _any_below(root: str, names: Sequence[str]) -> bool:
     return not local or any(os.path.exists(os.path.join(root, name)) for name in local)
 
 
-def move_root(work: Path, root: str, scored: Sequence[str]) -> None:
-    """Record that the shards, ``scored`` by name, lie below ``root`` now. UserError for what is no folder, or holds none of them, and
-    for a selection without a root."""
-    if read_root(work) is None:
+def move_root(work: Path, root: str) -> None:
+    """Record that the shards lie below ``root`` now. UserError for what is no folder, or holds none of those that were scored, and for
+    a selection without a root."""
+    before = read_root(work)
+    if before is None:
         raise UserError(
             f"shard_root= says where the shards of a selection were moved to, and {work} records no folder of shards; leave it out."
         )
     place = Path(root).expanduser().absolute()
     if not root or not place.is_dir():
-        raise UserError(f"shard_root={root} is no folder; name the one that now holds what was in {read_root(work)}.")
-    if not _any_below(str(place), scored):
-        raise UserError(f"shard_root={root} holds none of the shards that were scored from {read_root(work)}; name another.")
-    if str(place) != read_root(work):
+        raise UserError(f"shard_root={root} is no folder; name the one that now holds what was in {before}.")
+    if not _any_below(str(place), scored_names(work)):
+        raise UserError(f"shard_root={root} holds none of the shards that were scored from {before}; name another.")
+    if str(place) != before:
         write_record(work, {**read_record(work), _ROOT: str(place)})
 
 

@@ -9,19 +9,21 @@ import hashlib
 import io
 import math
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from scipy.ndimage import convolve
 
-from paradiffusion.curation.choosing.score_files import is_scored, name_of, scored_names, settle_settings, stamp_of, write_scores
+from paradiffusion.checks import split_list
+from paradiffusion.curation.choosing.score_files import is_scored, name_of, settle_settings, stamp_of, write_scores
+from paradiffusion.curation.choosing.select_steps import Scoring
 from paradiffusion.data.captions import count_words
 from paradiffusion.data.images import BadImage, decode
 from paradiffusion.data.index import SampleIndex, load_index, read_sample
@@ -33,48 +35,18 @@ from paradiffusion.runner import RayOptions, Tell, make_bar, process_number, run
 from paradiffusion.stopping import stop_on_signals
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """What is measured, and how. ``caption`` is the kind whose agreement is measured (None: each sample's longest); ``device`` auto spreads
-    the processes over the GPUs; ``threads``, of each process, decode and measure."""
-
-    clip: str
-    aesthetic: Path | None = None
-    detector: str | None = None
-    labels: tuple[str, ...] = ()
-    threshold: float = 0.3
-    caption: str | None = None
-    precision: str = "fp32"
-    device: str = "auto"
-    batch_size: int = 32
-    threads: int = 4
-    allow_truncated: bool = False
-
-    def settings(self) -> dict[str, Any]:
-        """What the scores depend on."""
-        head = None
-        if self.aesthetic is not None:
-            try:
-                head = hashlib.blake2b(self.aesthetic.read_bytes(), digest_size=8).hexdigest()
-            except OSError as error:
-                raise UserError(f"aesthetic={self.aesthetic} cannot be read ({error.strerror}); name a file.") from None
-        return {
-            "clip": self.clip, "aesthetic": head, "text_detector": self.detector, "text_labels": list(self.labels),
-            "text_threshold": self.threshold, "caption": self.caption, "precision": self.precision,
-        }  # fmt: skip
-
-
 @dataclass
 class _Models:
     clip: Clip
     name: str
+    width: int
     head: Head | None
     detector: Detector | None
 
 
 @dataclass
 class _Row:
-    """One sample, decoded and measured."""
+    """One sample, measured; with what the models read of it where its image decodes."""
 
     values: dict[str, Any]
     caption: str = ""
@@ -90,7 +62,7 @@ def score_shards(
     Done shards are passed over, unless they have changed. Raises UserError for other settings than those that made what
     lies there, and KeyboardInterrupt at Ctrl-C or SIGTERM; the same command goes on.
     """
-    root = settle_settings(work, scoring.settings(), shards, scored_names(work))
+    root = settle_settings(work, scoring.settings(), shards)
     # Absolute: processes of their own may start elsewhere.
     shards = [shard.absolute() if isinstance(shard, Path) else shard for shard in shards]
     todo = [shard for shard in shards if not is_scored(work, name_of(shard, root), stamp_of(str(shard)))]
@@ -126,17 +98,17 @@ def _load_models(scoring: Scoring, device: str) -> _Models:
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(max(1, scoring.threads))
     clip = load_clip(scoring.clip, device, scoring.precision)
-    head = None if scoring.aesthetic is None else load_head(scoring.aesthetic)
-    probe = clip.image_features(clip.prepare(Image.new("RGB", (32, 32)))[None])
-    if head is not None and probe.shape[1] != head.width:
+    head = None if scoring.aesthetic is None else load_head(Path(scoring.aesthetic).expanduser())
+    width = clip.image_features(clip.prepare(Image.new("RGB", (32, 32)))[None]).shape[1]
+    if head is not None and width != head.width:
         raise UserError(
-            f"aesthetic={scoring.aesthetic} takes {head.width} features and {scoring.clip} gives {probe.shape[1]}; take "
+            f"aesthetic={scoring.aesthetic} takes {head.width} features and {scoring.clip} gives {width}; take "
             "the head that belongs to this CLIP (LAION's belong to ViT-L-14 by openai)."
         )
     detector = None
-    if scoring.detector is not None:
-        detector = load_detector(scoring.detector, scoring.labels, scoring.threshold, device)
-    return _Models(clip, _name_of(clip), head, detector)
+    if scoring.text_detector is not None:
+        detector = load_detector(scoring.text_detector, split_list(scoring.text_labels), scoring.text_threshold, device)
+    return _Models(clip, _name_of(clip), width, head, detector)
 
 
 def _name_of(clip: Clip) -> str:
@@ -188,25 +160,21 @@ def _read_row(index: SampleIndex, row: int, scoring: Scoring, models: _Models) -
     kind = scoring.caption or max(captions, key=lambda name: count_words(captions[name]), default=None)
     caption = captions.get(kind, "") if kind else ""
     values |= {"caption_kind": kind if caption else None, "words": count_words(caption)}
-    # numpy's nan is a value for Parquet; a missing one is null.
-    values = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values.items()}
     return _Row(values, caption, models.clip.prepare(image), image if models.detector else None)
 
 
 def _score_batch(batch: list[_Row], models: _Models) -> np.ndarray:
     """Add the models' scores to the rows of ``batch``; float16 [len(batch), D], zeros where there is no image."""
-    good = [row for row in batch if row.pixels is not None]
-    if not good:
-        width = models.clip.image_features(models.clip.prepare(Image.new("RGB", (32, 32)))[None]).shape[1]
-        return np.zeros((len(batch), width), np.float16)
-    features = models.clip.image_features(torch.stack([row.pixels for row in good if row.pixels is not None]))
+    found = np.zeros((len(batch), models.width), np.float16)
+    pixels = [row.pixels for row in batch if row.pixels is not None]
+    if not pixels:
+        return found
+    features = models.clip.image_features(torch.stack(pixels))
     finite = features.isfinite().all(dim=1)
-    # An overflow, as half precision may give: such a picture can be neither compared nor clustered.
-    if not finite.all():
-        for row, fine in zip(good, finite.tolist(), strict=True):
-            if not fine:
-                row.values, row.pixels = {"key": row.values["key"], "error": "CLIP gives no finite features"}, None
-        return _score_batch(batch, models)
+    for row, fine in zip([row for row in batch if row.pixels is not None], finite.tolist(), strict=True):
+        if not fine:  # an overflow, as half precision may give: such a picture can be neither compared nor clustered
+            row.values, row.pixels = {"key": row.values["key"], "error": "CLIP gives no finite features"}, None
+    good, features = [row for row in batch if row.pixels is not None], features[finite]
     for row, agreement in zip(good, models.clip.agreements(features, [row.caption for row in good]), strict=True):
         if agreement is not None:
             row.values |= {
@@ -216,41 +184,31 @@ def _score_batch(batch: list[_Row], models: _Models) -> np.ndarray:
     if models.head is not None:
         for row, score in zip(good, models.head(features).tolist(), strict=True):
             row.values["aesthetic"] = score
-    if models.detector is not None:
-        areas = models.detector.areas([row.image for row in good if row.image is not None])
+    if models.detector is not None and good:
+        areas = models.detector([row.image for row in good if row.image is not None])
         for row, area in zip(good, areas, strict=True):
             row.values["text_area"] = area
-    found = np.zeros((len(batch), features.shape[1]), np.float16)
     found[[row.pixels is not None for row in batch]] = features.numpy().astype(np.float16)
     return found
 
 
-@dataclass
-class Detector:
-    """A transformers model in evaluation mode; ``labels`` are the class numbers that count."""
+Detector: TypeAlias = Callable[[Sequence[Image.Image]], list[float]]  # share of each image's area, 0 to 1, that is marked
 
-    model: Any
-    processor: Any
-    segments: bool
-    labels: set[int]
-    threshold: float
-    device: torch.device
 
-    @torch.inference_mode()
-    def areas(self, images: Sequence[Image.Image]) -> list[float]:
-        """Share of each image's area, 0 to 1, that the model marks."""
-        inputs = self.processor(images=list(images), return_tensors="pt").to(self.device)
-        outputs = self.model(**inputs)
-        sizes = [(image.height, image.width) for image in images]
-        if self.segments:
-            maps = self.processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-            return [float(np.isin(one.cpu().numpy(), list(self.labels)).mean()) for one in maps]
-        found = self.processor.post_process_object_detection(outputs, threshold=self.threshold, target_sizes=sizes)
-        shares = []
-        for one, (height, width) in zip(found, sizes, strict=True):
-            chosen = [int(label) in self.labels for label in one["labels"]]
-            shares.append(union_share(one["boxes"].cpu().numpy()[chosen], width, height))
-        return shares
+@torch.inference_mode()
+def marked_areas(model: Any, processor: Any, labels: set[int], threshold: float | None, images: Sequence[Image.Image]) -> list[float]:
+    """What a ``Detector`` gives, of the class numbers ``labels``; the model segments where ``threshold`` is None, else it finds boxes."""
+    outputs = model(**processor(images=list(images), return_tensors="pt").to(model.device))
+    sizes = [(image.height, image.width) for image in images]
+    if threshold is None:
+        maps = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
+        return [float(np.isin(one.cpu().numpy(), list(labels)).mean()) for one in maps]
+    shares = []
+    found = processor.post_process_object_detection(outputs, threshold=threshold, target_sizes=sizes)
+    for one, (height, width) in zip(found, sizes, strict=True):
+        chosen = [int(label) in labels for label in one["labels"]]
+        shares.append(union_share(one["boxes"].cpu().numpy()[chosen], width, height))
+    return shares
 
 
 def union_share(boxes: np.ndarray, width: int, height: int) -> float:
@@ -301,7 +259,7 @@ def load_detector(folder: str, labels: Sequence[str], threshold: float, device: 
         )
     chosen = {names[label] for label in labels} or {number for number in names.values() if number or not segments}
     model.to(device).eval().requires_grad_(False)
-    return Detector(model, processor, segments, chosen, threshold, torch.device(device))
+    return partial(marked_areas, model, processor, chosen, None if segments else threshold)
 
 
 SHARPNESS_SIDE: Final = 512
@@ -311,46 +269,21 @@ _TONES_SIDE: Final = 1024
 _BORDER_SPREAD: Final = 3.0
 """Grey levels within which a row counts as uniform: JPEG leaves ripples of one or two in a black bar."""
 
-# The luminance table of the JPEG standard, Annex K, which libjpeg scales by its quality of 1 to 100.
-_LUMINANCE: Final = np.array(
-    [
-        16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
-        14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
-        18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
-        49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
-    ]
-)  # fmt: skip
-
-MEASURES: Final = (
-    "width", "height", "short_side", "aspect", "sharpness", "noise", "brightness", "contrast", "clipped_dark",
-    "clipped_bright", "border", "jpeg_quality",
-)  # fmt: skip
-
 
 def measure(image: Image.Image, data: bytes) -> dict[str, float]:
-    """All ``MEASURES`` of one decoded RGB ``image`` and of the file ``data`` that it was decoded from.
-
-    ``jpeg_quality`` is nan where the file is no JPEG.
-    """
-    short = min(image.size)
-    values: dict[str, float] = {
-        "width": image.width, "height": image.height, "short_side": short, "aspect": image.width / image.height,
-    }  # fmt: skip
+    """Measures of one decoded RGB ``image`` and of the file ``data`` that it was decoded from; ``jpeg_quality`` is nan where that is no JPEG."""
     grey = image.convert("L")
-    values["sharpness"] = sharpness(grey)
-    values["noise"] = noise(grey)
     # Shares of the area need no more; a whole photograph of 40 megapixels would take a second.
     small = grey.copy()
     small.thumbnail((_TONES_SIDE, _TONES_SIDE), Image.Resampling.BOX)
     luma = np.asarray(small)
     low, high = np.percentile(luma, (5, 95))
-    values["brightness"] = float(luma.mean()) / 255
-    values["contrast"] = float(high - low) / 255
-    values["clipped_dark"] = float((luma <= 2).mean())
-    values["clipped_bright"] = float((luma >= 253).mean())
-    values["border"] = border(luma)
-    values["jpeg_quality"] = jpeg_quality(data)
-    return values
+    return {
+        "width": image.width, "height": image.height, "short_side": min(image.size), "aspect": image.width / image.height,
+        "sharpness": sharpness(grey), "noise": noise(grey), "brightness": float(luma.mean()) / 255, "contrast": float(high - low) / 255,
+        "clipped_dark": float((luma <= 2).mean()), "clipped_bright": float((luma >= 253).mean()), "border": border(luma),
+        "jpeg_quality": jpeg_quality(data),
+    }  # fmt: skip
 
 
 def sharpness(grey: Image.Image) -> float:
@@ -410,15 +343,25 @@ def jpeg_quality(data: bytes) -> float:
     It is that of the last saving: what an earlier, worse one destroyed does not come back.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            tables: Any = getattr(image, "quantization", {})
+        found = _luminance(data)
     except Exception:  # As in data.images: Pillow raises nearly anything on bytes that are not what they claim to be.
         return math.nan
-    found = np.array(tables.get(0, ()), dtype=np.int64)
     if found.size != 64:
         return math.nan
-    qualities = np.arange(1, 101)
-    scales = np.where(qualities < 50, 5000 // qualities, 200 - 2 * qualities)
-    expected = np.clip((_LUMINANCE[None] * scales[:, None] + 50) // 100, 1, 255)  # [100, 64]
-    distance = np.abs(expected - found[None]).sum(axis=1)
-    return float(qualities[int(np.argmin(distance))])
+    return 1.0 + int(np.abs(_of_qualities() - found).sum(axis=1).argmin())
+
+
+def _luminance(data: bytes) -> np.ndarray:
+    """int64 [64]: the luminance table of a JPEG; empty where there is none."""
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        return np.array(getattr(image, "quantization", {}).get(0, ()), np.int64)
+
+
+@cache
+def _of_qualities() -> np.ndarray:
+    """int64 [100, 64]: the luminance tables that libjpeg writes at the qualities from 1 to 100."""
+    tables = []
+    for quality in range(1, 101):
+        Image.new("L", (8, 8)).save(file := io.BytesIO(), "JPEG", quality=quality)
+        tables.append(_luminance(file.getvalue()))
+    return np.array(tables)

@@ -3,48 +3,69 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from paradiffusion.checks import not_understood, on_disk, one_of, parsed, positive, split_list, step_of
 from paradiffusion.config import check_values, option
-from paradiffusion.curation.choosing.score_files import move_root, scored_names
+from paradiffusion.curation.choosing.score_files import move_root
 from paradiffusion.errors import UserError
 from paradiffusion.runner import RunnerKeys
 
-# What belongs to which step: a key of another one would do nothing, and is refused.
-STEPS = {
-    "score": (
-        "shards", "clip", "aesthetic", "text_detector", "text_labels", "text_threshold", "caption", "processes", "device",
-        "precision", "batch_size", "threads", "allow_truncated", "runner", "runner_options",
-    ),
-    "choose": ("min", "max", "weights", "count", "clusters", "per_cluster", "max_similarity", "seed"),
-    "review": ("host", "port", "reviewer"),
-    "export": ("output", "samples_per_shard", "votes"),
-}  # fmt: skip
 
+@dataclass(unsafe_hash=True)
+class Scoring:
+    """What is measured, and how. ``caption`` is the kind whose agreement is measured (None: each sample's longest); ``device`` auto spreads
+    the processes over the GPUs; ``threads``, of each process, decode and measure."""
 
-@dataclass
-class SelectOptions(RunnerKeys):
-    """The keys of the command line."""
-
-    action: str | None = None
-    folder: str | None = option(None, accepts=on_disk)
-    shard_root: str | None = None
-    shards: str | None = None
     clip: str = "ViT-L-14-quickgelu:openai"
     aesthetic: str | None = None
     text_detector: str | None = None
     text_labels: str | None = None
     text_threshold: float = 0.3
     caption: str | None = None
-    processes: int | None = option(None, accepts=positive)
-    device: str = "auto"
     precision: str = option("fp32", accepts=one_of("fp32", "bf16", "fp16"))
+    device: str = "auto"
     batch_size: int = option(32, accepts=positive)
     threads: int = option(4, accepts=positive)
     allow_truncated: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        head = None
+        if self.aesthetic is not None:
+            try:
+                head = hashlib.blake2b(Path(self.aesthetic).expanduser().read_bytes(), digest_size=8).hexdigest()
+            except OSError as error:
+                raise UserError(f"aesthetic={self.aesthetic} cannot be read ({error.strerror}); name a file.") from None
+        return {
+            "clip": self.clip, "aesthetic": head, "text_detector": self.text_detector,
+            "text_labels": split_list(self.text_labels), "text_threshold": self.text_threshold, "caption": self.caption,
+            "precision": self.precision,
+        }  # fmt: skip
+
+
+# What belongs to which step: a key of another one would do nothing, and is refused.
+STEPS = {
+    "score": ("shards", *Scoring.__dataclass_fields__, "processes", "runner", "runner_options"),
+    "choose": ("min", "max", "weights", "count", "clusters", "per_cluster", "max_similarity", "seed"),
+    "review": ("host", "port", "reviewer"),
+    "export": ("output", "samples_per_shard", "votes"),
+}
+
+
+@dataclass
+class SelectOptions(Scoring, RunnerKeys):
+    """The keys of the command line."""
+
+    action: str | None = None
+    folder: str | None = option(None, accepts=on_disk)
+    shard_root: str | None = None
+    shards: str | None = None
+    processes: int | None = option(None, accepts=positive)
     min: str | None = None
     max: str | None = None
     weights: str | None = None
@@ -85,23 +106,19 @@ def run_step(options: SelectOptions) -> int:
     """Do the step that ``options`` name, checked; the exit status. Models are imported only by who needs them."""
     work = Path(str(options.folder)).expanduser()
     if options.shard_root is not None:
-        move_root(work, options.shard_root, scored_names(work))
+        move_root(work, options.shard_root)
     {"score": _score, "choose": _choose, "review": _review, "export": _export}[str(options.action)](options, work)
     return 0
 
 
 def _score(options: SelectOptions, work: Path) -> None:
-    from paradiffusion.curation.choosing.scoring import Scoring, score_shards
+    from paradiffusion.curation.choosing.scoring import score_shards
     from paradiffusion.data.shards import expand_shards
     from paradiffusion.machine import choose_device
 
     if options.device != "auto" and options.runner == "local":
         choose_device(options.device)  # UserError for what is not here
-    scoring = Scoring(
-        options.clip, Path(options.aesthetic).expanduser() if options.aesthetic else None, options.text_detector,
-        tuple(split_list(options.text_labels)), options.text_threshold, options.caption, options.precision,
-        options.device, options.batch_size, options.threads, options.allow_truncated,
-    )  # fmt: skip
+    scoring = Scoring(**{one.name: getattr(options, one.name) for one in fields(Scoring)})
     given = str(options.shards)
     shards = expand_shards(parsed("shards", given, "[first, second]") if given.startswith("[") else [given], "shards")
     count = score_shards(shards, work, scoring, options.processes, options.ray())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -106,8 +105,7 @@ def choose(work: Path, choosing: Choosing) -> Report:
     varied = choosing.clusters > 1 or choosing.max_similarity is not None
     features = table.features(rows) if varied else np.zeros((len(rows), 0), np.float32)
     clusters = clusters_of(features, choosing.clusters, choosing.seed)
-    with tqdm(total=len(rows), desc="choosing", unit="image", disable=None if len(rows) > 10_000 else True) as bar:
-        choice = choose_varied(scores, features, clusters, choosing.count, choosing.per_cluster, choosing.max_similarity, bar.update)
+    choice = choose_varied(scores, features, clusters, choosing.count, choosing.per_cluster, choosing.max_similarity)
     chosen = rows[choice.rows]
     report = Report(
         samples=len(table),
@@ -171,11 +169,10 @@ def _write(work: Path, table: ScoreTable, chosen: np.ndarray, scores: np.ndarray
     lines = []
     for number, (row, key) in enumerate(zip(chosen.tolist(), keys, strict=True)):
         shard = table.shards[table.shard[row]]
-        values = {name: float(column[row]) for name, column in table.columns.items()}
         entry = {
             "sample": sample_name(shard, key), "shard": shard, "key": key, "score": round(float(scores[number]), 6),
             "cluster": int(clusters[number]),
-            "scores": {name: float(f"{value:.6g}") for name, value in values.items() if not math.isnan(value)},
+            "scores": {name: float(f"{column[row]:.6g}") for name, column in table.columns.items() if not np.isnan(column[row])},
         }  # fmt: skip
         lines.append(json.dumps(entry, ensure_ascii=False))
     write_atomic(work / CANDIDATES, "\n".join(lines) + "\n")
@@ -246,14 +243,10 @@ def clusters_of(features: np.ndarray, count: int, seed: int) -> np.ndarray:
     seed = seed_from("clusters", seed) % (1 << 32)
     few = count <= _FEW_CLUSTERS
     means = MiniBatchKMeans(count, random_state=seed, batch_size=max(1024, 3 * count), n_init=3 if few else 1, max_iter=100 if few else 10)
-    drawn = max(_FITTED, _FITTED_EACH * count)
-    if total <= drawn:
-        return means.fit_predict(features.astype(np.float32)).astype(np.int32)
+    drawn = min(total, max(_FITTED, _FITTED_EACH * count))
     means.fit(features[np.sort(np.random.default_rng(seed).choice(total, drawn, replace=False))].astype(np.float32))
-    found = np.empty(total, np.int32)
-    for start in range(0, total, _BLOCK):
-        found[start : start + _BLOCK] = means.predict(features[start : start + _BLOCK].astype(np.float32))
-    return found
+    parts = (features[start : start + _BLOCK].astype(np.float32) for start in range(0, total, _BLOCK))
+    return np.concatenate([means.predict(part) for part in parts]).astype(np.int32)
 
 
 def choose_varied(
@@ -263,13 +256,12 @@ def choose_varied(
     count: int | None = None,
     per_cluster: int | None = None,
     max_similarity: float | None = None,
-    advance: Callable[[int], object] = int,
 ) -> Choice:
     """Choose up to ``count`` rows: in each round the best remaining one of every cluster, clusters by their best score.
 
     ``scores`` [N], higher is better, equal ones by row; ``features`` [N, D] of unit length, [N, 0] where ``max_similarity`` is None;
     ``clusters`` int [N], at most ``per_cluster`` of each. A row whose cosine with a chosen one is above ``max_similarity`` is passed
-    over, and its cluster's next taken. ``advance`` is called with the number of rows looked at."""
+    over, and its cluster's next taken."""
     order = np.lexsort((np.arange(len(scores)), -scores))
     # Each cluster's rows from the best down, by one sort: thousands of clusters are no thousands of passes.
     grouped = order[np.argsort(clusters[order], kind="stable")]
@@ -280,13 +272,14 @@ def choose_varied(
     chosen: list[int] = []
     kept = np.zeros((limit if max_similarity is not None else 0, features.shape[1]), np.float32)
     duplicates, turn = 0, 0
+    bar = tqdm(total=len(scores), desc="choosing", unit="image", disable=None if len(scores) > 10_000 else True)
     while queues and len(chosen) < limit and turn != per_cluster:
         open_queues, turn = [], turn + 1
         for queue in queues:
             for row in queue:
                 if len(chosen) == limit:
                     break
-                advance(1)
+                bar.update()
                 if max_similarity is not None:
                     if (kept[: len(chosen)] @ features[row].astype(np.float32) > max_similarity).any():
                         duplicates += 1
@@ -296,4 +289,5 @@ def choose_varied(
                 open_queues.append(queue)
                 break
         queues = open_queues
+    bar.close()
     return Choice(np.array(chosen, np.int64), duplicates)
