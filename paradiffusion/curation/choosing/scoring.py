@@ -271,7 +271,8 @@ _BORDER_SPREAD: Final = 3.0
 
 
 def measure(image: Image.Image, data: bytes) -> dict[str, float]:
-    """Measures of one decoded RGB ``image`` and of the file ``data`` that it was decoded from; ``jpeg_quality`` is nan where that is no JPEG."""
+    """Measures of one decoded RGB ``image`` and of the file ``data`` that it was decoded from; ``jpeg_quality`` is nan where that is no
+    JPEG."""
     grey = image.convert("L")
     # Shares of the area need no more; a whole photograph of 40 megapixels would take a second.
     small = grey.copy()
