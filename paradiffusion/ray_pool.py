@@ -72,9 +72,9 @@ class Worker:
         self.told.update({"done": done, "found": found, "more": more, **kinds})
 
     @ray.method(concurrency_group="asked")
-    def progress(self) -> tuple[int, dict[str, int]]:
-        """The first task of those that are being done, and what they have told so far."""
-        return self.first, dict(self.told)
+    def progress(self) -> tuple[int, dict[str, int], str]:
+        """The first task of those that are being done, what they have told so far, and the node that this is."""
+        return self.first, dict(self.told), ray.get_runtime_context().get_node_id()
 
     def meeting_point(self) -> tuple[str, int]:
         """Where ranks can meet: this node's address, and a port that is free there."""
@@ -91,10 +91,11 @@ class Worker:
 
 @dataclass
 class Hand:
-    """A worker as the driver sees it: numbers of the tasks that it has, what they have told, and whether it owes an answer (``asked``),
-    as a new one does: it gets no task until then."""
+    """A worker as the driver sees it: numbers of the tasks that it has, what they have told, the node that it is on, and whether it owes
+    an answer (``asked``), as a new one does: it gets no task until then."""
 
     actor: Any
+    node: str = ""
     tasks: list[int] = field(default_factory=list)
     told: dict[str, int] = field(default_factory=dict)
     asked: bool = False
@@ -229,7 +230,7 @@ class Pool:
         """What a call has come to."""
         hand, works = self.refs.pop(ref)
         try:
-            found, told = ray.get(ref)
+            found, told, *node = ray.get(ref)
         except _LOST as error:
             return self.replace(hand, error)
         except RayTaskError as error:
@@ -243,7 +244,7 @@ class Pool:
             self.queue.extendleft(reversed(hand.tasks[len(found) :]))
             hand.tasks, hand.told = [], {}
         else:
-            hand.asked = False
+            hand.asked, hand.node = False, node[0]
             if hand.tasks[:1] == [found]:
                 hand.told = told
         return None
@@ -273,7 +274,11 @@ class Pool:
                 self.ask(idle)
 
     def move(self) -> None:
-        """Move the bar, and ask the workers how far they are."""
+        """Move the bar, ask the workers how far they are, and replace those of dead nodes, of whose end Ray does not always tell: calls to
+        one that SIGSTOP had frozen before were seen to stay open."""
+        dead = {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+        for hand in [hand for hand in self.hands if hand.node in dead]:
+            self.replace(hand, RayActorError(error_msg="its node is dead"))
         told = Counter(self.finished)
         for hand in self.hands:
             told.update(hand.told)
