@@ -55,8 +55,8 @@ def _record_of(result: Result, keys: Collection[str]) -> dict[str, Any]:
         for key, one in observed.items()
     ]
     return {
-        "setting": result.setting, "seed": result.seed, "said": result.said, "agreed": result.agreed, "warnings": result.warnings,
-        "prompts": prompts, "measures": measures,
+        "setting": result.setting, "seed": result.seed, "said": result.said, "machine": result.machine, "agreed": result.agreed,
+        "warnings": result.warnings, "prompts": prompts, "measures": measures,
     }  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def _short(value: float | None) -> float | None:
 
 
 def _result_of(record: dict[str, Any]) -> Result:
-    result = Result(record["setting"], record["seed"], tuple(record["said"]), agreed=record["agreed"], warnings=record["warnings"])
+    said, agreed, warnings = tuple(record["said"]), record["agreed"], record["warnings"]
+    result = Result(record["setting"], record["seed"], said, record["machine"], agreed=agreed, warnings=warnings)
     for measure in record["measures"]:
         whole, n = measure.pop("whole"), measure.pop("n")
         names = record["prompts"][measure["suite"]]

@@ -28,6 +28,7 @@ import numpy as np
 from markupsafe import Markup
 from scipy.stats import t as student
 
+from paradiffusion.budget.results import processor
 from paradiffusion.errors import UserError
 from paradiffusion.evaluation.ablation_plan import Cell as PlannedCell
 from paradiffusion.evaluation.ablation_plan import Plan, Setting, Study
@@ -36,6 +37,7 @@ from paradiffusion.evaluation.records import NAME, Evaluation, Measure, ScoreRes
 from paradiffusion.evaluation.reporting.figures import Series, row_figure
 from paradiffusion.evaluation.reporting.sections import Section, document_markdown, write_sections
 from paradiffusion.evaluation.reporting.texts import MISSING, difference_text, interval_text, value_text
+from paradiffusion.machine import settled_precision
 from paradiffusion.pages import Cell, Grid, Group, cells, text_grid
 from paradiffusion.randomness import seed_from
 
@@ -172,6 +174,7 @@ class Result:
 
     Attributes:
         said: what the study says of it (Cell.said): results of something else are not taken for it.
+        machine: the processor that it was trained on, and the precision there.
         agreed: fingerprints of suites and settings of scores, by the beginnings of the columns' keys; runs with others are not compared.
         folder: of its evaluation; None where there is none here.
     """
@@ -179,6 +182,7 @@ class Result:
     setting: str
     seed: int
     said: tuple[str, ...]
+    machine: str
     observed: dict[str, Observed] = field(default_factory=dict)
     columns: dict[str, Column] = field(default_factory=dict)
     agreed: dict[str, str] = field(default_factory=dict)
@@ -255,6 +259,10 @@ def compare(study: Study, plan: Plan, finished: set[str], kept: Mapping[tuple[st
         elif cell.trainings[-1] in finished and (cell.evaluation is None or cell.evaluation in finished):
             results[place] = _result(cell, plan)
     found = {place: seen.take(result) for place, result in results.items()}
+    for seed in study.seeds:
+        machines = sorted({result.machine for place, result in results.items() if place[1] == seed})
+        if len(machines) > 1:
+            seen.warn(f"seed {seed} was trained on {' and '.join(machines)}: differences between settings may be the machines'.")
     for names in settings.values():  # such as two LoRA ranks where no stage trains LoRA
         if len(names) > 1:
             seen.warn(
@@ -292,7 +300,7 @@ def _shown_estimate(estimate: Estimate, column: Column) -> Estimate:
 
 def _result(cell: PlannedCell, plan: Plan) -> Result:
     """Losses of the last stage that has them, minutes of all stages, and what the evaluation's files hold."""
-    result = Result(cell.setting, cell.seed, cell.said)
+    result = Result(cell.setting, cell.seed, cell.said, f"{processor()}, {settled_precision('auto')}")
     numbers: dict[str, float] = {}
     seconds = 0.0
     for key in cell.trainings:
@@ -443,6 +451,8 @@ def notes(comparison: Comparison) -> list[str]:
             f"Behind it the difference to {comparison.study.baseline}, paired by seed and prompt. Of many such intervals "
             "one in twenty leaves out 0 by chance."
         )
+    if machines := sorted({result.machine for result in comparison.results}):
+        found.append(f"Trained on: {'; '.join(machines)}.")
     if any(not column.suite for column in comparison.columns):
         found.append(
             "Losses compare settings with the same objective, data and last stage alone, and have an interval from three seeds "

@@ -210,6 +210,9 @@ def test_a_study_on_nano_goes_on_where_it_was(
             for name, had in row[key].items():
                 numbers = [[x or 0 for x in (one.values() if isinstance(one, dict) else one)] for one in (had, other[key][name])]
                 assert numbers[1] == pytest.approx(numbers[0], rel=1e-5, abs=1e-6), name
+    results.write_text(results.read_text().replace('"machine": "', '"machine": "another ', 1))
+    assert script("ablate").main([*elsewhere, f"results={results}", "table=true"]) == 0
+    assert "seed 0 was trained on" in capsys.readouterr().out
     study.write_text(yaml.safe_dump({**values, "evaluate": [*values["evaluate"], "guidance=1"]}))
     user_error("has no finished run", script("ablate").main, [*elsewhere, f"results={results}", "table=true"])
     results.write_text('{"setting": "baseline"}\n')
