@@ -139,7 +139,7 @@ def ablate(options: AblateOptions, extra: Extra, compose: Compose, check: Callab
         """The table so far, for a run of days can be looked at; results that are new are kept."""
         comparison = compare(study, plan, finished_now(), kept)
         if results:
-            new = {(one.setting, one.seed): one for one in comparison.results if (one.setting, one.seed) not in kept}
+            new = {(one.setting, one.seed): one for one in comparison.results if one.whole and (one.setting, one.seed) not in kept}
             add_results(results, new.values(), comparison.columns)
             kept.update(new)
         return comparison

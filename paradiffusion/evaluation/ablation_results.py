@@ -21,7 +21,11 @@ def read_results(path: Path, plan: Plan) -> dict[tuple[str, int], Result]:
     none."""
     said = {(cell.setting, cell.seed): cell.said for cell in plan.cells}
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"results={path} cannot be read ({getattr(error, 'strerror', 'no text')}); name a file.") from None
+    for number, line in enumerate(lines, 1):
         try:
             result = _result_of(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError):

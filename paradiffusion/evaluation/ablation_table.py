@@ -177,6 +177,7 @@ class Result:
         machine: the processor that it was trained on, and the precision there.
         agreed: fingerprints of suites and settings of scores, by the beginnings of the columns' keys; runs with others are not compared.
         folder: of its evaluation; None where there is none here.
+        whole: not so where a file of the evaluation cannot be read: it is to be made again.
     """
 
     setting: str
@@ -188,6 +189,7 @@ class Result:
     agreed: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     folder: Path | None = None
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ class _Seen:
                 what = f"{name} was computed with other settings" if "/" in name else f"the suite {name} has other prompts"
                 self.warn(
                     f"{what} for {result.setting}, seed {result.seed}, than for the first run, and is left out there; delete its folder "
-                    "under evaluated/, and run the study again."
+                    "under evaluated/, or its line of results=, and run the study again."
                 )
                 found = {key: one for key, one in found.items() if not key.startswith(f"{name}/")}
         self.columns = {**{key: result.columns[key] for key in found}, **self.columns}
@@ -321,6 +323,7 @@ def _result(cell: PlannedCell, plan: Plan) -> Result:
                 _add_measures(read_evaluation(path.parent), result)
             except UserError as error:
                 result.warnings.append(str(error))
+                result.whole = False
     return result
 
 

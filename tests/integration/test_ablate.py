@@ -198,6 +198,13 @@ def test_a_study_on_nano_goes_on_where_it_was(
 
     # The same table from the file of results alone, in which another study's runs, and those of a setting as it was, count for nothing.
     results, elsewhere = tmp_path / "results.jsonl", [f"study={study}", f"output={tmp_path / 'other'}"]
+    broken = next(output.glob("evaluated/baseline*/evaluation.json"))
+    whole = broken.read_text()
+    broken.write_text(whole[:100])
+    assert script("ablate").main([*arguments, f"results={results}", "table=true"]) == 0
+    assert len(results.read_text().splitlines()) == 1  # what cannot be read is not kept
+    broken.write_text(whole)
+    user_error("cannot be read", script("ablate").main, [*elsewhere, f"results={tmp_path}"])
     assert script("ablate").main([*arguments, f"results={results}"]) == 0
     assert len(results.read_text().splitlines()) == 2
     capsys.readouterr()
